@@ -1,0 +1,38 @@
+"""The errors fedlab raises; each says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+__all__ = ["DataError", "FedlabError", "PrivacyError", "RunError", "SiteError"]
+
+
+class FedlabError(Exception):
+    """Base of every error that fedlab itself raises."""
+
+
+class DataError(FedlabError, ValueError):
+    """Scans, labels or tables that cannot be used as they are."""
+
+
+class PrivacyError(FedlabError):
+    """A privacy mechanism cannot give what it promises; nothing was sent."""
+
+
+class RunError(FedlabError):
+    """A run directory or a saved model that is missing, foreign, damaged or would be overwritten."""
+
+
+class SiteError(FedlabError):
+    """A site failed while it worked on a round.
+
+    Attributes:
+        site: name of the site.
+        round: number of the round, counted from 0.
+        stage: "equip", "fit", "protect" or "check".
+    """
+
+    def __init__(self, site: str, round: int, stage: str, reason: str) -> None:
+        super().__init__(f"site {site!r} failed in round {round} at stage {stage!r}: {reason}")
+        self.site, self.round, self.stage, self.reason = site, round, stage, reason
+
+    def __reduce__(self) -> tuple[type[SiteError], tuple[str, int, str, str]]:
+        return SiteError, (self.site, self.round, self.stage, self.reason)  # survives worker processes

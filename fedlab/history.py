@@ -1,0 +1,82 @@
+"""What happened in a run: numbers per round and site, and the weights it ended with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from fedlab.types import Round, ServerState
+
+__all__ = ["History"]
+
+
+class History:
+    """The record of a run, round by round. Holds one state, the last, however long the run.
+
+    Args:
+        rounds: number of rounds the run was to have.
+
+    Attributes:
+        state: the server's state after the last finished round, None before the first.
+        records: one plain dict per finished round; `table()` and `sites()` show them as tables.
+    """
+
+    def __init__(self, *, rounds: int) -> None:
+        self.rounds = rounds
+        self.state: ServerState | None = None
+        self.records: list[dict[str, Any]] = []
+
+    def add(self, finished: Round, metrics: Mapping[str, float] | None = None) -> None:
+        """Takes in a finished round, with `metrics` about the global model after it."""
+        self.state = finished.state
+        self.records.append({
+            "round": finished.number,
+            "seconds": finished.seconds,
+            "metrics": {**finished.metrics, **(metrics or {})},
+            "sites": {name: dict(numbers) for name, numbers in finished.sites.items()},
+            "spent": {name: [s._asdict() for s in spent] for name, spent in finished.spent.items() if spent},
+        })
+
+    def table(self) -> pd.DataFrame:
+        """One row per round: mean training loss by weight, bytes sent, seconds, metrics of the global model."""
+        rows = []
+        for record in self.records:
+            sites = list(record["sites"].values())
+            weight = sum(s["weight"] for s in sites)
+            row = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if all("loss" in s for s in sites) else {}
+            rows.append({"round": record["round"], **row, "bytes": sum(s["bytes"] for s in sites),
+                         "seconds": record["seconds"], **record["metrics"]})
+        return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
+
+    def sites(self) -> pd.DataFrame:
+        """One row per round and site: loss, norm of the update, weight, steps and bytes sent."""
+        rows = [{"round": record["round"], "site": name, **numbers}
+                for record in self.records for name, numbers in record["sites"].items()]
+        return pd.DataFrame(rows).set_index(["round", "site"]) if rows else pd.DataFrame()
+
+    @contextmanager
+    def progress(self, *, enabled: bool) -> Iterator[Callable[[], None]]:
+        """A progress bar over the rounds; what is yielded moves it to the last finished round."""
+        with tqdm(total=self.rounds, initial=len(self.records), desc="rounds", disable=not enabled) as bar:
+            def show() -> None:
+                last = self.table().iloc[-1]
+                bar.set_postfix({k: f"{last[k]:.3f}" for k in ("loss", "Dice") if k in last}, refresh=False)
+                bar.update(len(self.records) - bar.n)
+
+            yield show
+
+    def __repr__(self) -> str:
+        if not self.records:
+            return f"<History: no round of {self.rounds} finished>"
+        last = self.table().iloc[-1]
+        shown = ", ".join(f"{name} {last[name]:.3f}" for name in last.index if name not in ("bytes", "seconds"))
+        return f"<History: {len(self.records)} of {self.rounds} rounds, {shown}>"
+
+    def _repr_html_(self) -> str:
+        table = self.table()
+        html: str = table.tail(10).to_html(float_format="{:.3f}".format)
+        return f"<p>{len(self.records)} of {self.rounds} rounds; the last {min(10, len(table))}:</p>{html}"

@@ -1,0 +1,101 @@
+"""How a server chooses its cohort, combines updates and moves the global model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+
+from fedlab.types import ServerState, Site, Tensors, Update
+
+__all__ = ["FedAvg", "Strategy", "weighted_mean"]
+
+
+class Strategy(Protocol):
+    """State goes in and comes out; a strategy keeps nothing for itself."""
+
+    def begin(self, params: Tensors) -> ServerState:
+        """The server's state before the first round."""
+        ...
+
+    def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
+        """The cohort of a round."""
+        ...
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        """One update from a cohort's updates, which arrive one by one."""
+        ...
+
+    def step(self, state: ServerState, mean: Update) -> ServerState:
+        """The state after the model has moved by `mean`."""
+        ...
+
+
+def weighted_mean(updates: Iterable[Update]) -> Update:
+    """The mean of the updates by their weights, accumulated in float64 with one update in memory at a time.
+
+    Returns:
+        An update of site "mean" whose weight is the sum of the weights and whose tensors are float64.
+
+    Raises:
+        ValueError: there is no update.
+    """
+    total: dict[str, torch.Tensor] = {}
+    weight, steps = 0.0, 0
+    for update in updates:
+        if not total:
+            total = {name: tensor.double() * update.weight for name, tensor in update.delta.items()}
+        else:
+            for name, tensor in update.delta.items():
+                total[name].add_(tensor.double(), alpha=update.weight)
+        weight += update.weight
+        steps += update.steps
+    if not total:
+        raise ValueError("no update to combine: no site of the cohort answered")
+    for tensor in total.values():
+        tensor.div_(weight)
+    return Update(site="mean", delta=total, weight=weight, steps=steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg:
+    """Federated averaging (McMahan et al., AISTATS 2017).
+
+    Args:
+        weights: what an update counts by: the site's training "patients" (as in the paper and in
+            Li et al. 2019), the optimiser "steps" it took, or "uniform".
+        server_lr: length of the server's step; 1 moves the model to the mean.
+
+    Raises:
+        ValueError: an unknown weighting or a server step that is not positive.
+    """
+
+    weights: Literal["patients", "steps", "uniform"] = "patients"
+    server_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("patients", "steps", "uniform"):
+            raise ValueError(f"weights is 'patients', 'steps' or 'uniform', got {self.weights!r}")
+        if not 0 < self.server_lr < float("inf"):
+            raise ValueError(f"server_lr is a positive number, got {self.server_lr}")
+
+    def begin(self, params: Tensors) -> ServerState:
+        return ServerState(round=0, params={name: p.detach().clone() for name, p in params.items()})
+
+    def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
+        return sites
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        return weighted_mean(replace(u, weight=self._weight(u)) for u in updates)
+
+    def step(self, state: ServerState, mean: Update) -> ServerState:
+        params = {name: p.double().add(mean.delta[name].double(), alpha=self.server_lr).to(p.dtype)
+                  for name, p in state.params.items()}
+        return replace(state, round=state.round + 1, params=params)
+
+    def _weight(self, update: Update) -> float:
+        if self.weights == "uniform":
+            return 1.0
+        return float(update.steps) if self.weights == "steps" else update.weight
