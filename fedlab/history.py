@@ -47,8 +47,9 @@ class History:
         for record in self.records:
             sites = list(record["sites"].values())
             weight = sum(s["weight"] for s in sites)
-            row = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if all("loss" in s for s in sites) else {}
-            rows.append({"round": record["round"], **row, "bytes": sum(s["bytes"] for s in sites),
+            known = all("loss" in s for s in sites)  # a privacy technique may withhold it
+            loss = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if known else {}
+            rows.append({"round": record["round"], **loss, "bytes": sum(s["bytes"] for s in sites),
                          "seconds": record["seconds"], **record["metrics"]})
         return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
 

@@ -43,7 +43,7 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Mo
             spatial_dims=3, init_filters=filters, in_channels=len(MODALITIES), out_channels=len(REGIONS),
             dropout_prob=dropout or None, act=("RELU", {"inplace": False}),
         )
-    model.settings = {"filters": filters, "dropout": dropout, "seed": seed}
+    model.__dict__["settings"] = {"filters": filters, "dropout": dropout, "seed": seed}
     return model
 
 
@@ -78,7 +78,7 @@ def load_weights(model: nn.Module, params: Tensors) -> None:
 
 def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     missing, extra = sorted(own.keys() - other.keys()), sorted(other.keys() - own.keys())
-    return f"missing {missing[:3]}{'...' if len(missing) > 3 else ''}, unknown {extra[:3]}{'...' if len(extra) > 3 else ''}"
+    return f"{len(missing)} missing {missing[:3]}, {len(extra)} unknown {extra[:3]}"
 
 
 def weights_sha256(params: Tensors) -> str:
@@ -137,7 +137,7 @@ def load_model(path: Path | str) -> tuple[nn.Module, float]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise RunError(f"{path} is not a readable safetensors file ({error}); fedlab loads no other format") from error
     if header.get("format") != "fedlab-model-1":

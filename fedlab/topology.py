@@ -25,6 +25,6 @@ class Topology(Protocol):
 
 def star(state: ServerState, cohort: Sequence[Site], *, strategy: Strategy, train: Train,
          release: Release) -> ServerState:
-    """An aggregation server in the middle: broadcast, train at every site, combine, move (Rieke et al. 2020, fig. 2a)."""
+    """An aggregation server in the middle: broadcast, train at every site, combine, move (Rieke et al. 2020)."""
     mean = strategy.combine(train(state, cohort))
     return strategy.step(state, release(mean, len(cohort)))

@@ -37,7 +37,7 @@ class PolyDecay:
             raise ValueError(f"expected start > 0, rounds >= 1 and power >= 0, got {self!r}")
 
     def __call__(self, round: int) -> float:
-        return self.start * max(0.0, 1 - round / self.rounds) ** self.power
+        return float(self.start * max(0.0, 1 - round / self.rounds) ** self.power)
 
 
 class DiceBCE(nn.Module):
@@ -101,7 +101,8 @@ class Crops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             if patient.label is None:
                 raise ValueError(f"patient {patient.id} has no label; training needs labelled patients only")
             if any(c > g for c, g in zip(crop, grid, strict=True)):
-                raise ValueError(f"crop {crop} is larger than patient {patient.id} with grid {grid}; use a smaller crop")
+                raise ValueError(f"crop {crop} is larger than patient {patient.id} with grid {grid}; "
+                                 "use a smaller crop")
         self.patients = patients
         self._crop = RandCropByPosNegLabeld(
             ("image", "label"), label_key="tumour", spatial_size=crop, pos=tumour_share, neg=1 - tumour_share)
@@ -116,8 +117,8 @@ class Crops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         patient = self.patients[index]
         label = patient.label[None]  # type: ignore[index]
-        item: dict[str, Any] = self._crop({"image": patient.image, "label": label, "tumour": label})[0]
-        item = {"image": item["image"].float(), "label": labels_to_regions(item["label"][0])}
+        cut = self._crop({"image": patient.image, "label": label, "tumour": label})[0]
+        item: dict[str, Any] = {"image": cut["image"].float(), "label": labels_to_regions(cut["label"][0])}
         if self._augment is not None:
             item = self._augment(item)
         return torch.as_tensor(item["image"]), torch.as_tensor(item["label"])
@@ -263,7 +264,7 @@ class SiteTrainer:
         """
         device = pick_device(self.device)
         dtype = pick_precision(self.precision, device)
-        losses = []
+        losses: list[float] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "fit"))
             kit.model.train()
@@ -272,7 +273,7 @@ class SiteTrainer:
                     logits = kit.model(image.to(device))
                 loss = self.loss(logits.float(), target.to(device))
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {float(loss)} at step {len(losses)}; lower the learning "
+                    raise FloatingPointError(f"the loss is {float(loss.detach())} at step {len(losses)}; lower the learning "
                                              "rate or look for damaged scans")
                 kit.optimiser.zero_grad(set_to_none=True)
                 loss.backward()

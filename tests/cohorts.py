@@ -1,0 +1,45 @@
+"""Tiny sites and networks that tests train on in a moment."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlab.types import Patient, Site
+
+
+def blob_patient(name: str, *, seed: int, shape: tuple[int, int, int] = (16, 16, 16)) -> Patient:
+    """Noise with a bright nested block as tumour."""
+    rng = torch.Generator().manual_seed(seed)
+    image = torch.randn(4, *shape, generator=rng)
+    label = torch.zeros(shape, dtype=torch.uint8)
+    label[3:12, 3:12, 3:12] = 2
+    label[5:10, 5:10, 5:10] = 1
+    label[6:9, 6:9, 6:9] = 4
+    image += label.float() * 0.8
+    return Patient(name, image, label, np.diag([3.0, 3.0, 3.0, 1.0]))
+
+
+def blob_sites(sizes: tuple[int, ...] = (3, 2)) -> list[Site]:
+    """Sites of the given numbers of training patients, one held-out patient each."""
+    return [
+        Site(name=f"site-{k}", train=[blob_patient(f"s{k}p{i}", seed=100 * k + i) for i in range(size)],
+             val=[blob_patient(f"s{k}held", seed=100 * k + 99)])
+        for k, size in enumerate(sizes)
+    ]
+
+
+class TinyNet(nn.Module):
+    """Two convolutions: a network small enough to train by hand."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.first = nn.Conv3d(4, 6, 3, padding=1)
+            self.last = nn.Conv3d(6, 3, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(torch.relu(self.first(image)))
+        return out
