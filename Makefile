@@ -1,0 +1,86 @@
+# Everything this makes stays inside the checkout: .venv (the environment), .cache (downloads, settings
+# of Jupyter and the like) and runs (results). Delete them to start afresh.
+
+PYTHON ?= python3
+ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.fedlab-installed
+
+# Programs that would write into the home directory write here instead. pip's own cache is used where
+# PIP_CACHE_DIR names it: make install PIP_CACHE_DIR=~/.cache/pip
+CACHE := $(CURDIR)/.cache
+PIP_CACHE_DIR ?= $(CACHE)/pip
+export PIP_CACHE_DIR
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export XDG_CACHE_HOME := $(CACHE)
+export MPLCONFIGDIR := $(CACHE)/matplotlib
+export IPYTHONDIR := $(CACHE)/ipython
+export JUPYTER_CONFIG_DIR := $(CACHE)/jupyter/config
+export JUPYTER_DATA_DIR := $(CACHE)/jupyter/data
+export JUPYTER_RUNTIME_DIR := $(CACHE)/jupyter/runtime
+
+# The programs in an environment know its place: one that was copied or moved is made anew.
+MOVED := $(shell [ ! -f $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || echo moved)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint lab FORCE
+
+help:
+	@echo 'fedlab: federated learning on brain-tumour MRI. Each command installs first what it needs.'
+	@echo
+	@echo '  make demo      train on generated patients of several sites, federated against each site'
+	@echo '                 alone and all data pooled; writes runs/<name>/report.html'
+	@echo '  make test      check style, types and import order, run every test and notebook'
+	@echo '  make lab       open JupyterLab on notebooks/'
+	@echo '  make install   create $(VENV) and install the tested versions into it'
+	@echo '  make lint      only the checks that need no running: style, types, import order'
+	@echo
+	@echo 'Settings: PYTHON=python3.12 (the Python to use, 3.11 or newer), ARGS="--seed 1" (for demo and lab),'
+	@echo '          PYTEST_ARGS="-k metrics" (for test).'
+
+install: $(STAMP)
+	@echo "fedlab: installed in $(VENV) ($$($(PY) --version))"
+
+demo: install
+	@echo "fedlab: running the demo; it says how long it takes"
+	@$(VENV)/bin/fedlab demo $(ARGS)
+
+test: lint
+	@echo "fedlab: running the tests and notebooks"
+	@$(PY) -m pytest --nbval-lax --durations=10 $(PYTEST_ARGS) tests $(wildcard notebooks)
+
+lint: install
+	@echo "fedlab: checking style"
+	@$(VENV)/bin/ruff check
+	@echo "fedlab: checking types"
+	@$(VENV)/bin/mypy
+	@echo "fedlab: checking the order of imports"
+	@$(VENV)/bin/lint-imports
+
+lab: install
+	@echo "fedlab: opening JupyterLab on notebooks/; Ctrl-C ends it"
+	@$(VENV)/bin/jupyter-lab --notebook-dir=notebooks $(ARGS)
+
+ifneq ($(MOVED),)
+$(PY): FORCE
+endif
+$(PY):
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "fedlab: no program '$(PYTHON)'. Install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fedlab: needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' || { \
+	  echo "fedlab: '$(PYTHON)' lacks the module above, which makes environments (on Debian and Ubuntu it is in the package python3-venv)" >&2; exit 1; }
+	@[ -z "$(MOVED)" ] || echo "fedlab: $(VENV) was made for $$(cat $(STAMP)), not for this folder"
+	@echo "fedlab: creating $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt $(PY)
+	@echo "fedlab: installing the tested versions into $(VENV) (a few minutes the first time)"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade
+	@$(PY) -m pip install -c constraints.txt -e '.[dev,itk,test]'
+	@$(PY) -c 'import fedlab'
+	@pwd -P > $@
