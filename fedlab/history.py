@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 import pandas as pd
@@ -30,13 +31,13 @@ class History:
         self.state: ServerState | None = None
         self.records: list[dict[str, Any]] = []
 
-    def add(self, finished: Round, metrics: Mapping[str, float] | None = None) -> None:
-        """Takes in a finished round, with `metrics` about the global model after it."""
+    def add(self, finished: Round) -> None:
+        """Takes in a finished round."""
         self.state = finished.state
         self.records.append({
             "round": finished.number,
             "seconds": finished.seconds,
-            "metrics": {**finished.metrics, **(metrics or {})},
+            "metrics": dict(finished.metrics),
             "sites": {name: dict(numbers) for name, numbers in finished.sites.items()},
             "spent": {name: [s._asdict() for s in spent] for name, spent in finished.spent.items() if spent},
         })
@@ -79,5 +80,27 @@ class History:
 
     def _repr_html_(self) -> str:
         table = self.table()
-        html: str = table.tail(10).to_html(float_format="{:.3f}".format)
-        return f"<p>{len(self.records)} of {self.rounds} rounds; the last {min(10, len(table))}:</p>{html}"
+        if table.empty:
+            return f"<p>{escape(repr(self))}</p>"
+        drawn = "".join(_sketch(table[name].dropna(), str(name), self.rounds)
+                        for name in [c for c in table if c not in ("bytes", "seconds")][:3])
+        last = table.tail(10).astype({"bytes": int})
+        html: str = last.to_html(float_format="{:.3f}".format, na_rep="–")
+        return f"<p>{len(self.records)} of {self.rounds} rounds</p>{drawn}<p>The last {len(last)}:</p>{html}"
+
+
+def _sketch(values: pd.Series[float], name: str, rounds: int) -> str:
+    """A small curve over the rounds as inline SVG: no drawing library, so that showing a history is instant."""
+    if values.empty:
+        return ""
+    low, high = float(values.min()), float(values.max())
+    across = 10 + 220 * values.index.to_numpy(dtype=float) / max(rounds - 1, 1)
+    down = 95 - 65 * (values.to_numpy(dtype=float) - low) / max(high - low, 1e-12)
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+    last = f"{escape(name)} {values.iloc[-1]:.3f}"
+    return (f'<svg role="img" aria-label="{last} at the end, from {low:.3f} to {high:.3f} in all" width="250" '
+            f'height="105" viewBox="0 0 250 105" style="background:#fff;margin-right:12px">'
+            f'<text x="10" y="17" font-family="sans-serif" font-size="13" fill="#222">{last}</text>'
+            f'<path d="M10 100H230" stroke="#ccc"/><polyline points="{points}" fill="none" stroke="#0072B2" '
+            f'stroke-width="2" stroke-linejoin="round"/>'
+            f'<circle cx="{across[-1]:.1f}" cy="{down[-1]:.1f}" r="3" fill="#0072B2"/></svg>')

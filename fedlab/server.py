@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -124,8 +125,10 @@ def federate(
                      engine=engine, seed=seed, state=history.state)
     with history.progress(enabled=progress) as show:
         for finished in run:
-            metrics = validate(_with_weights(trainer, finished.state), finished.number) if validate else {}
-            history.add(finished, metrics)
+            if validate is not None:
+                metrics = validate(_with_weights(trainer, finished.state), finished.number)
+                finished = replace(finished, metrics=metrics)
+            history.add(finished)
             if saved is not None:
                 saved.save(finished.state, engine.memory, history.records)
             show()

@@ -273,8 +273,8 @@ class SiteTrainer:
                     logits = kit.model(image.to(device))
                 loss = self.loss(logits.float(), target.to(device))
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {float(loss.detach())} at step {len(losses)}; lower the learning "
-                                             "rate or look for damaged scans")
+                    raise FloatingPointError(f"the loss is {float(loss.detach())} at step {len(losses)}; lower the "
+                                             "learning rate or look for damaged scans")
                 kit.optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 kit.optimiser.step()

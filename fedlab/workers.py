@@ -12,11 +12,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from queue import Empty
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -60,10 +60,15 @@ class Workers(ProcessPoolExecutor):
         self._halt.set()
         self.shutdown(wait=True, cancel_futures=True)
 
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if error is not None:
+            self.stop()
+        self.shutdown()
 
-@contextmanager
-def start_workers(count: int | None = None) -> Iterator[Workers]:
-    """Warm worker processes for the time of a `with` block; an exception in it stops them.
+
+def start_workers(count: int | None = None) -> Workers:
+    """Warm worker processes; used in a `with` block they end with it, and at once if it raises.
 
     Args:
         count: how many; by default one for each core this process may use.
@@ -74,13 +79,7 @@ def start_workers(count: int | None = None) -> Iterator[Workers]:
     count = available_cores() if count is None else count
     if count < 1:
         raise ValueError(f"a pool needs at least one worker, got {count}")
-    workers = Workers(count)
-    try:
-        yield workers
-    except BaseException:
-        workers.stop()
-        raise
-    workers.shutdown()
+    return Workers(count)
 
 
 def tell(message: Any) -> None:

@@ -1,0 +1,194 @@
+"""The command line: `fedlab demo`, `run`, `resume`, `evaluate` and `data`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlab.errors import FedlabError
+
+__all__ = ["main"]
+
+_ABOUT = """\
+Privacy-preserving federated learning on 3-D brain-tumour MRI.
+
+Begin with 'fedlab demo': it generates patients of several hospitals, trains one network on them without pooling
+the scans, compares it with each hospital alone and with all data pooled, and writes a report. Then look at
+notebooks/ ('make lab')."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 0 done, 1 an error that is explained, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (FedlabError, ValueError) as error:
+        print(f"fedlab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        out = getattr(options, "out", None)
+        print(f"\nfedlab: interrupted{f'; continue with: fedlab resume {out}' if out else ''}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("fedlab", description=_ABOUT, formatter_class=style)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="federated learning on generated patients, against the alternatives",
+                               formatter_class=style, description=(
+        "Trains three arms with equal numbers of gradient steps on generated patients: federated (FedAvg), all data\n"
+        "pooled, and each site alone. Writes a run directory with report.html and summary.json."))
+    demo.add_argument("--sites", type=int, help="number of sites (default 4)")
+    demo.add_argument("--patients", type=int, help="of all sites together (default 30 per site)")
+    demo.add_argument("--shape", type=_shape, help="voxels of a volume, such as 48,64,48 (the default) or 64,64,64")
+    demo.add_argument("--full", action="store_true",
+                      help="13 sites and 285 patients at 64,64,64, of sizes as unequal as in a real study; takes far "
+                           "longer")
+    demo.add_argument("--real", metavar="DIR", help="also try the federated model on real scans (BraTS folder); they "
+                                                    "are never trained on")
+    _add_training(demo)
+    demo.set_defaults(command=_demo)
+
+    run = commands.add_parser("run", help="the same job on real scans", formatter_class=style, description=(
+        "Trains the three arms on a BraTS folder (one folder per patient: NAME/NAME_flair.nii.gz, _t1, _t1ce, _t2,\n"
+        "_seg) whose patients a CSV table with the columns Partition_ID,Subject_ID assigns to sites."))
+    run.add_argument("--data", required=True, metavar="DIR", help="the BraTS folder")
+    run.add_argument("--sites", required=True, metavar="TABLE.csv", help="the institution table")
+    run.add_argument("--spacing", type=float, default=3.0, metavar="MM", help="voxel size to train at (default 3 mm)")
+    _add_training(run)
+    run.set_defaults(command=_run)
+
+    resume = commands.add_parser("resume", help="continue an interrupted demo or run, to the bit-equal result")
+    resume.add_argument("out", type=Path, metavar="RUN", help="its run directory, such as runs/demo")
+    resume.set_defaults(command=_resume)
+
+    score = commands.add_parser("evaluate", help="run a trained model on a folder of scans", formatter_class=style,
+                                description=(
+        "Segments every patient of a BraTS folder with a model.safetensors, writes the label maps as NIfTI on each\n"
+        "patient's own grid, and scores them where there are expert labels."))
+    score.add_argument("model", type=Path, metavar="MODEL", help="model.safetensors of a run")
+    score.add_argument("--data", required=True, metavar="DIR", help="the BraTS folder")
+    score.add_argument("--out", type=Path, help="new directory for predictions and summary.json "
+                                                "(default runs/evaluate-TIME)")
+    score.set_defaults(command=_evaluate)
+
+    data = commands.add_parser("data", help="make or inspect data")
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    phantom = kinds.add_parser("phantom", help="write generated patients as a BraTS folder", formatter_class=style,
+                               description=(
+        "Generates patients and writes them in the layout of BraTS 2021, with partitioning.csv as institution table,\n"
+        "so that any reader or viewer can open them."))
+    phantom.add_argument("--out", type=Path, required=True, help="new directory")
+    phantom.add_argument("--sites", type=int, default=4)
+    phantom.add_argument("--patients", type=int, default=16, help="of all sites together (default 16)")
+    phantom.add_argument("--shape", type=_shape, default=(64, 64, 64), help="voxels (default 64,64,64)")
+    phantom.add_argument("--spacing", type=float, default=3.0, metavar="MM", help="voxel size (default 3 mm)")
+    phantom.add_argument("--seed", type=int, default=0)
+    phantom.set_defaults(command=_phantom)
+    return parser
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, help="federated rounds")
+    parser.add_argument("--steps", type=int, help="gradient steps of a site per round")
+    parser.add_argument("--seed", type=int, default=0, help="of data, first weights and training (default 0)")
+    parser.add_argument("--out", type=Path, help="new run directory (default runs/NAME-TIME)")
+    parser.add_argument("--keep", action="store_true", help="keep prepared data and checkpoints (about 100 MB)")
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        x, y, z = (int(part) for part in text.replace("x", ",").split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"three whole numbers such as 48,64,48, got {text!r}") from error
+    if min(x, y, z) < 32 or any(v % 16 for v in (x, y, z)):
+        raise argparse.ArgumentTypeError(f"each number is a multiple of 16 and at least 32, got {text!r}")
+    return x, y, z
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """The settings that were given on the command line; the defaults stand in one place, the job."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _new_run(out: Path | None, name: str) -> Path:
+    return out if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from fedlab.job import Job, Phantoms
+
+    if options.full:
+        source = Phantoms(sites=options.sites or 13, patients=options.patients or 285,
+                          shape=options.shape or (64, 64, 64), equal=False)
+    else:
+        sites = options.sites or Phantoms().sites
+        source = Phantoms(sites=sites, patients=options.patients or 30 * sites, **_given(shape=options.shape))
+    job = Job(source=source, seed=options.seed, real=options.real,
+              **_given(rounds=options.rounds, steps=options.steps))
+    options.out = _new_run(options.out, "demo")
+    _begin(job, options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from fedlab.job import Folder, Job
+
+    source = Folder(data=options.data, table=options.sites, spacing_mm=options.spacing)
+    job = Job(source=source, seed=options.seed, **_given(rounds=options.rounds, steps=options.steps))
+    options.out = _new_run(options.out, "run")
+    _begin(job, options)
+
+
+def _begin(job: Any, options: argparse.Namespace) -> None:
+    from fedlab.job import open_job
+
+    open_job(job, options.out)
+    _finish(job, options.out, keep=options.keep)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from fedlab.job import read_job
+
+    if (options.out / "summary.json").is_file():
+        print(f"{options.out} is complete: {options.out / 'report.html'}")
+        return
+    _finish(read_job(options.out), options.out, keep=False)
+
+
+def _finish(job: Any, out: Path, *, keep: bool) -> None:
+    from fedlab.job import forget_working_files, run_job
+    from fedlab.results import describe, write_results
+
+    print(f"fedlab: run directory {out}; interrupted, it continues with: fedlab resume {out}", flush=True)
+    found = write_results(run_job(job, out), out)
+    if not keep:
+        forget_working_files(out)
+    print(describe(found))
+    print(f"\nreport: {out / 'report.html'}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from fedlab.apply import describe_evaluation, evaluate_folder
+
+    options.out = _new_run(options.out, "evaluate")
+    print(describe_evaluation(evaluate_folder(options.model, Path(options.data), options.out)))
+    print(f"\npredictions and summary.json: {options.out}")
+
+
+def _phantom(options: argparse.Namespace) -> None:
+    from fedlab.data.phantom import write_brats
+
+    write_brats(options.out, sites=options.sites, patients=options.patients, shape=options.shape,
+                spacing_mm=options.spacing, seed=options.seed)
+    print(f"{options.patients} patients and partitioning.csv in {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
