@@ -29,4 +29,29 @@ _refuse_namesake()
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+from fedlab.baselines import centralised, local_only, pooled
+from fedlab.data.brats import read_patient, read_sites
+from fedlab.data.phantom import make_cohort, write_brats
+from fedlab.data.prepare import labels_to_regions, regions_to_labels
+from fedlab.engines.local import Engine, Local
+from fedlab.errors import DataError, FedlabError, PrivacyError, RunError, SiteError
+from fedlab.history import History
+from fedlab.metrics import evaluate, predict, summary, threshold_dice
+from fedlab.models import load_model, load_weights, save_model, segresnet, weights_sha256
+from fedlab.privacy.base import Privacy
+from fedlab.server import each_round, federate
+from fedlab.strategies import FedAvg, Strategy
+from fedlab.topology import star
+from fedlab.training import DiceBCE, PolyDecay, SiteTrainer, augmentation
+from fedlab.types import MODALITIES, REGIONS, Patient, Round, ServerState, Site, Spent, Update
+from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_figure
+from fedlab.view.slices import compare, show_patient
+
+__all__ = [
+    "MODALITIES", "REGIONS", "DataError", "DiceBCE", "Engine", "FedAvg", "FedlabError", "History", "Local", "Patient",
+    "PolyDecay", "Privacy", "PrivacyError", "Round", "RunError", "ServerState", "Site", "SiteError", "SiteTrainer",
+    "Spent", "Strategy", "Update", "__version__", "augmentation", "centralised", "compare", "cross_site_heatmap",
+    "curves", "dice_by_arm", "each_round", "evaluate", "federate", "labels_to_regions", "load_model", "load_weights",
+    "local_only", "make_cohort", "pooled", "predict", "read_patient", "read_sites", "regions_to_labels", "save_model",
+    "segresnet", "show_patient", "sites_figure", "star", "summary", "threshold_dice", "weights_sha256", "write_brats",
+]

@@ -114,7 +114,8 @@ def test_wheel_carries_the_package_and_nothing_else(
         facts = BytesParser().parsebytes(archive.read(f"{info}/METADATA"))
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     assert {name.split("/")[0] for name in names} == {"fedlab", info}
-    sources = {path.relative_to(repository).as_posix() for path in (repository / "fedlab").rglob("*.py")}
+    files = (path for path in (repository / "fedlab").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    sources = {path.relative_to(repository).as_posix() for path in files}
     assert sources <= names
     assert {"fedlab/py.typed", f"{info}/licenses/LICENSE"} <= names
     assert facts["Name"] == "fedlab-workbench"
@@ -207,7 +208,7 @@ def test_make_names_a_missing_python(repository: Path, tmp_path: Path) -> None:
 
 def test_make_keeps_out_of_the_home_folder(repository: Path, tmp_path: Path) -> None:
     """Every folder that a tool would take from the home directory lies in the checkout."""
-    folders = ("PIP_CACHE_DIR", "XDG_CACHE_HOME", "MPLCONFIGDIR", "IPYTHONDIR")
+    folders = ("PIP_CACHE_DIR", "XDG_CACHE_HOME", "MPLCONFIGDIR", "IPYTHONDIR", "npm_config_cache")
     jupyter = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
     (tmp_path / "show.mk").write_text("include Makefile\nshow: ; @env\n")
     shown = make(repository, "-f", str(tmp_path / "show.mk"), "show").stdout

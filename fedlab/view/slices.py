@@ -92,8 +92,8 @@ def overlay(ax: Axes, patient: Patient, label: LabelMap | None, *, modality: str
             _line(ax, _plane(_label(outline) > 0, plane, index), (across, up))
         _frame(ax, patient, plane, view)
         for side, x, align in zip(_SIDES[plane], (0.03, 0.97), ("left", "right"), strict=True):
-            ax.text(x, 0.97, side, transform=ax.transAxes, color="white", fontsize=8, ha=align, va="top",
-                    path_effects=[withStroke(linewidth=1.5, foreground="black")])
+            ax.text(x, 0.97, side, transform=ax.transAxes, color="white", fontsize=9, ha=align, va="top",
+                    fontweight="bold", path_effects=[withStroke(linewidth=1.2, foreground="black")])
 
 
 def show_patient(patient: Patient, prediction: LabelMap | None = None, *, plane: Plane = "axial",
