@@ -65,7 +65,7 @@ class History:
         """A progress bar over the rounds; what is yielded moves it to the last finished round."""
         with tqdm(total=self.rounds, initial=len(self.records), desc="rounds", disable=not enabled) as bar:
             def show() -> None:
-                last = self.table().iloc[-1]
+                last = self._latest()
                 bar.set_postfix({k: f"{last[k]:.3f}" for k in ("loss", "Dice") if k in last}, refresh=False)
                 bar.update(len(self.records) - bar.n)
 
@@ -74,9 +74,13 @@ class History:
     def __repr__(self) -> str:
         if not self.records:
             return f"<History: no round of {self.rounds} finished>"
-        last = self.table().iloc[-1]
-        shown = ", ".join(f"{name} {last[name]:.3f}" for name in last.index if name not in ("bytes", "seconds"))
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in self._latest().items() if k not in ("bytes", "seconds"))
         return f"<History: {len(self.records)} of {self.rounds} rounds, {shown}>"
+
+    def _latest(self) -> dict[str, float]:
+        """The last known value of each number; not every metric is taken in every round."""
+        last = self.table().ffill().iloc[-1].dropna()
+        return {str(name): float(value) for name, value in last.items()}
 
     def _repr_html_(self) -> str:
         table = self.table()

@@ -118,10 +118,16 @@ class Crops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         patient = self.patients[index]
         label = patient.label[None]  # type: ignore[index]
         cut = self._crop({"image": patient.image, "label": label, "tumour": label})[0]
-        item: dict[str, Any] = {"image": cut["image"].float(), "label": labels_to_regions(cut["label"][0])}
+        image, target = _plain(cut["image"]).float(), labels_to_regions(_plain(cut["label"])[0])
+        item: dict[str, Any] = {"image": image, "label": target}
         if self._augment is not None:
             item = self._augment(item)
-        return torch.as_tensor(item["image"]), torch.as_tensor(item["label"])
+        return _plain(item["image"]), _plain(item["label"])
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Without MONAI's metadata, which would be carried through every operation of the network, at a cost."""
+    return tensor.as_subclass(torch.Tensor)
 
 
 @dataclass
