@@ -26,12 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
-    except (FedlabError, ValueError) as error:
+    except (FedlabError, ValueError, OSError) as error:
         print(f"fedlab: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        out = getattr(options, "out", None)
-        print(f"\nfedlab: interrupted{f'; continue with: fedlab resume {out}' if out else ''}", file=sys.stderr)
+        run = options.out if getattr(options, "resumable", False) else None
+        print(f"\nfedlab: interrupted{f'; continue with: fedlab resume {run}' if run else ''}", file=sys.stderr)
         return 130
     return 0
 
@@ -125,12 +125,11 @@ def _new_run(out: Path | None, name: str) -> Path:
 def _demo(options: argparse.Namespace) -> None:
     from fedlab.job import Job, Phantoms
 
+    given = _given(sites=options.sites, patients=options.patients, shape=options.shape)
     if options.full:
-        source = Phantoms(sites=options.sites or 13, patients=options.patients or 285,
-                          shape=options.shape or (64, 64, 64), equal=False)
+        source = Phantoms(**{"sites": 13, "patients": 285, "shape": (64, 64, 64), "equal": False, **given})
     else:
-        sites = options.sites or Phantoms().sites
-        source = Phantoms(sites=sites, patients=options.patients or 30 * sites, **_given(shape=options.shape))
+        source = Phantoms(**{"patients": 30 * given.get("sites", Phantoms.sites), **given})
     job = Job(source=source, seed=options.seed, real=options.real,
               **_given(rounds=options.rounds, steps=options.steps))
     options.out = _new_run(options.out, "demo")
@@ -150,27 +149,32 @@ def _begin(job: Any, options: argparse.Namespace) -> None:
     from fedlab.job import open_job
 
     open_job(job, options.out)
+    options.resumable = True
     _finish(job, options.out, keep=options.keep)
 
 
 def _resume(options: argparse.Namespace) -> None:
     from fedlab.job import read_job
 
+    job = read_job(options.out)
     if (options.out / "summary.json").is_file():
         print(f"{options.out} is complete: {options.out / 'report.html'}")
         return
-    _finish(read_job(options.out), options.out, keep=False)
+    options.resumable = True
+    _finish(job, options.out, keep=False)
 
 
 def _finish(job: Any, out: Path, *, keep: bool) -> None:
     from fedlab.job import forget_working_files, run_job
-    from fedlab.results import describe, write_results
+    from fedlab.results import caution, describe, write_results
 
     print(f"fedlab: run directory {out}; interrupted, it continues with: fedlab resume {out}", flush=True)
-    found = write_results(run_job(job, out), out)
+    outcome = run_job(job, out)
+    found = write_results(outcome, out)
+    note = caution(outcome)
     if not keep:
         forget_working_files(out)
-    print(describe(found))
+    print(describe(found, note=note))
     print(f"\nreport: {out / 'report.html'}")
 
 

@@ -12,25 +12,28 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from fedlab.baselines import centralised
+from fedlab.data.anatomy import Grid
 from fedlab.data.brats import find_patients, read_patient, read_sites
+from fedlab.data.partition import read_partitioning
 from fedlab.data.phantom import make_cohort
 from fedlab.data.prepare import regions_to_labels
 from fedlab.data.store import load_sites, save_sites
-from fedlab.errors import RunError
+from fedlab.errors import DataError, RunError
 from fedlab.history import History
 from fedlab.metrics import COLUMNS, evaluate, predict, score_rows
 from fedlab.models import load_weights, segresnet
 from fedlab.server import federate
-from fedlab.training import PolyDecay, SiteTrainer, pick_device, pick_precision
+from fedlab.training import PolyDecay, SiteTrainer, augmentation, pick_device, pick_precision
 from fedlab.types import Patient, Round, ServerState, Site
 from fedlab.workers import Workers, start_workers, tell
 
@@ -48,6 +51,9 @@ class Phantoms:
         spacing_mm: edge of a voxel in mm.
         held_out: patients that each site holds out, a number or a share.
         equal: whether all sites have the same number of patients, else sizes as unequal as in a real study.
+
+    Raises:
+        ValueError: numbers that do not fit each other, or a grid that does not hold a brain.
     """
 
     sites: int = 4
@@ -58,9 +64,15 @@ class Phantoms:
     equal: bool = True
 
     def __post_init__(self) -> None:
+        if self.sites < 1:
+            raise ValueError(f"a cohort has at least one site, got {self.sites}")
+        if self.patients < 2 * self.sites:
+            raise ValueError(f"{self.sites} sites need at least {2 * self.sites} patients, one each to train on and "
+                             f"one to hold out; got {self.patients}")
         if self.equal and self.patients % self.sites:
             raise ValueError(f"{self.patients} patients do not divide into {self.sites} equal sites; "
-                             f"use {self.patients // self.sites * self.sites or self.sites} patients")
+                             f"use {self.patients // self.sites * self.sites} patients")
+        Grid(shape=self.shape, spacing_mm=self.spacing_mm)
 
     def prepare(self, *, seed: int, workers: Workers) -> list[Site]:
         sizes = [self.patients // self.sites] * self.sites if self.equal else None
@@ -77,12 +89,19 @@ class Folder:
         table: CSV file with the columns Partition_ID and Subject_ID.
         spacing_mm: edge of a voxel in mm.
         held_out: patients that each site holds out, a number or a share.
+
+    Raises:
+        ValueError: a voxel size that is none.
     """
 
     data: str
     table: str
     spacing_mm: float = 3.0
     held_out: int | float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.spacing_mm <= 20:
+            raise ValueError(f"spacing_mm lies between 0.1 and 20 mm, got {self.spacing_mm}")
 
     def prepare(self, *, seed: int, workers: Workers) -> list[Site]:
         return read_sites(self.data, self.table, spacing_mm=self.spacing_mm, held_out=self.held_out, seed=seed)
@@ -103,23 +122,33 @@ class Job:
         seed: of the data, the first weights and the training.
         real: folder of real scans to try the federated model on, in a BraTS layout; not trained on.
         watch_every: rounds between two looks at the Dice of held-out patients.
+
+    Raises:
+        ValueError: a count below 1.
     """
 
     source: Phantoms | Folder
-    rounds: int = 32
-    steps: int = 6
+    rounds: int = 30
+    steps: int = 10
     batch_size: int = 2
-    lr: float = 4e-3
+    lr: float = 5e-3
     filters: int = 8
-    crop: tuple[int, int, int] = (32, 32, 32)
+    crop: tuple[int, int, int] = (24, 24, 24)
     seed: int = 0
     real: str | None = None
     watch_every: int = 4
 
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps", "batch_size", "watch_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is a positive whole number, got {getattr(self, name)}")
+
     def trainer(self) -> SiteTrainer:
         """The trainer of every arm: same network, same start, same schedule, moments kept in all."""
+        # Left and right only: a run of a few hundred steps has no time to learn heads that stand on end.
         return SiteTrainer(model=segresnet(filters=self.filters, seed=self.seed), steps=self.steps,
-                           lr=PolyDecay(start=self.lr, rounds=self.rounds), batch_size=self.batch_size, crop=self.crop)
+                           lr=PolyDecay(start=self.lr, rounds=self.rounds), batch_size=self.batch_size,
+                           crop=self.crop, augment=augmentation(flips=(0,)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +161,7 @@ class Outcome:
         histories: by arm: "federated", "centralised", "local site-01", ...
         scores: one row per arm, patient and region, on the held-out patients of all sites.
         predictions: label maps of the patients shown, by arm and patient id.
+        train: the scores of the federated model on the patients it was trained on, if those are real.
         real: the scores of the federated model on real scans, if there are any.
         real_cases: these patients with the federated model's label maps.
         seconds: wall time of data, train, evaluate and total.
@@ -142,6 +172,7 @@ class Outcome:
     histories: dict[str, History]
     scores: pd.DataFrame
     predictions: dict[str, dict[str, torch.Tensor]]
+    train: pd.DataFrame | None
     real: pd.DataFrame | None
     real_cases: list[tuple[Patient, torch.Tensor]]
     seconds: dict[str, float]
@@ -152,7 +183,9 @@ def open_job(job: Job, out: Path) -> None:
 
     Raises:
         RunError: the directory exists.
+        DataError: the job names a folder or a table that cannot be used; nothing is made.
     """
+    _check_inputs(job)
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:
@@ -163,6 +196,17 @@ def open_job(job: Job, out: Path) -> None:
     scratch = out / "job.json.part"
     scratch.write_text(json.dumps(note, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(scratch, out / "job.json")
+
+
+def _check_inputs(job: Job) -> None:
+    """A mistyped path shows here, not after minutes of training."""
+    if isinstance(job.source, Folder):
+        read_partitioning(job.source.table)
+        if not Path(job.source.data).is_dir():
+            raise DataError(f"{job.source.data} is not a folder; expected one that holds a folder for each patient")
+    if job.real is not None and all(files.label is None for files in find_patients(job.real).values()):
+        raise DataError(f"no patient in {job.real} has an expert's label to compare with; 'fedlab evaluate' segments "
+                        "scans without labels")
 
 
 def read_job(out: Path) -> Job:
@@ -180,7 +224,7 @@ def read_job(out: Path) -> Job:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in note.pop("source").items()}
         note["crop"] = tuple(note["crop"])
         return Job(source=source(**fields), **note)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{out} is no run that can be continued ({type(error).__name__}: {error}); expected the "
                        "folder of an interrupted 'fedlab demo' or 'fedlab run'") from error
 
@@ -195,25 +239,34 @@ def run_job(job: Job, out: Path) -> Outcome:
     Raises:
         FedlabError: data, sites or privacy failed; the run can be resumed after the cause is mended.
     """
+    try:
+        with start_workers() as workers:
+            return _run(job, out, workers)
+    except BrokenProcessPool as error:
+        raise RunError(f"a worker process was killed, perhaps for want of memory; 'fedlab resume {out}' goes on from "
+                       "the last finished round") from error
+
+
+def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     started = time.perf_counter()
     prepared = out / "prepared"
-    with start_workers() as workers:
-        warm = workers.submit(_warm_up)  # imports in the workers while data is generated
-        if not (prepared / "complete").is_file():
-            save_sites(job.source.prepare(seed=job.seed, workers=workers), prepared)
-            (prepared / "complete").touch()
-        sites = load_sites(prepared)
-        warm.result()
-        data_done = time.perf_counter()
-        histories = _train(job, sites, out, workers)
-        train_done = time.perf_counter()
-        scores, predictions = _evaluate(job, sites, histories, prepared, workers)
-        real, real_cases = _try_on_real(job, histories["federated"].state) if job.real else (None, [])
+    warm = workers.submit(_warm_up)  # imports in the workers while data is generated
+    if not (prepared / "complete").is_file():
+        save_sites(job.source.prepare(seed=job.seed, workers=workers), prepared)
+        (prepared / "complete").touch()
+    sites = load_sites(prepared)
+    if not any(len(site.val) for site in sites):
+        raise DataError("no site holds out a patient, so there is nothing to compare on; at least one site needs two "
+                        "patients or more")
+    warm.result()
+    data_done = time.perf_counter()
+    histories = _train(job, sites, out, workers)
+    train_done = time.perf_counter()
+    found = _evaluate(job, sites, histories, prepared, workers)
     done = time.perf_counter()
     seconds = {"data": data_done - started, "train": train_done - data_done, "evaluate": done - train_done,
                "total": done - started}
-    return Outcome(job=job, sites=sites, histories=histories, scores=scores, predictions=predictions, real=real,
-                   real_cases=real_cases, seconds=seconds)
+    return Outcome(job=job, sites=sites, histories=histories, seconds=seconds, **found._asdict())
 
 
 def forget_working_files(out: Path) -> None:
@@ -282,48 +335,81 @@ def _train_arm(job: Job, arm: str, out: Path) -> History:
     return federate(trainer, chosen, **settings)
 
 
+class _Found(NamedTuple):
+    """The part of an `Outcome` that evaluation gives."""
+
+    scores: pd.DataFrame
+    predictions: dict[str, dict[str, torch.Tensor]]
+    train: pd.DataFrame | None
+    real: pd.DataFrame | None
+    real_cases: list[tuple[Patient, torch.Tensor]]
+
+
 def _evaluate(job: Job, sites: Sequence[Site], histories: Mapping[str, History], prepared: Path,
-              workers: Workers) -> tuple[pd.DataFrame, dict[str, dict[str, torch.Tensor]]]:
-    if not any(len(site.val) for site in sites):
-        raise RunError("no site holds out a patient, so nothing can be compared; raise held_out")
-    futures = {arm: workers.submit(_evaluate_arm, job, history.state, prepared) for arm, history in histories.items()}
-    patients = sum(len(site.val) for site in sites) * len(futures)
-    with tqdm(total=patients, desc="evaluating", unit="patient") as bar:
-        _watch(list(futures.values()), lambda: bar.update(len(list(workers.messages()))))
-        bar.update(len(list(workers.messages())))
-    results = {arm: future.result() for arm, future in futures.items()}
+              workers: Workers) -> _Found:
+    federated = histories["federated"].state
+    total = sum(len(site.val) for site in sites) * len(histories)
+    train = real = None
+    if isinstance(job.source, Folder):
+        train = workers.submit(_score_training, job, federated, prepared)
+        total += sum(len(site.train) for site in sites)
+    if job.real is not None:
+        real = workers.submit(_try_on_real, job, federated)
+        total += len(find_patients(job.real))
+    arms = {arm: workers.submit(_evaluate_arm, job, history.state, prepared) for arm, history in histories.items()}
+    with tqdm(total=total, desc="evaluating", unit="patient") as bar:
+        def look() -> None:
+            bar.update(len(list(workers.messages())))
+
+        _watch([future for future in (train, real, *arms.values()) if future is not None], look)
+        look()
+    results = {arm: future.result() for arm, future in arms.items()}
     scores = pd.concat([table.assign(arm=arm) for arm, (table, _) in results.items()], ignore_index=True)
-    return scores, {arm: shown for arm, (_, shown) in results.items()}
+    real_scores, real_cases = (None, []) if real is None else real.result()
+    return _Found(scores=scores, predictions={arm: shown for arm, (_, shown) in results.items()},
+                  train=None if train is None else train.result(), real=real_scores, real_cases=real_cases)
 
 
 def _evaluate_arm(job: Job, state: ServerState | None, prepared: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
     """In a worker: scores on every held-out patient, and the label maps of each site's first."""
-    sites = load_sites(prepared)
     model = _model(job, state)
     rows: list[dict[str, str | float]] = []
     shown = {}
-    for site in sites:
+    for site in load_sites(prepared):
         for number, patient in enumerate(site.val):
-            regions = predict(model, patient, amp=_amp()) >= 0.5
-            rows += score_rows(regions, patient.label, spacing_mm=patient.spacing_mm, site=site.name,
-                               patient=patient.id)
+            found, labels = _segment(model, patient, site.name)
+            rows += found
             if number == 0:
-                shown[patient.id] = regions_to_labels(regions)
-            tell(patient.id)
+                shown[patient.id] = labels
     return pd.DataFrame(rows, columns=list(COLUMNS)), shown
 
 
-def _try_on_real(job: Job, state: ServerState | None) -> tuple[pd.DataFrame, list[tuple[Patient, torch.Tensor]]]:
+def _score_training(job: Job, state: ServerState | None, prepared: Path) -> pd.DataFrame:
+    """In a worker: scores on the patients trained on, which show whether a model has learnt anything at all."""
     model = _model(job, state)
-    found = find_patients(job.real) if job.real else {}
+    rows = [row for site in load_sites(prepared) for patient in site.train
+            for row in _segment(model, patient, site.name)[0]]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _try_on_real(job: Job, state: ServerState | None) -> tuple[pd.DataFrame, list[tuple[Patient, torch.Tensor]]]:
+    """In a worker: scores on real scans, and the patients with their label maps."""
+    model = _model(job, state)
     rows: list[dict[str, str | float]] = []
     cases = []
-    for files in tqdm(found.values(), desc="real scans", unit="patient"):
+    for files in find_patients(job.real).values() if job.real else ():
         patient = read_patient(files, spacing_mm=job.source.spacing_mm)
-        regions = predict(model, patient, amp=_amp()) >= 0.5
-        rows += score_rows(regions, patient.label, spacing_mm=patient.spacing_mm, site="real", patient=patient.id)
-        cases.append((patient, regions_to_labels(regions)))
+        found, labels = _segment(model, patient, "real")
+        rows += found
+        cases.append((patient, labels))
     return pd.DataFrame(rows, columns=list(COLUMNS)), cases
+
+
+def _segment(model: torch.nn.Module, patient: Patient, site: str) -> tuple[list[dict[str, str | float]], torch.Tensor]:
+    regions = predict(model, patient, amp=_amp()) >= 0.5
+    tell(patient.id)
+    rows = score_rows(regions, patient.label, spacing_mm=patient.spacing_mm, site=site, patient=patient.id)
+    return rows, regions_to_labels(regions)
 
 
 def _model(job: Job, state: ServerState | None) -> torch.nn.Module:

@@ -1,4 +1,9 @@
-"""Imported once by the server that workers are forked from, so that each worker starts warm."""
+"""Imported once by the server that workers are forked from, so that each worker starts warm. Import it nowhere else."""
+
+# ruff: noqa: E402
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during these imports ends the server without a traceback
 
 import monai.inferers
 import monai.losses

@@ -22,9 +22,11 @@ from fedlab.types import REGIONS
 from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_figure
 from fedlab.view.slices import compare
 
-__all__ = ["cross_site", "describe", "dice_table", "summarise", "versions", "write_results"]
+__all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "versions", "write_results"]
 
 _LOCAL = "local "
+#: Held-out patients below which their mean is no estimate for other patients.
+_FEW = 20
 
 
 def _groups(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -76,6 +78,10 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "weights_sha256": weights_sha256(federated.params) if federated else None,
         "versions": versions(),
     }
+    if outcome.train is not None:
+        train = summary(outcome.train)["dice"]
+        found["train"] = {"patients": sum(len(site.train) for site in outcome.sites),
+                          "dice": {name: round(float(train[name]), 4) for name in ("WT", "TC", "ET", "mean")}}
     if outcome.real is not None:
         real = summary(outcome.real)["dice"]
         found["real"] = {"patients": int(outcome.real["patient"].nunique()),
@@ -86,9 +92,9 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
 def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     """Writes everything a run directory holds and returns the summary.
 
-    Files: model.safetensors, scores.csv, dice.csv, cross_site.csv, real.csv with real scans, history.json, figures/,
-    report.html, and last summary.json, which says that the run is complete. What an interrupted attempt left half
-    written is written anew.
+    Files: model.safetensors, scores.csv, dice.csv, cross_site.csv, train.csv and real.csv where there are real scans,
+    history.json, figures/, report.html, and last summary.json, which says that the run is complete. What an
+    interrupted attempt left half written is written anew.
     """
     federated = outcome.histories["federated"].state
     for name in ("model.safetensors", "report.html"):
@@ -100,8 +106,9 @@ def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     outcome.scores.to_csv(out / "scores.csv", index=False)
     dice_table(outcome.scores).to_csv(out / "dice.csv", index_label="arm")
     cross_site(outcome.scores).to_csv(out / "cross_site.csv")
-    if outcome.real is not None:
-        outcome.real.to_csv(out / "real.csv", index=False)
+    for name, table in (("train", outcome.train), ("real", outcome.real)):
+        if table is not None:
+            table.to_csv(out / f"{name}.csv", index=False)
     _write_json(out / "history.json", {arm: history.records for arm, history in outcome.histories.items()})
     found = summarise(outcome)
     _write_report(outcome, found, out)
@@ -109,13 +116,31 @@ def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     return found
 
 
-def describe(found: dict[str, Any]) -> str:
-    """The summary in a few lines for a terminal."""
+def caution(outcome: Outcome) -> str:
+    """What held-out patients are too few to say, in a sentence; empty if they are enough for a first impression."""
+    held_out = sum(len(site.val) for site in outcome.sites)
+    if held_out >= _FEW:
+        return ""
+    trained = sum(len(site.train) for site in outcome.sites)
+    return (f"Only {_counted(held_out)} held out and {trained} trained on: nothing generalises from so few, and these "
+            "figures say nothing about other patients.")
+
+
+def _counted(patients: int) -> str:
+    return f"{patients} patient was" if patients == 1 else f"{patients} patients were"
+
+
+def describe(found: dict[str, Any], *, note: str = "") -> str:
+    """The summary in a few lines for a terminal, ending with `note`, such as `caution` gives."""
     columns = ("WT", "TC", "ET", "mean")
     lines = [f"{'Dice on held-out patients':<44}" + "".join(f"{name:>8}" for name in columns)]
     for arm, dice in found["dice"].items():
         lines.append(f"{_SPOKEN[arm]:<44}" + "".join(f"{dice[name]:8.3f}" for name in columns))
     lines.append(f"{'best intensity threshold, chosen with hindsight':<44}{found['thresholding']['WT']:>8.3f}")
+    if "train" in found:
+        dice = found["train"]["dice"]
+        lines.append(f"{'federated, on the ' + str(found['train']['patients']) + ' patients it was trained on':<44}"
+                     + "".join(f"{dice[name]:8.3f}" for name in columns))
     if "real" in found:
         dice = found["real"]["dice"]
         lines.append(f"{'federated model on ' + str(found['real']['patients']) + ' real patients':<44}"
@@ -124,7 +149,7 @@ def describe(found: dict[str, Any]) -> str:
     lines.append(f"{found['patients']} patients of {found['sites']} sites, {found['rounds']} rounds, seed "
                  f"{found['seed']}; {seconds['total']:.0f} s (data {seconds['data']:.0f}, training "
                  f"{seconds['train']:.0f}, evaluation {seconds['evaluate']:.0f})")
-    return "\n".join(lines)
+    return "\n".join([*lines, note] if note else lines)
 
 
 _SPOKEN = {"federated": "federated", "centralised": "all data pooled",
@@ -158,10 +183,15 @@ def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
                 caption="Mean training loss, and Dice on one held-out patient per site, by round."),
         Section(title="Sites", figure=figures["sites"], caption="Patients of each site and volumes of their tumours."),
     ]
+    if outcome.train is not None:
+        sections.insert(1, Section(
+            title="On the patients it was trained on", table=summary(outcome.train)[["dice", "hd95_mm", "patients"]],
+            text="The federated model on its own training patients: whether it has learnt them, not how it does on "
+                 "others. " + str(summary(outcome.train).attrs["rule"])))
     if outcome.real is not None:
         figures["real"] = compare([p for p, _ in outcome.real_cases],
                                   {"federated": [labels for _, labels in outcome.real_cases]})
-        sections.insert(2, Section(
+        sections.insert(-3, Section(
             title="On real scans", table=summary(outcome.real)[["dice", "hd95_mm", "patients"]],
             text=f"The federated model on {found['real']['patients']} real patients it has never seen, resampled to "
                  f"{job.source.spacing_mm:g} mm. " + str(summary(outcome.real).attrs["rule"]),
@@ -199,15 +229,18 @@ def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
     if "local_others" in dice:
         text += f", and a site that trains alone {dice['local_others']['mean']:.2f} on the other sites' patients"
     text += f". All arms took the same number of gradient steps, {job.rounds * job.steps * found['sites']} in all."
-    return text
+    return f"{text} {caution(outcome)}".rstrip()
 
 
 def _notes(outcome: Outcome) -> list[str]:
     held_out = sum(len(site.val) for site in outcome.sites)
-    notes = [f"{held_out} held-out patients: differences of a few hundredths between arms can be chance; "
-             "repeat with other seeds before you conclude from them.",
+    notes = [caution(outcome) or f"{held_out} held-out patients: differences of a few hundredths between arms can be "
+             "chance; repeat with other seeds before you conclude from them.",
              "Local models are each trained with a site's own share of the steps.",
              "No privacy technique was applied: updates left the sites as they were."]
+    without = [site.name for site in outcome.sites if not len(site.val)]
+    if without:
+        notes.append(f"No patient is held out at: {', '.join(without)}. What is there was only trained on.")
     if isinstance(outcome.job.source, Folder):
         return notes
     return ["The patients are generated: real anatomy, simulated tumours and scanners.", *notes]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["ATLAS_CHANNELS", "Grid", "Warp", "build_atlas", "draw_warp", "jacobian", "sample_atlas", "smooth_fields"]
+__all__ = ["ATLAS_CHANNELS", "Grid", "Warp", "build_atlas", "centred", "draw_tissue", "draw_warp", "jacobian",
+           "read_at", "sample_atlas", "smooth_fields"]
 
 #: Middle of the template's brain [mm, MNI], put in the middle of every grid.
 CENTRE_MM = (0.0, -16.5, 5.5)
@@ -103,7 +104,8 @@ def smooth_fields(
     field = torch.from_numpy(coefficients) @ bz.T
     field = by @ field
     field = (bx @ field.flatten(2)).unflatten(2, (len(by), len(bz)))
-    return field / _STD_OF_SPLINE
+    scaled: torch.Tensor = field / _STD_OF_SPLINE
+    return scaled
 
 
 def build_atlas(*, spacing_mm: float) -> tuple[torch.Tensor, NDArray[np.float64]]:
@@ -120,9 +122,10 @@ def build_atlas(*, spacing_mm: float) -> tuple[torch.Tensor, NDArray[np.float64]
         images = [load(resolution=1) for load in (datasets.load_mni152_wm_template, datasets.load_mni152_gm_template,
                                                   datasets.load_mni152_template)]
     white, grey, t1 = (np.asarray(image.dataobj, dtype=np.float32) for image in images)
-    box = tuple(slice(max(0, at.min() - 3), at.max() + 4) for at in np.nonzero(t1 > 0.05))
-    origin = images[0].affine[:3, 3] + [side.start for side in box]
-    white, grey, t1 = white[box], grey[box], t1[box]
+    box = tuple(slice(at.min(), at.max() + 1) for at in np.nonzero(t1 > 0.05))
+    margin = 4  # the template ends inside the brain stem, so its own border will not do
+    origin = images[0].affine[:3, 3] + [side.start - margin for side in box]
+    white, grey, t1 = (np.pad(m[box], margin) for m in (white, grey, t1))
     brain = t1 > 0.05
     total = np.maximum(white + grey, 1.0)
     white, grey = white / total * brain, grey / total * brain
@@ -188,27 +191,31 @@ class Warp:
         flow: displacement [mm] on the grid of doubled voxels, shape (3, X/2, Y/2, Z/2).
         linear: shape (3, 3), applied after the flow (rotation, scale, shear).
         shift: translation in mm, shape (3,).
+        middle: where the patient's grid has its middle, in mm, shape (3,).
     """
 
     grid: Grid
     flow: torch.Tensor
     linear: torch.Tensor
     shift: torch.Tensor
+    middle: torch.Tensor
 
     def __call__(self, points: torch.Tensor) -> torch.Tensor:
         """Positions in the template for positions in the patient; both (3, X, Y, Z) in mm from `CENTRE_MM`."""
-        moved = points + _at(self.flow, points, self.grid.spacing_mm * 2)
-        return torch.tensordot(self.linear, moved, dims=1) + self.shift.view(3, 1, 1, 1)
+        points = points + self.middle.view(3, 1, 1, 1)
+        moved = points + read_at(self.flow, points, self.grid.spacing_mm * 2)
+        turned: torch.Tensor = torch.tensordot(self.linear, moved, dims=1)
+        return turned + self.shift.view(3, 1, 1, 1)
 
 
-def _at(volume: torch.Tensor, points: torch.Tensor, spacing_mm: float) -> torch.Tensor:
+def read_at(volume: torch.Tensor, points: torch.Tensor, spacing_mm: float) -> torch.Tensor:
     """A volume (C, X, Y, Z) centred on the origin, read at points (3, ...) in mm; the edge goes on outside."""
     half = torch.tensor([(n - 1) / 2 * spacing_mm for n in volume.shape[1:]]).view(3, 1, 1, 1)
     where = (points / half).flip(0).permute(1, 2, 3, 0)[None]
     return torch.nn.functional.grid_sample(volume[None], where, align_corners=True, padding_mode="border")[0]
 
 
-def draw_warp(rng: np.random.Generator, grid: Grid, *, brain_scale: float = 0.93) -> Warp:
+def draw_warp(rng: np.random.Generator, grid: Grid, *, brain_scale: float = 0.92) -> Warp:
     """A random head: an affine map and a flow of a stationary velocity field (Arsigny et al. 2006).
 
     Args:
@@ -216,26 +223,29 @@ def draw_warp(rng: np.random.Generator, grid: Grid, *, brain_scale: float = 0.93
         grid: the patient's grid.
         brain_scale: mean size of a brain along an axis, relative to the (large) template.
     """
-    fit = min(n * grid.spacing_mm / (b + 6) for n, b in zip(grid.shape, BRAIN_MM, strict=True))
+    fit = min(n * grid.spacing_mm / (b + 20) for n, b in zip(grid.shape, BRAIN_MM, strict=True))
     scale = np.minimum(brain_scale * np.exp(rng.normal(0, 0.03) + rng.normal(0, 0.025, 3)), fit)
     linear = _rotation(rng.normal(0, math.radians(4), 3)) @ np.diag(1 / scale)
     shift = torch.from_numpy(rng.normal(0, 1.5, 3).astype(np.float32))
     points, h = grid.coordinates(2), grid.spacing_mm * 2
-    velocity = sum(
-        amplitude * smooth_fields(rng, 3, points.shape[1:], h, length)
-        for length, amplitude in ((60.0, 4.0), (28.0, 1.9))
-    )
-    if not isinstance(velocity, torch.Tensor):
-        raise TypeError("the velocity field is a sum of tensors")
+    velocity = 4.0 * smooth_fields(rng, 3, points.shape[1:], h, 60.0)
+    velocity += 1.9 * smooth_fields(rng, 3, points.shape[1:], h, 28.0)
     flow = velocity / 32
     while True:
         for _ in range(5):  # scaling and squaring: five doublings undo the division by 32
-            flow = flow + _at(flow, points + flow, h)
+            flow = flow + read_at(flow, points + flow, h)
         if jacobian(points + flow, h).min() > 0.1:
             break
         velocity = velocity / 2
         flow = velocity / 32
-    return Warp(grid, flow, torch.from_numpy(linear.astype(np.float32)), shift)
+    return Warp(grid, flow, torch.from_numpy(linear.astype(np.float32)), shift, torch.zeros(3))
+
+
+def centred(warp: Warp, atlas: torch.Tensor, affine: NDArray[np.float64]) -> Warp:
+    """The same head in the middle of its grid, so that nothing of the brain is cut off."""
+    points = warp.grid.coordinates(2)
+    inside = points[:, sample_atlas(atlas, affine, warp(points), ("brain",))["brain"] > 0.02]
+    return replace(warp, middle=(inside.min(1).values + inside.max(1).values) / 2)
 
 
 def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -252,7 +262,8 @@ def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
 def jacobian(positions: torch.Tensor, spacing_mm: float) -> torch.Tensor:
     """Determinant of the Jacobian of a map given by its values (3, X, Y, Z) [mm]; positive where nothing folds."""
     gx, gy, gz = torch.gradient(positions, spacing=spacing_mm, dim=(1, 2, 3))
-    return (gx * torch.linalg.cross(gy, gz, dim=0)).sum(0)
+    determinant: torch.Tensor = (gx * torch.linalg.cross(gy, gz, dim=0)).sum(0)
+    return determinant
 
 
 def sample_atlas(
@@ -285,3 +296,62 @@ def _trilinear(volume: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     rows = ((x * ny + y) * nz + z)[:, None] + corners
     table = volume.permute(1, 2, 3, 0).flatten(0, 2)
     return torch.nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights).T.contiguous()
+
+
+def draw_tissue(
+    rng: np.random.Generator, maps: dict[str, torch.Tensor], positions: torch.Tensor, grid: Grid, rim: float
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A patient's normal tissue, with all that resembles a tumour in real scans and is none.
+
+    Args:
+        rng: where the randomness comes from.
+        maps: the atlas at `positions`; `maps["ventricle"]` is widened in place.
+        positions: in the template, shape (3, X, Y, Z) [mm].
+        grid: the patient's grid.
+        rim: how much of the meninges the brain extraction leaves, in [0, 1].
+
+    Returns:
+        Tissue -> fraction of each voxel, shape (X, Y, Z), summing to 1 in the brain; and the brain, bool.
+    """
+    shape, h = grid.shape, grid.spacing_mm
+    fold = smooth_fields(rng, 3, shape, h, max(5.0, h))
+    # The template is a mean of many heads: its blurred cortex becomes definite again, differently in each patient.
+    sharp, atrophy = float(rng.uniform(1.5, 2.2)), float(np.clip(rng.normal(0.5, 0.6), -0.5, 2.0))
+    logits = torch.stack([torch.log(maps[t] + 2e-3) for t in ("white", "grey", "csf")]) * sharp + 0.7 * fold
+    logits[2] += atrophy
+    # Ventricles grow with age: all that lies within some millimetres of them becomes fluid.
+    widened = math.exp(-min(5.0, abs(float(rng.normal(0, 2.0)))) / NEAR_MM)
+    maps["ventricle"] = torch.maximum(maps["ventricle"], torch.sigmoid(25 * (maps["near_ventricle"] - widened)))
+    white, grey, csf = torch.softmax(logits, dim=0) * (1 - maps["ventricle"])
+    csf = csf + maps["ventricle"]
+    rough = smooth_fields(rng, 6, shape, h, 18.0)
+    # Brain extraction is never perfect: it leaves a little too much here and cuts into the cortex there.
+    cut = float(rng.uniform(0.0, 2.5)) + 1.2 * rough[0].clamp(-2, 2)
+    brain = (maps["brain"] > 0.5) & (maps["depth"] * DEPTH_MM > cut)
+    deep = grey * (maps["deep_grey"] / (maps["grey"] + 1e-3)).clamp(0, 1)
+    ventricle = maps["ventricle"] * csf
+    choroid = ventricle * torch.sigmoid(5 * (rough[1] - 0.9)) * 0.7
+    load = float(rng.uniform(-0.3, 3.2))
+    spots = smooth_fields(rng, 1, shape, h, max(9.0, h))[0]
+    score = 2.5 * maps["near_ventricle"] + 0.9 * spots + 0.4 * rough[2] - 2.6 + 0.45 * load
+    lesion = white * torch.sigmoid(5 * score)
+    # Some have an old scar as well: an infarct or gliosis, white and grey matter alike.
+    scar = torch.sigmoid(6 * (rough[2] + 0.3 * spots - float(rng.uniform(2.4, 5.5))))
+    lesion = lesion + (white - lesion) * scar
+    scarred = grey * scar
+    # Two smooth fields vanish together along winding curves: vessels.
+    tube = torch.exp(-(rough[3].square() + rough[4].square()) / (2 * float(rng.uniform(0.07, 0.15)) ** 2))
+    shallow = (1 - maps["depth"] * 3).clamp(0, 1)
+    blood = tube * (0.15 + 0.85 * torch.maximum(csf, 0.7 * shallow)) * float(rng.uniform(0.3, 0.9))
+    midline = torch.exp(-(positions[0] / 3.0).square()) * (positions[2] > 5) * (maps["depth"] < 0.09)
+    surface = torch.exp(-(maps["depth"] * DEPTH_MM / 3).square())
+    meninges = rim * surface * torch.sigmoid(3 * rough[5])
+    fat = float(rng.uniform(0, 1)) * torch.sigmoid(4 * (rough[1] + 0.3))  # scalp and orbit that were not cut off
+    blood = torch.maximum(blood, rim * 0.8 * midline)
+    tissue = {"white": white - lesion, "grey": (grey - deep) * (1 - scar), "deep_grey": deep * (1 - scar),
+              "csf": csf - choroid, "lesion": lesion + scarred, "choroid": choroid}
+    tissue = {name: part * (1 - meninges) * (1 - blood) * brain for name, part in tissue.items()}
+    tissue["meninges"] = meninges * (1 - fat) * (1 - blood) * brain
+    tissue["fat"] = meninges * fat * (1 - blood) * brain
+    tissue["blood"] = blood * brain
+    return tissue, brain

@@ -33,18 +33,21 @@ class Relaxation(NamedTuple):
         return Relaxation(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
 
 
-#: Tissue -> relaxation at 1.5 T and at 3 T. White and grey matter: midway between Stanisz et al. 2005 and
-#: Wansapura et al. 1999. Deep grey: iron shortens T2 (Gelman et al. 1999). Fluid: Rooney et al. 2007.
-#: Blood: Stanisz et al. 2005. Free oedema fluid, enhancing and solid tumour, necrosis: the ranges of
-#: Bottomley et al. 1987, Oh et al. 2005 and Badve et al. 2017. Blood products: methaemoglobin (Bradley 1993).
+#: Tissue -> relaxation at 1.5 T and at 3 T. White and grey matter and fluid: within what Wansapura et al. 1999,
+#: Stanisz et al. 2005 and Rooney et al. 2007 measured. Methods disagree: white matter at 3 T has a T1 of 600 to
+#: 1100 ms in the literature (Asslaender 2024), which is one reason to vary all of it. Deep grey: iron shortens T2
+#: (Gelman et al. 1999). Blood: Stanisz et al. 2005, its T2 shortened by flow. Fat: de Bazelaire et al. 2004, its T2
+#: lengthened by trains of echoes. Oedema and tumour: of the size that Bottomley et al. 1987 and Oh et al. 2005 report.
+#: Blood products: methaemoglobin (Bradley 1993).
 TISSUES: Mapping[str, tuple[Relaxation, Relaxation]] = {
     "white": (Relaxation(0.70, 660, 76), Relaxation(0.70, 900, 74)),
-    "grey": (Relaxation(0.81, 1060, 95), Relaxation(0.81, 1420, 98)),
+    "grey": (Relaxation(0.81, 1130, 95), Relaxation(0.81, 1420, 98)),
     "deep_grey": (Relaxation(0.79, 930, 80), Relaxation(0.79, 1230, 74)),
     "csf": (Relaxation(1.00, 4100, 1900), Relaxation(1.00, 4300, 1800)),
     "blood": (Relaxation(0.85, 1440, 120), Relaxation(0.85, 1930, 80)),
     "choroid": (Relaxation(0.88, 1400, 160), Relaxation(0.88, 1700, 150)),
     "meninges": (Relaxation(0.72, 950, 65), Relaxation(0.72, 1150, 60)),
+    "fat": (Relaxation(0.95, 290, 85), Relaxation(0.95, 370, 75)),
     "oedema_fluid": (Relaxation(0.96, 1400, 205), Relaxation(0.96, 1700, 195)),
     "solid": (Relaxation(0.88, 1050, 150), Relaxation(0.88, 1380, 145)),
     "enhancing": (Relaxation(0.88, 1050, 125), Relaxation(0.88, 1380, 120)),
@@ -52,7 +55,10 @@ TISSUES: Mapping[str, tuple[Relaxation, Relaxation]] = {
     "cyst": (Relaxation(0.99, 2900, 850), Relaxation(0.99, 3200, 800)),
     "blood_products": (Relaxation(0.85, 480, 75), Relaxation(0.85, 560, 65)),
 }
-#: Relaxivities of a gadolinium chelate in plasma at 37 °C [1/(mM s)] at 1.5 T and 3 T (Rohrer et al. 2005).
+# How much T1 and T2 vary between patients, where it isn't 8 %. More of fluid's T1 and FLAIR would not suppress it.
+_SPREAD = {"csf": 0.02, "solid": 0.15, "enhancing": 0.15, "necrosis": 0.15, "cyst": 0.15, "oedema_fluid": 0.15}
+#: Relaxivities of a gadolinium chelate in plasma at 37 °C [1/(mM s)] at 1.5 T and 3 T: between those of gadobutrol
+#: and of weaker chelates (Rohrer et al. 2005; Szomolanyi et al. 2019).
 R1, R2 = (4.6, 4.5), (5.4, 5.9)
 
 
@@ -159,7 +165,7 @@ def draw_scanner(rng: np.random.Generator) -> Scanner:
     u = rng.uniform
     tr = float(u(7000, 11000))
     null = 4200 * math.log(2 / (1 + math.exp(-tr / 4200)))  # the inversion time at which fluid vanishes
-    flair = InversionRecovery(tr_ms=_r(tr), te_ms=_r(u(85, 145)), ti_ms=_r(null * u(0.93, 1.04)))
+    flair = InversionRecovery(tr_ms=_r(tr), te_ms=_r(u(85, 145)), ti_ms=_r(null * u(0.95, 1.03)))
     kind = int(rng.integers(3))
     if kind == 0:
         t1: Sequence = SpinEcho(tr_ms=_r(u(400, 750)), te_ms=_r(u(8, 17)))
@@ -176,16 +182,16 @@ def draw_scanner(rng: np.random.Generator) -> Scanner:
         axes[1] = 0  # T1 sagittal
     if rng.random() < 0.15:
         axes[0] = int(rng.integers(2))
-    thin = rng.random() < 0.5
-    thickness = (u(3, 6), u(1, 2) if thin and kind else u(3, 6), u(1, 2) if thin else u(2, 5.5), u(3, 6))
+    thin = rng.random() < 0.65
+    thickness = (u(2.5, 5), u(1, 2) if thin and kind else u(2.5, 5), u(1, 2) if thin else u(2, 5), u(2.5, 5))
     return Scanner(
         field_t=field_t, flair=flair, t1=t1, t1c=t1c, t2=t2,
-        bias=round(float(u(0.04, 0.2)), 3),
+        bias=round(float(u(0.04, 0.14)), 3),
         noise=round(float(min(0.06, math.exp(rng.normal(math.log(0.02), 0.5)))), 4),
         slice_mm=(_r(thickness[0]), _r(thickness[1]), _r(thickness[2]), _r(thickness[3])),
         slice_axis=(axes[0], axes[1], axes[2], axes[3]),
         dose=round(float(u(0.7, 1.4)), 2),
-        rim=round(float(u(0.0, 0.7)), 2),
+        rim=round(float(u(0.1, 0.9)), 2),
     )
 
 
@@ -200,26 +206,26 @@ def jitter(rng: np.random.Generator, sequence: Sequence, amount: float = 0.03) -
 
 
 def draw_tissues(rng: np.random.Generator, field_t: float) -> dict[str, Relaxation]:
-    """One patient's tissues at a field strength: proton density 2 %, T1 and T2 5 to 15 % from the table.
+    """One patient's tissues at a field strength: proton density 2 %, T1 and T2 8 to 15 % (fluid 2 %) from the table.
 
-    "oedema" lies 0.45 to 0.75 of the way from white matter to free oedema fluid; "core" and "core_b" are two mixtures
+    "oedema" lies 0.55 to 0.8 of the way from white matter to free oedema fluid; "core" and "core_b" are two mixtures
     of solid non-enhancing tumour, necrosis, cyst and blood products; "lesion" is a white-matter hyperintensity.
     """
     at = 0 if field_t == 1.5 else 1
     out: dict[str, Relaxation] = {}
     for name, pair in TISSUES.items():
-        wide = 0.15 if name in ("solid", "enhancing", "necrosis", "cyst", "oedema_fluid") else 0.05
+        wide = _SPREAD.get(name, 0.08)
         pd, t1, t2 = pair[at]
         out[name] = Relaxation(min(1.0, pd * math.exp(0.02 * rng.standard_normal())),
                                t1 * math.exp(wide * rng.standard_normal()), t2 * math.exp(wide * rng.standard_normal()))
-    out["oedema"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.45, 0.75)))
+    out["oedema"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.55, 0.8)))
     out["lesion"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.3, 0.6)))
     # Cellular tumour holds less free water than oedema: some of it hardly differs from grey matter but in shape.
-    out["solid"] = out["grey"].towards(out["solid"], float(rng.uniform(0.3, 1.0)))
-    out["enhancing"] = out["grey"].towards(out["enhancing"], float(rng.uniform(0.3, 1.0)))
+    out["solid"] = out["grey"].towards(out["solid"], float(rng.uniform(0.4, 1.0)))
+    out["enhancing"] = out["grey"].towards(out["enhancing"], float(rng.uniform(0.1, 0.8)))
     kinds = ("solid", "necrosis", "cyst", "blood_products")
     for name in ("core", "core_b"):
-        a, b = rng.choice(4, size=2, p=[0.36, 0.24, 0.34, 0.06])
+        a, b = rng.choice(4, size=2, p=[0.34, 0.24, 0.36, 0.06])
         out[name] = out[kinds[a]].towards(out[kinds[b]], float(rng.uniform(0, 0.5)))
     return out
 
@@ -265,7 +271,7 @@ def acquire(
     slow = smooth_fields(rng, 4, shape, spacing_mm, 75.0)
     strength = float(rng.uniform(0.01, 0.035))
     signs = torch.tensor([1.0, -0.6, -0.6, 1.0])
-    smear = float(rng.uniform(0.9, 1.6))
+    smear = float(rng.uniform(1.5, 3.5)) / spacing_mm
     share = [0.06, 0.5, 0.4, -0.2]  # how much of the T1 template's own detail each contrast shows
     for c in range(4):
         relative = signs[c] * texture[0] + 0.5 * texture[1 if c in (0, 3) else 2]
@@ -286,12 +292,12 @@ def _soft_edge(brain: torch.Tensor) -> torch.Tensor:
 
 
 def _concentrations(rng: np.random.Generator, dose: float) -> dict[str, float]:
-    """Contrast agent by tissue [mM]; the enhancing rim takes up faintly in some patients, strongly in others."""
+    """One patient's contrast agent by tissue [mM]."""
     return {
-        "enhancing": dose * float(np.exp(rng.uniform(math.log(0.08), math.log(0.5)))),
+        "enhancing": dose * float(np.exp(rng.uniform(math.log(0.5), math.log(1.0)))),
         "core": dose * float(rng.uniform(0.0, 0.04)), "core_b": dose * float(rng.uniform(0.0, 0.08)),
         "blood": dose * float(rng.uniform(0.5, 1.5)), "choroid": dose * float(rng.uniform(0.3, 0.9)),
-        "meninges": dose * float(rng.uniform(0.1, 0.5)), "csf": 0.0,
+        "meninges": dose * float(rng.uniform(0.1, 0.5)), "csf": 0.0, "fat": 0.0,
         "oedema": dose * float(rng.uniform(0.0, 0.02)), "brain": dose * 0.02,
     }
 
@@ -306,7 +312,7 @@ def _unevenness(
     gain = torch.from_numpy(table[:, column["oedema"]] - table[:, column["white"]])
     image += gain.view(4, 1, 1, 1) * (fractions["oedema"] * (0.18 * field[0]).clamp(-0.35, 0.35))
     # Moving fluid escapes the inversion here and there: cisterns and ventricles shine up on FLAIR.
-    fluid = float(rng.uniform(0.0, 1.0)) * (0.4 * (field[1] - 0.7)).clamp(0, 0.9)
+    fluid = float(rng.uniform(0.0, 1.3)) * (0.9 * (field[1] - 0.5)).clamp(0, 1.3)
     image[0] += fractions["csf"] * fluid
     # Cortex differs from lobe to lobe on FLAIR, brightest in the limbic system.
     image[0] *= 1 + fractions["grey"] * (float(rng.uniform(0.0, 0.15)) * field[2])

@@ -7,13 +7,10 @@ Every patient is the MNI152 anatomy deformed (`fedlab.data.anatomy`), with a tum
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from contextlib import contextmanager
@@ -26,7 +23,18 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from fedlab.data.anatomy import BRAIN_MM, CENTRE_MM, DEPTH_MM, NEAR_MM, Grid, build_atlas, draw_warp, sample_atlas, smooth_fields
+from fedlab.data.anatomy import (
+    BRAIN_MM,
+    CENTRE_MM,
+    Grid,
+    build_atlas,
+    centred,
+    draw_tissue,
+    draw_warp,
+    sample_atlas,
+    smooth_fields,
+)
+from fedlab.data.cache import load, path_of, store
 from fedlab.data.contrast import Scanner, acquire, draw_scanner
 from fedlab.data.prepare import normalise
 from fedlab.data.tumour import Population, Tumour, draw_growth, grow, mass_effect, segment
@@ -39,7 +47,7 @@ __all__ = ["FETS_SIZES", "RawPatient", "SiteProfile", "cohort_sizes", "generate_
            "site_profiles", "write_brats"]
 
 #: Changes whenever the same settings would give other patients; part of every cache key.
-GENERATOR = "fedlab-phantom-7"
+GENERATOR = "fedlab-phantom-1"
 #: Patients of the 17 institutions of FeTS 2021, partitioning_1 (Pati et al. 2021).
 FETS_SIZES = (129, 14, 5, 9, 22, 34, 12, 8, 4, 8, 6, 9, 27, 3, 11, 34, 6)
 _FILES = ("flair", "t1", "t1ce", "t2")
@@ -112,7 +120,7 @@ def site_profiles(sites: int, seed: int = 0) -> list[SiteProfile]:
     for number in range(sites):
         rng = np.random.default_rng(derive(seed, "profile", number))
         population = Population(
-            low_grade=round(float(rng.uniform(0.05, 0.2)), 3),
+            low_grade=round(float(rng.uniform(0.04, 0.12)), 3),
             multifocal=round(float(rng.uniform(0.08, 0.25)), 3),
             median_ml=round(float(np.clip(85 * math.exp(0.2 * rng.standard_normal()), 50, 140)), 1),
             spread=round(float(rng.uniform(0.5, 0.8)), 2),
@@ -165,13 +173,14 @@ def generate_patient(
     atlas, affine = _atlas(grid.spacing_mm, _folder(cache))
     with _one_thread():
         growth = draw_growth(rng, profile.population)
-        warp = draw_warp(rng, grid)
+        warp = centred(draw_warp(rng, grid), atlas, affine)
         half = warp(grid.coordinates(2))
         centre = _seed_point(rng, sample_atlas(atlas, affine, half, ("white", "depth")), half, grid)
-        work = _crop(grid, sample_atlas(atlas, affine, warp(mass_effect(grid.coordinates(2), centre, growth)), ("brain",)))
+        pushed = warp(mass_effect(grid.coordinates(2), centre, growth))
+        work = _crop(grid, sample_atlas(atlas, affine, pushed, ("brain",)))
         positions = warp(mass_effect(work.coordinates(), centre, growth))
         maps = sample_atlas(atlas, affine, positions)
-        tissue, brain = _tissues(rng, maps, positions, work, profile.scanner)
+        tissue, brain = draw_tissue(rng, maps, positions, work, profile.scanner.rim)
         odds = grow(rng, tissue["white"], tissue["grey"] + tissue["deep_grey"], growth, work.spacing_mm, centre)
         tumour = segment(rng, odds, {**maps, "white": tissue["white"], "csf": tissue["csf"],
                                      "brain": brain.float()}, growth, work.spacing_mm)
@@ -210,55 +219,6 @@ def _seed_point(
         raise DataError(f"no white matter to seed a tumour in on {grid}")
     at = good[int(rng.integers(len(good)))]
     return grid.coordinates(2)[:, at[0], at[1], at[2]]
-
-
-def _tissues(
-    rng: np.random.Generator, maps: dict[str, torch.Tensor], positions: torch.Tensor, grid: Grid, scanner: Scanner
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Fractions of normal tissue, summing to 1 in the brain mask, and the mask; with the confounders of real scans.
-
-    Widens `maps["ventricle"]`.
-    """
-    shape, h = grid.shape, grid.spacing_mm
-    fold = smooth_fields(rng, 3, shape, h, max(5.0, h))
-    # The template is a mean of many heads: its blurred cortex becomes definite again, differently in each patient.
-    sharp, atrophy = float(rng.uniform(1.5, 2.2)), float(np.clip(rng.normal(0.5, 0.6), -0.5, 2.0))
-    logits = torch.stack([torch.log(maps[t] + 2e-3) for t in ("white", "grey", "csf")]) * sharp + 0.7 * fold
-    logits[2] += atrophy
-    # Ventricles grow with age: all that lies within some millimetres of them becomes fluid.
-    widened = math.exp(-abs(float(rng.normal(0, 2.5))) / NEAR_MM)
-    maps["ventricle"] = torch.maximum(maps["ventricle"], torch.sigmoid(25 * (maps["near_ventricle"] - widened)))
-    white, grey, csf = torch.softmax(logits, dim=0) * (1 - maps["ventricle"])
-    csf = csf + maps["ventricle"]
-    rough = smooth_fields(rng, 6, shape, h, 18.0)
-    # Brain extraction is never perfect: it leaves a little too much here and cuts into the cortex there.
-    cut = float(rng.uniform(0.0, 2.5)) + 1.2 * rough[0].clamp(-2, 2)
-    brain = (maps["brain"] > 0.5) & (maps["depth"] * DEPTH_MM > cut)
-    deep = grey * (maps["deep_grey"] / (maps["grey"] + 1e-3)).clamp(0, 1)
-    ventricle = maps["ventricle"] * csf
-    choroid = ventricle * torch.sigmoid(5 * (rough[1] - 0.9)) * 0.7
-    load = float(rng.uniform(-0.3, 3.3))
-    spots = smooth_fields(rng, 1, shape, h, max(9.0, h))[0]
-    score = 2.2 * maps["near_ventricle"] + 0.9 * spots + 0.4 * rough[2] - 2.6 + 0.45 * load
-    lesion = white * torch.sigmoid(5 * score)
-    # Some have an old scar as well: an infarct or gliosis, white and grey matter alike.
-    scar = torch.sigmoid(6 * (rough[2] + 0.3 * spots - float(rng.uniform(1.7, 4.5))))
-    lesion = lesion + (white - lesion) * scar
-    scarred = grey * scar
-    # Two smooth fields vanish together along winding curves: vessels.
-    tube = torch.exp(-(rough[3].square() + rough[4].square()) / (2 * float(rng.uniform(0.07, 0.15)) ** 2))
-    shallow = (1 - maps["depth"] * 3).clamp(0, 1)
-    blood = tube * (0.15 + 0.85 * torch.maximum(csf, 0.7 * shallow)) * float(rng.uniform(0.3, 0.9))
-    midline = torch.exp(-(positions[0] / 3.0).square()) * (positions[2] > 5) * (maps["depth"] < 0.09)
-    surface = torch.exp(-(maps["depth"] * DEPTH_MM / 3).square())
-    meninges = scanner.rim * surface * torch.sigmoid(3 * rough[5])
-    blood = torch.maximum(blood, scanner.rim * 0.8 * midline)
-    tissue = {"white": white - lesion, "grey": (grey - deep) * (1 - scar), "deep_grey": deep * (1 - scar),
-              "csf": csf - choroid, "lesion": lesion + scarred, "choroid": choroid}
-    tissue = {name: part * (1 - meninges) * (1 - blood) * brain for name, part in tissue.items()}
-    tissue["meninges"] = meninges * (1 - blood) * brain
-    tissue["blood"] = blood * brain
-    return tissue, brain
 
 
 def _with_tumour(
@@ -398,6 +358,8 @@ def _orders(
 
 
 def _triple(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise ValueError(f"shape is three voxel counts, got {tuple(shape)}")
     x, y, z = (int(n) for n in shape)
     return x, y, z
 
@@ -421,19 +383,23 @@ def _generate(
 ) -> Iterator[RawPatient]:
     """The ordered patients in order, from the cache where it can be trusted."""
     cache.mkdir(parents=True, exist_ok=True)
-    missing = [order for order in orders if _recall(order, cache) is None]
-    if missing:
-        own = workers is None or isinstance(workers, int)
-        pool = (None if workers == 0 else start_workers(workers)) if own else workers
-        try:
+    missing = [order for order in orders if not path_of(cache, order.settings).exists()]
+    if not missing:
+        pass
+    elif isinstance(workers, Executor):
+        _fill_cache(missing, cache, workers, progress)
+    elif workers == 0:
+        _fill_cache(missing, cache, None, progress)
+    else:
+        with start_workers(workers) as pool:
             _fill_cache(missing, cache, pool, progress)
-        finally:
-            if own and pool is not None:
-                pool.shutdown(cancel_futures=True)
     for order in orders:
         raw = _recall(order, cache)
+        if raw is None:  # damaged or not ours, which `load` has warned of
+            _make(order, cache)
+            raw = _recall(order, cache)
         if raw is None:
-            raise DataError(f"patient {order.id} vanished from the cache {cache}; does another program write there?")
+            raise DataError(f"patient {order.id} cannot be kept in {cache}; does another program write there?")
         yield raw
 
 
@@ -447,9 +413,13 @@ def _fill_cache(orders: Sequence[_Order], cache: Path, pool: Executor | None, pr
                 bar.update()
             return
         futures = [pool.submit(_make, order, cache) for order in orders]
-        for future in as_completed(futures):
-            future.result()
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        finally:
+            for future in futures:  # after an error or Ctrl-C nobody wants the rest
+                future.cancel()
 
 
 def _make(order: _Order, cache: Path) -> None:
@@ -458,12 +428,12 @@ def _make(order: _Order, cache: Path) -> None:
     where = torch.nonzero(raw.image[0])
     low, high = where.min(0).values, where.max(0).values + 1
     box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    _save(cache, order.settings, {"image": raw.image[(slice(None), *box)].contiguous(),
+    store(cache, order.settings, {"image": raw.image[(slice(None), *box)].contiguous(),
                                   "label": raw.label[box].contiguous(), "corner": low})
 
 
 def _recall(order: _Order, cache: Path) -> RawPatient | None:
-    tensors = _load(cache, order.settings)
+    tensors = load(cache, order.settings)
     if tensors is None:
         return None
     image = torch.zeros((4, *order.grid.shape), dtype=torch.int16)
@@ -478,11 +448,11 @@ def _recall(order: _Order, cache: Path) -> RawPatient | None:
 def _atlas(spacing_mm: float, cache: Path) -> tuple[torch.Tensor, NDArray[np.float64]]:
     """The atlas in float32 for a voxel size, from the cache or built and cached."""
     settings = json.dumps({"what": "atlas", "spacing_mm": spacing_mm, **_versions()}, sort_keys=True)
-    tensors = _load(cache, settings)
+    tensors = load(cache, settings)
     if tensors is None:
         atlas, affine = build_atlas(spacing_mm=spacing_mm)
         tensors = {"atlas": atlas, "affine": torch.from_numpy(affine)}
-        _save(cache, settings, tensors)
+        store(cache, settings, tensors)
     # The channels of a voxel side by side in memory: they are read together.
     table = (tensors["atlas"].permute(1, 2, 3, 0).float() / 255).contiguous()
     return table.permute(3, 0, 1, 2), tensors["affine"].numpy()
@@ -495,55 +465,6 @@ def _versions() -> dict[str, str]:
 
 def _folder(cache: Path | str | None) -> Path:
     return Path(cache or os.environ.get("FEDLAB_CACHE") or ".fedlab-cache").absolute()
-
-
-def _file(cache: Path, settings: str) -> Path:
-    return cache / f"{hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()}.safetensors"
-
-
-def _checksum(settings: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(settings.encode(), digest_size=32)
-    for name in sorted(tensors):
-        array = tensors[name].numpy()
-        digest.update(f"|{name} {array.dtype.str} {array.shape}|".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _save(cache: Path, settings: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes a cache file in one step: other processes see all of it or nothing."""
-    from safetensors.torch import save
-
-    cache.mkdir(parents=True, exist_ok=True)
-    data = save(dict(tensors), metadata={"settings": settings, "checksum": _checksum(settings, tensors)})
-    handle, name = tempfile.mkstemp(dir=cache, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, _file(cache, settings))
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _load(cache: Path, settings: str) -> dict[str, torch.Tensor] | None:
-    """The tensors stored for these settings; None, with a warning where a file is there that cannot be trusted."""
-    from safetensors import SafetensorError, safe_open
-
-    path = _file(cache, settings)
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        warnings.warn(f"the cache file {path.name} cannot be read ({error}); it is generated anew", stacklevel=2)
-        return None
-    if metadata.get("settings") != settings or metadata.get("checksum") != _checksum(settings, tensors):
-        warnings.warn(f"the cache file {path.name} is damaged or not ours; it is generated anew", stacklevel=2)
-        return None
-    return tensors
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 Tumour cells diffuse faster in white than in grey matter and not at all through fluid or bone, and divide until
 the tissue is full: dc/dt = div(D grad c) + rho c (1 - c), the Fisher-Kolmogorov equation (Swanson et al. 2000;
-Harpold et al. 2007, who estimate D between 6 and 324 mm²/year and rho between 1 and 32 per year).
+Harpold et al. 2007). The parameters are drawn in the ranges estimated from patients there: D up to 0.9 mm²/day in
+white matter, rho 0.003 to 0.08 per day.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlab.data.anatomy import _at, smooth_fields
+from fedlab.data.anatomy import read_at, smooth_fields
 
 __all__ = ["GROWTH_MM", "Growth", "Population", "Tumour", "draw_growth", "grow", "mass_effect", "segment"]
 
@@ -123,12 +124,12 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
         necrotic = 1.0
     elif kind < 0.25:
         necrotic = float(rng.uniform(0.0, 0.15))  # nearly all of it enhances
-    elif kind < 0.45:
-        necrotic = float(rng.uniform(0.7, 0.95))  # large necrotic or non-enhancing core, thin or patchy rim
+    elif kind < 0.4:
+        necrotic = float(rng.uniform(0.6, 0.85))  # large necrotic or non-enhancing core, thin or patchy rim
     else:
         necrotic = float(rng.beta(4.0, 5.0))
     length = float(np.clip(math.exp(rng.normal(math.log(5.0), 0.3)), 3.0, 9.0))
-    proliferation = float(np.clip(math.exp(rng.normal(math.log(0.015), 0.6)), 0.003, 0.08))
+    proliferation = float(np.clip(math.exp(rng.normal(math.log(0.015), 0.6)), 0.003, min(0.08, 0.9 / length**2)))
     return Growth(
         diffusion=length**2 * proliferation,
         proliferation=proliferation,
@@ -137,8 +138,8 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
         necrotic_share=necrotic,
         foci=int(1 + (rng.random() < population.multifocal) * rng.integers(1, 3)),
         push=float(rng.uniform(0.0, 0.7) * (0.6 + 0.4 * core)),
-        roughness=float(math.exp(rng.uniform(math.log(0.4), math.log(1.6)))),
-        edge=float(rng.uniform(0.15, 0.6)),
+        roughness=float(math.exp(rng.uniform(math.log(0.35), math.log(1.1)))),
+        edge=float(rng.uniform(0.06, 0.24)),
     )
 
 
@@ -185,7 +186,7 @@ def grow(
     local = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     half = torch.tensor([(n - 1) / 2 * spacing_mm for n in white.shape]).view(3, 1, 1, 1)
     where = local + centre.view(3, 1, 1, 1)
-    tissue = (_at(torch.stack((white, grey)), where, spacing_mm) * ((where.abs() <= half).all(0))).numpy()
+    tissue = (read_at(torch.stack((white, grey)), where, spacing_mm) * ((where.abs() <= half).all(0))).numpy()
     mixed = smooth_fields(rng, 2, local.shape[1:], GROWTH_MM, 14.0).numpy()
     solid = tissue.sum(0) > 0.4
     diffusion = growth.diffusion * (tissue[0] + tissue[1] / WHITE_TO_GREY) * np.exp(0.5 * mixed[0]) * solid
@@ -217,7 +218,7 @@ def grow(
         odds.select(a, _BOX - 1).fill_(_NOTHING)
     full = torch.stack(torch.meshgrid(*[(torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * spacing_mm
                                         for n in white.shape], indexing="ij"))
-    return _at(odds[None], full - centre.view(3, 1, 1, 1), GROWTH_MM)[0]
+    return read_at(odds[None], full - centre.view(3, 1, 1, 1), GROWTH_MM)[0]
 
 
 def _seeds(

@@ -1,0 +1,63 @@
+"""Tensors on disk under a name made from what decides them; what cannot be trusted is not used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+__all__ = ["load", "path_of", "store"]
+
+
+def path_of(cache: Path, settings: str) -> Path:
+    """Where the tensors for these settings are kept."""
+    return cache / f"{hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()}.safetensors"
+
+
+def _checksum(settings: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(settings.encode(), digest_size=32)
+    for name in sorted(tensors):
+        array = tensors[name].numpy()
+        digest.update(f"|{name} {array.dtype.str} {array.shape}|".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def store(cache: Path, settings: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a cache file in one step: other processes see all of it or nothing."""
+    cache.mkdir(parents=True, exist_ok=True)
+    data = save(dict(tensors), metadata={"settings": settings, "checksum": _checksum(settings, tensors)})
+    handle, name = tempfile.mkstemp(dir=cache, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(name, path_of(cache, settings))
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(cache: Path, settings: str) -> dict[str, torch.Tensor] | None:
+    """The tensors stored for these settings; None, with a warning where a file is there that cannot be trusted."""
+    path = path_of(cache, settings)
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        warnings.warn(f"the cache file {path.name} cannot be read ({error}); it is generated anew", stacklevel=2)
+        return None
+    if metadata.get("settings") != settings or metadata.get("checksum") != _checksum(settings, tensors):
+        warnings.warn(f"the cache file {path.name} is damaged or not ours; it is generated anew", stacklevel=2)
+        return None
+    return tensors
