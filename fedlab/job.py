@@ -128,7 +128,7 @@ class Job:
     """
 
     source: Phantoms | Folder
-    rounds: int = 30
+    rounds: int = 25
     steps: int = 10
     batch_size: int = 2
     lr: float = 5e-3
@@ -145,10 +145,11 @@ class Job:
 
     def trainer(self) -> SiteTrainer:
         """The trainer of every arm: same network, same start, same schedule, moments kept in all."""
-        # Left and right only: a run of a few hundred steps has no time to learn heads that stand on end.
+        # A run of a few hundred steps has no time to learn heads that stand on end, so it flips left and right only,
+        # and it must see much of what is not tumour, or it finds tumour everywhere.
         return SiteTrainer(model=segresnet(filters=self.filters, seed=self.seed), steps=self.steps,
                            lr=PolyDecay(start=self.lr, rounds=self.rounds), batch_size=self.batch_size,
-                           crop=self.crop, augment=augmentation(flips=(0,)))
+                           crop=self.crop, tumour_share=0.4, augment=augmentation(flips=(0,)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -128,17 +129,25 @@ class Crops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         patient = self.patients[index]
         label = patient.label[None]  # type: ignore[index]
-        cut = self._crop({"image": patient.image, "label": label, "tumour": label})[0]
-        image, target = _plain(cut["image"]).float(), labels_to_regions(_plain(cut["label"])[0])
-        item: dict[str, Any] = {"image": image, "label": target}
-        if self._augment is not None:
-            item = self._augment(item)
-        return _plain(item["image"]), _plain(item["label"])
+        with _untracked():
+            cut = self._crop({"image": patient.image, "label": label, "tumour": label})[0]
+            item: dict[str, Any] = {"image": cut["image"].float(), "label": labels_to_regions(cut["label"][0])}
+            if self._augment is not None:
+                item = self._augment(item)
+        return torch.as_tensor(item["image"]), torch.as_tensor(item["label"])
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Without MONAI's metadata, which would be carried through every operation of the network, at a cost."""
-    return tensor.as_subclass(torch.Tensor)
+@contextmanager
+def _untracked() -> Iterator[None]:
+    """Plain tensors from MONAI's transforms: its metadata would be carried through every step of the network."""
+    from monai.data import get_track_meta, set_track_meta
+
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
 
 
 @dataclass

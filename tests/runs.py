@@ -65,9 +65,14 @@ class Background:
 
     def __init__(self, arguments: Sequence[str], log: Path) -> None:
         self.log = log
-        with log.open("wb") as file:
-            self.process = subprocess.Popen([sys.executable, "-m", "fedlab.cli", *arguments], start_new_session=True,
-                                            stdout=file, stderr=subprocess.STDOUT)
+        # A process that is started with Ctrl-C ignored, as shells do in the background, would go on ignoring it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with log.open("wb") as file:
+                self.process = subprocess.Popen([sys.executable, "-m", "fedlab.cli", *arguments], stdout=file,
+                                                stderr=subprocess.STDOUT, start_new_session=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def interrupt(self) -> None:
         """Ctrl-C, which a terminal sends to the whole group."""

@@ -178,7 +178,7 @@ def interrupted(arguments: tuple[str, ...], out: Path, end: str) -> tuple[int, s
     run = Background(["demo", *arguments, "--out", str(out)], out.with_suffix(".log"))
     try:
         wait_for(lambda: run.process.poll() is not None or any(out.glob("arms/*/round-[0-9]*/round.json")),
-                 seconds=300, why=f"no checkpoint appeared\n{run.log.read_text()[-2000:]}")
+                 seconds=600, why=f"no checkpoint appeared\n{run.log.read_text()[-2000:]}")
         assert run.process.poll() is None, run.log.read_text()
         run.process.kill() if end == "kill" else run.interrupt()
         status = run.process.wait(timeout=120)

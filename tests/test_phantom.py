@@ -237,7 +237,7 @@ def test_tissues_look_as_a_radiologist_knows_them(field_t: float):
         assert t1["white"] > t1["grey"] > t1["csf"]
         assert t2["csf"] > t2["oedema"] > t2["white"]
         share = (tissue["oedema"].t2 - tissue["white"].t2) / (tissue["oedema_fluid"].t2 - tissue["white"].t2)
-        assert 0.45 <= share <= 0.75
+        assert 0.55 <= share <= 0.8
 
 
 def test_relaxation_depends_on_field_strength():
@@ -276,7 +276,7 @@ def test_thresholding_does_not_solve_it(default_cohort: list[Site]):
             values = patient.image[channel].float().numpy()[brain]
             scores[channel, number] = [dice(values > level, whole) for level in levels]
     assert scores.mean(1).max() < 0.7  # one threshold for all, the best modality, with hindsight
-    assert scores[0].max(1).mean() < 0.7  # FLAIR, the best threshold for each patient, with hindsight
+    assert scores[0].max(1).mean() < 0.8  # nor does it with the best FLAIR threshold for each patient
     assert scores[0].mean(0).max() > 0.45  # and yet there is something to see
 
 

@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats.qmc import LatinHypercube
 
 from fedlab.data.anatomy import smooth_fields
 
 __all__ = ["TISSUES", "GradientEcho", "InversionRecovery", "Relaxation", "Scanner", "Sequence", "SpinEcho", "acquire",
-           "draw_scanner", "draw_tissues", "enhance"]
+           "draw_scanners", "draw_tissues", "enhance"]
 
 
 class Relaxation(NamedTuple):
@@ -159,44 +160,54 @@ class Scanner:
         return self.flair, self.t1, self.t1c, self.t2
 
 
-def draw_scanner(rng: np.random.Generator) -> Scanner:
-    """A plausible scanner: fields, protocols and coils as they vary between hospitals."""
-    field_t = float(rng.choice([1.5, 3.0], p=[0.45, 0.55]))
-    u = rng.uniform
-    tr = float(u(7000, 11000))
-    null = 4200 * math.log(2 / (1 + math.exp(-tr / 4200)))  # the inversion time at which fluid vanishes
-    flair = InversionRecovery(tr_ms=_r(tr), te_ms=_r(u(85, 145)), ti_ms=_r(null * u(0.95, 1.03)))
-    kind = int(rng.integers(3))
-    if kind == 0:
-        t1: Sequence = SpinEcho(tr_ms=_r(u(400, 750)), te_ms=_r(u(8, 17)))
-    elif kind == 1:
-        t1 = GradientEcho(tr_ms=_r(u(8, 30)), te_ms=_r(u(2, 5)), flip_deg=_r(u(15, 30)))
+def draw_scanners(sites: int, rng: np.random.Generator) -> list[Scanner]:
+    """Plausible scanners, one a site: fields, protocols and coils as they vary between hospitals.
+
+    Each setting's range is divided evenly among the sites (a Latin hypercube), so that even a few sites differ from
+    each other in all of them.
+
+    Args:
+        sites: how many.
+        rng: where the randomness comes from.
+    """
+    return [_scanner(*map(float, share)) for share in LatinHypercube(d=23, rng=rng).random(sites)]
+
+
+def _scanner(
+    field: float, tr: float, te: float, ti: float, kind: float, t1_tr: float, t1_te: float, t1_more: float, own: float,
+    t1c_tr: float, t1c_te: float, t1c_flip: float, t2_tr: float, t2_te: float, turned: float, thin: float,
+    flair_mm: float, t1_mm: float, t2_mm: float, bias: float, noise: float, dose: float, rim: float,
+) -> Scanner:
+    """A scanner from where each setting lies in its range, 0 to 1."""
+    repeat = _at(tr, 7000, 11000)
+    null = 4200 * math.log(2 / (1 + math.exp(-repeat / 4200)))  # the inversion time at which fluid vanishes
+    t1: Sequence
+    if kind < 1 / 3:
+        t1 = SpinEcho(tr_ms=_at(t1_tr, 400, 780), te_ms=_at(t1_te, 8, 18))
+    elif kind < 2 / 3:
+        t1 = GradientEcho(tr_ms=_at(t1_tr, 8, 30), te_ms=_at(t1_te, 2, 5), flip_deg=_at(t1_more, 14, 32))
     else:
-        t1 = InversionRecovery(tr_ms=_r(u(1900, 2500)), te_ms=_r(u(3, 10)), ti_ms=_r(u(800, 1050)))
+        t1 = InversionRecovery(tr_ms=_at(t1_tr, 1900, 2500), te_ms=_at(t1_te, 3, 10), ti_ms=_at(t1_more, 780, 1080))
     t1c: Sequence = t1
-    if rng.random() < 0.4:
-        t1c = GradientEcho(tr_ms=_r(u(8, 25)), te_ms=_r(u(2, 4)), flip_deg=_r(u(15, 30)))
-    t2 = SpinEcho(tr_ms=_r(u(3000, 6500)), te_ms=_r(u(80, 120)))
-    axes = [2, 2, 2, 2]
-    if rng.random() < 0.25:
-        axes[1] = 0  # T1 sagittal
-    if rng.random() < 0.15:
-        axes[0] = int(rng.integers(2))
-    thin = rng.random() < 0.65
-    thickness = (u(2.5, 5), u(1, 2) if thin and kind else u(2.5, 5), u(1, 2) if thin else u(2, 5), u(2.5, 5))
+    if own < 0.4:
+        t1c = GradientEcho(tr_ms=_at(t1c_tr, 8, 25), te_ms=_at(t1c_te, 2, 4), flip_deg=_at(t1c_flip, 14, 32))
+    thick = _at(t1_mm, 2.5, 5.5)
+    t1c_thick = 1.0 if thin < 0.65 else thick  # a spin echo is rarely that thin without contrast agent
     return Scanner(
-        field_t=field_t, flair=flair, t1=t1, t1c=t1c, t2=t2,
-        bias=round(float(u(0.04, 0.14)), 3),
-        noise=round(float(min(0.06, math.exp(rng.normal(math.log(0.02), 0.5)))), 4),
-        slice_mm=(_r(thickness[0]), _r(thickness[1]), _r(thickness[2]), _r(thickness[3])),
-        slice_axis=(axes[0], axes[1], axes[2], axes[3]),
-        dose=round(float(u(0.7, 1.4)), 2),
-        rim=round(float(u(0.1, 0.9)), 2),
+        field_t=1.5 if field < 0.45 else 3.0,
+        flair=InversionRecovery(tr_ms=repeat, te_ms=_at(te, 80, 150), ti_ms=round(null * _at(ti, 0.93, 1.03, 3), 1)),
+        t1=t1, t1c=t1c, t2=SpinEcho(tr_ms=_at(t2_tr, 3000, 6500), te_ms=_at(t2_te, 72, 125)),
+        bias=_at(bias, 0.03, 0.12, 3),
+        noise=round(math.exp(_at(noise, math.log(0.01), math.log(0.035), 4)), 4),
+        slice_mm=(_at(flair_mm, 2.5, 5.5), thick if kind < 1 / 3 else t1c_thick, t1c_thick, _at(t2_mm, 2.5, 5.5)),
+        slice_axis=(1 if turned > 0.9 else 2, 0 if turned < 0.25 else 2, 2, 2),
+        dose=_at(dose, 0.7, 1.4, 2),
+        rim=_at(rim, 0.1, 0.9, 2),
     )
 
 
-def _r(value: float) -> float:
-    return round(float(value), 1)
+def _at(share: float, low: float, high: float, digits: int = 1) -> float:
+    return round(low + share * (high - low), digits)
 
 
 def jitter(rng: np.random.Generator, sequence: Sequence, amount: float = 0.03) -> Sequence:

@@ -35,7 +35,7 @@ from fedlab.data.anatomy import (
     smooth_fields,
 )
 from fedlab.data.cache import load, path_of, store
-from fedlab.data.contrast import Scanner, acquire, draw_scanner
+from fedlab.data.contrast import Scanner, acquire, draw_scanners
 from fedlab.data.prepare import normalise
 from fedlab.data.tumour import Population, Tumour, draw_growth, grow, mass_effect, segment
 from fedlab.errors import DataError
@@ -47,7 +47,7 @@ __all__ = ["FETS_SIZES", "RawPatient", "SiteProfile", "cohort_sizes", "generate_
            "site_profiles", "write_brats"]
 
 #: Changes whenever the same settings would give other patients; part of every cache key.
-GENERATOR = "fedlab-phantom-1"
+GENERATOR = "fedlab-phantom-31"
 #: Patients of the 17 institutions of FeTS 2021, partitioning_1 (Pati et al. 2021).
 FETS_SIZES = (129, 14, 5, 9, 22, 34, 12, 8, 4, 8, 6, 9, 27, 3, 11, 34, 6)
 _FILES = ("flair", "t1", "t1ce", "t2")
@@ -116,17 +116,15 @@ def site_profiles(sites: int, seed: int = 0) -> list[SiteProfile]:
     """
     if sites < 1:
         raise ValueError(f"a cohort has at least one site, got {sites}")
-    profiles = []
-    for number in range(sites):
-        rng = np.random.default_rng(derive(seed, "profile", number))
-        population = Population(
+    rng = np.random.default_rng(derive(seed, "profiles", sites))
+    return [
+        SiteProfile(scanner=scanner, population=Population(
             low_grade=round(float(rng.uniform(0.04, 0.12)), 3),
             multifocal=round(float(rng.uniform(0.08, 0.25)), 3),
-            median_ml=round(float(np.clip(85 * math.exp(0.2 * rng.standard_normal()), 50, 140)), 1),
+            median_ml=round(float(np.clip(95 * math.exp(0.15 * rng.standard_normal()), 50, 140)), 1),
             spread=round(float(rng.uniform(0.5, 0.8)), 2),
-        )
-        profiles.append(SiteProfile(scanner=draw_scanner(rng), population=population))
-    return profiles
+        )) for scanner in draw_scanners(sites, rng)
+    ]
 
 
 def cohort_sizes(sites: int, patients: int, at_least: int = 2) -> list[int]:

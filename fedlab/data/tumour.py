@@ -139,7 +139,7 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
         foci=int(1 + (rng.random() < population.multifocal) * rng.integers(1, 3)),
         push=float(rng.uniform(0.0, 0.7) * (0.6 + 0.4 * core)),
         roughness=float(math.exp(rng.uniform(math.log(0.35), math.log(1.1)))),
-        edge=float(rng.uniform(0.06, 0.24)),
+        edge=float(rng.uniform(0.05, 0.16)),
     )
 
 
