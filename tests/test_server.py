@@ -114,10 +114,8 @@ def test_a_technique_that_fails_sends_nothing(spoil, message, stacked):
 
 def test_an_engine_cannot_smuggle_an_update_past_the_server():
     class Rogue:
-        memory: dict = {}
-
         def __init__(self, made):
-            self.made = made
+            self.made, self.memory = made, {}
 
         def run(self, task, state, cohort):
             yield self.made(state)

@@ -40,7 +40,7 @@ def test_one_site_is_plain_training():
     ours = federate(trainer(batch_size=1), [site], rounds=4, progress=False)
 
     model, loss = TinyNet(), DiceBCE()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-5)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=1e-5)
     for image, target in batches(site.train, [[0]] * 12):
         optimiser.zero_grad()
         loss(model(image), target).backward()
@@ -54,12 +54,12 @@ def test_one_full_batch_step_is_one_centralised_gradient_step():
     everyone = [p for site in sites for p in site.train]
     start = TinyNet()
     total = {name: torch.zeros_like(p) for name, p in start.named_parameters()}
-    federated = None
     for site in sites:  # epochs=1 and a batch as large as the site: one full-batch step
         one = trainer(model=TinyNet(), steps=None, epochs=1, batch_size=len(site.train), lr=0.1, optimiser=plain_sgd)
         history = federate(one, [site], rounds=1, progress=False)
         for name in total:
-            total[name] += (history.state.params[name] - dict(start.named_parameters())[name]).detach() * len(site.train)
+            moved = history.state.params[name] - dict(start.named_parameters())[name].detach()
+            total[name] += moved * len(site.train)
     federated = federate(trainer(model=TinyNet(), steps=None, epochs=1, batch_size=8, lr=0.1, optimiser=plain_sgd),
                          sites, rounds=1, progress=False)
 
@@ -155,9 +155,9 @@ def test_sites_are_checked_before_training():
     sites = blob_sites()
     with pytest.raises(ValueError, match="at least one site"):
         federate(trainer(), [], rounds=1)
-    with pytest.raises(ValueError, match="no patient to train on.*site-x"):
+    with pytest.raises(ValueError, match=r"no patient to train on.*site-x"):
         federate(trainer(), [*sites, Site(name="site-x", train=[])], rounds=1)
-    with pytest.raises(ValueError, match="unique.*site-0"):
+    with pytest.raises(ValueError, match=r"unique.*site-0"):
         federate(trainer(), [sites[0], sites[0]], rounds=1)
     with pytest.raises(ValueError, match="rounds is a positive"):
         federate(trainer(), sites, rounds=0)
@@ -167,11 +167,11 @@ def test_a_failing_site_is_named_with_round_and_stage():
     sites = blob_sites()
     p = sites[1].train[0]
     unlabelled = Site(name="site-1", train=[Patient(p.id, p.image, None, p.affine)])
-    with pytest.raises(SiteError, match="site-1.*round 0.*'equip'.*has no label") as caught:
+    with pytest.raises(SiteError, match=r"site-1.*round 0.*'equip'.*has no label") as caught:
         federate(trainer(), [sites[0], unlabelled], rounds=1, progress=False)
     assert (caught.value.site, caught.value.round, caught.value.stage) == ("site-1", 0, "equip")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    with pytest.raises(SiteError, match="crop .* is larger than patient"):
+    with pytest.raises(SiteError, match=r"crop .* is larger than patient"):
         federate(trainer(crop=(32, 32, 32)), sites, rounds=1, progress=False)
 
 
@@ -179,7 +179,7 @@ def test_a_nan_loss_says_what_to_do():
     sites = blob_sites((1,))
     p = sites[0].train[0]
     broken = Site(name="a", train=[Patient("x", torch.full_like(p.image, torch.nan), p.label, p.affine)])
-    with pytest.raises(SiteError, match="'fit'.*loss is nan at step 0.*learning rate"):
+    with pytest.raises(SiteError, match=r"'fit'.*loss is nan at step 0.*learning rate"):
         federate(trainer(), [broken], rounds=1, progress=False)
 
 
