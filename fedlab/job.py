@@ -128,7 +128,7 @@ class Job:
     """
 
     source: Phantoms | Folder
-    rounds: int = 25
+    rounds: int = 31
     steps: int = 10
     batch_size: int = 2
     lr: float = 5e-3
@@ -149,7 +149,7 @@ class Job:
         # and it must see much of what is not tumour, or it finds tumour everywhere.
         return SiteTrainer(model=segresnet(filters=self.filters, seed=self.seed), steps=self.steps,
                            lr=PolyDecay(start=self.lr, rounds=self.rounds), batch_size=self.batch_size,
-                           crop=self.crop, tumour_share=0.4, augment=augmentation(flips=(0,)))
+                           crop=self.crop, tumour_share=0.5, augment=augmentation(flips=(0,)))
 
 
 @dataclass(frozen=True, kw_only=True)

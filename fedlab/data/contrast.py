@@ -219,7 +219,7 @@ def jitter(rng: np.random.Generator, sequence: Sequence, amount: float = 0.03) -
 def draw_tissues(rng: np.random.Generator, field_t: float) -> dict[str, Relaxation]:
     """One patient's tissues at a field strength: proton density 2 %, T1 and T2 8 to 15 % (fluid 2 %) from the table.
 
-    "oedema" lies 0.55 to 0.8 of the way from white matter to free oedema fluid; "core" and "core_b" are two mixtures
+    "oedema" lies 0.6 to 0.85 of the way from white matter to free oedema fluid; "core" and "core_b" are two mixtures
     of solid non-enhancing tumour, necrosis, cyst and blood products; "lesion" is a white-matter hyperintensity.
     """
     at = 0 if field_t == 1.5 else 1
@@ -229,7 +229,7 @@ def draw_tissues(rng: np.random.Generator, field_t: float) -> dict[str, Relaxati
         pd, t1, t2 = pair[at]
         out[name] = Relaxation(min(1.0, pd * math.exp(0.02 * rng.standard_normal())),
                                t1 * math.exp(wide * rng.standard_normal()), t2 * math.exp(wide * rng.standard_normal()))
-    out["oedema"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.55, 0.8)))
+    out["oedema"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.6, 0.85)))
     out["lesion"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.3, 0.6)))
     # Cellular tumour holds less free water than oedema: some of it hardly differs from grey matter but in shape.
     out["solid"] = out["grey"].towards(out["solid"], float(rng.uniform(0.4, 1.0)))
@@ -321,14 +321,14 @@ def _unevenness(
     field = smooth_fields(rng, 3, image.shape[1:], spacing_mm, 10.0)
     column = {name: i for i, name in enumerate(names)}
     gain = torch.from_numpy(table[:, column["oedema"]] - table[:, column["white"]])
-    image += gain.view(4, 1, 1, 1) * (fractions["oedema"] * (0.18 * field[0]).clamp(-0.35, 0.35))
+    image += gain.view(4, 1, 1, 1) * (fractions["oedema"] * (0.12 * field[0]).clamp(-0.25, 0.25))
     # Moving fluid escapes the inversion here and there: cisterns and ventricles shine up on FLAIR.
     fluid = float(rng.uniform(0.0, 1.3)) * (0.9 * (field[1] - 0.5)).clamp(0, 1.3)
     image[0] += fractions["csf"] * fluid
     # Cortex differs from lobe to lobe on FLAIR, brightest in the limbic system.
     image[0] *= 1 + fractions["grey"] * (float(rng.uniform(0.0, 0.15)) * field[2])
     uptake = float(table[2, column["enhancing"]]) - 1.0
-    image[2] += max(uptake, 0.0) * fractions["enhancing"] * (0.3 * field[1]).clamp(-0.5, 0.7)
+    image[2] += max(uptake, 0.0) * fractions["enhancing"] * (0.25 * field[1]).clamp(-0.3, 0.6)
 
 
 def _thick(image: torch.Tensor, voxels: float, axis: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ __all__ = ["FETS_SIZES", "RawPatient", "SiteProfile", "cohort_sizes", "generate_
            "site_profiles", "write_brats"]
 
 #: Changes whenever the same settings would give other patients; part of every cache key.
-GENERATOR = "fedlab-phantom-31"
+GENERATOR = "fedlab-phantom-32"
 #: Patients of the 17 institutions of FeTS 2021, partitioning_1 (Pati et al. 2021).
 FETS_SIZES = (129, 14, 5, 9, 22, 34, 12, 8, 4, 8, 6, 9, 27, 3, 11, 34, 6)
 _FILES = ("flair", "t1", "t1ce", "t2")
@@ -119,7 +119,7 @@ def site_profiles(sites: int, seed: int = 0) -> list[SiteProfile]:
     rng = np.random.default_rng(derive(seed, "profiles", sites))
     return [
         SiteProfile(scanner=scanner, population=Population(
-            low_grade=round(float(rng.uniform(0.04, 0.12)), 3),
+            low_grade=round(float(rng.uniform(0.03, 0.09)), 3),
             multifocal=round(float(rng.uniform(0.08, 0.25)), 3),
             median_ml=round(float(np.clip(95 * math.exp(0.15 * rng.standard_normal()), 50, 140)), 1),
             spread=round(float(rng.uniform(0.5, 0.8)), 2),
