@@ -331,12 +331,12 @@ def draw_tissue(
     deep = grey * (maps["deep_grey"] / (maps["grey"] + 1e-3)).clamp(0, 1)
     ventricle = maps["ventricle"] * csf
     choroid = ventricle * torch.sigmoid(5 * (rough[1] - 0.9)) * 0.7
-    load = float(rng.uniform(-0.5, 1.8))
+    load = float(rng.uniform(-0.5, 2.6))
     spots = smooth_fields(rng, 1, shape, h, max(9.0, h))[0]
     score = 2.5 * maps["near_ventricle"] + 0.9 * spots + 0.4 * rough[2] - 2.6 + 0.45 * load
     lesion = white * torch.sigmoid(5 * score)
     # Some have an old scar as well: an infarct or gliosis, white and grey matter alike.
-    scar = torch.sigmoid(6 * (rough[2] + 0.3 * spots - float(rng.uniform(2.9, 6.0))))
+    scar = torch.sigmoid(6 * (rough[2] + 0.3 * spots - float(rng.uniform(2.7, 5.8))))
     lesion = lesion + (white - lesion) * scar
     scarred = grey * scar
     # Two smooth fields vanish together along winding curves: vessels.

@@ -233,7 +233,7 @@ def draw_tissues(rng: np.random.Generator, field_t: float) -> dict[str, Relaxati
     out["lesion"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.3, 0.6)))
     # Cellular tumour holds less free water than oedema: some of it hardly differs from grey matter but in shape.
     out["solid"] = out["grey"].towards(out["solid"], float(rng.uniform(0.4, 1.0)))
-    out["enhancing"] = out["grey"].towards(out["enhancing"], float(rng.uniform(0.1, 0.8)))
+    out["enhancing"] = out["grey"].towards(out["enhancing"], float(rng.uniform(0.0, 0.6)))
     kinds = ("solid", "necrosis", "cyst", "blood_products")
     for name in ("core", "core_b"):
         a, b = rng.choice(4, size=2, p=[0.34, 0.24, 0.36, 0.06])

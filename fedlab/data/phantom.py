@@ -47,7 +47,7 @@ __all__ = ["FETS_SIZES", "RawPatient", "SiteProfile", "cohort_sizes", "generate_
            "site_profiles", "write_brats"]
 
 #: Changes whenever the same settings would give other patients; part of every cache key.
-GENERATOR = "fedlab-phantom-32"
+GENERATOR = "fedlab-phantom-33"
 #: Patients of the 17 institutions of FeTS 2021, partitioning_1 (Pati et al. 2021).
 FETS_SIZES = (129, 14, 5, 9, 22, 34, 12, 8, 4, 8, 6, 9, 27, 3, 11, 34, 6)
 _FILES = ("flair", "t1", "t1ce", "t2")
