@@ -144,7 +144,7 @@ def test_no_absolute_paths(notebook: Any) -> None:
 
 
 @pytest.mark.parametrize("text, place", [
-    ("open('/work/main/x.txt')", True), ("in /home/me/data", True), ("~/scans", True), (r"C:\scans", True),
+    ("open('/srv/scans/x.txt')", True), ("in /home/me/data", True), ("~/scans", True), (r"C:\scans", True),
     ("federated / centralised", False), ("`runs/a/report.html`", False), ("WT/TC/ET", False),
     ("https://example.org/a/b", False), ("../shared/data", False), ("a<br/>b/c", False), ("</details>", False),
 ])
