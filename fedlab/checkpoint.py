@@ -45,7 +45,7 @@ class Checkpoint:
             RunError: the folder holds something else, or a run with other settings.
         """
         folder = Path(folder)
-        wanted = {"format": "fedlab-checkpoint-1", "start_sha256": weights_sha256(start), **describe}
+        wanted = {"format": "fedlab-checkpoint-2", "start_sha256": weights_sha256(start), **describe}
         note = folder / "run.json"
         if note.is_file():
             try:
@@ -74,11 +74,13 @@ class Checkpoint:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         tensors = {f"params|{name}": t for name, t in state.params.items()}
-        tensors |= {f"{group}|{name}": t for group, slots in state.moments.items() for name, t in slots.items()}
+        tensors |= {f"moments|{g}|{name}": t for g, slots in state.moments.items() for name, t in slots.items()}
+        tensors |= {f"memory|{g}|{name}": t for g, slots in state.memory.items() for name, t in slots.items()}
         save_file(_plain(tensors), scratch / "state.safetensors")
         files = {}
         for index, (site, groups) in enumerate(sorted(memory.items())):
-            kept = {f"{group}|{name}": t for group, slots in groups.items() for name, t in slots.items()}
+            kept = {f"{group}|{name}": t for group, slots in groups.items() if not group.startswith("_")
+                    for name, t in slots.items()}
             files[site] = {"file": f"memory-{index}.safetensors", "sha256": weights_sha256(kept)}
             save_file(_plain(kept), scratch / files[site]["file"])
         note = {"round": state.round, "state_sha256": weights_sha256(tensors), "memory": files, "records": records}
@@ -109,7 +111,8 @@ class Checkpoint:
         if not whole:
             raise RunError(f"{folder} does not hold what was written there; remove the run's folder to start over")
         groups = _grouped(tensors)
-        state = ServerState(round=note["round"], params=groups.pop("params"), moments=groups)
+        state = ServerState(round=note["round"], params=groups["params"], moments=_grouped(groups.get("moments", {})),
+                            memory=_grouped(groups.get("memory", {})))
         return state, {site: _grouped(flat) for site, flat in kept.items()}, note["records"]
 
     def _rounds(self) -> list[Path]:

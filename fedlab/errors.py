@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DataError", "FedlabError", "PrivacyError", "RunError", "SiteError"]
+__all__ = ["DataError", "FedlabError", "PrivacyBudgetExhausted", "PrivacyError", "RunError", "SiteError"]
 
 
 class FedlabError(Exception):
@@ -10,11 +10,23 @@ class FedlabError(Exception):
 
 
 class DataError(FedlabError, ValueError):
-    """Scans, labels or tables that cannot be used as they are."""
+    """Scans, labels or tables that cannot be used as they are.
+
+    Attributes:
+        code: a stable word for what is wrong, such as "truncated"; see `fedlab.data.findings.CODES`.
+    """
+
+    def __init__(self, message: str = "", *, code: str = "unusable") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class PrivacyError(FedlabError):
     """A privacy mechanism cannot give what it promises; nothing was sent."""
+
+
+class PrivacyBudgetExhausted(PrivacyError):
+    """A site would exceed its privacy budget and takes no further part; what it spent before stands."""
 
 
 class RunError(FedlabError):

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from fedlab.types import Round, ServerState
+from fedlab.types import Round, ServerState, Spent
 
 __all__ = ["History"]
 
@@ -20,14 +20,18 @@ class History:
 
     Args:
         rounds: number of rounds the run was to have.
+        privacy: the techniques of the run, as code.
 
     Attributes:
+        stopped: why the run ended before its last round, if it did.
         state: the server's state after the last finished round, None before the first.
         records: one plain dict per finished round; `table()` and `sites()` show them as tables.
     """
 
-    def __init__(self, *, rounds: int) -> None:
+    def __init__(self, *, rounds: int, privacy: str = "Privacy()") -> None:
         self.rounds = rounds
+        self.privacy = privacy
+        self.stopped: str | None = None
         self.state: ServerState | None = None
         self.records: list[dict[str, Any]] = []
 
@@ -40,6 +44,7 @@ class History:
             "metrics": dict(finished.metrics),
             "sites": {name: dict(numbers) for name, numbers in finished.sites.items()},
             "spent": {name: [s._asdict() for s in spent] for name, spent in finished.spent.items() if spent},
+            "absent": dict(finished.absent),
         })
 
     def table(self) -> pd.DataFrame:
@@ -60,6 +65,27 @@ class History:
                 for record in self.records for name, numbers in record["sites"].items()]
         return pd.DataFrame(rows).set_index(["round", "site"]) if rows else pd.DataFrame()
 
+    def spent(self) -> pd.DataFrame:
+        """One row per round, site and unit: privacy spent until then, with δ, adjacency and accountant.
+
+        Empty for a run without a formal guarantee. The site "server" stands for noise added there, which holds for
+        every site.
+        """
+        rows = [{"round": record["round"], "site": name, **entry} for record in self.records
+                for name, entries in record["spent"].items() for entry in entries]
+        return pd.DataFrame(rows).set_index(["round", "site", "unit"]) if rows else pd.DataFrame()
+
+    def guarantee(self) -> str:
+        """What the run so far provably guarantees, in a sentence for each unit."""
+        last: dict[tuple[str, str], Spent] = {}
+        for record in self.records:
+            for site, entries in record["spent"].items():
+                last.update({(entry["unit"], site): Spent(**entry) for entry in entries})
+        worst: dict[str, tuple[float, str]] = {}
+        for (unit, site), spent in last.items():
+            worst[unit] = max(worst.get(unit, (-1.0, "")), (spent.epsilon, f"{spent} at {site}"))
+        return "; ".join(text for _, text in worst.values()) or "no formal guarantee"
+
     @contextmanager
     def progress(self, *, enabled: bool) -> Iterator[Callable[[], None]]:
         """A progress bar over the rounds; what is yielded moves it to the last finished round."""
@@ -75,7 +101,8 @@ class History:
         if not self.records:
             return f"<History: no round of {self.rounds} finished>"
         shown = ", ".join(f"{k} {v:.3f}" for k, v in self._latest().items() if k not in ("bytes", "seconds"))
-        return f"<History: {len(self.records)} of {self.rounds} rounds, {shown}>"
+        early = f", stopped: {self.stopped}" if self.stopped else ""
+        return f"<History: {len(self.records)} of {self.rounds} rounds, {shown}; {self.guarantee()}{early}>"
 
     def _latest(self) -> dict[str, float]:
         """The last known value of each number; not every metric is taken in every round."""
@@ -90,7 +117,9 @@ class History:
                         for name in [c for c in table if c not in ("bytes", "seconds")][:3])
         last = table.tail(10).astype({"bytes": int})
         html: str = last.to_html(float_format="{:.3f}".format, na_rep="–")
-        return f"<p>{len(self.records)} of {self.rounds} rounds</p>{drawn}<p>The last {len(last)}:</p>{html}"
+        early = f"<p>Stopped: {escape(self.stopped)}</p>" if self.stopped else ""
+        return (f"<p>{len(self.records)} of {self.rounds} rounds; privacy: {escape(self.guarantee())}</p>{early}{drawn}"
+                f"<p>The last {len(last)}:</p>{html}")
 
 
 def _sketch(values: pd.Series[float], name: str, rounds: int) -> str:

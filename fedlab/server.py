@@ -11,15 +11,16 @@ import torch
 
 from fedlab.checkpoint import Checkpoint
 from fedlab.engines.local import Engine, Local
+from fedlab.errors import PrivacyBudgetExhausted
 from fedlab.history import History
 from fedlab.models import load_weights
-from fedlab.privacy.base import Privacy, check_update
+from fedlab.privacy.base import Inboxes, Privacy, check_update
 from fedlab.seeds import generator
 from fedlab.strategies import FedAvg, Strategy
-from fedlab.task import SiteTask
+from fedlab.task import SiteTask, enrol
 from fedlab.topology import Topology, star
 from fedlab.training import SiteTrainer
-from fedlab.types import Round, ServerState, Site, Spent, Update
+from fedlab.types import Cohort, Memory, Round, ServerState, Site, Spent, Update, Withdrawal
 
 __all__ = ["each_round", "federate"]
 
@@ -45,44 +46,81 @@ def each_round(
     Raises:
         ValueError: no site, an empty site, two sites of one name, or no round.
         SiteError: a site failed.
+        PrivacyBudgetExhausted: no site may take part any more.
         PrivacyError: a technique refused or failed; nothing was sent.
     """
     _check_run(sites, rounds)
     strategy = FedAvg() if strategy is None else strategy
     privacy = Privacy() if privacy is None else privacy
     engine = Local() if engine is None else engine
+    privacy.check_run(trainer=trainer, sites=sites, strategy=strategy, rounds=rounds)
     task = SiteTask(trainer=trainer, privacy=privacy, seed=seed)
-    state = strategy.begin(trainer.initial()) if state is None else state
+    if state is None:
+        state = strategy.begin(trainer.initial())
+        for site in sites:
+            enrol(engine.memory.setdefault(site.name, {}))
     return _rounds(task, sites, strategy, rounds, topology, engine, state)
 
 
 def _rounds(task: SiteTask, sites: Sequence[Site], strategy: Strategy, rounds: int, topology: Topology,
             engine: Engine, state: ServerState) -> Iterator[Round]:
-    for number in range(state.round, rounds):
-        started = time.perf_counter()
-        cohort = strategy.select(sites, generator(task.seed, "select", number))
-        seen: dict[str, dict[str, float]] = {}
-        spent: dict[str, tuple[Spent, ...]] = {}
+    for _ in range(state.round, rounds):
+        yield (finished := _one_round(task, sites, strategy, topology, engine, state))
+        state = finished.state
 
-        def train(state: ServerState, sites: Sequence[Site], seen: dict[str, dict[str, float]] = seen,
-                  spent: dict[str, tuple[Spent, ...]] = spent) -> Iterator[Update]:
-            expected = {site.name for site in sites}
-            for update in engine.run(task, state, sites):
-                if update.site not in expected:
-                    raise ValueError(f"an update of {update.site!r} came; still expected were {sorted(expected)}")
-                expected.remove(update.site)
-                check_update(update, like=state.params, site=update.site)  # the server trusts no engine
-                seen[update.site] = {**update.metrics, "norm": update.norm(), "weight": update.weight,
-                                     "steps": float(update.steps), "bytes": float(update.nbytes)}
-                spent[update.site] = update.spent
-                yield update
 
-        def release(mean: Update, cohort: int, number: int = number) -> Update:
-            return task.privacy.release(mean, cohort, generator(task.seed, "release", number))
+def _one_round(task: SiteTask, sites: Sequence[Site], strategy: Strategy, topology: Topology, engine: Engine,
+               state: ServerState) -> Round:
+    started, number, privacy = time.perf_counter(), state.round, task.privacy
+    cohort = strategy.select(sites, generator(task.seed, "select", number))
+    memory: Memory = {group: dict(tensors) for group, tensors in state.memory.items()}
+    seen: dict[str, dict[str, float]] = {}
+    spent: dict[str, tuple[Spent, ...]] = {}
+    absent: dict[str, str] = {}
 
-        state = topology(state, cohort, strategy=strategy, train=train, release=release)
-        yield Round(number=number, state=state, cohort=tuple(site.name for site in cohort), sites=seen, spent=spent,
-                    metrics={}, seconds=time.perf_counter() - started)
+    def train(state: ServerState, sites: Sequence[Site]) -> Iterator[Update]:
+        expected = {site.name for site in sites}
+        for update in engine.run(task, state, sites):
+            if update.site not in expected:
+                raise ValueError(f"an update of {update.site!r} came; still expected were {sorted(expected)}")
+            expected.remove(update.site)
+            if isinstance(update, Withdrawal):
+                absent[update.site] = update.reason
+                continue
+            check_update(update, like=state.params, site=update.site)  # the server trusts no engine
+            seen[update.site] = {**update.metrics, "norm": update.norm(), "weight": update.weight,
+                                 "steps": float(update.steps), "bytes": float(update.nbytes)}
+            spent[update.site] = update.spent
+            yield update
+        if cohort and not seen:
+            raise PrivacyBudgetExhausted("no site is left: " + "; ".join(absent.values()))
+
+    def release(mean: Update) -> Update:
+        inboxes = privacy.at_server("trained", {}, memory, tuple(seen)) if privacy.after else {}
+        _exchange(task, engine, privacy.after, inboxes, [s for s in cohort if s.name in seen], memory, tuple(seen))
+        took_part = Cohort(number, tuple(seen), len(sites), getattr(strategy, "sample", 1.0))
+        out = privacy.release(mean, took_part, memory, generator(task.seed, "release", number))
+        if out.spent:
+            spent["server"] = out.spent
+        return out
+
+    _exchange(task, engine, privacy.before, {}, cohort, memory, ())
+    if cohort:
+        moved = topology(state, cohort, strategy=strategy, train=train, release=release)
+    else:  # nobody was drawn: the model stays, but for noise that hides just that
+        nothing = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in task.trainer.initial().items()}
+        moved = strategy.step(state, release(Update(site="mean", delta=nothing, weight=1.0)))
+    kept = {group: tensors for group, tensors in memory.items() if not group.startswith("_")}
+    return Round(number=number, state=replace(moved, memory=kept), cohort=tuple(site.name for site in cohort),
+                 sites=seen, spent=spent, metrics={}, seconds=time.perf_counter() - started, absent=absent)
+
+
+def _exchange(task: SiteTask, engine: Engine, steps: Sequence[str], inboxes: Inboxes, sites: Sequence[Site],
+              memory: Memory, arrived: Sequence[str]) -> None:
+    """Messages between the sites, handed on by the server, one step after the other."""
+    for step in steps:
+        sent = engine.exchange(task, step, inboxes, sites)
+        inboxes = task.privacy.at_server(step, sent, memory, arrived)
 
 
 def federate(
@@ -103,14 +141,15 @@ def federate(
         progress: show a progress bar.
 
     Raises:
-        ValueError, SiteError, PrivacyError: as in `each_round`.
+        ValueError, SiteError, PrivacyError: as in `each_round`. When the privacy budgets of all sites are used up
+            the run ends early instead, and `history.stopped` says so.
         RunError: the checkpoint is of a run with other settings, or damaged.
     """
     strategy = FedAvg() if strategy is None else strategy
     privacy = Privacy() if privacy is None else privacy
     engine = Local() if engine is None else engine
     _check_run(sites, rounds)
-    history = History(rounds=rounds)
+    history = History(rounds=rounds, privacy=repr(privacy))
     saved = None
     if checkpoint is not None:
         start = trainer.initial()
@@ -124,7 +163,7 @@ def federate(
     run = each_round(trainer, sites, strategy=strategy, privacy=privacy, rounds=rounds, topology=topology,
                      engine=engine, seed=seed, state=history.state)
     with history.progress(enabled=progress) as show:
-        for finished in run:
+        for finished in _until_exhausted(run, history):
             if validate is not None:
                 metrics = validate(_with_weights(trainer, finished.state), finished.number)
                 finished = replace(finished, metrics=metrics)
@@ -137,6 +176,14 @@ def federate(
     if history.state is not None:
         _with_weights(trainer, history.state)
     return history
+
+
+def _until_exhausted(run: Iterator[Round], history: History) -> Iterator[Round]:
+    """The rounds of a run, ending early when no site has any privacy budget left."""
+    try:
+        yield from run
+    except PrivacyBudgetExhausted as error:
+        history.stopped = str(error)
 
 
 def _with_weights(trainer: SiteTrainer, state: ServerState) -> torch.nn.Module:

@@ -67,25 +67,37 @@ class FedAvg:
         weights: what an update counts by: the site's training "patients" (as in the paper and in
             Li et al. 2019), the optimiser "steps" it took, or "uniform".
         server_lr: length of the server's step; 1 moves the model to the mean.
+        sample: probability with which each site takes part in a round, independently of the others.
 
     Raises:
-        ValueError: an unknown weighting or a server step that is not positive.
+        ValueError: an unknown weighting, a server step that is not positive, or a probability outside (0, 1].
     """
 
     weights: Literal["patients", "steps", "uniform"] = "patients"
     server_lr: float = 1.0
+    sample: float = 1.0
 
     def __post_init__(self) -> None:
         if self.weights not in ("patients", "steps", "uniform"):
             raise ValueError(f"weights is 'patients', 'steps' or 'uniform', got {self.weights!r}")
         if not 0 < self.server_lr < float("inf"):
             raise ValueError(f"server_lr is a positive number, got {self.server_lr}")
+        if not 0 < self.sample <= 1:
+            raise ValueError(f"sample is a probability above 0 and at most 1, got {self.sample}")
 
     def begin(self, params: Tensors) -> ServerState:
         return ServerState(round=0, params={name: p.detach().clone() for name, p in params.items()})
 
+    @property
+    def uniform_mean(self) -> bool:
+        """Whether every update counts the same, a condition of noise that is added to the mean."""
+        return self.weights == "uniform"
+
     def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
-        return sites
+        if self.sample == 1:
+            return sites
+        chosen = torch.rand(len(sites), generator=rng, dtype=torch.float64) < self.sample
+        return [site for site, taken in zip(sites, chosen.tolist(), strict=True) if taken]
 
     def combine(self, updates: Iterable[Update]) -> Update:
         return weighted_mean(replace(u, weight=self._weight(u)) for u in updates)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 
-from fedlab.errors import FedlabError, PrivacyError, SiteError
+import torch
+
+from fedlab.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
+from fedlab.models import weights_sha256
+from fedlab.privacy.accounting import Ledger
 from fedlab.privacy.base import Privacy, check_update
 from fedlab.seeds import derive, generator
 from fedlab.training import SiteTrainer
-from fedlab.types import Memory, ServerState, Site, Update
+from fedlab.types import Memory, ServerState, Site, Tensors, Update
 
-__all__ = ["SiteTask"]
+__all__ = ["SiteTask", "enrol"]
+
+
+def enrol(memory: Memory) -> None:
+    """Marks the memory of a site that joins a run, so that one lost later is not taken for a new one."""
+    memory.setdefault("joined", {"updates": torch.zeros((), dtype=torch.int64)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +42,69 @@ class SiteTask:
 
         Raises:
             SiteError: the site failed; the cause is chained to it.
+            PrivacyBudgetExhausted: the site takes no further part; nothing is returned.
             PrivacyError: a technique failed or gave something unsafe; nothing is returned.
         """
         seed = derive(self.seed, "site", site.name, state.round)
-        stage = "equip"
+        stage = "ledger"
         try:
+            ledger, stream = self._open_ledger(site, state, memory, seed)
+            memory["broadcast"] = dict(state.memory.get("broadcast", {}))
+            stage = "equip"
             kit = self.trainer.prepare(site, state, memory=memory, seed=seed)
+            kit.seed = stream  # of whatever a technique draws
             kit = self.privacy.equip(kit, site, memory)
             stage = "fit"
-            update = self.trainer.fit(kit, site, state, memory=memory, seed=seed)
+            try:
+                update = self.trainer.fit(kit, site, state, memory=memory, seed=seed)
+            finally:
+                kit.close()
             stage = "protect"
-            protected = self.privacy.protect(update, memory, generator(seed, "protect"))
+            protected = self.privacy.protect(update, memory, generator(stream, "protect"))
             stage = "check"
-            return check_update(protected, like=state.params, site=site.name)
+            protected = check_update(protected, like=state.params, site=site.name)
+            if ledger is not None:
+                protected = self._state_spent(protected, Ledger(memory))
+            memory["joined"] = {"updates": memory["joined"]["updates"] + 1}
+            return protected
+        except PrivacyBudgetExhausted as error:
+            raise PrivacyBudgetExhausted(f"{site.name} takes no part from round {state.round} on: {error}") from error
         except PrivacyError as error:
             raise PrivacyError(f"round {state.round}, {site.name}, {stage}: {error}; nothing was sent") from error
         except FedlabError:
             raise
         except Exception as error:
             raise SiteError(site.name, state.round, stage, f"{type(error).__name__}: {error}") from error
+
+    def _open_ledger(self, site: Site, state: ServerState, memory: Memory, seed: int) -> tuple[Ledger | None, int]:
+        """The site's ledger, if the technique needs one, and the seed of the noise.
+
+        Noise depends on the weights it is added to: a server that sends other weights under a round's number gets
+        other noise, and both are charged.
+        """
+        if not self.privacy.units:
+            enrol(memory)
+            return None, seed
+        if "joined" not in memory and state.round > 0:
+            raise PrivacyError("this site has no memory of the rounds before, so nobody knows what it has spent; "
+                               "restore its memory, or enrol it as a site that never took part")
+        enrol(memory)
+        if int(memory["joined"]["updates"]) > 0 and "ledger" not in memory:
+            raise PrivacyError("this site has sent updates before but its ledger is missing; restore it")
+        stream = derive(seed, weights_sha256(state.params))
+        return Ledger.open(memory, site=site.name, model=_shape_of(state.params), round=state.round,
+                           stream=str(stream)), stream
+
+    def _state_spent(self, update: Update, ledger: Ledger) -> Update:
+        """The update with what has been spent; numbers that no guarantee covers, such as the loss, stay at home."""
+        unpaid = sorted(unit for unit in self.privacy.units if not ledger.charged(unit))  # type: ignore[arg-type]
+        if unpaid:
+            raise PrivacyError(f"{self.privacy!r} promises a guarantee per {' and per '.join(unpaid)} but entered "
+                               "nothing into the ledger; charge it in equip() or protect()")
+        return replace(update, spent=ledger.spent(), metrics={})
+
+
+def _shape_of(params: Tensors) -> str:
+    """A short name of a model's tensors and their shapes."""
+    text = ";".join(f"{name}:{tuple(t.shape)}" for name, t in sorted(params.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

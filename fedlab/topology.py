@@ -12,8 +12,8 @@ __all__ = ["Topology", "star"]
 
 #: Runs local training at some sites from a given state; yields checked updates.
 Train = Callable[[ServerState, Sequence[Site]], Iterator[Update]]
-#: What privacy does to a mean of so many updates before the model moves.
-Release = Callable[[Update, int], Update]
+#: What privacy does to the combined update before the model moves.
+Release = Callable[[Update], Update]
 
 
 class Topology(Protocol):
@@ -27,4 +27,4 @@ def star(state: ServerState, cohort: Sequence[Site], *, strategy: Strategy, trai
          release: Release) -> ServerState:
     """An aggregation server in the middle: broadcast, train at every site, combine, move (Rieke et al. 2020)."""
     mean = strategy.combine(train(state, cohort))
-    return strategy.step(state, release(mean, len(cohort)))
+    return strategy.step(state, release(mean))

@@ -158,11 +158,44 @@ class Kit:
         model: called with images (B, 4, x, y, z), gives logits (B, 3, x, y, z).
         optimiser: over the model's trainable parameters.
         loader: yields batches of images and regions; its length is the number of steps.
+        patients: what the loader draws its crops from.
+        objective: loss of logits and regions.
+        device, dtype: where and in which precision the model is called.
+        seed: of everything random at this site in this round.
+        backward: fills the gradients from a batch and returns its loss, or None for a batch of nobody.
+        close: called after training, whatever happened.
     """
 
     model: nn.Module
     optimiser: torch.optim.Optimizer
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    patients: Crops
+    objective: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    backward: Callable[[Kit, torch.Tensor, torch.Tensor], float | None]
+    close: Callable[[], None] = lambda: None
+
+    def loss(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch, in float32."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(image)
+        return self.objective(logits.float(), target)
+
+
+def plain_backward(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float:
+    """Gradients of the mean loss of a batch.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite.
+    """
+    loss = kit.loss(image, target)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {float(loss.detach())}; lower the learning rate or look for damaged "
+                                 "scans")
+    loss.backward()
+    return float(loss.detach())
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -273,7 +306,9 @@ class SiteTrainer:
         crops = Crops(site.train, crop=self.crop, tumour_share=self.tumour_share, augment=self.augment, seed=seed)
         wanted = self.steps * self.batch_size if self.steps else (self.epochs or 1) * len(crops)
         sampler = RandomSampler(crops, num_samples=wanted, generator=generator(seed, "order"))
-        return Kit(self.model, optimiser, DataLoader(crops, batch_size=self.batch_size, sampler=sampler))
+        return Kit(model=self.model, optimiser=optimiser, patients=crops, objective=self.loss, device=device,
+                   loader=DataLoader(crops, batch_size=self.batch_size, sampler=sampler),
+                   dtype=pick_precision(self.precision, device), seed=seed, backward=plain_backward)
 
     def fit(self, kit: Kit, site: Site, state: ServerState, *, memory: Memory, seed: int) -> Update:
         """Trains for one round and returns the change of the weights.
@@ -288,29 +323,27 @@ class SiteTrainer:
         Raises:
             FloatingPointError: the loss is NaN or infinite.
         """
-        device = pick_device(self.device)
-        dtype = pick_precision(self.precision, device)
-        losses: list[float] = []
+        losses: list[float | None] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "fit"))
             kit.model.train()
             for image, target in kit.loader:
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    logits = kit.model(image.to(device))
-                loss = self.loss(logits.float(), target.to(device))
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {float(loss.detach())} at step {len(losses)}; lower the "
-                                             "learning rate or look for damaged scans")
                 kit.optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                losses.append(kit.backward(kit, image.to(kit.device), target.to(kit.device)))
                 kit.optimiser.step()
-                losses.append(float(loss.detach()))
         if self.momentum == "keep":
             memory["optimiser"] = _moments(kit.optimiser, self.model)
         local = trainable(self.model)
-        delta = {name: local[name].detach().cpu() - start for name, start in state.params.items()}
+        # In the model's order, whatever the order of what came: noise is drawn tensor by tensor.
+        delta = {name: p.detach().cpu() - state.params[name] for name, p in local.items()}
         return Update(site=site.name, delta=delta, weight=float(len(site.train)), steps=len(losses),
-                      metrics={"loss": float(np.mean(losses))})
+                      metrics=_mean_loss(losses))
+
+
+def _mean_loss(losses: Sequence[float | None]) -> dict[str, float]:
+    """Of the batches that held a patient: the others took a step too, but have no loss."""
+    known = [loss for loss in losses if loss is not None]
+    return {"loss": float(np.mean(known))} if known else {}
 
 
 def _as_code(model: nn.Module) -> str:

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["MODALITIES", "REGIONS", "Memory", "Patient", "Round", "ServerState", "Site", "Spent", "Tensors", "Update"]
+__all__ = ["MODALITIES", "REGIONS", "Cohort", "Memory", "Patient", "Round", "ServerState", "Site", "Spent", "Tensors",
+           "Update", "Withdrawal"]
 
 #: Channel order of every image in fedlab.
 MODALITIES = ("FLAIR", "T1", "T1c", "T2")
@@ -19,7 +20,8 @@ REGIONS = ("TC", "WT", "ET")
 
 #: Named tensors: a model's weights, or changes of them.
 Tensors = Mapping[str, torch.Tensor]
-#: What a site keeps for itself between rounds: a name for each group of tensors (optimiser moments, ...).
+#: What a site keeps for itself between rounds: a name for each group of tensors (optimiser moments, ledger, ...).
+#: Groups whose name begins with "_" are secrets of the moment and are never written to disk.
 Memory = dict[str, dict[str, torch.Tensor]]
 
 
@@ -73,6 +75,33 @@ class Site:
         return f"<Site {self.name}: {len(self.train)} patients to train on, {len(self.val)} held out>"
 
 
+@dataclass(frozen=True)
+class Cohort:
+    """Who took part in a round, as the server knows it. Its length is the number of updates that came.
+
+    Attributes:
+        round: number of the round.
+        arrived: names of the sites whose updates came.
+        sites: number of sites that could have been chosen.
+        sample: probability with which each was.
+    """
+
+    round: int
+    arrived: tuple[str, ...]
+    sites: int
+    sample: float
+
+    def __len__(self) -> int:
+        return len(self.arrived)
+
+
+class Withdrawal(NamedTuple):
+    """A site that takes no part in a round, and why."""
+
+    site: str
+    reason: str
+
+
 class Spent(NamedTuple):
     """Privacy spent so far, never shown without what it means."""
 
@@ -98,6 +127,7 @@ class Update:
         steps: optimiser steps taken.
         metrics: plain numbers such as the mean training loss. They leave the site too.
         spent: privacy spent by the site so far.
+        encoded: size in bytes of the delta as it would be sent, if a technique makes it smaller than dense tensors.
     """
 
     site: str
@@ -106,6 +136,7 @@ class Update:
     steps: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     spent: tuple[Spent, ...] = ()
+    encoded: int | None = None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Update:
         """The same update with `change` applied to every tensor of the delta."""
@@ -128,8 +159,9 @@ class Update:
 
     @property
     def nbytes(self) -> int:
-        """Size of the delta in bytes, as dense tensors."""
-        return sum(t.numel() * t.element_size() for t in self.delta.values())
+        """Size of the delta in bytes: as it would be sent, or as dense tensors."""
+        dense = sum(t.numel() * t.element_size() for t in self.delta.values())
+        return dense if self.encoded is None else self.encoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +172,13 @@ class ServerState:
         round: number of the next round, counted from 0.
         params: the global model's trainable weights.
         moments: the server optimiser's own tensors, by name; empty for FedAvg.
+        memory: what privacy techniques keep at the server; the group "broadcast" goes to the sites with the weights.
     """
 
     round: int
     params: Tensors
     moments: Mapping[str, Tensors] = field(default_factory=dict)
+    memory: Mapping[str, Tensors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +190,8 @@ class Round:
         state: the server's state after the round.
         cohort: names of the sites that took part.
         sites: numbers reported by each site: loss, update norm, weight, steps, bytes sent.
-        spent: privacy spent so far, by site.
+        spent: privacy spent so far, by site; under "server" what holds for every site through noise added there.
+        absent: sites of the cohort that withdrew, and why.
         metrics: numbers about the global model, such as validation Dice.
         seconds: wall time of the round.
         memory: what each site keeps for itself; in a deployment it never leaves the site.
@@ -170,3 +205,4 @@ class Round:
     metrics: Mapping[str, float]
     seconds: float
     memory: Mapping[str, Memory] = field(default_factory=dict, repr=False)
+    absent: Mapping[str, str] = field(default_factory=dict)

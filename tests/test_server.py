@@ -147,8 +147,8 @@ def test_hooks_run_in_order_at_the_site_and_in_reverse_at_the_server():
             calls.append(f"protect {self.name}")
             return update
 
-        def release(self, mean, cohort, rng):
-            calls.append(f"release {self.name} {cohort}")
+        def release(self, mean, cohort, memory, rng):
+            calls.append(f"release {self.name} {len(cohort)}")
             return mean
 
     privacy = Named("a") + Named("b") + Named("c")
@@ -160,7 +160,7 @@ def test_hooks_run_in_order_at_the_site_and_in_reverse_at_the_server():
 
 def test_release_changes_the_mean_before_the_model_moves():
     class Nothing(Privacy):
-        def release(self, mean, cohort, rng):
+        def release(self, mean, cohort, memory, rng):
             return mean.map(torch.zeros_like)
 
     one = trainer()

@@ -1,25 +1,46 @@
-"""The frame of every privacy technique: three hooks around local training and aggregation."""
+"""The frame of every privacy technique: hooks around local training and aggregation."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from fedlab.errors import PrivacyError
-from fedlab.types import Memory, Site, Tensors, Update
+from fedlab.types import Cohort, Memory, Site, Tensors, Update
 
 if TYPE_CHECKING:
-    from fedlab.training import Kit
+    from fedlab.strategies import Strategy
+    from fedlab.training import Kit, SiteTrainer
 
-__all__ = ["Privacy", "check_update"]
+__all__ = ["Inboxes", "Privacy", "check_update"]
+
+#: Messages on their way: recipient -> sender -> bytes. The server is called "server".
+Inboxes = Mapping[str, Mapping[str, bytes]]
 
 
 class Privacy:
     """A privacy technique. Every hook is the identity: override what the technique needs.
 
     `a + b` applies a, then b at the site, and b, then a at the server, as layers of an onion.
+
+    A technique with a proven guarantee enters what it releases into the site's ledger
+    (`fedlab.privacy.accounting.Ledger`) and names the unit it protects in `units`; a round in which the ledger was not
+    charged for such a unit is refused. Without units the technique has no formal guarantee and is labelled so.
+
+    Attributes:
+        units: what the guarantee given at the site protects: {"patient"}, {"site"} or both.
+        before, after: names of exchanges of messages between the sites, by way of the server, before training and
+            after all updates are in; see `at_site`.
     """
+
+    units: frozenset[str] = frozenset()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
+        """Before the first round: raises `ValueError` if the technique cannot work with the rest of the run."""
 
     def equip(self, kit: Kit, site: Site, memory: Memory) -> Kit:
         """Before local training, at the site: wrap the model, the optimiser or the loader."""
@@ -29,9 +50,35 @@ class Privacy:
         """The last thing before an update leaves the site."""
         return update
 
-    def release(self, mean: Update, cohort: int, rng: torch.Generator) -> Update:
-        """At the server, between combining `cohort` updates and moving the model."""
+    def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
+        """At the server, between combining the cohort's updates and moving the model.
+
+        Args:
+            mean: the combination, float64; zeros if nobody took part.
+            cohort: who took part.
+            memory: the server's own, kept from round to round; its group "broadcast" goes to the sites.
+            rng: where noise comes from.
+        """
         return mean
+
+    def at_site(self, step: str, site: str, inbox: Mapping[str, bytes], memory: Memory) -> Mapping[str, bytes]:
+        """A site's part in an exchange: what it answers, by recipient, to the messages that came, by sender."""
+        return {}
+
+    def at_server(self, step: str, sent: Inboxes, memory: Memory, arrived: Sequence[str]) -> Inboxes:
+        """The server's part: hand on what the sites sent in `step`, as recipient -> sender -> message.
+
+        Args:
+            step: the exchange that has ended; "trained" once all updates are in, before the first of `after`.
+            sent: sender -> recipient -> message.
+            memory: the server's own; a step's messages to "server" belong there.
+            arrived: sites whose update has come.
+        """
+        inboxes: dict[str, dict[str, bytes]] = {}
+        for sender, messages in sent.items():
+            for recipient, message in messages.items():
+                inboxes.setdefault(recipient, {})[sender] = message
+        return inboxes
 
     def __add__(self, other: Privacy) -> Privacy:
         return _Stack(*self._layers(), *other._layers())
@@ -48,7 +95,17 @@ class _Stack(Privacy):
     """Several techniques in order; made by `+`."""
 
     def __init__(self, *layers: Privacy) -> None:
+        talking = [layer for layer in layers if layer.before or layer.after]
+        if len(talking) > 1:
+            raise ValueError(f"only one technique of a run may exchange messages between sites, got {talking}")
         self.layers = layers
+        self._talker = talking[0] if talking else Privacy()
+        self.units = frozenset().union(*(layer.units for layer in layers))
+        self.before, self.after = self._talker.before, self._talker.after
+
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
+        for layer in self.layers:
+            layer.check_run(trainer=trainer, sites=sites, strategy=strategy, rounds=rounds)
 
     def equip(self, kit: Kit, site: Site, memory: Memory) -> Kit:
         for layer in self.layers:
@@ -60,10 +117,16 @@ class _Stack(Privacy):
             update = check_update(layer.protect(update, memory, rng), like=update.delta, site=update.site)
         return update
 
-    def release(self, mean: Update, cohort: int, rng: torch.Generator) -> Update:
+    def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
         for layer in reversed(self.layers):
-            mean = layer.release(mean, cohort, rng)
+            mean = layer.release(mean, cohort, memory, rng)
         return mean
+
+    def at_site(self, step: str, site: str, inbox: Mapping[str, bytes], memory: Memory) -> Mapping[str, bytes]:
+        return self._talker.at_site(step, site, inbox, memory)
+
+    def at_server(self, step: str, sent: Inboxes, memory: Memory, arrived: Sequence[str]) -> Inboxes:
+        return self._talker.at_server(step, sent, memory, arrived)
 
     def _layers(self) -> tuple[Privacy, ...]:
         return self.layers
