@@ -57,10 +57,10 @@ class Phantoms:
     """
 
     sites: int = 4
-    patients: int = 120
+    patients: int = 72
     shape: tuple[int, int, int] = (48, 64, 48)
     spacing_mm: float = 3.0
-    held_out: int | float = 0.2
+    held_out: int | float = 1 / 3
     equal: bool = True
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class Job:
     """
 
     source: Phantoms | Folder
-    rounds: int = 31
+    rounds: int = 33
     steps: int = 10
     batch_size: int = 2
     lr: float = 5e-3

@@ -299,7 +299,8 @@ def _trilinear(volume: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 
 def draw_tissue(
-    rng: np.random.Generator, maps: dict[str, torch.Tensor], positions: torch.Tensor, grid: Grid, rim: float
+    rng: np.random.Generator, maps: dict[str, torch.Tensor], positions: torch.Tensor, grid: Grid, *, rim: float,
+    scalp: float, lesions: float,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A patient's normal tissue, with all that resembles a tumour in real scans and is none.
 
@@ -309,6 +310,8 @@ def draw_tissue(
         positions: in the template, shape (3, X, Y, Z) [mm].
         grid: the patient's grid.
         rim: how much of the meninges the brain extraction leaves, in [0, 1].
+        scalp: how much of that is fat, in [0, 1].
+        lesions: how many white-matter lesions the site's patients have on average, in [0, 1].
 
     Returns:
         Tissue -> fraction of each voxel, shape (X, Y, Z), summing to 1 in the brain; and the brain, bool.
@@ -331,7 +334,7 @@ def draw_tissue(
     deep = grey * (maps["deep_grey"] / (maps["grey"] + 1e-3)).clamp(0, 1)
     ventricle = maps["ventricle"] * csf
     choroid = ventricle * torch.sigmoid(5 * (rough[1] - 0.9)) * 0.7
-    load = float(rng.uniform(-0.5, 2.6))
+    load = 2.4 * lesions - 0.4 + float(rng.uniform(-0.5, 0.5))
     spots = smooth_fields(rng, 1, shape, h, max(9.0, h))[0]
     score = 2.5 * maps["near_ventricle"] + 0.9 * spots + 0.4 * rough[2] - 2.6 + 0.45 * load
     lesion = white * torch.sigmoid(5 * score)
@@ -346,7 +349,7 @@ def draw_tissue(
     midline = torch.exp(-(positions[0] / 3.0).square()) * (positions[2] > 5) * (maps["depth"] < 0.09)
     surface = torch.exp(-(maps["depth"] * DEPTH_MM / 3).square())
     meninges = rim * surface * torch.sigmoid(3 * rough[5])
-    fat = float(rng.uniform(0, 1)) * torch.sigmoid(4 * (rough[1] + 0.3))  # scalp and orbit that were not cut off
+    fat = scalp * float(rng.uniform(0.5, 1)) * torch.sigmoid(4 * (rough[1] + 0.3))
     blood = torch.maximum(blood, rim * 0.8 * midline)
     tissue = {"white": white - lesion, "grey": (grey - deep) * (1 - scar), "deep_grey": deep * (1 - scar),
               "csf": csf - choroid, "lesion": lesion + scarred, "choroid": choroid}

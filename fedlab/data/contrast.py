@@ -124,6 +124,7 @@ class Scanner:
         slice_axis: 0 sagittal, 1 coronal, 2 axial, for FLAIR, T1, T1c and T2.
         dose: contrast agent relative to a single dose (0.1 mmol/kg).
         rim: how much of the meninges the site's brain extraction leaves, in [0, 1].
+        scalp: how much of what it leaves is fat of scalp and orbits, in [0, 1].
 
     Raises:
         ValueError: a value outside its range.
@@ -140,15 +141,17 @@ class Scanner:
     slice_axis: tuple[int, int, int, int] = (2, 2, 2, 2)
     dose: float = 1.0
     rim: float = 0.3
+    scalp: float = 0.5
 
     def __post_init__(self) -> None:
         if self.field_t not in (1.5, 3.0):
             raise ValueError(f"field_t is 1.5 or 3.0 tesla, got {self.field_t}")
         if not 0.0 <= self.noise <= 0.06:
             raise ValueError(f"noise lies between 0 and 0.06 of the white-matter signal, got {self.noise}")
-        if not 0.0 <= self.bias <= 0.5 or not 0.0 < self.dose <= 3.0 or not 0.0 <= self.rim <= 1.0:
-            raise ValueError("bias lies in [0, 0.5], dose in (0, 3] and rim in [0, 1]; "
-                             f"got {self.bias}, {self.dose}, {self.rim}")
+        if not 0.0 <= self.bias <= 0.5 or not 0.0 < self.dose <= 3.0 or not (
+                0.0 <= self.rim <= 1.0 and 0.0 <= self.scalp <= 1.0):
+            raise ValueError("bias lies in [0, 0.5], dose in (0, 3], rim and scalp in [0, 1]; "
+                             f"got {self.bias}, {self.dose}, {self.rim}, {self.scalp}")
         if len(self.slice_mm) != 4 or not all(0.0 < s <= 10.0 for s in self.slice_mm):
             raise ValueError(f"slice_mm is four thicknesses up to 10 mm, got {self.slice_mm}")
         if len(self.slice_axis) != 4 or not all(a in (0, 1, 2) for a in self.slice_axis):
@@ -170,13 +173,14 @@ def draw_scanners(sites: int, rng: np.random.Generator) -> list[Scanner]:
         sites: how many.
         rng: where the randomness comes from.
     """
-    return [_scanner(*map(float, share)) for share in LatinHypercube(d=23, rng=rng).random(sites)]
+    return [_scanner(*map(float, share)) for share in LatinHypercube(d=24, rng=rng).random(sites)]
 
 
 def _scanner(
     field: float, tr: float, te: float, ti: float, kind: float, t1_tr: float, t1_te: float, t1_more: float, own: float,
     t1c_tr: float, t1c_te: float, t1c_flip: float, t2_tr: float, t2_te: float, turned: float, thin: float,
     flair_mm: float, t1_mm: float, t2_mm: float, bias: float, noise: float, dose: float, rim: float,
+    scalp: float,
 ) -> Scanner:
     """A scanner from where each setting lies in its range, 0 to 1."""
     repeat = _at(tr, 7000, 11000)
@@ -203,6 +207,7 @@ def _scanner(
         slice_axis=(1 if turned > 0.9 else 2, 0 if turned < 0.25 else 2, 2, 2),
         dose=_at(dose, 0.7, 1.4, 2),
         rim=_at(rim, 0.1, 0.9, 2),
+        scalp=_at(scalp, 0.0, 1.0, 2),
     )
 
 

@@ -47,7 +47,7 @@ __all__ = ["FETS_SIZES", "RawPatient", "SiteProfile", "cohort_sizes", "generate_
            "site_profiles", "write_brats"]
 
 #: Changes whenever the same settings would give other patients; part of every cache key.
-GENERATOR = "fedlab-phantom-33"
+GENERATOR = "fedlab-phantom-35"
 #: Patients of the 17 institutions of FeTS 2021, partitioning_1 (Pati et al. 2021).
 FETS_SIZES = (129, 14, 5, 9, 22, 34, 12, 8, 4, 8, 6, 9, 27, 3, 11, 34, 6)
 _FILES = ("flair", "t1", "t1ce", "t2")
@@ -117,13 +117,15 @@ def site_profiles(sites: int, seed: int = 0) -> list[SiteProfile]:
     if sites < 1:
         raise ValueError(f"a cohort has at least one site, got {sites}")
     rng = np.random.default_rng(derive(seed, "profiles", sites))
+    lesions = (rng.permutation(sites) + rng.random(sites)) / sites
     return [
         SiteProfile(scanner=scanner, population=Population(
             low_grade=round(float(rng.uniform(0.03, 0.09)), 3),
             multifocal=round(float(rng.uniform(0.08, 0.25)), 3),
             median_ml=round(float(np.clip(95 * math.exp(0.15 * rng.standard_normal()), 50, 140)), 1),
             spread=round(float(rng.uniform(0.5, 0.8)), 2),
-        )) for scanner in draw_scanners(sites, rng)
+            lesions=round(float(load), 2),
+        )) for scanner, load in zip(draw_scanners(sites, rng), lesions, strict=True)
     ]
 
 
@@ -178,7 +180,8 @@ def generate_patient(
         work = _crop(grid, sample_atlas(atlas, affine, pushed, ("brain",)))
         positions = warp(mass_effect(work.coordinates(), centre, growth))
         maps = sample_atlas(atlas, affine, positions)
-        tissue, brain = draw_tissue(rng, maps, positions, work, profile.scanner.rim)
+        tissue, brain = draw_tissue(rng, maps, positions, work, rim=profile.scanner.rim,
+                                    scalp=profile.scanner.scalp, lesions=profile.population.lesions)
         odds = grow(rng, tissue["white"], tissue["grey"] + tissue["deep_grey"], growth, work.spacing_mm, centre)
         tumour = segment(rng, odds, {**maps, "white": tissue["white"], "csf": tissue["csf"],
                                      "brain": brain.float()}, growth, work.spacing_mm)

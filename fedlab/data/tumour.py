@@ -30,13 +30,14 @@ WHITE_TO_GREY = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Population:
-    """Which tumours the patients of a site have.
+    """Which patients a site has.
 
     Args:
         low_grade: share of patients without any enhancing tumour.
         multifocal: share of patients with more than one focus.
         median_ml: median volume of the whole tumour [ml]; the 285 patients of BraTS 2018 have about 90.
         spread: standard deviation of the logarithm of that volume; volumes stay within 10 to 250 ml.
+        lesions: white-matter lesions of another kind, from 0 (the young) to 1 (the old).
 
     Raises:
         ValueError: a share outside [0, 1], a median outside 10 to 250 ml or a negative spread.
@@ -46,11 +47,12 @@ class Population:
     multifocal: float = 0.15
     median_ml: float = 90.0
     spread: float = 0.6
+    lesions: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("low_grade", "multifocal"):
+        for name in ("low_grade", "multifocal", "lesions"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} lies between 0 and 1, got {getattr(self, name)}")
         if not 10.0 <= self.median_ml <= 250.0 or not self.spread >= 0.0:
             raise ValueError(
                 f"median_ml lies between 10 and 250 ml and spread is not negative, got {self.median_ml}, {self.spread}"
@@ -139,7 +141,7 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
         foci=int(1 + (rng.random() < population.multifocal) * rng.integers(1, 3)),
         push=float(rng.uniform(0.0, 0.7) * (0.6 + 0.4 * core)),
         roughness=float(math.exp(rng.uniform(math.log(0.35), math.log(1.1)))),
-        edge=float(rng.uniform(0.05, 0.16)),
+        edge=float(rng.uniform(0.04, 0.13)),
     )
 
 
