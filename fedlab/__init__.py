@@ -30,9 +30,26 @@ _refuse_namesake()
 __version__ = "0.1.0"
 
 from fedlab.baselines import centralised, local_only, pooled
-from fedlab.data.brats import read_patient, read_sites
+from fedlab.data.brats import read_cohort, read_patient, read_sites
+from fedlab.data.cards import DataCard, card_template, fill_card, read_card
+from fedlab.data.cohort import Cohort
+from fedlab.data.fingerprint import find_duplicates, fingerprint, fingerprint_site, same_person
+from fedlab.data.harmonise import Harmonisation, fit_harmonisation
+from fedlab.data.heterogeneity import Heterogeneity, heterogeneity
+from fedlab.data.inspect import inspect_folder
+from fedlab.data.partition import (
+    Partition,
+    by_column,
+    by_dirichlet_size,
+    by_dirichlet_type,
+    by_institution,
+    by_quantity,
+    by_scanner,
+    tumour_types,
+)
 from fedlab.data.phantom import make_cohort, write_brats
 from fedlab.data.prepare import labels_to_regions, regions_to_labels
+from fedlab.data.statistics import Domain, SiteStatistics, site_statistics
 from fedlab.engines.local import Engine, Local
 from fedlab.errors import DataError, FedlabError, PrivacyError, RunError, SiteError
 from fedlab.history import History
@@ -44,14 +61,20 @@ from fedlab.strategies import FedAvg, Strategy
 from fedlab.topology import star
 from fedlab.training import DiceBCE, PolyDecay, SiteTrainer, augmentation
 from fedlab.types import MODALITIES, REGIONS, Patient, Round, ServerState, Site, Spent, Update
+from fedlab.view.cohort import heterogeneity_figure, intensity_figure, partition_figure
 from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_figure
 from fedlab.view.slices import compare, show_patient
 
 __all__ = [
-    "MODALITIES", "REGIONS", "DataError", "DiceBCE", "Engine", "FedAvg", "FedlabError", "History", "Local", "Patient",
-    "PolyDecay", "Privacy", "PrivacyError", "Round", "RunError", "ServerState", "Site", "SiteError", "SiteTrainer",
-    "Spent", "Strategy", "Update", "__version__", "augmentation", "centralised", "compare", "cross_site_heatmap",
-    "curves", "dice_by_arm", "each_round", "evaluate", "federate", "labels_to_regions", "load_model", "load_weights",
-    "local_only", "make_cohort", "pooled", "predict", "read_patient", "read_sites", "regions_to_labels", "save_model",
-    "segresnet", "show_patient", "sites_figure", "star", "summary", "threshold_dice", "weights_sha256", "write_brats",
+    "MODALITIES", "REGIONS", "Cohort", "DataCard", "DataError", "DiceBCE", "Domain", "Engine", "FedAvg", "FedlabError",
+    "Harmonisation", "Heterogeneity", "History", "Local", "Partition", "Patient", "PolyDecay", "Privacy",
+    "PrivacyError", "Round", "RunError", "ServerState", "Site", "SiteError", "SiteStatistics", "SiteTrainer", "Spent",
+    "Strategy", "Update", "__version__", "augmentation", "by_column", "by_dirichlet_size", "by_dirichlet_type",
+    "by_institution", "by_quantity", "by_scanner", "card_template", "centralised", "compare", "cross_site_heatmap",
+    "curves", "dice_by_arm", "each_round", "evaluate", "federate", "fill_card", "find_duplicates", "fingerprint",
+    "fingerprint_site", "fit_harmonisation", "heterogeneity", "heterogeneity_figure", "inspect_folder",
+    "intensity_figure", "labels_to_regions", "load_model", "load_weights", "local_only", "make_cohort",
+    "partition_figure", "pooled", "predict", "read_card", "read_cohort", "read_patient", "read_sites",
+    "regions_to_labels", "same_person", "save_model", "segresnet", "show_patient", "site_statistics", "sites_figure",
+    "star", "summary", "threshold_dice", "tumour_types", "weights_sha256", "write_brats",
 ]

@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from fedlab.data.brats import PatientFiles, find_patients, read_label, read_patient, save_prediction, to_native
-from fedlab.data.nifti import read_volume
+from fedlab.data.brats import PatientFiles, read_cohort, read_label, save_prediction, to_native
 from fedlab.data.prepare import labels_to_regions
+from fedlab.data.scan import native_volume
 from fedlab.errors import RunError
 from fedlab.metrics import COLUMNS, predict, score_rows, summary
 from fedlab.models import load_model, trainable, weights_sha256
@@ -24,16 +24,21 @@ from fedlab.types import REGIONS
 __all__ = ["describe_evaluation", "evaluate_folder"]
 
 
-def evaluate_folder(model_file: Path, data: Path, out: Path, *, progress: bool = True) -> dict[str, Any]:
-    """Segments every patient of a BraTS folder and writes predictions, scores.csv and summary.json.
+def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | None = None,
+                    label_convention: str | None = None, skip_broken: bool = False,
+                    progress: bool = True) -> dict[str, Any]:
+    """Segments every patient of a folder and writes predictions, scores.csv and summary.json.
 
     The model sees each patient resampled to the voxel size it was trained at. Its prediction is brought back to the
     patient's own grid, written there as `<ID>_pred.nii.gz` and scored there against the expert's labels.
 
     Args:
         model_file: model.safetensors of a run.
-        data: folder with one folder per patient, labels optional.
+        data: folder in one of `fedlab.data.layouts.LAYOUTS`, or a CSV table of paths; labels optional.
         out: a directory that does not exist yet.
+        layout: where it can't be found out.
+        label_convention: where it can't be found out.
+        skip_broken: whether to go on without patients whose files have errors.
         progress: show a progress bar.
 
     Returns:
@@ -47,22 +52,23 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, progress: bool =
     if out.exists():
         raise RunError(f"{out} exists and is left as it is; choose another --out")
     model, spacing_mm = load_model(model_file)
-    found = find_patients(data)
+    found = read_cohort(data, layout=layout, label_convention=label_convention, spacing_mm=spacing_mm,
+                        broken="skip" if skip_broken else "raise", progress=progress)
     device = pick_device("auto")
     dtype = pick_precision("auto", device)
     amp = None if dtype is torch.float32 else dtype
     model.to(device)
     out.mkdir(parents=True)
     rows: list[dict[str, str | float]] = []
-    for files in tqdm(found.values(), desc="segmenting", unit="patient", disable=not progress):
-        patient = read_patient(files, spacing_mm=spacing_mm)
+    for files in tqdm(found.files.values(), desc="segmenting", unit="patient", disable=not progress):
+        patient = found.read(files.id)
         labels = to_native(predict(model, patient, amp=amp), patient=patient, files=files)
         save_prediction(out / f"{files.id}_pred.nii.gz", labels, files=files)
         rows += _scores(labels, files)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table.to_csv(out / "scores.csv", index=False)
     result: dict[str, Any] = {
-        "patients": len(found), "labelled": sum(files.label is not None for files in found.values()),
+        "patients": len(found), "labelled": sum(files.label is not None for files in found.files.values()),
         "spacing_mm": spacing_mm, "model_sha256": weights_sha256(trainable(model)),
     }
     if result["labelled"]:
@@ -89,7 +95,7 @@ def describe_evaluation(result: dict[str, Any]) -> str:
 
 
 def _scores(labels: np.ndarray, files: PatientFiles) -> list[dict[str, str | float]]:
-    spacing_mm = read_volume(files.images["FLAIR"], voxels=False).spacing_mm
+    spacing_mm = native_volume(files).spacing_mm
     reference = read_label(files)[0] if files.label is not None else None
     prediction = labels_to_regions(torch.from_numpy(labels))
     return score_rows(prediction, reference, spacing_mm=spacing_mm, site="", patient=files.id)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlab.cli_data import add_data, add_layout, read_shape
 from fedlab.errors import FedlabError
 
 __all__ = ["main"]
@@ -22,10 +23,13 @@ notebooks/ ('make lab')."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status: 0 done, 1 an error that is explained, 130 interrupted."""
+    """Runs the command line and returns its exit status: 0 done, 1 an error that is explained, 130 interrupted.
+
+    `fedlab data inspect` has one more, see its help.
+    """
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        status: int | None = options.command(options)
     except (FedlabError, ValueError, OSError) as error:
         print(f"fedlab: {error}", file=sys.stderr)
         return 1
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = options.out if getattr(options, "resumable", False) else None
         print(f"\nfedlab: interrupted{f'; continue with: fedlab resume {run}' if run else ''}", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         "Trains three arms with equal numbers of gradient steps on generated patients: federated (FedAvg), all data\n"
         "pooled, and each site alone. Writes a run directory with report.html and summary.json."))
     demo.add_argument("--sites", type=int, help="number of sites (default 4)")
-    demo.add_argument("--patients", type=int, help="of all sites together (default 30 per site)")
-    demo.add_argument("--shape", type=_shape, help="voxels of a volume, such as 48,64,48 (the default) or 64,64,64")
+    demo.add_argument("--patients", type=int, help="of all sites together (default 18 per site; a third is held out)")
+    demo.add_argument("--shape", type=read_shape, help="voxels of a volume, such as 48,64,48 (the default) or 64,64,64")
     demo.add_argument("--full", action="store_true",
                       help="13 sites and 285 patients at 64,64,64, of sizes as unequal as in a real study; takes far "
                            "longer")
@@ -57,11 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     run = commands.add_parser("run", help="the same job on real scans", formatter_class=style, description=(
-        "Trains the three arms on a BraTS folder (one folder per patient: NAME/NAME_flair.nii.gz, _t1, _t1ce, _t2,\n"
-        "_seg) whose patients a CSV table with the columns Partition_ID,Subject_ID assigns to sites."))
-    run.add_argument("--data", required=True, metavar="DIR", help="the BraTS folder")
+        "Trains the three arms on a folder of scans (any BraTS layout, FeTS, Medical Segmentation Decathlon, or a CSV\n"
+        "table of paths; see 'fedlab data inspect') whose patients a CSV table with the columns\n"
+        "Partition_ID,Subject_ID assigns to sites."))
+    run.add_argument("--data", required=True, metavar="DIR", help="the folder of scans")
     run.add_argument("--sites", required=True, metavar="TABLE.csv", help="the institution table")
     run.add_argument("--spacing", type=float, default=3.0, metavar="MM", help="voxel size to train at (default 3 mm)")
+    _add_reading(run)
     _add_training(run)
     run.set_defaults(command=_run)
 
@@ -71,28 +77,22 @@ def _parser() -> argparse.ArgumentParser:
 
     score = commands.add_parser("evaluate", help="run a trained model on a folder of scans", formatter_class=style,
                                 description=(
-        "Segments every patient of a BraTS folder with a model.safetensors, writes the label maps as NIfTI on each\n"
+        "Segments every patient of a folder of scans with a model.safetensors, writes the label maps as NIfTI on each\n"
         "patient's own grid, and scores them where there are expert labels."))
     score.add_argument("model", type=Path, metavar="MODEL", help="model.safetensors of a run")
-    score.add_argument("--data", required=True, metavar="DIR", help="the BraTS folder")
+    score.add_argument("--data", required=True, metavar="DIR", help="the folder of scans, or a CSV table of paths")
+    _add_reading(score)
     score.add_argument("--out", type=Path, help="new directory for predictions and summary.json "
                                                 "(default runs/evaluate-TIME)")
     score.set_defaults(command=_evaluate)
 
-    data = commands.add_parser("data", help="make or inspect data")
-    kinds = data.add_subparsers(required=True, metavar="COMMAND")
-    phantom = kinds.add_parser("phantom", help="write generated patients as a BraTS folder", formatter_class=style,
-                               description=(
-        "Generates patients and writes them in the layout of BraTS 2021, with partitioning.csv as institution table,\n"
-        "so that any reader or viewer can open them."))
-    phantom.add_argument("--out", type=Path, required=True, help="new directory")
-    phantom.add_argument("--sites", type=int, default=4)
-    phantom.add_argument("--patients", type=int, default=16, help="of all sites together (default 16)")
-    phantom.add_argument("--shape", type=_shape, default=(64, 64, 64), help="voxels (default 64,64,64)")
-    phantom.add_argument("--spacing", type=float, default=3.0, metavar="MM", help="voxel size (default 3 mm)")
-    phantom.add_argument("--seed", type=int, default=0)
-    phantom.set_defaults(command=_phantom)
+    add_data(commands)
     return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    add_layout(parser)
+    parser.add_argument("--skip-broken", action="store_true", help="go on without patients whose files have errors")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -101,16 +101,6 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of data, first weights and training (default 0)")
     parser.add_argument("--out", type=Path, help="new run directory (default runs/NAME-TIME)")
     parser.add_argument("--keep", action="store_true", help="keep prepared data and checkpoints (about 100 MB)")
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    try:
-        x, y, z = (int(part) for part in text.replace("x", ",").split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"three whole numbers such as 48,64,48, got {text!r}") from error
-    if min(x, y, z) < 32 or any(v % 16 for v in (x, y, z)):
-        raise argparse.ArgumentTypeError(f"each number is a multiple of 16 and at least 32, got {text!r}")
-    return x, y, z
 
 
 def _given(**settings: Any) -> dict[str, Any]:
@@ -127,9 +117,10 @@ def _demo(options: argparse.Namespace) -> None:
 
     given = _given(sites=options.sites, patients=options.patients, shape=options.shape)
     if options.full:
-        source = Phantoms(**{"sites": 13, "patients": 285, "shape": (64, 64, 64), "equal": False, **given})
+        source = Phantoms(**{"sites": 13, "patients": 285, "shape": (64, 64, 64), "held_out": 0.2, "equal": False,
+                             **given})
     else:
-        source = Phantoms(**{"patients": 30 * given.get("sites", Phantoms.sites), **given})
+        source = Phantoms(**{"patients": 18 * given.get("sites", Phantoms.sites), **given})
     job = Job(source=source, seed=options.seed, real=options.real,
               **_given(rounds=options.rounds, steps=options.steps))
     options.out = _new_run(options.out, "demo")
@@ -139,7 +130,8 @@ def _demo(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from fedlab.job import Folder, Job
 
-    source = Folder(data=options.data, table=options.sites, spacing_mm=options.spacing)
+    source = Folder(data=options.data, table=options.sites, spacing_mm=options.spacing, layout=options.layout,
+                    label_convention=options.label_convention, skip_broken=options.skip_broken)
     job = Job(source=source, seed=options.seed, **_given(rounds=options.rounds, steps=options.steps))
     options.out = _new_run(options.out, "run")
     _begin(job, options)
@@ -182,16 +174,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from fedlab.apply import describe_evaluation, evaluate_folder
 
     options.out = _new_run(options.out, "evaluate")
-    print(describe_evaluation(evaluate_folder(options.model, Path(options.data), options.out)))
+    print(describe_evaluation(evaluate_folder(options.model, Path(options.data), options.out, layout=options.layout,
+                                              label_convention=options.label_convention,
+                                              skip_broken=options.skip_broken)))
     print(f"\npredictions and summary.json: {options.out}")
-
-
-def _phantom(options: argparse.Namespace) -> None:
-    from fedlab.data.phantom import write_brats
-
-    write_brats(options.out, sites=options.sites, patients=options.patients, shape=options.shape,
-                spacing_mm=options.spacing, seed=options.seed)
-    print(f"{options.patients} patients and partitioning.csv in {options.out}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class History:
         for record in self.records:
             sites = list(record["sites"].values())
             weight = sum(s["weight"] for s in sites)
-            known = all("loss" in s for s in sites)  # a privacy technique may withhold it
+            known = sites and all("loss" in s for s in sites)  # nobody was drawn, or a technique withholds it
             loss = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if known else {}
             rows.append({"round": record["round"], **loss, "bytes": sum(s["bytes"] for s in sites),
                          "seconds": record["seconds"], **record["metrics"]})

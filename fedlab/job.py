@@ -24,6 +24,8 @@ from tqdm.auto import tqdm
 from fedlab.baselines import centralised
 from fedlab.data.anatomy import Grid
 from fedlab.data.brats import find_patients, read_patient, read_sites
+from fedlab.data.conventions import check_convention
+from fedlab.data.layouts import list_patients
 from fedlab.data.partition import read_partitioning
 from fedlab.data.phantom import make_cohort
 from fedlab.data.prepare import regions_to_labels
@@ -31,7 +33,7 @@ from fedlab.data.store import load_sites, save_sites
 from fedlab.errors import DataError, RunError
 from fedlab.history import History
 from fedlab.metrics import COLUMNS, evaluate, predict, score_rows
-from fedlab.models import load_weights, segresnet
+from fedlab.models import load_weights, save_model, segresnet
 from fedlab.server import federate
 from fedlab.training import PolyDecay, SiteTrainer, augmentation, pick_device, pick_precision
 from fedlab.types import Patient, Round, ServerState, Site
@@ -82,13 +84,16 @@ class Phantoms:
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A BraTS folder and its institution table as the data of a job; see `fedlab.data.brats.read_sites`.
+    """A folder of scans and its institution table as the data of a job; see `fedlab.data.brats.read_sites`.
 
     Args:
-        data: folder with one folder per patient.
+        data: folder in one of `fedlab.data.layouts.LAYOUTS`, or a CSV table of paths.
         table: CSV file with the columns Partition_ID and Subject_ID.
         spacing_mm: edge of a voxel in mm.
         held_out: patients that each site holds out, a number or a share.
+        layout: where it can't be found out.
+        label_convention: one of `fedlab.data.conventions.CONVENTIONS`, where it can't be found out.
+        skip_broken: whether to go on without patients whose files have errors.
 
     Raises:
         ValueError: a voxel size that is none.
@@ -98,13 +103,18 @@ class Folder:
     table: str
     spacing_mm: float = 3.0
     held_out: int | float = 0.2
+    layout: str | None = None
+    label_convention: str | None = None
+    skip_broken: bool = False
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.spacing_mm <= 20:
             raise ValueError(f"spacing_mm lies between 0.1 and 20 mm, got {self.spacing_mm}")
 
     def prepare(self, *, seed: int, workers: Workers) -> list[Site]:
-        return read_sites(self.data, self.table, spacing_mm=self.spacing_mm, held_out=self.held_out, seed=seed)
+        return read_sites(self.data, self.table, spacing_mm=self.spacing_mm, held_out=self.held_out, seed=seed,
+                          layout=self.layout, label_convention=self.label_convention,
+                          broken="skip" if self.skip_broken else "raise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +168,7 @@ class Outcome:
 
     Attributes:
         job: the settings.
+        trainer: how every arm was trained, as code.
         sites: the prepared sites.
         histories: by arm: "federated", "centralised", "local site-01", ...
         scores: one row per arm, patient and region, on the held-out patients of all sites.
@@ -169,6 +180,7 @@ class Outcome:
     """
 
     job: Job
+    trainer: str
     sites: list[Site]
     histories: dict[str, History]
     scores: pd.DataFrame
@@ -203,8 +215,8 @@ def _check_inputs(job: Job) -> None:
     """A mistyped path shows here, not after minutes of training."""
     if isinstance(job.source, Folder):
         read_partitioning(job.source.table)
-        if not Path(job.source.data).is_dir():
-            raise DataError(f"{job.source.data} is not a folder; expected one that holds a folder for each patient")
+        check_convention(job.source.label_convention)
+        list_patients(job.source.data, layout=job.source.layout)
     if job.real is not None and all(files.label is None for files in find_patients(job.real).values()):
         raise DataError(f"no patient in {job.real} has an expert's label to compare with; 'fedlab evaluate' segments "
                         "scans without labels")
@@ -263,11 +275,13 @@ def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     data_done = time.perf_counter()
     histories = _train(job, sites, out, workers)
     train_done = time.perf_counter()
+    kept = workers.submit(_keep_model, job, histories["federated"].state, out / "model.safetensors")
     found = _evaluate(job, sites, histories, prepared, workers)
+    trainer = kept.result()
     done = time.perf_counter()
     seconds = {"data": data_done - started, "train": train_done - data_done, "evaluate": done - train_done,
                "total": done - started}
-    return Outcome(job=job, sites=sites, histories=histories, seconds=seconds, **found._asdict())
+    return Outcome(job=job, trainer=trainer, sites=sites, histories=histories, seconds=seconds, **found._asdict())
 
 
 def forget_working_files(out: Path) -> None:
@@ -278,6 +292,15 @@ def forget_working_files(out: Path) -> None:
 
 def _warm_up() -> None:
     import fedlab.preload  # noqa: F401
+
+
+def _keep_model(job: Job, state: ServerState | None, path: Path) -> str:
+    """Saves the federated model, anew if need be, and says how it was trained; in a worker, which has MONAI loaded."""
+    trainer = job.trainer()
+    if state is not None:
+        path.unlink(missing_ok=True)
+        save_model(path, trainer.model, params=state.params, spacing_mm=job.source.spacing_mm)
+    return repr(trainer)
 
 
 def _arms(sites: Sequence[Site]) -> list[str]:

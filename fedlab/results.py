@@ -16,7 +16,7 @@ import pandas as pd
 from fedlab import __version__
 from fedlab.job import Folder, Outcome
 from fedlab.metrics import summary, threshold_dice
-from fedlab.models import save_model, weights_sha256
+from fedlab.models import weights_sha256
 from fedlab.report import Section, save_figure, write_report
 from fedlab.types import REGIONS
 from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_figure
@@ -92,17 +92,12 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
 def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     """Writes everything a run directory holds and returns the summary.
 
-    Files: model.safetensors, scores.csv, dice.csv, cross_site.csv, train.csv and real.csv where there are real scans,
-    history.json, figures/, report.html, and last summary.json, which says that the run is complete. What an
-    interrupted attempt left half written is written anew.
+    Files, beside the model.safetensors that the job left there: scores.csv, dice.csv, cross_site.csv, train.csv and
+    real.csv where there are real scans, history.json, figures/, report.html, and last summary.json, which says that
+    the run is complete. What an interrupted attempt left half written is written anew.
     """
-    federated = outcome.histories["federated"].state
-    for name in ("model.safetensors", "report.html"):
-        (out / name).unlink(missing_ok=True)
+    (out / "report.html").unlink(missing_ok=True)
     shutil.rmtree(out / "figures", ignore_errors=True)
-    if federated is not None:
-        save_model(out / "model.safetensors", outcome.job.trainer().model, params=federated.params,
-                   spacing_mm=outcome.job.source.spacing_mm)
     outcome.scores.to_csv(out / "scores.csv", index=False)
     dice_table(outcome.scores).to_csv(out / "dice.csv", index_label="arm")
     cross_site(outcome.scores).to_csv(out / "cross_site.csv")
@@ -202,7 +197,7 @@ def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
         out / "report.html", title="Federated brain tumour segmentation", lead=_lead(outcome, found),
         results={f"mean Dice, {_SPOKEN[arm]}": f"{means['mean']:.2f}" for arm, means in dice.items()},
         sections=sections, versions=found["versions"],
-        settings={**asdict(job), "trainer": repr(job.trainer()), "weights_sha256": found["weights_sha256"],
+        settings={**asdict(job), "trainer": outcome.trainer, "weights_sha256": found["weights_sha256"],
                   "seconds": found["seconds"]},
         notes=_notes(outcome))
 

@@ -13,9 +13,9 @@ from fedlab.checkpoint import Checkpoint
 from fedlab.engines.local import Engine, Local
 from fedlab.errors import PrivacyBudgetExhausted
 from fedlab.history import History
-from fedlab.models import load_weights
+from fedlab.models import load_weights, weights_sha256
 from fedlab.privacy.base import Inboxes, Privacy, check_update
-from fedlab.seeds import generator
+from fedlab.seeds import derive, generator
 from fedlab.strategies import FedAvg, Strategy
 from fedlab.task import SiteTask, enrol
 from fedlab.topology import Topology, star
@@ -99,7 +99,9 @@ def _one_round(task: SiteTask, sites: Sequence[Site], strategy: Strategy, topolo
         inboxes = privacy.at_server("trained", {}, memory, tuple(seen)) if privacy.after else {}
         _exchange(task, engine, privacy.after, inboxes, [s for s in cohort if s.name in seen], memory, tuple(seen))
         took_part = Cohort(number, tuple(seen), len(sites), getattr(strategy, "sample", 1.0))
-        out = privacy.release(mean, took_part, memory, generator(task.seed, "release", number))
+        # Noise that depends on what it is added to: two runs of one seed on other data never share it.
+        seed = derive(task.seed, weights_sha256(mean.delta))
+        out = privacy.release(mean, took_part, memory, generator(seed, "release", number))
         if out.spent:
             spent["server"] = out.spent
         return out

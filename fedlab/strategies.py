@@ -37,26 +37,32 @@ def weighted_mean(updates: Iterable[Update]) -> Update:
     """The mean of the updates by their weights, accumulated in float64 with one update in memory at a time.
 
     Returns:
-        An update of site "mean" whose weight is the sum of the weights and whose tensors are float64.
+        An update of site "mean" whose weight is the sum of the weights and whose tensors are float64; of the metrics,
+        the means of those that every update has.
 
     Raises:
         ValueError: there is no update.
     """
     total: dict[str, torch.Tensor] = {}
+    metrics: dict[str, float] = {}
     weight, steps = 0.0, 0
     for update in updates:
         if not total:
             total = {name: tensor.double() * update.weight for name, tensor in update.delta.items()}
+            metrics = {name: value * update.weight for name, value in update.metrics.items()}
         else:
             for name, tensor in update.delta.items():
                 total[name].add_(tensor.double(), alpha=update.weight)
+            metrics = {name: value + update.metrics[name] * update.weight for name, value in metrics.items()
+                       if name in update.metrics}
         weight += update.weight
         steps += update.steps
     if not total:
         raise ValueError("no update to combine: no site of the cohort answered")
     for tensor in total.values():
         tensor.div_(weight)
-    return Update(site="mean", delta=total, weight=weight, steps=steps)
+    return Update(site="mean", delta=total, weight=weight, steps=steps,
+                  metrics={name: value / weight for name, value in metrics.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,8 +49,8 @@ class SiteTask:
         seed = derive(self.seed, "site", site.name, state.round)
         stage = "ledger"
         try:
-            ledger, stream = self._open_ledger(site, state, memory, seed)
             memory["broadcast"] = dict(state.memory.get("broadcast", {}))
+            ledger, stream = self._open_ledger(site, state, memory, seed)
             stage = "equip"
             kit = self.trainer.prepare(site, state, memory=memory, seed=seed)
             kit.seed = stream  # of whatever a technique draws
@@ -60,11 +61,14 @@ class SiteTask:
             finally:
                 kit.close()
             stage = "protect"
+            trained = weights_sha256(update.delta) if ledger else ""
             protected = self.privacy.protect(update, memory, generator(stream, "protect"))
             stage = "check"
             protected = check_update(protected, like=state.params, site=site.name)
-            if ledger is not None:
-                protected = self._state_spent(protected, Ledger(memory))
+            if ledger:
+                ledger = Ledger(memory)
+                ledger.bind(trained)
+                protected = self._state_spent(protected, ledger)
             memory["joined"] = {"updates": memory["joined"]["updates"] + 1}
             return protected
         except PrivacyBudgetExhausted as error:
@@ -79,19 +83,24 @@ class SiteTask:
     def _open_ledger(self, site: Site, state: ServerState, memory: Memory, seed: int) -> tuple[Ledger | None, int]:
         """The site's ledger, if the technique needs one, and the seed of the noise.
 
-        Noise depends on the weights it is added to: a server that sends other weights under a round's number gets
-        other noise, and both are charged.
+        Noise depends on all that the update depends on: the weights, how is trained, how is protected, on whom, and
+        what the site remembers. A run with other settings gets other noise, and both are charged; so does a server
+        that sends other weights under a round's number.
         """
         if not self.privacy.units:
             enrol(memory)
             return None, seed
-        if "joined" not in memory and state.round > 0:
+        if "joined" not in memory and "ledger" not in memory and state.round > 0:
             raise PrivacyError("this site has no memory of the rounds before, so nobody knows what it has spent; "
                                "restore its memory, or enrol it as a site that never took part")
         enrol(memory)
         if int(memory["joined"]["updates"]) > 0 and "ledger" not in memory:
             raise PrivacyError("this site has sent updates before but its ledger is missing; restore it")
-        stream = derive(seed, weights_sha256(state.params))
+        remembered = {f"{group}|{name}": t for group, slots in memory.items()
+                      if group not in ("ledger", "joined") and not group.startswith("_") for name, t in slots.items()}
+        settings = re.sub(r" at 0x[0-9a-f]+", "", f"{self.trainer!r}\n{self.privacy!r}")  # same in another process
+        stream = derive(seed, weights_sha256(state.params), weights_sha256(remembered), settings,
+                        *(patient.id for patient in site.train))
         return Ledger.open(memory, site=site.name, model=_shape_of(state.params), round=state.round,
                            stream=str(stream)), stream
 

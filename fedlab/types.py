@@ -112,7 +112,7 @@ class Spent(NamedTuple):
     adjacency: str
 
     def __str__(self) -> str:
-        return (f"ε = {self.epsilon:.3g} at δ = {self.delta:.0e} per {self.unit} "
+        return (f"ε = {self.epsilon:.3g} at δ = {self.delta:g} per {self.unit} "
                 f"({self.adjacency}, {self.accountant} accountant)")
 
 

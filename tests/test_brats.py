@@ -1,5 +1,4 @@
 import gzip
-import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from folders import LPS, brain_and_label, poke_header, rewrite, write_patient
 
 from fedlab.data.brats import (
     CONVENTIONS,
@@ -24,49 +24,6 @@ from fedlab.errors import DataError
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data" / "brats_real"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the real scans are not here")
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-SHAPE = (30, 34, 26)
-
-
-def brain_and_label(shape=SHAPE):
-    """A ball for a brain; a tumour in its right anterior superior part, if the axes are RAS."""
-    axes = np.meshgrid(*[np.arange(n) - n / 2 + 0.5 for n in shape], indexing="ij")
-    brain = sum((a / (0.42 * n)) ** 2 for a, n in zip(axes, shape, strict=True)) < 1
-    away = sum((a - n / 8) ** 2 for a, n in zip(axes, shape, strict=True))
-    label = np.zeros(shape, np.uint8)
-    label[away < 36], label[away < 16], label[away < 6] = 2, 4, 1
-    label[~brain] = 0
-    return brain, label
-
-
-def write_patient(folder, name="P1", *, affine=LPS, suffix=".nii.gz", label=True, seed=0, shape=SHAPE, dtype=np.int16):
-    """One BraTS 2021 patient whose axes are turned from RAS to those of `affine`."""
-    home = Path(folder) / name
-    home.mkdir(parents=True)
-    brain, tumour = brain_and_label(shape)
-    rng = np.random.default_rng(seed)
-    for i, kind in enumerate(("flair", "t1", "t1ce", "t2")):
-        image = (brain * (rng.integers(100, 400, shape) + 300 * i + 500 * (tumour > 0))).astype(dtype)
-        nib.save(nib.Nifti1Image(from_ras(image, affine), affine), home / f"{name}_{kind}{suffix}")
-    if label:
-        nib.save(nib.Nifti1Image(from_ras(tumour, affine), affine), home / f"{name}_seg{suffix}")
-    return home
-
-
-def rewrite(path, change):
-    image = nib.load(path)
-    data, affine = change(np.asanyarray(image.dataobj).copy(), image.affine.copy())
-    os.unlink(path)
-    nib.save(nib.Nifti1Image(data, affine), path)
-
-
-def poke_header(path, **fields):
-    raw = bytearray(gzip.decompress(Path(path).read_bytes()))
-    header = nib.Nifti1Header(bytes(raw[:348]), check=False)
-    for name, value in fields.items():
-        header[name] = value
-    raw[:348] = header.binaryblock
-    Path(path).write_bytes(gzip.compress(bytes(raw)))
 
 
 def dice(one, other):
@@ -342,14 +299,16 @@ def test_label_conventions_are_stated_never_guessed(tmp_path):
     home = write_patient(tmp_path)
     label = read_patient(find_patients(tmp_path)["P1"]).label
     rewrite(home / "P1_seg.nii.gz", lambda a, m: (np.where(a == 4, 3, a).astype(np.uint8), m))
-    files = find_patients(tmp_path)["P1"]
+    with pytest.raises(DataError, match=r"hold other values: 0, 1, 2, 3\. .* label_convention='brats2023' or "):
+        find_patients(tmp_path)
+    files = find_patients(tmp_path, label_convention="brats2023")["P1"]
+    assert torch.equal(read_patient(files).label, label)
     with pytest.raises(DataError, match=r"holds the values 3; .* label_convention='brats2023'"):
-        read_patient(files)
-    assert torch.equal(read_patient(files, label_convention="brats2023").label, label)
+        read_patient(files, label_convention="brats2021")
     rewrite(home / "P1_seg.nii.gz", lambda a, m: (np.where(a == 3, 2.5, a).astype(np.float32), m))
     with pytest.raises(DataError, match=r"holds the values 2\.5; .* none of them has these"):
         read_patient(files, label_convention="brats2023")
-    with pytest.raises(ValueError, match="label_convention is one of 'brats2021', 'brats2023', got 'mine'"):
+    with pytest.raises(ValueError, match=r"label_convention is one of 'brats2021', 'brats2023', .*, got 'mine'"):
         read_label(files, label_convention="mine")
     assert set(CONVENTIONS["brats2021"]) == {0, 1, 2, 4}
 
@@ -427,7 +386,7 @@ def make_sites(tmp_path):
 
 def test_read_sites(tmp_path):
     folder, table = make_sites(tmp_path)
-    with pytest.warns(UserWarning, match=r"P3: has a folder but no row in sites\.csv"):
+    with pytest.warns(UserWarning, match=r"P3: has scans but no row in sites\.csv"):
         sites = read_sites(folder, table, spacing_mm=1.0, progress=False)
     assert [(s.name, len(s.train), len(s.val)) for s in sites] == [("a", 1, 1), ("b", 1, 0)]
     patients = {p.id: p for s in sites for p in (*s.train, *s.val)}
@@ -444,8 +403,8 @@ def test_read_sites_lists_problems_of_table_folder_and_voxels_together(tmp_path)
     (folder / "P2" / "P2_seg.nii.gz").unlink()
     with pytest.raises(DataError) as caught:
         read_sites(folder, table, spacing_mm=2.0, progress=False)
-    for piece in ("3 of 5 patients", "P9: stands in sites.csv but has no folder", "P1_t1.nii.gz is blank",
-                  "no P2_seg.nii.gz to learn from"):
+    for piece in ("3 of 5 patients", "P9: stands in sites.csv but has no scans", "P1_t1.nii.gz is blank",
+                  "P2: has no label map to learn from"):
         assert piece in str(caught.value), piece
     with pytest.warns(UserWarning, match="going on without 3 patients"):
         sites = read_sites(folder, table, spacing_mm=2.0, broken="skip", progress=False)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
-from fedlab.errors import PrivacyBudgetExhausted
+from fedlab.errors import PrivacyBudgetExhausted, PrivacyError
+from fedlab.privacy.accounting import Ledger
 from fedlab.privacy.base import Inboxes
+from fedlab.privacy.ledger_file import LedgerFile
 from fedlab.task import SiteTask
 from fedlab.types import Memory, ServerState, Site, Update, Withdrawal
 
@@ -28,17 +32,27 @@ class Engine(Protocol):
 
 
 class Local:
-    """Runs the sites of a cohort in turn in this process; one update is in memory at a time."""
+    """Runs the sites of a cohort in turn in this process; one update is in memory at a time.
 
-    def __init__(self) -> None:
+    Args:
+        ledgers: a folder in which every site's privacy ledger is kept, saved before the site's update is handed on
+            and read before each of its rounds; see `LedgerFile`. Without it ledgers live in memory and checkpoints
+            only.
+    """
+
+    def __init__(self, *, ledgers: Path | str | None = None) -> None:
+        self.ledgers = None if ledgers is None else Path(ledgers)
         self.memory: dict[str, Memory] = {}
 
     def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Update | Withdrawal]:
         for site in cohort:
+            memory = self.memory.setdefault(site.name, {})
             try:
-                yield task(site, state, self.memory.setdefault(site.name, {}))
+                with LedgerFile(self.ledgers, site.name).kept(memory) if self.ledgers else _unkept(site, memory):
+                    answer: Update | Withdrawal = task(site, state, memory)
             except PrivacyBudgetExhausted as error:
-                yield Withdrawal(site.name, str(error))
+                answer = Withdrawal(site.name, str(error))
+            yield answer
 
     def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
         answers: dict[str, Mapping[str, bytes]] = {}
@@ -48,4 +62,13 @@ class Local:
         return answers
 
     def __repr__(self) -> str:
-        return "Local()"
+        return "Local()" if self.ledgers is None else f"Local(ledgers={str(self.ledgers)!r})"
+
+
+@contextmanager
+def _unkept(site: Site, memory: Memory) -> Iterator[None]:
+    """A round of a site whose ledger is in no file, and must not have been in one."""
+    if "ledger" in memory and Ledger(memory).note()["in_file"]:
+        raise PrivacyError(f"the ledger of {site.name} is kept in a file, which may know more than this copy: say "
+                           "Local(ledgers=…) with its folder")
+    yield

@@ -33,11 +33,17 @@ class Privacy:
         units: what the guarantee given at the site protects: {"patient"}, {"site"} or both.
         before, after: names of exchanges of messages between the sites, by way of the server, before training and
             after all updates are in; see `at_site`.
+        masks: whether protect() only hides the update on its way, so that this technique's release() gives back the
+            mean of the updates that protect() was given, or of shorter ones: true of secure aggregation.
     """
 
     units: frozenset[str] = frozenset()
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    masks: bool = False
+
+    def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
+        """When joined by `+`: raises `ValueError` if this technique cannot stand between those."""
 
     def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
         """Before the first round: raises `ValueError` if the technique cannot work with the rest of the run."""
@@ -98,6 +104,8 @@ class _Stack(Privacy):
         talking = [layer for layer in layers if layer.before or layer.after]
         if len(talking) > 1:
             raise ValueError(f"only one technique of a run may exchange messages between sites, got {talking}")
+        for place, layer in enumerate(layers):
+            layer.check_order(before=layers[:place], after=layers[place + 1:])
         self.layers = layers
         self._talker = talking[0] if talking else Privacy()
         self.units = frozenset().union(*(layer.units for layer in layers))

@@ -1,0 +1,44 @@
+"""Gaussian noise: repeatable from a seed for research, or from the operating system's entropy."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+__all__ = ["standard_normal"]
+
+#: Values made from the operating system's entropy at a time: 8 MiB of random bytes.
+_CHUNK = 2**18
+
+
+def standard_normal(shape: Sequence[int], rng: torch.Generator | None) -> torch.Tensor:
+    """Independent standard normal values, float64.
+
+    From a generator they repeat, and whoever knows its seed can subtract them: for research. Without one they come
+    from the operating system's cryptographic random numbers, each as half the sum of four normals, so that the gaps
+    between representable numbers tell nothing useful about the noise (Mironov 2012 is the attack, Holohan and Braghin
+    2021, arXiv 2107.10138, the remedy).
+
+    Args:
+        shape: of the result.
+        rng: a seeded generator, or None for the operating system's entropy.
+    """
+    if rng is not None:
+        return torch.randn(tuple(shape), generator=rng, dtype=torch.float64)
+    flat = np.empty(math.prod(shape))
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start:start + _CHUNK]
+        part[:] = _from_entropy(4 * part.size).reshape(4, -1).sum(axis=0) / 2
+    return torch.from_numpy(flat).reshape(tuple(shape))
+
+
+def _from_entropy(count: int) -> np.ndarray:
+    """An even number of standard normal values by Box and Muller's method (1958)."""
+    bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1): the logarithm is finite
+    radius, angle = np.sqrt(-2 * np.log(uniform[::2])), 2 * np.pi * uniform[1::2]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
