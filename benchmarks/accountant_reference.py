@@ -108,7 +108,7 @@ def between(setting: Row, about: float) -> tuple[float, float] | None:
     while time.process_time() - began < PATIENCE:
         low = loss_distribution(setting, interval, up=False)
         high = loss_distribution(setting, interval, up=True)
-        if high - low <= GAP * (high + 0.01):
+        if 0 <= low <= high < math.inf and high - low <= GAP * (high + 0.01):
             return low, high
         interval /= 4
     return None

@@ -87,13 +87,14 @@ def main() -> None:
         full_size(base / "small" / name, base / "big" / name)
         kept = read_cohort(base / "big", spacing_mm=3.0, cache=base / "kept", progress=False)
         cold = seconds(lambda: read_cohort(base / "big", spacing_mm=3.0, examine=False, progress=False)[0])
-        # A run takes 31 x 10 steps of 2 patients at each site of 24 training patients: each is cropped 26 times.
         job = Job(source=Phantoms())
-        crops = job.rounds * job.steps * job.batch_size / 24
+        trained_on = round(Phantoms.patients / Phantoms.sites * (1 - Phantoms.held_out))  # at each site
+        crops = job.rounds * job.steps * job.batch_size / trained_on
         own = result["demo: 24 voxels"]["ms of a step"] / 1000 / demo.batch_size * crops  # type: ignore[index]
         result["reading a patient of 240 x 240 x 155"] = {
             "s from the scans to 3 mm": round(cold, 2), "s from the cache": round(seconds(lambda: kept[0]), 4),
-            "from the scans / training on the patient in one demo": round(cold / own, 2)}
+            "crops of a patient in a demo": round(crops),
+            "from the scans / one arm's training on the patient": round(cold / own, 2)}
     write("loading", result)
 
 

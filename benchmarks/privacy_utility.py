@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/privacy_utility.py [--seeds 0 1 2] [--only TEXT]
 
-Four sites, 104 patients to train on and 24 held out. The network is first trained on 48 public patients of other
+Four sites, 104 patients to train on and 24 held out. The network is first trained on 96 public patients of other
 sites, then fine-tuned by the four sites together, with and without privacy; some arms start from random weights.
 Writes `benchmarks/results/privacy_utility.{json,csv,png}`.
 """
@@ -10,6 +10,8 @@ Writes `benchmarks/results/privacy_utility.{json,csv,png}`.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -23,10 +25,10 @@ import pandas as pd
 from common import RESULTS, write
 from tqdm.auto import tqdm
 
-SITES, PER_SITE, HELD_OUT, PUBLIC = 4, 32, 6, 48
+SITES, PER_SITE, HELD_OUT, PUBLIC = 4, 32, 6, 96
 SHAPE = (48, 64, 48)
 DELTA = 1e-3  # below 1 / 104 patients in all and below 1 / 26 patients of a site
-PRETRAIN_STEPS = 1000
+PRETRAIN_STEPS = 2500
 EPSILONS = (8.0, 3.0, 1.0, 0.3)
 
 
@@ -52,7 +54,7 @@ class Arm:
     rounds: int = 10
     steps: int = 2
     lr: float = 1e-3
-    clip: float = 0.1
+    clip: float = 1.0
     crops: int = 2
 
     @property
@@ -63,13 +65,15 @@ class Arm:
 
 def arms() -> list[Arm]:
     """What is compared: every recipe without noise and with it."""
-    found = [Arm(start="random", lr=5e-3), Arm(lr=1e-3), Arm(layers="norms and head", lr=1e-2),
-             Arm(technique="DP-SGD", epsilon=8.0, start="random", lr=5e-3)]
-    for epsilon in EPSILONS:
-        private = {"epsilon": epsilon, "layers": "norms and head", "lr": 1e-2}
-        found += [Arm(technique="DP-SGD", **private), Arm(technique="site-level Gaussian", clip=0.3, **private),
-                  Arm(technique="sparse vector", clip=0.03, **private)]
-    return [*found, *(Arm(technique="DP-SGD", epsilon=epsilon) for epsilon in EPSILONS[:3])]
+    small: dict[str, Any] = {"layers": "norms and head"}
+    found = [Arm(start="random", lr=5e-3), Arm(lr=2e-3), Arm(lr=1e-2, **small)]
+    found += [Arm(technique="DP-SGD", epsilon=epsilon, lr=3e-3, **small) for epsilon in EPSILONS]
+    found += [Arm(technique="DP-SGD", epsilon=8.0, lr=3e-4),
+              Arm(technique="DP-SGD", epsilon=8.0, start="random", lr=5e-3)]
+    for epsilon in (8.0, 1.0):
+        found += [Arm(technique="site-level Gaussian", epsilon=epsilon, lr=1e-2, clip=0.3, **small),
+                  Arm(technique="sparse vector", epsilon=epsilon, lr=1e-2, clip=0.03, **small)]
+    return found
 
 
 def sites_of(seed: int, cache: str) -> tuple[list[Any], list[Any]]:
@@ -78,7 +82,7 @@ def sites_of(seed: int, cache: str) -> tuple[list[Any], list[Any]]:
 
     private = make_cohort(seed=seed, sizes=[PER_SITE] * SITES, sites=SITES, patients=PER_SITE * SITES, shape=SHAPE,
                           held_out=HELD_OUT, cache=cache, workers=0, progress=False)
-    public = make_cohort(seed=1000 + seed, sites=6, patients=PUBLIC, sizes=[PUBLIC // 6] * 6, shape=SHAPE, held_out=1,
+    public = make_cohort(seed=1000 + seed, sites=8, patients=PUBLIC, sizes=[PUBLIC // 8] * 8, shape=SHAPE, held_out=1,
                          cache=cache, workers=0, progress=False)
     return private, public
 
@@ -111,6 +115,16 @@ def pretrain(seed: int, folder: str) -> None:
 
 
 def measure(arm: Arm | None, seed: int, folder: str) -> dict[str, Any]:
+    """What `score` finds, or found before: an interrupted benchmark goes on."""
+    name = hashlib.sha256(f"{kept(seed, folder).name} {arm!r}".encode()).hexdigest()[:16]
+    path = Path(folder) / f"{name}.json"
+    if not path.is_file():
+        path.write_text(json.dumps(score(arm, seed, folder)), encoding="utf-8")
+    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return row
+
+
+def score(arm: Arm | None, seed: int, folder: str) -> dict[str, Any]:
     """Trains one arm and scores it on the held-out patients; no arm scores the pretrained weights themselves."""
     import torch
     from safetensors.torch import load_file
@@ -163,7 +177,7 @@ def private(arm: Arm) -> Any:
         return CentralGaussian(clip=arm.clip, noise_multiplier=noise, delta=DELTA, max_epsilon=arm.epsilon)
     from fedlab.privacy.svt import SparseVector
 
-    return SparseVector(fraction=0.1, epsilon=arm.epsilon / arm.rounds, delta=DELTA, clip=arm.clip)
+    return SparseVector(fraction=0.1, epsilon=arm.epsilon, rounds=arm.rounds, delta=DELTA, clip=arm.clip)
 
 
 def figure(table: pd.DataFrame, path: Path) -> None:

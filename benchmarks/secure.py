@@ -67,7 +67,7 @@ def one_round(technique: SecureAggregation, updates: Mapping[str, Update], *, go
     tick("combine")
     exchange(technique.after, arrived, technique.at_server("trained", {}, server, arrived))
     tick("agree and recover")
-    result = technique.release(mean, Cohort(0, arrived, len(updates), 1.0), server, torch.Generator())
+    result = technique.unmask(mean, Cohort(0, arrived, len(updates), 1.0), server)
     tick("unmask")
     return result, tick.parts, sent_bytes
 

@@ -132,7 +132,8 @@ def nvflare_cost(parameters: int, *, fraction: float, epsilon: float, noise_var:
     count = int(np.ceil(parameters * fraction))
     threshold = epsilon / (1 + (2 * count) ** (2 / 3))
     scales = LaplaceScales(threshold=1 / threshold, query=2 * count / (epsilon - threshold), release=2 / noise_var)
-    return sparse_vector_cost(clip=1.0, scales=scales, released=count, stated=epsilon + noise_var, delta=1e-5)
+    stated = epsilon + count * noise_var  # by its own ledger
+    return sparse_vector_cost(clip=1.0, scales=scales, released=count, stated=stated, delta=1e-5)
 
 
 def composed(parameters: int = 1_200_000) -> dict[str, Any]:
@@ -142,9 +143,11 @@ def composed(parameters: int = 1_200_000) -> dict[str, Any]:
     filters = {"NVFLARE's defaults": dict(fraction=0.1, epsilon=0.1, noise_var=0.1),
                "NVFLARE's brats18 example": dict(fraction=0.9, epsilon=0.001, noise_var=1.0)}
     table = composed_epsilon({**settings, **{name: nvflare_cost(parameters, **s) for name, s in filters.items()},
-                              **{f"SparseVector, ε {e}": SparseVector(fraction=0.1, epsilon=e) for e in (1, 8, 100)}},
+                              **{f"SparseVector, ε {e} a round": SparseVector(fraction=0.1, epsilon=e)
+                                 for e in (1, 8, 100)},
+                              "SparseVector, ε 8 over 100 rounds": SparseVector(fraction=0.1, epsilon=8, rounds=100)},
                              parameters=parameters, rounds=(1, 100))
-    return {name: {key: float(f"{value:.6g}") for key, value in row.items()} for name, row in table.iterrows()}
+    return {name: {key: float(f"{value:.6g}") for key, value in row.dropna().items()} for name, row in table.iterrows()}
 
 
 def real_update() -> Update:
@@ -171,9 +174,9 @@ def utility(update: Update) -> list[dict[str, float]]:
                 "relative error": float((flat - true).norm() / true.norm())}
 
     rows = [compare(SVT(fraction=0.4, epsilon_threshold=e, epsilon_release=e, clip=clip), fraction=0.4, clip=clip)
-            for e in (1.0, 0.001) for clip in (1e-4, 1e-3, 1e-2)]
+            for e in (1.0, 0.001) for clip in (1e-4, 1e-2)]
     rows += [compare(SparseVector(fraction=fraction, epsilon=epsilon, clip=clip), fraction=fraction, clip=clip)
-             for epsilon in (1, 8, 100) for fraction in (1e-4, 0.01, 0.1, 0.4) for clip in (1e-4, 1e-3, 1e-2)]
+             for epsilon in (1, 8, 100) for fraction in (0.001, 0.1, 0.4) for clip in (1e-4, 1e-2)]
     return [{key: float(f"{value:.4g}") for key, value in row.items()} for row in rows]
 
 
@@ -183,9 +186,10 @@ def main() -> None:
                         help="the Python of an environment with nvflare>=2.9,<2.10")
     options = parser.parse_args()
     update = real_update()
+    size = sum(t.numel() for t in update.delta.values())
     write("svt", {"time": timings(options.nvflare_python), "composed": composed(),
                   "a real update": {"norm": update.norm(), "median |change|": update.quantile_abs(0.5),
-                                    "parameters": sum(t.numel() for t in update.delta.values()),
+                                    "parameters": size, "cosine of pure chance, one in three beyond": size**-0.5,
                                     "sent": utility(update)}})
 
 

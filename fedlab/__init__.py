@@ -30,6 +30,7 @@ _refuse_namesake()
 __version__ = "0.1.0"
 
 from fedlab.baselines import centralised, local_only, pooled
+from fedlab.checks.privacy import check_privacy
 from fedlab.data.brats import read_cohort, read_patient, read_sites
 from fedlab.data.cards import DataCard, card_template, fill_card, read_card
 from fedlab.data.cohort import Cohort
@@ -51,11 +52,20 @@ from fedlab.data.phantom import make_cohort, write_brats
 from fedlab.data.prepare import labels_to_regions, regions_to_labels
 from fedlab.data.statistics import Domain, SiteStatistics, site_statistics
 from fedlab.engines.local import Engine, Local
-from fedlab.errors import DataError, FedlabError, PrivacyError, RunError, SiteError
+from fedlab.errors import DataError, FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.history import History
 from fedlab.metrics import evaluate, predict, summary, threshold_dice
 from fedlab.models import load_model, load_weights, save_model, segresnet, weights_sha256
+from fedlab.privacy.accounting import Ledger, Terms, noise_multiplier_for
 from fedlab.privacy.base import Privacy
+from fedlab.privacy.dpsgd import DPSGD
+from fedlab.privacy.layers import check_private, fix_private
+from fedlab.privacy.mechanisms import Concentrated, Gaussian, Pure, epsilon_of
+from fedlab.privacy.personal import PersonalLayers, norms_and_head
+from fedlab.privacy.secure import SecureAggregation
+from fedlab.privacy.sharing import Quantise, ScaledSign, SharePercentile, TopK
+from fedlab.privacy.svt import SVT, PartialSharing, SparseVector, composed_epsilon
+from fedlab.privacy.updates import AdaptiveClip, CentralGaussian, LocalGaussian, clip_update
 from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg, Strategy
 from fedlab.topology import star
@@ -66,15 +76,19 @@ from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_fi
 from fedlab.view.slices import compare, show_patient
 
 __all__ = [
-    "MODALITIES", "REGIONS", "Cohort", "DataCard", "DataError", "DiceBCE", "Domain", "Engine", "FedAvg", "FedlabError",
-    "Harmonisation", "Heterogeneity", "History", "Local", "Partition", "Patient", "PolyDecay", "Privacy",
-    "PrivacyError", "Round", "RunError", "ServerState", "Site", "SiteError", "SiteStatistics", "SiteTrainer", "Spent",
-    "Strategy", "Update", "__version__", "augmentation", "by_column", "by_dirichlet_size", "by_dirichlet_type",
-    "by_institution", "by_quantity", "by_scanner", "card_template", "centralised", "compare", "cross_site_heatmap",
-    "curves", "dice_by_arm", "each_round", "evaluate", "federate", "fill_card", "find_duplicates", "fingerprint",
-    "fingerprint_site", "fit_harmonisation", "heterogeneity", "heterogeneity_figure", "inspect_folder",
-    "intensity_figure", "labels_to_regions", "load_model", "load_weights", "local_only", "make_cohort",
-    "partition_figure", "pooled", "predict", "read_card", "read_cohort", "read_patient", "read_sites",
-    "regions_to_labels", "same_person", "save_model", "segresnet", "show_patient", "site_statistics", "sites_figure",
-    "star", "summary", "threshold_dice", "tumour_types", "weights_sha256", "write_brats",
+    "DPSGD", "MODALITIES", "REGIONS", "SVT", "AdaptiveClip", "CentralGaussian", "Cohort", "Concentrated", "DataCard",
+    "DataError", "DiceBCE", "Domain", "Engine", "FedAvg", "FedlabError", "Gaussian", "Harmonisation", "Heterogeneity",
+    "History", "Ledger", "Local", "LocalGaussian", "PartialSharing", "Partition", "Patient", "PersonalLayers",
+    "PolyDecay", "Privacy", "PrivacyBudgetExhausted", "PrivacyError", "Pure", "Quantise", "Round", "RunError",
+    "ScaledSign", "SecureAggregation", "ServerState", "SharePercentile", "Site", "SiteError", "SiteStatistics",
+    "SiteTrainer", "SparseVector", "Spent", "Strategy", "Terms", "TopK", "Update", "__version__", "augmentation",
+    "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution", "by_quantity", "by_scanner",
+    "card_template", "centralised", "check_privacy", "check_private", "clip_update", "compare", "composed_epsilon",
+    "cross_site_heatmap", "curves", "dice_by_arm", "each_round", "epsilon_of", "evaluate", "federate", "fill_card",
+    "find_duplicates", "fingerprint", "fingerprint_site", "fit_harmonisation", "fix_private", "heterogeneity",
+    "heterogeneity_figure", "inspect_folder", "intensity_figure", "labels_to_regions", "load_model", "load_weights",
+    "local_only", "make_cohort", "noise_multiplier_for", "norms_and_head", "partition_figure", "pooled", "predict",
+    "read_card", "read_cohort", "read_patient", "read_sites", "regions_to_labels", "same_person", "save_model",
+    "segresnet", "show_patient", "site_statistics", "sites_figure", "star", "summary", "threshold_dice", "tumour_types",
+    "weights_sha256", "write_brats",
 ]

@@ -99,6 +99,7 @@ def _one_round(task: SiteTask, sites: Sequence[Site], strategy: Strategy, topolo
         inboxes = privacy.at_server("trained", {}, memory, tuple(seen)) if privacy.after else {}
         _exchange(task, engine, privacy.after, inboxes, [s for s in cohort if s.name in seen], memory, tuple(seen))
         took_part = Cohort(number, tuple(seen), len(sites), getattr(strategy, "sample", 1.0))
+        mean = privacy.unmask(mean, took_part, memory)
         # Noise that depends on what it is added to: two runs of one seed on other data never share it.
         seed = derive(task.seed, weights_sha256(mean.delta))
         out = privacy.release(mean, took_part, memory, generator(seed, "release", number))

@@ -98,7 +98,8 @@ def test_years_are_told_by_ids_and_tables(tmp_path):
     for name, layout, expected in [("Brats18_CBICA_AAB_1", "brats2018", "brats2018"),
                                    ("BraTS19_CBICA_AAB_1", "brats2018", "brats2019"),
                                    ("BraTS20_Training_001", "brats2021", "brats2020"),
-                                   ("P1", "brats2021", "brats2021")]:
+                                   ("BraTS20_Training_001", "brats2018", "brats2020"),
+                                   ("P1", "brats2021", "brats2021"), ("P1", "brats2019", "brats2019")]:
         folder = write_layout(tmp_path / name / layout, layout, [ball(name)])
         assert list_patients(folder).layout == expected
 
@@ -157,8 +158,10 @@ def test_a_folder_in_a_folder_and_folders_side_by_side(tmp_path):
     write_layout(tmp_path / "zip" / "inner", "brats2021", [ball()])
     assert "only sub-folder inner" in list_patients(tmp_path / "zip").reason
     write_layout(tmp_path / "other", "brats2023", [ball()])
-    with pytest.raises(DataError, match="name one of the folders in it that do: other, zip"):
+    with pytest.raises(DataError, match=r"name one of the folders in it that do: other, zip/inner"):
         list_patients(tmp_path)
+    with pytest.raises(DataError, match="it is one patient's folder; name the one above"):
+        list_patients(tmp_path / "other" / "P1")
 
 
 def test_what_is_no_layout_is_said(tmp_path):

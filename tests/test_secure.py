@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_training import trainer
 
+from fedlab.checks.privacy import check_privacy
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyError
 from fedlab.models import weights_sha256
@@ -68,7 +69,7 @@ class Sim:
         inboxes = self.meddle("trained", {site: dict(box) for site, box in inboxes.items()})
         self.exchange(self.technique.after, inboxes, arrived)
         cohort = Cohort(0, arrived, len(self.values), 1.0)
-        return self.technique.release(weighted_mean(self.masked), cohort, self.server, torch.Generator())
+        return self.technique.unmask(weighted_mean(self.masked), cohort, self.server)
 
 
 def flat(result):
@@ -122,7 +123,7 @@ def test_the_sum_is_read_exactly_from_the_mean_of_up_to_64_sites(bits):
         words[:, 2:4] = 2**bits - 1 - rng.integers(0, 3, (count, 2), dtype=np.uint64)
         mean = weighted_mean(Update(site=str(k), delta={"w": torch.from_numpy(row.astype(np.float64))}, weight=1.0)
                              for k, row in enumerate(words))
-        found = technique._sum(mean.delta["w"].numpy(), count)
+        found = technique._sum(mean.delta["w"].numpy().copy(), count)
         np.testing.assert_array_equal(found, words.sum(axis=0).astype(found.dtype))
 
 
@@ -131,10 +132,9 @@ def test_sums_of_a_thousand_sites_at_the_limit_are_exact():
     with pytest.raises(ValueError, match="at most 39 bits"):
         SecureAggregation(sites=2049, clip=1.0, threshold=1025, bits=40)
     technique = SecureAggregation(sites=2048, clip=1.0, threshold=1025, bits=40)
-    sums = 2**51 - np.arange(1, 5000, dtype=np.int64) * 2048
     for count in (1025, 1999, 2047, 2048):
-        kept = sums[sums <= count * (2**40 - 1)]
-        assert (technique._sum(kept.astype(np.float64) / count, count) == kept.astype(np.uint64)).all()
+        sums = count * (2**40 - 1) - np.arange(5000, dtype=np.int64)
+        assert (technique._sum(sums.astype(np.float64) / count, count) == sums.astype(np.uint64)).all()
 
 
 @settings(max_examples=200, deadline=None)
@@ -170,7 +170,7 @@ def test_the_server_sees_a_single_update_as_uniform_bits(bits):
             assert p_of_uniform_bytes(words.astype(np.uint64), bits) > SIGNIFICANCE
             assert stats.kstest(words / 2.0**bits, "uniform").pvalue > SIGNIFICANCE
             assert abs(np.corrcoef(words, plain)[0, 1]) < 5 / count**0.5  # p = 6e-7
-    whole = technique._whole_numbers(plain.numpy())[0]
+    whole = technique._whole_numbers(plain.numpy().copy())[0].astype(np.int64)
     assert p_of_uniform_bytes(whole % 2**bits, bits) < 1e-12  # the test sees a bare update for what it is
 
 
@@ -401,13 +401,31 @@ def test_a_run_equals_plain_averaging_to_the_fixed_point():
 
 def test_central_noise_is_added_to_the_unmasked_mean_of_clipped_updates():
     sites = blob_sites((2, 1, 1))
-    central = CentralGaussian(clip=0.05, noise_multiplier=0.5, delta=1e-2)
+    central = CentralGaussian(clip=0.05, noise_multiplier=1e-4, delta=1e-2)  # of so little that it hardly shows
     both = central + SecureAggregation(sites=3, clip=0.05, threshold=2)
+    again = federate(trainer(), sites, strategy=UNIFORM, privacy=both, rounds=1, progress=False)
     plain, secure = (federate(trainer(), sites, strategy=UNIFORM, privacy=p, rounds=1, progress=False)
                      for p in (central, both))
     for name, p in plain.state.params.items():
-        torch.testing.assert_close(secure.state.params[name], p, rtol=2e-7, atol=1e-9)
+        torch.testing.assert_close(secure.state.params[name], p, rtol=0, atol=8 * 1e-4 * 0.05 * 2**0.5 / 3)
+        assert (p - trainer().initial()[name]).abs().max() > 1e-3
     assert secure.guarantee() == plain.guarantee() and "at server" in secure.guarantee()
+    assert weights_sha256(secure.state.params) == weights_sha256(again.state.params)
+
+
+@pytest.mark.parametrize("technique", [
+    SecureAggregation(sites=3, clip=1.0, threshold=2),
+    SecureAggregation(sites=3, clip=1.0, threshold=3, noise_multiplier=1.0, delta=1e-2),
+])
+def test_it_passes_the_checks_of_every_technique(technique):
+    check_privacy(technique)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e200])
+def test_a_damaged_update_is_not_hidden_by_its_mask(wrong):
+    with pytest.raises(PrivacyError, match="NaN, infinite or far too large"):
+        Sim(SecureAggregation(sites=3, clip=1.0, threshold=2),
+            dict.fromkeys("xyz", torch.tensor([0.0, wrong, 0.0], dtype=torch.float64))).train()
 
 
 @pytest.mark.parametrize("combine, message", [

@@ -222,7 +222,7 @@ def test_the_choice_keeps_its_promise_and_without_threshold_noise_is_caught(nois
 
 @pytest.mark.parametrize("cheat", [False, True])
 def test_the_whole_keeps_its_promise_and_too_little_noise_is_caught(cheat, monkeypatch):
-    technique, trials = SparseVector(fraction=0.3, epsilon=1.5, selection=0.3, clip=1.0, delta=1e-3), 1000
+    technique, trials = SparseVector(fraction=0.3, epsilon=1.5, selection=0.3, clip=1.0, delta=1e-3), 600
     if cheat:
         monkeypatch.setattr(svt, "laplace", lambda size, rng: laplace(size, rng) / 3)
 
@@ -269,7 +269,8 @@ def test_the_corrected_one_costs_what_it_says(epsilon, fraction):
     assert cost.epsilon(rounds=10) < 10 * epsilon or cost.released == 1
     run = SparseVector(fraction=fraction, epsilon=epsilon, rounds=10).cost(100_000)
     assert 0.99 * epsilon < run.epsilon(rounds=10) <= epsilon < run.epsilon(rounds=11)
-    assert run.per_value > cost.per_value / 10  # less noise than ten rounds of a tenth
+    assert run.per_value >= 0.999 * cost.per_value / 10  # no more noise than ten rounds of a tenth
+    assert run.per_value > 0.2 * cost.per_value or cost.released == 1
 
 
 def test_the_table_shows_what_is_stated_beside_what_is_proven():
@@ -304,7 +305,7 @@ def test_a_site_withdraws_before_its_budget_is_spent_and_enters_nothing():
 
 def test_partial_sharing_shares_the_largest_and_leaves_layers_out():
     sent = random_update()
-    found = PartialSharing(fraction=0.25, exclude=["b", "x*", "c"][:1]).protect(sent, {}, generator())
+    found = PartialSharing(fraction=0.25, exclude=["b"]).protect(sent, {}, generator())
     assert not found.delta["b"].any()
     rest = torch.cat([sent.delta[n].flatten() for n in "ac"])
     shared = torch.cat([found.delta[n].flatten() for n in "ac"])

@@ -125,35 +125,37 @@ def only(site: str, first: Tensors, like: Tensors) -> Script:
     return lambda name, number: first if name == site and number == 0 else nothing
 
 
-def check_claim(technique: Privacy, stage: Stage, claim: Claim) -> Iterator[Finding]:
-    """Noise and sensitivity of a claim about updates."""
+def check_claim(technique: Privacy, seeded: Privacy, stage: Stage, claim: Claim) -> Iterator[Finding]:
+    """Noise and sensitivity of a claim about updates; `seeded` is the technique with noise that repeats."""
     site, like = stage.sites[0].name, stage.like
+    if claim.where == "site":
+        stage = replace(stage, sites=stage.sites[:1])  # nobody else has a part in it
     updates = adversarial(like)
-    layer = technique._layers()[claim.layer]
+    layer = type(technique._layers()[claim.layer]).__name__
     runs = [claim.output(rehearse(technique, stage, script=only(site, updates["nothing"], like), seed=seed), 0, site)
             for seed in range(_RUNS)]
     shared = _shared(claim, technique, stage, updates, site)
     silent = _silent(runs, shared, every=math.isfinite(claim.mu))
     if silent:
         yield Finding(check="noise", outcome="failed",
-                      what=f"{layer!r} charges the ledger, but what it gives of {silent[0]} doesn't vary with the "
+                      what=f"{layer} charges the ledger, but what it gives of {silent[0]} doesn't vary with the "
                            "random numbers" + (f"; {len(silent)} tensors in all" if len(silent) > 1 else ""),
                       remedy="add noise to every entry of every tensor that is shared, zeros included")
         return
-    yield Finding(check="noise", outcome="passed", what=f"{type(layer).__name__}: every shared tensor gets noise")
+    yield Finding(check="noise", outcome="passed", what=f"{layer}: every shared tensor gets noise")
     if not math.isfinite(claim.mu):
         return
     std = _std(runs)
     names = ("nothing", "large everywhere", "the opposite", "one huge entry", "tiny", "ordinary")
-    given = {name: [claim.output(rehearse(technique, stage, script=only(site, updates[name], like), seed=seed), 0, site)
+    given = {name: [claim.output(rehearse(seeded, stage, script=only(site, updates[name], like), seed=seed), 0, site)
                     for seed in (0, 1)] for name in names}
     pairs = [("nothing", name) for name in names[1:]] if claim.to_zero else combinations(names, 2)
     worst, which = max((_distance(one, other, std), pair) for pair in pairs
                        for one, other in zip(given[pair[0]], given[pair[1]], strict=True))
-    yield _judged(worst, claim.mu, f"{layer!r}, updates {which[0]!r} and {which[1]!r}")
+    yield _judged(worst, claim.mu, f"{layer}, updates {which[0]!r} and {which[1]!r}")
 
 
-def check_patients(technique: Privacy, stage: Stage, claim: Claim) -> Iterator[Finding]:
+def check_patients(technique: Privacy, seeded: Privacy, stage: Stage, claim: Claim) -> Iterator[Finding]:
     """Sensitivity of a claim about patients: one of them is replaced by extreme ones, all else stays."""
     alone = stage.sites if technique.before or technique.after else stage.sites[:1]
     trainer = replace(stage.trainer, optimiser=plain_descent, lr=1.0, steps=1, epochs=None, augment=None)
@@ -161,10 +163,13 @@ def check_patients(technique: Privacy, stage: Stage, claim: Claim) -> Iterator[F
     calm = replace(stage, trainer=trainer, sites=alone)
     site = alone[0].name
 
-    def outputs(changed: Stage, seeds: Sequence[int]) -> list[Tensors]:
-        return [claim.output(rehearse(technique, changed, seed=seed), 0, site) for seed in seeds]
+    def outputs(tried: Privacy, patient: Patient, seeds: Sequence[int]) -> list[Tensors]:
+        first = Site(site, [patient, *list(alone[0].train)[1:]], alone[0].val)
+        changed = replace(calm, sites=[first, *alone[1:]])
+        return [claim.output(rehearse(tried, changed, seed=seed), 0, site) for seed in seeds]
 
-    runs = outputs(calm, range(_RUNS))
+    usual = alone[0].train[0]
+    runs = outputs(technique, usual, range(_RUNS))
     silent = _silent(runs, set(stage.like), every=True)
     if silent:
         yield Finding(check="noise", outcome="failed",
@@ -172,27 +177,26 @@ def check_patients(technique: Privacy, stage: Stage, claim: Claim) -> Iterator[F
                            "numbers", remedy="add noise to the gradient of every trainable tensor, in every step")
         return
     yield Finding(check="noise", outcome="passed", what="every trained tensor gets noise")
-    std, found = _std(runs), []
-    for name, change in _EXTREMES.items():
-        first = alone[0]
-        other = Site(first.name, [change(first.train[0]), *list(first.train)[1:]], first.val)
-        changed = replace(calm, sites=[other, *alone[1:]])
-        found += [(_distance(one, two, std), name)
-                  for one, two in zip(runs[:6], outputs(changed, range(6)), strict=True)]
-    worst, which = max(found)
+    std = _std(runs)
+    given = {name: outputs(seeded, change(usual), range(4)) for name, change in _PATIENTS.items()}
+    worst, which = max((_distance(one, other, std), pair) for pair in combinations(_PATIENTS, 2)
+                       for one, other in zip(given[pair[0]], given[pair[1]], strict=True))
     if worst == 0:
         yield Finding(check="sensitivity", outcome="warned",
                       what="no patient was replaced with any effect: the one tried was never drawn",
                       remedy="check with a higher sampling rate, which is otherwise no different")
         return
     # Replacing a patient is taking one away and adding another: twice what is charged for.
-    yield _judged(worst / 2, claim.mu, f"{technique._layers()[claim.layer]!r}, a patient replaced by {which}")
+    layer = type(technique._layers()[claim.layer]).__name__
+    yield _judged(worst / 2, claim.mu, f"{layer}, {which[0]} in place of {which[1]}")
 
 
 def check_whole(technique: Privacy, stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
     """What finally leaves, in this round and the next, tells no more of an update than was charged for."""
     site, like = stage.sites[0].name, stage.like
     seen_at_server = bool(technique.before or technique.after) or any(c.where == "server" for c in claims)
+    if not seen_at_server:
+        stage = replace(stage, sites=stage.sites[:1])
     chi = Claim(layer=0, where="site", charges=tuple(c for claim in claims for c in claim.charges)).chi
     updates = adversarial(like)
     direction = {name: t / 1e4 for name, t in updates["large everywhere"].items()}
@@ -273,8 +277,11 @@ def _with(patient: Patient, *, scale: float = 1.0, label: int | None = None) -> 
     return Patient(patient.id, patient.image * scale, drawn, patient.affine)
 
 
-_EXTREMES: Mapping[str, Callable[[Patient], Patient]] = {
-    "one whose scan is 10 000 times as bright": lambda patient: _with(patient, scale=1e4),
-    "one whose scan is empty": lambda patient: _with(patient, scale=0.0),
-    "one who is all tumour": lambda patient: _with(patient, scale=100.0, label=4),
+#: Patients of whom one takes the place of another.
+_PATIENTS: Mapping[str, Callable[[Patient], Patient]] = {
+    "a patient": lambda patient: patient,
+    "a scan 10 000 times as bright": lambda patient: _with(patient, scale=1e4),
+    "an empty scan": lambda patient: _with(patient, scale=0.0),
+    "a scan all tumour": lambda patient: _with(patient, label=4),
+    "a scan without tumour": lambda patient: _with(patient, label=0),
 }

@@ -88,10 +88,20 @@ def _findings(technique: Privacy, stage: Stage) -> Iterator[Finding]:
     yield from _ledger(technique, stage, real)
     claims = find_claims(technique, real)
     for claim in claims:
-        yield from (check_patients if claim.where == "training" else check_claim)(technique, stage, claim)
+        check = check_patients if claim.where == "training" else check_claim
+        yield from check(technique, _seeded(technique), stage, claim)
     about_updates = [claim for claim in claims if claim.where != "training"]
     if about_updates:
         yield from check_whole(technique, stage, about_updates)
+
+
+def _seeded(technique: Privacy) -> Privacy:
+    """The technique with noise that repeats, which is what its influence can be told apart from."""
+    layers = [copy.copy(layer) for layer in technique._layers()]
+    for layer in layers:
+        if getattr(layer, "secure_mode", False):
+            layer.secure_mode = False  # type: ignore[attr-defined]
+    return functools.reduce(operator.add, layers)
 
 
 def _cause(technique: Privacy, error: Exception) -> Finding:
@@ -307,9 +317,9 @@ def _order(technique: Privacy) -> Iterator[Finding]:
         for other in later:
             about = type(other).__name__
             if updates and (other.before or other.after) and not (layer.before or layer.after):
-                yield Finding(check="order", outcome="warned", what=f"{name} adds its noise at every site, then {about} "
-                              "adds them all up", remedy="the guarantee stands, with as many noises in the sum as there "
-                              "are sites; noise within secure aggregation needs to be in the sum only once")
+                yield Finding(check="order", outcome="warned", what=f"every site adds the noise of {name} before "
+                              f"{about} adds it all up", remedy="the guarantee stands, with as many noises in the sum "
+                              "as there are sites; secure aggregation's own noise needs to be in the sum only once")
             if layer.units and getattr(other, "error_feedback", False):
                 yield Finding(check="order", outcome="warned", what=f"{about} remembers what it left out of {name}'s "
                               "noise and sends it later",

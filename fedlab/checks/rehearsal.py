@@ -27,6 +27,8 @@ __all__ = ["DECOY", "Charge", "Rehearsal", "Script", "Stage", "Step", "Watched",
 
 #: A group of memory that belongs to nobody in the rehearsal.
 DECOY = "somebody else's"
+#: Groups of memory that belong to the task, the trainer and the server, and the decoy.
+_NOT_OURS = ("joined", "broadcast", "optimiser", DECOY)
 #: What a site's training shall give: of the site's name and the round, the change of the weights.
 Script = Callable[[str, int], Tensors]
 
@@ -206,6 +208,9 @@ class Watched(Privacy):
             update = out if place == len(self.layers) - 1 else check_update(out, like=update.delta, site=update.site)
         return update
 
+    def unmask(self, mean: Update, cohort: Cohort, memory: Memory) -> Update:
+        return self.technique.unmask(mean, cohort, memory)
+
     def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
         for place in reversed(range(len(self.layers))):
             before = _copied(memory)
@@ -239,7 +244,8 @@ class Watched(Privacy):
                 not _same(t, tensors[name]) for name, t in known.items())
             if not changed:
                 continue
-            owner = self._owners.setdefault((site, group), place) if known is None else self._owners.get((site, group))
+            taken = group in _NOT_OURS  # of the others, a group belongs to the layer that first changes it
+            owner = None if taken else self._owners.setdefault((site, group), place)
             shared = group in ("ledger", "diagnostics") and group in memory and not wrong
             if wrong or (owner != place and not shared):
                 found.append(str(group))

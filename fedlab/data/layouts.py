@@ -197,9 +197,9 @@ def _list_homes(root: Path, homes: Sequence[_Home], mark: str, stated: str | Non
 
 def _year(root: Path, homes: Sequence[_Home], mark: str) -> tuple[str, str, list[Path]]:
     """Layout, reason and tables of a folder with patient folders."""
-    count = len(homes)
+    count = f"{len(homes)} patient folder{'s' if len(homes) > 1 else ''}"
     if mark == "-":
-        return "brats2023", f"{count} patient folders with files named -t1n, -t1c, -t2w, -t2f", []
+        return "brats2023", f"{count} with files named -t1n, -t1c, -t2w, -t2f", []
     graded = any(home.grade for home in homes)
     places = [root, *(root / name for name in _GRADES)]
     mapping = [path for place in places for path in sorted(place.glob("name_mapping*.csv"))]
@@ -207,7 +207,7 @@ def _year(root: Path, homes: Sequence[_Home], mark: str) -> tuple[str, str, list
     further = sorted(root.glob("survival*.csv"))
     tables = [*mapping, *partition, *further]
     where = "in HGG/ and LGG/ " if graded else ""
-    why = f"{count} patient folders {where}with files named _flair, _t1, _t1ce, _t2"
+    why = f"{count} {where}with files named _flair, _t1, _t1ce, _t2"
     if partition:
         return "fets", f"{why}, and {' and '.join(path.name for path in partition)}", tables
     years = Counter(found[1] for home in homes if (found := re.match(r"brats(?:20)?(18|19|20|21)_", home.id.lower())))
@@ -215,10 +215,10 @@ def _year(root: Path, homes: Sequence[_Home], mark: str) -> tuple[str, str, list
     if mapping:
         why += f", and {mapping[0].name}"
     if graded:
-        return ("brats2019" if year == "19" or (mapping and year != "18") else "brats2018"), why, tables
-    if mapping or year == "20":
-        return "brats2020", why, tables
-    return "brats2021", why, tables
+        return f"brats20{year if year in ('18', '19', '20') else '19' if mapping else '18'}", why, tables
+    if year in ("18", "19", "20"):
+        return f"brats20{year}", why, tables
+    return "brats2020" if mapping else "brats2021", why, tables
 
 
 def _name_files(home: _Home, mark: str) -> tuple[PatientFiles, list[Finding]]:
@@ -282,5 +282,8 @@ def _nothing(root: Path) -> str:
             any(home.mark for home in _homes(entry))]
     if like:
         return f"{root} holds no patients itself; name one of the folders in it that do: {', '.join(like)}"
+    own = next((name for name in inside for pattern in _NAMES.values() if pattern.fullmatch(name)), None)
+    if own is not None:
+        return f"{root} holds no patient folder but scans such as {own}: it is one patient's folder; name the one above"
     return (f"{root} holds no patient folder; expected {'; '.join(LAYOUTS.values())}; found "
             f"{', '.join(inside[:5]) or 'nothing'}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from fedlab.strategies import Strategy
     from fedlab.training import Kit, SiteTrainer
 
-__all__ = ["Inboxes", "Privacy", "check_update"]
+__all__ = ["Inboxes", "Privacy", "check_update", "importable"]
 
 #: Messages on their way: recipient -> sender -> bytes. The server is called "server".
 Inboxes = Mapping[str, Mapping[str, bytes]]
@@ -33,7 +35,7 @@ class Privacy:
         units: what the guarantee given at the site protects: {"patient"}, {"site"} or both.
         before, after: names of exchanges of messages between the sites, by way of the server, before training and
             after all updates are in; see `at_site`.
-        masks: whether protect() only hides the update on its way, so that this technique's release() gives back the
+        masks: whether protect() only hides the update on its way, so that this technique's unmask() gives back the
             mean of the updates that protect() was given, or of shorter ones: true of secure aggregation.
     """
 
@@ -55,6 +57,14 @@ class Privacy:
     def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
         """The last thing before an update leaves the site."""
         return update
+
+    def unmask(self, mean: Update, cohort: Cohort, memory: Memory) -> Update:
+        """At the server, before release(): what was hidden by masks that the exchange `after` has recovered.
+
+        Masks come from the operating system; the noise of release() repeats with a seed, so it may depend on what this
+        returns and not on what came.
+        """
+        return mean
 
     def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
         """At the server, between combining the cohort's updates and moving the model.
@@ -125,6 +135,9 @@ class _Stack(Privacy):
             update = check_update(layer.protect(update, memory, rng), like=update.delta, site=update.site)
         return update
 
+    def unmask(self, mean: Update, cohort: Cohort, memory: Memory) -> Update:
+        return self._talker.unmask(mean, cohort, memory)
+
     def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
         for layer in reversed(self.layers):
             mean = layer.release(mean, cohort, memory, rng)
@@ -173,3 +186,47 @@ def check_update(update: object, *, like: Tensors, site: str) -> Update:
     if not (update.weight > 0 and update.weight < float("inf")):
         raise PrivacyError(f"the update of {site} has weight {update.weight}, expected a positive number")
     return update
+
+
+def importable(technique: Privacy) -> tuple[str, ...]:
+    """Whether another machine can make this technique; a remote engine asks before it sends one.
+
+    Returns:
+        Names of the modules beyond fedlab that hold its classes and functions: every site must have them.
+
+    Raises:
+        PrivacyError: something of it is defined in a notebook cell, in a script that was started, or in a function,
+            from where no other process can import it.
+    """
+    modules = set()
+    for layer in technique._layers():
+        for part in _parts(layer):
+            module, name = getattr(part, "__module__", None), getattr(part, "__qualname__", "")
+            found: Any = sys.modules.get(module or "")
+            for step in name.split("."):
+                found = getattr(found, step, None)
+            if module == "__main__" or found is not part:
+                raise PrivacyError(
+                    f"{name or part!r} of {layer!r} is defined in a notebook, a script or a function, from where other "
+                    "sites cannot import it: write it into a file (in a notebook: %%writefile my_technique.py as the "
+                    "first line of its cell), install that file at every site, and import it from there")
+            modules.add(module or "")
+    return tuple(sorted(name for name in modules if name.partition(".")[0] not in ("builtins", "fedlab")))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The classes and functions that an object is made of, those in its settings included."""
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        yield value
+        return
+    yield type(value)
+    if isinstance(value, Mapping):
+        inner = list(value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner = list(value)
+    elif is_dataclass(value):
+        inner = [getattr(value, f.name) for f in fields(value)]
+    else:
+        inner = [v for k, v in vars(value).items() if not k.startswith("_")] if isinstance(value, Privacy) else []
+    for item in inner:
+        yield from _parts(item)

@@ -166,21 +166,23 @@ class SecureAggregation(Privacy):
 
     def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
         keys = protocol.mask_keys(update.site, memory)
-        whole, norm = self._whole_numbers(_flat(update.delta))
+        flat = _flat(update.delta)
+        whole, norm = self._whole_numbers(flat)
+        masked = whole.view(self._word)  # modulo the word size, as all that follows
         memory["diagnostics"] = {**memory.get("diagnostics", {}), "norm before masking": torch.tensor(norm)}
         if self.noise_multiplier is not None:
             Ledger(memory).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon,
                                   repeatable=not self.secure_mode)
             seed = os.urandom(32) if self.secure_mode else bytes(
                 torch.randint(256, (32,), generator=rng, dtype=torch.uint8).tolist())
-            whole += discrete_gaussian(len(whole), log2_sigma=self._log2_sigma, key=seed)
-        masked = whole.astype(self._word)
+            masked += discrete_gaussian(len(whole), log2_sigma=self._log2_sigma, key=seed).astype(self._word)
         add_streams(masked, keys)
         masked &= self._word.type(2**self.bits - 1)
-        return replace(update, delta=_shaped(masked.astype(np.float64), update.delta), weight=1.0, metrics={},
+        flat[:] = masked
+        return replace(update, delta=_shaped(flat, update.delta), weight=1.0, metrics={},
                        encoded=-(-len(whole) * self.bits // 8))
 
-    def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
+    def unmask(self, mean: Update, cohort: Cohort, memory: Memory) -> Update:
         survivors, keys = protocol.unmask_keys(memory)
         if survivors != tuple(sorted(cohort.arrived)) or mean.weight != len(cohort):
             raise PrivacyError(f"the masks are those of {survivors}, the updates of {cohort.arrived} with weights that "
@@ -192,13 +194,16 @@ class SecureAggregation(Privacy):
         signed[total >> self._word.type(self.bits - 1) > 0] -= 2.0**self.bits
         return replace(mean, delta=_shaped(signed * (self.resolution / len(cohort)), mean.delta))
 
-    def _whole_numbers(self, flat: _Vector) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], float]:
-        """The update in steps of the fixed point, of a norm of at most `_reach`, and its norm before."""
+    def _whole_numbers(self, flat: _Vector) -> tuple[np.ndarray[tuple[int], np.dtype[np.signedinteger]], float]:
+        """The update in steps of the fixed point, of a norm up to `_reach`, and its norm before. Changes `flat`."""
         # In whatever order n squares are added in float64, the relative error is below n * 2**-52, and half that of the
         # root; the factor's margin covers it and the rounding of each product. Truncation lengthens nothing.
         norm = math.sqrt(float(np.dot(flat, flat))) * (1 + len(flat) * 2.0**-52)
+        if not math.isfinite(norm):  # a mask would hide it
+            raise PrivacyError("the update holds NaN, infinite or far too large values; look at the loss of this site")
         factor = self._reach / self.clip * min(1.0, self.clip / norm if norm > 0 else 1.0) * (1 - _MARGIN)
-        return np.trunc(flat * factor).astype(np.int64), norm
+        np.multiply(flat, factor, out=flat)
+        return np.trunc(flat, out=flat).astype(f"i{self._word.itemsize}"), norm
 
     def _sum(self, flat: _Vector, count: int) -> Words:
         """The exact sum of masked updates from their mean.
@@ -206,9 +211,10 @@ class SecureAggregation(Privacy):
         The strategy adds whole numbers, exact in float64 as their sum S is below 2**51, and divides once. Then
         round(S / count) * count differs from S by at most S * (2**-52 + 2**-106) < 1/2: the nearest whole number is S.
         """
-        scaled = flat * count
-        nearest = np.rint(scaled)
-        if not (np.abs(scaled - nearest) <= nearest * 2.0**-51).all() or (nearest > count * (2.0**self.bits - 1)).any():
+        np.multiply(flat, count, out=flat)
+        nearest = np.rint(flat)
+        flat -= nearest
+        if not (np.abs(flat, out=flat) <= nearest * 2.0**-51).all() or nearest.max() > count * (2.0**self.bits - 1):
             raise PrivacyError("what came is not the mean of masked updates; nothing may change them between "
                                "SecureAggregation at the site and at the server")
         return nearest.astype(np.uint64).astype(self._word)
@@ -266,8 +272,8 @@ class SecureAggregation(Privacy):
 
 
 def _flat(delta: Tensors) -> _Vector:
-    """All values in the order of the tensors' names, the same at every site."""
-    return torch.cat([delta[name].detach().double().flatten() for name in sorted(delta)]).numpy()
+    """A copy of all values in the order of the tensors' names, the same at every site."""
+    return torch.cat([delta[name].detach().flatten() for name in sorted(delta)]).double().numpy()
 
 
 def _shaped(flat: _Vector, like: Tensors) -> dict[str, torch.Tensor]:

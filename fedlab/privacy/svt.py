@@ -105,8 +105,8 @@ class SVT(Privacy):
     A weight's change w is shared if |clip(w, γ)| + Lap(2qs/ε₂) reaches τ + Lap(s/ε₁), as clip(clip(w, γ) + Lap(qs/ε₃),
     γ), until the fraction q is shared; s = γ. The paper states (ε₁ + ε₂ + ε₃)-differential privacy. That needs the
     number of shared values where the noise has the fraction: for N weights the noise is N times too small for it, and
-    what can be proven is about ε₁ + N ε₂ + 2 N ε₃ (the 2: values lie in [-γ, γ], 2γ wide). The ledger is charged with
-    what can be proven, usually millions. Use `SparseVector` to choose the ε yourself.
+    what it gives sums to ε₁ + N ε₂ + 2 N ε₃ (the 2: values lie in [-γ, γ], 2γ wide), millions for ε₃ = 1. The ledger
+    is charged with what can be proven, value by value. Use `SparseVector` to choose the ε yourself.
 
     Unit: a whole site, and with it each of its patients. Adjacency: any two updates of a site.
 
