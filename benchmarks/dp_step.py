@@ -28,7 +28,7 @@ from fedlab.strategies import FedAvg
 from fedlab.training import Kit, SiteTrainer
 from fedlab.types import Patient, Site
 
-PATIENTS, SIDE, PAIRS = 8, 64, 3
+PATIENTS, SIDE, PAIRS = 8, 64, 2
 
 
 def site() -> Site:

@@ -16,6 +16,7 @@ from fedlab.engines.local import Local
 from fedlab.privacy.accounting import Ledger, Terms
 from fedlab.privacy.base import Inboxes, Privacy, check_update
 from fedlab.privacy.mechanisms import RELEASES, Release
+from fedlab.seeds import generator
 from fedlab.server import each_round
 from fedlab.strategies import FedAvg, Strategy
 from fedlab.task import SiteTask
@@ -172,11 +173,13 @@ class Watched(Privacy):
     Args:
         technique: to be watched.
         seen: what is seen is noted there.
+        seed: of the noise at the server. The server's own depends on what it is added to, as it should; here two
+            inputs must meet the same noise, so that nothing but them makes the difference.
         checked: whether its check_run() is asked.
     """
 
-    def __init__(self, technique: Privacy, seen: Rehearsal, *, checked: bool = True) -> None:
-        self.technique, self.seen, self.checked = technique, seen, checked
+    def __init__(self, technique: Privacy, seen: Rehearsal, *, seed: int, checked: bool = True) -> None:
+        self.technique, self.seen, self.seed, self.checked = technique, seen, seed, checked
         self.layers = technique._layers()
         self.units, self.before, self.after = technique.units, technique.before, technique.after
         self._owners: dict[tuple[str, str], int] = {}  # site and group -> layer
@@ -212,6 +215,7 @@ class Watched(Privacy):
         return self.technique.unmask(mean, cohort, memory)
 
     def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
+        rng = generator(self.seed, "release", cohort.round)
         for place in reversed(range(len(self.layers))):
             before = _copied(memory)
             mean = self.layers[place].release(mean, cohort, memory, rng)
@@ -304,10 +308,9 @@ def rehearse(technique: Privacy, stage: Stage, *, script: Script | None = None, 
         settings = {f.name: getattr(trainer, f.name) for f in fields(SiteTrainer) if f.init}
         trainer = _Scripted(**settings, script=script)
         object.__setattr__(trainer, "_start", stage.trainer._start)
-    run = each_round(trainer, stage.sites, strategy=_Standing(stage.strategy, seen), rounds=rounds, seed=seed,
-                     privacy=Watched(technique, seen, checked=checked), engine=_Recorder(seen))
     try:
-        for _ in run:
+        for _ in each_round(trainer, stage.sites, strategy=_Standing(stage.strategy, seen), rounds=rounds, seed=seed,
+                            privacy=Watched(technique, seen, seed=seed, checked=checked), engine=_Recorder(seen)):
             pass
     except Exception as error:
         if not catch:

@@ -198,7 +198,8 @@ class SecureAggregation(Privacy):
         """The update in steps of the fixed point, of a norm up to `_reach`, and its norm before. Changes `flat`."""
         # In whatever order n squares are added in float64, the relative error is below n * 2**-52, and half that of the
         # root; the factor's margin covers it and the rounding of each product. Truncation lengthens nothing.
-        norm = math.sqrt(float(np.dot(flat, flat))) * (1 + len(flat) * 2.0**-52)
+        with np.errstate(over="ignore"):
+            norm = math.sqrt(float(np.dot(flat, flat))) * (1 + len(flat) * 2.0**-52)
         if not math.isfinite(norm):  # a mask would hide it
             raise PrivacyError("the update holds NaN, infinite or far too large values; look at the loss of this site")
         factor = self._reach / self.clip * min(1.0, self.clip / norm if norm > 0 else 1.0) * (1 - _MARGIN)
