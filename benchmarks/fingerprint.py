@@ -20,7 +20,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from fedlab.data.anatomy import Grid
-from fedlab.data.brats import find_patients, read_patient
+from fedlab.data.brats import read_cohort
 from fedlab.data.fingerprint import LENGTH, THRESHOLD, Fingerprint, find_duplicates, fingerprint
 from fedlab.data.phantom import generate_patient, make_cohort, site_profiles
 from fedlab.types import Patient
@@ -64,8 +64,8 @@ def changed(patient: Patient, rng: np.random.Generator) -> Iterator[tuple[str, P
     yield as_patient("brain mask eroded by a voxel", image * ndimage.binary_erosion(brain))
     yield as_patient("turned by up to 3 degrees, moved by up to 3 mm", turned(image, rng, 3, 3 / spacing))
     yield as_patient("turned by up to 6 degrees, moved by up to 6 mm", turned(image, rng, 6, 6 / spacing))
-    yield as_patient("coil of 0.1 (sd of log gain)", image * coil(brain.shape, rng, 0.1))
-    yield as_patient("coil of 0.3 (sd of log gain)", image * coil(brain.shape, rng, 0.3))
+    for strength in (0.02, 0.05, 0.1):
+        yield as_patient(f"coil of {strength} (sd of log gain)", image * coil(brain.shape, rng, strength))
     small, affine = resampled(image[:, ::-1] ** gamma, patient.affine, 3.7)
     yield as_patient("flipped, gamma, resampled, noise together", np.maximum(
         small + (small != 0) * rng.normal(size=small.shape) * 0.05 * small[small != 0].std(), 0), affine)
@@ -88,7 +88,7 @@ def turned(image: Voxels, rng: np.random.Generator, degrees: float, voxels: floa
 
 def coil(shape: tuple[int, ...], rng: np.random.Generator, sd: float) -> Voxels:
     """A smooth gain for each modality."""
-    fields = ndimage.zoom(rng.normal(size=(4, 3, 3, 3)), (1, *(n / 3 for n in shape)), order=3)
+    fields = np.stack([ndimage.zoom(rng.normal(size=(3, 3, 3)), [n / 3 for n in shape], order=3) for _ in range(4)])
     return np.exp(sd * fields / fields.std(axis=(1, 2, 3), keepdims=True))
 
 
@@ -127,9 +127,10 @@ def real(rng: np.random.Generator, generated: list[Fingerprint]) -> dict[str, ob
     """Six real patients, one of them at 1 mm and at 2 mm."""
     if not REAL.is_dir():
         return {"left out": "no real scans beside the checkout"}
-    fine, coarse = ([read_patient(files) for files in find_patients(REAL / name).values()]
-                    for name in ("brats2021_1mm", "brats2021_2mm"))
-    prints = {patient.id: fingerprint(patient) for patient in [*coarse, decathlon()]}
+    fine, coarse, other = (list(read_cohort(REAL / name)) for name in (
+        "brats2021_1mm", "brats2021_2mm", "msd/Task01_BrainTumour"))
+    coarse += other
+    prints = {patient.id: fingerprint(patient) for patient in coarse}
     repeated: dict[str, list[tuple[Fingerprint, Fingerprint]]] = {}
     for patient in coarse:
         for name, copy in changed(patient, rng):
@@ -140,18 +141,10 @@ def real(rng: np.random.Generator, generated: list[Fingerprint]) -> dict[str, ob
     return {
         "01479 at 1 mm and at 2 mm": round(fingerprint(fine[0]).distance(prints[fine[0].id]), 4),
         "different patients": apart(list(prints.values())), "nearest different patients": pairs[:3],
-        "decathlon BRATS_001, nearest": min(pair for pair in pairs if "BRATS_001" in pair),
+        "decathlon, nearest": min(pair for pair in pairs if other[0].id in pair),
         "nearest generated patient": round(nearest, 4),
         "changed": {name: found_again(pairs) for name, pairs in repeated.items()},
     }
-
-
-def decathlon() -> Patient:
-    import nibabel
-
-    scan = nibabel.load(REAL / "msd" / "Task01_BrainTumour" / "imagesTr" / "BRATS_001.nii.gz")
-    voxels = np.moveaxis(np.asarray(scan.dataobj, dtype=np.float32), 3, 0)  # FLAIR, T1, T1c, T2 as ours
-    return Patient("BRATS_001", torch.from_numpy(np.ascontiguousarray(voxels)), None, scan.affine)
 
 
 def main() -> None:

@@ -15,8 +15,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fedlab.errors import RunError
+from fedlab.history import History
+from fedlab.view.privacy import privacy_curves
 
-__all__ = ["Section", "save_figure", "write_report"]
+__all__ = ["Section", "privacy_section", "save_figure", "write_report"]
+
+#: Rounds that a table shows before it leaves some out.
+_ROUNDS = 12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +50,35 @@ class Section:
 
     def _seen(self) -> str:
         return self.alt or getattr(self.figure, "alt", "") or self.caption
+
+
+def privacy_section(history: History, *, metric: str = "Dice", budget: float | None = None) -> Section:
+    """What a run guarantees: ε of each site after each round beside the model's metric, or that there is no guarantee.
+
+    Args:
+        history: of the run.
+        metric: of the rounds, shown where it was taken.
+        budget: ε that no site was to exceed.
+    """
+    spent, rounds = history.spent(), history.table()
+    technique = "" if history.privacy == "Privacy()" else f" Technique: {history.privacy}."
+    if spent.empty:
+        return Section(title="Privacy", text=f"No formal guarantee: no ε can be stated for what left the sites."
+                                             f"{technique}")
+    names = [f"ε per {unit}, {site}" for _, site, unit in spent.index]
+    wide = spent.assign(column=names).reset_index().pivot(index="round", columns="column", values="epsilon").ffill()
+    wide.columns.name = None
+    if metric in rounds:
+        wide.insert(0, metric, rounds[metric].reindex(wide.index))
+    left = len(wide) > _ROUNDS
+    if left:
+        wide = wide.iloc[sorted({round(k * (len(wide) - 1) / (_ROUNDS - 1)) for k in range(_ROUNDS)})]
+    stopped = f" The run ended early: {history.stopped}." if history.stopped else ""
+    text = (f"What the run guarantees: {history.guarantee()}. In the table, ε spent so far by each site after each "
+            f"round{', some rounds left out' if left else ''}.{technique}{stopped}")
+    return Section(title="Privacy", text=text, table=wide.rename_axis("round"),
+                   figure=privacy_curves(history, metric=metric, budget=budget),
+                   caption="Privacy spent by each site, and what the model had learned by then.")
 
 
 def write_report(

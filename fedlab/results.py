@@ -232,7 +232,7 @@ def _notes(outcome: Outcome) -> list[str]:
     notes = [caution(outcome) or f"{held_out} held-out patients: differences of a few hundredths between arms can be "
              "chance; repeat with other seeds before you conclude from them.",
              "Local models are each trained with a site's own share of the steps.",
-             "No privacy technique was applied: updates left the sites as they were."]
+             "No privacy technique was applied: updates left the sites as they were, with no formal guarantee."]
     without = [site.name for site in outcome.sites if not len(site.val)]
     if without:
         notes.append(f"No patient is held out at: {', '.join(without)}. What is there was only trained on.")

@@ -170,7 +170,7 @@ def test_a_broken_message_is_refused(text: str) -> None:
         read_fingerprints(text)
 
 
-@pytest.mark.filterwarnings("ignore:.*no enhancing tumour")
+@pytest.mark.filterwarnings("ignore:(?s).*no enhancing tumour")
 def test_the_real_duplicate_is_found_and_the_others_are_not(real_scans: Path) -> None:
     from fedlab.data.brats import find_patients, read_patient
 

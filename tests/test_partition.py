@@ -251,7 +251,7 @@ def test_wrong_settings_say_what_to_do(call: Callable[[], Partition], message: s
         call()
 
 
-@pytest.mark.filterwarnings("ignore:.*no enhancing tumour")
+@pytest.mark.filterwarnings("ignore:(?s).*no enhancing tumour")
 def test_the_split_is_the_one_that_reading_a_folder_makes(real_scans: Path) -> None:
     from fedlab.data.brats import read_sites
 

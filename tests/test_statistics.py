@@ -156,7 +156,7 @@ def test_noised_statistics_say_what_they_cost_and_the_ledger_hears_of_it_first()
 
 def test_noise_is_seeded_or_new() -> None:
     site = blob_site("a", 8)
-    settings_ = {"domain": NAMED, "epsilon": 5.0}
+    settings_ = {"domain": NAMED, "epsilon": 50.0}
     assert site_statistics(site, seed=1, **settings_) == site_statistics(site, seed=1, **settings_)
     assert site_statistics(site, seed=1, **settings_) != site_statistics(site, seed=2, **settings_)
     assert site_statistics(site, **settings_) != site_statistics(site, **settings_)

@@ -43,6 +43,7 @@ def _edges(low: float, high: float, bins: int) -> tuple[float, ...]:
 class Domain:
     """What is counted, and in which bins: agreed on before anyone looks at data, and the same at every site.
 
+    Noise is added to every bin of every quantity: with it, name few modalities and regions and give few, wide bins.
     Whatever lies below the first or above the last edge is counted in the first or last bin.
 
     Args:

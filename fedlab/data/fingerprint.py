@@ -10,6 +10,10 @@ so that voxel size and margins don't matter. Of these waves the 64 with half-wav
 ones mostly show what all brains share and what the coil did, shorter ones don't survive a shift of some mm. A flip
 turns the sign of some numbers and a swap of axes reorders them, so all 48 orientations are compared at no cost.
 
+What it misses: a copy whose coil's uneven gain was corrected while the other's was not, from about 10 % (standard
+deviation) on; a copy with other modalities; much of the brain cut off. The same person scanned on another day or
+scanner is found sometimes and must be kept together by what the site knows.
+
 What a fingerprint gives away: it is made from the image and is not anonymous. It can be turned back into a blurred
 picture of four modalities, coarse but enough for the side of a large tumour, and whoever holds another scan of the
 person can tell from it that the person is at that site; that is what it is for. It comes with no differential privacy.

@@ -24,7 +24,8 @@ Matrix = NDArray[np.float64]
 class Heterogeneity:
     """Distances between sites. Made by `heterogeneity`.
 
-    Two small sites differ by chance alone; compare with what a partition at random of the same sizes gives.
+    Two small sites differ by chance alone, and bins that a small site had to merge blur the distances of its volumes;
+    compare with what a partition at random of the same sizes gives.
 
     Attributes:
         statistics: of each site, as they were told.

@@ -206,7 +206,7 @@ def _prv(gaussian: tuple[tuple[float, float, int], ...], delta: float) -> float:
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
         raise PrivacyError(f"the PRV accountant fails for {gaussian} at δ = {delta} ({error}); "
                            "say accountant='rdp'") from error
-    return epsilon
+    return max(0.0, epsilon)  # the least ε of all is negative where δ alone would do
 
 
 def _gdp(gaussian: tuple[tuple[float, float, int], ...], delta: float) -> float:
