@@ -202,16 +202,18 @@ def importable(technique: Privacy) -> tuple[str, ...]:
     for layer in technique._layers():
         for part in _parts(layer):
             module, name = getattr(part, "__module__", None), getattr(part, "__qualname__", "")
+            if module == "builtins":
+                continue
             found: Any = sys.modules.get(module or "")
             for step in name.split("."):
                 found = getattr(found, step, None)
             if module == "__main__" or found is not part:
                 raise PrivacyError(
-                    f"{name or part!r} of {layer!r} is defined in a notebook, a script or a function, from where other "
-                    "sites cannot import it: write it into a file (in a notebook: %%writefile my_technique.py as the "
+                    f"{name or repr(part)} of {layer!r} is defined in a notebook, a script or a function, from where "
+                    "other sites cannot import it: write it into a file (in a notebook: %%writefile my_technique.py as the "
                     "first line of its cell), install that file at every site, and import it from there")
             modules.add(module or "")
-    return tuple(sorted(name for name in modules if name.partition(".")[0] not in ("builtins", "fedlab")))
+    return tuple(sorted(name for name in modules if name.partition(".")[0] != "fedlab"))
 
 
 def _parts(value: Any) -> Iterator[Any]:

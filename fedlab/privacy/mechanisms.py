@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -201,7 +202,8 @@ def _prv(gaussian: tuple[tuple[float, float, int], ...], delta: float) -> float:
     accountant = PRVAccountant()
     accountant.history = list(gaussian)
     try:
-        with np.errstate(divide="ignore"):  # log(1 - q) at q = 1 is the minus infinity that it should be
+        with np.errstate(divide="ignore"), warnings.catch_warnings():  # log(1 - q) at q = 1 is minus infinity, rightly
+            warnings.filterwarnings("ignore", "Optimal order is", UserWarning)  # of a bound on its grid, nothing more
             epsilon = float(accountant.get_epsilon(delta=delta))  # the upper end of its error interval
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
         raise PrivacyError(f"the PRV accountant fails for {gaussian} at δ = {delta} ({error}); "
