@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import torch
 from safetensors import SafetensorError
@@ -76,6 +77,8 @@ class Checkpoint:
         tensors = {f"params|{name}": t for name, t in state.params.items()}
         tensors |= {f"moments|{g}|{name}": t for g, slots in state.moments.items() for name, t in slots.items()}
         tensors |= {f"memory|{g}|{name}": t for g, slots in state.memory.items() for name, t in slots.items()}
+        tensors |= {f"models|{quote(site, safe='')}|{name}": t for site, own in state.models.items()
+                    for name, t in own.items()}
         save_file(_plain(tensors), scratch / "state.safetensors")
         files = {}
         for index, (site, groups) in enumerate(sorted(memory.items())):
@@ -112,7 +115,8 @@ class Checkpoint:
             raise RunError(f"{folder} does not hold what was written there; remove the run's folder to start over")
         groups = _grouped(tensors)
         state = ServerState(round=note["round"], params=groups["params"], moments=_grouped(groups.get("moments", {})),
-                            memory=_grouped(groups.get("memory", {})))
+                            memory=_grouped(groups.get("memory", {})),
+                            models={unquote(s): own for s, own in _grouped(groups.get("models", {})).items()})
         return state, {site: _grouped(flat) for site, flat in kept.items()}, note["records"]
 
     def _rounds(self) -> list[Path]:

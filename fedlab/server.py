@@ -9,26 +9,28 @@ from pathlib import Path
 
 import torch
 
+from fedlab.admission import Admission
 from fedlab.checkpoint import Checkpoint
+from fedlab.desk import Desk
 from fedlab.engines.local import Engine, Local
 from fedlab.errors import PrivacyBudgetExhausted
 from fedlab.history import History
-from fedlab.models import load_weights, weights_sha256
-from fedlab.privacy.base import Inboxes, Privacy, check_update
-from fedlab.seeds import derive, generator
+from fedlab.models import load_weights
+from fedlab.privacy.base import Privacy
+from fedlab.seeds import generator
 from fedlab.strategies import FedAvg, Strategy
 from fedlab.task import SiteTask, enrol
 from fedlab.topology import Topology, star
 from fedlab.training import SiteTrainer
-from fedlab.types import Cohort, Memory, Round, ServerState, Site, Spent, Update, Withdrawal
+from fedlab.types import Round, ServerState, Site
 
 __all__ = ["each_round", "federate"]
 
 
 def each_round(
     trainer: SiteTrainer, sites: Sequence[Site], *, strategy: Strategy | None = None, privacy: Privacy | None = None,
-    rounds: int = 10, topology: Topology = star, engine: Engine | None = None, seed: int = 0,
-    state: ServerState | None = None,
+    rounds: int = 10, topology: Topology = star, engine: Engine | None = None, admission: Admission | None = None,
+    seed: int = 0, state: ServerState | None = None,
 ) -> Iterator[Round]:
     """Runs round after round, yielding each as it ends: `next(run)`, look, `next(run)`.
 
@@ -38,13 +40,14 @@ def each_round(
         strategy: `FedAvg()` by default.
         privacy: a technique or several joined by `+`; none by default.
         rounds: number of the last round, so a resumed run ends where the whole run would.
-        topology: a function such as `star`.
+        topology: who exchanges weights with whom: `star`, `ring`, `Gossip(...)`, `Tree(...)`, `Buffered(...)`.
         engine: where sites work; this process by default.
+        admission: rules by which a run goes on without sites that fail; by default the first failure ends it.
         seed: one seed gives bit-equal weights on one machine.
         state: where to go on from; the beginning by default.
 
     Raises:
-        ValueError: no site, an empty site, two sites of one name, or no round.
+        ValueError: no site, an empty site, two sites of one name, no round, or parts that don't work together.
         SiteError: a site failed.
         PrivacyBudgetExhausted: no site may take part any more.
         PrivacyError: a technique refused or failed; nothing was sent.
@@ -53,89 +56,39 @@ def each_round(
     strategy = FedAvg() if strategy is None else strategy
     privacy = Privacy() if privacy is None else privacy
     engine = Local() if engine is None else engine
+    topology.check_run(sites=sites, strategy=strategy)
+    strategy.check_run(trainer=trainer, sites=sites, privacy=privacy)
     privacy.check_run(trainer=trainer, sites=sites, strategy=strategy, rounds=rounds)
-    task = SiteTask(trainer=trainer, privacy=privacy, seed=seed)
+    _check_server(privacy, topology, admission)
+    task = SiteTask(trainer=trainer, privacy=privacy, seed=seed, strategy=strategy)
     if state is None:
         state = strategy.begin(trainer.initial())
         for site in sites:
             enrol(engine.memory.setdefault(site.name, {}))
-    return _rounds(task, sites, strategy, rounds, topology, engine, state)
+    return _rounds(task, sites, rounds, topology, engine, admission, state)
 
 
-def _rounds(task: SiteTask, sites: Sequence[Site], strategy: Strategy, rounds: int, topology: Topology,
-            engine: Engine, state: ServerState) -> Iterator[Round]:
+def _rounds(task: SiteTask, sites: Sequence[Site], rounds: int, topology: Topology, engine: Engine,
+            admission: Admission | None, state: ServerState) -> Iterator[Round]:
     for _ in range(state.round, rounds):
-        yield (finished := _one_round(task, sites, strategy, topology, engine, state))
-        state = finished.state
-
-
-def _one_round(task: SiteTask, sites: Sequence[Site], strategy: Strategy, topology: Topology, engine: Engine,
-               state: ServerState) -> Round:
-    started, number, privacy = time.perf_counter(), state.round, task.privacy
-    cohort = strategy.select(sites, generator(task.seed, "select", number))
-    memory: Memory = {group: dict(tensors) for group, tensors in state.memory.items()}
-    seen: dict[str, dict[str, float]] = {}
-    spent: dict[str, tuple[Spent, ...]] = {}
-    absent: dict[str, str] = {}
-
-    def train(state: ServerState, sites: Sequence[Site]) -> Iterator[Update]:
-        expected = {site.name for site in sites}
-        for update in engine.run(task, state, sites):
-            if update.site not in expected:
-                raise ValueError(f"an update of {update.site!r} came; still expected were {sorted(expected)}")
-            expected.remove(update.site)
-            if isinstance(update, Withdrawal):
-                absent[update.site] = update.reason
-                continue
-            check_update(update, like=state.params, site=update.site)  # the server trusts no engine
-            seen[update.site] = {**update.metrics, "norm": update.norm(), "weight": update.weight,
-                                 "steps": float(update.steps), "bytes": float(update.nbytes)}
-            spent[update.site] = update.spent
-            yield update
-        if cohort and not seen:
-            raise PrivacyBudgetExhausted("no site is left: " + "; ".join(absent.values()))
-
-    def release(mean: Update) -> Update:
-        inboxes = privacy.at_server("trained", {}, memory, tuple(seen)) if privacy.after else {}
-        _exchange(task, engine, privacy.after, inboxes, [s for s in cohort if s.name in seen], memory, tuple(seen))
-        took_part = Cohort(number, tuple(seen), len(sites), getattr(strategy, "sample", 1.0))
-        mean = privacy.unmask(mean, took_part, memory)
-        # Noise that depends on what it is added to: two runs of one seed on other data never share it.
-        seed = derive(task.seed, weights_sha256(mean.delta))
-        out = privacy.release(mean, took_part, memory, generator(seed, "release", number))
-        if out.spent:
-            spent["server"] = out.spent
-        return out
-
-    _exchange(task, engine, privacy.before, {}, cohort, memory, ())
-    if cohort:
-        moved = topology(state, cohort, strategy=strategy, train=train, release=release)
-    else:  # nobody was drawn: the model stays, but for noise that hides just that
-        nothing = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in task.trainer.initial().items()}
-        moved = strategy.step(state, release(Update(site="mean", delta=nothing, weight=1.0)))
-    kept = {group: tensors for group, tensors in memory.items() if not group.startswith("_")}
-    return Round(number=number, state=replace(moved, memory=kept), cohort=tuple(site.name for site in cohort),
-                 sites=seen, spent=spent, metrics={}, seconds=time.perf_counter() - started, absent=absent)
-
-
-def _exchange(task: SiteTask, engine: Engine, steps: Sequence[str], inboxes: Inboxes, sites: Sequence[Site],
-              memory: Memory, arrived: Sequence[str]) -> None:
-    """Messages between the sites, handed on by the server, one step after the other."""
-    for step in steps:
-        sent = engine.exchange(task, step, inboxes, sites)
-        inboxes = task.privacy.at_server(step, sent, memory, arrived)
+        started = time.perf_counter()
+        cohort = task.strategy.select(sites, generator(task.seed, "select", state.round))
+        desk = Desk(task, sites, cohort, engine, admission, state)
+        state = desk.run(topology)
+        yield Round(number=desk.number, state=state, cohort=tuple(desk.asked), sites=desk.seen, spent=desk.spent,
+                    metrics=dict(topology.metrics(state)), seconds=time.perf_counter() - started, absent=desk.absent)
 
 
 def federate(
     trainer: SiteTrainer, sites: Sequence[Site], *, strategy: Strategy | None = None, privacy: Privacy | None = None,
-    rounds: int = 10, topology: Topology = star, engine: Engine | None = None, seed: int = 0,
-    validate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
+    rounds: int = 10, topology: Topology = star, engine: Engine | None = None, admission: Admission | None = None,
+    seed: int = 0, validate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
     on_round: Callable[[Round], None] | None = None, checkpoint: Path | str | None = None, progress: bool = True,
 ) -> History:
     """Runs all rounds and returns their history, with the final weights in `history.state` and in the trainer's model.
 
     Args:
-        trainer, sites, strategy, privacy, rounds, topology, engine, seed: as in `each_round`.
+        trainer, sites, strategy, privacy, rounds, topology, engine, admission, seed: as in `each_round`.
         validate: called with the global model and the round's number after each round; what it returns, such as
             the Dice of held-out patients, joins the round's metrics.
         on_round: called with each finished round.
@@ -158,18 +111,18 @@ def federate(
         start = trainer.initial()
         saved = Checkpoint.open(checkpoint, start=start, describe={
             "trainer": repr(trainer), "strategy": repr(strategy), "privacy": repr(privacy), "seed": str(seed),
-            "topology": getattr(topology, "__name__", repr(topology)),
+            "topology": repr(topology), "admission": repr(admission),
             "sites": "; ".join(f"{s.name}: {' '.join(p.id for p in s.train)}" for s in sites),
         })
         history.state, engine.memory, records = saved.load() or (None, engine.memory, [])
         history.records.extend(records)
     run = each_round(trainer, sites, strategy=strategy, privacy=privacy, rounds=rounds, topology=topology,
-                     engine=engine, seed=seed, state=history.state)
+                     engine=engine, admission=admission, seed=seed, state=history.state)
     with history.progress(enabled=progress) as show:
         for finished in _until_exhausted(run, history):
             if validate is not None:
                 metrics = validate(_with_weights(trainer, finished.state), finished.number)
-                finished = replace(finished, metrics=metrics)
+                finished = replace(finished, metrics={**finished.metrics, **metrics})
             history.add(finished)
             if saved is not None:
                 saved.save(finished.state, engine.memory, history.records)
@@ -206,3 +159,15 @@ def _check_run(sites: Sequence[Site], rounds: int) -> None:
         raise ValueError(f"these sites have no patient to train on: {empty}; leave them out or give them patients")
     if rounds < 1:
         raise ValueError(f"rounds is a positive whole number, got {rounds}")
+
+
+def _check_server(privacy: Privacy, topology: Topology, admission: Admission | None) -> None:
+    """Refuses techniques at the server where no one server sees all updates, or where its proof would not hold."""
+    if (privacy.works_at_server or privacy.before or privacy.after) and not topology.one_server:
+        raise ValueError(f"{privacy!r} works on the mean of all updates at one server, which {topology!r} doesn't have; "
+                         "use topology=star, or a technique that protects each update at its site")
+    if admission is not None and privacy.works_at_server and admission.min_sites > 1:
+        raise ValueError(f"whether a round counts would show how many sites took part, which {privacy!r} does not "
+                         "account for; use min_sites=1")
+    if admission is not None and privacy.masked and admission.max_norm is not None:
+        raise ValueError(f"{privacy!r} hides every update, so max_norm can't be checked; leave it out")

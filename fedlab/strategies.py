@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
-from fedlab.types import ServerState, Site, Tensors, Update
+from fedlab.types import Memory, ServerState, Site, Tensors, Update
+
+if TYPE_CHECKING:
+    from fedlab.privacy.base import Privacy
+    from fedlab.training import Kit, SiteTrainer
 
 __all__ = ["FedAvg", "Strategy", "weighted_mean"]
 
 
 class Strategy(Protocol):
-    """State goes in and comes out; a strategy keeps nothing for itself."""
+    """How updates become one and how the model moves; and, for some, what training at a site does differently.
+
+    State goes in and comes out; a strategy keeps nothing for itself. What a site must remember for it lies in the
+    site's memory, what the server must, in `ServerState.moments`. Inherit from `FedAvg` and override what differs.
+    """
+
+    @property
+    def sample(self) -> float:
+        """Probability with which each site takes part in a round."""
+        ...
+
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
+        """Before the first round: raises `ValueError` if the strategy can't work with the rest of the run."""
 
     def begin(self, params: Tensors) -> ServerState:
         """The server's state before the first round."""
@@ -24,6 +40,14 @@ class Strategy(Protocol):
         """The cohort of a round."""
         ...
 
+    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
+        """At a site, before privacy techniques wrap the kit: change how it trains.
+
+        Whatever of the site's own data enters here goes around the techniques' clipping and noise: use the state and
+        what `keep` has kept of protected updates only.
+        """
+        ...
+
     def combine(self, updates: Iterable[Update]) -> Update:
         """One update from a cohort's updates, which arrive one by one."""
         ...
@@ -31,6 +55,10 @@ class Strategy(Protocol):
     def step(self, state: ServerState, mean: Update) -> ServerState:
         """The state after the model has moved by `mean`."""
         ...
+
+    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
+             seed: int) -> None:
+        """At a site, when its update is ready to leave: what it keeps for itself, in its memory."""
 
 
 def weighted_mean(updates: Iterable[Update]) -> Update:
@@ -91,6 +119,8 @@ class FedAvg:
         if not 0 < self.sample <= 1:
             raise ValueError(f"sample is a probability above 0 and at most 1, got {self.sample}")
 
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None: ...
+
     def begin(self, params: Tensors) -> ServerState:
         return ServerState(round=0, params={name: p.detach().clone() for name, p in params.items()})
 
@@ -104,6 +134,12 @@ class FedAvg:
             return sites
         chosen = torch.rand(len(sites), generator=rng, dtype=torch.float64) < self.sample
         return [site for site, taken in zip(sites, chosen.tolist(), strict=True) if taken]
+
+    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
+        return kit
+
+    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
+             seed: int) -> None: ...
 
     def combine(self, updates: Iterable[Update]) -> Update:
         return weighted_mean(replace(u, weight=self._weight(u)) for u in updates)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +14,7 @@ from fedlab.models import weights_sha256
 from fedlab.privacy.accounting import Ledger
 from fedlab.privacy.base import Privacy, check_update
 from fedlab.seeds import derive, generator
+from fedlab.strategies import FedAvg, Strategy
 from fedlab.training import SiteTrainer
 from fedlab.types import Memory, ServerState, Site, Tensors, Update
 
@@ -32,11 +34,13 @@ class SiteTask:
         trainer: trains locally.
         privacy: protects what leaves.
         seed: of the run; the streams of a site and round are derived from it.
+        strategy: what it changes in the training at a site; see `Strategy.equip`.
     """
 
     trainer: SiteTrainer
     privacy: Privacy
     seed: int
+    strategy: Strategy = field(default_factory=FedAvg)
 
     def __call__(self, site: Site, state: ServerState, memory: Memory) -> Update:
         """The protected update of `site`; `memory` is what the site keeps, changed in place.
@@ -47,13 +51,15 @@ class SiteTask:
             PrivacyError: a technique failed or gave something unsafe; nothing is returned.
         """
         seed = derive(self.seed, "site", site.name, state.round)
-        stage = "ledger"
+        state = state.at(site.name)
+        started, stage = time.perf_counter(), "ledger"
         try:
             memory["broadcast"] = dict(state.memory.get("broadcast", {}))
             ledger, stream = self._open_ledger(site, state, memory, seed)
             stage = "equip"
             kit = self.trainer.prepare(site, state, memory=memory, seed=seed)
             kit.seed = stream  # of whatever a technique draws
+            kit = self.strategy.equip(kit, site, state, memory)
             kit = self.privacy.equip(kit, site, memory)
             stage = "fit"
             try:
@@ -64,13 +70,15 @@ class SiteTask:
             trained = weights_sha256(update.delta) if ledger else ""
             protected = self.privacy.protect(update, memory, generator(stream, "protect"))
             stage = "check"
-            protected = check_update(protected, like=state.params, site=site.name)
+            protected = replace(check_update(protected, like=state.params, site=site.name), round=state.round)
             if ledger:
                 ledger = Ledger(memory)
                 ledger.bind(trained)
                 protected = self._state_spent(protected, ledger)
             memory["joined"] = {"updates": memory["joined"]["updates"] + 1}
-            return protected
+            stage = "keep"
+            self.strategy.keep(self.trainer, site, state, protected, memory, seed)
+            return replace(protected, seconds=time.perf_counter() - started)
         except PrivacyBudgetExhausted as error:
             raise PrivacyBudgetExhausted(f"{site.name} takes no part from round {state.round} on: {error}") from error
         except PrivacyError as error:
@@ -98,7 +106,7 @@ class SiteTask:
             raise PrivacyError("this site has sent updates before but its ledger is missing; restore it")
         remembered = {f"{group}|{name}": t for group, slots in memory.items()
                       if group not in ("ledger", "joined") and not group.startswith("_") for name, t in slots.items()}
-        settings = re.sub(r" at 0x[0-9a-f]+", "", f"{self.trainer!r}\n{self.privacy!r}")  # same in another process
+        settings = re.sub(r" at 0x[0-9a-f]+", "", f"{self.trainer!r}\n{self.strategy!r}\n{self.privacy!r}")  # same in another process
         stream = derive(seed, weights_sha256(state.params), weights_sha256(remembered), settings,
                         *(patient.id for patient in site.train))
         return Ledger.open(memory, site=site.name, model=_shape_of(state.params), round=state.round,

@@ -10,7 +10,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["MODALITIES", "REGIONS", "Cohort", "Memory", "Patient", "Round", "ServerState", "Site", "Spent", "Tensors",
+from fedlab.errors import FedlabError
+
+__all__ = ["MODALITIES", "REGIONS", "Cohort", "Failure", "Memory", "Patient", "Round", "ServerState", "Site", "Spent", "Tensors",
            "Update", "Withdrawal"]
 
 #: Channel order of every image in fedlab.
@@ -102,6 +104,13 @@ class Withdrawal(NamedTuple):
     reason: str
 
 
+class Failure(NamedTuple):
+    """A site that was to take part in a round and broke down: nothing came from it."""
+
+    site: str
+    error: FedlabError
+
+
 class Spent(NamedTuple):
     """Privacy spent so far, never shown without what it means."""
 
@@ -128,6 +137,8 @@ class Update:
         metrics: plain numbers such as the mean training loss. They leave the site too.
         spent: privacy spent by the site so far.
         encoded: size in bytes of the delta as it would be sent, if a technique makes it smaller than dense tensors.
+        round: number of the round it answers, so that an old one is known for what it is.
+        seconds: how long the site took.
     """
 
     site: str
@@ -137,6 +148,8 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     spent: tuple[Spent, ...] = ()
     encoded: int | None = None
+    round: int | None = None
+    seconds: float = 0.0
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Update:
         """The same update with `change` applied to every tensor of the delta."""
@@ -173,12 +186,18 @@ class ServerState:
         params: the global model's trainable weights.
         moments: the server optimiser's own tensors, by name; empty for FedAvg.
         memory: what privacy techniques keep at the server; the group "broadcast" goes to the sites with the weights.
+        models: weights that a site starts from instead of `params`, by site, in workflows in which sites differ.
     """
 
     round: int
     params: Tensors
     moments: Mapping[str, Tensors] = field(default_factory=dict)
     memory: Mapping[str, Tensors] = field(default_factory=dict)
+    models: Mapping[str, Tensors] = field(default_factory=dict)
+
+    def at(self, site: str) -> ServerState:
+        """What of it a site is shown: the weights that it starts from, no other site's."""
+        return replace(self, params=self.models.get(site, self.params), models={}) if self.models else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,9 +208,9 @@ class Round:
         number: counted from 0.
         state: the server's state after the round.
         cohort: names of the sites that took part.
-        sites: numbers reported by each site: loss, update norm, weight, steps, bytes sent.
+        sites: numbers reported by each site: loss, update norm, weight, steps, bytes sent, seconds.
         spent: privacy spent so far, by site; under "server" what holds for every site through noise added there.
-        absent: sites of the cohort that withdrew, and why.
+        absent: sites of the cohort whose update is not in the model, and why.
         metrics: numbers about the global model, such as validation Dice.
         seconds: wall time of the round.
         memory: what each site keeps for itself; in a deployment it never leaves the site.

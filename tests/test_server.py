@@ -173,7 +173,7 @@ def test_rounds_can_be_stepped_through_and_equal_a_whole_run():
     run = each_round(trainer(), sites, rounds=3)
     first = next(run)
     assert first.number == 0 and first.cohort == ("site-0", "site-1")
-    assert set(first.sites["site-0"]) == {"loss", "norm", "weight", "steps", "bytes"}
+    assert set(first.sites["site-0"]) == {"loss", "norm", "weight", "steps", "bytes", "seconds"}
     assert first.sites["site-0"]["bytes"] == 4 * sum(p.numel() for p in TinyNet().parameters())
     last = list(run)[-1]
     whole = federate(trainer(), sites, rounds=3, progress=False)

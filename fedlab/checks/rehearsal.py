@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedlab.engines.local import Local
+from fedlab.engines.local import Answer, Local
 from fedlab.privacy.accounting import Ledger, Terms
 from fedlab.privacy.base import Inboxes, Privacy, check_update
 from fedlab.privacy.mechanisms import RELEASES, Release
@@ -21,7 +21,7 @@ from fedlab.server import each_round
 from fedlab.strategies import FedAvg, Strategy
 from fedlab.task import SiteTask
 from fedlab.training import Kit, SiteTrainer
-from fedlab.types import Cohort, Memory, Patient, ServerState, Site, Tensors, Update, Withdrawal
+from fedlab.types import Cohort, Memory, Patient, ServerState, Site, Tensors, Update
 
 __all__ = ["DECOY", "Charge", "Rehearsal", "Script", "Stage", "Step", "Watched", "make_stage", "plain_descent",
            "rehearse", "unlike_randomness"]
@@ -263,7 +263,7 @@ class _Recorder(Local):
         super().__init__()
         self.memory, self.seen = seen.memory, seen
 
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Update | Withdrawal]:
+    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
         self.seen.sent.setdefault(state.round, {})
         for answer in super().run(task, state, cohort):
             if isinstance(answer, Update):

@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from fedlab.errors import PrivacyBudgetExhausted, PrivacyError
+from fedlab.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError
 from fedlab.privacy.accounting import Ledger
 from fedlab.privacy.base import Inboxes
 from fedlab.privacy.ledger_file import LedgerFile
 from fedlab.task import SiteTask
-from fedlab.types import Memory, ServerState, Site, Update, Withdrawal
+from fedlab.types import Failure, Memory, ServerState, Site, Update, Withdrawal
 
-__all__ = ["Engine", "Local"]
+__all__ = ["Answer", "Engine", "Local"]
+
+#: What an engine brings from a site: its update, or that it withdraws, or that it broke down.
+Answer = Update | Withdrawal | Failure
 
 
 class Engine(Protocol):
@@ -22,8 +25,8 @@ class Engine(Protocol):
 
     memory: dict[str, Memory]
 
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Update | Withdrawal]:
-        """The task's update of each site of the cohort, as they come, or that the site withdraws."""
+    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
+        """What comes of the task at each site of the cohort, as it comes."""
         ...
 
     def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
@@ -44,14 +47,16 @@ class Local:
         self.ledgers = None if ledgers is None else Path(ledgers)
         self.memory: dict[str, Memory] = {}
 
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Update | Withdrawal]:
+    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
         for site in cohort:
             memory = self.memory.setdefault(site.name, {})
             try:
                 with LedgerFile(self.ledgers, site.name).kept(memory) if self.ledgers else _unkept(site, memory):
-                    answer: Update | Withdrawal = task(site, state, memory)
+                    answer: Answer = task(site, state, memory)
             except PrivacyBudgetExhausted as error:
                 answer = Withdrawal(site.name, str(error))
+            except FedlabError as error:
+                answer = Failure(site.name, error)
             yield answer
 
     def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlab.errors import PrivacyError
-from fedlab.types import Cohort, Memory, Site, Tensors, Update
+from fedlab.types import Cohort, Memory, Site, Spent, Tensors, Update
 
 if TYPE_CHECKING:
     from fedlab.strategies import Strategy
@@ -43,6 +43,16 @@ class Privacy:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     masks: bool = False
+
+    @property
+    def works_at_server(self) -> bool:
+        """Whether it changes the mean of the updates at a server."""
+        return any(type(layer).release is not Privacy.release for layer in self._layers())
+
+    @property
+    def masked(self) -> bool:
+        """Whether updates are hidden on their way."""
+        return any(layer.masks for layer in self._layers())
 
     def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
         """When joined by `+`: raises `ValueError` if this technique cannot stand between those."""
@@ -165,15 +175,16 @@ def check_update(update: object, *, like: Tensors, site: str) -> Update:
         site: who must have made it.
 
     Raises:
-        PrivacyError: not an `Update`, of another site, other names or shapes, not floating point, NaN or infinite.
+        PrivacyError: not an `Update`, of another site, other names or shapes, not floating point, NaN or infinite, or
+            a weight, steps, metrics, spent privacy, size or time that is none.
     """
     if not isinstance(update, Update):
         raise PrivacyError(f"expected an Update from {site}, got {type(update).__name__}; a technique's protect() "
                            "returns the update it was given, changed with update.map(...)")
     if update.site != site:
         raise PrivacyError(f"expected an update of {site}, got one that says it is of {update.site!r}")
-    if update.delta.keys() != like.keys():
-        odd = sorted(update.delta.keys() ^ like.keys())
+    if not isinstance(update.delta, Mapping) or update.delta.keys() != like.keys():
+        odd = sorted(map(str, update.delta.keys() ^ like.keys())) if isinstance(update.delta, Mapping) else ["no names"]
         raise PrivacyError(f"the update of {site} has other tensors than the model: {odd[:3]}")
     for name, tensor in update.delta.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
@@ -183,9 +194,23 @@ def check_update(update: object, *, like: Tensors, site: str) -> Update:
                                f"expected {tuple(like[name].shape)}")
         if not torch.isfinite(tensor).all():
             raise PrivacyError(f"the update of {site} has NaN or infinite values in {name}")
-    if not (update.weight > 0 and update.weight < float("inf")):
+    if not _number(update.weight) or not 0 < update.weight < float("inf"):
         raise PrivacyError(f"the update of {site} has weight {update.weight}, expected a positive number")
+    for what, value, right in (
+        ("steps", update.steps, isinstance(update.steps, int) and update.steps >= 0),
+        ("seconds", update.seconds, _number(update.seconds) and update.seconds >= 0),
+        ("encoded", update.encoded, update.encoded is None or (isinstance(update.encoded, int) and update.encoded > 0)),
+        ("metrics", update.metrics, isinstance(update.metrics, Mapping)
+         and all(isinstance(k, str) and _number(v) for k, v in update.metrics.items())),
+        ("spent", update.spent, isinstance(update.spent, tuple) and all(isinstance(s, Spent) for s in update.spent)),
+    ):
+        if not right:
+            raise PrivacyError(f"the update of {site} has {what} = {str(value)[:80]}, which is none")
     return update
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def importable(technique: Privacy) -> tuple[str, ...]:

@@ -1,0 +1,143 @@
+"""The server's desk in one round: what is asked for, what comes in, and what is turned away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from fedlab.admission import Admission
+from fedlab.engines.local import Answer, Engine
+from fedlab.errors import PrivacyBudgetExhausted, PrivacyError
+from fedlab.models import weights_sha256
+from fedlab.privacy.base import Inboxes, check_update
+from fedlab.seeds import derive, generator
+from fedlab.task import SiteTask
+from fedlab.topology import NoUpdates, Topology
+from fedlab.types import Cohort, Failure, Memory, ServerState, Site, Spent, Update, Withdrawal
+
+__all__ = ["Desk"]
+
+
+class Desk:
+    """One round at the server. It trusts no engine and no site.
+
+    Args:
+        task: what runs at the sites.
+        sites: all sites of the run.
+        cohort: those drawn for this round.
+        engine: where they work.
+        admission: rules for sites that fail, or None: a failure is raised.
+        state: before the round.
+
+    Attributes:
+        number: of the round.
+        asked: names of the sites that were asked to train.
+        seen: numbers of each update that was let in.
+        spent: privacy spent, by site.
+        absent: why a site's update is not in the model.
+    """
+
+    def __init__(self, task: SiteTask, sites: Sequence[Site], cohort: Sequence[Site], engine: Engine,
+                 admission: Admission | None, state: ServerState) -> None:
+        self.task, self.sites, self.cohort, self.engine = task, sites, cohort, engine
+        self.admission, self.state, self.number = admission, state, state.round
+        self.memory: Memory = {group: dict(tensors) for group, tensors in state.memory.items()}
+        self.asked: list[str] = []
+        self.seen: dict[str, dict[str, float]] = {}
+        self.spent: dict[str, tuple[Spent, ...]] = {}
+        self.absent: dict[str, str] = {}
+        self._withdrawn: set[str] = set()
+        self._copies: dict[str, int] = {}
+
+    def run(self, topology: Topology) -> ServerState:
+        """The state after the round.
+
+        Raises:
+            PrivacyBudgetExhausted: every site of the cohort has withdrawn.
+            FedlabError: a site failed and no admission rules say what then.
+        """
+        strategy, names = self.task.strategy, [site.name for site in self.cohort]
+        sends = [sender for sender, _ in topology.messages(names)]
+        self._copies = {name: sends.count(name) for name in names}
+        self._exchange(self.task.privacy.before, {}, self.cohort, ())
+        try:
+            if not self.cohort:
+                raise NoUpdates
+            moved = topology(self.state, self.cohort, sites=self.sites, strategy=strategy, train=self.train,
+                             release=self.release)
+        except NoUpdates:
+            moved = self._nothing_came()
+        if len(self.seen) < (self.admission.min_sites if self.admission else 0):
+            moved = replace(self.state, round=self.number + 1)
+        kept = {group: tensors for group, tensors in self.memory.items() if not group.startswith("_")}
+        return replace(moved, memory=kept)
+
+    def train(self, state: ServerState, sites: Sequence[Site]) -> Iterator[Update]:
+        """The updates of these sites that may enter the model, as they come."""
+        waiting = {site.name for site in sites}
+        self.asked += [site.name for site in sites]
+        for answer in self.engine.run(self.task, state, sites):
+            if not isinstance(answer, Answer) or answer.site not in waiting:
+                raise ValueError(f"an update of {getattr(answer, 'site', answer)!r} came; still expected were "
+                                 f"{sorted(waiting)}")
+            waiting.remove(answer.site)
+            if (reason := self._turn_away(answer, state)) is not None:
+                self.absent[answer.site] = reason
+            elif isinstance(answer, Update):
+                self._note(answer)
+                yield answer
+        self.absent |= {name: "it sent nothing" for name in waiting}
+        if self._withdrawn and self._withdrawn >= {site.name for site in self.cohort}:
+            raise PrivacyBudgetExhausted("no site is left: " + "; ".join(self.absent.values()))
+
+    def release(self, mean: Update) -> Update:
+        """What privacy techniques do to the mean before the model moves."""
+        privacy, arrived = self.task.privacy, tuple(self.seen)
+        inboxes = privacy.at_server("trained", {}, self.memory, arrived) if privacy.after else {}
+        self._exchange(privacy.after, inboxes, [s for s in self.cohort if s.name in self.seen], arrived)
+        took_part = Cohort(self.number, arrived, len(self.sites), self.task.strategy.sample)
+        mean = privacy.unmask(mean, took_part, self.memory)
+        # Noise that depends on what it is added to: two runs of one seed on other data never share it.
+        seed = derive(self.task.seed, weights_sha256(mean.delta))
+        out = privacy.release(mean, took_part, self.memory, generator(seed, "release", self.number))
+        if out.spent:
+            self.spent["server"] = out.spent
+        return out
+
+    def _turn_away(self, answer: Answer, state: ServerState) -> str | None:
+        """Why an answer has no place in the model, or None."""
+        if isinstance(answer, Withdrawal):
+            self._withdrawn.add(answer.site)
+            return answer.reason
+        try:
+            if isinstance(answer, Failure):
+                raise answer.error
+            check_update(answer, like=state.at(answer.site).params, site=answer.site)
+            if answer.round != self.number:
+                raise PrivacyError(f"the update of {answer.site} answers round {answer.round}, not {self.number}")
+        except Exception as error:
+            if self.admission is None:
+                raise
+            return str(error)
+        return None if self.admission is None else self.admission.refuse(answer)
+
+    def _note(self, update: Update) -> None:
+        size = update.nbytes * self._copies.get(update.site, 1)
+        self.seen[update.site] = {**update.metrics, "norm": update.norm(), "weight": update.weight,
+                                  "steps": float(update.steps), "bytes": float(size), "seconds": update.seconds}
+        self.spent[update.site] = update.spent
+
+    def _nothing_came(self) -> ServerState:
+        """The model stays, but for noise that hides just that."""
+        if self.cohort and not self.task.privacy.works_at_server:
+            return replace(self.state, round=self.number + 1)
+        nothing = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.task.trainer.initial().items()}
+        return self.task.strategy.step(self.state, self.release(Update(site="mean", delta=nothing, weight=1.0)))
+
+    def _exchange(self, steps: Sequence[str], inboxes: Inboxes, sites: Sequence[Site], arrived: Sequence[str]) -> None:
+        """Messages between the sites, handed on by the server, one step after the other."""
+        for step in steps:
+            sent = self.engine.exchange(self.task, step, inboxes, sites)
+            inboxes = self.task.privacy.at_server(step, sent, self.memory, arrived)
