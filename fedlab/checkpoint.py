@@ -77,7 +77,8 @@ class Checkpoint:
         tensors = {f"params|{name}": t for name, t in state.params.items()}
         tensors |= {f"moments|{g}|{name}": t for g, slots in state.moments.items() for name, t in slots.items()}
         tensors |= {f"memory|{g}|{name}": t for g, slots in state.memory.items() for name, t in slots.items()}
-        tensors |= {f"models|{quote(site, safe='')}|{name}": t for site, own in state.models.items()
+        # Sites may share one model; a file of tensors holds each on its own.
+        tensors |= {f"models|{quote(site, safe='')}|{name}": t.clone() for site, own in state.models.items()
                     for name, t in own.items()}
         save_file(_plain(tensors), scratch / "state.safetensors")
         files = {}

@@ -164,8 +164,8 @@ def _check_run(sites: Sequence[Site], rounds: int) -> None:
 def _check_server(privacy: Privacy, topology: Topology, admission: Admission | None) -> None:
     """Refuses techniques at the server where no one server sees all updates, or where its proof would not hold."""
     if (privacy.works_at_server or privacy.before or privacy.after) and not topology.one_server:
-        raise ValueError(f"{privacy!r} works on the mean of all updates at one server, which {topology!r} doesn't have; "
-                         "use topology=star, or a technique that protects each update at its site")
+        raise ValueError(f"{privacy!r} works on the mean of all updates at one server, which {topology!r} doesn't "
+                         "have; use topology=star, or a technique that protects each update at its site")
     if admission is not None and privacy.works_at_server and admission.min_sites > 1:
         raise ValueError(f"whether a round counts would show how many sites took part, which {privacy!r} does not "
                          "account for; use min_sites=1")

@@ -106,7 +106,8 @@ class SiteTask:
             raise PrivacyError("this site has sent updates before but its ledger is missing; restore it")
         remembered = {f"{group}|{name}": t for group, slots in memory.items()
                       if group not in ("ledger", "joined") and not group.startswith("_") for name, t in slots.items()}
-        settings = re.sub(r" at 0x[0-9a-f]+", "", f"{self.trainer!r}\n{self.strategy!r}\n{self.privacy!r}")  # same in another process
+        settings = f"{self.trainer!r}\n{self.strategy!r}\n{self.privacy!r}"
+        settings = re.sub(r" at 0x[0-9a-f]+", "", settings)  # same in another process
         stream = derive(seed, weights_sha256(state.params), weights_sha256(remembered), settings,
                         *(patient.id for patient in site.train))
         return Ledger.open(memory, site=site.name, model=_shape_of(state.params), round=state.round,

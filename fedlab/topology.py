@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -261,13 +261,14 @@ class Tree:
                             train=region, release=release)
 
     def messages(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        found = []
+        found: list[tuple[str, str]] = []
         for region, members in self.regions.items():
-            inside = self.within.messages([name for name in members if name in names])
-            found += [tuple(region if end == "server" else end for end in pair) for pair in inside]
-            if isinstance(self.within, Ring) and members:
-                found += [(region, members[0]), (members[-1], region)]
-        return [(a, b) for a, b in found] + self.between.messages(list(self.regions))
+            inside = [name for name in members if name in names]
+            if isinstance(self.within, Ring) and inside:  # from the regional server through its sites and back
+                found += pairwise([region, *inside, region])
+            else:
+                found += [(region, name) for name in inside] + [(name, region) for name in inside]
+        return found + self.between.messages(list(self.regions))
 
     def metrics(self, state: ServerState) -> Mapping[str, float]:
         return self.between.metrics(state)

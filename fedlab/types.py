@@ -12,8 +12,8 @@ import torch
 
 from fedlab.errors import FedlabError
 
-__all__ = ["MODALITIES", "REGIONS", "Cohort", "Failure", "Memory", "Patient", "Round", "ServerState", "Site", "Spent", "Tensors",
-           "Update", "Withdrawal"]
+__all__ = ["MODALITIES", "REGIONS", "Cohort", "Failure", "Memory", "Patient", "Round", "ServerState", "Site", "Spent",
+           "Tensors", "Update", "Withdrawal"]
 
 #: Channel order of every image in fedlab.
 MODALITIES = ("FLAIR", "T1", "T1c", "T2")
