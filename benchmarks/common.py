@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
+from fedlab.data.phantom import GENERATOR
 from fedlab.results import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,3 +42,29 @@ def write(name: str, result: dict[str, Any]) -> None:
     text = json.dumps({"result": result, "machine": machine()}, indent=1, ensure_ascii=False)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def sweep(score: Callable[[Any, int], dict[str, Any]], jobs: Sequence[tuple[Any, int]], folder: Path,
+          title: str) -> pd.DataFrame:
+    """One row per job, worked off by a process per core; what an interrupted sweep has found is kept in `folder`.
+
+    Args:
+        score: a function of a module; called with an arm, which prints as the code that makes it, and a seed.
+        jobs: arms and seeds.
+        folder: of the rows, by arm and seed.
+        title: beside the progress bar.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        rows = pool.map(_kept, [score] * len(jobs), [a for a, _ in jobs], [s for _, s in jobs], [folder] * len(jobs))
+        return pd.DataFrame(tqdm(rows, total=len(jobs), desc=title))
+
+
+def _kept(score: Callable[[Any, int], dict[str, Any]], arm: Any, seed: int, folder: Path) -> dict[str, Any]:
+    name = hashlib.sha256(f"{GENERATOR} {score.__module__} {arm!r} {seed}".encode()).hexdigest()[:16]
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        torch.set_num_threads(1)
+        path.write_text(json.dumps(score(arm, seed)), encoding="utf-8")
+    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return row

@@ -63,13 +63,14 @@ class Arm:
         return f"{self.technique}, {self.start} weights, {self.layers}"
 
 
-def arms() -> list[Arm]:
-    """What is compared: every recipe without noise and with it."""
+def arms(seed: int) -> list[Arm]:
+    """What is compared: every recipe without noise and with it; what costs most and reaches least on seed 0 only."""
     small: dict[str, Any] = {"layers": "norms and head"}
     found = [Arm(start="random", lr=5e-3), Arm(lr=2e-3), Arm(lr=1e-2, **small)]
     found += [Arm(technique="DP-SGD", epsilon=epsilon, lr=3e-3, **small) for epsilon in EPSILONS]
-    found += [Arm(technique="DP-SGD", epsilon=8.0, lr=3e-4),
-              Arm(technique="DP-SGD", epsilon=8.0, start="random", lr=5e-3)]
+    if seed == 0:
+        found += [Arm(technique="DP-SGD", epsilon=8.0, lr=3e-4),
+                  Arm(technique="DP-SGD", epsilon=8.0, start="random", lr=5e-3)]
     for epsilon in (8.0, 1.0):
         found += [Arm(technique="site-level Gaussian", epsilon=epsilon, lr=1e-2, clip=0.3, **small),
                   Arm(technique="sparse vector", epsilon=epsilon, lr=1e-2, clip=0.03, **small)]
@@ -201,11 +202,11 @@ def figure(table: pd.DataFrame, path: Path) -> None:
     drawn.savefig(path, dpi=130)
 
 
-def run(seeds: Sequence[int], chosen: Sequence[Arm], folder: str, workers: int) -> pd.DataFrame:
+def run(seeds: Sequence[int], only: str, folder: str, workers: int) -> pd.DataFrame:
     """One row per seed and arm."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         list(tqdm(pool.map(pretrain, seeds, [folder] * len(seeds)), total=len(seeds), desc="pretraining"))
-        jobs = [(arm, seed) for seed in seeds for arm in (None, *chosen)]
+        jobs = [(arm, seed) for seed in seeds for arm in (None, *(a for a in arms(seed) if only in repr(a)))]
         rows = pool.map(measure, [a for a, _ in jobs], [s for _, s in jobs], [folder] * len(jobs))
         return pd.DataFrame(tqdm(rows, total=len(jobs), desc="arms"))
 
@@ -217,8 +218,7 @@ def main() -> None:
     parser.add_argument("--folder", default="runs/privacy_utility", help="working files, kept for the next time")
     options = parser.parse_args()
     Path(options.folder).mkdir(parents=True, exist_ok=True)
-    chosen = [arm for arm in arms() if options.only in repr(arm)]
-    table = run(options.seeds, chosen, options.folder, os.cpu_count() or 1)
+    table = run(options.seeds, options.only, options.folder, os.cpu_count() or 1)
     over = table.fillna({"epsilon": math.inf}).groupby(["recipe", "epsilon"])["mean"].agg(["mean", "min", "max"])
     print(over.round(3).to_string())
     if options.only:
