@@ -28,7 +28,7 @@ export npm_config_cache := $(CACHE)/npm
 MOVED := $(shell [ ! -f $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || echo moved)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint lab FORCE
+.PHONY: help install demo test lint lab gallery chromium FORCE
 
 help:
 	@echo 'fedlab: federated learning on brain-tumour MRI. Each command installs first what it needs.'
@@ -37,10 +37,11 @@ help:
 	@echo '                 alone and all data pooled; writes runs/<name>/report.html'
 	@echo '  make test      check style, types and import order, run every test and notebook'
 	@echo '  make lab       open JupyterLab on notebooks/'
+	@echo '  make gallery   run every notebook and write them and the reference as a site, runs/gallery/index.html'
 	@echo '  make install   create $(VENV) and install the tested versions into it'
 	@echo '  make lint      only the checks that need no running: style, types, import order'
 	@echo
-	@echo 'Settings: PYTHON=python3.12 (the Python to use, 3.11 or newer), ARGS="--seed 1" (for demo and lab),'
+	@echo 'Settings: PYTHON=python3.12 (the Python to use, 3.11 or newer), ARGS="--seed 1" (for demo, lab, gallery),'
 	@echo '          PYTEST_ARGS="-k metrics" (for test).'
 
 install: $(STAMP)
@@ -50,7 +51,7 @@ demo: install
 	@echo "fedlab: running the demo; it says how long it takes"
 	@$(VENV)/bin/fedlab demo $(ARGS)
 
-test: lint
+test: lint chromium
 	@echo "fedlab: running the tests and notebooks"
 	@$(PY) -m pytest --nbval-lax --durations=10 $(PYTEST_ARGS) tests $(wildcard notebooks)
 
@@ -61,6 +62,23 @@ lint: install
 	@$(VENV)/bin/mypy
 	@echo "fedlab: checking the order of imports"
 	@$(VENV)/bin/lint-imports
+
+gallery: install
+	@echo "fedlab: running the notebooks for the gallery"
+	@$(PY) docs/gallery.py $(ARGS)
+
+# For the tests in a browser: installed where nobody has to be asked. Elsewhere they are skipped, in CI they fail.
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then as=; elif sudo -n true 2>/dev/null; then as="sudo -n"; else as=nobody; fi; \
+	  if [ "$$as" = nobody ] || ! command -v apt-get >/dev/null; then \
+	    echo "fedlab: no Chromium, and no right to install it: the tests in a browser are skipped"; \
+	  else \
+	    echo "fedlab: installing Chromium for the tests in a browser"; mkdir -p $(CACHE); \
+	    get="$$as env DEBIAN_FRONTEND=noninteractive apt-get"; \
+	    { $$get update; $$get install -y --no-install-recommends chromium; } >$(CACHE)/chromium.log 2>&1 \
+	      || echo "fedlab: that failed ($(CACHE)/chromium.log says why): the tests in a browser are skipped"; \
+	  fi; }
 
 lab: install
 	@echo "fedlab: opening JupyterLab on notebooks/; Ctrl-C ends it"

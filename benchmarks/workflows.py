@@ -27,8 +27,6 @@ WORKFLOWS = ("data lake", "each alone", "star", "ring", "once round", "peers: ri
 STRATEGIES = ("FedAvg", "uniform", "FedProx", "FedAdam", "FedYogi", "FedAdagrad", "server momentum", "FedNova", "FedBN",
               "Ditto", "median", "trimmed mean", "multi-Krum", "geometric median", "norm bound", "half the sites",
               "FedAvg, plain SGD", "SCAFFOLD, plain SGD")
-#: Workflows without one server combine in their own way; what changes the training at a site works in all of them.
-EVERYWHERE = ("FedAvg", "FedProx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +38,10 @@ class Arm:
 
 
 def arms() -> list[Arm]:
-    """Every strategy at the star, what works everywhere in every workflow, and the server's optimisers in a tree."""
+    """Every strategy at the star, averaging in every workflow, and some other strategies where they are not refused."""
     found = [Arm(workflow="star", strategy=strategy) for strategy in STRATEGIES]
-    found += [Arm(workflow=workflow) for workflow in ("data lake", "each alone")]
-    found += [Arm(workflow=workflow, strategy=strategy) for workflow in WORKFLOWS[3:] for strategy in EVERYWHERE]
+    found += [Arm(workflow=workflow) for workflow in ("data lake", "each alone", *WORKFLOWS[3:])]
+    found += [Arm(workflow=workflow, strategy="FedProx") for workflow in ("ring", "peers: ring", "tree")]
     return [*found, Arm(workflow="tree", strategy="FedAdam"), Arm(workflow="buffered", strategy="server momentum")]
 
 

@@ -29,11 +29,13 @@ _refuse_namesake()
 
 __version__ = "0.1.0"
 
+from fedlab.admission import Admission
+from fedlab.attacks.inversion import Inversion, invert_update, one_step_update, patch_net
+from fedlab.background import BackgroundRun, SiteDice
 from fedlab.baselines import centralised, local_only, pooled
 from fedlab.checks.privacy import check_privacy
 from fedlab.data.brats import read_cohort, read_patient, read_sites
 from fedlab.data.cards import DataCard, card_template, fill_card, read_card
-from fedlab.data.cohort import Cohort
 from fedlab.data.fingerprint import find_duplicates, fingerprint, fingerprint_site, same_person
 from fedlab.data.harmonise import Harmonisation, fit_harmonisation
 from fedlab.data.heterogeneity import Heterogeneity, heterogeneity
@@ -48,6 +50,7 @@ from fedlab.data.partition import (
     by_scanner,
     tumour_types,
 )
+from fedlab.data.patient_folder import PatientFolder
 from fedlab.data.phantom import make_cohort, write_brats
 from fedlab.data.prepare import labels_to_regions, regions_to_labels
 from fedlab.data.statistics import Domain, SiteStatistics, site_statistics
@@ -60,35 +63,58 @@ from fedlab.privacy.accounting import Ledger, Terms, noise_multiplier_for
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dpsgd import DPSGD
 from fedlab.privacy.layers import check_private, fix_private
+from fedlab.privacy.ledger_file import LedgerFile
 from fedlab.privacy.mechanisms import Concentrated, Gaussian, Pure, epsilon_of
-from fedlab.privacy.personal import PersonalLayers, norms_and_head
+from fedlab.privacy.personal import PersonalLayers, norms, norms_and_head
 from fedlab.privacy.secure import SecureAggregation
 from fedlab.privacy.sharing import Quantise, ScaledSign, SharePercentile, TopK
 from fedlab.privacy.svt import SVT, PartialSharing, SparseVector, composed_epsilon
 from fedlab.privacy.updates import AdaptiveClip, CentralGaussian, LocalGaussian, clip_update
 from fedlab.server import each_round, federate
-from fedlab.strategies import FedAvg, Strategy
-from fedlab.topology import star
+from fedlab.strategies import (
+    SCAFFOLD,
+    CoordinateMedian,
+    Ditto,
+    FedAvg,
+    FedNova,
+    FedOpt,
+    FedProx,
+    GeometricMedian,
+    Krum,
+    NormBound,
+    Strategy,
+    TooFewUpdates,
+    TrimmedMean,
+)
+from fedlab.topology import Buffered, Gossip, Tree, ring, star
 from fedlab.training import DiceBCE, PolyDecay, SiteTrainer, augmentation
 from fedlab.types import MODALITIES, REGIONS, Patient, Round, ServerState, Site, Spent, Update
 from fedlab.view.cohort import heterogeneity_figure, intensity_figure, partition_figure
 from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_figure
+from fedlab.view.dashboard import RunDashboard
+from fedlab.view.playground import PrivacyPlayground
+from fedlab.view.show import Viewer, show
 from fedlab.view.slices import compare, show_patient
+from fedlab.view.surface import Surface, export_labels, surface
+from fedlab.view.workflow import workflow_figure
 
 __all__ = [
-    "DPSGD", "MODALITIES", "REGIONS", "SVT", "AdaptiveClip", "CentralGaussian", "Cohort", "Concentrated", "DataCard",
-    "DataError", "DiceBCE", "Domain", "Engine", "FedAvg", "FedlabError", "Gaussian", "Harmonisation", "Heterogeneity",
-    "History", "Ledger", "Local", "LocalGaussian", "PartialSharing", "Partition", "Patient", "PersonalLayers",
-    "PolyDecay", "Privacy", "PrivacyBudgetExhausted", "PrivacyError", "Pure", "Quantise", "Round", "RunError",
-    "ScaledSign", "SecureAggregation", "ServerState", "SharePercentile", "Site", "SiteError", "SiteStatistics",
-    "SiteTrainer", "SparseVector", "Spent", "Strategy", "Terms", "TopK", "Update", "__version__", "augmentation",
-    "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution", "by_quantity", "by_scanner",
-    "card_template", "centralised", "check_privacy", "check_private", "clip_update", "compare", "composed_epsilon",
-    "cross_site_heatmap", "curves", "dice_by_arm", "each_round", "epsilon_of", "evaluate", "federate", "fill_card",
-    "find_duplicates", "fingerprint", "fingerprint_site", "fit_harmonisation", "fix_private", "heterogeneity",
-    "heterogeneity_figure", "inspect_folder", "intensity_figure", "labels_to_regions", "load_model", "load_weights",
-    "local_only", "make_cohort", "noise_multiplier_for", "norms_and_head", "partition_figure", "pooled", "predict",
-    "read_card", "read_cohort", "read_patient", "read_sites", "regions_to_labels", "same_person", "save_model",
-    "segresnet", "show_patient", "site_statistics", "sites_figure", "star", "summary", "threshold_dice", "tumour_types",
-    "weights_sha256", "write_brats",
+    "DPSGD", "MODALITIES", "REGIONS", "SCAFFOLD", "SVT", "AdaptiveClip", "Admission", "BackgroundRun", "Buffered",
+    "CentralGaussian", "Concentrated", "CoordinateMedian", "DataCard", "DataError", "DiceBCE", "Ditto", "Domain",
+    "Engine", "FedAvg", "FedNova", "FedOpt", "FedProx", "FedlabError", "Gaussian", "GeometricMedian", "Gossip",
+    "Harmonisation", "Heterogeneity", "History", "Inversion", "Krum", "Ledger", "LedgerFile", "Local", "LocalGaussian",
+    "NormBound", "PartialSharing", "Partition", "Patient", "PatientFolder", "PersonalLayers", "PolyDecay", "Privacy",
+    "PrivacyBudgetExhausted", "PrivacyError", "PrivacyPlayground", "Pure", "Quantise", "Round", "RunDashboard",
+    "RunError", "ScaledSign", "SecureAggregation", "ServerState", "SharePercentile", "Site", "SiteDice", "SiteError",
+    "SiteStatistics", "SiteTrainer", "SparseVector", "Spent", "Strategy", "Surface", "Terms", "TooFewUpdates", "TopK",
+    "Tree", "TrimmedMean", "Update", "Viewer", "__version__", "augmentation", "by_column", "by_dirichlet_size",
+    "by_dirichlet_type", "by_institution", "by_quantity", "by_scanner", "card_template", "centralised", "check_privacy",
+    "check_private", "clip_update", "compare", "composed_epsilon", "cross_site_heatmap", "curves", "dice_by_arm",
+    "each_round", "epsilon_of", "evaluate", "export_labels", "federate", "fill_card", "find_duplicates", "fingerprint",
+    "fingerprint_site", "fit_harmonisation", "fix_private", "heterogeneity", "heterogeneity_figure", "inspect_folder",
+    "intensity_figure", "invert_update", "labels_to_regions", "load_model", "load_weights", "local_only", "make_cohort",
+    "noise_multiplier_for", "norms", "norms_and_head", "one_step_update", "partition_figure", "patch_net", "pooled",
+    "predict", "read_card", "read_cohort", "read_patient", "read_sites", "regions_to_labels", "ring", "same_person",
+    "save_model", "segresnet", "show", "show_patient", "site_statistics", "sites_figure", "star", "summary", "surface",
+    "threshold_dice", "tumour_types", "weights_sha256", "workflow_figure", "write_brats",
 ]

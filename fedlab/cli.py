@@ -100,7 +100,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="gradient steps of a site per round")
     parser.add_argument("--seed", type=int, default=0, help="of data, first weights and training (default 0)")
     parser.add_argument("--out", type=Path, help="new run directory (default runs/NAME-TIME)")
-    parser.add_argument("--keep", action="store_true", help="keep prepared data and checkpoints (about 100 MB)")
+    parser.add_argument("--keep", action="store_true",
+                        help="keep prepared data and checkpoints (about 100 MB), after a resume too")
 
 
 def _given(**settings: Any) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _demo(options: argparse.Namespace) -> None:
                              **given})
     else:
         source = Phantoms(**{"patients": 18 * given.get("sites", Phantoms.sites), **given})
-    job = Job(source=source, seed=options.seed, real=options.real,
+    job = Job(source=source, seed=options.seed, real=options.real, keep=options.keep,
               **_given(rounds=options.rounds, steps=options.steps))
     options.out = _new_run(options.out, "demo")
     _begin(job, options)
@@ -132,7 +133,8 @@ def _run(options: argparse.Namespace) -> None:
 
     source = Folder(data=options.data, table=options.sites, spacing_mm=options.spacing, layout=options.layout,
                     label_convention=options.label_convention, skip_broken=options.skip_broken)
-    job = Job(source=source, seed=options.seed, **_given(rounds=options.rounds, steps=options.steps))
+    job = Job(source=source, seed=options.seed, keep=options.keep,
+              **_given(rounds=options.rounds, steps=options.steps))
     options.out = _new_run(options.out, "run")
     _begin(job, options)
 
@@ -142,30 +144,39 @@ def _begin(job: Any, options: argparse.Namespace) -> None:
 
     open_job(job, options.out)
     options.resumable = True
-    _finish(job, options.out, keep=options.keep)
+    _finish(job, options.out)
 
 
 def _resume(options: argparse.Namespace) -> None:
     from fedlab.job import read_job
 
     job = read_job(options.out)
-    if (options.out / "summary.json").is_file():
-        print(f"{options.out} is complete: {options.out / 'report.html'}")
-        return
-    options.resumable = True
-    _finish(job, options.out, keep=False)
+    if not _complete(options.out):
+        options.resumable = True
+        _finish(job, options.out)
 
 
-def _finish(job: Any, out: Path, *, keep: bool) -> None:
-    from fedlab.job import forget_working_files, run_job
+def _complete(out: Path) -> bool:
+    """Whether nothing is left to do in a run directory, which is then said."""
+    done = (out / "summary.json").is_file()
+    if done:
+        print(f"{out} is complete: {out / 'report.html'}")
+    return done
+
+
+def _finish(job: Any, out: Path) -> None:
+    from fedlab.job import forget_working_files, run_job, sole_use
     from fedlab.results import caution, describe, write_results
 
-    print(f"fedlab: run directory {out}; interrupted, it continues with: fedlab resume {out}", flush=True)
-    outcome = run_job(job, out)
-    found = write_results(outcome, out)
-    note = caution(outcome)
-    if not keep:
-        forget_working_files(out)
+    with sole_use(out):
+        if _complete(out):  # by another process, since this one began
+            return
+        print(f"fedlab: run directory {out}; interrupted, it continues with: fedlab resume {out}", flush=True)
+        outcome = run_job(job, out)
+        found = write_results(outcome, out)
+        note = caution(outcome)
+        if not job.keep:
+            forget_working_files(out)
     print(describe(found, note=note))
     print(f"\nreport: {out / 'report.html'}")
 

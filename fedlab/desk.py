@@ -9,10 +9,11 @@ import torch
 
 from fedlab.admission import Admission
 from fedlab.engines.local import Answer, Engine
-from fedlab.errors import PrivacyBudgetExhausted, PrivacyError
+from fedlab.errors import PrivacyBudgetExhausted, PrivacyError, RunError
 from fedlab.models import weights_sha256
 from fedlab.privacy.base import Inboxes, check_update
 from fedlab.seeds import derive, generator
+from fedlab.strategies.averaging import NotFinite, TooFewUpdates
 from fedlab.task import SiteTask
 from fedlab.topology import NoUpdates, Topology
 from fedlab.types import Cohort, Failure, Memory, ServerState, Site, Spent, Update, Withdrawal
@@ -57,6 +58,7 @@ class Desk:
         Raises:
             PrivacyBudgetExhausted: every site of the cohort has withdrawn.
             FedlabError: a site failed and no admission rules say what then.
+            ValueError: fewer updates came than the strategy can combine, and no admission rules say what then.
         """
         strategy, names = self.task.strategy, [site.name for site in self.cohort]
         sends = [sender for sender, _ in topology.messages(names)]
@@ -69,8 +71,18 @@ class Desk:
                              release=self.release)
         except NoUpdates:
             moved = self._nothing_came()
-        if len(self.seen) < (self.admission.min_sites if self.admission else 0):
-            moved = replace(self.state, round=self.number + 1)
+        except (TooFewUpdates, NotFinite) as error:
+            if self.admission is None:
+                raise
+            moved = self._void(str(error))
+        if self.admission is not None and 0 < len(self.seen) < self.admission.min_sites:
+            moved = self._void(f"{len(self.seen)} updates came, the round needs {self.admission.min_sites}")
+        if not _finite(moved):
+            # Every update was finite, but their sum, or a square of the server's optimiser, is not.
+            if self.admission is None:
+                raise RunError(f"after round {self.number} the model would hold NaN or infinite values; look at the "
+                               "norms of its updates, and bound them with admission=Admission(max_norm=...)")
+            moved = self._void("with what came the model would hold NaN or infinite values")
         kept = {group: tensors for group, tensors in self.memory.items() if not group.startswith("_")}
         return replace(moved, memory=kept)
 
@@ -78,17 +90,22 @@ class Desk:
         """The updates of these sites that may enter the model, as they come."""
         waiting = {site.name for site in sites}
         self.asked += [site.name for site in sites]
+        nothing = "it sent nothing"
         for answer in self.engine.run(self.task, state, sites):
-            if not isinstance(answer, Answer) or answer.site not in waiting:
-                raise ValueError(f"an update of {getattr(answer, 'site', answer)!r} came; still expected were "
-                                 f"{sorted(waiting)}")
+            sender = getattr(answer, "site", None)
+            if not isinstance(answer, Answer) or not isinstance(sender, str) or sender not in waiting:
+                stray = f"an update of {sender!r}" if isinstance(sender, str) else "something that is no update"
+                if self.admission is None:
+                    raise ValueError(f"{stray} came; still expected were {sorted(waiting)}")
+                nothing = f"it sent nothing under its name; {stray[:120]} came and was left out"
+                continue
             waiting.remove(answer.site)
             if (reason := self._turn_away(answer, state)) is not None:
                 self.absent[answer.site] = reason
             elif isinstance(answer, Update):
                 self._note(answer)
                 yield answer
-        self.absent |= {name: "it sent nothing" for name in waiting}
+        self.absent |= dict.fromkeys(waiting, nothing)
         if self._withdrawn and self._withdrawn >= {site.name for site in self.cohort}:
             raise PrivacyBudgetExhausted("no site is left: " + "; ".join(self.absent.values()))
 
@@ -129,10 +146,16 @@ class Desk:
                                   "steps": float(update.steps), "bytes": float(size), "seconds": update.seconds}
         self.spent[update.site] = update.spent
 
+    def _void(self, why: str) -> ServerState:
+        """The model stays: what came is too little to move it."""
+        self.absent |= {name: f"the round was void: {why}" for name in self.seen}
+        self.seen.clear()
+        return replace(self.state, round=self.number + 1)
+
     def _nothing_came(self) -> ServerState:
         """The model stays, but for noise that hides just that."""
         if self.cohort and not self.task.privacy.works_at_server:
-            return replace(self.state, round=self.number + 1)
+            return self._void("no update came")
         nothing = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.task.trainer.initial().items()}
         return self.task.strategy.step(self.state, self.release(Update(site="mean", delta=nothing, weight=1.0)))
 
@@ -141,3 +164,8 @@ class Desk:
         for step in steps:
             sent = self.engine.exchange(self.task, step, inboxes, sites)
             inboxes = self.task.privacy.at_server(step, sent, self.memory, arrived)
+
+
+def _finite(state: ServerState) -> bool:
+    groups = (state.params, *state.models.values(), *state.moments.values())
+    return all(bool(torch.isfinite(tensor).all()) for group in groups for tensor in group.values())

@@ -18,6 +18,10 @@ __all__ = ["History"]
 class History:
     """The record of a run, round by round. Holds one state, the last, however long the run.
 
+    It is the server's own. No guarantee covers what `sites()` and `records` say of single updates, such as their
+    norms, where noise is added at the server only (`CentralGaussian`): the server has seen those updates. Publish
+    `table()` and `spent()` then, whose losses such a technique withholds, and not these.
+
     Args:
         rounds: number of rounds the run was to have.
         privacy: the techniques of the run, as code.
@@ -60,7 +64,10 @@ class History:
         return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
 
     def sites(self) -> pd.DataFrame:
-        """One row per round and site: loss, norm of the update, weight, steps and bytes sent."""
+        """One row per round and site: loss, norm of the update, weight, steps and bytes sent.
+
+        Numbers about what each site sent, for the server's eyes: see the class about noise at the server.
+        """
         rows = [{"round": record["round"], "site": name, **numbers}
                 for record in self.records for name, numbers in record["sites"].items()]
         return pd.DataFrame(rows).set_index(["round", "site"]) if rows else pd.DataFrame()
@@ -74,6 +81,12 @@ class History:
         rows = [{"round": record["round"], "site": name, **entry} for record in self.records
                 for name, entries in record["spent"].items() for entry in entries]
         return pd.DataFrame(rows).set_index(["round", "site", "unit"]) if rows else pd.DataFrame()
+
+    def absent(self) -> pd.DataFrame:
+        """One row per round and site whose update is not in the model, and why."""
+        rows = [{"round": record["round"], "site": name, "reason": reason}
+                for record in self.records for name, reason in record["absent"].items()]
+        return pd.DataFrame(rows, columns=["round", "site", "reason"]).set_index(["round", "site"])
 
     def guarantee(self) -> str:
         """What the run so far provably guarantees, in a sentence for each unit."""

@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,8 @@ from tqdm.auto import tqdm
 
 from fedlab.baselines import centralised
 from fedlab.data.anatomy import Grid
-from fedlab.data.brats import find_patients, read_patient, read_sites
-from fedlab.data.conventions import check_convention
-from fedlab.data.layouts import list_patients
-from fedlab.data.partition import read_partitioning
+from fedlab.data.brats import check_sites, find_patients, read_patient, read_sites
+from fedlab.data.partition import Partition
 from fedlab.data.phantom import make_cohort
 from fedlab.data.prepare import regions_to_labels
 from fedlab.data.store import load_sites, save_sites
@@ -39,7 +38,8 @@ from fedlab.training import PolyDecay, SiteTrainer, augmentation, pick_device, p
 from fedlab.types import Patient, Round, ServerState, Site
 from fedlab.workers import Workers, start_workers, tell
 
-__all__ = ["Folder", "Job", "Outcome", "Phantoms", "forget_working_files", "open_job", "read_job", "run_job"]
+__all__ = ["Folder", "Job", "Outcome", "Phantoms", "forget_working_files", "open_job", "read_job", "run_job",
+           "sole_use"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,7 @@ class Job:
         seed: of the data, the first weights and the training.
         real: folder of real scans to try the federated model on, in a BraTS layout; not trained on.
         watch_every: rounds between two looks at the Dice of held-out patients.
+        keep: whether prepared data and checkpoints stay when the run is complete.
 
     Raises:
         ValueError: a count below 1.
@@ -147,6 +148,7 @@ class Job:
     seed: int = 0
     real: str | None = None
     watch_every: int = 4
+    keep: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "batch_size", "watch_every"):
@@ -170,6 +172,7 @@ class Outcome:
         job: the settings.
         trainer: how every arm was trained, as code.
         sites: the prepared sites.
+        partition: who of their patients is where, as in the run's partition.json.
         histories: by arm: "federated", "centralised", "local site-01", ...
         scores: one row per arm, patient and region, on the held-out patients of all sites.
         predictions: label maps of the patients shown, by arm and patient id.
@@ -182,6 +185,7 @@ class Outcome:
     job: Job
     trainer: str
     sites: list[Site]
+    partition: Partition
     histories: dict[str, History]
     scores: pd.DataFrame
     predictions: dict[str, dict[str, torch.Tensor]]
@@ -196,7 +200,8 @@ def open_job(job: Job, out: Path) -> None:
 
     Raises:
         RunError: the directory exists.
-        DataError: the job names a folder or a table that cannot be used; nothing is made.
+        DataError: the job names a folder or a table that cannot be used, as far as names, headers and label maps
+            tell; nothing is made.
     """
     _check_inputs(job)
     try:
@@ -212,11 +217,10 @@ def open_job(job: Job, out: Path) -> None:
 
 
 def _check_inputs(job: Job) -> None:
-    """A mistyped path shows here, not after minutes of training."""
+    """A mistyped path, or labels that could mean two things, show here, before anything is written."""
     if isinstance(job.source, Folder):
-        read_partitioning(job.source.table)
-        check_convention(job.source.label_convention)
-        list_patients(job.source.data, layout=job.source.layout)
+        check_sites(job.source.data, job.source.table, layout=job.source.layout,
+                    label_convention=job.source.label_convention, broken="skip" if job.source.skip_broken else "raise")
     if job.real is not None and all(files.label is None for files in find_patients(job.real).values()):
         raise DataError(f"no patient in {job.real} has an expert's label to compare with; 'fedlab evaluate' segments "
                         "scans without labels")
@@ -240,6 +244,26 @@ def read_job(out: Path) -> Job:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{out} is no run that can be continued ({type(error).__name__}: {error}); expected the "
                        "folder of an interrupted 'fedlab demo' or 'fedlab run'") from error
+
+
+@contextmanager
+def sole_use(out: Path) -> Iterator[None]:
+    """While a process works in a run directory, no other does; the lock of a process that died is void.
+
+    Raises:
+        RunError: another process works there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"another process works in {out} right now; wait until it ends, or end it first") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_job(job: Job, out: Path) -> Outcome:
@@ -271,6 +295,7 @@ def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     if not any(len(site.val) for site in sites):
         raise DataError("no site holds out a patient, so there is nothing to compare on; at least one site needs two "
                         "patients or more")
+    partition = _save_partition(job, sites, out / "partition.json")
     warm.result()
     data_done = time.perf_counter()
     histories = _train(job, sites, out, workers)
@@ -281,11 +306,29 @@ def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     done = time.perf_counter()
     seconds = {"data": data_done - started, "train": train_done - data_done, "evaluate": done - train_done,
                "total": done - started}
-    return Outcome(job=job, trainer=trainer, sites=sites, histories=histories, seconds=seconds, **found._asdict())
+    return Outcome(job=job, trainer=trainer, sites=sites, partition=partition, histories=histories, seconds=seconds,
+                   **found._asdict())
+
+
+def _save_partition(job: Job, sites: Sequence[Site], path: Path) -> Partition:
+    """Who is where, noted in the run directory; a run that goes on must have the same patients as before."""
+    partition = replace(Partition.of(sites), how=f"{job.source!r}, seed={job.seed}")
+    if path.is_file():
+        known = Partition.load(path)
+        if known.id != partition.id:
+            raise RunError(f"{path} says that this run began with other patients (partition {known.id}, now "
+                           f"{partition.id}): the scans or their table were changed; begin a new run")
+        return partition
+    scratch = path.with_name(path.name + ".part")
+    scratch.unlink(missing_ok=True)
+    partition.save(scratch)
+    os.replace(scratch, path)
+    return partition
 
 
 def forget_working_files(out: Path) -> None:
-    """Removes the prepared data and the checkpoints of a finished run."""
+    """Removes the prepared data, the checkpoints and the lock of a finished run."""
+    (out / "run.lock").unlink(missing_ok=True)
     for name in ("prepared", "arms"):
         shutil.rmtree(out / name, ignore_errors=True)
 

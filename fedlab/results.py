@@ -92,9 +92,9 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
 def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     """Writes everything a run directory holds and returns the summary.
 
-    Files, beside the model.safetensors that the job left there: scores.csv, dice.csv, cross_site.csv, train.csv and
-    real.csv where there are real scans, history.json, figures/, report.html, and last summary.json, which says that
-    the run is complete. What an interrupted attempt left half written is written anew.
+    Files, beside the model.safetensors and the partition.json that the job left there: scores.csv, dice.csv,
+    cross_site.csv, train.csv and real.csv where there are real scans, history.json, figures/, report.html, and last
+    summary.json, which says that the run is complete. What an interrupted attempt left half written is written anew.
     """
     (out / "report.html").unlink(missing_ok=True)
     shutil.rmtree(out / "figures", ignore_errors=True)
@@ -176,7 +176,9 @@ def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
                 caption="Mean Dice over WT, TC and ET of each model on each site's held-out patients."),
         Section(title="Training", figure=figures["curves"],
                 caption="Mean training loss, and Dice on one held-out patient per site, by round."),
-        Section(title="Sites", figure=figures["sites"], caption="Patients of each site and volumes of their tumours."),
+        Section(title="Sites", figure=figures["sites"], caption="Patients of each site and volumes of their tumours.",
+                text=f"Who is at which site, to train on or held out, stands in partition.json, as partition "
+                     f"{outcome.partition.id}.", table=outcome.partition.table()),
     ]
     if outcome.train is not None:
         sections.insert(1, Section(

@@ -21,6 +21,7 @@ from fedlab.seeds import generator
 from fedlab.strategies import FedAvg, Strategy
 from fedlab.task import SiteTask, enrol
 from fedlab.topology import Topology, star
+from fedlab.trace import Trace
 from fedlab.training import SiteTrainer
 from fedlab.types import Round, ServerState, Site
 
@@ -59,7 +60,7 @@ def each_round(
     topology.check_run(sites=sites, strategy=strategy)
     strategy.check_run(trainer=trainer, sites=sites, privacy=privacy)
     privacy.check_run(trainer=trainer, sites=sites, strategy=strategy, rounds=rounds)
-    _check_server(privacy, topology, admission)
+    _check_server(strategy, privacy, topology, admission)
     task = SiteTask(trainer=trainer, privacy=privacy, seed=seed, strategy=strategy)
     if state is None:
         state = strategy.begin(trainer.initial())
@@ -83,7 +84,8 @@ def federate(
     trainer: SiteTrainer, sites: Sequence[Site], *, strategy: Strategy | None = None, privacy: Privacy | None = None,
     rounds: int = 10, topology: Topology = star, engine: Engine | None = None, admission: Admission | None = None,
     seed: int = 0, validate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
-    on_round: Callable[[Round], None] | None = None, checkpoint: Path | str | None = None, progress: bool = True,
+    on_round: Callable[[Round], None] | Sequence[Callable[[Round], None]] = (),
+    checkpoint: Path | str | None = None, trace: Path | str | None = None, progress: bool = True,
 ) -> History:
     """Runs all rounds and returns their history, with the final weights in `history.state` and in the trainer's model.
 
@@ -91,44 +93,50 @@ def federate(
         trainer, sites, strategy, privacy, rounds, topology, engine, admission, seed: as in `each_round`.
         validate: called with the global model and the round's number after each round; what it returns, such as
             the Dice of held-out patients, joins the round's metrics.
-        on_round: called with each finished round.
+        on_round: called with each finished round; one or several, such as `[CsvTracker("rounds.csv"), show]`.
         checkpoint: a folder that the run is saved in after every round. If it holds the beginning of this same
             run, the run goes on from there, to the bit-equal result.
+        trace: a file that says who took part when, line by line and chained by hashes; see `fedlab.trace`.
         progress: show a progress bar.
 
     Raises:
         ValueError, SiteError, PrivacyError: as in `each_round`. When the privacy budgets of all sites are used up
             the run ends early instead, and `history.stopped` says so.
-        RunError: the checkpoint is of a run with other settings, or damaged.
+        RunError: the checkpoint or the trace is of a run with other settings, or damaged.
     """
     strategy = FedAvg() if strategy is None else strategy
     privacy = Privacy() if privacy is None else privacy
     engine = Local() if engine is None else engine
     _check_run(sites, rounds)
     history = History(rounds=rounds, privacy=repr(privacy))
+    settings = {"trainer": repr(trainer), "strategy": repr(strategy), "privacy": repr(privacy), "seed": str(seed),
+                "topology": repr(topology), "admission": repr(admission)}
     saved = None
     if checkpoint is not None:
-        start = trainer.initial()
-        saved = Checkpoint.open(checkpoint, start=start, describe={
-            "trainer": repr(trainer), "strategy": repr(strategy), "privacy": repr(privacy), "seed": str(seed),
-            "topology": repr(topology), "admission": repr(admission),
-            "sites": "; ".join(f"{s.name}: {' '.join(p.id for p in s.train)}" for s in sites),
-        })
+        patients = "; ".join(f"{s.name}: {' '.join(p.id for p in s.train)}" for s in sites)
+        saved = Checkpoint.open(checkpoint, start=trainer.initial(), describe={**settings, "sites": patients})
         history.state, engine.memory, records = saved.load() or (None, engine.memory, [])
         history.records.extend(records)
     run = each_round(trainer, sites, strategy=strategy, privacy=privacy, rounds=rounds, topology=topology,
                      engine=engine, admission=admission, seed=seed, state=history.state)
+    traced = None if trace is None else Trace.open(
+        trace, settings={**settings, "engine": repr(engine), "rounds": str(rounds)}, sites=sites, state=history.state,
+        start=trainer.initial(), resumable=saved is not None)
     with history.progress(enabled=progress) as show:
         for finished in _until_exhausted(run, history):
             if validate is not None:
                 metrics = validate(_with_weights(trainer, finished.state), finished.number)
                 finished = replace(finished, metrics={**finished.metrics, **metrics})
             history.add(finished)
+            if traced is not None:
+                traced.add(finished)  # before the checkpoint: a round that is repeated shows, a missing one would not
             if saved is not None:
                 saved.save(finished.state, engine.memory, history.records)
             show()
-            if on_round is not None:
-                on_round(finished)
+            for call in on_round if isinstance(on_round, Sequence) else (on_round,):
+                call(finished)
+    if traced is not None:
+        traced.end(round=0 if history.state is None else history.state.round, stopped=history.stopped)
     if history.state is not None:
         _with_weights(trainer, history.state)
     return history
@@ -161,8 +169,11 @@ def _check_run(sites: Sequence[Site], rounds: int) -> None:
         raise ValueError(f"rounds is a positive whole number, got {rounds}")
 
 
-def _check_server(privacy: Privacy, topology: Topology, admission: Admission | None) -> None:
-    """Refuses techniques at the server where no one server sees all updates, or where its proof would not hold."""
+def _check_server(strategy: Strategy, privacy: Privacy, topology: Topology, admission: Admission | None) -> None:
+    """Refuses what works at one server where no one server sees all updates, or where its proof would not hold."""
+    if getattr(strategy, "one_server", False) and not topology.one_server:
+        raise ValueError(f"{strategy!r} needs all updates of a round at one server, which {topology!r} doesn't "
+                         "have; use topology=star")
     if (privacy.works_at_server or privacy.before or privacy.after) and not topology.one_server:
         raise ValueError(f"{privacy!r} works on the mean of all updates at one server, which {topology!r} doesn't "
                          "have; use topology=star, or a technique that protects each update at its site")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from fedlab.strategies import FedAvg, Strategy
+from fedlab.strategies.averaging import moved
 from fedlab.types import ServerState, Site, Tensors, Update
 
 __all__ = ["Buffered", "Gossip", "NoUpdates", "Release", "Ring", "Star", "Topology", "Train", "Tree", "ring", "star"]
@@ -101,7 +102,7 @@ class Ring:
         params = state.params
         for site in cohort:
             for update in train(replace(state, params=params), [site]):
-                params = moved(params, update.delta)
+                params = moved(params, update.delta, 1.0)
         return replace(state, round=state.round + 1, params=params)
 
     def messages(self, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -158,7 +159,7 @@ class Gossip:
         models: dict[str, Tensors] = {name: state.models.get(name, state.params) for name in names}
         present = []
         for update in train(replace(state, models=models), cohort):
-            models[update.site] = moved(models[update.site], update.delta)
+            models[update.site] = moved(models[update.site], update.delta, 1.0)
             present.append(update.site)
         weights = self.mixing(names, present)
         mixed = {name: _combined(weights[name], models) for name in names}
@@ -250,7 +251,7 @@ class Tree:
                 params = start.params
                 for site in members:
                     for update in train(replace(start, params=params), [site]):
-                        params = moved(params, update.delta)
+                        params = moved(params, update.delta, 1.0)
                         came.append(replace(update, delta={}))
                 if came:
                     yield Update(site=one.name, delta=difference(params, start.params),
@@ -354,11 +355,6 @@ def some(updates: Iterator[Update]) -> Iterator[Update]:
     if first is None:
         raise NoUpdates
     return chain([first], updates)
-
-
-def moved(params: Tensors, delta: Tensors) -> Tensors:
-    """The weights after a change, added in float64."""
-    return {name: p.double().add(delta[name].double()).to(p.dtype) for name, p in params.items()}
 
 
 def difference(after: Tensors, before: Tensors) -> Tensors:

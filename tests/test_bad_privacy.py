@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,16 +15,18 @@ from test_training import trainer
 from torch import nn
 
 import fedlab
+from fedlab.engines.local import Local
 from fedlab.errors import PrivacyError
+from fedlab.privacy.accounting import Terms, noise_multiplier_for
 from fedlab.privacy.base import Privacy, importable
 from fedlab.privacy.dpsgd import DPSGD
 from fedlab.privacy.personal import PersonalLayers
 from fedlab.privacy.secure import SecureAggregation
-from fedlab.privacy.sharing import SharePercentile, TopK
+from fedlab.privacy.sharing import Quantise, SharePercentile, TopK
 from fedlab.privacy.svt import SVT, PartialSharing, SparseVector
 from fedlab.privacy.updates import AdaptiveClip, CentralGaussian, LocalGaussian
 from fedlab.server import each_round, federate
-from fedlab.strategies import FedAvg
+from fedlab.strategies import CoordinateMedian, FedAvg, GeometricMedian, NormBound
 from fedlab.training import SiteTrainer
 
 UNIFORM = FedAvg(weights="uniform")
@@ -67,27 +69,6 @@ class BatchDice(nn.Module):
         return self.dice(logits, target)
 
 
-@dataclass(frozen=True)
-class Median:
-    """A strategy that is no mean."""
-
-    inner: FedAvg = UNIFORM
-
-    def begin(self, params):
-        return self.inner.begin(params)
-
-    def select(self, sites, rng):
-        return sites
-
-    def combine(self, updates):
-        updates = list(updates)
-        return replace(updates[0], delta={name: torch.stack([u.delta[name] for u in updates]).median(dim=0).values
-                                          for name in updates[0].delta})
-
-    def step(self, state, mean):
-        return self.inner.step(state, mean)
-
-
 def central(**changes):
     return CentralGaussian(**({"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-3} | changes))
 
@@ -119,6 +100,17 @@ SETTINGS = [
     lambda: SecureAggregation(sites=4, clip=0.0, threshold=3),
     lambda: SecureAggregation(sites=4, clip=1.0, threshold=3, noise_multiplier=1.0),
     lambda: SecureAggregation(sites=4, clip=1.0, threshold=3, noise_multiplier=1.0, delta=0.3),
+    lambda: local(delta=float("nan")), lambda: local(clip=None), lambda: central(delta=1.0),
+    lambda: central(accountant="moments"), lambda: central(max_epsilon=-1.0),
+    lambda: central(clip=AdaptiveClip(start=1.0, bit_noise=2.0), per_layer=True), lambda: dpsgd(delta=0.0),
+    lambda: dpsgd(accountant="gdp"), lambda: dpsgd(clip=AdaptiveClip(start=1.0, bit_noise=0.5)),
+    lambda: dpsgd(sample_rate=None), lambda: SVT(fraction=0.1, epsilon_threshold=1, epsilon_release=-1),
+    lambda: SVT(fraction=0.1, epsilon_threshold=1, epsilon_release=1, clip=0.0),
+    lambda: SparseVector(fraction=0.1, epsilon=float("inf")), lambda: Quantise(bits=0), lambda: TopK(keep=1.5),
+    lambda: Terms(unit="crop", delta=1e-3, adjacency="x"), lambda: Terms(unit="site", delta=1e-3, adjacency=""),
+    lambda: noise_multiplier_for(target_epsilon=0, delta=1e-3, sample_rate=0.1, steps=10),
+    lambda: noise_multiplier_for(target_epsilon=1e-6, delta=1e-3, sample_rate=1.0, steps=10**6),
+    lambda: dpsgd() + dpsgd(),
     lambda: TopK(keep=0.1) + SecureAggregation(sites=4, clip=1.0, threshold=3) + TopK(keep=0.1),
     lambda: central() + TopK(keep=0.1),
 ]
@@ -137,8 +129,14 @@ RUNS = [
     ("delta below 1 over patients", dpsgd(delta=0.4), {}, r"delta is below 1 over the number of patients \(1/3"),
     ("delta, sparse vector", SparseVector(fraction=0.1, epsilon=1, delta=0.6), {}, "1 over the number of sites"),
     ("weights it isn't given", central(), {}, r"plain mean.*use FedAvg\(weights='uniform'\)"),
-    ("a median", central(), dict(strategy=Median()), "plain mean"),
-    ("a median of masks", SecureAggregation(sites=2, clip=1.0, threshold=2), dict(strategy=Median()), "plain mean"),
+    ("a median", central(), dict(strategy=CoordinateMedian()), "plain mean"),
+    ("a geometric median", central(clip=AdaptiveClip(start=1.0, bit_noise=2.0)), dict(strategy=GeometricMedian()),
+     "plain mean"),
+    ("updates shortened at the server", central(), dict(strategy=NormBound(bound=1.0, weights="uniform")),
+     "plain mean"),
+    ("weights by steps", central(), dict(strategy=FedAvg(weights="steps")), "plain mean"),
+    ("a median of masks", SecureAggregation(sites=2, clip=1.0, threshold=2), dict(strategy=CoordinateMedian()),
+     "plain mean"),
     ("BatchNorm", dpsgd(), dict(one=untrained(model=Normed())), "BatchNorm"),
     ("a batch loss", dpsgd(), dict(one=untrained(loss=BatchDice())), "patient"),
     ("a batch larger than a site", dpsgd(sample_rate=None, batch=5), {}, "has only 3"),
@@ -157,6 +155,20 @@ def test_a_run_that_cannot_work_is_refused_before_training(technique, changes, w
         next(each_round(one, blob_sites(), privacy=technique, strategy=changes.get("strategy")))
     with pytest.raises(ValueError, match=words):
         federate(one, blob_sites(), privacy=technique, strategy=changes.get("strategy"), rounds=1, progress=False)
+
+
+def test_a_ledger_of_another_site_or_model_is_refused_before_training():
+    engine, wider = Local(), TinyNet()
+    wider.last = nn.Conv3d(6, 3, 3, padding=1)
+    first = next(each_round(trainer(), blob_sites(), privacy=local(), engine=engine))
+    memories = {name: {group: dict(slots) for group, slots in memory.items()} for name, memory in engine.memory.items()}
+    swapped, other = Local(), Local()
+    swapped.memory = {"site-0": memories["site-1"], "site-1": memories["site-0"]}
+    with pytest.raises(PrivacyError, match=r"another site \('site-1', not 'site-0'\).*own ledger back.*nothing was"):
+        next(each_round(untrained(), blob_sites(), privacy=local(), engine=swapped, state=first.state, rounds=2))
+    other.memory = memories
+    with pytest.raises(PrivacyError, match=r"another model .*nothing was sent"):
+        next(each_round(untrained(model=wider), blob_sites(), privacy=local(), engine=other))
 
 
 def test_the_test_itself_trains_where_nothing_is_wrong():

@@ -360,6 +360,34 @@ class CentralUnclipped(CentralGaussian):
         return replace(update, weight=1.0, metrics={})
 
 
+ADAPTIVE = dict(clip=AdaptiveClip(start=1.0, bit_noise=2.0), noise_multiplier=1.0, delta=1e-3)
+
+
+class LessNoiseThanCharged(CentralGaussian):
+    """Noise for half the sensitivity."""
+
+    def release(self, mean, cohort, memory, rng):
+        half = CentralGaussian(clip=self.clip / 2, noise_multiplier=self.noise_multiplier, delta=self.delta)
+        return half.release(mean, cohort, memory, rng)
+
+
+class OwnClip(CentralGaussian):
+    """Clips at the site to something longer than the norm that the server's noise is for."""
+
+    def protect(self, update, memory, rng):
+        return replace(super().protect(update, memory, rng), delta=clip_update(update, 3.0).delta)
+
+
+class BareBits(CentralGaussian):
+    """The clipping norm that the sites are sent follows the updates without any noise."""
+
+    def release(self, mean, cohort, memory, rng):
+        out = super().release(mean, cohort, memory, rng)
+        share = 0.5 + mean.metrics["within_clip"] * len(cohort) / cohort.sites
+        memory["broadcast"] = {"clipping norm": torch.tensor(self.clip.moved(1.0, share), dtype=torch.float64)}
+        return out
+
+
 class Unclipped(DPSGD):
     """Patients' gradients as they are, under the name of DP-SGD."""
 
@@ -420,7 +448,9 @@ BROKEN = [
     (("fails closed", "sensitivity"), ClipsEntries()), ("sensitivity", ClipsAfter()),
     ("sensitivity", Remembers()), ("sensitivity", WritesDown() + Gauss() + Tells()),
     (("fails closed", "sensitivity"), LaplaceTooSmall()), ("sensitivity", ClipOnly() + Stretches() + NoiseOnly()),
-    ("sensitivity", CentralUnclipped(clip=1.0, noise_multiplier=1.0, delta=1e-3)),
+    ("sensitivity", LessNoiseThanCharged(clip=1.0, noise_multiplier=1.0, delta=1e-3)),
+    ("sensitivity", OwnClip(**ADAPTIVE)), ("sensitivity", CentralUnclipped(clip=1.0, noise_multiplier=1.0, delta=1e-3)),
+    ("noise", BareBits(**ADAPTIVE)),
     ("sensitivity", dpsgd(Unclipped)), ("sensitivity", dpsgd(CropsAsPatients)), ("sensitivity", dpsgd(NoiselessSteps)),
 ]
 

@@ -112,6 +112,7 @@ def test_run_names_the_patients_that_are_missing(tmp_path, capsys):
     table.write_text("Partition_ID,Subject_ID\n1,site-01-000\n1,site-01-777\n")
     said = refused(capsys, "run", "--data", tmp_path / "scans", "--sites", table, "--out", tmp_path / "run")
     assert "site-01-777" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_real_scans_without_any_label_are_refused_before_training(tmp_path, capsys):

@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -13,10 +15,12 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from cohorts import blob_sites
 from runs import SMALL, Background, Run, command, finished_demo, wait_for
 
 import fedlab.job
 from fedlab.cli import main
+from fedlab.data.partition import Partition
 from fedlab.errors import DataError, RunError
 from fedlab.job import Folder, Job, Phantoms, open_job, read_job, run_job
 from fedlab.models import load_model, trainable, weights_sha256
@@ -47,7 +51,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 def test_a_demo_leaves_everything_that_it_promises(demo):
     names = {p.name for p in demo.folder.iterdir()}
     assert names == {"report.html", "history.json", "summary.json", "job.json", "model.safetensors", "scores.csv",
-                     "dice.csv", "cross_site.csv", "figures"}
+                     "dice.csv", "cross_site.csv", "partition.json", "figures"}
     figures = list((demo.folder / "figures").iterdir())
     assert {p.stem for p in figures} == {"tumours", "dice", "cross_site", "curves", "sites"}
     for figure in figures:
@@ -142,6 +146,28 @@ def test_every_arm_takes_the_same_number_of_gradient_steps(demo):
     assert all([record["round"] for record in records] == [0, 1] for records in history.values())
 
 
+def test_the_partition_is_saved_with_the_run_and_stands_in_the_report(demo):
+    partition = Partition.load(demo.folder / "partition.json")
+    scored = {(row["site"], row["patient"]) for row in rows_of(demo.folder / "scores.csv")}
+    assert scored == {(site, patient) for site, ids in partition.held_out.items() for patient in ids}
+    assert [len(ids) for ids in partition.train.values()] == [3, 3]
+    assert partition == Partition.of(Phantoms(sites=2, patients=10).prepare(seed=0, workers=0))
+    assert partition.how.startswith("Phantoms(sites=2, patients=10") and partition.how.endswith("seed=0")
+    page = (demo.folder / "report.html").read_text(encoding="utf-8")
+    assert partition.id in page and ">held out<" in page
+
+
+def test_a_run_that_goes_on_with_other_patients_is_refused(tmp_path):
+    job, path = Job(source=Phantoms()), tmp_path / "partition.json"
+    first, second = blob_sites((3, 2)), blob_sites((2, 3))
+    (tmp_path / "partition.json.part").write_text("half written")
+    kept = fedlab.job._save_partition(job, first, path)
+    assert fedlab.job._save_partition(job, first, path) == kept == Partition.load(path)
+    with pytest.raises(RunError, match=f"began with other patients.*{kept.id}.*begin a new run"):
+        fedlab.job._save_partition(job, second, path)
+    assert Partition.load(path) == kept and [p.name for p in tmp_path.iterdir()] == ["partition.json"]
+
+
 def test_held_out_patients_are_never_trained_on(demo):
     sites = Phantoms(sites=2, patients=10).prepare(seed=0, workers=0)
     for site in sites:
@@ -203,11 +229,50 @@ def test_a_killed_demo_leaves_no_process_and_resumes_to_equal_bits(demo, tmp_pat
 
 def test_ctrl_c_says_how_to_go_on_leaves_no_process_and_resumes_to_equal_bits(demo, tmp_path):
     out = tmp_path / "stopped"
-    status, printed = interrupted(SMALL, out, "interrupt")
+    status, printed = interrupted((*SMALL, "--keep"), out, "interrupt")
     assert status == 130
     assert f"interrupted; continue with: fedlab resume {out}" in printed and "Traceback" not in printed
     command("resume", out)
     same_result(out, demo)
+    assert (out / "prepared" / "complete").is_file() and (out / "arms").is_dir()  # --keep is remembered
+
+
+def test_two_processes_never_work_in_one_run(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    open_job(Job(source=Phantoms()), out)
+    started = []
+    monkeypatch.setattr(fedlab.job, "run_job", lambda *_: started.append(1) or (_ for _ in ()).throw(RunError("ran")))
+    other = subprocess.Popen([sys.executable, "-c", "import sys; from filelock import FileLock\n"
+                              "with FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()",
+                              str(out / "run.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        assert main(["resume", str(out)]) == 1 and not started
+        assert f"another process works in {out} right now" in capsys.readouterr().err
+    finally:
+        other.kill()  # which leaves its lock behind
+        other.wait()
+    assert (out / "run.lock").exists()
+    assert main(["resume", str(out)]) == 1 and started
+    assert capsys.readouterr().err == "fedlab: ran\n"
+    with fedlab.job.sole_use(out):  # a run that failed has let go too
+        (out / "summary.json").touch()
+    assert main(["resume", str(out)]) == 0 and started == [1]
+
+
+def test_a_run_that_another_process_has_completed_meanwhile_is_not_done_again(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    open_job(Job(source=Phantoms()), out)
+    use = fedlab.job.sole_use
+
+    def late(folder):
+        (folder / "summary.json").touch()
+        return use(folder)
+
+    monkeypatch.setattr(fedlab.job, "sole_use", late)
+    monkeypatch.setattr(fedlab.job, "run_job", lambda *_: pytest.fail("done again"))
+    assert main(["resume", str(out)]) == 0
+    assert f"{out} is complete" in capsys.readouterr().out
 
 
 def test_real_scans_of_few_patients_run_and_the_report_says_what_that_is_worth(tmp_path, real_scans):
@@ -248,7 +313,7 @@ def test_a_cohort_without_a_held_out_patient_is_refused_before_training(tmp_path
 
 @pytest.mark.parametrize("job", [
     Job(source=Phantoms(sites=3, patients=9, shape=(64, 64, 64), held_out=1), rounds=5, seed=7, real="somewhere"),
-    Job(source=Folder(data="scans", table="t.csv", spacing_mm=2.5), crop=(16, 32, 48), lr=1e-3, filters=16),
+    Job(source=Folder(data="scans", table="t.csv", spacing_mm=2.5), crop=(16, 32, 48), lr=1e-3, filters=16, keep=True),
 ])
 def test_a_job_is_read_back_as_it_was_noted(job, tmp_path, monkeypatch):
     monkeypatch.setattr(fedlab.job, "_check_inputs", lambda job: None)

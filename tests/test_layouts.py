@@ -320,6 +320,9 @@ def test_ambiguous_labels_stop_run_and_evaluate_until_they_are_stated(tmp_path, 
     model = save_model(tmp_path / "m.safetensors", segresnet(filters=8, seed=0), spacing_mm=2.0)
     with pytest.raises(DataError, match="--label-convention"):
         Folder(data=str(tmp_path / "data"), table=str(tmp_path / "sites.csv")).prepare(seed=0, workers=None)
+    run = ["run", "--data", str(tmp_path / "data"), "--sites", str(tmp_path / "sites.csv"), "--out"]
+    assert main([*run, str(tmp_path / "run")]) == 1 and "--label-convention" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # refused before anything was written
     command = ["evaluate", str(model), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     assert main(command) == 1 and "--label-convention" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

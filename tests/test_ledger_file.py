@@ -15,14 +15,16 @@ from filelock import FileLock
 from test_privacy_frame import STEP, TERMS, Noise
 from test_training import trainer
 
+from fedlab.data.statistics import Domain, site_statistics
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.models import weights_sha256
 from fedlab.privacy import ledger_file
-from fedlab.privacy.accounting import Gaussian, Ledger, epsilon_of
+from fedlab.privacy.accounting import Gaussian, Ledger, Pure, epsilon_of
+from fedlab.privacy.dpsgd import DPSGD
 from fedlab.privacy.ledger_file import LedgerFile
 from fedlab.server import each_round, federate
-from fedlab.types import Site
+from fedlab.types import Site, Spent
 
 
 def run(folder: Path, *, rounds: int = 4, privacy=None, sites=None, one=None, seed: int = 0, **more):
@@ -222,7 +224,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
     path = tmp_path / "ledgers" / "site-0.ledger.json"
     path.write_text(damage(path.read_text("utf-8")), encoding="utf-8")
     content = path.read_bytes()
-    with pytest.raises(PrivacyError, match=r"site-0.ledger.json is damaged.*restore it"):
+    with pytest.raises(PrivacyError, match=r"site-0.ledger.json is missing or damaged.*restore it"):
         run(tmp_path, rounds=1, sites=blob_sites((1,)))
     assert path.read_bytes() == content
 
@@ -275,3 +277,93 @@ def test_a_run_without_a_guarantee_needs_no_ledger(tmp_path):
     run(tmp_path, rounds=1, sites=blob_sites((1,)), privacy=Privacy())
     assert not list((tmp_path / "ledgers").glob("*.json"))
     assert repr(Local(ledgers="here")) == "Local(ledgers='here')" and repr(Local()) == "Local()"
+
+
+# Statistics that a site tells, and what it is trained on, come out of one ledger
+
+PATIENT = dict(delta=1e-2)
+FEW = Domain(modalities=("T1",), regions=("WT",))
+
+
+def dpsgd(**changes) -> DPSGD:
+    return DPSGD(**({"clip": 1.0, "noise_multiplier": 2.0, "sample_rate": 0.5, **PATIENT} | changes))
+
+
+def spent_on(training: dict, *statistics: float, rounds: int = 2, **changes) -> float:
+    """The ε that follows from what was released, put together without a ledger."""
+    steps = [Gaussian(noise_multiplier=2.0, sample_rate=0.5, steps=training["steps"])] * rounds
+    return epsilon_of([*(Pure(epsilon=each) for each in statistics), *steps], **{**PATIENT, **changes})
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_statistics_and_dp_sgd_compose_in_one_ledger(tmp_path, in_file, accountant):
+    site = blob_sites((4,))[0]
+    engine = Local(ledgers=tmp_path) if in_file else Local()
+    terms = dict(**PATIENT, accountant=accountant)
+    ledger = (LedgerFile(tmp_path, site.name).charging(**terms) if in_file else
+              Ledger.charging(engine.memory.setdefault(site.name, {}), site=site.name, **terms))
+    told = [site_statistics(site, domain=FEW, epsilon=epsilon, charge=ledger) for epsilon in (0.5, 0.25)]
+    assert [each.spent[0].epsilon for each in told] == [0.5, 0.25]
+    one = trainer(steps=3)
+    history = federate(one, [site], privacy=dpsgd(accountant=accountant), rounds=2, engine=engine, progress=False)
+    expected = [spent_on(dict(steps=3), 0.5, 0.25, rounds=n, accountant=accountant) for n in (1, 2)]
+    assert history.spent()["epsilon"].tolist() == expected
+    assert expected[1] > spent_on(dict(steps=3), accountant=accountant) and expected[0] < expected[1]
+    site_statistics(site, domain=FEW, epsilon=0.125, charge=ledger)  # and afterwards
+    [spent] = (LedgerFile(tmp_path, site.name).read() if in_file else Ledger(engine.memory[site.name])).spent()
+    assert spent.epsilon == spent_on(dict(steps=3), 0.5, 0.25, 0.125, accountant=accountant)
+    assert (spent.unit, spent.delta, spent.adjacency) == ("patient", 1e-2, "add or remove one patient")
+
+
+def test_a_budget_covers_statistics_and_training_together(tmp_path):
+    site, path = blob_sites((4,))[0], LedgerFile(tmp_path, "site-0").path
+    budget = spent_on(dict(steps=3), 1.0, rounds=2)  # two rounds beside the statistics, not three
+    ledger = LedgerFile(tmp_path, site.name).charging(**PATIENT, max_epsilon=budget)
+    site_statistics(site, domain=FEW, epsilon=1.0, charge=ledger)
+    history = federate(trainer(steps=3), [site], privacy=dpsgd(max_epsilon=budget), rounds=4, progress=False,
+                       engine=Local(ledgers=tmp_path))
+    assert len(history.records) == 2 and "the budget is" in history.stopped
+    before = path.read_bytes()
+    with pytest.raises(PrivacyBudgetExhausted, match="is spent and this release"):
+        site_statistics(site, domain=FEW, epsilon=1.0, charge=ledger)
+    assert path.read_bytes() == before
+
+
+def test_statistics_between_rounds_leave_the_rounds_of_the_run_as_they_are(tmp_path):
+    """A round run again after statistics is still the same round: only the statistics are new."""
+    site, engine = blob_sites((4,))[0], Local(ledgers=tmp_path)
+    steps = each_round(trainer(steps=3), [site], privacy=dpsgd(), rounds=2, engine=engine)
+    state = next(steps).state
+    kept = {group: dict(tensors) for group, tensors in engine.memory[site.name].items()}
+    next(steps)
+    site_statistics(site, domain=FEW, epsilon=0.5, charge=LedgerFile(tmp_path, site.name).charging(**PATIENT))
+    again = Local(ledgers=tmp_path)
+    again.memory = {site.name: kept}
+    last = next(each_round(trainer(steps=3), [site], privacy=dpsgd(), rounds=2, engine=again, state=state))
+    assert last.spent[site.name][0].epsilon == spent_on(dict(steps=3), 0.5, rounds=2)
+
+
+def test_a_copy_in_memory_of_a_ledger_in_a_file_is_not_charged_alone(tmp_path):
+    """A crash before the next round would forget what was charged to the copy only."""
+    site, engine = blob_sites((4,))[0], Local(ledgers=tmp_path)
+    next(each_round(trainer(steps=3), [site], privacy=dpsgd(), engine=engine))
+    before = LedgerFile(tmp_path, site.name).path.read_bytes()
+    charge = Ledger.charging(engine.memory[site.name], site=site.name, **PATIENT)
+    with pytest.raises(PrivacyError, match=r"kept in a file.*LedgerFile\(folder, site\).charging"):
+        site_statistics(site, domain=FEW, epsilon=0.5, charge=charge)
+    assert LedgerFile(tmp_path, site.name).path.read_bytes() == before
+
+
+def test_statistics_and_training_that_cannot_be_added_up_are_refused(tmp_path):
+    site = blob_sites((4,))[0]
+    site_statistics(site, domain=FEW, epsilon=0.5, charge=LedgerFile(tmp_path, site.name).charging(delta=1e-3))
+    with pytest.raises(PrivacyError, match="use the same δ, adjacency and accountant"):
+        federate(trainer(), [site], privacy=dpsgd(), rounds=1, progress=False, engine=Local(ledgers=tmp_path))
+    with pytest.raises(PrivacyError, match="is the ledger of 'site-0', not of 'other'"):
+        LedgerFile(tmp_path, site.name).path.rename(LedgerFile(tmp_path, "other").path)
+        site_statistics(site, domain=FEW, epsilon=0.5, charge=LedgerFile(tmp_path, "other").charging(delta=1e-3))
+    with pytest.raises(ValueError, match="delta lies between"):
+        LedgerFile(tmp_path, site.name).charging(delta=1.0)
+    with pytest.raises(ValueError, match="δ = 0 was expected"):
+        Ledger.charging({}, site="a", delta=1e-3)(Spent(1.0, 1e-5, "patient", "rdp", "add or remove one patient"))

@@ -22,6 +22,8 @@ CLOSING = ["What could go wrong", "Recap", "Exercises", "References"]
 #: A path from the root of a file system, of a home directory or of a Windows drive; not the "/" of a fraction or URL.
 ABSOLUTE = re.compile(r"""(?<![\w/:.<>~])/(?!/)[A-Za-z_][\w.-]*/[\w.-]|(?<!\w)~/\w|(?<!\w)[A-Za-z]:\\""")
 
+TEX = re.compile(r"\$\$|\\begin\{|(?<![\w$\\])\$[^\s$][^$\n]*\$")
+
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def notebook(request: pytest.FixtureRequest) -> Any:
@@ -120,6 +122,37 @@ def test_references_are_listed_and_used(notebook: Any) -> None:
     assert set(cited) == set(numbers), "every reference is cited in the text, and nothing else is"
     first = list(dict.fromkeys(cited))
     assert all(a < b for a, b in pairwise(first)), f"references are numbered as they first come: {first}"
+
+
+def test_what_you_see_follows_what_is_seen(notebook: Any) -> None:
+    seen = [number for number, cell in enumerate(notebook.cells) if cell.source.startswith("**What you see.**")]
+    assert len(seen) >= 2, "figures are explained below them, under 'What you see.'"
+    for number in seen:
+        assert notebook.cells[number - 1].cell_type == "code", f"nothing is seen above cell {notebook.cells[number].id}"
+
+
+def test_no_tex(notebook: Any) -> None:
+    """It would have to be drawn by a script from elsewhere, in the gallery and in exports."""
+    for cell in prose(notebook):
+        found = TEX.search(cell.source)
+        assert not found, f"cell {cell.id}: write {found[0]!r} without TeX, as in ε or x²"
+
+
+def test_other_notebooks_that_are_named_exist(notebook: Any) -> None:
+    numbers = {path.stem[:2] for path in NOTEBOOKS}
+    for cell in prose(notebook):
+        gone = set(re.findall(r"\bnotebook (\d\d)\b", cell.source)) - numbers
+        assert not gone, f"cell {cell.id} names notebook {', '.join(sorted(gone))}, which isn't there"
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", cell.source)
+        assert all((FOLDER / link).is_file() for link in links), f"cell {cell.id}: one of {links} isn't there"
+
+
+def test_the_map_of_the_series_is_what_there_is() -> None:
+    welcome, *others = [nbformat.read(path, as_version=nbformat.NO_CONVERT) for path in NOTEBOOKS]
+    titles = [other.cells[0].source.splitlines()[0].removeprefix("# ") for other in others]
+    series = next(cell.source for cell in prose(welcome) if "\n| [" in cell.source)
+    listed = re.findall(r"^\| \[(\d\d) (.+?)\]\((\S+)\.ipynb\) \| \S", series, re.MULTILINE)
+    assert listed == [(path.stem[:2], title, path.stem) for path, title in zip(NOTEBOOKS[1:], titles, strict=True)]
 
 
 def test_uses_public_names_only(notebook: Any) -> None:

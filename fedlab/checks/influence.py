@@ -22,7 +22,7 @@ from fedlab.privacy.base import Privacy
 from fedlab.privacy.mechanisms import Concentrated, Gaussian
 from fedlab.types import Patient, Site, Tensors
 
-__all__ = ["Claim", "check_claim", "check_patients", "check_whole", "find_claims"]
+__all__ = ["Claim", "check_broadcast", "check_claim", "check_patients", "check_whole", "find_claims"]
 
 #: Runs with other random numbers from which the noise is estimated.
 _RUNS = 12
@@ -222,6 +222,28 @@ def check_whole(technique: Privacy, stage: Stage, claims: Sequence[Claim]) -> It
             return
     yield Finding(check="sensitivity", outcome="passed",
                   what="what finally leaves, this round and the next, tells no more than was charged for")
+
+
+def check_broadcast(technique: Privacy, stage: Stage) -> Iterator[Finding]:
+    """What the server tells the sites beside the weights, such as a clipping norm, knows updates through noise only."""
+    site, like = stage.sites[0].name, stage.like
+    updates = adversarial(like)
+
+    def told(name: str, seed: int) -> Tensors:
+        return rehearse(technique, stage, script=only(site, updates[name], like), seed=seed).server.get("broadcast", {})
+
+    usual, others = told("nothing", 0), [told("nothing", seed) for seed in (1, 2)]
+    changed = {name: t for kind in ("large everywhere", "ordinary") for name, t in told(kind, 0).items()
+               if name not in usual or not torch.equal(t, usual[name])}
+    bare = [name for name in changed if all(name in usual and torch.equal(t[name], usual[name]) for t in others)]
+    if bare:
+        yield Finding(check="noise", outcome="failed",
+                      what=f"the server broadcasts {bare[0]}, which depends on the updates but doesn't vary with the "
+                           "random numbers",
+                      remedy="add noise to what it is computed from, and charge the ledger for it")
+    elif changed:
+        yield Finding(check="noise", outcome="passed",
+                      what=f"what the server broadcasts ({', '.join(changed)}) gets noise")
 
 
 def _judged(worst: float, claimed: float, where: str) -> Finding:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedlab.checks.influence import check_claim, check_patients, check_whole, find_claims
+from fedlab.checks.influence import check_broadcast, check_claim, check_patients, check_whole, find_claims
 from fedlab.checks.rehearsal import DECOY, Rehearsal, Stage, make_stage, rehearse, unlike_randomness
 from fedlab.checks.report import CheckReport, Finding
 from fedlab.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
@@ -103,6 +103,8 @@ def _claims(technique: Privacy, stage: Stage, seen: Rehearsal) -> Iterator[Findi
             noisy &= finding.check != "noise" or finding.outcome == "passed"
             yield finding
     about_updates = [claim for claim in claims if claim.where != "training"]
+    if any(claim.where == "server" for claim in claims):
+        yield from check_broadcast(technique, stage)
     if about_updates and noisy:
         yield from check_whole(technique, stage, about_updates)
 

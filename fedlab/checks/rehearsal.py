@@ -185,6 +185,14 @@ class Watched(Privacy):
         self._owners: dict[tuple[str, str], int] = {}  # site and group -> layer
         self._round = 0
 
+    @property
+    def works_at_server(self) -> bool:
+        return self.technique.works_at_server
+
+    @property
+    def masked(self) -> bool:
+        return self.technique.masked
+
     def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
         if self.checked:
             self.technique.check_run(trainer=trainer, sites=sites, strategy=strategy, rounds=rounds)

@@ -18,19 +18,19 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedlab.data.cohort import Cohort, Grid, prepare_patient
 from fedlab.data.conventions import CONVENTIONS, Convention, detect_convention, file_values, wrong_values
 from fedlab.data.files import Listing, PatientFiles
 from fedlab.data.findings import Broken, Finding, settle
 from fedlab.data.layouts import LAYOUTS, list_patients
 from fedlab.data.partition import read_partitioning, split_patients
+from fedlab.data.patient_folder import Grid, PatientFolder, prepare_patient
 from fedlab.data.scan import check_headers, look, read_label, read_patient, save_prediction, to_native
 from fedlab.errors import DataError
 from fedlab.types import Patient, Site
 from fedlab.workers import available_cores
 
-__all__ = ["CONVENTIONS", "LAYOUTS", "Cohort", "Finding", "PatientFiles", "find_patients", "in_parallel",
-           "read_cohort", "read_label", "read_patient", "read_sites", "save_prediction", "to_native"]
+__all__ = ["CONVENTIONS", "LAYOUTS", "Finding", "PatientFiles", "PatientFolder", "check_sites", "find_patients",
+           "in_parallel", "read_cohort", "read_label", "read_patient", "read_sites", "save_prediction", "to_native"]
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -60,10 +60,10 @@ def find_patients(folder: str | os.PathLike[str], *, layout: str | None = None, 
 def read_cohort(folder: str | os.PathLike[str], *, layout: str | None = None, label_convention: str | None = None,
                 spacing_mm: float | None = None, shape: tuple[int, int, int] | None = None,
                 dtype: torch.dtype = torch.float16, broken: Broken = "raise", examine: bool = True,
-                cache: str | os.PathLike[str] | None = None, progress: bool = True) -> Cohort:
+                cache: str | os.PathLike[str] | None = None, progress: bool = True) -> PatientFolder:
     """The patients of a folder in any layout; says which layout and label convention it took, and why.
 
-    A patient is read, resampled and normalised when it is asked for; `cohort[0]` and `for patient in cohort` work.
+    A patient is read, resampled and normalised when it is asked for; `found[0]` and `for patient in found` work.
 
     Args:
         folder: in one of `LAYOUTS`, or a CSV table of paths.
@@ -94,8 +94,9 @@ def read_cohort(folder: str | os.PathLike[str], *, layout: str | None = None, la
         for problems in in_parallel(check, sound, "reading patients", progress):
             findings += problems
     good = settle(found.files, _once(findings), broken=broken, where=folder)
-    return Cohort(folder=found.listing.folder, layout=found.listing.layout, reason=found.listing.reason,
-                  convention=found.convention, files=good, findings=tuple(_once(findings)), grid=grid, cache=store)
+    return PatientFolder(folder=found.listing.folder, layout=found.listing.layout, reason=found.listing.reason,
+                         convention=found.convention, files=good, findings=tuple(_once(findings)), grid=grid,
+                         cache=store)
 
 
 def _examine(files: PatientFiles, *, grid: Grid, cache: Path | None) -> list[Finding]:
@@ -216,6 +217,25 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
             train, val = split_patients(own, held_out=held_out, seed=seed, site=name)
             sites.append(Site(name=name, train=train, val=val))
     return sites
+
+
+def check_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *, layout: str | None = None,
+                label_convention: str | None = None, broken: Broken = "raise") -> None:
+    """Whether `read_sites` can use a folder and its table, as far as names, headers and label values tell.
+
+    Args:
+        folder, table, layout, label_convention, broken: as in `read_sites`.
+
+    Raises:
+        DataError: folder or table can't be used, or patients have problems.
+        ValueError: unknown options.
+    """
+    members = read_partitioning(table).values()
+    found, findings = _choose(Path(folder), [patient for ids in members for patient in ids], table, layout,
+                              label_convention, progress=False)
+    errors = [f for f in findings if f.severity == "error"]
+    if broken == "raise" or not _without_errors(found, errors):
+        settle(found, _once(errors), broken=broken, where=folder)
 
 
 def _choose(folder: Path, wanted: Sequence[str], table: str | os.PathLike[str], layout: str | None,

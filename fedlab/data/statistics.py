@@ -73,8 +73,9 @@ def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 
         domain: what is counted in which bins; by default `Domain()`, which suits z-scored images.
         minimum: patients behind every value; 1 withholds nothing.
         epsilon: of all the statistics together; None adds no noise.
-        charge: called with what is about to be spent before anything is drawn; the site's ledger. If it raises,
-            nothing is released.
+        charge: called with what is about to be spent before anything is drawn, so that it enters the site's ledger:
+            `LedgerFile(folder, site.name).charging(delta=...)` of `fedlab.privacy.ledger_file`, or `Ledger.charging`.
+            If it raises, nothing is released.
         seed: of the noise, to repeat an experiment. None takes the operating system's entropy: whoever knows the
             seed can take the noise off again.
 

@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -116,8 +116,8 @@ class Ledger:
             self._note = _parse(memory[_GROUP])
 
     @classmethod
-    def open(cls, memory: Memory, *, site: str, model: str, round: int, stream: str | None) -> Ledger:
-        """The ledger of a site at the beginning of a round.
+    def open(cls, memory: Memory, *, site: str, model: str | None, round: int | None, stream: str | None) -> Ledger:
+        """The ledger of a site at the beginning of a round, or of work outside of any.
 
         What the same round entered before with the same stream is set aside: a round that is run again draws the very
         same noise, so that what it enters again is nothing new. With `stream` None, noise from the operating system,
@@ -126,8 +126,9 @@ class Ledger:
         Args:
             memory: the site's.
             site: whose ledger it must be.
-            model: a name of the model's tensors and shapes; a ledger belongs to one model.
-            round: number of the round.
+            model: a name of the model's tensors and shapes; a ledger belongs to one model. None where none is
+                trained.
+            round: number of the round; None outside of rounds.
             stream: names the random numbers of this round and all that they are added to.
 
         Raises:
@@ -179,6 +180,48 @@ class Ledger:
                 f"and this release would make it {after:.4g}")
         self._note.update(entries=entries, stream=stream)
         self._write()
+
+    @classmethod
+    def charging(cls, memory: Memory, *, site: str, delta: float, accountant: Accountant = "rdp",
+                 max_epsilon: float | None = None) -> Callable[[Spent], None]:
+        """What enters a release outside of rounds, such as noised statistics, beside what training spends.
+
+        `site_statistics(site, epsilon=0.5, charge=Ledger.charging(memory, site=site.name, delta=1e-3))` spends from
+        the ledger that `DPSGD(delta=1e-3, …)` goes on with where `memory` is the engine's of that site. For a ledger
+        in a file see `fedlab.privacy.ledger_file.LedgerFile.charging`. Every release counts anew.
+
+        Only entries of one unit add up: statistics of patients cost a guarantee per patient. A guarantee per site
+        covers updates and says nothing about statistics.
+
+        Args:
+            memory: the site's.
+            site: its name.
+            delta, accountant: as the technique's that trains at the site, or the two couldn't be added up.
+            max_epsilon: the site's budget per patient, for statistics and training together.
+
+        Returns:
+            A function that takes the release's own ε and raises `PrivacyBudgetExhausted` or `PrivacyError`, as
+            `charge` does, or `ValueError` for a release that isn't ε-private with δ = 0.
+        """
+        Terms(unit="patient", delta=delta, adjacency="any", accountant=accountant)  # refused here, not when it is late
+
+        def enter(spent: Spent) -> None:
+            if cls(memory)._note["in_file"]:
+                raise PrivacyError(f"the ledger of {site} is kept in a file, which must know of this before it is "
+                                   "released: say LedgerFile(folder, site).charging(...)")
+            cls._enter(memory, spent, site=site, delta=delta, accountant=accountant, max_epsilon=max_epsilon)
+
+        return enter
+
+    @classmethod
+    def _enter(cls, memory: Memory, spent: Spent, *, site: str, delta: float, accountant: Accountant,
+               max_epsilon: float | None) -> None:
+        """Enters a release that is ε-private with δ = 0 and belongs to no round."""
+        if spent.delta != 0:
+            raise ValueError(f"a release with δ = 0 was expected, got {spent}; enter it with charge()")
+        terms = Terms(unit=spent.unit, delta=delta, adjacency=spent.adjacency, accountant=accountant)
+        ledger = cls.open(memory, site=site, model=None, round=None, stream=None)
+        ledger.charge(Pure(epsilon=spent.epsilon), terms=terms, max_epsilon=max_epsilon)
 
     def bind(self, content: str) -> None:
         """Ties this round's noise to what it was added to, before anything is sent.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from fedlab.training import Kit, SiteTrainer
 
 __all__ = ["Inboxes", "Privacy", "check_update", "importable"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Products of a few such numbers are still finite in float64.
+_LARGEST = 1e90
 
 #: Messages on their way: recipient -> sender -> bytes. The server is called "server".
 Inboxes = Mapping[str, Mapping[str, bytes]]
@@ -181,36 +186,65 @@ def check_update(update: object, *, like: Tensors, site: str) -> Update:
     if not isinstance(update, Update):
         raise PrivacyError(f"expected an Update from {site}, got {type(update).__name__}; a technique's protect() "
                            "returns the update it was given, changed with update.map(...)")
-    if update.site != site:
-        raise PrivacyError(f"expected an update of {site}, got one that says it is of {update.site!r}")
+    if not isinstance(update.site, str) or update.site != site:
+        raise PrivacyError(f"expected an update of {site}, got one that says it is of {_shown(update.site)!r}")
     if not isinstance(update.delta, Mapping) or update.delta.keys() != like.keys():
-        odd = sorted(map(str, update.delta.keys() ^ like.keys())) if isinstance(update.delta, Mapping) else ["no names"]
-        raise PrivacyError(f"the update of {site} has other tensors than the model: {odd[:3]}")
+        odd = [_shown(name) for name in update.delta.keys() ^ like.keys()] if isinstance(update.delta, Mapping) else []
+        raise PrivacyError(f"the update of {site} has other tensors than the model: {sorted(odd)[:3] or 'no names'}")
     for name, tensor in update.delta.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise PrivacyError(f"the update of {site} holds {name} as something other than a floating point tensor")
-        if tensor.shape != like[name].shape:
-            raise PrivacyError(f"the update of {site} has {name} of shape {tuple(tensor.shape)}, "
-                               f"expected {tuple(like[name].shape)}")
-        if not torch.isfinite(tensor).all():
-            raise PrivacyError(f"the update of {site} has NaN or infinite values in {name}")
-    if not _number(update.weight) or not 0 < update.weight < float("inf"):
-        raise PrivacyError(f"the update of {site} has weight {update.weight}, expected a positive number")
-    for what, value, right in (
-        ("steps", update.steps, isinstance(update.steps, int) and update.steps >= 0),
-        ("seconds", update.seconds, _number(update.seconds) and update.seconds >= 0),
-        ("encoded", update.encoded, update.encoded is None or (isinstance(update.encoded, int) and update.encoded > 0)),
-        ("metrics", update.metrics, isinstance(update.metrics, Mapping)
-         and all(isinstance(k, str) and _number(v) for k, v in update.metrics.items())),
-        ("spent", update.spent, isinstance(update.spent, tuple) and all(isinstance(s, Spent) for s in update.spent)),
+        _check_tensor(tensor, like[name], f"the update of {site} has {name}")
+    for what, value, right, expected in (
+        ("weight", update.weight, _number(update.weight) and update.weight > 0, "a positive number"),
+        ("steps", update.steps, _count(update.steps), "a count"),
+        ("seconds", update.seconds, _number(update.seconds) and update.seconds >= 0, "a number of seconds"),
+        ("encoded", update.encoded, update.encoded is None or (_count(update.encoded) and update.encoded > 0),
+         "a count of bytes or None"),
+        ("round", update.round, update.round is None or _count(update.round), "a round's number or None"),
+        ("metrics", update.metrics, isinstance(update.metrics, Mapping) and all(
+            isinstance(k, str) and (_number(v) or (isinstance(v, float) and math.isnan(v)))
+            for k, v in update.metrics.items()), "numbers by name"),
+        ("spent", update.spent, isinstance(update.spent, tuple) and all(map(_is_spent, update.spent)),
+         "statements of privacy spent"),
     ):
         if not right:
-            raise PrivacyError(f"the update of {site} has {what} = {str(value)[:80]}, which is none")
+            raise PrivacyError(f"the update of {site} has {what} {_shown(value)}, expected {expected}")
     return update
 
 
+def _check_tensor(tensor: object, like: torch.Tensor, what: str) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
+        raise PrivacyError(f"{what} as something other than a dense floating point tensor")
+    if tensor.shape != like.shape:
+        raise PrivacyError(f"{what} of shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+    if tensor.is_meta or tensor.requires_grad:
+        raise PrivacyError(f"{what} {'without values' if tensor.is_meta else 'with its history of gradients'}; send "
+                           "plain values, such as tensor.detach()")
+    # A float64 may be finite and yet infinite in the model.
+    if not torch.isfinite(tensor.to(like.dtype)).all():
+        raise PrivacyError(f"{what} with NaN or infinite values")
+
+
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A number that can be reckoned with in float64."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_spent(value: object) -> bool:
+    return (isinstance(value, Spent) and (_number(value.epsilon) or value.epsilon == math.inf) and value.epsilon >= 0
+            and _number(value.delta) and 0 <= value.delta <= 1 and value.unit in ("patient", "site")
+            and isinstance(value.accountant, str) and isinstance(value.adjacency, str))
+
+
+def _shown(value: object) -> str:
+    """What came, in a few words, whatever it is."""
+    try:
+        return str(value)[:80]
+    except Exception as error:
+        return f"a {type(value).__name__} that can't be written out ({type(error).__name__})"
 
 
 def importable(technique: Privacy) -> tuple[str, ...]:

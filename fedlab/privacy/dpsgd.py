@@ -48,10 +48,10 @@ class DPSGD(Privacy):
     The guarantee is per patient of this site, for adding or removing one patient with all scans of that patient, and
     it covers the weights of all rounds; the same patient at two sites spends both ledgers. Not covered, and taken as
     public: the number of patients (`Update.weight`, sampling rate and expected batch follow from it), the number of
-    steps, and that the site did not fail. Losses stay at the site. Whoever knows the seed of the run can repeat noise
-    and sampling and so undo the protection: `secure_mode` takes both from the operating system instead. Noise is
-    accounted as real numbers; floating point leaves gaps that `secure_mode` makes useless to an attacker as far as is
-    known (Mironov 2012; Holohan and Braghin 2021).
+    steps, how long they took, which grows with the patients drawn, and that the site did not fail. Losses stay at the
+    site. Whoever knows the seed of the run can repeat noise and sampling and so undo the protection: `secure_mode`
+    takes both from the operating system instead. Noise is accounted as real numbers; floating point leaves gaps that
+    `secure_mode` makes useless to an attacker as far as is known (Mironov 2012; Holohan and Braghin 2021).
 
     Every gradient is clipped, so the step length no longer depends on the loss: learning rates that suit plain
     training are mostly too small. Memory group "diagnostics" keeps the norms of the patients' gradients, from which to

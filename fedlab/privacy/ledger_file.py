@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from urllib.parse import quote
 import torch
 
 from fedlab.errors import PrivacyError
-from fedlab.privacy.accounting import Ledger
-from fedlab.types import Memory
+from fedlab.privacy.accounting import Accountant, Ledger, Terms
+from fedlab.types import Memory, Spent
 
 __all__ = ["LedgerFile"]
 
@@ -66,10 +66,27 @@ class LedgerFile:
         finally:
             lock.release()
 
+    def charging(self, *, delta: float, accountant: Accountant = "rdp",
+                 max_epsilon: float | None = None) -> Callable[[Spent], None]:
+        """What enters noised statistics into this file, on disk before they leave; see `Ledger.charging`.
+
+        `site_statistics(site, epsilon=0.5, charge=LedgerFile(folder, site.name).charging(delta=1e-3))` spends from the
+        ledger that `federate(engine=Local(ledgers=folder), privacy=DPSGD(delta=1e-3, …), …)` goes on with.
+        """
+        Terms(unit="patient", delta=delta, adjacency="any", accountant=accountant)  # refused here, not when it is late
+
+        def enter(spent: Spent) -> None:
+            memory: Memory = {}
+            with self.kept(memory):
+                Ledger._enter(memory, spent, site=self.site, delta=delta, accountant=accountant,
+                              max_epsilon=max_epsilon)
+
+        return enter
+
     def restore(self, memory: Memory) -> None:
         """Reads the file into the ledger of `memory`, which keeps what it knows besides."""
         if self.path.is_file():
-            known = self._read()
+            known = self.read()
             ledger = Ledger(memory)
             ledger.merge(known)
         elif "ledger" in memory and Ledger(memory).note()["in_file"]:
@@ -97,14 +114,19 @@ class LedgerFile:
             finally:
                 os.close(folder)
 
-    def _read(self) -> Ledger:
+    def read(self) -> Ledger:
+        """What the file says, as a ledger of its own; changing it changes no file.
+
+        Raises:
+            PrivacyError: there is no file, or it is damaged or of another site.
+        """
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if found["sha256"] != _checksum(found["ledger"]):
                 raise ValueError("its content does not fit its checksum")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PrivacyError(f"{self.path} is damaged ({error}); restore it from a copy: without it nobody knows "
-                               f"what {self.site} has spent") from error
+            raise PrivacyError(f"{self.path} is missing or damaged ({error}); restore it from a copy: without it "
+                               f"nobody knows what {self.site} has spent") from error
         text = json.dumps(found["ledger"], ensure_ascii=False).encode()
         ledger = Ledger({"ledger": {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}})
         if found["ledger"]["site"] != self.site:

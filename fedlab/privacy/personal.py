@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedlab.strategies import Strategy
     from fedlab.training import Kit, SiteTrainer
 
-__all__ = ["PersonalLayers", "norms_and_head"]
+__all__ = ["PersonalLayers", "norms", "norms_and_head"]
 
 _KEPT, _TRAINED = "personal layers", "_personal layers"
 
@@ -28,17 +28,17 @@ class PersonalLayers(Privacy):
     """Some tensors stay at each site, such as the norms or the head.
 
     Sharing all but the head is FedPer (Arivazhagan et al. 2019, arXiv 1912.00818), all but the norms FedBN (Li et al.
-    2021, arXiv 2102.07623). Before training the site loads its own values of these tensors, afterwards it keeps them
-    in its memory; in the update they are 0, and the server moves them by 0 whatever noise is added, so the global
-    model keeps its first values there. A site's own model is `local`: validate that one, the global model has an
-    untrained part.
+    2021, arXiv 2102.07623): `PersonalLayers(names=norms(model))`, which helps where scanners differ. Before training
+    the site loads its own values of these tensors, afterwards it keeps them in its memory; in the update they are 0,
+    and the server moves them by 0 whatever noise is added, so the global model keeps its first values there. A site's
+    own model is `local`: validate that one, the global model has an untrained part.
 
     No formal guarantee: what stays cannot leak directly, but the shared tensors were trained together with it.
     It goes first in a `+`: techniques that clip, sparsify or train privately then see only what is shared.
 
     Args:
         names: names of tensors, or patterns of them with "*" and "?", such as ["*norm*", "conv_final.*"]; see
-            `norms_and_head`.
+            `norms` and `norms_and_head`.
 
     Raises:
         ValueError: no name, or a plain string.
@@ -116,6 +116,23 @@ class PersonalLayers(Privacy):
         return {name: torch.zeros_like(t) if self._personal(name) else t for name, t in delta.items()}
 
 
+_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Names of the trainable tensors of all normalisation layers: what FedBN keeps at a site.
+
+    Raises:
+        ValueError: the model has no normalisation layer with weights.
+    """
+    layers = {name for name, module in model.named_modules() if isinstance(module, _NORMS)}
+    found = [name for name in trainable(model) if name.rpartition(".")[0] in layers]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no normalisation layer with weights of its own; give its norms "
+                         "affine=True, or name the personal tensors yourself")
+    return found
+
+
 def norms_and_head(model: nn.Module) -> list[str]:
     """Names of the trainable tensors of all normalisation layers and of the head.
 
@@ -125,11 +142,10 @@ def norms_and_head(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model has no convolution or linear layer.
     """
-    norms = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
     heads = (nn.Linear, nn.modules.conv._ConvNd)
     last = [name for name, module in model.named_modules() if isinstance(module, heads)][-1:]
     if not last:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer to take for its head; name the "
                          "personal tensors yourself")
-    chosen = {name for name, module in model.named_modules() if isinstance(module, norms)} | {last[0]}
+    chosen = {name for name, module in model.named_modules() if isinstance(module, _NORMS)} | {last[0]}
     return [name for name in trainable(model) if name.rpartition(".")[0] in chosen]

@@ -282,9 +282,11 @@ def _note(memory: Memory, before: Update, clipped: Update, noise: Tensors | None
     memory["diagnostics"] = {**memory.get("diagnostics", {}), **kept}
 
 
-def _check_positive(**settings: float | None) -> None:
+def _check_positive(*, max_epsilon: float | None = None, **settings: float) -> None:
+    if max_epsilon is not None:
+        settings["max_epsilon"] = max_epsilon
     for name, value in settings.items():
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ValueError(f"{name} is a positive number, got {value!r}")
 
 

@@ -75,7 +75,8 @@ def _places(topology: Topology | None, names: Sequence[str], messages: Sequence[
         server = any("server" in pair for pair in messages)
         for k, region in enumerate(topology.regions):
             own = [x[name] for of, name in members if of == region]
-            lift = 0.0 if server or len(topology.regions) < 3 else 0.8 * math.sin(math.pi * (k + 0.5) / len(topology.regions)) - 0.2
+            bow = 0.8 * math.sin(math.pi * (k + 0.5) / len(topology.regions)) - 0.2
+            lift = 0.0 if server or len(topology.regions) < 3 else bow  # so that arrows between regions are apart
             places[region] = (sum(own) / len(own) if own else 0.0, 0.1 + lift)
         return places | ({"server": (0.0, 1.1)} if server else {})
     angle = {name: math.pi / 2 - 2 * math.pi * k / len(names) for k, name in enumerate(names)}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from monai.data import CacheDataset
 
-__all__ = ["Cohort", "Grid", "prepare_patient"]
+__all__ = ["Grid", "PatientFolder", "prepare_patient"]
 
 #: Changes whenever the same files would give other patients; part of every cache key.
 READER = "fedlab-reader-2"
@@ -51,7 +51,7 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Cohort(Sequence[Patient]):
+class PatientFolder(Sequence[Patient]):
     """The patients of a folder, in the order of their ids; reading happens on access.
 
     Attributes:
@@ -85,9 +85,9 @@ class Cohort(Sequence[Patient]):
     @overload
     def __getitem__(self, index: int) -> Patient: ...
     @overload
-    def __getitem__(self, index: slice) -> Cohort: ...
+    def __getitem__(self, index: slice) -> PatientFolder: ...
 
-    def __getitem__(self, index: int | slice) -> Patient | Cohort:
+    def __getitem__(self, index: int | slice) -> Patient | PatientFolder:
         if isinstance(index, slice):
             return self.subset(self.ids[index])
         return self.read(self.ids[index])
@@ -105,8 +105,8 @@ class Cohort(Sequence[Patient]):
             raise DataError(f"{patient}: could not be read")  # only with an error, which settle has raised
         return found
 
-    def subset(self, patients: Sequence[str]) -> Cohort:
-        """The same cohort with these patients only, in this order.
+    def subset(self, patients: Sequence[str]) -> PatientFolder:
+        """The same folder with these patients only, in this order.
 
         Raises:
             KeyError: nobody is called so.
@@ -153,7 +153,8 @@ class Cohort(Sequence[Patient]):
     def __repr__(self) -> str:
         labels = f"label convention {self.convention.name} ({self.convention.reason})" if self.convention.name \
             else self.convention.reason
-        told = f"<Cohort of {len(self)} patients in {self.folder}: layout {self.layout} ({self.reason}); {labels}>"
+        told = (f"<PatientFolder of {len(self)} patients in {self.folder}: layout {self.layout} ({self.reason}); "
+                f"{labels}>")
         return told + (f"\n{listing(self.findings)}" if self.findings else "")
 
     def _repr_html_(self) -> str:

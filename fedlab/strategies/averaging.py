@@ -1,0 +1,262 @@
+"""What a strategy is, and averages: of updates, and of updates per step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import nn
+
+from fedlab.types import Memory, ServerState, Site, Tensors, Update
+
+if TYPE_CHECKING:
+    from fedlab.privacy.base import Privacy
+    from fedlab.training import Kit, SiteTrainer
+
+__all__ = ["FedAvg", "FedNova", "NotFinite", "Strategy", "TooFewUpdates", "sgd_settings", "weighted_mean"]
+
+
+class TooFewUpdates(ValueError):
+    """Fewer updates came than the strategy can combine."""
+
+
+class NotFinite(ValueError):
+    """What came would make the model NaN or infinite, though each update was finite."""
+
+
+class Strategy(Protocol):
+    """How updates become one and how the model moves; and, for some, what training at a site does differently.
+
+    State goes in and comes out; a strategy keeps nothing for itself. What a site must remember for it lies in the
+    site's memory, what the server must, in `ServerState.moments`. Inherit from `FedAvg` and override what differs.
+    """
+
+    @property
+    def sample(self) -> float:
+        """Probability with which each site takes part in a round."""
+        ...
+
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
+        """Before the first round: raises `ValueError` if the strategy can't work with the rest of the run."""
+
+    def begin(self, params: Tensors) -> ServerState:
+        """The server's state before the first round."""
+        ...
+
+    def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
+        """The cohort of a round."""
+        ...
+
+    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
+        """At a site, before privacy techniques wrap the kit: change how it trains.
+
+        Whatever of the site's own data enters here goes around the techniques' clipping and noise: use the state and
+        what `keep` has kept of protected updates only.
+        """
+        ...
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        """One update from a cohort's updates, which arrive one by one."""
+        ...
+
+    def step(self, state: ServerState, mean: Update) -> ServerState:
+        """The state after the model has moved by `mean`."""
+        ...
+
+    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
+             seed: int) -> None:
+        """At a site, when its update is ready to leave: what it keeps for itself, in its memory."""
+
+
+def weighted_mean(updates: Iterable[Update]) -> Update:
+    """The mean of the updates by their weights, accumulated in float64 with one update in memory at a time.
+
+    Returns:
+        An update of site "mean" whose weight is the sum of the weights and whose tensors are float64; of the metrics,
+        the means of those that every update has.
+
+    Raises:
+        TooFewUpdates: there is no update.
+        ValueError: the mean is NaN or infinite.
+    """
+    total: dict[str, torch.Tensor] = {}
+    metrics: dict[str, float] = {}
+    weight, steps = 0.0, 0
+    for update in updates:
+        if not total:
+            total = {name: tensor.double() * update.weight for name, tensor in update.delta.items()}
+            metrics = {name: value * update.weight for name, value in update.metrics.items()}
+        else:
+            for name, tensor in update.delta.items():
+                total[name].add_(tensor.double(), alpha=update.weight)
+            metrics = {name: value + update.metrics[name] * update.weight for name, value in metrics.items()
+                       if name in update.metrics}
+        weight += update.weight
+        steps += update.steps
+    if not total:
+        raise TooFewUpdates("no update to combine: no site of the cohort answered")
+    for name, tensor in total.items():
+        if not torch.isfinite(tensor.div_(weight)).all():
+            raise NotFinite(f"the mean of the updates is NaN or infinite in {name}: an update that is not finite, or "
+                            "a weight or an update of absurd size, was combined")
+    return Update(site="mean", delta=total, weight=weight, steps=steps,
+                  metrics={name: value / weight for name, value in metrics.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg:
+    """Federated averaging (McMahan et al., AISTATS 2017, arXiv 1602.05629).
+
+    The model moves to the mean of the sites' models. It is hard to beat where sites are alike and rounds are short;
+    where they differ much, long local training pulls each site's model to its own optimum (client drift), which
+    `FedProx`, `SCAFFOLD`, `FedNova` and `FedOpt` answer in different ways.
+
+    Attributes:
+        one_server: whether its sums hold only where all updates of a round meet at one server.
+
+    Args:
+        weights: what an update counts by: the site's training "patients" (as in the paper and in
+            Li et al. 2019), the optimiser "steps" it took, or "uniform".
+        server_lr: length of the server's step; 1 moves the model to the mean.
+        sample: probability with which each site takes part in a round, independently of the others.
+
+    Raises:
+        ValueError: an unknown weighting, a server step that is not positive, or a probability outside (0, 1].
+    """
+
+    one_server: ClassVar[bool] = False
+
+    weights: Literal["patients", "steps", "uniform"] = "patients"
+    server_lr: float = 1.0
+    sample: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("patients", "steps", "uniform"):
+            raise ValueError(f"weights is 'patients', 'steps' or 'uniform', got {self.weights!r}")
+        if not 0 < self.server_lr < float("inf"):
+            raise ValueError(f"server_lr is a positive number, got {self.server_lr}")
+        if not 0 < self.sample <= 1:
+            raise ValueError(f"sample is a probability above 0 and at most 1, got {self.sample}")
+
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None: ...
+
+    def begin(self, params: Tensors) -> ServerState:
+        return ServerState(round=0, params={name: p.detach().clone() for name, p in params.items()})
+
+    @property
+    def uniform_mean(self) -> bool:
+        """Whether every update counts the same, a condition of noise that is added to the mean."""
+        return self.weights == "uniform"
+
+    def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
+        if self.sample == 1:
+            return sites
+        chosen = torch.rand(len(sites), generator=rng, dtype=torch.float64) < self.sample
+        return [site for site, taken in zip(sites, chosen.tolist(), strict=True) if taken]
+
+    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
+        return kit
+
+    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
+             seed: int) -> None: ...
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        return weighted_mean(replace(u, weight=self._weight(u)) for u in updates)
+
+    def step(self, state: ServerState, mean: Update) -> ServerState:
+        return replace(state, round=state.round + 1, params=moved(state.params, mean.delta, self.server_lr))
+
+    def _weight(self, update: Update) -> float:
+        if self.weights == "uniform":
+            return 1.0
+        return float(update.steps) if self.weights == "steps" else update.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedNova(FedAvg):
+    """Normalised averaging (Wang et al., NeurIPS 2020, arXiv 2007.07481).
+
+    Where sites take different numbers of steps, as with `epochs` at sites of different size, the plain mean leans
+    towards those that take more, beyond the weight that their patients give them. Here each update is divided by the
+    length of its site's path, the means of these directions and of the lengths are taken, and multiplied. With equal
+    steps it is FedAvg. The length is known for SGD only, so other optimisers are refused.
+
+    A site counts by the steps that it claims to have taken: not for sites that may lie.
+
+    Args:
+        momentum: of the sites' SGD, which must begin anew every round (`SiteTrainer(momentum="restart")`).
+
+    Raises:
+        ValueError: a momentum outside [0, 1), or weights by steps, which the division would undo.
+    """
+
+    one_server: ClassVar[bool] = True
+
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is at least 0 and below 1, got {self.momentum}")
+        if self.weights == "steps":
+            raise ValueError("FedNova takes the steps out of the mean and back in itself: weights is 'patients' or "
+                             "'uniform', got 'steps'")
+
+    @property
+    def uniform_mean(self) -> bool:
+        """False: the steps that a site takes decide what its update counts."""
+        return False
+
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
+        sgd = sgd_settings(trainer)
+        if sgd is None or sgd["nesterov"] or sgd["dampening"] or sgd["momentum"] != self.momentum:
+            raise ValueError(f"FedNova(momentum={self.momentum:g}) knows the path of torch.optim.SGD with just that "
+                             f"momentum, no dampening and no Nesterov step; the trainer's optimiser is "
+                             f"{'another' if sgd is None else f'SGD with {sgd}'}; say optimiser=lambda p, lr: "
+                             f"torch.optim.SGD(p, lr, momentum={self.momentum:g})")
+        if self.momentum > 0 and trainer.momentum != "restart":
+            raise ValueError("FedNova counts the steps of one round: with momentum say "
+                             "SiteTrainer(momentum='restart', ...)")
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        total = length = 0.0
+
+        def per_step() -> Iterator[Update]:
+            nonlocal total, length
+            for update in updates:
+                weight, own = self._weight(update), self._length(update.steps)
+                total += weight
+                length += weight * own
+                yield replace(update, weight=weight, delta={n: t.double() / own for n, t in update.delta.items()})
+
+        direction = weighted_mean(per_step())
+        return direction.map(lambda t: t * (length / total))
+
+    def _length(self, steps: int) -> float:
+        """How often the gradients of so many steps enter the update: the 1-norm of the paper's a_i."""
+        steps, rho = max(1, steps), self.momentum  # an update of no steps has nothing to divide
+        return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+
+
+def moved(params: Tensors, delta: Tensors, length: float) -> dict[str, torch.Tensor]:
+    """The weights after a step of `length` times `delta`, added in float64.
+
+    Raises:
+        ValueError: they would be NaN or infinite.
+    """
+    after = {name: p.double().add(delta[name].double(), alpha=length).to(p.dtype) for name, p in params.items()}
+    for name, p in after.items():
+        if not torch.isfinite(p).all():
+            raise NotFinite(f"the model would become NaN or infinite in {name}; look at the norms of the updates, and "
+                            "lower the learning rates")
+    return after
+
+
+def sgd_settings(trainer: SiteTrainer) -> dict[str, Any] | None:
+    """The settings of the sites' optimiser if it is `torch.optim.SGD`, else None."""
+    made = trainer.optimiser([nn.Parameter(torch.zeros(1))], 1.0)
+    if type(made) is not torch.optim.SGD:
+        return None
+    return {name: value for name, value in made.param_groups[0].items() if name not in ("params", "lr")}

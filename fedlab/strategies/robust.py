@@ -1,0 +1,274 @@
+"""Strategies that withstand sites whose updates are damaged or lies.
+
+All but `NormBound` need every update at once, in one place. They look at single updates, so secure aggregation can't
+hide those, and noise at the server has no bound to be sized by: both refuse these strategies. What they combine is no
+mean: where sites differ for honest reasons, a rare one is left out like a liar.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from fedlab.strategies.averaging import FedAvg, TooFewUpdates, weighted_mean
+from fedlab.types import Site, Tensors, Update
+
+if TYPE_CHECKING:
+    from fedlab.privacy.base import Privacy
+    from fedlab.training import SiteTrainer
+
+__all__ = ["CoordinateMedian", "GeometricMedian", "Krum", "NormBound", "TrimmedMean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinateMedian(FedAvg):
+    """The median of each coordinate (Yin et al., ICML 2018, arXiv 1803.01498).
+
+    Holds as long as fewer than half of the updates are bad, and needs no setting. Of an even number it is the mean of
+    the two in the middle. Every update counts the same, whatever weight its sender claims. With few sites that differ
+    it moves less than the mean, since no coordinate follows the one site that learns most about it.
+
+    Raises:
+        ValueError: weights other than "uniform".
+    """
+
+    weights: Literal["patients", "steps", "uniform"] = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _only_uniform(self)
+
+    @property
+    def uniform_mean(self) -> bool:
+        """False: it is no mean."""
+        return False
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        return _by_coordinate(_collected(updates), _median)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimmedMean(FedAvg):
+    """The mean of each coordinate without its largest and smallest values (Yin et al., ICML 2018, arXiv 1803.01498).
+
+    Holds while at most the share `trim` of the updates is bad, and wastes less of the good ones than the median. With
+    trim=0 it is the uniform mean.
+
+    Args:
+        trim: share of the updates cut off at each end, rounded up to whole updates, but so that one is left.
+
+    Raises:
+        ValueError: a share outside [0, 0.5), or weights other than "uniform".
+    """
+
+    trim: float
+    weights: Literal["patients", "steps", "uniform"] = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _only_uniform(self)
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"trim is a share of at least 0 and below 0.5, got {self.trim}")
+
+    @property
+    def uniform_mean(self) -> bool:
+        """False: which values count depends on the values."""
+        return False
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        collected = _collected(updates)
+        count = len(collected)
+        cut = min(math.ceil(self.trim * count - 1e-9), (count - 1) // 2)  # 0.1 * 30 is a little above 3
+        return _by_coordinate(collected, lambda values: values.sort(dim=0).values[cut:count - cut].mean(dim=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Krum(FedAvg):
+    """The updates that lie closest to their neighbours (Blanchard et al., NeurIPS 2017, arXiv 1703.02757).
+
+    An update's score is the sum of its squared distances to the n - f - 2 others nearest to it, where n updates came
+    of which f may be bad. The update with the smallest score is taken, or the mean of the `chosen` best (multi-Krum).
+    Needs n of at least 2f + 3. For few bad sites among many alike ones: it throws most updates away, and follows the
+    majority where sites differ.
+
+    Args:
+        attackers: f, the number of bad updates to withstand.
+        chosen: how many updates are averaged.
+
+    Raises:
+        ValueError: a setting out of its range, weights other than "uniform", or before the first round too few sites.
+    """
+
+    one_server: ClassVar[bool] = True
+
+    attackers: int
+    chosen: int = 1
+    weights: Literal["patients", "steps", "uniform"] = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _only_uniform(self)
+        for name, least in (("attackers", 0), ("chosen", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
+
+    @property
+    def uniform_mean(self) -> bool:
+        """False: which updates count depends on the updates."""
+        return False
+
+    @property
+    def needed(self) -> int:
+        """How many updates must come."""
+        return max(2 * self.attackers + 3, self.attackers + self.chosen)
+
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
+        if len(sites) < self.needed:
+            raise ValueError(f"{self!r} needs {self.needed} updates, the run has {len(sites)} sites; expect fewer "
+                             "attackers, choose fewer updates, or use CoordinateMedian()")
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        collected = _collected(updates)
+        if len(collected) < self.needed:
+            raise TooFewUpdates(f"{self!r} needs {self.needed} updates, {len(collected)} came; expect fewer attackers, "
+                                "or use CoordinateMedian()")
+        scores = self.scores(collected)
+        best = sorted(range(len(collected)), key=scores.__getitem__)[:self.chosen]
+        return weighted_mean(replace(collected[k], weight=1.0, metrics={}) for k in sorted(best))
+
+    def scores(self, updates: Sequence[Update]) -> list[float]:
+        """How far each update lies from its nearest neighbours; the smaller the better."""
+        near = len(updates) - self.attackers - 2
+        squares = [[0.0] * len(updates) for _ in updates]
+        for i, one in enumerate(updates):
+            for j, other in enumerate(updates[:i]):
+                squares[i][j] = squares[j][i] = _square_distance(one.delta, other.delta)
+        return [sum(sorted(row[:i] + row[i + 1:])[:near]) for i, row in enumerate(squares)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometricMedian(FedAvg):
+    """The point with the smallest sum of distances to the updates (RFA: Pillutla et al. 2022, arXiv 1912.13445).
+
+    Holds as long as bad sites have less than half of the weight; unlike the coordinate's median it turns with the
+    coordinates and honours weights. Found by the smoothed Weiszfeld algorithm of the paper, begun at the coordinate
+    median rather than at the mean, which one bad site can send arbitrarily far. Weights are claimed by their senders:
+    say weights="uniform" where sites may lie.
+
+    Args:
+        iterations: at most so many.
+        nu: distances below this, in the unit of the weights, count as this, so that an update in the median's place
+            doesn't stop it.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    iterations: int = 100
+    nu: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ValueError(f"iterations is a positive whole number, got {self.iterations!r}")
+        if not 0 < self.nu < math.inf:
+            raise ValueError(f"nu is a positive number, got {self.nu}")
+
+    @property
+    def uniform_mean(self) -> bool:
+        """False: how much an update counts depends on where it lies."""
+        return False
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        collected = _collected(updates)
+        point = _by_coordinate(collected, _median)
+        weights = [self._weight(update) for update in collected]
+        for _ in range(self.iterations):
+            distances = [math.sqrt(_square_distance(update.delta, point.delta)) for update in collected]
+            nearer = weighted_mean(replace(update, weight=weight / max(self.nu, distance), metrics={})
+                                   for update, weight, distance in zip(collected, weights, distances, strict=True))
+            step = math.sqrt(_square_distance(nearer.delta, point.delta))
+            point = nearer
+            if step <= 1e-9 * max(self.nu, sorted(distances)[len(distances) // 2]):
+                break
+        return replace(point, weight=sum(weights))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormBound(FedAvg):
+    """The mean of updates that are first scaled down to a norm of at most `bound` (Sun et al. 2019, arXiv 1911.07963).
+
+    No site can move the model by more than its share of `bound`, however far it scales its update; against attackers
+    that stay within the bound it does nothing. Streams, honours weights, and changes nothing while all updates are
+    shorter than the bound: the gentlest of these strategies. `Admission(max_norm=...)` turns longer updates away
+    instead. A clip that a site does itself, as for differential privacy, binds only sites that do it.
+
+    Args:
+        bound: Euclidean norm, in the unit of the weights; see `History.sites()` for those of a run.
+
+    Raises:
+        ValueError: a bound that is not positive.
+    """
+
+    bound: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.bound < math.inf:
+            raise ValueError(f"bound is a positive number, got {self.bound}")
+
+    @property
+    def uniform_mean(self) -> bool:
+        """False: the server must see each update, and what one counts depends on its norm."""
+        return False
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        return super().combine(self._shortened(update) for update in updates)
+
+    def _shortened(self, update: Update) -> Update:
+        norm = update.norm()
+        return update if norm <= self.bound else update.map(lambda t: t.double() * (self.bound / norm))
+
+
+def _only_uniform(strategy: FedAvg) -> None:
+    if strategy.weights != "uniform":
+        raise ValueError(f"{type(strategy).__name__} counts every update the same, since weights are claimed by their "
+                         f"senders: weights is 'uniform', got {strategy.weights!r}")
+
+
+def _collected(updates: Iterable[Update]) -> list[Update]:
+    """All updates, in an order that doesn't depend on when they came.
+
+    Raises:
+        TooFewUpdates: there is none.
+        ValueError: one is NaN or infinite: sorting would hide it.
+    """
+    collected = sorted(updates, key=lambda update: update.site)
+    if not collected:
+        raise TooFewUpdates("no update to combine: no site of the cohort answered")
+    for update in collected:
+        for name, t in update.delta.items():
+            if not torch.isfinite(t).all():
+                raise ValueError(f"the update of {update.site} is NaN or infinite in {name}")
+    return collected
+
+
+def _by_coordinate(updates: Sequence[Update], combined: Callable[[torch.Tensor], torch.Tensor]) -> Update:
+    """One update from a function of the stacked values, shape (updates, ...), in float64; one tensor at a time."""
+    delta: Mapping[str, torch.Tensor] = {
+        name: combined(torch.stack([update.delta[name].double() for update in updates])) for name in updates[0].delta}
+    return Update(site="mean", delta=delta, weight=float(len(updates)), steps=sum(update.steps for update in updates))
+
+
+def _median(values: torch.Tensor) -> torch.Tensor:
+    ordered, count = values.sort(dim=0).values, len(values)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
+def _square_distance(one: Tensors, other: Tensors) -> float:
+    return sum(float((t.double() - other[name].double()).square().sum()) for name, t in one.items())

@@ -1,0 +1,96 @@
+"""The tumour inside the translucent brain as a plain picture: no OpenGL, no mesh, a fraction of a second.
+
+Every voxel column along the line of sight is looked at once: where it first enters a body, and how that body's surface
+is turned to the light. Orthographic, from the front, the patient's right and above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.colors import to_rgb
+
+if TYPE_CHECKING:
+    from fedlab.view.look import Look
+    from fedlab.view.volumes import Case
+
+__all__ = ["rendered"]
+
+Grey: TypeAlias = npt.NDArray[np.float32]
+
+_PIXELS = 104
+_TURN, _TILT = np.deg2rad(35.0), np.deg2rad(22.0)  # from the front towards the patient's right, and up
+_LIGHT = np.array([-0.4, 0.55, 0.75])  # right, up and towards the eye in the picture
+
+
+def rendered(case: Case, look: Look, layers: Mapping[str | None, npt.NDArray[np.uint8] | None],
+             colours: Mapping[int, tuple[str, float]]) -> dict[str | None, Grey]:
+    """A picture of each layer inside the brain, shape (pixels, pixels, 3), from 0 to 1.
+
+    Args:
+        case: whose brain.
+        look: its opacity applies to the overlay.
+        layers: name -> values in the box, None for the brain alone.
+        colours: value -> colour; what isn't in it isn't drawn.
+    """
+    matrix, offset = _eye(case)
+    brain = _seen((case.grey(look.modality) > 0).astype(np.float32), matrix, offset)
+    skin, rim = _shaded(brain)
+    pictures: dict[str | None, Grey] = {}
+    for name, values in layers.items():
+        image = np.zeros((_PIXELS, _PIXELS, 3), dtype=np.float32)
+        # From the inside to the outside, so that the core shows through the oedema and both through the brain.
+        for value in sorted(colours, key=lambda value: {4: 0, 1: 1, 2: 2, 3: 3}[value]):
+            if values is not None and (body := values == value).any():
+                light, _ = _shaded(_seen(body.astype(np.float32), matrix, offset))
+                colour, opacity = colours[value]
+                cover = (light > 0) * (opacity if value not in (2, 3) else opacity * 0.55)
+                lit = np.asarray(to_rgb(colour), dtype=np.float32) * light[..., None]
+                image = image * (1 - cover[..., None]) + lit * cover[..., None]
+        glass = np.where(skin > 0, 0.1 + 0.5 * rim, 0)[..., None]
+        pictures[name] = np.clip(image * (1 - 0.4 * glass) + 0.75 * glass * skin[..., None], 0, 1).astype(np.float32)
+    return pictures
+
+
+def _eye(case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Voxel of the box for (row, column, depth) of the picture: voxel = matrix @ pixel + offset."""
+    spacing = np.asarray(case.patient.spacing_mm)
+    size = np.asarray(case.shape) * spacing
+    step = float(np.linalg.norm(size)) * 0.86 / _PIXELS
+    sin, cos = np.sin(_TURN), np.cos(_TURN)
+    away = np.array([-sin * np.cos(_TILT), -cos * np.cos(_TILT), -np.sin(_TILT)])  # from the eye into the head
+    right = np.array([cos, -sin, 0.0])  # of the picture: the patient's left lies there, seen from the front
+    right = right if right @ np.array([1, 0, 0]) > 0 else -right
+    up = np.cross(away, right)
+    up = up if up[2] > 0 else -up
+    matrix = np.stack([-up, -right, away], axis=1) * step / spacing[:, None]
+    middle = (np.asarray(case.shape) - 1) / 2
+    return matrix, middle - matrix @ np.full(3, (_PIXELS - 1) / 2)
+
+
+def _seen(body: Grey, matrix: npt.NDArray[np.float64], offset: npt.NDArray[np.float64]) -> Grey:
+    from scipy import ndimage
+
+    smooth = ndimage.uniform_filter(body, 3) if min(body.shape) > 2 else body
+    return np.asarray(ndimage.affine_transform(smooth, matrix, offset, (_PIXELS,) * 3, order=1), dtype=np.float32)
+
+
+def _shaded(body: Grey) -> tuple[Grey, Grey]:
+    """How bright each pixel's surface is, 0 where there is none, and how far it is turned away from the eye."""
+    inside = body > 0.4
+    hit = inside.any(axis=2)
+    first = np.where(hit, inside.argmax(axis=2), 0)
+    rows, columns = np.indices(first.shape)
+    normal = []
+    for axis in range(3):
+        ahead, behind = ([rows, columns, first], [rows, columns, first])
+        ahead[axis], behind[axis] = np.minimum(ahead[axis] + 2, _PIXELS - 1), np.maximum(behind[axis] - 2, 0)
+        normal.append(body[tuple(behind)] - body[tuple(ahead)])
+    down, right, away = normal
+    outward = np.stack([right, -down, -away], axis=2)
+    outward /= np.maximum(np.linalg.norm(outward, axis=2, keepdims=True), 1e-6)
+    light = 0.35 + 0.65 * np.clip(outward @ (_LIGHT / np.linalg.norm(_LIGHT)), 0, 1)
+    return (light * hit).astype(np.float32), ((1 - np.clip(outward[..., 2], 0, 1)) ** 2 * hit).astype(np.float32)

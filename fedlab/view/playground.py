@@ -1,0 +1,476 @@
+"""Turn the knobs of a privacy technique and see what leaves a site, what an attacker makes of it, and what it costs."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fedlab.attacks.inversion import Inversion, invert_update, one_step_update, patch_net
+from fedlab.data.prepare import labels_to_regions
+from fedlab.privacy.accounting import Gaussian, Ledger, epsilon_of
+from fedlab.privacy.base import Privacy
+from fedlab.privacy.svt import PartialSharing
+from fedlab.privacy.updates import LocalGaussian, clip_update
+from fedlab.seeds import generator
+from fedlab.types import MODALITIES, Memory, Patient, Spent, Update
+from fedlab.view.live import display_live, live_bundle
+from fedlab.view.style import Picture, styled
+
+__all__ = ["Knobs", "PrivacyPlayground"]
+
+_WAIT = 0.5  # seconds that the knobs must rest before an attack begins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """The settings of a `PrivacyPlayground`.
+
+    Args:
+        clip: clipping norm of the update, in the unit of the weights.
+        noise_multiplier: σ, standard deviation of the noise over `clip`; 0 for no noise.
+        fraction: share of the entries that is sent, the largest ones.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    clip: float
+    noise_multiplier: float = 0.0
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"clip is a positive number, got {self.clip!r}")
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"noise_multiplier is 0 or a positive number, got {self.noise_multiplier!r}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is above 0 and at most 1, got {self.fraction!r}")
+
+    def privacy(self, *, delta: float) -> Privacy:
+        """The techniques that do it, for `federate`; clipping without noise is none of them."""
+        techniques: list[Privacy] = []
+        if self.noise_multiplier > 0:
+            techniques.append(LocalGaussian(clip=self.clip, noise_multiplier=self.noise_multiplier, delta=delta,
+                                            accountant="gdp"))
+        if self.fraction < 1:
+            techniques.append(PartialSharing(fraction=self.fraction))
+        return sum(techniques[1:], start=techniques[0]) if techniques else Privacy()
+
+    def protect(self, update: Update, *, delta: float, seed: int) -> Update:
+        """The update as it would leave the site, with what one such round spends."""
+        memory: Memory = {}
+        ledger = Ledger.open(memory, site=update.site, model=None, round=0, stream=str(seed))
+        clipped = clip_update(update, self.clip)
+        sent = self.privacy(delta=delta).protect(clipped, memory, generator(seed, "playground"))
+        ledger = Ledger(memory)
+        return replace(sent, spent=ledger.spent())
+
+    def spent(self, *, delta: float, rounds: int) -> Spent | None:
+        """What so many rounds spend per site, or None without noise: then nothing is proven."""
+        if self.noise_multiplier == 0:
+            return None
+        # Two updates of a site, each clipped, differ by at most twice the clipping norm.
+        release = Gaussian(noise_multiplier=self.noise_multiplier / 2, steps=rounds)
+        return Spent(epsilon=epsilon_of([release], delta=delta, accountant="gdp"), delta=delta, unit="site",
+                     accountant="gdp", adjacency="any two updates of a site")
+
+
+class PrivacyPlayground:
+    """Sliders for clipping norm, σ, fraction and ε over one real update: what is sent, and what it gives away.
+
+    The update is one plain gradient step of a network on one patch around a tumour. It is clipped, noised and thinned
+    by `LocalGaussian` and `PartialSharing` as in a run; the accountant says what as many `rounds` of it cost; and a
+    gradient inversion (`fedlab.attacks.inversion`) really looks for the patch in what is sent, anew for every setting
+    of the knobs, in a thread, which takes seconds. It is the easiest case for an attacker: one patch, one
+    step, known labels. A reconstruction that fails proves nothing; the accountant's ε does.
+
+    Args:
+        patient: with a label; a generated one by default, which takes a few seconds.
+        model: maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); a small `patch_net` with its first weights by
+            default. A large one takes long to attack.
+        crop: edge of the patch in voxels.
+        rounds: for how many rounds ε is said.
+        delta: of the guarantee.
+        steps: of an attack, at most.
+        max_seconds: of an attack, at most.
+        seed: of the patient, the network, the noise and the attack.
+        auto: attack by itself once the knobs rest; else on the button.
+
+    Raises:
+        ValueError: a patient without a label or a tumour, or smaller than the patch; a number out of its range.
+    """
+
+    def __init__(self, *, patient: Patient | None = None, model: nn.Module | None = None, crop: int = 16,
+                 rounds: int = 10, delta: float = 1e-2, steps: int = 120, max_seconds: float = 60.0, seed: int = 0,
+                 auto: bool = True) -> None:
+        if rounds < 1 or steps < 1 or crop < 4 or not 0 < delta < 1 or not 0 < max_seconds < math.inf:
+            raise ValueError(f"expected rounds and steps of at least 1, a crop of at least 4 voxels, a delta between "
+                             f"0 and 1 and positive seconds, got rounds={rounds}, steps={steps}, crop={crop}, "
+                             f"delta={delta}, max_seconds={max_seconds}")
+        self.rounds, self.delta, self.steps, self.max_seconds, self.seed = rounds, delta, steps, max_seconds, seed
+        self.patient = _generated(seed) if patient is None else patient
+        self.model = patch_net(seed=seed) if model is None else copy.deepcopy(model)
+        self.patch, self.regions = _patch(self.patient, crop)
+        self.update = one_step_update(self.model, self.patch, self.regions, site=self.patient.id)
+        self._found: dict[Knobs, Inversion] = {}
+        self._live: tuple[Knobs, int, torch.Tensor] | None = None  # of an attack at work
+        self._failed = ""
+        self._silent = False
+        self._again: Callable[[], None] = lambda: None  # renews the static picture of the cell that shows it
+        self._build(auto)
+        self._changed()
+
+    @property
+    def knobs(self) -> Knobs:
+        """What the sliders say."""
+        return Knobs(clip=float(self._clip.value), fraction=float(self._fraction.value),
+                     noise_multiplier=float(self._sigma.value) if self._noise.value else 0.0)
+
+    def set(self, *, clip: float | None = None, noise_multiplier: float | None = None, fraction: float | None = None,
+            epsilon: float | None = None) -> PrivacyPlayground:
+        """Moves the sliders; what isn't given stays.
+
+        Args:
+            clip, noise_multiplier, fraction: as in `Knobs`.
+            epsilon: of all rounds; sets the noise multiplier that it takes.
+
+        Raises:
+            ValueError: a number out of its range, or both a noise multiplier and an ε.
+        """
+        if epsilon is not None and noise_multiplier is not None:
+            raise ValueError("an ε and the noise multiplier determine each other: give one of them")
+        now = self.knobs
+        wanted = Knobs(clip=now.clip if clip is None else clip, fraction=now.fraction if fraction is None else fraction,
+                       noise_multiplier=now.noise_multiplier if noise_multiplier is None else noise_multiplier)
+        sigma = wanted.noise_multiplier if epsilon is None else self._sigma_for(epsilon)
+        with self._quiet():
+            self._noise.value = sigma > 0
+            for slider, value in ((self._clip, wanted.clip), (self._sigma, sigma)):
+                if value > 0:  # a slider that is too short would keep another value without a word
+                    slider.min, slider.max = min(slider.min, math.log10(value)), max(slider.max, math.log10(value))
+                    slider.value = value
+            self._fraction.min = min(self._fraction.min, wanted.fraction)
+            self._fraction.value = wanted.fraction
+        self._changed()
+        return self
+
+    def reconstruct(self) -> Inversion:
+        """Attacks what is sent under the present knobs, here and now, and shows it.
+
+        Returns:
+            What the attack found; the same as the last time for the same knobs.
+        """
+        _Attack.cancel_any()
+        knobs = self.knobs
+        if knobs not in self._found:
+            self._found[knobs] = self._attack(knobs, lambda taken, patch: True)
+        self._show()
+        return self._found[knobs]
+
+    @property
+    def widget(self) -> Any:
+        """The ipywidgets box that is shown."""
+        return self._box
+
+    def html(self) -> str:
+        """Knobs, update and reconstruction as they are now: one self-contained piece of HTML."""
+        return f'<div style="font-family:sans-serif;background:#fff;color:#222">{self._facts()}{self._pictures()}</div>'
+
+    def figure(self) -> Picture:
+        """The true patch and what the attack made of it, a column for each modality; only the patch before an attack.
+
+        Axial slices through the middle, the patient's right on the left.
+        """
+        found = self._found.get(self.knobs)
+        rows = [("the patch", self.patch)] + ([("reconstruction", found.image)] if found is not None else [])
+        with styled():
+            figure = Picture(figsize=(7.2, 1.9 * len(rows) + 0.6), layout="constrained")
+            for (name, volume), axes in zip(rows, figure.subplots(len(rows), 4, squeeze=False), strict=True):
+                for ax, modality, channel in zip(axes, MODALITIES, volume, strict=True):
+                    ax.imshow(_grey(channel), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                    ax.set_xticks([])
+                    ax.set_yticks([])
+                    ax.set_title(modality)
+                axes[0].set_ylabel(name)
+            figure.suptitle(self._outcome(), fontsize=9)
+        figure.alt = self._outcome()
+        return figure
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+        return live_bundle(self.widget, text=repr(self), html=self.html(), picture=self.figure)
+
+    def _ipython_display_(self) -> None:
+        self._again = display_live(self._repr_mimebundle_)
+
+    def __repr__(self) -> str:
+        return f"<PrivacyPlayground of patient {self.patient.id}: {self.knobs!r}; {self._outcome()}>"
+
+    def _build(self, auto: bool) -> None:
+        import ipywidgets as widgets
+
+        norm = self.update.norm()
+        wide = {"style": {"description_width": "150px"}, "layout": widgets.Layout(width="440px")}
+        self._clip = widgets.FloatLogSlider(value=norm, base=10, min=math.log10(norm) - 2, max=math.log10(norm) + 1,
+                                            step=0.05, description="clipping norm", readout_format=".3g", **wide)
+        self._noise = widgets.Checkbox(value=False, description="add noise", indent=False)
+        self._sigma = widgets.FloatLogSlider(value=1e-2, base=10, min=-5, max=3, step=0.05, readout_format=".3g",
+                                             description="noise multiplier σ", **wide)
+        self._epsilon = widgets.FloatLogSlider(value=1e3, base=10, min=-2, max=12, step=0.05, readout_format=".3g",
+                                               description=f"ε of {self.rounds} rounds", **wide)
+        self._fraction = widgets.FloatSlider(value=1.0, min=0.01, max=1.0, step=0.01, readout_format=".2f",
+                                             description="fraction shared", **wide)
+        self._auto = widgets.Checkbox(value=auto, description="reconstruct by itself", indent=False)
+        self._button = widgets.Button(description="Reconstruct", icon="search", button_style="primary")
+        self._facts_box, self._picture_box = widgets.HTML(), widgets.HTML()
+        for slider, act in ((self._clip, self._changed), (self._fraction, self._changed), (self._noise, self._changed),
+                            (self._sigma, self._sigma_moved), (self._epsilon, self._epsilon_moved)):
+            slider.observe(self._observer(act), names="value")
+        self._auto.observe(self._observer(self._changed), names="value")
+        self._button.on_click(lambda button: self._begin())
+        knobs = widgets.VBox([self._clip, widgets.HBox([self._sigma, self._noise]), self._epsilon, self._fraction,
+                              widgets.HBox([self._button, self._auto])])
+        self._box = widgets.VBox([knobs, self._facts_box, self._picture_box])
+
+    def _observer(self, act: Callable[[], None]) -> Callable[[object], None]:
+        return lambda change: None if self._silent else act()
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Sliders are moved by us, not by the user."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
+    def _sigma_moved(self) -> None:
+        with self._quiet():
+            self._noise.value = True
+        self._changed()
+
+    def _epsilon_moved(self) -> None:
+        with self._quiet():
+            self._sigma.value, self._noise.value = self._sigma_for(float(self._epsilon.value)), True
+        self._changed()
+
+    def _sigma_for(self, epsilon: float) -> float:
+        """The smallest σ of the slider's range with which all rounds stay within ε.
+
+        Raises:
+            ValueError: `epsilon` is not a positive number.
+        """
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"epsilon is a positive number, got {epsilon!r}")
+        low, high = 1e-5, 1e3
+        while high / low > 1.001:
+            middle = math.sqrt(low * high)
+            spent = replace(self.knobs, noise_multiplier=middle).spent(delta=self.delta, rounds=self.rounds)
+            low, high = (middle, high) if spent is not None and spent.epsilon > epsilon else (low, middle)
+        return high
+
+    def _changed(self) -> None:
+        """After a knob has moved."""
+        self._sent = self.knobs.protect(self.update, delta=self.delta, seed=self.seed)
+        spent = self.knobs.spent(delta=self.delta, rounds=self.rounds)
+        if spent is not None:
+            with self._quiet():
+                self._epsilon.value = min(max(spent.epsilon, 1e-2), 1e12)
+        self._facts_box.value = self._facts()
+        if self._auto.value and self.knobs not in self._found:
+            self._begin()
+        else:
+            _Attack.cancel_any()
+            self._show()
+
+    def _begin(self) -> None:
+        self._live, self._failed = None, ""
+        if self.knobs not in self._found:
+            _Attack.begin(self, self.knobs)
+        self._show()
+
+    def _attack(self, knobs: Knobs, on_step: Callable[[int, torch.Tensor], bool]) -> Inversion:
+        sent = knobs.protect(self.update, delta=self.delta, seed=self.seed)
+        return invert_update(sent.delta, model=self.model, regions=self.regions, steps=self.steps, seed=self.seed,
+                             max_seconds=self.max_seconds, on_step=on_step)
+
+    def _show(self) -> None:
+        self._picture_box.value = self._pictures()
+
+    def _facts(self) -> str:
+        """What leaves the site, and what the accountant says of it."""
+        knobs, sent = self.knobs, self._sent
+        spent = knobs.spent(delta=self.delta, rounds=self.rounds)
+        before, after = _flat(self.update), _flat(sent)
+        cosine = float(torch.cosine_similarity(before, after, dim=0))
+        share = float((after != 0).float().mean())
+        norm = self.update.norm()
+        clipped = f"clipped to {knobs.clip:.3g}" if norm > knobs.clip else f"within the clipping norm {knobs.clip:.3g}"
+        noise = knobs.noise_multiplier * knobs.clip
+        rows = {"norm of the update": f"{norm:.3g}, {clipped}",
+                "noise": f"σ × clip = {noise:.3g} on each of {before.numel()} entries, of norm about "
+                         f"{noise * math.sqrt(before.numel()):.3g} in all" if noise else "none",
+                "what is sent": f"norm {sent.norm():.3g}, {100 * share:.0f} % of the entries, {sent.nbytes / 1e3:.1f} "
+                                f"of {self.update.nbytes / 1e3:.1f} kB; cosine with the true update {cosine:.3f}",
+                "accountant": f"{spent}, after {self.rounds} rounds" if spent is not None
+                              else "no noise, so no formal guarantee: there is no ε, whatever is clipped or left out",
+                "as code": repr(knobs.privacy(delta=self.delta)) if spent is not None or knobs.fraction < 1
+                           else "none of fedlab's techniques: clipping alone protects nothing"}
+        table = "".join(f'<tr><td style="padding-right:12px;white-space:nowrap"><b>{name}</b></td>'
+                        f"<td>{escape(text)}</td></tr>" for name, text in rows.items())
+        return (f'<table style="font-size:12px">{table}</table>{_histogram(before, after)}')
+
+    def _outcome(self) -> str:
+        found = self._found.get(self.knobs)
+        if found is None:
+            return "no attack on these settings yet"
+        return (f"correlation with the true patch {found.correlation(self.patch):.2f} (1: the patch itself, 0: nothing "
+                f"of it) after {found.steps} steps in {found.seconds:.1f} s")
+
+    def _pictures(self) -> str:
+        found, live = self._found.get(self.knobs), self._live
+        shown, words = (found.image if found is not None else None), self._outcome()
+        if found is None and live is not None and live[0] == self.knobs:
+            words, shown = f"attack at work: step {live[1]} of {self.steps}", live[2]
+        rows = [_images("the patch", self.patch)]
+        if shown is not None:
+            rows.append(_images("what the attacker sees", shown))
+        failed = f'<div style="color:#B3261E">{escape(self._failed)}</div>' if self._failed else ""
+        return (f'<div style="font-size:12px;margin-top:6px"><b>Reconstruction</b>: {escape(words)}</div>{failed}'
+                f'<table style="font-size:11px"><tr><td></td>{"".join(f"<td>{m}</td>" for m in MODALITIES)}</tr>'
+                f'{"".join(rows)}</table><div style="font-size:11px;color:#555">Gradient inversion after Geiping et '
+                "al. 2020, the labels known; axial slices through the middle, each with its own grey scale, the "
+                "patient's right on the left. A reconstruction that fails proves nothing: another attack may "
+                "succeed.</div>")
+
+
+class _Attack(threading.Thread):
+    """The one attack at work in this process; the next one ends it."""
+
+    _guard = threading.Lock()
+    _current: _Attack | None = None
+
+    def __init__(self, playground: PrivacyPlayground, knobs: Knobs, before: _Attack | None) -> None:
+        super().__init__(name="fedlab attack", daemon=True)
+        self.playground, self.knobs, self.before, self.cancelled = playground, knobs, before, threading.Event()
+
+    @classmethod
+    def begin(cls, playground: PrivacyPlayground, knobs: Knobs) -> None:
+        with cls._guard:
+            before = cls._current
+            if before is not None:
+                before.cancelled.set()
+            cls._current = cls(playground, knobs, before)
+            cls._current.start()
+
+    @classmethod
+    def cancel_any(cls) -> None:
+        with cls._guard:
+            current, cls._current = cls._current, None
+        if current is not None:
+            current.cancelled.set()
+            current.join()
+
+    def run(self) -> None:
+        before, self.before = self.before, None
+        if before is not None:
+            before.join()
+        if self.cancelled.wait(_WAIT):
+            return
+        playground = self.playground
+        try:
+            found = playground._attack(self.knobs, self._on_step)
+        except Exception as error:  # in a thread there is no cell to show it
+            playground._failed = f"{type(error).__name__}: {error}"
+            playground._show()
+            return
+        if not self.cancelled.is_set():
+            playground._found[self.knobs] = found
+            playground._show()
+            playground._again()
+
+    def _on_step(self, taken: int, patch: torch.Tensor) -> bool:
+        if taken % 20 == 0 and not self.cancelled.is_set():
+            self.playground._live = (self.knobs, taken, patch)
+            self.playground._show()
+        return not self.cancelled.is_set()
+
+
+def _generated(seed: int) -> Patient:
+    """A generated patient, as in the tutorials."""
+    from fedlab.data.phantom import make_cohort
+
+    sites = make_cohort(sizes=[1], held_out=0, shape=(48, 64, 48), seed=seed, workers=0, progress=False)
+    return sites[0].train[0]
+
+
+def _patch(patient: Patient, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cube around the middle of the tumour, within the scan: image (4, c, c, c) and regions (3, c, c, c)."""
+    if patient.label is None:
+        raise ValueError(f"patient {patient.id} has no label, from which training would compute an update")
+    where = patient.label.nonzero()
+    if len(where) == 0 or min(patient.label.shape) < crop:
+        raise ValueError(f"expected a patient with a tumour and at least {crop} voxels along each axis; {patient.id} "
+                         f"has {len(where)} tumour voxels on a grid of {tuple(patient.label.shape)}")
+    middle = where.float().mean(dim=0).round().long()
+    cut = tuple(slice(start := int(min(max(0, int(m) - crop // 2), size - crop)), start + crop)
+                for m, size in zip(middle, patient.label.shape, strict=True))
+    return patient.image[(slice(None), *cut)].float(), labels_to_regions(patient.label[cut])
+
+
+def _flat(update: Update) -> torch.Tensor:
+    return torch.cat([t.flatten().double() for t in update.delta.values()])
+
+
+def _grey(channel: torch.Tensor) -> npt.NDArray[np.float64]:
+    """The middle axial slice between 0 and 1, rows downwards, the patient's right on the left."""
+    plane = channel[:, :, channel.shape[2] // 2].double().numpy()[::-1, ::-1].T
+    low, high = np.percentile(plane, (1, 99))
+    grey: npt.NDArray[np.float64] = np.clip((plane - low) / max(high - low, 1e-9), 0, 1)
+    return grey
+
+
+def _images(name: str, volume: torch.Tensor) -> str:
+    from matplotlib.image import imsave  # writes a file and touches no settings, so any thread may
+
+    cells = []
+    for modality, channel in zip(MODALITIES, volume, strict=True):
+        buffer = io.BytesIO()
+        imsave(buffer, _grey(channel), cmap="gray", vmin=0, vmax=1, format="png")
+        cells.append(f'<td><img alt="{escape(name)}, {modality}" width="130" height="130" style="image-rendering:'
+                     f'pixelated" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode("ascii")}">'
+                     "</td>")
+    return f'<tr><td style="width:90px">{escape(name)}</td>{"".join(cells)}</tr>'
+
+
+def _histogram(before: torch.Tensor, after: torch.Tensor) -> str:
+    """How many entries have which value, before and after, on a logarithmic scale; as SVG."""
+    width, height, bins = 440, 130, 61
+    both = torch.cat([before, after]).abs().numpy()
+    edge = float(np.quantile(both, 0.999)) or float(both.max()) or 1.0
+    paths = []
+    for values, colour, fill in ((after, "#E08A00", 0.45), (before, "#0072B2", 0.35)):
+        counts, _ = np.histogram(values.clamp(-edge, edge).numpy(), bins=bins, range=(-edge, edge))
+        tall = np.log10(counts + 1) / math.log10(len(values) + 1) * (height - 34)
+        steps = "".join(f"H{k * width / bins:.1f}V{height - 16 - t:.1f}H{(k + 1) * width / bins:.1f}"
+                        for k, t in enumerate(tall))
+        paths.append(f'<path d="M0 {height - 16}{steps}V{height - 16}Z" fill="{colour}" fill-opacity="{fill}" '
+                     f'stroke="{colour}"/>')
+    text = "".join(f'<text x="{x}" y="{height - 3}" text-anchor="{side}">{value:.2g}</text>'
+                   for x, side, value in ((0, "start", -edge), (width / 2, "middle", 0.0), (width, "end", edge)))
+    return (f'<svg role="img" aria-label="values of the update before and after, from {-edge:.2g} to {edge:.2g}" '
+            f'width="{width}" height="{height}" font-family="sans-serif" font-size="10" style="background:#fff">'
+            f'<text x="0" y="11" fill="#0072B2">the update&#39;s entries</text><text x="110" y="11" fill="#B36E00">'
+            f"what is sent (number of entries, logarithmic)</text>{''.join(paths)}{text}</svg>")

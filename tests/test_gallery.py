@@ -1,0 +1,178 @@
+"""The gallery is whole: built from a notebook it needs no other machine, and broken links in it are found."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import fedlab
+
+FIGURE = """
+from matplotlib.figure import Figure
+from IPython.display import display
+
+class Alive(Figure):
+    def _repr_mimebundle_(self, **kwargs):
+        return {"application/vnd.jupyter.widget-view+json": {"model_id": "0", "version_major": 2, "version_minor": 0},
+                "image/png": self._repr_png_(), "text/plain": "alive only in JupyterLab"}
+
+    def _repr_png_(self):
+        import base64, io
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return base64.b64encode(file.getvalue()).decode()
+
+figure = Alive(figsize=(1, 1))
+figure.add_subplot().plot([1, 2])
+figure
+"""
+BAR = "from ipywidgets import IntProgress\nIntProgress(value=3)"
+
+
+@pytest.fixture(scope="module")
+def links(repository: Path) -> ModuleType:
+    """docs/links.py, which is a program beside the package."""
+    spec = importlib.util.spec_from_file_location("links", repository / "docs" / "links.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(repository: Path, folder: Path, *cells: Any) -> subprocess.CompletedProcess[str]:
+    """Runs docs/gallery.py on a notebook of these cells, into `folder`/site."""
+    folder.mkdir(exist_ok=True)
+    notebook = new_notebook(cells=[new_markdown_cell("# Small\n\nYou will see **one** figure."), *cells])
+    nbformat.write(notebook, folder / "01_small.ipynb")
+    command = [sys.executable, str(repository / "docs" / "gallery.py"), str(folder / "01_small.ipynb"),
+               "--out", str(folder / "site")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "IPYTHONDIR": str(folder / "ipython")})
+
+
+@pytest.fixture(scope="module")
+def site(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gallery of one small notebook."""
+    folder = tmp_path_factory.mktemp("gallery")
+    done = build(repository, folder, new_code_cell(FIGURE), new_code_cell(BAR), new_code_cell("print(6 * 7)"),
+                 new_markdown_cell("## Two words\n\nSee [above](01_small.ipynb#Small) and [1](https://arxiv.org/abs/1)."))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every link holds" in done.stdout
+    return folder / "site"
+
+
+def test_notebook_shows_what_it_computed(site: Path) -> None:
+    page = BeautifulSoup((site / "01_small.html").read_text("utf-8"), "html.parser")
+    text = page.select_one("article").get_text()
+    assert "42" in text and "print(6 * 7)" in text
+    (picture,) = page.select("article img")
+    assert (site / picture["src"]).read_bytes().startswith(b"\x89PNG")
+    assert "alive only" not in text, "the PNG comes before other forms of a live output"
+    assert not page.select("article script"), "no widget waits for a kernel"
+    assert "IntProgress(value=3)\n" in text and text.count("IntProgress(value=3") == 1, "the code, and no dead bar"
+    assert page.select_one('a[href="01_small.html#Small"]'), "links between notebooks lead to their pages"
+
+
+def test_index_has_the_map(site: Path) -> None:
+    page = BeautifulSoup((site / "index.html").read_text("utf-8"), "html.parser")
+    (entry,) = page.select(".map li")
+    assert "01 Small" in " ".join(entry.get_text().split()) and "You will see one figure." in entry.get_text()
+    assert entry.select_one("img") and entry.select_one('a[href="01_small.html"]')
+
+
+def test_reference_has_every_public_name(site: Path) -> None:
+    page = BeautifulSoup((site / "reference" / "fedlab.html").read_text("utf-8"), "html.parser")
+    assert not [name for name in fedlab.__all__ if name != "__version__" and not page.find(id=name)]
+    text = page.find(id="federate").find_parent("section").get_text()
+    assert "rounds" in text and "Raises" in text
+
+
+def test_loads_nothing_from_elsewhere(site: Path) -> None:
+    for file in site.rglob("*.html"):
+        page = BeautifulSoup(file.read_text("utf-8"), "html.parser")
+        tags = page.select("script[src], img[src], link[rel=stylesheet]")
+        loaded = [tag.get("src") or tag.get("href") for tag in tags]
+        assert not [address for address in loaded if address.startswith(("http:", "https:", "//"))]
+
+
+def test_a_planted_broken_link_is_found(site: Path, tmp_path: Path, repository: Path, links: ModuleType) -> None:
+    copy = Path(shutil.copytree(site, tmp_path / "site"))
+    assert links.broken_links(copy) == []
+    page = copy / "01_small.html"
+    page.write_text(page.read_text("utf-8").replace("</article>", '<a href="02_gone.html">next</a></article>'), "utf-8")
+    assert links.broken_links(copy) == ["01_small.html: 02_gone.html doesn't exist"]
+    done = subprocess.run([sys.executable, str(repository / "docs" / "links.py"), str(copy)], capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 1 and "02_gone.html" in done.stdout
+    (copy / "gallery.css").unlink()
+    assert "01_small.html: gallery.css doesn't exist" in links.broken_links(copy)
+
+
+@pytest.mark.parametrize("html, problem", [
+    ('<a href="#here">', None), ('<a href="#">', None), ('<a href="other.html#place">', None),
+    ('<a href="https://doi.org/10.1/x">', None), ('<img src="data:image/png;base64,AA">', None),
+    ('<a href="mailto:a@example.org">', None), ('<link rel="canonical" href="https://example.org/">', None),
+    ('<style>p { background: url(data:image/png;base64,AA) }</style>', None), ('<a href="a%20b.html">', None),
+    ('<script>const said = "see https://example.org";</script>', None),
+    ('<a href="#gone">', "no such place"), ('<a href="other.html#gone">', "no such place"),
+    ('<a href="gone.html">', "doesn't exist"), ('<img src="gone.png">', "doesn't exist"),
+    ('<img srcset="other.html 1x, gone.png 2x">', "doesn't exist"), ('<a href="/other.html">', "root of a server"),
+    ('<a href="../page.html">', "out of the site"), ('<a href="file:///x.html">', "only works on some machines"),
+    ('<a href="http://localhost:8888/lab">', "no place that others can reach"), ('<a href=".">', "is a folder"),
+    ('<img src="https://example.org/a.png">', "another machine"),
+    ('<script src="//cdn.example.org/mathjax.js"></script>', "another machine"),
+    ('<link rel="stylesheet" href="https://example.org/a.css">', "another machine"),
+    ('<style>@import "https://example.org/a.css";</style>', "another machine"),
+    ('<p style="background: url(https://example.org/a.png)">', "another machine"),
+    ('<script type="module">import x from "https://example.org/x.mjs";</script>', "another machine"),
+    ('<script>fetch("https://example.org/x.json")</script>', "another machine"),
+    ('<meta http-equiv="refresh" content="0; url=gone.html">', "doesn't exist"),
+    ('<base href="https://example.org/">', "turn every link"),
+])
+def test_links(links: ModuleType, tmp_path: Path, html: str, problem: str | None) -> None:
+    (tmp_path / "page.html").write_text(f'<p id="here">{html}', "utf-8")
+    for name in ("other.html", "a b.html"):
+        (tmp_path / name).write_text('<h2 id="place">', "utf-8")
+    found = links.broken_links(tmp_path)
+    assert len(found) == (problem is not None), found
+    assert problem is None or problem in found[0]
+
+
+def test_style_sheets_are_read(links: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<p>", "utf-8")
+    (tmp_path / "a.css").write_text("@font-face { src: url('https://example.org/f.woff2') }", "utf-8")
+    assert links.broken_links(tmp_path) == ["a.css: loads https://example.org/f.woff2 from another machine"]
+
+
+def test_a_folder_without_pages_is_no_site(links: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no page"):
+        links.broken_links(tmp_path)
+
+
+def test_a_failing_notebook_stops_the_build(repository: Path, tmp_path: Path) -> None:
+    done = build(repository, tmp_path, new_code_cell("1 / 0"))
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_tex_is_refused(repository: Path, tmp_path: Path) -> None:
+    done = build(repository, tmp_path, new_markdown_cell("The sum $x^2$."))
+    assert done.returncode == 1 and "loads no MathJax" in done.stderr
+
+
+def test_nothing_else_is_overwritten(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "thesis.txt").write_text("mine")
+    done = build(repository, tmp_path)
+    assert done.returncode == 1 and "holds something else" in done.stderr
+    assert (tmp_path / "site" / "thesis.txt").read_text() == "mine"
