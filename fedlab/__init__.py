@@ -34,6 +34,8 @@ from fedlab.attacks.inversion import Inversion, invert_update, one_step_update, 
 from fedlab.background import BackgroundRun, SiteDice
 from fedlab.baselines import centralised, local_only, pooled
 from fedlab.checks.privacy import check_privacy
+from fedlab.checks.strategy import check_strategy
+from fedlab.contributions import Contributions, KeepUpdates, dice_on, site_contributions
 from fedlab.data.brats import read_cohort, read_patient, read_sites
 from fedlab.data.cards import DataCard, card_template, fill_card, read_card
 from fedlab.data.fingerprint import find_duplicates, fingerprint, fingerprint_site, same_person
@@ -56,8 +58,22 @@ from fedlab.data.prepare import labels_to_regions, regions_to_labels
 from fedlab.data.statistics import Domain, SiteStatistics, site_statistics
 from fedlab.engines.local import Engine, Local
 from fedlab.errors import DataError, FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
+from fedlab.faults import (
+    Corrupt,
+    Crash,
+    DropOut,
+    Faulty,
+    Joins,
+    Leaves,
+    PoisonedLabels,
+    Replay,
+    Scale,
+    SignFlip,
+    Straggler,
+)
 from fedlab.history import History
 from fedlab.metrics import evaluate, predict, summary, threshold_dice
+from fedlab.model_card import ModelCard, make_model_card
 from fedlab.models import load_model, load_weights, save_model, segresnet, weights_sha256
 from fedlab.privacy.accounting import Ledger, Terms, noise_multiplier_for
 from fedlab.privacy.base import Privacy
@@ -87,9 +103,12 @@ from fedlab.strategies import (
     TrimmedMean,
 )
 from fedlab.topology import Buffered, Gossip, Tree, ring, star
+from fedlab.trace import Verdict, verify
+from fedlab.tracking import CsvTracker, MLflowTracker, TensorBoardTracker
 from fedlab.training import DiceBCE, PolyDecay, SiteTrainer, augmentation
 from fedlab.types import MODALITIES, REGIONS, Patient, Round, ServerState, Site, Spent, Update
 from fedlab.view.cohort import heterogeneity_figure, intensity_figure, partition_figure
+from fedlab.view.contributions import contributions_figure
 from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_figure
 from fedlab.view.dashboard import RunDashboard
 from fedlab.view.playground import PrivacyPlayground
@@ -100,21 +119,25 @@ from fedlab.view.workflow import workflow_figure
 
 __all__ = [
     "DPSGD", "MODALITIES", "REGIONS", "SCAFFOLD", "SVT", "AdaptiveClip", "Admission", "BackgroundRun", "Buffered",
-    "CentralGaussian", "Concentrated", "CoordinateMedian", "DataCard", "DataError", "DiceBCE", "Ditto", "Domain",
-    "Engine", "FedAvg", "FedNova", "FedOpt", "FedProx", "FedlabError", "Gaussian", "GeometricMedian", "Gossip",
-    "Harmonisation", "Heterogeneity", "History", "Inversion", "Krum", "Ledger", "LedgerFile", "Local", "LocalGaussian",
-    "NormBound", "PartialSharing", "Partition", "Patient", "PatientFolder", "PersonalLayers", "PolyDecay", "Privacy",
-    "PrivacyBudgetExhausted", "PrivacyError", "PrivacyPlayground", "Pure", "Quantise", "Round", "RunDashboard",
-    "RunError", "ScaledSign", "SecureAggregation", "ServerState", "SharePercentile", "Site", "SiteDice", "SiteError",
-    "SiteStatistics", "SiteTrainer", "SparseVector", "Spent", "Strategy", "Surface", "Terms", "TooFewUpdates", "TopK",
-    "Tree", "TrimmedMean", "Update", "Viewer", "__version__", "augmentation", "by_column", "by_dirichlet_size",
-    "by_dirichlet_type", "by_institution", "by_quantity", "by_scanner", "card_template", "centralised", "check_privacy",
-    "check_private", "clip_update", "compare", "composed_epsilon", "cross_site_heatmap", "curves", "dice_by_arm",
+    "CentralGaussian", "Concentrated", "Contributions", "CoordinateMedian", "Corrupt", "Crash", "CsvTracker",
+    "DataCard", "DataError", "DiceBCE", "Ditto", "Domain", "DropOut", "Engine", "Faulty", "FedAvg", "FedNova",
+    "FedOpt", "FedProx", "FedlabError", "Gaussian", "GeometricMedian", "Gossip", "Harmonisation", "Heterogeneity",
+    "History", "Inversion", "Joins", "KeepUpdates", "Krum", "Leaves", "Ledger", "LedgerFile", "Local", "LocalGaussian",
+    "MLflowTracker", "ModelCard", "NormBound", "PartialSharing", "Partition", "Patient", "PatientFolder",
+    "PersonalLayers", "PoisonedLabels", "PolyDecay", "Privacy", "PrivacyBudgetExhausted", "PrivacyError",
+    "PrivacyPlayground", "Pure", "Quantise", "Replay", "Round", "RunDashboard", "RunError", "Scale", "ScaledSign",
+    "SecureAggregation", "ServerState", "SharePercentile", "SignFlip", "Site", "SiteDice", "SiteError",
+    "SiteStatistics", "SiteTrainer", "SparseVector", "Spent", "Straggler", "Strategy", "Surface", "TensorBoardTracker",
+    "Terms", "TooFewUpdates", "TopK", "Tree", "TrimmedMean", "Update", "Verdict", "Viewer", "__version__",
+    "augmentation", "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution", "by_quantity",
+    "by_scanner", "card_template", "centralised", "check_privacy", "check_private", "check_strategy", "clip_update",
+    "compare", "composed_epsilon", "contributions_figure", "cross_site_heatmap", "curves", "dice_by_arm", "dice_on",
     "each_round", "epsilon_of", "evaluate", "export_labels", "federate", "fill_card", "find_duplicates", "fingerprint",
     "fingerprint_site", "fit_harmonisation", "fix_private", "heterogeneity", "heterogeneity_figure", "inspect_folder",
-    "intensity_figure", "invert_update", "labels_to_regions", "load_model", "load_weights", "local_only", "make_cohort",
-    "noise_multiplier_for", "norms", "norms_and_head", "one_step_update", "partition_figure", "patch_net", "pooled",
-    "predict", "read_card", "read_cohort", "read_patient", "read_sites", "regions_to_labels", "ring", "same_person",
-    "save_model", "segresnet", "show", "show_patient", "site_statistics", "sites_figure", "star", "summary", "surface",
-    "threshold_dice", "tumour_types", "weights_sha256", "workflow_figure", "write_brats",
+    "intensity_figure", "invert_update", "labels_to_regions", "load_model", "load_weights", "local_only",
+    "make_cohort", "make_model_card", "noise_multiplier_for", "norms", "norms_and_head", "one_step_update",
+    "partition_figure", "patch_net", "pooled", "predict", "read_card", "read_cohort", "read_patient", "read_sites",
+    "regions_to_labels", "ring", "same_person", "save_model", "segresnet", "show", "show_patient",
+    "site_contributions", "site_statistics", "sites_figure", "star", "summary", "surface", "threshold_dice",
+    "tumour_types", "verify", "weights_sha256", "workflow_figure", "write_brats",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `fedlab demo`, `run`, `resume`, `evaluate` and `data`."""
+"""The command line: `fedlab demo`, `run`, `resume`, `evaluate`, `verify` and `data`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.cli_data import add_data, add_layout, read_shape
+from fedlab.cli_verify import add_verify
 from fedlab.errors import FedlabError
 
 __all__ = ["main"]
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
                                                 "(default runs/evaluate-TIME)")
     score.set_defaults(command=_evaluate)
 
+    add_verify(commands)
     add_data(commands)
     return parser
 

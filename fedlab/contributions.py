@@ -34,7 +34,7 @@ from fedlab.strategies import FedAvg, Strategy, TooFewUpdates
 from fedlab.task import SiteTask
 from fedlab.types import Memory, ServerState, Site, Tensors, Update
 
-__all__ = ["Contributions", "KeepUpdates", "Values", "contributions", "dice_on", "leave_one_out", "shapley"]
+__all__ = ["Contributions", "KeepUpdates", "Values", "dice_on", "leave_one_out", "shapley", "site_contributions"]
 
 #: Players up to which every coalition is asked, 2 to that power.
 _EXACT = 12
@@ -243,7 +243,7 @@ class Contributions:
                f"{self.evaluations} models evaluated in {self.seconds:.1f} s, {self.stored_bytes / 1e6:.1f} MB kept</p>"
 
 
-def contributions(
+def site_contributions(
     history: History, folder: Path | str, utility: Callable[[Tensors], float], *, strategy: Strategy | None = None,
     permutations: int | None = None, tolerance: float = 0.0, seed: int = 0,
 ) -> Contributions:

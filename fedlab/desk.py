@@ -143,7 +143,9 @@ class Desk:
     def _note(self, update: Update) -> None:
         size = update.nbytes * self._copies.get(update.site, 1)
         self.seen[update.site] = {**update.metrics, "norm": update.norm(), "weight": update.weight,
-                                  "steps": float(update.steps), "bytes": float(size), "seconds": update.seconds}
+                                  "steps": float(update.steps), "bytes": float(size)}
+        if update.seconds > 0:  # withheld under a guarantee
+            self.seen[update.site]["seconds"] = update.seconds
         self.spent[update.site] = update.spent
 
     def _void(self, why: str) -> ServerState:

@@ -34,6 +34,7 @@ from fedlab.history import History
 from fedlab.metrics import COLUMNS, evaluate, predict, score_rows
 from fedlab.models import load_weights, save_model, segresnet
 from fedlab.server import federate
+from fedlab.tracking import CsvTracker
 from fedlab.training import PolyDecay, SiteTrainer, augmentation, pick_device, pick_precision
 from fedlab.types import Patient, Round, ServerState, Site
 from fedlab.workers import Workers, start_workers, tell
@@ -396,6 +397,8 @@ def _train_arm(job: Job, arm: str, out: Path) -> History:
 
     settings: dict[str, Any] = {"rounds": job.rounds, "seed": job.seed, "progress": False, "on_round": report,
                                 "validate": validate, "checkpoint": out / "arms" / arm.replace(" ", "-")}
+    if arm == "federated":
+        settings |= {"trace": out / "trace.jsonl", "on_round": [report, CsvTracker(path=out / "rounds.csv")]}
     if arm == "centralised":
         return centralised(trainer, sites, **settings)
     chosen = sites if arm == "federated" else [site for site in sites if arm == f"local {site.name}"]

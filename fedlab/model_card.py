@@ -21,7 +21,7 @@ from fedlab.types import MODALITIES, REGIONS, Site
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ModelCard", "model_card"]
+__all__ = ["ModelCard", "make_model_card"]
 
 _REGION_NAMES = {"TC": "tumour core", "WT": "whole tumour", "ET": "enhancing tumour"}
 
@@ -63,7 +63,7 @@ class ModelCard:
         return self.text.partition("\n---\n")[2]
 
 
-def model_card(history: History, *, name: str, sites: Sequence[Site], settings: Mapping[str, str],
+def make_model_card(history: History, *, name: str, sites: Sequence[Site], settings: Mapping[str, str],
                scores: pd.DataFrame | None = None, trace: Verdict | None = None, generated: bool = False) -> ModelCard:
     """The card of the global model of a run.
 

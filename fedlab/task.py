@@ -33,7 +33,8 @@ class SiteTask:
     Args:
         trainer: trains locally.
         privacy: protects what leaves.
-        seed: of the run; the streams of a site and round are derived from it.
+        seed: of the run; the streams of a site and round are derived from it. Whoever knows it can subtract the noise
+            of techniques that draw from it: deployments say `secure_mode=True` in the technique.
         strategy: what it changes in the training at a site; see `Strategy.equip`.
     """
 
@@ -78,7 +79,9 @@ class SiteTask:
             memory["joined"] = {"updates": memory["joined"]["updates"] + 1}
             stage = "keep"
             self.strategy.keep(self.trainer, site, state, protected, memory, seed)
-            return replace(protected, seconds=time.perf_counter() - started)
+            # Time grows with patients, and with those that were drawn: under a guarantee it stays at home too.
+            guarded = self.privacy.units or self.privacy.works_at_server
+            return replace(protected, seconds=0.0 if guarded else time.perf_counter() - started)
         except PrivacyBudgetExhausted as error:
             raise PrivacyBudgetExhausted(f"{site.name} takes no part from round {state.round} on: {error}") from error
         except PrivacyError as error:

@@ -72,6 +72,8 @@ class Trace:
         begin = {"format": _FORMAT, "settings": dict(settings), "versions": _versions(), **_data_of(sites)}
         number = 0 if state is None else state.round
         model = model_sha256(state.params if state else start, state.models if state else {})
+        if resumable and path.exists() and _barely_begun(path):
+            path.unlink()
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             trace = cls(path, model=model)
@@ -366,13 +368,20 @@ def _check_same_run(path: Path, first: Mapping[str, Any], begin: Mapping[str, An
 
 def _rounds_after(entries: Sequence[Any]) -> int:
     """How many rounds a trace has seen, those before it began included."""
-    return max(int(entry["round"]) + (entry["kind"] == "round") for entry in entries)
+    return max(int(entry["round"]) + int(entry["kind"] == "round") for entry in entries)
 
 
 def _complete_lines(path: Path) -> tuple[list[bytes], bytes]:
     """The lines that end as they should, and what is left of a last one that doesn't."""
     *lines, rest = path.read_bytes().split(b"\n")
     return lines, rest
+
+
+def _barely_begun(path: Path) -> bool:
+    """Whether a kill left nothing but a part of the first line."""
+    lines, rest = _complete_lines(path)
+    beginning = _canonical({"format": _FORMAT})[:-1]
+    return not lines and rest[:len(beginning)] == beginning[:len(rest)]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

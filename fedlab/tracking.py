@@ -76,7 +76,8 @@ class MLflowTracker:
     Args:
         run_file: where the id of the MLflow run is kept, beside the checkpoint; a resumed run goes on in that run.
         experiment: its name in MLflow.
-        uri: of the tracking server, or a folder as "file:..."; None leaves it to MLflow's own settings.
+        uri: of the tracking server; None leaves it to MLflow's own settings. A folder, as "file:...", is still taken by
+            MLflow 3 where MLFLOW_ALLOW_FILE_STORE=true is set.
         settings: logged as parameters when the run begins, such as {"strategy": repr(strategy)}.
 
     Raises:

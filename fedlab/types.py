@@ -138,7 +138,7 @@ class Update:
         spent: privacy spent by the site so far.
         encoded: size in bytes of the delta as it would be sent, if a technique makes it smaller than dense tensors.
         round: number of the round it answers, so that an old one is known for what it is.
-        seconds: how long the site took.
+        seconds: how long the site took; 0 under a guarantee, which covers no time.
     """
 
     site: str

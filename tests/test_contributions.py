@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import trainer
 
-from fedlab.contributions import Contributions, KeepUpdates, contributions, dice_on, leave_one_out, shapley
+from fedlab.contributions import Contributions, KeepUpdates, dice_on, leave_one_out, shapley, site_contributions
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyError, RunError
 from fedlab.models import weights_sha256
@@ -112,7 +112,7 @@ def test_contributions_of_a_linear_game(kept):
         asked.append(1)
         return sum(float((probe[name] * p.double()).sum()) for name, p in params.items())
 
-    found = contributions(history, folder, utility)
+    found = site_contributions(history, folder, utility)
     size = 4 * sum(p.numel() for p in history.state.params.values())
     assert len(asked) == found.evaluations == 8 and 7 * size < found.stored_bytes < 7 * size + 7 * 1000
     assert found.nobody == pytest.approx(utility(trainer().initial()))
@@ -120,7 +120,7 @@ def test_contributions_of_a_linear_game(kept):
     assert found.table["shapley"].sum() == pytest.approx(found.everybody - found.nobody)
     only = {name: contributions_of(folder, history, name, utility) - found.nobody for name in found.table.index}
     assert found.table["shapley"].idxmax() in only and "all coalitions" in str(found)
-    sampled = contributions(history, folder, utility, permutations=6, seed=2)
+    sampled = site_contributions(history, folder, utility, permutations=6, seed=2)
     assert (sampled.table["standard error"] >= 0).all() and "6 permutations" in sampled._repr_html_()
 
 
@@ -146,9 +146,9 @@ def test_one_site_alone_is_its_own_steps(kept):
 def test_updates_of_another_run_are_refused(kept, tmp_path):
     history, folder = kept
     with pytest.raises(RunError, match="do not give the model of this run"):
-        contributions(history, folder, lambda params: 0.0, strategy=FedAvg(weights="uniform"))
+        site_contributions(history, folder, lambda params: 0.0, strategy=FedAvg(weights="uniform"))
     with pytest.raises(RunError, match="missing or damaged"):
-        contributions(history, tmp_path, lambda params: 0.0)
+        site_contributions(history, tmp_path, lambda params: 0.0)
     with pytest.raises(RunError, match="another run"):
         federate(trainer(), blob_sites((3, 2, 1)), rounds=1, seed=1, progress=False,
                  engine=KeepUpdates(engine=Local(), folder=folder))
@@ -177,7 +177,7 @@ def test_dice_is_a_utility_and_leaves_the_model_alone(kept):
 
 def test_the_figure_says_what_is_in_it(kept):
     history, folder = kept
-    found = contributions(history, folder, lambda params: float(params["last.bias"].sum()), permutations=4)
+    found = site_contributions(history, folder, lambda params: float(params["last.bias"].sum()), permutations=4)
     figure = contributions_figure(found)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(
         found.table.sort_values("shapley").index)

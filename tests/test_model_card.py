@@ -12,7 +12,7 @@ from fedlab.data.cards import card_template
 from fedlab.errors import RunError
 from fedlab.history import History
 from fedlab.metrics import COLUMNS
-from fedlab.model_card import model_card
+from fedlab.model_card import make_model_card
 from fedlab.models import weights_sha256
 from fedlab.trace import Verdict
 from fedlab.types import Round, ServerState, Site, Spent
@@ -42,8 +42,8 @@ def scores():
 def test_a_card_says_what_the_run_knows(tmp_path):
     spent = Spent(2.5, 1e-3, "patient", "rdp", "add or remove one patient")
     trace = Verdict(path=tmp_path / "t", lines=4, rounds=2, head="ab" * 32)
-    card = model_card(history([spent]), name="My model", sites=SITES, settings=SETTINGS, scores=scores(), trace=trace,
-                      generated=True)
+    card = make_model_card(history([spent]), name="My model", sites=SITES, settings=SETTINGS, scores=scores(),
+                           trace=trace, generated=True)
     front = yaml.safe_load(card.text.split("---")[1])
     assert front["model_name"] == "My model" and front["license"] == MARK
     for heading in ("Model details", "Intended use", "Factors", "Metrics and evaluation data", "Training data",
@@ -61,11 +61,11 @@ def test_a_card_says_what_the_run_knows(tmp_path):
 
 
 def test_a_card_claims_nothing_that_is_not_known():
-    card = model_card(history(), name="m", sites=SITES, settings={})
+    card = make_model_card(history(), name="m", sites=SITES, settings={})
     assert "no formal guarantee" in card.text and "was not traced" in card.text and "ε" not in card.text
     assert "not evaluated on held-out patients" in card.text and "generated" not in card.text
     assert card.open >= 6 and str(card.open) in repr(card)
     broken = Verdict(path="t", lines=1, rounds=1, head="", problems=("line 2 is not what was written",))
-    assert "NOT whole: line 2" in model_card(history(), name="m", sites=[], settings={}, trace=broken).text
+    assert "NOT whole: line 2" in make_model_card(history(), name="m", sites=[], settings={}, trace=broken).text
     with pytest.raises(RunError, match="no finished round"):
-        model_card(History(rounds=1), name="m", sites=[], settings={})
+        make_model_card(History(rounds=1), name="m", sites=[], settings={})

@@ -60,7 +60,7 @@ def test_the_update_is_the_step_that_plain_training_takes(patient):
 
 
 def test_without_noise_the_patch_is_found_and_under_strong_noise_it_is_not(playground):
-    """Measured: see the assertions; one seed, since an attack takes a second."""
+    """One seed, since an attack takes seconds; the bounds leave room on both sides."""
     norm = playground.update.norm()
     bare = playground.set(clip=10 * norm, noise_multiplier=0).reconstruct()
     clipped = playground.set(clip=norm / 100, noise_multiplier=0).reconstruct()

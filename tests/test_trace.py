@@ -217,6 +217,15 @@ def test_a_round_that_is_traced_but_not_saved_is_run_again(tmp_path, monkeypatch
     assert not [note for note in verdict.notes if "another model" in note]  # the repeated round gave the same bits
 
 
+@pytest.mark.parametrize("left", [0, 5, 400])
+def test_a_kill_in_the_first_line_is_no_obstacle(tmp_path, done, left):
+    folder = tmp_path / "run"
+    traced(folder, rounds=1, trace=None)
+    (folder / "trace.jsonl").write_bytes((done[0] / "trace.jsonl").read_bytes()[:left])
+    traced(folder, rounds=1)
+    assert verify(folder).ok and "begins in round 1" in verify(folder).notes[0]
+
+
 def test_a_round_that_was_saved_but_is_not_in_the_trace_shows(tmp_path):
     folder = tmp_path / "run"
     traced(folder, rounds=2)

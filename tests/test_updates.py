@@ -24,7 +24,7 @@ from fedlab.privacy.personal import PersonalLayers
 from fedlab.privacy.sharing import SharePercentile, TopK
 from fedlab.privacy.updates import AdaptiveClip, CentralGaussian, LocalGaussian, clip_update
 from fedlab.server import each_round, federate
-from fedlab.strategies import FedAvg, weighted_mean
+from fedlab.strategies import CoordinateMedian, FedAvg, weighted_mean
 from fedlab.types import Cohort, Update
 
 UNIFORM = FedAvg(weights="uniform")
@@ -436,7 +436,7 @@ class Median(FedAvg):
         return replace(collected[0], site="mean")
 
 
-@pytest.mark.parametrize("strategy", [Median(), FedAvg(), FedAvg(weights="steps"), object()], ids=repr)
+@pytest.mark.parametrize("strategy", [Median(), FedAvg(), FedAvg(weights="steps"), CoordinateMedian()], ids=repr)
 def test_noise_at_the_server_refuses_all_but_a_plain_mean(strategy):
     with pytest.raises(ValueError, match=r"FedAvg\(weights='uniform'\)"):
         federate(trainer(), blob_sites(), privacy=Privacy() + central(), strategy=strategy, progress=False)

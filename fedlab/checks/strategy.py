@@ -119,8 +119,8 @@ def _patient(seed: int) -> Patient:
 
 def _findings(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
     yield _settings(strategy)
+    before = copy.deepcopy(vars(strategy))
     try:
-        before = copy.deepcopy(vars(strategy))
         yield from _round(strategy, stage)
         for check in (_select, _order, _one, _weights, _uniform, _precision, _finite, _nothing):
             yield from check(strategy, stage)
@@ -128,8 +128,8 @@ def _findings(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
         yield Finding(check="fits the run", outcome="failed", what=f"{type(error).__name__}: {error}",
                       remedy="combine() takes an iterable of updates that may be walked once and returns an Update; "
                              "step() takes the state and that update, and returns a state")
-        return
-    yield from _run(strategy, stage)
+    else:
+        yield from _run(strategy, stage)
     changed = sorted(name for name, value in vars(strategy).items() if repr(before.get(name)) != repr(value))
     if changed:
         yield Finding(check="purity", outcome="failed", what=f"a round changes the strategy's {', '.join(changed)}",
@@ -180,7 +180,7 @@ def _round(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
     for number in (1, 2):
         with unlike_randomness(number):
             mean = strategy.combine(iter(stage.updates()))
-            runs.append(_groups(strategy.step(_begun(strategy, stage), mean)))
+            runs.append({**_groups(strategy.step(_begun(strategy, stage), mean)), **mean.delta})
     yield _finding("determinism", None if _equal(*runs) else "the same updates gave other numbers",
                    "the same updates give the same bits", "draw nothing at random in combine() and step(), or from a "
                    "generator seeded with the round")
@@ -265,7 +265,11 @@ def _precision(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
     single = stage.updates()
     double = [update.map(lambda t: t.double()) for update in single]
     apart = _apart(strategy.combine(iter(single)).delta, strategy.combine(iter(double)).delta)
-    yield _finding("precision", f"float32 updates are combined with an error of {apart:.2g}" if apart > _ROUNDING
+    fine = double[0].map(lambda t: t / 3)  # thirds, which float32 can't hold
+    mean = strategy.combine(replace(fine, site=site.name) for site in stage.sites)
+    along = _dot(mean.delta, fine.delta) / _dot(fine.delta, fine.delta)
+    apart = max(apart, _apart(mean.delta, fine.map(lambda t: t * along).delta))
+    yield _finding("precision", f"sums are off by {apart:.2g} of their size" if apart > _ROUNDING
                    else None, "sums are in float64", "turn each tensor into float64 first: t.double()")
 
 

@@ -12,7 +12,7 @@ def contributions_figure(found: Contributions, *, metric: str = "Dice") -> Pictu
     """Shapley values as bars with their standard errors, leave-one-out as marks; a row a site, the largest on top.
 
     Args:
-        found: by `fedlab.contributions.contributions`.
+        found: by `fedlab.contributions.site_contributions`.
         metric: what its utility measures.
 
     Raises:

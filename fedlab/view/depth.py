@@ -21,7 +21,7 @@ __all__ = ["rendered"]
 
 Grey: TypeAlias = npt.NDArray[np.float32]
 
-_PIXELS = 104
+_PIXELS = 96
 _TURN, _TILT = np.deg2rad(35.0), np.deg2rad(22.0)  # from the front towards the patient's right, and up
 _LIGHT = np.array([-0.4, 0.55, 0.75])  # right, up and towards the eye in the picture
 
@@ -36,16 +36,18 @@ def rendered(case: Case, look: Look, layers: Mapping[str | None, npt.NDArray[np.
         layers: name -> values in the box, None for the brain alone.
         colours: value -> colour; what isn't in it isn't drawn.
     """
-    matrix, offset = _eye(case)
-    brain = _seen((case.grey(look.modality) > 0).astype(np.float32), matrix, offset)
-    skin, rim = _shaded(brain)
+    places, outside = _places(case)
+    brain = case.grey(look.modality) > 0
+    skin, rim = _shaded(_smoothed(_turned(brain.view(np.uint8), places, outside) > 0))
     pictures: dict[str | None, Grey] = {}
     for name, values in layers.items():
         image = np.zeros((_PIXELS, _PIXELS, 3), dtype=np.float32)
+        turned = np.zeros((_PIXELS,) * 3, dtype=np.uint8) if values is None else _turned(values, places, outside)
         # From the inside to the outside, so that the core shows through the oedema and both through the brain.
-        for value in sorted(colours, key=lambda value: {4: 0, 1: 1, 2: 2, 3: 3}[value]):
-            if values is not None and (body := values == value).any():
-                light, _ = _shaded(_seen(body.astype(np.float32), matrix, offset))
+        for value in (value for value in (4, 1, 2, 3) if value in colours):
+            body = turned == value
+            if body.any():
+                light, _ = _shaded(_smoothed(body))
                 colour, opacity = colours[value]
                 cover = (light > 0) * (opacity if value not in (2, 3) else opacity * 0.55)
                 lit = np.asarray(to_rgb(colour), dtype=np.float32) * light[..., None]
@@ -55,27 +57,36 @@ def rendered(case: Case, look: Look, layers: Mapping[str | None, npt.NDArray[np.
     return pictures
 
 
-def _eye(case: Case) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Voxel of the box for (row, column, depth) of the picture: voxel = matrix @ pixel + offset."""
-    spacing = np.asarray(case.patient.spacing_mm)
-    size = np.asarray(case.shape) * spacing
-    step = float(np.linalg.norm(size)) * 0.86 / _PIXELS
+def _places(case: Case) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+    """Which voxel of the box lies at each (row, column, depth) of the picture, and where there is none."""
+    spacing, shape = np.asarray(case.patient.spacing_mm), np.asarray(case.shape)
+    step = float(np.linalg.norm(shape * spacing)) * 0.86 / _PIXELS
     sin, cos = np.sin(_TURN), np.cos(_TURN)
     away = np.array([-sin * np.cos(_TILT), -cos * np.cos(_TILT), -np.sin(_TILT)])  # from the eye into the head
-    right = np.array([cos, -sin, 0.0])  # of the picture: the patient's left lies there, seen from the front
-    right = right if right @ np.array([1, 0, 0]) > 0 else -right
-    up = np.cross(away, right)
-    up = up if up[2] > 0 else -up
-    matrix = np.stack([-up, -right, away], axis=1) * step / spacing[:, None]
-    middle = (np.asarray(case.shape) - 1) / 2
-    return matrix, middle - matrix @ np.full(3, (_PIXELS - 1) / 2)
+    right = np.array([-cos, sin, 0.0])  # of the picture: seen from the front, the patient's left lies there
+    down = np.cross(away, right)
+    matrix = np.stack([down, right, away], axis=1) * step / spacing[:, None]
+    pixel = np.arange(_PIXELS) - (_PIXELS - 1) / 2
+    flat, outside = np.zeros((_PIXELS,) * 3, dtype=np.intp), np.zeros((_PIXELS,) * 3, dtype=np.bool_)
+    for axis in range(3):
+        rows, columns, depths = (pixel * part for part in matrix[axis])
+        place = np.rint(rows[:, None, None] + columns[None, :, None] + depths + (shape[axis] - 1) / 2).astype(np.intp)
+        outside |= (place < 0) | (place >= shape[axis])
+        flat = flat * shape[axis] + np.clip(place, 0, shape[axis] - 1)
+    return flat, outside
 
 
-def _seen(body: Grey, matrix: npt.NDArray[np.float64], offset: npt.NDArray[np.float64]) -> Grey:
-    from scipy import ndimage
+def _turned(values: npt.NDArray[np.uint8], places: npt.NDArray[np.intp],
+            outside: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    turned = values.ravel()[places]
+    turned[outside] = 0
+    return turned
 
-    smooth = ndimage.uniform_filter(body, 3) if min(body.shape) > 2 else body
-    return np.asarray(ndimage.affine_transform(smooth, matrix, offset, (_PIXELS,) * 3, order=1), dtype=np.float32)
+
+def _smoothed(body: npt.NDArray[np.bool_]) -> Grey:
+    from scipy.ndimage import uniform_filter
+
+    return np.asarray(uniform_filter(body.astype(np.float32), 3), dtype=np.float32)
 
 
 def _shaded(body: Grey) -> tuple[Grey, Grey]:

@@ -7,7 +7,7 @@ sagittal ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
-from fedlab.types import MODALITIES, REGIONS
+from fedlab.types import MODALITIES
 from fedlab.view.depth import rendered
 from fedlab.view.slices import COLOURS, NAMES
 from fedlab.view.style import Picture, arm_label, styled
-from fedlab.view.volumes import ERRORS, REFERENCE, Case
+from fedlab.view.volumes import ERRORS, REFERENCE, Case, RegionFacts
 
 __all__ = ["OVERLAYS", "VIEWS", "Look", "View", "colours_of", "legend_of", "picture"]
 
@@ -35,6 +35,7 @@ OVERLAYS = ("labels", *(f"errors {region}" for region in ("WT", "TC", "ET")), "n
 _AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}
 _SIDES = {"axial": ("R", "L"), "coronal": ("R", "L"), "sagittal": ("A", "P")}
 _CROSSHAIR = "#7FD4FF"
+_EDGE = [withStroke(linewidth=1.5, foreground="black")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,41 +117,50 @@ def picture(case: Case, look: Look, *, layers: Sequence[str] | None = None) -> P
     views = ["axial", "coronal", "sagittal", "3-D"] if look.view == "all" else [look.view]
     cells = [(name, view) for name in names for view in views]
     columns = len(views) if len(views) > 1 else min(4, len(cells))
-    figure, axes = _grid(case, cells, columns)
+    painting = {name: painted(case, look, name) for name in names}
+    facts = {name: case.facts(name) for name in names if name is not None}
     grey = case.grey(look.modality)
-    turned = rendered(case, look, {name: painted(case, look, name) for name in names}, colours_of(look)) \
-        if "3-D" in views else {}
+    turned = rendered(case, look, painting, colours_of(look)) if "3-D" in views else {}
     with styled():
-        for ax, (name, view) in zip(axes, cells, strict=True):
+        figure, ax, corners = _sheet(len(cells), columns)
+        for (name, view), (left, bottom, side) in zip(cells, corners, strict=True):
+            ax.add_patch(Rectangle((left, bottom), side, side, facecolor="black", edgecolor="none", zorder=0))
             if view == "3-D":
-                _solid(ax, turned[name])
+                ax.imshow(turned[name], interpolation="bilinear", aspect="auto", zorder=1,
+                          extent=(left, left + side, bottom, bottom + side))
+                _letters(ax, ("R", "L"), left, bottom + 0.28, side)
             else:
-                _slice(ax, case, look, grey, painted(case, look, name), view)
+                _slice(ax, case, look, grey, painting[name], view, (left, bottom, side))
             if view == views[0]:
-                _caption(ax, case, name, wide=len(views) > 1)
-        height = figure.get_figheight()
+                told = _told(case, name, facts, wide=len(views) > 1)
+                ax.text(left, bottom + side + 0.05, told, fontsize=9 if len(views) > 1 else 8, fontweight="bold",
+                        va="bottom")
+        width, height = (float(inches) for inches in figure.get_size_inches())
+        ax.set(xlim=(0, width), ylim=(0, height), aspect="auto")
         figure.suptitle(f"{case.patient.id}, {look.modality}", x=0.5, y=1 - 0.1 / height, va="top", fontweight="bold")
         _foot(figure, look)
-    figure.alt = _words(case, look, [name for name in names if name is not None])
+    figure.alt = _words(case, look, facts)
     return figure
 
 
-def _grid(case: Case, cells: Sequence[Any], columns: int) -> tuple[Picture, list[Axes]]:
-    rows = -(-len(cells) // columns)
+def _sheet(cells: int, columns: int) -> tuple[Picture, Axes, list[tuple[float, float, float]]]:
+    """A figure of one pair of axes in inches, and left, bottom and side of each cell: axes for each would be slow."""
+    rows = -(-cells // columns)
     side, gap, caption, top, foot = 2.45 if columns > 1 else 4.5, 0.06, 0.3, 0.36, 0.62
-    width, height = columns * (side + gap), top + rows * (side + caption) + foot
-    figure = Picture(figsize=(max(width, 6.0), height))
-    axes = []
-    for number in range(len(cells)):
-        row, column = divmod(number, columns)
-        left = (max(width, 6.0) - width) / 2 + column * (side + gap) + gap / 2
-        bottom = height - top - (row + 1) * (side + caption)
-        axes.append(figure.add_axes((left / max(width, 6.0), bottom / height, side / max(width, 6.0), side / height)))
-    return figure, axes
+    used, height = columns * (side + gap), top + rows * (side + caption) + foot
+    width = max(used, 6.0)
+    figure = Picture(figsize=(width, height))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    corners = []
+    for row, column in (divmod(number, columns) for number in range(cells)):
+        corners.append(((width - used) / 2 + column * (side + gap) + gap / 2,
+                        height - top - (row + 1) * (side + caption), side))
+    return figure, ax, corners
 
 
 def _slice(ax: Axes, case: Case, look: Look, grey: npt.NDArray[np.uint8], over: npt.NDArray[np.uint8] | None,
-           plane: str) -> None:
+           plane: str, cell: tuple[float, float, float]) -> None:
     axis = _AXIS[plane]
     index = look.crosshair[axis]
     shown = np.repeat(_flat(grey, axis, index)[..., None], 3, axis=2).astype(np.float32) / 255
@@ -159,22 +169,24 @@ def _slice(ax: Axes, case: Case, look: Look, grey: npt.NDArray[np.uint8], over: 
         for value, (colour, opacity) in colours_of(look).items():
             here = values == value
             shown[here] = (1 - opacity) * shown[here] + opacity * np.asarray(to_rgb(colour), dtype=np.float32)
+    left, bottom, side = cell
     across, up = (case.patient.spacing_mm[other] for other in range(3) if other != axis)
-    right, down = shown.shape[1] * across, shown.shape[0] * up
-    ax.imshow(shown, interpolation="bilinear", aspect="equal", extent=(0, right, down, 0))
-    half = max(right, down) / 2
-    ax.set(xlim=(right / 2 - half, right / 2 + half), ylim=(down / 2 + half, down / 2 - half), xticks=[], yticks=[],
-           facecolor="black")
-    ax.spines[:].set_visible(False)
-    x, y = (look.crosshair[other] for other in range(3) if other != axis)
-    ax.axvline(right - (x + 0.5) * across, color=_CROSSHAIR, linewidth=0.5, alpha=0.7)
-    ax.axhline(down - (y + 0.5) * up, color=_CROSSHAIR, linewidth=0.5, alpha=0.7)
-    edge = [withStroke(linewidth=1.5, foreground="black")]
-    for side, where, align in zip(_SIDES[plane], (0.03, 0.97), ("left", "right"), strict=True):
-        ax.text(where, 0.97, side, transform=ax.transAxes, color="white", fontsize=9, ha=align, va="top",
-                fontweight="bold", path_effects=edge)
-    ax.text(0.03, 0.03, f"{plane} {index + case.box[axis].start}", transform=ax.transAxes, color="white", fontsize=7.5,
-            path_effects=edge)
+    longest = max(size * mm for size, mm in zip(case.shape, case.patient.spacing_mm, strict=True))
+    wide, high = (side * count * mm / longest for count, mm in ((shown.shape[1], across), (shown.shape[0], up)))
+    x, y = left + (side - wide) / 2, bottom + (side - high) / 2
+    ax.imshow(shown, interpolation="bilinear", aspect="auto", extent=(x, x + wide, y, y + high), zorder=1)
+    column, row = (look.crosshair[other] for other in range(3) if other != axis)
+    ax.vlines(x + wide * (1 - (column + 0.5) / shown.shape[1]), y, y + high, color=_CROSSHAIR, linewidth=0.5, alpha=0.7)
+    ax.hlines(y + high * (row + 0.5) / shown.shape[0], x, x + wide, color=_CROSSHAIR, linewidth=0.5, alpha=0.7)
+    _letters(ax, _SIDES[plane], left, bottom + side - 0.05, side)
+    ax.text(left + 0.06, bottom + 0.06, f"{plane} {index + case.box[axis].start}", color="white", fontsize=7.5,
+            path_effects=_EDGE)
+
+
+def _letters(ax: Axes, letters: tuple[str, str], left: float, top: float, side: float) -> None:
+    """What is on the left and on the right of a cell."""
+    for letter, x, align in zip(letters, (left + 0.07, left + side - 0.07), ("left", "right"), strict=True):
+        ax.text(x, top, letter, color="white", fontsize=9, ha=align, va="top", fontweight="bold", path_effects=_EDGE)
 
 
 def _flat(volume: npt.NDArray[np.uint8], axis: int, index: int) -> npt.NDArray[np.uint8]:
@@ -182,28 +194,17 @@ def _flat(volume: npt.NDArray[np.uint8], axis: int, index: int) -> npt.NDArray[n
     return volume.take(index, axis=axis)[::-1, ::-1].T
 
 
-def _solid(ax: Axes, image: npt.NDArray[np.float32]) -> None:
-    ax.imshow(image, interpolation="bilinear", aspect="equal")
-    ax.set(xticks=[], yticks=[], facecolor="black")
-    ax.spines[:].set_visible(False)
-    for letter, x, y in (("R", 0.05, 0.08), ("L", 0.95, 0.08)):
-        ax.text(x, y, letter, transform=ax.transAxes, color="white", fontsize=9, ha="center", fontweight="bold",
-                path_effects=[withStroke(linewidth=1.5, foreground="black")])
-
-
-def _caption(ax: Axes, case: Case, name: str | None, *, wide: bool) -> None:
+def _told(case: Case, name: str | None, facts: Mapping[str, Sequence[RegionFacts]], *, wide: bool) -> str:
+    """A layer's name, with its volumes, and its Dice where it has one."""
     if name is None:
-        ax.set_title("no label map, no prediction", fontsize=9.5, loc="left", pad=4)
-        return
-    facts = {fact.region: fact for fact in case.facts(name)}
+        return "no label map, no prediction"
+    known = {fact.region: fact for fact in facts[name]}
     scored = name != REFERENCE and REFERENCE in case.layers
-    told = [f"{region} {facts[region].ml:.1f} ml"
-            + (f", Dice {facts[region].dice:.2f}" if scored and not math.isnan(facts[region].dice) else "")
+    told = [f"{region} {known[region].ml:.1f} ml" + (f", Dice {known[region].dice:.2f}" if scored else "")
             for region in ("WT", "TC", "ET")]
-    if not any(fact.ml for fact in facts.values()):
-        told = ["no tumour"] + (["Dice WT {:.2f}".format(facts["WT"].dice)] if scored else [])
-    ax.set_title(arm_label(name) + ("   " + " · ".join(told) if wide else f"\n{told[0]}"),
-                 fontsize=9.5 if wide else 8.5, loc="left", pad=4)
+    if not any(fact.ml for fact in facts[name]):
+        told = ["no tumour" + (f", Dice WT {known['WT'].dice:.2f}" if scored else "")]
+    return f"{arm_label(name)}   {' · '.join(told if wide else told[:1])}"
 
 
 def _foot(figure: Picture, look: Look) -> None:
@@ -216,11 +217,8 @@ def _foot(figure: Picture, look: Look) -> None:
                 "crosshair", ha="center", va="bottom", fontsize=7.5, color="#666666")
 
 
-def _words(case: Case, look: Look, names: Sequence[str]) -> str:
-    told = []
-    for name in names:
-        numbers = ", ".join(f"{fact.region} {fact.ml:.1f} ml" + ("" if math.isnan(fact.dice) or name == REFERENCE
-                                                                 else f" (Dice {fact.dice:.2f})")
-                            for fact in sorted(case.facts(name), key=lambda fact: REGIONS.index(fact.region)))
-        told.append(f"{name}: {numbers}")
+def _words(case: Case, look: Look, facts: Mapping[str, Sequence[RegionFacts]]) -> str:
+    told = [f"{name}: " + ", ".join(
+        f"{fact.region} {fact.ml:.1f} ml" + (f" (Dice {fact.dice:.2f})" if name != REFERENCE and not math.isnan(fact.dice)
+                                             else "") for fact in known) for name, known in facts.items()]
     return f"{look.modality} of patient {case.patient.id}, {look.overlay}. " + "; ".join(told or ["no labels"]) + "."

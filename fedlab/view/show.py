@@ -17,6 +17,7 @@ from fedlab.view.volumes import REFERENCE, Case, Prediction, make_case
 __all__ = ["Backend", "Viewer", "show"]
 
 Backend: TypeAlias = Literal["auto", "niivue", "itk", "static"]
+_DPI = 110  # of the picture that a notebook keeps
 
 
 class Viewer:
@@ -71,7 +72,7 @@ class Viewer:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         drawn = self.picture()
-        png, size = drawn._repr_png_()
+        png, size = drawn._repr_png_(dpi=_DPI)
         bundle: dict[str, Any] = {"text/plain": f"{self!r}\n{drawn.alt}", "image/png": png}
         if self.backend == "niivue":
             live = self.panel.widget._repr_mimebundle_()

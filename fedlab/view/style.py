@@ -49,9 +49,9 @@ class Picture(Figure):
 
     alt: str = ""
 
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+    def _repr_png_(self, *, dpi: int = 160) -> tuple[bytes, dict[str, int]]:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=160)
+        self.savefig(buffer, format="png", dpi=dpi)
         width, height = (round(inches * 96) for inches in self.get_size_inches())
         return buffer.getvalue(), {"width": width, "height": height}
 

@@ -155,11 +155,13 @@ class Visit:
         assert shown.count() == 0, f"a cell shows an error:\n{shown.first.inner_text()}"
 
     def cell(self, name: str) -> Any:
-        """The cell of that id, as Playwright's locator."""
+        """The cell of that id, scrolled to, as Playwright's locator: JupyterLab doesn't draw what is out of sight."""
         order = self.page.evaluate("""name => window.jupyterapp.shell.currentWidget.content.widgets
             .findIndex(cell => cell.model.id === name)""", name)
         assert order >= 0, f"the notebook has no cell {name}"
-        return self.page.locator(".jp-Notebook-cell").nth(order)
+        cell = self.page.locator(".jp-Notebook-cell").nth(order)
+        cell.evaluate("cell => cell.scrollIntoView({block: 'nearest'})")
+        return cell
 
     def image(self, name: str) -> Pixels | None:
         """The first picture (PNG) in the output of a cell; None as long as there is none."""

@@ -43,9 +43,9 @@ def test_first_federated_run(visit: Callable[..., Visit], repository: Path, seen
     assert grey(without) > 1000 and grey(reference) > 1000, "there is no brain"
     assert coloured(reference) > 100 and coloured(without) < 20, "the tumour is in the reference's panel only"
 
-    bar = notebook.cell("federate").locator(".jupyter-widgets")
-    assert "2/2" in bar.first.inner_text(), "the progress bar is a live widget that came to its end"
-    assert bar.first.locator(".progress-bar-success").count() == 1
+    bar = notebook.cell("federate").locator(".jupyter-widgets:has(.progress-bar-success)")
+    wait_for(lambda: bar.count() and "2/2" in bar.first.inner_text(), seconds=30,
+             why="the progress bar isn't a live widget that came to its end")
     notebook.check_quiet()
 
 
@@ -106,7 +106,7 @@ def test_dashboard(visit: Callable[..., Visit], seen: Seen) -> None:
         rows = cell.locator("table tr").all()
         return [row.locator("td").nth(6).inner_text() for row in rows[1:]]
 
-    assert state("ready") == 0
+    wait_for(lambda: state("ready") == 0, seconds=30, why="the dashboard isn't drawn")
     press("Start")
     wait_for(lambda: (state("running") or 0) >= 2, seconds=PATIENCE, why="the rounds don't go on by themselves")
     press("Pause")
