@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 from common import RESULTS, sweep, write
-from workflows import CROP, HELD_OUT, LR, PATIENTS, ROUNDS, SHAPE, SITES, SPACING_MM, STEPS
+from workflows import CROP, HELD_OUT, LR, ROUNDS, SHAPE, SITES, SIZES, SPACING_MM, STEPS
 
 LIARS = 3
 FAULTS = ("none", "drop-out 30 %", "crash 30 %", "NaN", "replay, disguised", "poisoned labels",
@@ -69,7 +69,7 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
     from fedlab.engines.local import Local
     from fedlab.faults import Faulty
 
-    sites = fl.make_cohort(seed=seed, sites=SITES, patients=SITES * PATIENTS, sizes=[PATIENTS] * SITES, shape=SHAPE,
+    sites = fl.make_cohort(seed=seed, sites=SITES, patients=sum(SIZES), sizes=SIZES, shape=SHAPE,
                            spacing_mm=SPACING_MM, held_out=HELD_OUT, workers=0, progress=False)
     liars = [site.name for site in sites[::SITES // LIARS][:LIARS]]
     model = fl.segresnet(seed=seed)

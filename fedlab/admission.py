@@ -24,6 +24,7 @@ class Admission:
         max_norm: Euclidean norm of the longest update that is believed. It can't be seen through secure aggregation.
         max_weight: largest weight that is believed, such as the number of patients of the largest hospital: an update
             counts by the weight that its sender claims.
+        max_steps: most optimiser steps that are believed; `FedNova` and `FedAvg(weights="steps")` count by them.
 
     Raises:
         ValueError: a setting out of its range.
@@ -33,11 +34,12 @@ class Admission:
     deadline: float | None = None
     max_norm: float | None = None
     max_weight: float | None = None
+    max_steps: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.min_sites, int) or self.min_sites < 1:
             raise ValueError(f"min_sites is a positive whole number, got {self.min_sites!r}")
-        for name in ("deadline", "max_norm", "max_weight"):
+        for name in ("deadline", "max_norm", "max_weight", "max_steps"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(f"{name} is a positive number or None, got {value!r}")
@@ -48,6 +50,8 @@ class Admission:
             return f"late: it took {update.seconds:.3g} s, the deadline is {self.deadline:g} s"
         if self.max_weight is not None and update.weight > self.max_weight:
             return f"its weight is {update.weight:g}, at most {self.max_weight:g} is believed"
+        if self.max_steps is not None and update.steps > self.max_steps:
+            return f"it took {update.steps} steps, at most {self.max_steps:g} are believed"
         if self.max_norm is not None and (norm := update.norm()) > self.max_norm:
             return f"its norm is {norm:.3g}, at most {self.max_norm:g} is believed"
         return None

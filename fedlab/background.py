@@ -357,7 +357,8 @@ class _Work:
         self.history.add(finished)
         self.kept[finished.number] = {name: numbers for name in finished.sites
                                       if (numbers := _plain_numbers(self.engine, name))}
-        if (call := self.settings.get("on_round")) is not None:
+        calls = self.settings.get("on_round", ())
+        for call in calls if isinstance(calls, Sequence) else (calls,):
             call(finished)
         if finished.number + 1 < self.rounds:
             self._pass_gate()

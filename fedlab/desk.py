@@ -156,7 +156,7 @@ class Desk:
 
     def _nothing_came(self) -> ServerState:
         """The model stays, but for noise that hides just that."""
-        if self.cohort and not self.task.privacy.works_at_server:
+        if not self.task.privacy.works_at_server:
             return self._void("no update came")
         nothing = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.task.trainer.initial().items()}
         return self.task.strategy.step(self.state, self.release(Update(site="mean", delta=nothing, weight=1.0)))

@@ -16,8 +16,10 @@ import pandas as pd
 from fedlab import __version__
 from fedlab.job import Folder, Outcome
 from fedlab.metrics import summary, threshold_dice
+from fedlab.model_card import make_model_card
 from fedlab.models import weights_sha256
 from fedlab.report import Section, save_figure, write_report
+from fedlab.trace import verify
 from fedlab.types import REGIONS
 from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_figure
 from fedlab.view.slices import compare
@@ -92,9 +94,10 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
 def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     """Writes everything a run directory holds and returns the summary.
 
-    Files, beside the model.safetensors and the partition.json that the job left there: scores.csv, dice.csv,
-    cross_site.csv, train.csv and real.csv where there are real scans, history.json, figures/, report.html, and last
-    summary.json, which says that the run is complete. What an interrupted attempt left half written is written anew.
+    Files, beside the model.safetensors, partition.json, trace.jsonl and rounds.csv (every number of every round) that
+    the job left there: scores.csv, dice.csv, cross_site.csv, train.csv and real.csv where there are real scans,
+    history.json, model_card.md, figures/, report.html, and last summary.json, which says that the run is complete. What
+    an interrupted attempt left half written is written anew.
     """
     (out / "report.html").unlink(missing_ok=True)
     shutil.rmtree(out / "figures", ignore_errors=True)
@@ -105,10 +108,22 @@ def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
         if table is not None:
             table.to_csv(out / f"{name}.csv", index=False)
     _write_json(out / "history.json", {arm: history.records for arm, history in outcome.histories.items()})
+    _write_model_card(outcome, out / "model_card.md")
     found = summarise(outcome)
     _write_report(outcome, found, out)
     _write_json(out / "summary.json", found)
     return found
+
+
+def _write_model_card(outcome: Outcome, path: Path) -> None:
+    settings = {"trainer": outcome.trainer, "strategy": "FedAvg()", "seed": str(outcome.job.seed),
+                "data": repr(outcome.job.source), "voxel size": f"{outcome.job.source.spacing_mm:g} mm"}
+    scores = outcome.scores[outcome.scores["arm"] == "federated"]
+    card = make_model_card(outcome.histories["federated"], name=path.parent.name, sites=outcome.sites, scores=scores,
+                           settings=settings, trace=verify(path.parent),
+                           generated=not isinstance(outcome.job.source, Folder))
+    path.unlink(missing_ok=True)
+    card.save(path)
 
 
 def caution(outcome: Outcome) -> str:

@@ -93,7 +93,7 @@ def federate(
         trainer, sites, strategy, privacy, rounds, topology, engine, admission, seed: as in `each_round`.
         validate: called with the global model and the round's number after each round; what it returns, such as
             the Dice of held-out patients, joins the round's metrics.
-        on_round: called with each finished round; one or several, such as `[CsvTracker("rounds.csv"), show]`.
+        on_round: called with each finished round; one or several, such as `[CsvTracker(path="rounds.csv"), show]`.
         checkpoint: a folder that the run is saved in after every round. If it holds the beginning of this same
             run, the run goes on from there, to the bit-equal result.
         trace: a file that says who took part when, line by line and chained by hashes; see `fedlab.trace`.

@@ -323,7 +323,10 @@ class Buffered:
         overtaken = {site.name: state.round - begun[site.name] for site in first}
         updates = (update.map(partial(torch.mul, other=1 / math.sqrt(1 + overtaken[update.site])))
                    for update in train(state, first))
-        after = strategy.step(state, release(strategy.combine(some(updates))))
+        try:
+            after = strategy.step(state, release(strategy.combine(some(updates))))
+        except NoUpdates:  # the clock goes on all the same, or a site that is gone would be waited for for ever
+            after = replace(state, round=state.round + 1)
         models = {site.name: state.at(site.name).params for site in cohort}
         for site in first:
             models[site.name] = after.params

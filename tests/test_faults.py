@@ -36,6 +36,7 @@ from fedlab.privacy.base import check_update
 from fedlab.privacy.updates import LocalGaussian
 from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg
+from fedlab.topology import Buffered
 from fedlab.types import Round, Spent, Update
 
 BAD = "site-1"
@@ -75,7 +76,7 @@ EXCLUDED = [
     (Corrupt(how="overflow", sites=(BAD,), rounds=(1,)), "its norm is"),
     (Corrupt(how="sender", sites=(BAD,), rounds=(1,)), "nothing under its name; an update of 'elsewhere' came"),
     (Corrupt(how="garbage", sites=(BAD,), rounds=(1,)), "other tensors"),
-    (Corrupt(how="no update", sites=(BAD,), rounds=(1,)), "something came that is no update"),
+    (Corrupt(how="no update", sites=(BAD,), rounds=(1,)), "something that is no update came"),
 ]
 
 
@@ -160,6 +161,12 @@ def test_a_site_may_join_late_and_leave():
                                                                      ["site-1", "site-2"]]
     assert "it joins in round 2" in history.records[0]["absent"]["site-2"]
     assert "it left before round 1" in history.records[2]["absent"]["site-0"]
+
+
+def test_a_buffer_does_not_wait_for_a_site_that_left():
+    history = run(Leaves(round=0, sites=("site-0",)), admission=rules(), rounds=4,
+                  topology=Buffered(size=1, seconds={"site-0": 1.0, "site-1": 1.5, "site-2": 9.0}))
+    assert [sorted(record["sites"]) for record in history.records] == [[], ["site-1"], [], ["site-1"]]
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

@@ -51,7 +51,8 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 def test_a_demo_leaves_everything_that_it_promises(demo):
     names = {p.name for p in demo.folder.iterdir()}
     assert names == {"report.html", "history.json", "summary.json", "job.json", "model.safetensors", "scores.csv",
-                     "dice.csv", "cross_site.csv", "partition.json", "figures"}
+                     "dice.csv", "cross_site.csv", "partition.json", "trace.jsonl", "rounds.csv", "model_card.md",
+                     "figures"}
     figures = list((demo.folder / "figures").iterdir())
     assert {p.stem for p in figures} == {"tumours", "dice", "cross_site", "curves", "sites"}
     for figure in figures:
@@ -199,6 +200,19 @@ def test_another_seed_gives_other_weights_and_real_scans_are_scored(demo, tmp_pa
     assert (tmp_path / "run" / "prepared" / "complete").is_file()  # --keep
 
 
+def test_the_trace_of_a_demo_is_whole_and_fits_its_model(demo, tmp_path, capsys):
+    assert "4 lines, 2 rounds, whole" in command("verify", demo.folder)
+    head = command("verify", demo.folder).split()[-1]
+    assert "whole" in command("verify", demo.folder, "--head", head)
+    assert head in (demo.folder / "model_card.md").read_text("utf-8")
+    assert {row["round"] for row in rows_of(demo.folder / "rounds.csv")} == {"0", "1"}
+    for name in ("trace.jsonl", "model.safetensors"):
+        (tmp_path / name).write_bytes((demo.folder / name).read_bytes())
+    changed = (tmp_path / "trace.jsonl").read_bytes().replace(b'"weight":', b'"weight":1', 1)
+    (tmp_path / "trace.jsonl").write_bytes(changed)
+    assert main(["verify", str(tmp_path)]) == 1 and "line 2 is not what was written" in capsys.readouterr().out
+
+
 def interrupted(arguments: tuple[str, ...], out: Path, end: str) -> tuple[int, str]:
     """A demo in a process of its own, ended in the midst of training; its exit status and what it printed."""
     run = Background(["demo", *arguments, "--out", str(out)], out.with_suffix(".log"))
@@ -224,6 +238,7 @@ def test_a_killed_demo_leaves_no_process_and_resumes_to_equal_bits(demo, tmp_pat
     printed = command("resume", out)
     assert "report:" in printed
     same_result(out, demo)
+    assert "whole" in command("verify", out)
     assert not (out / "arms").exists() and not (out / "prepared").exists()
 
 

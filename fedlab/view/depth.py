@@ -52,15 +52,15 @@ def rendered(case: Case, look: Look, layers: Mapping[str | None, npt.NDArray[np.
                 cover = (light > 0) * (opacity if value not in (2, 3) else opacity * 0.55)
                 lit = np.asarray(to_rgb(colour), dtype=np.float32) * light[..., None]
                 image = image * (1 - cover[..., None]) + lit * cover[..., None]
-        glass = np.where(skin > 0, 0.1 + 0.5 * rim, 0)[..., None]
-        pictures[name] = np.clip(image * (1 - 0.4 * glass) + 0.75 * glass * skin[..., None], 0, 1).astype(np.float32)
+        glass = np.where(skin > 0, 0.2 + 0.55 * rim, 0)[..., None]
+        pictures[name] = np.clip(image * (1 - 0.5 * glass) + 0.9 * glass * skin[..., None], 0, 1).astype(np.float32)
     return pictures
 
 
 def _places(case: Case) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
     """Which voxel of the box lies at each (row, column, depth) of the picture, and where there is none."""
     spacing, shape = np.asarray(case.patient.spacing_mm), np.asarray(case.shape)
-    step = float(np.linalg.norm(shape * spacing)) * 0.86 / _PIXELS
+    step = float(np.linalg.norm(shape * spacing)) * 0.74 / _PIXELS
     sin, cos = np.sin(_TURN), np.cos(_TURN)
     away = np.array([-sin * np.cos(_TILT), -cos * np.cos(_TILT), -np.sin(_TILT)])  # from the eye into the head
     right = np.array([-cos, sin, 0.0])  # of the picture: seen from the front, the patient's left lies there

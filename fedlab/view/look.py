@@ -6,7 +6,6 @@ sagittal ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -126,7 +125,7 @@ def picture(case: Case, look: Look, *, layers: Sequence[str] | None = None) -> P
         for (name, view), (left, bottom, side) in zip(cells, corners, strict=True):
             ax.add_patch(Rectangle((left, bottom), side, side, facecolor="black", edgecolor="none", zorder=0))
             if view == "3-D":
-                ax.imshow(turned[name], interpolation="bilinear", aspect="auto", zorder=1,
+                ax.imshow(_bytes(turned[name]), interpolation="bilinear", aspect="auto", zorder=1,
                           extent=(left, left + side, bottom, bottom + side))
                 _letters(ax, ("R", "L"), left, bottom + 0.28, side)
             else:
@@ -174,13 +173,17 @@ def _slice(ax: Axes, case: Case, look: Look, grey: npt.NDArray[np.uint8], over: 
     longest = max(size * mm for size, mm in zip(case.shape, case.patient.spacing_mm, strict=True))
     wide, high = (side * count * mm / longest for count, mm in ((shown.shape[1], across), (shown.shape[0], up)))
     x, y = left + (side - wide) / 2, bottom + (side - high) / 2
-    ax.imshow(shown, interpolation="bilinear", aspect="auto", extent=(x, x + wide, y, y + high), zorder=1)
+    ax.imshow(_bytes(shown), interpolation="bilinear", aspect="auto", extent=(x, x + wide, y, y + high), zorder=1)
     column, row = (look.crosshair[other] for other in range(3) if other != axis)
     ax.vlines(x + wide * (1 - (column + 0.5) / shown.shape[1]), y, y + high, color=_CROSSHAIR, linewidth=0.5, alpha=0.7)
     ax.hlines(y + high * (row + 0.5) / shown.shape[0], x, x + wide, color=_CROSSHAIR, linewidth=0.5, alpha=0.7)
     _letters(ax, _SIDES[plane], left, bottom + side - 0.05, side)
     ax.text(left + 0.06, bottom + 0.06, f"{plane} {index + case.box[axis].start}", color="white", fontsize=7.5,
             path_effects=_EDGE)
+
+
+def _bytes(image: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    return np.rint(255 * image).astype(np.uint8)
 
 
 def _letters(ax: Axes, letters: tuple[str, str], left: float, top: float, side: float) -> None:
@@ -218,7 +221,9 @@ def _foot(figure: Picture, look: Look) -> None:
 
 
 def _words(case: Case, look: Look, facts: Mapping[str, Sequence[RegionFacts]]) -> str:
-    told = [f"{name}: " + ", ".join(
-        f"{fact.region} {fact.ml:.1f} ml" + (f" (Dice {fact.dice:.2f})" if name != REFERENCE and not math.isnan(fact.dice)
-                                             else "") for fact in known) for name, known in facts.items()]
+    told = []
+    for name, known in facts.items():
+        scored = name != REFERENCE and REFERENCE in case.layers
+        told.append(f"{name}: " + ", ".join(f"{fact.region} {fact.ml:.1f} ml" + (f" (Dice {fact.dice:.2f})" if scored
+                                                                                 else "") for fact in known))
     return f"{look.modality} of patient {case.patient.id}, {look.overlay}. " + "; ".join(told or ["no labels"]) + "."

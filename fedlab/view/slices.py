@@ -21,6 +21,7 @@ from matplotlib.patheffects import withStroke
 
 from fedlab.types import MODALITIES, Patient
 from fedlab.view.style import Picture, arm_label, styled
+from fedlab.view.volumes import Prediction, as_labels
 
 __all__ = ["COLOURS", "NAMES", "Plane", "best_slice", "compare", "overlay", "show_patient"]
 
@@ -35,6 +36,7 @@ NAMES: Mapping[int, str] = {1: "necrotic / non-enhancing core", 2: "oedema", 4: 
 
 _AXES: Mapping[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 _EDGE = withStroke(linewidth=2.0, foreground=(0, 0, 0, 0.55))
+_TALLEST = 44.0  # inches of a figure
 _SIDES: Mapping[Plane, tuple[str, str]] = {"axial": ("R", "L"), "coronal": ("R", "L"), "sagittal": ("A", "P")}
 
 
@@ -137,7 +139,7 @@ def show_patient(patient: Patient, prediction: LabelMap | None = None, *, plane:
     return figure
 
 
-def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[LabelMap]], *, modality: str = "FLAIR",
+def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[Prediction]], *, modality: str = "FLAIR",
             plane: Plane = "axial") -> Picture:
     """The same slices segmented by the reference and by each arm: a row a patient, a column an arm.
 
@@ -147,7 +149,8 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[LabelMap]],
     Args:
         patients: who is shown; the slice is the one with most tumour in the reference labels, or else in those of
             the first arm that found any.
-        arms: name of an arm -> its label maps, shape (X, Y, Z), one for each patient in the same order.
+        arms: name of an arm -> its predictions, one for each patient in the same order: label maps (X, Y, Z), regions
+            or probabilities (3, X, Y, Z), or NIfTI files; as `fedlab.show` takes them.
         modality: what is shown under the labels.
         plane: "axial", "coronal" or "sagittal".
 
@@ -160,6 +163,8 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[LabelMap]],
         if len(labels) != len(patients):
             raise ValueError(f"arm {name!r} has {len(labels)} label maps for {len(patients)} patients; "
                              "give one for each patient, in the same order")
+    maps = {name: [as_labels(patient, label, name=f"prediction {name!r}")
+                   for patient, label in zip(patients, labels, strict=True)] for name, labels in arms.items()}
     known = any(patient.label is not None for patient in patients)
     heads = [modality, *(["reference"] if known else []), *map(arm_label, arms)]
     written = [fill(head, max(8, round(100 / len(heads)))) for head in heads]  # 10 letters of this size fit an inch
@@ -168,7 +173,7 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[LabelMap]],
                          top=0.45 + 0.17 * max(1 + head.count("\n") for head in written))
     with styled():
         for row, patient in enumerate(patients):
-            guesses = [labels[row] for labels in arms.values()]
+            guesses = [labels[row] for labels in maps.values()]
             _check(patient, *guesses)
             index = _index(patient, plane, [patient.label, *guesses])
             shown = [None, *([patient.label] if known else []), *guesses]
@@ -186,7 +191,7 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[LabelMap]],
                         va="bottom", fontweight="bold", fontsize=10)
         _foot(figure, plane, labels=True, line=known and bool(arms))
     figure.alt = (f"{plane.capitalize()} {modality} slices of {len(patients)} patients with the tumour as seen by "
-                  + ", ".join(heads[1:]) + ". " + " ".join(_spoken(patients, arms)))
+                  + ", ".join(heads[1:]) + ". " + " ".join(_spoken(patients, maps)))
     return figure
 
 
@@ -316,15 +321,18 @@ def _scored(patient: Patient, label: LabelMap) -> str:
 def _grid(view: View, *, rows: int, columns: int, top: float, foot: float,
           left: float = 0.05) -> tuple[Picture, npt.NDArray[Any]]:
     """Axes of the view's proportions in a figure about 10 inches wide; top, foot and left margins in inches."""
-    gap, title = 0.08, 0.26
-    panel = min((10.0 - left - 0.05 - gap * (columns - 1)) / columns, 2.9)
-    tall = panel * view[1] / view[0]
-    width = left + 0.05 + panel * columns + gap * (columns - 1)
+    gap, title, ratio = 0.08, 0.26, view[1] / view[0]
+    most = ((_TALLEST - top - foot) / rows - title) / ratio  # of many patients each is small
+    panel = min((10.0 - left - 0.05 - gap * (columns - 1)) / columns, 2.9, max(most, 0.5))
+    tall = panel * ratio
+    used = left + 0.05 + panel * columns + gap * (columns - 1)
+    width = max(used, 8.0) if panel == most else used  # the legend needs its place
+    left += (width - used) / 2
     height = top + rows * tall + (rows - 1) * title + foot
     figure = Picture(figsize=(width, height))
     axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={
-        "left": left / width, "right": 1 - 0.05 / width, "top": 1 - top / height, "bottom": foot / height,
-        "wspace": gap / panel, "hspace": title / tall})
+        "left": left / width, "right": 1 - (0.05 + (width - used) / 2) / width, "top": 1 - top / height,
+        "bottom": foot / height, "wspace": gap / panel, "hspace": title / tall})
     return figure, axes
 
 
