@@ -165,7 +165,7 @@ def test_a_site_may_join_late_and_leave():
 
 def test_a_buffer_does_not_wait_for_a_site_that_left():
     history = run(Leaves(round=0, sites=("site-0",)), admission=rules(), rounds=4,
-                  topology=Buffered(size=1, seconds={"site-0": 1.0, "site-1": 1.5, "site-2": 9.0}))
+                  topology=Buffered(size=1, seconds={"site-0": 1.0, "site-1": 1.4, "site-2": 9.0}))
     assert [sorted(record["sites"]) for record in history.records] == [[], ["site-1"], [], ["site-1"]]
 
 

@@ -43,13 +43,13 @@ def rendered(case: Case, look: Look, layers: Mapping[str | None, npt.NDArray[np.
     for name, values in layers.items():
         image = np.zeros((_PIXELS, _PIXELS, 3), dtype=np.float32)
         turned = np.zeros((_PIXELS,) * 3, dtype=np.uint8) if values is None else _turned(values, places, outside)
-        # From the inside to the outside, so that the core shows through the oedema and both through the brain.
-        for value in (value for value in (4, 1, 2, 3) if value in colours):
+        # From the inside to the outside: the core shows through what enhances, both through the oedema and the brain.
+        for value in (value for value in (1, 4, 2, 3) if value in colours):
             body = turned == value
             if body.any():
                 light, _ = _shaded(_smoothed(body))
                 colour, opacity = colours[value]
-                cover = (light > 0) * (opacity if value not in (2, 3) else opacity * 0.55)
+                cover = (light > 0) * opacity * (1.0 if value == 1 else 0.8 if value == 4 else 0.5)
                 lit = np.asarray(to_rgb(colour), dtype=np.float32) * light[..., None]
                 image = image * (1 - cover[..., None]) + lit * cover[..., None]
         glass = np.where(skin > 0, 0.2 + 0.55 * rim, 0)[..., None]
@@ -93,13 +93,13 @@ def _shaded(body: Grey) -> tuple[Grey, Grey]:
     """How bright each pixel's surface is, 0 where there is none, and how far it is turned away from the eye."""
     inside = body > 0.4
     hit = inside.any(axis=2)
-    first = np.where(hit, inside.argmax(axis=2), 0)
-    rows, columns = np.indices(first.shape)
+    surface = np.stack([*np.indices(hit.shape), np.where(hit, inside.argmax(axis=2), 0)])
     normal = []
     for axis in range(3):
-        ahead, behind = ([rows, columns, first], [rows, columns, first])
-        ahead[axis], behind[axis] = np.minimum(ahead[axis] + 2, _PIXELS - 1), np.maximum(behind[axis] - 2, 0)
-        normal.append(body[tuple(behind)] - body[tuple(ahead)])
+        step = np.zeros((3, 1, 1), dtype=np.intp)
+        step[axis] = 2
+        (x, y, z), (i, j, k) = np.maximum(surface - step, 0), np.minimum(surface + step, _PIXELS - 1)
+        normal.append(np.subtract(body[x, y, z], body[i, j, k]))
     down, right, away = normal
     outward = np.stack([right, -down, -away], axis=2)
     outward /= np.maximum(np.linalg.norm(outward, axis=2, keepdims=True), 1e-6)

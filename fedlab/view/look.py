@@ -182,8 +182,8 @@ def _slice(ax: Axes, case: Case, look: Look, grey: npt.NDArray[np.uint8], over: 
             path_effects=_EDGE)
 
 
-def _bytes(image: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    return np.rint(255 * image).astype(np.uint8)
+def _bytes(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.asarray(np.rint(255 * image), dtype=np.uint8)
 
 
 def _letters(ax: Axes, letters: tuple[str, str], left: float, top: float, side: float) -> None:
@@ -194,7 +194,8 @@ def _letters(ax: Axes, letters: tuple[str, str], left: float, top: float, side: 
 
 def _flat(volume: npt.NDArray[np.uint8], axis: int, index: int) -> npt.NDArray[np.uint8]:
     """Rows downwards, the patient's right or face on the left."""
-    return volume.take(index, axis=axis)[::-1, ::-1].T
+    flat: npt.NDArray[np.uint8] = np.take(volume, index, axis=axis)
+    return flat[::-1, ::-1].T
 
 
 def _told(case: Case, name: str | None, facts: Mapping[str, Sequence[RegionFacts]], *, wide: bool) -> str:

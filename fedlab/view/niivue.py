@@ -111,7 +111,8 @@ class NiiVuePanel:
                                  layout=ipywidgets.Layout(flex_flow="row wrap"))
         labels = ipywidgets.HBox([controls[name] for name in _SHORT.values()])
         side = ipywidgets.VBox([self.numbers, labels, self.legend], layout=ipywidgets.Layout(width="270px"))
-        middle = ipywidgets.HBox([ipywidgets.Box([self.canvas], layout=ipywidgets.Layout(flex="1 1 auto")), side])
+        wide = ipywidgets.Layout(flex="1 1 auto", display="block")  # in a flexible box a canvas is 0 pixels wide
+        middle = ipywidgets.HBox([ipywidgets.Box([self.canvas], layout=wide), side])
         return ipywidgets.VBox([first, middle, second])
 
     def _changed(self, change: Any) -> None:

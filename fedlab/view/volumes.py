@@ -163,7 +163,8 @@ class Case:
         """
         if modality not in MODALITIES:
             raise ValueError(f"modality is one of {', '.join(MODALITIES)}, got {modality!r}")
-        volume = self.patient.image[MODALITIES.index(modality)][self.box].detach().cpu().float().numpy()
+        part = self.patient.image[MODALITIES.index(modality)][self.box].detach().cpu()
+        volume = part.to(torch.float32, copy=True).numpy()
         if not np.isfinite(volume).all():
             wrong = int(np.count_nonzero(~np.isfinite(volume)))
             raise ValueError(f"{modality} of patient {self.patient.id} holds NaN or Inf in {wrong:,} voxels, so it "

@@ -39,6 +39,8 @@ FLAGS = [
 SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
             "docmanager-extension/plugin": {"autosave": False},
             "notebook-extension/tracker": {"recordTiming": True}}
+#: itkwidgets' extension asks a CDN for scripts whenever JupyterLab opens, whoever uses it. It isn't part of these tests.
+DISABLED = {"disabledExtensions": {"imjoy-jupyterlab-extension": True}}
 #: The state of an error in any output of the notebook on screen.
 ERRORS = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
 
@@ -300,6 +302,9 @@ def _environment(folder: Path) -> dict[str, str]:
         file = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values), "utf-8")
+    page = folder / "config" / "labconfig" / "page_config.json"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(json.dumps(DISABLED), "utf-8")
     places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
               "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
               "IPYTHONDIR": "ipython", "npm_config_cache": "npm"}
