@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from common import write
 
+from common import write
 from fedlab.models import segresnet, trainable
 from fedlab.strategies import weighted_mean
 from fedlab.types import Tensors, Update

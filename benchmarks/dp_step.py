@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import write
 
+from common import write
 from fedlab.models import segresnet
 from fedlab.privacy.dpsgd import DPSGD
 from fedlab.privacy.gradients import MODES

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
 from common import RESULTS, sweep, write
 from workflows import CROP, HELD_OUT, LR, ROUNDS, SHAPE, SITES, SIZES, SPACING_MM, STEPS
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import write
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from common import write
 from fedlab.data.anatomy import Grid
 from fedlab.data.brats import read_cohort
 from fedlab.data.fingerprint import LENGTH, THRESHOLD, Fingerprint, find_duplicates, fingerprint

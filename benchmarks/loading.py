@@ -17,11 +17,12 @@ from statistics import median
 import nibabel as nib
 import numpy as np
 import torch
-from common import write
 
+from common import write
 from fedlab.data.brats import find_patients, read_cohort
 from fedlab.data.phantom import make_cohort, write_brats
-from fedlab.job import Job, Phantoms
+from fedlab.job import Job
+from fedlab.sources import Phantoms
 from fedlab.training import SiteTrainer
 from fedlab.types import ServerState, Site
 

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from common import write
-
 from fedlab.data.phantom import make_cohort
 from fedlab.workers import available_cores
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from common import RESULTS, write
 from tqdm.auto import tqdm
+
+from common import RESULTS, write
 
 SITES, PER_SITE, HELD_OUT, PUBLIC = 4, 32, 6, 96
 SHAPE = (48, 64, 48)
@@ -198,6 +199,8 @@ def figure(table: pd.DataFrame, path: Path) -> None:
         axes.axhline(rows["mean"].mean(), linestyle=style, color="#555", label=recipe)
     axes.set(xscale="log", xlabel="ε over the whole run (DP-SGD: per patient; the others: per site), δ = 0.001",
              ylabel="mean Dice of 24 held-out patients")
+    axes.set_xticks(sorted(EPSILONS), [f"{epsilon:g}" for epsilon in sorted(EPSILONS)])
+    axes.minorticks_off()
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     drawn.savefig(path, dpi=130)
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from common import write
 
+from common import write
 from fedlab.models import segresnet, trainable
 from fedlab.privacy.secure import SecureAggregation
 from fedlab.strategies import weighted_mean

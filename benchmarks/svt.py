@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import write
 
+from common import write
 from fedlab.data.phantom import make_cohort
 from fedlab.models import segresnet
 from fedlab.privacy.sparse_vector import LaplaceScales, sparse_vector_cost

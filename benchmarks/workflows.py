@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
 from common import RESULTS, sweep, write
 
 SITES, HELD_OUT = 13, 2

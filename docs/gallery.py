@@ -22,11 +22,12 @@ from typing import Any
 import jinja2
 import nbformat
 from bs4 import BeautifulSoup
-from links import broken_links
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import ExtractOutputPreprocessor
 from pygments.formatters import HtmlFormatter
+
+from links import broken_links
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).resolve().parent / "templates"

@@ -104,6 +104,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="new run directory (default runs/NAME-TIME)")
     parser.add_argument("--keep", action="store_true",
                         help="keep prepared data and checkpoints (about 100 MB), after a resume too")
+    parser.add_argument("--contributions", action="store_true",
+                        help="work out what each site has contributed (Shapley values); needs space for every update, "
+                             "about 5 MB a site and round")
 
 
 def _given(**settings: Any) -> dict[str, Any]:
@@ -116,7 +119,8 @@ def _new_run(out: Path | None, name: str) -> Path:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from fedlab.job import Job, Phantoms
+    from fedlab.job import Job
+    from fedlab.sources import Phantoms
 
     given = _given(sites=options.sites, patients=options.patients, shape=options.shape)
     if options.full:
@@ -125,17 +129,18 @@ def _demo(options: argparse.Namespace) -> None:
     else:
         source = Phantoms(**{"patients": 18 * given.get("sites", Phantoms.sites), **given})
     job = Job(source=source, seed=options.seed, real=options.real, keep=options.keep,
-              **_given(rounds=options.rounds, steps=options.steps))
+              contributions=options.contributions, **_given(rounds=options.rounds, steps=options.steps))
     options.out = _new_run(options.out, "demo")
     _begin(job, options)
 
 
 def _run(options: argparse.Namespace) -> None:
-    from fedlab.job import Folder, Job
+    from fedlab.job import Job
+    from fedlab.sources import Folder
 
     source = Folder(data=options.data, table=options.sites, spacing_mm=options.spacing, layout=options.layout,
                     label_convention=options.label_convention, skip_broken=options.skip_broken)
-    job = Job(source=source, seed=options.seed, keep=options.keep,
+    job = Job(source=source, seed=options.seed, keep=options.keep, contributions=options.contributions,
               **_given(rounds=options.rounds, steps=options.steps))
     options.out = _new_run(options.out, "run")
     _begin(job, options)

@@ -23,99 +23,25 @@ import torch
 from tqdm.auto import tqdm
 
 from fedlab.baselines import centralised
-from fedlab.data.anatomy import Grid
-from fedlab.data.brats import check_sites, find_patients, read_patient, read_sites
+from fedlab.contributions import Contributions, KeepUpdates, dice_on, site_contributions
+from fedlab.data.brats import check_sites, find_patients, read_patient
 from fedlab.data.partition import Partition
-from fedlab.data.phantom import make_cohort
 from fedlab.data.prepare import regions_to_labels
 from fedlab.data.store import load_sites, save_sites
+from fedlab.engines.local import Local
 from fedlab.errors import DataError, RunError
 from fedlab.history import History
 from fedlab.metrics import COLUMNS, evaluate, predict, score_rows
 from fedlab.models import load_weights, save_model, segresnet
 from fedlab.server import federate
+from fedlab.sources import Folder, Phantoms
 from fedlab.tracking import CsvTracker
 from fedlab.training import PolyDecay, SiteTrainer, augmentation, pick_device, pick_precision
 from fedlab.types import Patient, Round, ServerState, Site
 from fedlab.workers import Workers, start_workers, tell
 
-__all__ = ["Folder", "Job", "Outcome", "Phantoms", "forget_working_files", "open_job", "read_job", "run_job",
+__all__ = ["Job", "Outcome", "forget_working_files", "open_job", "read_job", "run_job",
            "sole_use"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phantoms:
-    """A generated cohort as the data of a job; see `fedlab.data.phantom.make_cohort`.
-
-    Args:
-        sites: number of sites.
-        patients: of all sites together.
-        shape: voxels of the common grid.
-        spacing_mm: edge of a voxel in mm.
-        held_out: patients that each site holds out, a number or a share.
-        equal: whether all sites have the same number of patients, else sizes as unequal as in a real study.
-
-    Raises:
-        ValueError: numbers that do not fit each other, or a grid that does not hold a brain.
-    """
-
-    sites: int = 4
-    patients: int = 72
-    shape: tuple[int, int, int] = (48, 64, 48)
-    spacing_mm: float = 3.0
-    held_out: int | float = 1 / 3
-    equal: bool = True
-
-    def __post_init__(self) -> None:
-        if self.sites < 1:
-            raise ValueError(f"a cohort has at least one site, got {self.sites}")
-        if self.patients < 2 * self.sites:
-            raise ValueError(f"{self.sites} sites need at least {2 * self.sites} patients, one each to train on and "
-                             f"one to hold out; got {self.patients}")
-        if self.equal and self.patients % self.sites:
-            raise ValueError(f"{self.patients} patients do not divide into {self.sites} equal sites; "
-                             f"use {self.patients // self.sites * self.sites} patients")
-        Grid(shape=self.shape, spacing_mm=self.spacing_mm)
-
-    def prepare(self, *, seed: int, workers: Workers) -> list[Site]:
-        sizes = [self.patients // self.sites] * self.sites if self.equal else None
-        return make_cohort(sites=self.sites, patients=self.patients, shape=self.shape, spacing_mm=self.spacing_mm,
-                           seed=seed, held_out=self.held_out, sizes=sizes, workers=workers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Folder:
-    """A folder of scans and its institution table as the data of a job; see `fedlab.data.brats.read_sites`.
-
-    Args:
-        data: folder in one of `fedlab.data.layouts.LAYOUTS`, or a CSV table of paths.
-        table: CSV file with the columns Partition_ID and Subject_ID.
-        spacing_mm: edge of a voxel in mm.
-        held_out: patients that each site holds out, a number or a share.
-        layout: where it can't be found out.
-        label_convention: one of `fedlab.data.conventions.CONVENTIONS`, where it can't be found out.
-        skip_broken: whether to go on without patients whose files have errors.
-
-    Raises:
-        ValueError: a voxel size that is none.
-    """
-
-    data: str
-    table: str
-    spacing_mm: float = 3.0
-    held_out: int | float = 0.2
-    layout: str | None = None
-    label_convention: str | None = None
-    skip_broken: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.1 <= self.spacing_mm <= 20:
-            raise ValueError(f"spacing_mm lies between 0.1 and 20 mm, got {self.spacing_mm}")
-
-    def prepare(self, *, seed: int, workers: Workers) -> list[Site]:
-        return read_sites(self.data, self.table, spacing_mm=self.spacing_mm, held_out=self.held_out, seed=seed,
-                          layout=self.layout, label_convention=self.label_convention,
-                          broken="skip" if self.skip_broken else "raise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +60,7 @@ class Job:
         real: folder of real scans to try the federated model on, in a BraTS layout; not trained on.
         watch_every: rounds between two looks at the Dice of held-out patients.
         keep: whether prepared data and checkpoints stay when the run is complete.
+        contributions: whether to keep all updates, and work out from them what each site has contributed.
 
     Raises:
         ValueError: a count below 1.
@@ -150,6 +77,7 @@ class Job:
     real: str | None = None
     watch_every: int = 4
     keep: bool = False
+    contributions: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "batch_size", "watch_every"):
@@ -180,6 +108,7 @@ class Outcome:
         train: the scores of the federated model on the patients it was trained on, if those are real.
         real: the scores of the federated model on real scans, if there are any.
         real_cases: these patients with the federated model's label maps.
+        contributions: what each site has contributed, if the job asks.
         seconds: wall time of data, train, evaluate and total.
     """
 
@@ -193,6 +122,7 @@ class Outcome:
     train: pd.DataFrame | None
     real: pd.DataFrame | None
     real_cases: list[tuple[Patient, torch.Tensor]]
+    contributions: Contributions | None
     seconds: dict[str, float]
 
 
@@ -302,13 +232,15 @@ def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     histories = _train(job, sites, out, workers)
     train_done = time.perf_counter()
     kept = workers.submit(_keep_model, job, histories["federated"].state, out / "model.safetensors")
+    worth = workers.submit(_contributions, job, histories["federated"], out) if job.contributions else None
     found = _evaluate(job, sites, histories, prepared, workers)
     trainer = kept.result()
+    contributed = worth.result() if worth is not None else None
     done = time.perf_counter()
     seconds = {"data": data_done - started, "train": train_done - data_done, "evaluate": done - train_done,
                "total": done - started}
     return Outcome(job=job, trainer=trainer, sites=sites, partition=partition, histories=histories, seconds=seconds,
-                   **found._asdict())
+                   contributions=contributed, **found._asdict())
 
 
 def _save_partition(job: Job, sites: Sequence[Site], path: Path) -> Partition:
@@ -399,6 +331,8 @@ def _train_arm(job: Job, arm: str, out: Path) -> History:
                                 "validate": validate, "checkpoint": out / "arms" / arm.replace(" ", "-")}
     if arm == "federated":
         settings |= {"trace": out / "trace.jsonl", "on_round": [report, CsvTracker(path=out / "rounds.csv")]}
+        if job.contributions:
+            settings["engine"] = KeepUpdates(engine=Local(), folder=out / "arms" / "updates")
     if arm == "centralised":
         return centralised(trainer, sites, **settings)
     chosen = sites if arm == "federated" else [site for site in sites if arm == f"local {site.name}"]
@@ -438,6 +372,15 @@ def _evaluate(job: Job, sites: Sequence[Site], histories: Mapping[str, History],
     real_scores, real_cases = (None, []) if real is None else real.result()
     return _Found(scores=scores, predictions={arm: shown for arm, (_, shown) in results.items()},
                   train=None if train is None else train.result(), real=real_scores, real_cases=real_cases)
+
+
+def _contributions(job: Job, history: History, out: Path) -> Contributions:
+    """In a worker: Shapley values of the sites, measured on one held-out patient of each."""
+    sites = load_sites(out / "prepared")
+    measured = [site.val[0] for site in sites if len(site.val)]
+    utility = dice_on(_model(job, history.state), measured, amp=_amp())
+    return site_contributions(history, out / "arms" / "updates", utility,
+                              permutations=None if len(sites) <= 5 else 20, seed=job.seed)
 
 
 def _evaluate_arm(job: Job, state: ServerState | None, prepared: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:

@@ -14,13 +14,15 @@ from typing import Any
 import pandas as pd
 
 from fedlab import __version__
-from fedlab.job import Folder, Outcome
+from fedlab.job import Outcome
 from fedlab.metrics import summary, threshold_dice
 from fedlab.model_card import make_model_card
 from fedlab.models import weights_sha256
 from fedlab.report import Section, save_figure, write_report
+from fedlab.sources import Folder
 from fedlab.trace import verify
 from fedlab.types import REGIONS
+from fedlab.view.contributions import contributions_figure
 from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_figure
 from fedlab.view.slices import compare
 
@@ -96,8 +98,8 @@ def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
 
     Files, beside the model.safetensors, partition.json, trace.jsonl and rounds.csv (every number of every round) that
     the job left there: scores.csv, dice.csv, cross_site.csv, train.csv and real.csv where there are real scans,
-    history.json, model_card.md, figures/, report.html, and last summary.json, which says that the run is complete. What
-    an interrupted attempt left half written is written anew.
+    contributions.csv where the job asks for it, history.json, model_card.md, figures/, report.html, and last
+    summary.json, which says that the run is complete. What an interrupted attempt left half written is written anew.
     """
     (out / "report.html").unlink(missing_ok=True)
     shutil.rmtree(out / "figures", ignore_errors=True)
@@ -107,6 +109,8 @@ def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     for name, table in (("train", outcome.train), ("real", outcome.real)):
         if table is not None:
             table.to_csv(out / f"{name}.csv", index=False)
+    if outcome.contributions is not None:
+        outcome.contributions.table.to_csv(out / "contributions.csv")
     _write_json(out / "history.json", {arm: history.records for arm, history in outcome.histories.items()})
     _write_model_card(outcome, out / "model_card.md")
     found = summarise(outcome)
@@ -208,6 +212,15 @@ def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
             text=f"The federated model on {found['real']['patients']} real patients it has never seen, resampled to "
                  f"{job.source.spacing_mm:g} mm. " + str(summary(outcome.real).attrs["rule"]),
             figure=figures["real"], caption="Reference and the federated model on real scans."))
+    if outcome.contributions is not None:
+        worth = outcome.contributions
+        figures["contributions"] = contributions_figure(worth, metric="mean Dice")
+        sections.insert(-2, Section(
+            title="What each site contributed", table=worth.table, figure=figures["contributions"],
+            caption="Shapley values and leave-one-out of the sites, from the updates of this run.",
+            text=f"{worth.how}, from {worth.nobody:.3f} (untrained) to {worth.everybody:.3f} mean Dice on one held-out "
+                 f"patient of each site. It took {worth.evaluations} evaluations, {worth.seconds:.0f} s and "
+                 f"{worth.stored_bytes / 1e6:.0f} MB of kept updates. The values tell about those patients."))
     for name, figure in figures.items():
         save_figure(figure, out / "figures" / f"{name}.png")
     write_report(

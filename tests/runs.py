@@ -43,7 +43,7 @@ def finished_demo(base: Path) -> Run:
     folder = base / "finished-demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLAB_CACHE", str(base / "cache"))
-        return Run(folder, command("demo", *SMALL, "--out", folder))
+        return Run(folder, command("demo", *SMALL, "--contributions", "--out", folder))
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:

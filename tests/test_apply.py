@@ -12,12 +12,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from runs import command, contents, finished_demo
 
 from fedlab.apply import describe_evaluation, evaluate_folder
 from fedlab.cli import main
 from fedlab.errors import DataError, RunError
 from fedlab.models import load_model, trainable, weights_sha256
+from runs import command, contents, finished_demo
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cohorts import TinyNet, blob_sites
-from test_privacy_frame import Noise
-from test_training import trainer
 from torch import nn
 
 import fedlab
+from cohorts import TinyNet, blob_sites
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import Terms, noise_multiplier_for
@@ -28,6 +26,8 @@ from fedlab.privacy.updates import AdaptiveClip, CentralGaussian, LocalGaussian
 from fedlab.server import each_round, federate
 from fedlab.strategies import CoordinateMedian, FedAvg, GeometricMedian, NormBound
 from fedlab.training import SiteTrainer
+from test_privacy_frame import Noise
+from test_training import trainer
 
 UNIFORM = FedAvg(weights="uniform")
 

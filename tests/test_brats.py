@@ -6,7 +6,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from folders import LPS, brain_and_label, poke_header, rewrite, write_patient
 
 from fedlab.data.brats import (
     CONVENTIONS,
@@ -21,6 +20,7 @@ from fedlab.data.nifti import axis_weights, from_ras, read_volume, resample, to_
 from fedlab.data.partition import read_partitioning, split_patients
 from fedlab.data.prepare import labels_to_regions
 from fedlab.errors import DataError
+from folders import LPS, brain_and_label, poke_header, rewrite, write_patient
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data" / "brats_real"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the real scans are not here")

@@ -14,10 +14,10 @@ import nibabel
 import pytest
 import torch
 import yaml
-from cohorts import blob_patient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cohorts import blob_patient
 from fedlab.cli import main
 from fedlab.data.card_schema import FIELDS, MARK, SECTIONS, split_sections
 from fedlab.data.cards import DataCard, card_template, fill_card, read_card

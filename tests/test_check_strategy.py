@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from test_training import trainer
 
 from fedlab.checks.strategy import check_strategy
 from fedlab.strategies import (
@@ -24,6 +23,7 @@ from fedlab.strategies import (
     weighted_mean,
 )
 from fedlab.types import Update
+from test_training import trainer
 
 NAMES = {"settings", "select", "shapes and dtypes", "purity", "determinism", "order", "one update", "weights",
          "uniform mean", "precision", "not finite", "no update", "fits the run", "memory", "resume"}

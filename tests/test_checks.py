@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cohorts import TinyNet, blob_patient
-from test_training import trainer
 
+from cohorts import TinyNet, blob_patient
 from fedlab.checks.privacy import check_privacy
 from fedlab.checks.rehearsal import plain_descent
 from fedlab.checks.report import CheckReport, Finding
@@ -26,6 +25,7 @@ from fedlab.privacy.updates import AdaptiveClip, CentralGaussian, LocalGaussian,
 from fedlab.seeds import generator
 from fedlab.strategies import FedAvg
 from fedlab.types import Site
+from test_training import trainer
 
 ONE = Terms(unit="site", delta=1e-3, adjacency="any two updates of a site")
 

@@ -6,9 +6,9 @@ import json
 
 import nibabel
 import pytest
-from runs import command, contents, finished_demo
 
 from fedlab.cli import main
+from runs import command, contents, finished_demo
 
 TINY = ("--sites", "2", "--patients", "4", "--rounds", "1", "--steps", "1", "--shape", "48,64,48")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cohorts import TinyNet, blob_sites
-from test_training import trainer
 
+from cohorts import TinyNet, blob_sites
 from fedlab.errors import PrivacyError
 from fedlab.models import trainable
 from fedlab.privacy.accounting import Gaussian, epsilon_of
@@ -16,6 +15,7 @@ from fedlab.privacy.updates import CentralGaussian, LocalGaussian
 from fedlab.report import privacy_section
 from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg
+from test_training import trainer
 
 STEPS = Gaussian(noise_multiplier=1.5, sample_rate=0.5, steps=2)
 

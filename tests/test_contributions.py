@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from cohorts import blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab.contributions import Contributions, KeepUpdates, dice_on, leave_one_out, shapley, site_contributions
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyError, RunError
@@ -20,6 +19,7 @@ from fedlab.server import federate
 from fedlab.strategies import FedAvg
 from fedlab.topology import ring
 from fedlab.view.contributions import contributions_figure
+from test_training import trainer
 
 SITES = ["a", "b", "c", "d"]
 

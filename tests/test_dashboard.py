@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cohorts import blob_sites
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab.background import BackgroundRun, SiteDice
 from fedlab.errors import PrivacyBudgetExhausted, RunError, SiteError
 from fedlab.models import trainable, weights_sha256
@@ -23,6 +22,7 @@ from fedlab.training import SiteTrainer
 from fedlab.view.dashboard import RunDashboard
 from fedlab.view.sketch import chart
 from runs import wait_for
+from test_training import trainer
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from cohorts import TinyNet, blob_patient, blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import plain_sgd, trainer
 
+from cohorts import TinyNet, blob_patient, blob_sites
 from fedlab.data.prepare import labels_to_regions
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyError, SiteError
@@ -24,6 +23,7 @@ from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg
 from fedlab.training import Kit
 from fedlab.types import Site
+from test_training import plain_sgd, trainer
 
 #: Everybody in every step, whole volumes as crops: nothing is random but the noise.
 ALL = dict(sample_rate=1.0, delta=1e-2)

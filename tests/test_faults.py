@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cohorts import blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab.admission import Admission
 from fedlab.engines.local import Local
 from fedlab.errors import FedlabError, PrivacyError, SiteError
@@ -38,6 +37,7 @@ from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg
 from fedlab.topology import Buffered
 from fedlab.types import Round, Spent, Update
+from test_training import trainer
 
 BAD = "site-1"
 

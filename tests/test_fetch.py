@@ -10,11 +10,11 @@ import tarfile
 import threading
 
 import pytest
-from folders import ball, write_msd
 
 from fedlab.cli import main
 from fedlab.data.brats import read_cohort
 from fedlab.data.fetch import SETS
+from folders import ball, write_msd
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from folders import OLD, ball, save_files, write_msd, write_paths, write_table
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +25,7 @@ from fedlab.data.nifti import read_volume
 from fedlab.data.partition import read_partitioning
 from fedlab.data.tables import merge_columns
 from fedlab.errors import DataError
+from folders import OLD, ball, save_files, write_msd, write_paths, write_table
 
 SHAPE = (12, 14, 10)
 SECONDS = 5  # of processor time; a case takes milliseconds

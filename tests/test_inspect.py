@@ -10,7 +10,6 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from folders import LPS, ball, poke_header, rewrite, save, save_files, write_layout, write_paths
 
 from fedlab.cli import main
 from fedlab.data.brats import find_patients, read_cohort
@@ -18,6 +17,7 @@ from fedlab.data.findings import CODES, Finding
 from fedlab.data.inspect import inspect_folder
 from fedlab.errors import DataError, RunError
 from fedlab.view.inspection import write_page
+from folders import LPS, ball, poke_header, rewrite, save, save_files, write_layout, write_paths
 
 KEYS = ["patient", "layout", "label_convention", "shape", "spacing_mm", "orientation", "modalities", "volumes_ml",
         "findings"]

@@ -15,15 +15,16 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from cohorts import blob_sites
-from runs import SMALL, Background, Run, command, finished_demo, wait_for
 
 import fedlab.job
+from cohorts import blob_sites
 from fedlab.cli import main
 from fedlab.data.partition import Partition
 from fedlab.errors import DataError, RunError
-from fedlab.job import Folder, Job, Phantoms, open_job, read_job, run_job
+from fedlab.job import Job, open_job, read_job, run_job
 from fedlab.models import load_model, trainable, weights_sha256
+from fedlab.sources import Folder, Phantoms
+from runs import SMALL, Background, Run, command, finished_demo, wait_for
 
 ARMS = ("federated", "centralised", "local_own", "local_others")
 
@@ -52,9 +53,9 @@ def test_a_demo_leaves_everything_that_it_promises(demo):
     names = {p.name for p in demo.folder.iterdir()}
     assert names == {"report.html", "history.json", "summary.json", "job.json", "model.safetensors", "scores.csv",
                      "dice.csv", "cross_site.csv", "partition.json", "trace.jsonl", "rounds.csv", "model_card.md",
-                     "figures"}
+                     "contributions.csv", "figures"}
     figures = list((demo.folder / "figures").iterdir())
-    assert {p.stem for p in figures} == {"tumours", "dice", "cross_site", "curves", "sites"}
+    assert {p.stem for p in figures} == {"tumours", "dice", "cross_site", "curves", "sites", "contributions"}
     for figure in figures:
         image = figure.read_bytes()
         assert image.startswith(b"\x89PNG\r\n\x1a\n") and image.endswith(b"IEND\xaeB`\x82") and len(image) > 10_000
@@ -67,12 +68,21 @@ def test_the_report_is_one_file_that_says_what_was_found(demo):
     assert "<script" not in page and "@import" not in page
     loaded = re.findall(r"""\b(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(\s*["']?([^"')]+)""", page)
     assert loaded and all((target or other).startswith(("data:", "#")) for target, other in loaded)
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     found = summary_of(demo.folder)
     for arm in ARMS:
         assert f"{found['dice'][arm]['mean']:.2f}" in page
     assert found["weights_sha256"] in page and found["versions"]["torch"] in page
     assert "nothing generalises from so few" in page and "4 patients were held out and 6 trained on" in page
+
+
+def test_contributions_add_up_to_what_the_run_gained(demo):
+    page = (demo.folder / "report.html").read_text(encoding="utf-8")
+    text = re.search(r"Shapley values over all coalitions, from ([\d.]+) \(untrained\) to ([\d.]+)", page)
+    values = [float(row["shapley"]) for row in rows_of(demo.folder / "contributions.csv")]
+    assert text and len(values) == 2
+    assert sum(values) == pytest.approx(float(text[2]) - float(text[1]), abs=2e-3)
+    assert not (demo.folder / "arms").exists()  # the updates are gone with the other working files
 
 
 def test_the_terminal_shows_the_same_figures(demo):

@@ -7,10 +7,9 @@ import pickle
 
 import pytest
 import torch
-from cohorts import TinyNet, blob_sites
-from test_training import plain_sgd, trainer
 from torch import nn
 
+from cohorts import TinyNet, blob_sites
 from fedlab.models import segresnet, trainable
 from fedlab.privacy.convolution import OneVolume
 from fedlab.privacy.dpsgd import DPSGD
@@ -18,6 +17,7 @@ from fedlab.privacy.gradients import MODES, per_patient
 from fedlab.privacy.layers import _kit, check_loss, check_private, fix_private
 from fedlab.server import each_round, federate
 from fedlab.training import DiceBCE
+from test_training import plain_sgd, trainer
 
 
 def networks():

@@ -9,7 +9,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from folders import OLD, ball, load_raw, recode, save, save_files, write_layout, write_msd, write_paths, write_table
 
 from fedlab.cli import main
 from fedlab.data.brats import find_patients, read_cohort, read_patient, read_sites, to_native
@@ -19,8 +18,9 @@ from fedlab.data.nifti import from_ras
 from fedlab.data.phantom import write_brats
 from fedlab.data.prepare import labels_to_regions
 from fedlab.errors import DataError
-from fedlab.job import Folder
 from fedlab.models import save_model, segresnet
+from fedlab.sources import Folder
+from folders import OLD, ball, load_raw, recode, save, save_files, write_layout, write_msd, write_paths, write_table
 
 IDS = {"brats2018": "Brats18_2013_{}_1", "brats2019": "BraTS19_CBICA_{}_1", "brats2020": "BraTS20_Training_00{}",
        "brats2021": "BraTS2021_0000{}", "brats2023": "BraTS-GLI-0000{}-000", "fets": "FeTS2022_0000{}",

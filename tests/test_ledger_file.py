@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cohorts import TinyNet, blob_sites
 from filelock import FileLock
-from test_privacy_frame import STEP, TERMS, Noise
-from test_training import trainer
 
+from cohorts import TinyNet, blob_sites
 from fedlab.data.statistics import Domain, site_statistics
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyBudgetExhausted, PrivacyError
@@ -25,6 +23,8 @@ from fedlab.privacy.dpsgd import DPSGD
 from fedlab.privacy.ledger_file import LedgerFile
 from fedlab.server import each_round, federate
 from fedlab.types import Site, Spent
+from test_privacy_frame import STEP, TERMS, Noise
+from test_training import trainer
 
 
 def run(folder: Path, *, rounds: int = 4, privacy=None, sites=None, one=None, seed: int = 0, **more):

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cohorts import blob_patient, blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cohorts import blob_patient, blob_sites
 from fedlab.data.partition import (
     Partition,
     by_column,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cohorts import TinyNet, blob_sites
-from test_training import trainer
 from torch import nn
 
+from cohorts import TinyNet, blob_sites
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyError
 from fedlab.models import segresnet, trainable, weights_sha256
@@ -19,6 +18,7 @@ from fedlab.privacy.updates import CentralGaussian, LocalGaussian
 from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg
 from fedlab.types import Update
+from test_training import trainer
 
 HEAD = PersonalLayers(names=["last.*"])
 UNIFORM = FedAvg(weights="uniform")

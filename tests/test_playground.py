@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from cohorts import blob_patient
 
+from cohorts import blob_patient
 from fedlab.attacks.inversion import invert_update, one_step_update, patch_net
 from fedlab.data.prepare import labels_to_regions
 from fedlab.privacy.accounting import Gaussian, epsilon_of

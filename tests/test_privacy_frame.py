@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cohorts import blob_sites
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.models import weights_sha256
@@ -14,6 +13,7 @@ from fedlab.privacy.accounting import Gaussian, Ledger, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
 from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg
+from test_training import trainer
 
 TERMS = Terms(unit="site", delta=1e-2, adjacency="any two updates of a site")
 STEP = Gaussian(noise_multiplier=2.0)

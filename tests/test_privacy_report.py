@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from test_report import Page
 
 from fedlab.history import History
 from fedlab.report import privacy_section, write_report
 from fedlab.types import Round, ServerState, Spent
 from fedlab.view.privacy import privacy_curves
+from test_report import Page
 
 
 def spent(epsilon: float, unit: str = "site") -> Spent:

@@ -7,12 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from cohorts import blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab.checks.privacy import check_privacy
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyError
@@ -24,6 +23,7 @@ from fedlab.privacy.updates import AdaptiveClip, CentralGaussian
 from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg, weighted_mean
 from fedlab.types import Cohort, Update, Withdrawal
+from test_training import trainer
 
 #: Masks come from the operating system, so a right implementation fails a test of them with this probability.
 SIGNIFICANCE = 1e-6

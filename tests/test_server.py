@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cohorts import TinyNet, blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import trainer
 
+from cohorts import TinyNet, blob_sites
 from fedlab.errors import PrivacyError, RunError
 from fedlab.models import weights_sha256
 from fedlab.privacy.base import Privacy, check_update
 from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg, weighted_mean
 from fedlab.types import Spent, Update
+from test_training import trainer
 
 
 def update(site: str, values: list[float], weight: float = 1.0, **more: object) -> Update:

@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from cohorts import blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab.errors import PrivacyError
 from fedlab.models import weights_sha256
 from fedlab.privacy.sharing import (
@@ -25,6 +24,7 @@ from fedlab.privacy.sharing import (
 )
 from fedlab.server import each_round, federate
 from fedlab.types import Update
+from test_training import trainer
 
 ALL = [SharePercentile(keep=0.3, bound=0.4), TopK(keep=0.2), TopK(keep=0.2, per_layer=True), ScaledSign(),
        Quantise(bits=3), SharePercentile(keep=0.3, bound=0.4, error_feedback=True),

@@ -13,10 +13,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from cohorts import blob_patient
 from matplotlib.colors import to_rgb
 
 import fedlab as fl
+from cohorts import blob_patient
 from fedlab.metrics import score
 from fedlab.view import itk
 from fedlab.view import show as show_module

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cohorts import blob_patient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
+from cohorts import blob_patient
 from fedlab.data.harmonise import Harmonisation, fit_harmonisation
 from fedlab.data.heterogeneity import heterogeneity, jensen_shannon, wasserstein
 from fedlab.data.laplace import discrete_laplace, noisy

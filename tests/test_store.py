@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cohorts import TinyNet, blob_patient, blob_sites
 from safetensors.torch import save_file
-from test_training import trainer
 
+from cohorts import TinyNet, blob_patient, blob_sites
 from fedlab.data.store import load_sites, save_sites
 from fedlab.errors import DataError
 from fedlab.models import weights_sha256
 from fedlab.server import federate
 from fedlab.types import Site
+from test_training import trainer
 
 
 def same(a, b):

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cohorts import blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import plain_sgd, trainer
 
+from cohorts import blob_sites
 from fedlab.privacy.secure import SecureAggregation
 from fedlab.privacy.updates import CentralGaussian
 from fedlab.server import each_round
@@ -31,6 +30,7 @@ from fedlab.strategies import (
     TrimmedMean,
 )
 from fedlab.types import Update
+from test_training import plain_sgd, trainer
 
 ROBUST = [CoordinateMedian(), TrimmedMean(trim=0.25), Krum(attackers=1), Krum(attackers=2, chosen=3),
           GeometricMedian(), GeometricMedian(weights="uniform"), NormBound(bound=2.0)]

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cohorts import TinyNet, blob_sites
-from test_training import batches, plain_sgd, trainer
 from torch import nn
 
+from cohorts import TinyNet, blob_sites
 from fedlab.baselines import local_only
 from fedlab.engines.local import Local
 from fedlab.models import segresnet, trainable, weights_sha256
@@ -36,6 +35,7 @@ from fedlab.strategies import (
 from fedlab.topology import Buffered, Tree
 from fedlab.training import DiceBCE, PolyDecay
 from fedlab.types import Spent, Update
+from test_training import batches, plain_sgd, trainer
 
 LR, STEPS = 0.2, 3
 UNIFORM = FedAvg(weights="uniform")

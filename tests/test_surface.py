@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from cohorts import blob_patient
 
 import fedlab as fl
+from cohorts import blob_patient
 
 OBLIQUE = np.array([[2.0, 0.0, 0.0, -30.0], [0.0, 1.5, 0.0, 12.0], [0.0, 0.0, 3.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
 

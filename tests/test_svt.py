@@ -7,10 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from cohorts import blob_sites
 from scipy import stats
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.privacy import svt
 from fedlab.privacy.accounting import Ledger, Pure, epsilon_of
@@ -19,6 +18,7 @@ from fedlab.privacy.sparse_vector import LaplaceScales, laplace, random_bits, se
 from fedlab.privacy.svt import SVT, PartialSharing, SparseVector, composed_epsilon
 from fedlab.server import federate
 from fedlab.types import Update
+from test_training import trainer
 
 PUBLISHED = dict(fraction=0.4, epsilon_threshold=1.0, epsilon_release=1.0)
 

@@ -10,9 +10,8 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from cohorts import blob_sites
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab import CentralGaussian, LocalGaussian, SecureAggregation
 from fedlab.admission import Admission
 from fedlab.models import weights_sha256
@@ -20,6 +19,7 @@ from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg
 from fedlab.topology import Buffered, Gossip, Ring, Tree, ring, star
 from fedlab.types import ServerState, Site, Update
+from test_training import trainer
 
 NAMES = ("a", "b", "c", "d")
 HALVES = Tree(regions={"north": ("site-0", "site-1"), "south": ("site-2", "site-3")})

@@ -7,12 +7,11 @@ import hashlib
 import json
 
 import pytest
-from cohorts import blob_patient, blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_training import trainer
 
+from cohorts import blob_patient, blob_sites
 from fedlab.admission import Admission
 from fedlab.cli_verify import add_verify
 from fedlab.data.cards import card_template
@@ -26,6 +25,7 @@ from fedlab.server import federate
 from fedlab.topology import Gossip
 from fedlab.trace import verify
 from fedlab.types import Site
+from test_training import trainer
 
 
 def traced(folder, *, rounds=3, **more):

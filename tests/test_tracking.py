@@ -7,13 +7,13 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from cohorts import blob_sites
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab.errors import RunError
 from fedlab.server import federate
 from fedlab.tracking import CsvTracker, MLflowTracker, TensorBoardTracker, numbers
 from fedlab.types import Round, ServerState, Spent
+from test_training import trainer
 
 SPENT = Spent(1.5, 1e-3, "patient", "rdp", "add or remove one patient")
 

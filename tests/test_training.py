@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from cohorts import TinyNet, blob_patient, blob_sites
 
+from cohorts import TinyNet, blob_patient, blob_sites
 from fedlab.baselines import centralised, local_only
 from fedlab.data.prepare import labels_to_regions
 from fedlab.errors import SiteError

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cohorts import blob_sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest, norm
-from test_training import trainer
 
+from cohorts import blob_sites
 from fedlab.engines.local import Local
 from fedlab.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.models import weights_sha256
@@ -26,6 +25,7 @@ from fedlab.privacy.updates import AdaptiveClip, CentralGaussian, LocalGaussian,
 from fedlab.server import each_round, federate
 from fedlab.strategies import CoordinateMedian, FedAvg, weighted_mean
 from fedlab.types import Cohort, Update
+from test_training import trainer
 
 UNIFORM = FedAvg(weights="uniform")
 #: Bounds of this many standard errors fail a right implementation with probability 7e-6 each.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import networkx as nx
 import pytest
-from cohorts import blob_sites
 from matplotlib.text import Annotation
 
+from cohorts import blob_sites
 from fedlab import Buffered, Gossip, Tree, ring, star, workflow_figure
 
 SITES = blob_sites((1, 1, 1, 1))

@@ -79,10 +79,13 @@ class NiiVuePanel:
         self.case, self.look = case, look
         self._moving = False
         self.canvas = NiiVue(
-            height=height, is_radiological_convention=True, sagittal_nose_left=True, crosshair_width=0.7,
-            crosshair_color=(0.5, 0.83, 1.0, 0.8), multiplanar_show_render=ShowRender.ALWAYS, is_colorbar=False,
-            show_3d_crosshair=False, drag_and_drop_enabled=False, slice_type=_SLICES[look.view], log_level="error",
-            gradient_opacity=0.3, render_overlay_blend=1.0)
+            height=height, slice_type=_SLICES[look.view], multiplanar_show_render=ShowRender.ALWAYS,
+            is_radiological_convention=True, sagittal_nose_left=True, show_all_orientation_markers=True,
+            font_color=(1.0, 1.0, 1.0, 0.9), crosshair_width=0.5, crosshair_width_unit="mm",
+            crosshair_color=(0.5, 0.83, 1.0, 0.8), show_3d_crosshair=False, drag_and_drop_enabled=False,
+            log_level="error",
+            # In 3-D the brain is glass, and what enhances shows through the oedema.
+            gradient_opacity=0.6, render_overlay_blend=0.45)
         self._scan = _Layer(data=_nifti(case.grey(look.modality), case.affine), name="scan.nii", colormap="gray",
                             cal_min=0.0, cal_max=255.0, opacity=1.0)
         self._over = _Layer(data=_nifti(self._painted(look), case.affine), name="overlay.nii", opacity=look.opacity,

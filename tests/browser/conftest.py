@@ -9,6 +9,7 @@ from typing import Any
 
 import nbformat
 import pytest
+
 from lab import CHROMIUM, Lab, Seen, Visit, chromium, require_chromium
 
 

@@ -39,7 +39,7 @@ FLAGS = [
 SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
             "docmanager-extension/plugin": {"autosave": False},
             "notebook-extension/tracker": {"recordTiming": True}}
-#: itkwidgets' extension asks a CDN for scripts whenever JupyterLab opens, whoever uses it. It isn't part of these tests.
+#: itkwidgets' extension asks a CDN for scripts whenever JupyterLab opens, used or not. It has no part in these tests.
 DISABLED = {"disabledExtensions": {"imjoy-jupyterlab-extension": True}}
 #: The state of an error in any output of the notebook on screen.
 ERRORS = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lab import coloured, differing, grey, require_chromium
 
 COLOURS = {"NCR": (0.91, 0.26, 0.18), "ED": (0.07, 0.72, 0.53), "ET": (1.0, 0.83, 0.23)}

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lab import Pixels, Seen, Visit, coloured, differing, grey, pixels, wait_for, with_parameters
 from nbformat.v4 import new_code_cell, new_notebook
+
+from lab import Pixels, Seen, Visit, coloured, differing, grey, pixels, wait_for, with_parameters
 
 #: Seconds after which something doesn't come any more; a machine that others use too may need a part of them.
 PATIENCE = 600
