@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -320,7 +321,8 @@ class _Work:
                 call()
             except Exception:  # a view that fails must not end a run of hours
                 _log.exception("a view of the run failed and is no longer told of changes")
-                self.listeners.remove(call)
+                with suppress(ValueError):  # the other thread may have found it out at the same moment
+                    self.listeners.remove(call)
 
     def _claim(self) -> None:
         global _current

@@ -60,7 +60,7 @@ class Slow(Privacy):
         self.go = threading.Event()
 
     def protect(self, update, memory, rng):
-        assert self.go.wait(20)
+        assert self.go.wait(120)
         return update
 
     def __repr__(self):
@@ -88,7 +88,7 @@ def test_the_weights_are_those_of_federate_however_often_it_paused(make, privacy
     half = run.step().wait()
     assert len(half.records) == 2
     assert weights_sha256(dict(trainable(one.model))) == bits(half) != bits(whole)
-    done = run.start().pause().start().wait(60)
+    done = run.start().pause().start().wait(300)
     assert run.state == "finished" and bits(done) == bits(whole)
     assert weights_sha256(dict(trainable(one.model))) == bits(whole)
     assert done.table()["bytes"].tolist() == whole.table()["bytes"].tolist()
@@ -108,7 +108,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_to_equal_bits(tmp_path):
     second = BackgroundRun(trainer(), sites, rounds=4, checkpoint=str(tmp_path / "run"))
     live = second.step().wait()
     assert [record["round"] for record in live.records] == [0, 1, 2]  # what was saved is shown too
-    done = second.start().wait(60)
+    done = second.start().wait(300)
     assert bits(done) == bits(whole) and done.table()["loss"].tolist() == whole.table()["loss"].tolist()
 
 
@@ -120,7 +120,7 @@ def test_the_trainers_own_model_is_free_while_the_run_works():
         for parameter in one.model.parameters():
             parameter.fill_(7.0)  # what a user may do to it reaches nothing
     slow.go.set()
-    assert bits(run.wait(60)) == bits(whole)
+    assert bits(run.wait(300)) == bits(whole)
 
 
 def test_making_it_again_is_the_same_run_and_another_is_refused():
@@ -143,10 +143,10 @@ def test_making_it_again_is_the_same_run_and_another_is_refused():
             other.start()
     assert len(of_runs()) == 1
     slow.go.set()
-    history = again.wait(60)
+    history = again.wait(300)
     assert first.history is history and len(history.records) == 3
     fresh = made()  # after the end it is a new run, from the first weights
-    assert fresh.state == "ready" and bits(fresh.start().wait(60)) == bits(history)
+    assert fresh.state == "ready" and bits(fresh.start().wait(300)) == bits(history)
 
 
 def test_what_fails_is_shown_and_raised_by_wait():
@@ -158,12 +158,12 @@ def test_what_fails_is_shown_and_raised_by_wait():
     shown = RunDashboard(run)
     run.start()
     with pytest.raises(SiteError, match="the disk of <Bern> is full"):
-        run.wait(60)
+        run.wait(300)
     assert run.state == "failed" and isinstance(run.error, SiteError)
     assert "SiteError" in shown.html() and "&lt;Bern&gt;" in shown.html() and "<Bern>" not in shown.html()
     assert "failed" in shown.widget.children[1].value
     with pytest.raises(SiteError):
-        run.wait(60)
+        run.wait(300)
 
 
 def test_wait_says_what_it_cannot_do_and_an_interrupt_leaves_the_run():
@@ -177,10 +177,10 @@ def test_wait_says_what_it_cannot_do_and_an_interrupt_leaves_the_run():
     import _thread
     threading.Timer(0.3, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
-        run.wait(20)
+        run.wait(120)
     assert run.state == "running" and len(of_runs()) == 1
     slow.go.set()
-    assert len(run.wait(60).records) == 2
+    assert len(run.wait(300).records) == 2
 
 
 def test_settings_of_federate_only():
@@ -200,11 +200,11 @@ def test_buttons_drive_the_run_and_say_when_they_can_be_pressed():
     start, pause, step, stop, note = box.children[0].children
     assert [b.disabled for b in (start, pause, step, stop)] == [False, True, False, True]
     step.click()
-    run.wait(60)
+    run.wait(300)
     assert [b.disabled for b in (start, pause, step, stop)] == [False, True, False, False]
     assert "1 of 5 rounds" in box.children[1].value and "paused" in box.children[1].value
     step.click()
-    run.wait(60)
+    run.wait(300)
     assert "2 of 5 rounds" in box.children[1].value
     stop.click()
     wait_for(lambda: run.ended, seconds=20, why="stop has no effect")
@@ -219,7 +219,7 @@ def test_the_page_shows_every_site_and_what_the_guarantee_costs():
     run = BackgroundRun(trainer(), sites, rounds=3, privacy=private(), validate=SiteDice(sites=tuple(sites)))
     shown = RunDashboard(run)
     assert "nothing yet" in shown.html()
-    history = run.start().wait(60)
+    history = run.start().wait(300)
     page = shown.html()
     last = history.spent().loc[2].loc[("site-0", "site")]
     assert f"ε = {last.epsilon:.3g} at δ = 0.1 per site (any two updates of a site, rdp accountant), of 5" in page
@@ -238,7 +238,7 @@ def test_the_page_shows_every_site_and_what_the_guarantee_costs():
 def test_clipping_norms_and_bytes_are_those_of_the_run():
     sites = blob_sites()
     run = BackgroundRun(trainer(), sites, rounds=2, privacy=private())
-    history = run.start().wait(60)
+    history = run.start().wait(300)
     clipped = [run.kept[r][s]["norm before clipping"] > 0.5 for r in (0, 1) for s in ("site-0", "site-1")]
     assert any(clipped)
     last = 100 * (run.kept[1]["site-0"]["norm before clipping"] > 0.5)
@@ -250,7 +250,7 @@ def test_clipping_norms_and_bytes_are_those_of_the_run():
 
 def test_a_site_that_drops_out_is_named_with_its_reason():
     run = BackgroundRun(trainer(), blob_sites(), rounds=3, privacy=DropsOut())
-    run.start().wait(60)
+    run.start().wait(300)
     page = RunDashboard(run).html()
     row = re.search(r"<tr><td[^>]*>site-1</td>.*?</tr>", page).group()
     assert "2 of 3 rounds, last round 3" in row and "&lt;b&gt;enough&lt;/b&gt;" in row and "<b>enough" not in page
@@ -264,7 +264,7 @@ def test_a_static_picture_is_left_where_there_is_no_kernel():
     assert "image/png" not in before and "0 of 2 rounds" in before["text/html"]
     with pytest.raises(ValueError, match="no round has ended"):
         shown.figure()
-    run.start().wait(60)
+    run.start().wait(300)
     after = shown._repr_mimebundle_()
     assert base64.b64decode(after["image/png"]).startswith(b"\x89PNG") and "2 of 2 rounds" in after["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in after
@@ -278,7 +278,7 @@ def test_a_view_that_fails_ends_no_run(caplog):
         raise RuntimeError("no such widget")
 
     run.on_change(broken)
-    assert len(run.start().wait(60).records) == 2
+    assert len(run.start().wait(300).records) == 2
     assert "no longer told" in caplog.text
 
 
@@ -287,7 +287,7 @@ def test_rounds_shorter_than_the_eye_are_not_all_drawn():
     run = BackgroundRun(trainer(steps=1), blob_sites((1,)), rounds=40)
     panel = RunDashboard(run)
     panel._panel.content = lambda: drawn.append(time.monotonic()) or f"{len(drawn)}"
-    run.start().wait(60)
+    run.start().wait(300)
     assert len(drawn) < 40 / 2 or drawn[-1] - drawn[0] > 0.3 * len(drawn) / 2
 
 
