@@ -1,6 +1,6 @@
 """Time and memory of a DP-SGD step over those of a plain step of the same precision, for each way to get gradients.
 
-    .venv/bin/python benchmarks/dp_step.py
+    .venv/bin/python benchmarks/dp_step.py [--only backward]
 
 SegResNet with 8 filters, 8 patients of 64³ voxels in every step, one thread, CPU. Times are CPU seconds of the whole
 step (gradients, clipping, noise, AdamW), private and plain steps in turn in one process; memory is what one step adds
@@ -9,6 +9,7 @@ to the process at its peak, each kind of step in a process of its own.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -91,14 +92,14 @@ def _in_own_process(*arguments: str) -> dict[str, list[float] | float]:
     return found
 
 
-def main() -> None:
+def main(only: str | None) -> None:
     table = []
     for precision in ("bf16", "fp32"):
         plain = _in_own_process("memory", "plain", precision)["added MiB"]
         table.append({"precision": precision, "gradients": "plain", "added MiB": round(plain)})
         for gradients in MODES:
-            if gradients != "backward" and precision == "bf16":
-                continue  # refused: see DPSGD
+            if only not in (None, gradients) or (gradients != "backward" and precision == "bf16"):
+                continue  # the latter is refused: see DPSGD
             seconds = _in_own_process("time", gradients, precision)
             memory = _in_own_process("memory", gradients, precision)["added MiB"]
             ratios = [a / b for a, b in zip(seconds[gradients], seconds["plain"], strict=True)]
@@ -114,8 +115,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] in (["time"], ["memory"]):
         what = {"time": measure_time, "memory": measure_memory}[sys.argv[1]]
         print(json.dumps(what(*sys.argv[2:])))
     else:
-        main()
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--only", choices=MODES, help="one way to get gradients; all by default")
+        main(parser.parse_args().only)
