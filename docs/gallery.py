@@ -73,7 +73,9 @@ def execute(notebook: Any, folder: Path, *, timeout_s: int = 900) -> float:
 
 
 def without_live_widgets(notebook: Any) -> None:
-    """Removes outputs that are nothing but a live widget, such as progress bars: there is no kernel on the site."""
+    """Removes what only lives with a kernel: the state of widgets, and outputs that are nothing else, as progress bars.
+    """
+    notebook.metadata.pop("widgets", None)  # it holds all that the browser was sent: megabytes of scans
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs

@@ -74,13 +74,12 @@ def site(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_notebook_shows_what_it_computed(site: Path) -> None:
     page = BeautifulSoup((site / "01_small.html").read_text("utf-8"), "html.parser")
-    text = page.select_one("article").get_text()
-    assert "42" in text and "print(6 * 7)" in text
+    shown = "".join(output.get_text() for output in page.select(".output_wrapper"))
+    assert shown.split() == ["42"], "the PNG comes before other forms of a live output, a dead progress bar goes"
+    assert "print(6 * 7)" in " ".join(page.select_one("article").get_text().split())
     (picture,) = page.select("article img")
     assert (site / picture["src"]).read_bytes().startswith(b"\x89PNG")
-    assert "alive only" not in text, "the PNG comes before other forms of a live output"
     assert not page.select("article script"), "no widget waits for a kernel"
-    assert "IntProgress(value=3)\n" in text and text.count("IntProgress(value=3") == 1, "the code, and no dead bar"
     assert page.select_one('a[href="01_small.html#Small"]'), "links between notebooks lead to their pages"
 
 
@@ -92,10 +91,10 @@ def test_index_has_the_map(site: Path) -> None:
 
 
 def test_reference_has_every_public_name(site: Path) -> None:
-    page = BeautifulSoup((site / "reference" / "fedlab.html").read_text("utf-8"), "html.parser")
-    assert not [name for name in fedlab.__all__ if name != "__version__" and not page.find(id=name)]
-    text = page.find(id="federate").find_parent("section").get_text()
-    assert "rounds" in text and "Raises" in text
+    page = (site / "reference" / "fedlab.html").read_text("utf-8")
+    assert not [name for name in fedlab.__all__ if name != "__version__" and f'<section id="{name}">' not in page]
+    section = BeautifulSoup(page[page.index('<section id="federate">'):].partition("</section>")[0], "html.parser")
+    assert "rounds" in section.get_text() and section.find(string="Raises:"), "its docstring is laid out"
 
 
 def test_loads_nothing_from_elsewhere(site: Path) -> None:

@@ -81,7 +81,7 @@ class NiiVuePanel:
         self.canvas = NiiVue(
             height=height, slice_type=_SLICES[look.view], multiplanar_show_render=ShowRender.ALWAYS,
             is_radiological_convention=True, sagittal_nose_left=True, show_all_orientation_markers=True,
-            font_color=(1.0, 1.0, 1.0, 0.9), crosshair_width=0.5, crosshair_width_unit="mm",
+            font_color=(1.0, 1.0, 1.0, 0.9), crosshair_width=0.8 / max(case.patient.spacing_mm),  # voxels
             crosshair_color=(0.5, 0.83, 1.0, 0.8), show_3d_crosshair=False, drag_and_drop_enabled=False,
             log_level="error",
             # In 3-D the brain is glass, and what enhances shows through the oedema.
