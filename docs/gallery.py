@@ -12,7 +12,6 @@ import argparse
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from links import broken_links
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+MARK = "gallery.css"  # the style sheet; the first file of a build, so that the next one knows the folder as its own
 WIDGET = "application/vnd.jupyter.widget-view+json"
 #: What is shown of an output that comes in several forms, first choice first: a picture before a live widget.
 FORMS = ["image/png", "image/svg+xml", "image/jpeg", "text/html", "text/markdown", "text/plain"]
@@ -132,19 +132,23 @@ def build(notebooks: Sequence[Path], out: Path) -> list[str]:
     Args:
         notebooks: files; none of them is changed.
         out: a folder for the site; whatever an earlier build left there is gone.
+
+    Raises:
+        ValueError: the folder holds something else than a gallery.
     """
-    if out.exists() and not (out / "gallery.css").exists() and any(out.iterdir()):
+    if out.exists() and not (out / MARK).exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds something else than a gallery; name another folder or remove it yourself")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    colours = HtmlFormatter(style="default").get_style_defs(".highlight")
+    (out / MARK).write_text((TEMPLATES / MARK).read_text("utf-8") + colours + "\n", "utf-8")
     pages = []
-    with tempfile.TemporaryDirectory() as folder:
-        for path in notebooks:
-            print(f"gallery: running {path.name}", end=" ", flush=True)
-            notebook = nbformat.read(path, as_version=4)
-            seconds = execute(notebook, Path(folder))
-            print(f"({seconds:.0f} s)", flush=True)
-            pages.append(render(notebook, path.stem, out, seconds=seconds))
+    for path in notebooks:
+        print(f"gallery: running {path.name}", end=" ", flush=True)
+        notebook = nbformat.read(path, as_version=4)
+        seconds = execute(notebook, path.resolve().parent)  # where its paths, as ../data_cards, lead
+        print(f"({seconds:.0f} s)", flush=True)
+        pages.append(render(notebook, path.stem, out, seconds=seconds))
     write_pages(pages, out)
     print("gallery: writing the reference", flush=True)
     write_reference(out / "reference")
@@ -152,7 +156,7 @@ def build(notebooks: Sequence[Path], out: Path) -> list[str]:
 
 
 def write_pages(pages: Sequence[Page], out: Path) -> None:
-    """Writes the index, a page for each notebook and the style sheet."""
+    """Writes the index and a page for each notebook."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     _write(out / "index.html", environment, "index.html.j2", {"pages": pages})
@@ -160,8 +164,6 @@ def write_pages(pages: Sequence[Page], out: Path) -> None:
     for before, page, after in around:
         _write(out / f"{page.name}.html", environment, "notebook.html.j2",
                {"pages": pages, "page": page, "before": before, "after": after})
-    colours = HtmlFormatter(style="default").get_style_defs(".highlight")
-    (out / "gallery.css").write_text((TEMPLATES / "gallery.css").read_text("utf-8") + colours + "\n", "utf-8")
 
 
 def _write(file: Path, environment: jinja2.Environment, template: str, values: Mapping[str, object]) -> None:

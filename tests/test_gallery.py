@@ -162,6 +162,8 @@ def test_a_folder_without_pages_is_no_site(links: ModuleType, tmp_path: Path) ->
 def test_a_failing_notebook_stops_the_build(repository: Path, tmp_path: Path) -> None:
     done = build(repository, tmp_path, new_code_cell("1 / 0"))
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    again = build(repository, tmp_path, new_markdown_cell("The sum $x$."))
+    assert "loads no MathJax" in again.stderr, "what a failed build leaves is no obstacle to the next one"
 
 
 def test_tex_is_refused(repository: Path, tmp_path: Path) -> None:
