@@ -122,7 +122,8 @@ def write_reference(out: Path) -> None:
     import fedlab
 
     footer = f"fedlab {fedlab.__version__}"
-    pdoc.render.configure(docformat="google", search=False, show_source=False, footer_text=footer)
+    pdoc.render.configure(docformat="google", search=False, show_source=False, footer_text=footer,
+                          template_directory=TEMPLATES)
     pdoc.pdoc("fedlab", "!fedlab\\..+", output_directory=out)
 
 

@@ -121,7 +121,7 @@ def _inside(address: str, page: Path, site: Path) -> Iterator[str]:
         yield f"{address} is a folder; name the page in it"
     elif not target.exists():
         yield f"{address} doesn't exist"
-    elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in _anchors(target):
+    elif target.suffix == ".html" and not {parts.fragment, unquote(parts.fragment)} & {*_anchors(target), ""}:
         yield f"{address}: {target.name} has no such place"
 
 

@@ -123,6 +123,7 @@ def test_a_planted_broken_link_is_found(site: Path, tmp_path: Path, repository: 
     ('<a href="https://doi.org/10.1/x">', None), ('<img src="data:image/png;base64,AA">', None),
     ('<a href="mailto:a@example.org">', None), ('<link rel="canonical" href="https://example.org/">', None),
     ('<style>p { background: url(data:image/png;base64,AA) }</style>', None), ('<a href="a%20b.html">', None),
+    ('<h2 id="%CE%B5"><a href="#%CE%B5">', None), ('<h2 id="ε"><a href="#%CE%B5">', None),
     ('<script>const said = "see https://example.org";</script>', None),
     ('<a href="#gone">', "no such place"), ('<a href="other.html#gone">', "no such place"),
     ('<a href="gone.html">', "doesn't exist"), ('<img src="gone.png">', "doesn't exist"),
