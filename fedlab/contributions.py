@@ -28,7 +28,7 @@ from fedlab.engines.local import Answer, Engine
 from fedlab.errors import PrivacyError, RunError
 from fedlab.history import History
 from fedlab.models import weights_sha256
-from fedlab.privacy.base import Inboxes
+from fedlab.privacy.base import Inboxes, check_update
 from fedlab.seeds import generator
 from fedlab.strategies import FedAvg, Strategy, TooFewUpdates
 from fedlab.task import SiteTask
@@ -173,7 +173,7 @@ class KeepUpdates:
         folder = self.folder / f"round-{state.round:04d}"
         folder.mkdir(exist_ok=True)
         for answer in self.engine.run(task, state, cohort):
-            if isinstance(answer, Update):
+            if isinstance(answer, Update) and _usable(answer, state):  # what the server will turn away is not kept
                 _write(folder / f"{quote(answer.site, safe='')}.safetensors", answer.delta,
                        {"weight": answer.weight, "steps": answer.steps})
             yield answer
@@ -299,6 +299,14 @@ def dice_on(model: torch.nn.Module, patients: Sequence[Any], *, amp: torch.dtype
         return float(evaluate(own, patients, amp=amp).groupby("region")["dice"].mean().mean())
 
     return dice
+
+
+def _usable(update: Update, state: ServerState) -> bool:
+    try:
+        check_update(update, like=state.params, site=update.site)
+    except PrivacyError:
+        return False
+    return True
 
 
 def _model_of(folder: Path, history: History, strategy: Strategy, coalition: frozenset[str]) -> Tensors:

@@ -9,7 +9,7 @@ import torch
 
 from fedlab.admission import Admission
 from fedlab.engines.local import Answer, Engine
-from fedlab.errors import PrivacyBudgetExhausted, PrivacyError, RunError
+from fedlab.errors import PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.models import weights_sha256
 from fedlab.privacy.base import Inboxes, check_update
 from fedlab.seeds import derive, generator
@@ -137,6 +137,9 @@ class Desk:
         except Exception as error:
             if self.admission is None:
                 raise
+            if isinstance(error, SiteError) and (self.task.privacy.units or self.task.privacy.works_at_server):
+                # The text of an error may quote scans, losses or names of patients, which no guarantee covers.
+                return f"it failed at stage {error.stage!r}; under a guarantee the reason stays at the site"
             return str(error)
         return None if self.admission is None else self.admission.refuse(answer)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cohorts import blob_sites
 from fedlab.admission import Admission
+from fedlab.contributions import KeepUpdates
 from fedlab.engines.local import Local
 from fedlab.errors import FedlabError, PrivacyError, SiteError
 from fedlab.faults import (
@@ -32,10 +33,11 @@ from fedlab.history import History
 from fedlab.models import weights_sha256
 from fedlab.privacy.accounting import Ledger
 from fedlab.privacy.base import check_update
-from fedlab.privacy.updates import LocalGaussian
+from fedlab.privacy.updates import CentralGaussian, LocalGaussian
 from fedlab.server import each_round, federate
 from fedlab.strategies import FedAvg
 from fedlab.topology import Buffered
+from fedlab.training import SiteTrainer
 from fedlab.types import Round, Spent, Update
 from test_training import trainer
 
@@ -324,3 +326,29 @@ def test_garbage_never_ends_a_run_with_rules(changes):
 
 
 TRAINER, SITES = trainer(), blob_sites()
+
+
+@pytest.mark.parametrize("privacy, told", [
+    (None, True), (LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.01), False),
+    (CentralGaussian(clip=1.0, noise_multiplier=1.0, delta=0.01), False)])
+def test_under_a_guarantee_the_text_of_a_sites_error_does_not_reach_the_server(privacy, told):
+    class Quotes(SiteTrainer):
+        def fit(self, kit, site, state, **more):
+            if site.name == "site-0":
+                raise RuntimeError("Mr Miller's scan is upside down")
+            return super().fit(kit, site, state, **more)
+
+    plain = trainer()
+    quoting = Quotes(model=plain.model, steps=1, crop=plain.crop, augment=None)
+    finished = next(each_round(quoting, blob_sites(), strategy=FedAvg(weights="uniform"), privacy=privacy, rounds=1,
+                               admission=Admission()))
+    assert finished.absent.keys() == {"site-0"} and finished.sites.keys() == {"site-1"}
+    assert ("Miller" in finished.absent["site-0"]) is told
+
+
+def test_updates_that_are_turned_away_are_not_kept_and_break_nothing(tmp_path):
+    engine = KeepUpdates(engine=Faulty(engine=Local(), faults=[Corrupt(sites=["site-0"], how="nan")]),
+                         folder=tmp_path / "updates")
+    finished = next(each_round(trainer(), blob_sites(), engine=engine, admission=Admission(), rounds=1))
+    assert finished.absent.keys() == {"site-0"}
+    assert [file.stem for file in (tmp_path / "updates" / "round-0000").iterdir()] == ["site-1"]
