@@ -177,6 +177,30 @@ def test_widget_and_picture_in_one(patient: fl.Patient, guess: torch.Tensor) -> 
     assert bundle["text/plain"].startswith("<Viewer of p-1: reference, prediction")
 
 
+def test_a_still_picture_comes_first(patient: fl.Patient, guess: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+
+    class Place:
+        def update(self, bundle: dict[str, Any], **_: Any) -> None:
+            sent.append(bundle)
+
+    def display(bundle: dict[str, Any], **_: Any) -> Place:
+        sent.append(bundle)
+        return Place()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    viewer = fl.show(patient, guess, backend="niivue")
+    viewer._ipython_display_()
+    still, live = sent
+    assert set(still) == {"image/png", "text/plain"} and set(live) == {WIDGET, "image/png", "text/plain"}
+    assert panel_of(viewer).poster.png == still["image/png"], "it stays until the browser has drawn the canvas"
+    assert panel_of(viewer).poster.covered is None
+    viewer._ipython_display_()
+    assert len(sent) == 3 and WIDGET in sent[2], "shown again, the canvas is there at once"
+    fl.show(patient, guess, backend="static")._ipython_display_()
+    assert len(sent) == 4 and WIDGET not in sent[3]
+
+
 def test_browser_gets_bytes_of_what_is_shown(patient: fl.Patient, guess: torch.Tensor) -> None:
     viewer = fl.show(patient, {"a": guess}, modality="T1c", backend="niivue")
     panel, case = panel_of(viewer), viewer.case
@@ -267,8 +291,9 @@ def test_kernel_keeps_no_copy_of_each_modality() -> None:
 
 def test_close_frees_the_widgets(patient: fl.Patient) -> None:
     viewer = fl.show(patient, backend="niivue")
-    viewer.close()
     canvas = panel_of(viewer).canvas
+    assert canvas.comm is not None
+    viewer.close()
     assert canvas.comm is None and all(volume.comm is None for volume in canvas.volumes)
 
 
@@ -297,7 +322,7 @@ def test_a_missing_backend_says_the_command(patient: fl.Patient, monkeypatch: py
         fl.show(patient, backend="niivue")
 
 
-def test_itk_refuses_instead_of_hanging(patient: fl.Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_itk_refuses_instead_of_hanging(patient: fl.Patient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(fl.RunError, match="JupyterLab only"):
         fl.show(patient, backend="itk")
     monkeypatch.setattr(itk, "_asked_by_lab", lambda: True)
@@ -309,6 +334,13 @@ def test_itk_refuses_instead_of_hanging(patient: fl.Patient, monkeypatch: pytest
         raise OSError("no route")
 
     monkeypatch.setattr(itk.socket, "create_connection", refused)
+    settings = tmp_path / "labconfig" / "page_config.json"
+    settings.parent.mkdir()
+    monkeypatch.setattr("jupyter_core.paths.jupyter_config_path", lambda: [str(tmp_path)])
+    settings.write_text('{"disabledExtensions": {"imjoy-jupyterlab-extension": true}}')
+    with pytest.raises(fl.RunError, match="labextension enable imjoy-jupyterlab-extension"):
+        fl.show(patient, backend="itk")
+    settings.write_text('{"disabledExtensions": {"imjoy-jupyterlab-extension": false}}')
     with pytest.raises(fl.RunError, match="can't be reached"):
         fl.show(patient, backend="itk")
     monkeypatch.setattr(itk.importlib.util, "find_spec", lambda name: None)

@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from fedlab.background import BackgroundRun
+from fedlab.privacy.base import Privacy
 from fedlab.types import Spent
 from fedlab.view.curves import curves
 from fedlab.view.live import display_live, live_bundle
@@ -194,12 +195,16 @@ class _Page:
             f"{escape(str(run.error))}</div>")
         early = f"<div>{escape(self.history.stopped)}</div>" if self.history.stopped else ""
         return (f'<div><b style="color:{_SIGNS[run.state]}">● {words}</b> — {done} of {self.history.rounds} rounds'
-                f'{pace}; {escape(self.history.privacy)}</div><div style="background:#E4E4E4;height:6px;'
+                f'{pace}; {escape(self._technique())}</div><div style="background:#E4E4E4;height:6px;'
                 f'margin:5px 0"><div style="background:{_SIGNS[run.state]};height:6px;width:{share:.1f}%"></div></div>'
                 f"{early}{failed}")
 
+    def _technique(self) -> str:
+        return "no privacy technique" if self.history.privacy == repr(Privacy()) else self.history.privacy
+
     def _charts(self) -> list[str]:
-        rounds = max(self.history.rounds, 1)
+        # Of a long run the axis shows what is done and a little more, or its beginning would be a line at the edge.
+        rounds = max(1, min(self.history.rounds, max(10, math.ceil(1.25 * len(self.records)))))
         metric = self._metric()
         clipped = self._per_site(self._clipped)
         home = " A guarantee keeps it at the site." if self.private else ""

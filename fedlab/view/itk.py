@@ -9,6 +9,7 @@ must be there, and somebody must have agreed to run that code beside the scans.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -28,6 +29,7 @@ __all__ = ["ALLOWED", "ItkPanel", "require"]
 #: Environment variable that agrees to code from the internet.
 ALLOWED = "FEDLAB_ITK_FROM_INTERNET"
 _INSTEAD = "backend='niivue' shows the same from what is installed, backend='static' without a browser"
+_EXTENSION = "imjoy-jupyterlab-extension"
 _PATIENCE = 3.0  # seconds to reach the viewer's address
 
 
@@ -49,6 +51,10 @@ def require() -> None:
     if os.environ.get(ALLOWED) != "1":
         raise RunError(f"itkwidgets brings no viewer along: it would run code from {host} and a CDN beside the scans. "
                        f"Where that is allowed, say so with os.environ['{ALLOWED}'] = '1'; {_INSTEAD}")
+    if (file := _switched_off()) is not None:
+        raise RunError(f"JupyterLab's extension {_EXTENSION}, which itkwidgets talks through, is switched off in "
+                       f"{file}, since it asks a CDN for scripts at every start; where that is allowed, run 'jupyter "
+                       f"labextension enable {_EXTENSION}' and open JupyterLab anew; {_INSTEAD}")
     try:
         socket.create_connection((host, port), timeout=_PATIENCE).close()
     except OSError as error:
@@ -63,6 +69,20 @@ def _asked_by_lab() -> bool:
     kernel = getattr(sys.modules["IPython"].get_ipython(), "kernel", None)
     request = kernel.get_parent() if kernel is not None else {}
     return "cellId" in (request or {}).get("metadata", {})
+
+
+def _switched_off() -> Path | None:
+    """The file of JupyterLab's settings that disables the extension of itkwidgets; the user's own comes first."""
+    from jupyter_core.paths import jupyter_config_path
+
+    for folder in map(Path, jupyter_config_path()):
+        file = folder / "labconfig" / "page_config.json"
+        if file.is_file():
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            known = settings.get("disabledExtensions", {})
+            if isinstance(known, dict) and _EXTENSION in known:
+                return file if known[_EXTENSION] else None
+    return None
 
 
 def _viewer_host(package: Path) -> tuple[str, int]:

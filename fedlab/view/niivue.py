@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import anywidget
 import ipywidgets
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import traitlets
-from ipyniivue import NiiVue, ShowRender, SliceType
+from ipyniivue import MultiplanarType, NiiVue, ShowRender, SliceType
 from ipyniivue import Volume as NiiVueVolume
 from ipyniivue.traits import LUT
 from matplotlib.colors import to_rgb
@@ -36,6 +37,30 @@ _SLICES: Mapping[str, SliceType] = {
 _SHORT = {1: "NCR", 2: "ED", 4: "ET"}
 _PLANES = ("sagittal", "coronal", "axial")  # in the order of the axes x, y, z that they cut
 _LARGEST = max(COLOURS)
+_POSTER = """
+export default {
+  render({ model, el }) {
+    const image = document.createElement("img");
+    image.src = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
+    image.style.cssText = "position: absolute; z-index: 1; width: 100%; object-fit: contain; background: white;"
+      + `height: ${model.get("height")}px`;
+    el.style.cssText = "position: relative; height: 0; overflow: visible";
+    el.append(image);
+    const step_aside = () => { if (model.get("covered")) image.remove(); };
+    model.on("change:covered", step_aside);
+    step_aside();
+  }
+};
+"""
+
+
+class _Poster(anywidget.AnyWidget):  # type: ignore[misc]
+    """A still picture over the canvas until the browser has loaded the volumes; without WebGL it stays."""
+
+    _esm = _POSTER
+    png = traitlets.Bytes().tag(sync=True)
+    height = traitlets.Int().tag(sync=True)
+    covered = traitlets.Any().tag(sync=True)
 
 
 class _Layer(NiiVueVolume):  # type: ignore[misc]
@@ -69,17 +94,20 @@ class NiiVuePanel:
         case: who is shown.
         look: what is shown now.
         canvas: the NiiVue widget.
+        poster: a still picture in its place until the browser has drawn it; for good where there is no WebGL.
         controls: the ipywidgets by name: modality, view, arm, overlay, opacity, NCR, ED, ET, sagittal, coronal, axial.
         numbers: volumes and Dice of what is shown.
         legend: what the colours mean.
         widget: all of it, to be displayed.
     """
 
-    def __init__(self, case: Case, look: Look, *, height: int) -> None:
+    def __init__(self, case: Case, look: Look, *, height: int, poster: bytes) -> None:
         self.case, self.look = case, look
         self._moving = False
+        self.poster = _Poster(png=poster, height=height)
         self.canvas = NiiVue(
             height=height, slice_type=_SLICES[look.view], multiplanar_show_render=ShowRender.ALWAYS,
+            multiplanar_layout=MultiplanarType.GRID,
             is_radiological_convention=True, sagittal_nose_left=True, show_all_orientation_markers=True,
             font_color=(1.0, 1.0, 1.0, 0.9), crosshair_width=0.8 / max(case.patient.spacing_mm),  # voxels
             crosshair_color=(0.5, 0.83, 1.0, 0.8), show_3d_crosshair=False, drag_and_drop_enabled=False,
@@ -92,6 +120,8 @@ class NiiVuePanel:
                             colormap_label=self._colours(look), cal_min=0.0, cal_max=float(_LARGEST))
         self.canvas.load_volumes([self._scan, self._over])
         self.canvas.on_location_change(self._located)
+        # The browser writes it once it has drawn a volume; no kernel, busy or not, has a part in it.
+        ipywidgets.jsdlink((self.canvas, "_volume_object_3d_data"), (self.poster, "covered"))
         self.numbers, self.legend = ipywidgets.HTML(), ipywidgets.HTML()
         self.controls = _controls(case, look)
         for control in self.controls.values():
@@ -102,8 +132,8 @@ class NiiVuePanel:
 
     def close(self) -> None:
         """Frees the canvas in the browser and the bytes in the kernel."""
-        for part in (self.canvas, self._scan, self._over, *self.controls.values(), self.numbers, self.legend,
-                     self.widget):
+        for part in (self.canvas, self.poster, self._scan, self._over, *self.controls.values(), self.numbers,
+                     self.legend, self.widget):
             part.close()
 
     def _arranged(self) -> Any:
@@ -115,7 +145,7 @@ class NiiVuePanel:
         labels = ipywidgets.HBox([controls[name] for name in _SHORT.values()])
         side = ipywidgets.VBox([self.numbers, labels, self.legend], layout=ipywidgets.Layout(width="270px"))
         wide = ipywidgets.Layout(flex="1 1 auto", display="block")  # in a flexible box a canvas is 0 pixels wide
-        middle = ipywidgets.HBox([ipywidgets.Box([self.canvas], layout=wide), side])
+        middle = ipywidgets.HBox([ipywidgets.Box([self.poster, self.canvas], layout=wide), side])
         return ipywidgets.VBox([first, middle, second])
 
     def _changed(self, change: Any) -> None:
@@ -189,7 +219,7 @@ def _controls(case: Case, look: Look) -> dict[str, Any]:
     style = {"description_width": "62px"}
     controls: dict[str, Any] = {
         "modality": ipywidgets.Dropdown(options=MODALITIES, value=look.modality, description="modality"),
-        "view": ipywidgets.Dropdown(options=[("three planes and 3-D", "all"), *((name, name) for name in VIEWS[1:])],
+        "view": ipywidgets.Dropdown(options=[("planes and 3-D", "all"), *((name, name) for name in VIEWS[1:])],
                                     value=look.view, description="plane"),
         "arm": ipywidgets.Dropdown(options=layers, value=look.layer, description="arm"),
         "overlay": ipywidgets.Dropdown(options=OVERLAYS if errors else ("labels", "none"), value=look.overlay,

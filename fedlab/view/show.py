@@ -18,6 +18,7 @@ __all__ = ["Backend", "Viewer", "show"]
 
 Backend: TypeAlias = Literal["auto", "niivue", "itk", "static"]
 _DPI = 110  # of the picture that a notebook keeps
+_POSTER_DPI = 80  # of the one that is seen until the canvas is ready
 
 
 class Viewer:
@@ -33,21 +34,26 @@ class Viewer:
 
     def __init__(self, case: Case, look: Look, backend: str, height: int) -> None:
         self.case, self.backend = case, backend
-        self._look = look
-        self.panel: Any = None
-        if backend == "niivue":
+        self._look, self._height = look, height
+        self._panel: Any = None
+
+    @property
+    def panel(self) -> Any:
+        """Canvas and controls of the interactive backend, made when they are first asked for; None for the static."""
+        if self._panel is None and self.backend == "niivue":
             from fedlab.view.niivue import NiiVuePanel
 
-            self.panel = NiiVuePanel(case, look, height=height)
-        elif backend == "itk":
+            self._panel = NiiVuePanel(self.case, self._look, height=self._height, poster=self._poster())
+        elif self._panel is None and self.backend == "itk":
             from fedlab.view.itk import ItkPanel
 
-            self.panel = ItkPanel(case, look)
+            self._panel = ItkPanel(self.case, self._look)
+        return self._panel
 
     @property
     def look(self) -> Look:
         """What is shown now; the controls of the interactive backend change it."""
-        look: Look = self.panel.look if self.backend == "niivue" else self._look
+        look: Look = self._look if self._panel is None or self.backend != "niivue" else self._panel.look
         return look
 
     def picture(self, *, every: bool = True) -> Picture:
@@ -63,12 +69,30 @@ class Viewer:
 
     def close(self) -> None:
         """Frees what the interactive view holds in the browser and in the kernel."""
-        if self.panel is not None:
-            self.panel.close()
+        if self._panel is not None:
+            self._panel.close()
 
     def __repr__(self) -> str:
         layers = ", ".join(self.case.layers) or "no labels"
         return f"<Viewer of {self.case.patient.id}: {layers}; backend {self.backend!r}>"
+
+    def _poster(self) -> bytes:
+        return self.picture(every=False)._repr_png_(dpi=_POSTER_DPI)[0]
+
+    def _ipython_display_(self) -> None:
+        """A still picture at once; the canvas takes its place when the browser has what it needs."""
+        from IPython.display import display
+
+        place: Any = None
+        if self.backend == "niivue" and self._panel is None:
+            png, size = self.picture(every=False)._repr_png_(dpi=_POSTER_DPI)
+            place = display({"image/png": png, "text/plain": repr(self)}, raw=True,  # type: ignore[no-untyped-call]
+                            metadata={"image/png": size}, display_id=True)
+        bundle, metadata = self._repr_mimebundle_()
+        if place is None:
+            display(bundle, raw=True, metadata=metadata)  # type: ignore[no-untyped-call]
+        else:
+            place.update(bundle, raw=True, metadata=metadata)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         drawn = self.picture()
@@ -83,7 +107,7 @@ class Viewer:
 def show(patient: Patient, prediction: Prediction | Mapping[str, Prediction] | None = None, *,
          modality: str = MODALITIES[0], view: View = "all", arm: str | None = None, overlay: str = "labels",
          opacity: float = 0.6, labels: Sequence[int] = (1, 2, 4), crosshair: tuple[int, int, int] | None = None,
-         backend: Backend = "auto", height: int = 380) -> Viewer:
+         backend: Backend = "auto", height: int = 520) -> Viewer:
     """A patient in linked slices and in 3-D: four modalities, the expert's labels, and what arms predicted.
 
     The controls choose modality, plane, arm, overlay (labels, or where false positives and false negatives of a region

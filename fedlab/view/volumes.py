@@ -226,9 +226,11 @@ class Case:
         rows = []
         for fact in self.facts(layer):
             numbers = [f"{fact.ml:.1f}", *([f"{fact.reference_ml:.1f}", f"{fact.dice:.3f}"] if scored else [])]
-            rows.append(f"<tr><th>{fact.region}</th>" + "".join(f"<td>{number}</td>" for number in numbers) + "</tr>")
-        return (f"<b>{html.escape(self.patient.id)}</b>, {html.escape(layer)}<table><tr>"
-                + "".join(f"<th>{name}</th>" for name in head) + f"</tr>{''.join(rows)}</table>")
+            cells = "".join(f'<td style="text-align:right">{number}</td>' for number in numbers)
+            rows.append(f'<tr><th style="text-align:left">{fact.region}</th>{cells}</tr>')
+        titles = "".join(f'<th style="text-align:right">{name}</th>' for name in head)
+        return (f"<b>{html.escape(self.patient.id)}</b>, {html.escape(layer)}<table><tr>{titles}</tr>{''.join(rows)}"
+                "</table>")
 
     def centre(self) -> tuple[int, int, int]:
         """Voxel of the box where most of the tumour of the first layer that has one meets; else its middle."""
