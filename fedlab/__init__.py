@@ -33,6 +33,7 @@ from fedlab.admission import Admission
 from fedlab.attacks.inversion import Inversion, invert_update, one_step_update, patch_net
 from fedlab.background import BackgroundRun, SiteDice
 from fedlab.baselines import centralised, local_only, pooled
+from fedlab.checks.engine import check_engine
 from fedlab.checks.privacy import check_privacy
 from fedlab.checks.strategy import check_strategy
 from fedlab.contributions import Contributions, KeepUpdates, dice_on, site_contributions
@@ -57,6 +58,7 @@ from fedlab.data.phantom import make_cohort, write_brats
 from fedlab.data.prepare import labels_to_regions, regions_to_labels
 from fedlab.data.statistics import Domain, SiteStatistics, site_statistics
 from fedlab.engines.local import Engine, Local
+from fedlab.engines.processes import Processes
 from fedlab.errors import DataError, FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.faults import (
     Corrupt,
@@ -71,11 +73,15 @@ from fedlab.faults import (
     SignFlip,
     Straggler,
 )
+from fedlab.flare.engine import NVFlare
+from fedlab.flare.environments import Production, ProofOfConcept, Simulation
 from fedlab.history import History
 from fedlab.metrics import evaluate, predict, summary, threshold_dice
 from fedlab.model_card import ModelCard, make_model_card
 from fedlab.models import load_model, load_weights, save_model, segresnet, weights_sha256
+from fedlab.plan import Plan, built
 from fedlab.privacy.accounting import Ledger, Terms, noise_multiplier_for
+from fedlab.privacy.at_sites import AtSites
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dpsgd import DPSGD
 from fedlab.privacy.layers import check_private, fix_private
@@ -87,6 +93,8 @@ from fedlab.privacy.sharing import Quantise, ScaledSign, SharePercentile, TopK
 from fedlab.privacy.svt import SVT, PartialSharing, SparseVector, composed_epsilon
 from fedlab.privacy.updates import AdaptiveClip, CentralGaussian, LocalGaussian, clip_update
 from fedlab.server import each_round, federate
+from fedlab.site_host import SiteHost
+from fedlab.site_policy import Budget, Required, SitePolicy
 from fedlab.strategies import (
     SCAFFOLD,
     CoordinateMedian,
@@ -118,26 +126,27 @@ from fedlab.view.surface import Surface, export_labels, surface
 from fedlab.view.workflow import workflow_figure
 
 __all__ = [
-    "DPSGD", "MODALITIES", "REGIONS", "SCAFFOLD", "SVT", "AdaptiveClip", "Admission", "BackgroundRun", "Buffered",
-    "CentralGaussian", "Concentrated", "Contributions", "CoordinateMedian", "Corrupt", "Crash", "CsvTracker",
-    "DataCard", "DataError", "DiceBCE", "Ditto", "Domain", "DropOut", "Engine", "Faulty", "FedAvg", "FedNova",
-    "FedOpt", "FedProx", "FedlabError", "Gaussian", "GeometricMedian", "Gossip", "Harmonisation", "Heterogeneity",
-    "History", "Inversion", "Joins", "KeepUpdates", "Krum", "Leaves", "Ledger", "LedgerFile", "Local", "LocalGaussian",
-    "MLflowTracker", "ModelCard", "NormBound", "PartialSharing", "Partition", "Patient", "PatientFolder",
-    "PersonalLayers", "PoisonedLabels", "PolyDecay", "Privacy", "PrivacyBudgetExhausted", "PrivacyError",
-    "PrivacyPlayground", "Pure", "Quantise", "Replay", "Round", "RunDashboard", "RunError", "Scale", "ScaledSign",
-    "SecureAggregation", "ServerState", "SharePercentile", "SignFlip", "Site", "SiteDice", "SiteError",
+    "DPSGD", "MODALITIES", "REGIONS", "SCAFFOLD", "SVT", "AdaptiveClip", "Admission", "AtSites", "BackgroundRun",
+    "Budget", "Buffered", "CentralGaussian", "Concentrated", "Contributions", "CoordinateMedian", "Corrupt", "Crash",
+    "CsvTracker", "DataCard", "DataError", "DiceBCE", "Ditto", "Domain", "DropOut", "Engine", "Faulty", "FedAvg",
+    "FedNova", "FedOpt", "FedProx", "FedlabError", "Gaussian", "GeometricMedian", "Gossip", "Harmonisation",
+    "Heterogeneity", "History", "Inversion", "Joins", "KeepUpdates", "Krum", "Leaves", "Ledger", "LedgerFile", "Local",
+    "LocalGaussian", "MLflowTracker", "ModelCard", "NVFlare", "NormBound", "PartialSharing", "Partition", "Patient",
+    "PatientFolder", "PersonalLayers", "Plan", "PoisonedLabels", "PolyDecay", "Privacy", "PrivacyBudgetExhausted",
+    "PrivacyError", "PrivacyPlayground", "Processes", "Production", "ProofOfConcept", "Pure", "Quantise", "Replay",
+    "Required", "Round", "RunDashboard", "RunError", "Scale", "ScaledSign", "SecureAggregation", "ServerState",
+    "SharePercentile", "SignFlip", "Simulation", "Site", "SiteDice", "SiteError", "SiteHost", "SitePolicy",
     "SiteStatistics", "SiteTrainer", "SparseVector", "Spent", "Straggler", "Strategy", "Surface", "TensorBoardTracker",
     "Terms", "TooFewUpdates", "TopK", "Tree", "TrimmedMean", "Update", "Verdict", "Viewer", "__version__",
-    "augmentation", "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution", "by_quantity",
-    "by_scanner", "card_template", "centralised", "check_privacy", "check_private", "check_strategy", "clip_update",
-    "compare", "composed_epsilon", "contributions_figure", "cross_site_heatmap", "curves", "dice_by_arm", "dice_on",
-    "each_round", "epsilon_of", "evaluate", "export_labels", "federate", "fill_card", "find_duplicates", "fingerprint",
-    "fingerprint_site", "fit_harmonisation", "fix_private", "heterogeneity", "heterogeneity_figure", "inspect_folder",
-    "intensity_figure", "invert_update", "labels_to_regions", "load_model", "load_weights", "local_only",
-    "make_cohort", "make_model_card", "noise_multiplier_for", "norms", "norms_and_head", "one_step_update",
-    "partition_figure", "patch_net", "pooled", "predict", "read_card", "read_cohort", "read_patient", "read_sites",
-    "regions_to_labels", "ring", "same_person", "save_model", "segresnet", "show", "show_patient",
+    "augmentation", "built", "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution", "by_quantity",
+    "by_scanner", "card_template", "centralised", "check_engine", "check_privacy", "check_private", "check_strategy",
+    "clip_update", "compare", "composed_epsilon", "contributions_figure", "cross_site_heatmap", "curves", "dice_by_arm",
+    "dice_on", "each_round", "epsilon_of", "evaluate", "export_labels", "federate", "fill_card", "find_duplicates",
+    "fingerprint", "fingerprint_site", "fit_harmonisation", "fix_private", "heterogeneity", "heterogeneity_figure",
+    "inspect_folder", "intensity_figure", "invert_update", "labels_to_regions", "load_model", "load_weights",
+    "local_only", "make_cohort", "make_model_card", "noise_multiplier_for", "norms", "norms_and_head",
+    "one_step_update", "partition_figure", "patch_net", "pooled", "predict", "read_card", "read_cohort", "read_patient",
+    "read_sites", "regions_to_labels", "ring", "same_person", "save_model", "segresnet", "show", "show_patient",
     "site_contributions", "site_statistics", "sites_figure", "star", "summary", "surface", "threshold_dice",
     "tumour_types", "verify", "weights_sha256", "workflow_figure", "write_brats",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `fedlab demo`, `run`, `resume`, `evaluate`, `verify` and `data`."""
+"""The command line: `fedlab demo`, `run`, `resume`, `evaluate`, `verify`, `data`, `site`, `export` and `deploy`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.cli_data import add_data, add_layout, read_shape
+from fedlab.cli_deploy import add_deploy
+from fedlab.cli_site import add_export, add_site
 from fedlab.cli_verify import add_verify
 from fedlab.errors import FedlabError
 
@@ -89,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add_verify(commands)
     add_data(commands)
+    add_site(commands)
+    add_export(commands)
+    add_deploy(commands)
     return parser
 
 

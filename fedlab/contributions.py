@@ -24,15 +24,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fedlab.engines.around import Around
 from fedlab.engines.local import Answer, Engine
 from fedlab.errors import PrivacyError, RunError
 from fedlab.history import History
 from fedlab.models import weights_sha256
-from fedlab.privacy.base import Inboxes, check_update
+from fedlab.privacy.base import check_update
 from fedlab.seeds import generator
 from fedlab.strategies import FedAvg, Strategy, TooFewUpdates
 from fedlab.task import SiteTask
-from fedlab.types import Memory, ServerState, Site, Tensors, Update
+from fedlab.types import ServerState, Site, Tensors, Update
 
 __all__ = ["Contributions", "KeepUpdates", "Values", "dice_on", "leave_one_out", "shapley", "site_contributions"]
 
@@ -136,7 +137,7 @@ def _exact(worth: _Remembered, player: str, others: Sequence[str]) -> float:
     return total
 
 
-class KeepUpdates:
+class KeepUpdates(Around):
     """An engine that keeps every update that arrives, one file a site and round.
 
     They are what the server sees anyway, so a guarantee given at the sites covers the files as well. Where noise is
@@ -151,15 +152,6 @@ class KeepUpdates:
     def __init__(self, *, engine: Engine, folder: Path | str) -> None:
         self.engine, self.folder = engine, Path(folder)
         self._round: tuple[int, str] | None = None
-
-    @property
-    def memory(self) -> dict[str, Memory]:
-        """What each site keeps: the inner engine's."""
-        return self.engine.memory
-
-    @memory.setter
-    def memory(self, kept: dict[str, Memory]) -> None:
-        self.engine.memory = kept
 
     def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
         """What comes of the task at each site, kept and handed on.
@@ -177,10 +169,6 @@ class KeepUpdates:
                 _write(folder / f"{quote(answer.site, safe='')}.safetensors", answer.delta,
                        {"weight": answer.weight, "steps": answer.steps})
             yield answer
-
-    def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
-        """Messages between the sites go through."""
-        return self.engine.exchange(task, step, inboxes, sites)
 
     def _begin(self, task: SiteTask, state: ServerState) -> None:
         if task.privacy.masked or task.privacy.works_at_server:

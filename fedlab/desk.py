@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from fedlab.admission import Admission
 from fedlab.engines.local import Answer, Engine
 from fedlab.errors import PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.models import weights_sha256
-from fedlab.privacy.base import Inboxes, check_update
+from fedlab.privacy.base import Inboxes, PartialExchange, check_update
 from fedlab.seeds import derive, generator
 from fedlab.strategies.averaging import NotFinite, TooFewUpdates
 from fedlab.task import SiteTask
@@ -63,7 +64,7 @@ class Desk:
         strategy, names = self.task.strategy, [site.name for site in self.cohort]
         sends = [sender for sender, _ in topology.messages(names)]
         self._copies = {name: sends.count(name) for name in names}
-        self._exchange(self.task.privacy.before, {}, self.cohort, ())
+        self._prepare()
         try:
             if not self.cohort:
                 raise NoUpdates
@@ -113,7 +114,10 @@ class Desk:
         """What privacy techniques do to the mean before the model moves."""
         privacy, arrived = self.task.privacy, tuple(self.seen)
         inboxes = privacy.at_server("trained", {}, self.memory, arrived) if privacy.after else {}
-        self._exchange(privacy.after, inboxes, [s for s in self.cohort if s.name in self.seen], arrived)
+        left = self._exchange(privacy.after, inboxes, [s for s in self.cohort if s.name in self.seen], arrived)
+        for name, reason in left.items():  # its update is in the model all the same
+            warnings.warn(f"{name} sent its update but fell out of the exchange of messages after it: {reason}",
+                          stacklevel=2)
         took_part = Cohort(self.number, arrived, len(self.sites), self.task.strategy.sample)
         mean = privacy.unmask(mean, took_part, self.memory)
         # Noise that depends on what it is added to: two runs of one seed on other data never share it.
@@ -164,11 +168,32 @@ class Desk:
         nothing = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.task.trainer.initial().items()}
         return self.task.strategy.step(self.state, self.release(Update(site="mean", delta=nothing, weight=1.0)))
 
-    def _exchange(self, steps: Sequence[str], inboxes: Inboxes, sites: Sequence[Site], arrived: Sequence[str]) -> None:
-        """Messages between the sites, handed on by the server, one step after the other."""
+    def _prepare(self) -> None:
+        """The exchange before training: who falls out of it isn't asked to train."""
+        left = self._exchange(self.task.privacy.before, {}, self.cohort, ())
+        self.asked += left
+        self.absent |= left
+        self.cohort = [site for site in self.cohort if site.name not in left]
+
+    def _exchange(self, steps: Sequence[str], inboxes: Inboxes, sites: Sequence[Site],
+                  arrived: Sequence[str]) -> dict[str, str]:
+        """Messages between the sites, handed on by the server, one step after the other; who failed, and why.
+
+        The technique decides whether those that are left are enough.
+        """
+        left: dict[str, str] = {}
         for step in steps:
-            sent = self.engine.exchange(self.task, step, inboxes, sites)
+            sites = [site for site in sites if site.name not in left]
+            try:
+                sent = self.engine.exchange(self.task, step, inboxes, sites)
+            except PartialExchange as part:
+                if self.admission is None:
+                    raise part.failures[0].error from part
+                sent = part.sent
+                left |= {failure.site: self._turn_away(failure, self.state) or "it failed"
+                         for failure in part.failures}
             inboxes = self.task.privacy.at_server(step, sent, self.memory, arrived)
+        return left
 
 
 def _finite(state: ServerState) -> bool:

@@ -15,9 +15,9 @@ from typing import Any, Literal, cast, get_args, overload
 
 import torch
 
+from fedlab.engines.around import Around
 from fedlab.engines.local import Answer, Engine
 from fedlab.errors import SiteError
-from fedlab.privacy.base import Inboxes
 from fedlab.seeds import generator
 from fedlab.task import SiteTask
 from fedlab.training import Kit, SiteTrainer
@@ -274,7 +274,7 @@ class Corrupt(Fault):
 
 
 @dataclass(kw_only=True, eq=False)
-class Faulty:
+class Faulty(Around):
     """An engine whose sites go wrong.
 
     What a fault keeps lies in the memory of its site, and whether it strikes follows from the seed, so a run that is
@@ -298,15 +298,6 @@ class Faulty:
         if odd:
             raise ValueError(f"faults are such as DropOut(probability=0.3), got {odd[0]!r}")
 
-    @property
-    def memory(self) -> dict[str, Memory]:
-        """What each site keeps: the inner engine's."""
-        return self.engine.memory
-
-    @memory.setter
-    def memory(self, kept: dict[str, Memory]) -> None:
-        self.engine.memory = kept
-
     def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
         """What comes of the task at each site, or of what went wrong there."""
         there = []
@@ -321,10 +312,6 @@ class Faulty:
         for answer in self.engine.run(replace(task, trainer=self._sabotaged(task.trainer)), state, there):
             # What a fault makes of an update need not be one: the server has to see for itself.
             yield cast("Answer", self._sent(answer, state.round)) if isinstance(answer, Update) else answer
-
-    def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
-        """Messages between the sites go through."""
-        return self.engine.exchange(task, step, inboxes, sites)
 
     def _striking(self, site: str, round: int) -> list[tuple[int, Fault]]:
         return [(index, fault) for index, fault in enumerate(self.faults)

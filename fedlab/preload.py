@@ -10,3 +10,6 @@ import monai.losses
 import monai.metrics
 import monai.networks.nets
 import monai.transforms  # noqa: F401
+
+# The first step of any optimiser imports it, for seconds.
+import torch._dynamo  # noqa: F401

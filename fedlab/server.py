@@ -12,7 +12,7 @@ import torch
 from fedlab.admission import Admission
 from fedlab.checkpoint import Checkpoint
 from fedlab.desk import Desk
-from fedlab.engines.local import Engine, Local
+from fedlab.engines.local import Elsewhere, Engine, Local
 from fedlab.errors import PrivacyBudgetExhausted
 from fedlab.history import History
 from fedlab.models import load_weights
@@ -29,20 +29,22 @@ __all__ = ["each_round", "federate"]
 
 
 def each_round(
-    trainer: SiteTrainer, sites: Sequence[Site], *, strategy: Strategy | None = None, privacy: Privacy | None = None,
-    rounds: int = 10, topology: Topology = star, engine: Engine | None = None, admission: Admission | None = None,
+    trainer: SiteTrainer, sites: Sequence[Site | str], *, strategy: Strategy | None = None,
+    privacy: Privacy | None = None, rounds: int = 10, topology: Topology = star,
+    engine: Engine | Elsewhere | None = None, admission: Admission | None = None,
     seed: int = 0, state: ServerState | None = None,
 ) -> Iterator[Round]:
     """Runs round after round, yielding each as it ends: `next(run)`, look, `next(run)`.
 
     Args:
         trainer: trains locally, from the weights its model had when the trainer was made.
-        sites: with unique names and at least one training patient each.
+        sites: with unique names and at least one training patient each; or names of sites that the engine reaches
+            elsewhere.
         strategy: `FedAvg()` by default.
         privacy: a technique or several joined by `+`; none by default.
         rounds: number of the last round, so a resumed run ends where the whole run would.
         topology: who exchanges weights with whom: `star`, `ring`, `Gossip(...)`, `Tree(...)`, `Buffered(...)`.
-        engine: where sites work; this process by default.
+        engine: where sites work; this process by default. `Processes()`, or with the loop elsewhere too, `NVFlare()`.
         admission: rules by which a run goes on without sites that fail; by default the first failure ends it.
         seed: one seed gives bit-equal weights on one machine.
         state: where to go on from; the beginning by default.
@@ -53,15 +55,18 @@ def each_round(
         PrivacyBudgetExhausted: no site may take part any more.
         PrivacyError: a technique refused or failed; nothing was sent.
     """
-    _check_run(sites, rounds)
     strategy = FedAvg() if strategy is None else strategy
     privacy = Privacy() if privacy is None else privacy
     engine = Local() if engine is None else engine
+    sites = _placed(sites, engine)
+    _check_run(sites, rounds)
+    _check_server(strategy, privacy, topology, admission)
+    task = SiteTask(trainer=trainer, privacy=privacy, seed=seed, strategy=strategy)
+    if isinstance(engine, Elsewhere):
+        return engine.rounds(task, sites, rounds=rounds, topology=topology, admission=admission, state=state)
     topology.check_run(sites=sites, strategy=strategy)
     strategy.check_run(trainer=trainer, sites=sites, privacy=privacy)
     privacy.check_run(trainer=trainer, sites=sites, strategy=strategy, rounds=rounds)
-    _check_server(strategy, privacy, topology, admission)
-    task = SiteTask(trainer=trainer, privacy=privacy, seed=seed, strategy=strategy)
     if state is None:
         state = strategy.begin(trainer.initial())
         for site in sites:
@@ -81,8 +86,9 @@ def _rounds(task: SiteTask, sites: Sequence[Site], rounds: int, topology: Topolo
 
 
 def federate(
-    trainer: SiteTrainer, sites: Sequence[Site], *, strategy: Strategy | None = None, privacy: Privacy | None = None,
-    rounds: int = 10, topology: Topology = star, engine: Engine | None = None, admission: Admission | None = None,
+    trainer: SiteTrainer, sites: Sequence[Site | str], *, strategy: Strategy | None = None,
+    privacy: Privacy | None = None, rounds: int = 10, topology: Topology = star,
+    engine: Engine | Elsewhere | None = None, admission: Admission | None = None,
     seed: int = 0, validate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
     on_round: Callable[[Round], None] | Sequence[Callable[[Round], None]] = (),
     checkpoint: Path | str | None = None, trace: Path | str | None = None, progress: bool = True,
@@ -107,6 +113,7 @@ def federate(
     strategy = FedAvg() if strategy is None else strategy
     privacy = Privacy() if privacy is None else privacy
     engine = Local() if engine is None else engine
+    sites = _placed(sites, engine)
     _check_run(sites, rounds)
     history = History(rounds=rounds, privacy=repr(privacy))
     settings = {"trainer": repr(trainer), "strategy": repr(strategy), "privacy": repr(privacy), "seed": str(seed),
@@ -153,6 +160,16 @@ def _until_exhausted(run: Iterator[Round], history: History) -> Iterator[Round]:
 def _with_weights(trainer: SiteTrainer, state: ServerState) -> torch.nn.Module:
     load_weights(trainer.model, state.params)
     return trainer.model
+
+
+def _placed(sites: Sequence[Site | str], engine: Engine | Elsewhere) -> list[Site]:
+    if isinstance(engine, Elsewhere):
+        return engine.placed(sites)
+    named = [site for site in sites if isinstance(site, str)]
+    if named:
+        raise ValueError(f"the sites {named} are only named; that will do for an engine that reaches them elsewhere, "
+                         f"such as NVFlare(...), but {engine!r} needs them with their patients")
+    return [site for site in sites if not isinstance(site, str)]
 
 
 def _check_run(sites: Sequence[Site], rounds: int) -> None:

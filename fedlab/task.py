@@ -51,6 +51,9 @@ class SiteTask:
             PrivacyBudgetExhausted: the site takes no further part; nothing is returned.
             PrivacyError: a technique failed or gave something unsafe; nothing is returned.
         """
+        here = self.privacy.at(site.name)
+        if here is not self.privacy:
+            return replace(self, privacy=here)(site, state, memory)
         seed = derive(self.seed, "site", site.name, state.round)
         state = state.at(site.name)
         started, stage = time.perf_counter(), "ledger"

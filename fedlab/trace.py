@@ -18,6 +18,7 @@ from typing import Any
 
 from fedlab.checkpoint import Checkpoint
 from fedlab.data.partition import Partition
+from fedlab.engines.remote import Unseen
 from fedlab.errors import DataError, RunError
 from fedlab.models import weights_sha256
 from fedlab.types import Patient, Round, ServerState, Site, Tensors
@@ -332,11 +333,15 @@ def _saved_model(folder: Path) -> tuple[str, int | None, str] | None:
 def _data_of(sites: Sequence[Site]) -> dict[str, Any]:
     """Hashes that stand for who is at each site and what its card says."""
     try:
-        partition = Partition.of(sites).id
+        seen = not any(isinstance(site.train, Unseen) for site in sites)
+        partition = Partition.of(sites).id if seen else "not known here"
     except DataError as error:
         partition = f"none: {error}"
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for site in sites:
+        if isinstance(site.train, Unseen):
+            rows[site.name] = {"train": None, "held_out": None, "patients_sha256": None, "card_sha256": None}
+            continue
         ids = sorted([*_ids(site.train), *_ids(site.val)])
         card = None if site.card is None else getattr(site.card, "to_markdown", site.card.__repr__)()
         rows[site.name] = {

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from queue import Empty
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Stopped", "Workers", "available_cores", "start_workers", "tell"]
+__all__ = ["Stopped", "Workers", "available_cores", "forkserver", "settle", "start_workers", "tell"]
 
 _messages: Queue[Any] | None = None
 _stop: Event | None = None
@@ -36,13 +37,21 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def forkserver() -> ForkServerContext:
+    """Where worker processes are made: forked from a process that has imported everything and has no threads.
+
+    That is safe inside a notebook kernel, unlike "fork" from the kernel itself.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedlab.preload"])
+    return context
+
+
 class Workers(ProcessPoolExecutor):
     """A process pool whose tasks can send messages to the parent with `tell`."""
 
     def __init__(self, count: int) -> None:
-        # "forkserver" forks from a process without threads: safe inside a notebook kernel, unlike "fork".
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fedlab.preload"])
+        context = forkserver()
         self._inbox: Queue[Any] = context.Queue()
         self._halt = context.Event()
         super().__init__(count, mp_context=context, initializer=_settle, initargs=(self._inbox, self._halt))
@@ -97,6 +106,11 @@ def tell(message: Any) -> None:
 def _settle(messages: Queue[Any], stop: Event) -> None:
     global _messages, _stop
     _messages, _stop = messages, stop
+    settle()
+
+
+def settle() -> None:
+    """In a new worker: one torch thread, deaf to Ctrl-C, and gone when its parent is."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops its workers in order
     threading.Thread(target=_end_with_parent, daemon=True).start()

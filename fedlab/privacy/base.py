@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedlab.errors import PrivacyError
-from fedlab.types import Cohort, Memory, Site, Spent, Tensors, Update
+from fedlab.errors import FedlabError, PrivacyError
+from fedlab.types import Cohort, Failure, Memory, Site, Spent, Tensors, Update
 
 if TYPE_CHECKING:
     from fedlab.strategies import Strategy
     from fedlab.training import Kit, SiteTrainer
 
-__all__ = ["Inboxes", "Privacy", "check_update", "importable"]
+__all__ = ["Inboxes", "PartialExchange", "Privacy", "check_update", "importable"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Products of a few such numbers are still finite in float64.
@@ -25,6 +26,22 @@ _LARGEST = 1e90
 
 #: Messages on their way: recipient -> sender -> bytes. The server is called "server".
 Inboxes = Mapping[str, Mapping[str, bytes]]
+
+
+class PartialExchange(FedlabError):
+    """An exchange of messages in which some sites failed; an engine raises it when it has asked them all.
+
+    Attributes:
+        sent: what the others sent, by sender and recipient.
+        failures: who failed, and how.
+    """
+
+    def __init__(self, sent: Inboxes, failures: Sequence[Failure]) -> None:
+        super().__init__("; ".join(str(failure.error) for failure in failures))
+        self.sent, self.failures = sent, tuple(failures)
+
+    def __reduce__(self) -> tuple[type[PartialExchange], tuple[Inboxes, tuple[Failure, ...]]]:
+        return PartialExchange, (self.sent, self.failures)  # survives worker processes
 
 
 class Privacy:
@@ -58,6 +75,10 @@ class Privacy:
     def masked(self) -> bool:
         """Whether updates are hidden on their way."""
         return any(layer.masks for layer in self._layers())
+
+    def at(self, site: str) -> Privacy:
+        """What of it works at a site: all of it, unless sites differ; see `AtSites`."""
+        return self
 
     def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
         """When joined by `+`: raises `ValueError` if this technique cannot stand between those."""
@@ -135,6 +156,12 @@ class _Stack(Privacy):
         self._talker = talking[0] if talking else Privacy()
         self.units = frozenset().union(*(layer.units for layer in layers))
         self.before, self.after = self._talker.before, self._talker.after
+
+    def at(self, site: str) -> Privacy:
+        here = [part for layer in self.layers for part in layer.at(site)._layers() if type(part) is not Privacy]
+        if len(here) == len(self.layers) and all(map(operator.is_, here, self.layers)):
+            return self
+        return _Stack(*here) if len(here) > 1 else here[0] if here else Privacy()
 
     def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
         for layer in self.layers:

@@ -1,0 +1,239 @@
+"""Sites in worker processes on one machine."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from fedlab.engines.local import Answer, answer_of, exchange_here, kept
+from fedlab.engines.parcels import Parcel
+from fedlab.engines.pool import Pool, Ticket
+from fedlab.errors import FedlabError, PrivacyBudgetExhausted, SiteError
+from fedlab.privacy.base import Inboxes
+from fedlab.task import SiteTask
+from fedlab.types import Failure, Memory, ServerState, Site, Update, Withdrawal
+from fedlab.workers import available_cores
+
+__all__ = ["Processes"]
+
+
+class Processes:
+    """Sites work in other processes of this machine, several at a time; tensors go there and back in shared memory.
+
+    **The same bits as `Local`.** Each worker computes with as many torch threads as this process, since sums over
+    another number of threads differ in their last bits, and with the same settings of torch. So where torch has a
+    thread for every core, there is one worker: say `torch.set_num_threads(1)` first, for this engine and for what it is
+    compared with, and every core has a worker of its own, which is faster than one process with all the threads.
+
+    **Memory.** At most as many updates as there are workers wait for the server, beside the one that it looks at; a
+    site that is slower than others holds them up rather than let updates pile up. Patients that lie in this process
+    are copied into shared memory once and mapped by all workers; those of a `PatientFolder` are read by whichever
+    worker needs them. What a site remembers lies in `memory`, in this process.
+
+    **When a worker dies**, or is killed because memory ran out, its site has failed, its memory is as it was before the
+    round, and another worker takes over; with `Admission` rules the run goes on. The workers end with a `with` block,
+    with `close()`, with the engine, with Ctrl-C and with this process, however that ends. What stays is the one process
+    that they, like all workers of fedlab, are forked from: it ends with this one.
+
+    Techniques, strategies and models may be defined in a notebook cell. In a script, what runs must stand below
+    `if __name__ == "__main__":`. Modules are imported by the workers once: `close()` after changing one.
+
+    Args:
+        workers: how many; by default one for each GPU of `devices`, else as many as there are cores for `threads`.
+        threads: torch threads of each worker; by default as many as this process has when a round begins, without
+            which results differ from `Local`'s in their last bits.
+        devices: GPUs that the workers take turns in being given, such as ("cuda:0", "cuda:1"), with the trainer's
+            device left at "auto"; or ("cpu",) for none. By default all compute where the trainer says.
+        ledgers: as in `Local`; read and written by this process.
+
+    Attributes:
+        memory: what each site keeps.
+
+    Raises:
+        ValueError: a setting out of its range.
+        FedlabError: this system cannot share memory between processes in the way that is needed; see `Local`.
+    """
+
+    def __init__(self, workers: int | None = None, *, threads: int | None = None, devices: Sequence[str] = (),
+                 ledgers: Path | str | None = None) -> None:
+        for name, value in (("workers", workers), ("threads", threads)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} is a positive whole number, or None for as many as suit, got {value!r}")
+        if isinstance(devices, str):
+            raise ValueError(f"devices are several names, such as ({devices!r},); got the text {devices!r}")
+        if not hasattr(os, "memfd_create"):
+            raise FedlabError("Processes shares memory in a way that only Linux has; use engine=Local() here")
+        self.workers, self.threads, self.devices = workers, threads, tuple(devices)
+        self.ledgers = None if ledgers is None else Path(ledgers)
+        self.memory: dict[str, Memory] = {}
+        self._pool = Pool(visible=_visible(self.devices))
+        self._end = weakref.finalize(self, Pool.close, self._pool)  # with the engine, and when Python ends
+
+    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
+        """What comes of the task at each site, in the order of the cohort.
+
+        Raises:
+            ValueError: something of the task or of a site can't be sent to another process, or the trainer insists on
+                a device that the workers haven't got.
+            FedlabError: no worker could be started, or none can make sense of the task.
+        """
+        self._check_device(task)
+        threads = self.threads or torch.get_num_threads()
+        count = self._count(threads)
+        self._pool.prepare(task, workers=min(count, len(cohort)), settings=_settings(threads))
+        shared = None if state.models else Parcel(state)
+        left = iter(cohort)
+        begun: deque[_Begun] = deque()
+        try:
+            while True:
+                self._fill(begun, left, state, shared, count)
+                if not begun:
+                    return
+                self._pool.wait_for(begun[0].ticket)
+                first = begun.popleft()
+                self._fill(begun, left, state, shared, count)  # the workers go on while the server adds up
+                yield self._finish(first, state.round)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._pool.close()
+            raise
+        finally:
+            for site in begun:
+                self._pool.give_up(site.ticket)
+                with suppress(_GivenUp), site.ledger:
+                    raise _GivenUp
+
+    def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
+        """Messages between the sites, whose memories lie here."""
+        return exchange_here(task, step, inboxes, sites, self.memory)
+
+    def close(self) -> None:
+        """Ends the workers; the next round starts new ones. What sites remember stays."""
+        self._pool.close()
+
+    def _fill(self, begun: deque[_Begun], left: Iterator[Site], state: ServerState, shared: Parcel | None,
+              count: int) -> None:
+        """Gives sites to workers until as many are under way or waiting to be handed on as there are workers."""
+        while len(begun) < count and (site := next(left, None)) is not None:
+            ledger, memory = ExitStack(), {group: dict(slots) for group, slots in
+                                           self.memory.setdefault(site.name, {}).items()}
+            ticket = Ticket(site=site.name)
+            begun.append(_Begun(site.name, ticket, ledger, memory))
+            try:
+                ledger.enter_context(kept(self.ledgers, site.name, memory, engine="Processes"))
+            except FedlabError as error:
+                ticket.answer = answer_of(site.name, lambda error=error: _raise(error))  # type: ignore[misc]
+                continue
+            self._pool.submit(ticket, site, shared or Parcel(state.at(site.name)), Parcel(memory))
+
+    def _finish(self, begun: _Begun, round: int) -> Answer:
+        """What came of a site, with its memory and its ledger up to date."""
+        answer, memory = begun.ticket.take()
+        if memory is not None:
+            begun.memory.clear()
+            begun.memory.update(memory)
+        if answer is None:
+            answer = Failure(begun.site, SiteError(begun.site, round, "reach", begun.ticket.lost))
+
+        def hand_on() -> Update:
+            with begun.ledger:  # saved before the update is handed on, and only if there is one
+                match answer:
+                    case Failure():
+                        raise answer.error
+                    case Withdrawal():
+                        raise PrivacyBudgetExhausted(answer.reason)
+                return answer
+
+        out = answer_of(begun.site, hand_on)
+        own = self.memory[begun.site]
+        own.clear()
+        own.update(begun.memory)
+        return out
+
+    def _count(self, threads: int) -> int:
+        if self.workers is not None:
+            return self.workers
+        gpus = [device for device in self.devices if device != "cpu"]
+        return len(gpus) or max(1, available_cores() // threads)
+
+    def _check_device(self, task: SiteTask) -> None:
+        wanted = task.trainer.device
+        if self.devices and wanted != "auto" and wanted not in {torch.device(name).type for name in self.devices}:
+            raise ValueError(f"the trainer insists on device={wanted!r}, the workers have {self.devices}; say "
+                             "SiteTrainer(device='auto', ...), or leave devices out")
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        shown = {"workers": self.workers, "threads": self.threads, "devices": self.devices or None,
+                 "ledgers": None if self.ledgers is None else str(self.ledgers)}
+        return f"Processes({', '.join(f'{name}={value!r}' for name, value in shown.items() if value is not None)})"
+
+
+class _Begun(NamedTuple):
+    """A site that is under way, or done and waiting for its turn."""
+
+    site: str
+    ticket: Ticket
+    ledger: ExitStack
+    memory: Memory
+
+
+class _GivenUp(Exception):
+    """Nobody wants the site's update any more."""
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def _settings(threads: int) -> dict[str, Any]:
+    """What decides about the last bits of a sum, as it is set in this process."""
+    cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("deterministic", "benchmark", "allow_tf32")}
+    return {"threads": threads, "dtype": torch.get_default_dtype(), "cudnn": cudnn,
+            "matmul": torch.get_float32_matmul_precision(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "warn_only": torch.is_deterministic_algorithms_warn_only_enabled()}
+
+
+def _visible(devices: Sequence[str]) -> list[str | None]:
+    """For each device the GPUs that a worker is shown, as CUDA_VISIBLE_DEVICES; None for whatever there are."""
+    if not devices:
+        return [None]
+    found: list[str | None] = []
+    kinds = set()
+    for name in devices:
+        try:
+            device = torch.device(name)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{name!r} is no device; devices are 'cpu' or such as 'cuda:0'") from error
+        kinds.add(device.type)
+        if device.type == "cpu":
+            found.append("")
+        elif device.type == "cuda" and device.index is not None:
+            shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+            numbers = [str(k) for k in range(torch.cuda.device_count())] if shown is None else shown.split(",")
+            if device.index >= min(len(numbers), torch.cuda.device_count()):
+                raise ValueError(f"there is no {name}: this process sees {torch.cuda.device_count()} GPUs; devices=() "
+                                 "computes where the trainer says")
+            found.append(numbers[device.index])
+        else:
+            raise ValueError(f"{name!r} is no device that a worker can be given; devices are 'cpu' or such as 'cuda:0'")
+    if len(kinds) > 1:
+        raise ValueError(f"CPU and GPU give other bits, so a site's update would depend on which worker was free; got "
+                         f"{tuple(devices)}, name one kind")
+    return found
