@@ -21,14 +21,21 @@ export IPYTHONDIR := $(CACHE)/ipython
 export JUPYTER_CONFIG_DIR := $(CACHE)/jupyter/config
 export JUPYTER_DATA_DIR := $(CACHE)/jupyter/data
 export JUPYTER_RUNTIME_DIR := $(CACHE)/jupyter/runtime
+# The extension of itkwidgets asks a CDN for scripts at every start of JupyterLab, used or not: it starts switched off.
+LABCONFIG := $(VENV)/etc/jupyter/labconfig
+QUIET := {"disabledExtensions": {"imjoy-jupyterlab-extension": true}}
 # JupyterLab looks for language servers with npm, which writes a log.
 export npm_config_cache := $(CACHE)/npm
 
 # The programs in an environment know its place: one that was copied or moved is made anew.
 MOVED := $(shell [ ! -f $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || echo moved)
 
+# NVFLARE and itkwidgets can't share an environment: this one sees the packages of the first, and its own before them.
+FLARE := .venv-flare
+FLARE_STAMP := $(FLARE)/.fedlab-installed
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint lab gallery chromium FORCE
+.PHONY: help install flare demo test test-flare lint lab gallery chromium FORCE
 
 help:
 	@echo 'fedlab: federated learning on brain-tumour MRI. Each command installs first what it needs.'
@@ -39,6 +46,7 @@ help:
 	@echo '  make lab       open JupyterLab on notebooks/'
 	@echo '  make gallery   run every notebook and write them and the reference as a site, runs/gallery/index.html'
 	@echo '  make install   create $(VENV) and install the tested versions into it'
+	@echo '  make flare     create $(FLARE), for runs across machines: NVFLARE beside the packages of $(VENV)'
 	@echo '  make lint      only the checks that need no running: style, types, import order'
 	@echo
 	@echo 'Settings: PYTHON=python3.12 (the Python to use, 3.11 or newer), ARGS="--seed 1" (for demo, lab, gallery),'
@@ -47,13 +55,19 @@ help:
 install: $(STAMP)
 	@echo "fedlab: installed in $(VENV) ($$($(PY) --version))"
 
+flare: $(FLARE_STAMP)
+
 demo: install
 	@echo "fedlab: running the demo; it says how long it takes"
 	@$(VENV)/bin/fedlab demo $(ARGS)
 
 test: lint chromium
 	@echo "fedlab: running the tests and notebooks"
-	@$(PY) -m pytest --nbval-lax --durations=10 $(PYTEST_ARGS) tests $(wildcard notebooks)
+	@$(PY) -m pytest --nbval-lax --durations=10 $(PYTEST_ARGS) --ignore=tests/flare tests $(wildcard notebooks)
+
+test-flare: flare
+	@echo "fedlab: running the tests that need NVFLARE"
+	@$(FLARE)/bin/python -m pytest --durations=10 $(PYTEST_ARGS) tests/flare
 
 lint: install
 	@echo "fedlab: checking style"
@@ -102,5 +116,14 @@ $(STAMP): pyproject.toml constraints.txt $(PY)
 	@echo "fedlab: installing the tested versions into $(VENV) (a few minutes the first time)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade
 	@$(PY) -m pip install -c constraints.txt -e '.[dev,itk,test]'
+	@[ -e $(LABCONFIG)/page_config.json ] || { mkdir -p $(LABCONFIG); echo '$(QUIET)' > $(LABCONFIG)/page_config.json; }
 	@$(PY) -c 'import fedlab'
+	@pwd -P > $@
+
+$(FLARE_STAMP): $(STAMP)
+	@echo "fedlab: installing NVFLARE into $(FLARE)"
+	@$(PY) -m venv --clear $(FLARE)
+	@for python in $(PY) $(FLARE)/bin/python; do $$python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done \
+	  | { read seen; read own; echo "$$seen" > "$$own/fedlab-venv.pth"; }
+	@$(FLARE)/bin/python -m pip install -c constraints.txt -e '.[nvflare]'
 	@pwd -P > $@

@@ -64,9 +64,9 @@ def complete(notebook: Visit) -> bool:
     if not canvas.count() or not canvas.first.is_visible():
         return False
     shown = pixels(canvas.first.screenshot())
-    high, wide = shown.shape[0] // 2, shown.shape[1] // 2
-    views = [shown[y:y + high, x:x + wide] for y in (0, high) for x in (0, wide)]
-    return all(coloured(view) > 100 and grey(view) > 1000 for view in views)
+    wide = shown.shape[1] // 4
+    return all(coloured(view) > 100 and grey(view) > 1000
+               for view in (shown[:, x:x + wide] for x in range(0, 4 * wide, wide)))
 
 
 def timed(browser: Any, lab: Lab, folder: Path, name: str) -> dict[str, float]:

@@ -23,6 +23,7 @@ from common import RESULTS, sweep, write
 SITES, HELD_OUT = 13, 2
 SIZES = (4, 4, 4, 5, 5, 6, 6, 6, 7, 7, 8, 8, 8)
 ROUNDS, STEPS = 8, 4
+BUFFER = 4  # updates after which the asynchronous server moves: it takes more steps, each of fewer updates
 SHAPE, SPACING_MM, CROP = (32, 40, 32), 4.5, (16, 16, 16)
 LR, SGD_LR = 5e-3, 0.05
 WORKFLOWS = ("data lake", "each alone", "star", "ring", "once round", "peers: ring", "peers: exponential",
@@ -83,7 +84,7 @@ def topology_of(name: str, names: list[str]) -> Any:
         "peers: complete": lambda: fl.Gossip(graph=nx.complete_graph(SITES)),
         "tree": lambda: fl.Tree(regions=regions), "rings in a tree": lambda: fl.Tree(regions=regions, within=fl.ring),
         "peers of regions": lambda: fl.Tree(regions=regions, between=fl.Gossip(graph=nx.complete_graph(regions))),
-        "buffered": lambda: fl.Buffered(size=SITES, seconds={name: 1 + k % 4 for k, name in enumerate(names)}),
+        "buffered": lambda: fl.Buffered(size=BUFFER, seconds={name: 1 + k % 4 for k, name in enumerate(names)}),
     }
     return made[name]()
 
@@ -100,7 +101,8 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
     model = fl.segresnet(seed=seed)
     strategy, privacy = strategy_of(arm.strategy, model)
     plain = arm.strategy.endswith("plain SGD")
-    rounds, steps = (1, ROUNDS * STEPS) if arm.workflow == "once round" else (ROUNDS, STEPS)
+    rounds, steps = {"once round": (1, ROUNDS * STEPS), "buffered": (ROUNDS * SITES // BUFFER, STEPS)}.get(
+        arm.workflow, (ROUNDS, STEPS))
     trainer = fl.SiteTrainer(
         model=model, crop=CROP, tumour_share=0.5, augment=fl.augmentation(flips=(0,)),
         **({"epochs": 2} if "FedNova" in arm.strategy else {"steps": steps}),
@@ -110,7 +112,7 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
 
     def mean_dice(params: Any, patients: Any) -> float:
         fl.load_weights(model, params)
-        return float(fl.evaluate(model, patients)["dice"].mean())
+        return float(fl.evaluate(model, patients, precision="fp32")["dice"].mean())
 
     row: dict[str, Any] = {"workflow": arm.workflow, "strategy": arm.strategy, "seed": seed}
     if arm.workflow == "each alone":

@@ -16,9 +16,9 @@ from fedlab.data.brats import PatientFiles, read_cohort, read_label, save_predic
 from fedlab.data.prepare import labels_to_regions
 from fedlab.data.scan import native_volume
 from fedlab.errors import RunError
+from fedlab.hardware import pick_device
 from fedlab.metrics import COLUMNS, predict, score_rows, summary
 from fedlab.models import load_model, trainable, weights_sha256
-from fedlab.training import pick_device, pick_precision
 from fedlab.types import REGIONS
 
 __all__ = ["describe_evaluation", "evaluate_folder"]
@@ -55,14 +55,12 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | No
     found = read_cohort(data, layout=layout, label_convention=label_convention, spacing_mm=spacing_mm,
                         broken="skip" if skip_broken else "raise", progress=progress)
     device = pick_device("auto")
-    dtype = pick_precision("auto", device)
-    amp = None if dtype is torch.float32 else dtype
     model.to(device)
     out.mkdir(parents=True)
     rows: list[dict[str, str | float]] = []
     for files in tqdm(found.files.values(), desc="segmenting", unit="patient", disable=not progress):
         patient = found.read(files.id)
-        labels = to_native(predict(model, patient, amp=amp), patient=patient, files=files)
+        labels = to_native(predict(model, patient), patient=patient, files=files)
         save_prediction(out / f"{files.id}_pred.nii.gz", labels, files=files)
         rows += _scores(labels, files)
     table = pd.DataFrame(rows, columns=list(COLUMNS))

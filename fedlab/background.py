@@ -190,7 +190,7 @@ class SiteDice:
         sites: whose held-out patients are taken; sites without any are left out.
         every: rounds between two looks, since each takes time; the first look is after so many rounds.
         patients: of each site at most so many, the first ones; None for all.
-        amp: as in `fedlab.predict`.
+        precision: as in `fedlab.predict`.
 
     Raises:
         ValueError: no held-out patient, or a number below 1.
@@ -199,7 +199,7 @@ class SiteDice:
     sites: tuple[Site, ...]
     every: int = 1
     patients: int | None = None
-    amp: torch.dtype | None = None
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
@@ -213,14 +213,15 @@ class SiteDice:
         if (number + 1) % self.every:
             return {}
         shown = [replace(site, val=list(site.val[:self.patients])) for site in self.sites if len(site.val)]
-        table = evaluate(model, shown, amp=self.amp)
+        table = evaluate(model, shown, precision=self.precision)
         each = {f"Dice, {site.name}": float(summary(table[table["site"] == site.name])["dice"]["mean"])
                 for site in shown}
         return {"Dice": float(summary(table)["dice"]["mean"]), **each}
 
     def __repr__(self) -> str:
         names = ", ".join(site.name for site in self.sites)
-        return f"SiteDice(sites=<{names}>, every={self.every}, patients={self.patients}, amp={self.amp})"
+        return (f"SiteDice(sites=<{names}>, every={self.every}, patients={self.patients}, "
+                f"precision={self.precision!r})")
 
 
 class _Stop(Exception):

@@ -271,7 +271,7 @@ def site_contributions(
                          stored_bytes=sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
 
 
-def dice_on(model: torch.nn.Module, patients: Sequence[Any], *, amp: torch.dtype | None = None,
+def dice_on(model: torch.nn.Module, patients: Sequence[Any], *, precision: str = "auto",
             ) -> Callable[[Tensors], float]:
     """A utility: mean Dice over regions of these patients or sites' held-out patients; see `fedlab.metrics.evaluate`.
 
@@ -284,7 +284,7 @@ def dice_on(model: torch.nn.Module, patients: Sequence[Any], *, amp: torch.dtype
 
     def dice(params: Tensors) -> float:
         load_weights(own, params)
-        return float(evaluate(own, patients, amp=amp).groupby("region")["dice"].mean().mean())
+        return float(evaluate(own, patients, precision=precision).groupby("region")["dice"].mean().mean())
 
     return dice
 

@@ -39,8 +39,8 @@ class SiteError(FedlabError):
     Attributes:
         site: name of the site.
         round: number of the round, counted from 0.
-        stage: "ledger", "equip", "fit", "protect", "check" or "keep"; "reach" where the site wasn't reached, or was lost
-            while it worked.
+        stage: "ledger", "equip", "fit", "protect", "check" or "keep"; "reach" where the site was not reached, or was
+            lost while it worked.
     """
 
     def __init__(self, site: str, round: int, stage: str, reason: str) -> None:

@@ -36,7 +36,7 @@ from fedlab.models import load_weights, save_model, segresnet
 from fedlab.server import federate
 from fedlab.sources import Folder, Phantoms
 from fedlab.tracking import CsvTracker
-from fedlab.training import PolyDecay, SiteTrainer, augmentation, pick_device, pick_precision
+from fedlab.training import PolyDecay, SiteTrainer, augmentation
 from fedlab.types import Patient, Round, ServerState, Site
 from fedlab.workers import Workers, start_workers, tell
 
@@ -321,7 +321,7 @@ def _train_arm(job: Job, arm: str, out: Path) -> History:
     def validate(model: torch.nn.Module, number: int) -> dict[str, float]:
         if not shown or (number + 1) % job.watch_every:
             return {}
-        scores = evaluate(model, shown, amp=_amp()).groupby("region")["dice"].mean()
+        scores = evaluate(model, shown).groupby("region")["dice"].mean()
         return {"Dice": float(scores.mean()), **{f"Dice {region}": float(v) for region, v in scores.items()}}
 
     def report(finished: Round) -> None:
@@ -378,7 +378,7 @@ def _contributions(job: Job, history: History, out: Path) -> Contributions:
     """In a worker: Shapley values of the sites, measured on one held-out patient of each."""
     sites = load_sites(out / "prepared")
     measured = [site.val[0] for site in sites if len(site.val)]
-    utility = dice_on(_model(job, history.state), measured, amp=_amp())
+    utility = dice_on(_model(job, history.state), measured)
     return site_contributions(history, out / "arms" / "updates", utility,
                               permutations=None if len(sites) <= 5 else 20, seed=job.seed)
 
@@ -419,7 +419,7 @@ def _try_on_real(job: Job, state: ServerState | None) -> tuple[pd.DataFrame, lis
 
 
 def _segment(model: torch.nn.Module, patient: Patient, site: str) -> tuple[list[dict[str, str | float]], torch.Tensor]:
-    regions = predict(model, patient, amp=_amp()) >= 0.5
+    regions = predict(model, patient) >= 0.5
     tell(patient.id)
     rows = score_rows(regions, patient.label, spacing_mm=patient.spacing_mm, site=site, patient=patient.id)
     return rows, regions_to_labels(regions)
@@ -431,8 +431,3 @@ def _model(job: Job, state: ServerState | None) -> torch.nn.Module:
     model = segresnet(filters=job.filters, seed=job.seed)
     load_weights(model, state.params)
     return model
-
-
-def _amp() -> torch.dtype | None:
-    dtype = pick_precision("auto", pick_device("cpu"))
-    return None if dtype is torch.float32 else dtype

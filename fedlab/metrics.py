@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from fedlab.data.prepare import labels_to_regions
+from fedlab.hardware import pick_precision
 from fedlab.types import MODALITIES, REGIONS, Patient, Site
 
 __all__ = ["COLUMNS", "WORST_HD95_MM", "RegionScore", "Thresholding", "evaluate", "predict", "score", "score_rows",
@@ -177,7 +178,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int, int] = (64, 64, 64),
-            overlap: float = 0.5, amp: torch.dtype | None = None,
+            overlap: float = 0.5, precision: str = "auto",
             device: torch.device | str | None = None) -> torch.Tensor:
     """Probabilities of the three regions over the whole volume.
 
@@ -189,7 +190,7 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
         patient: whose image to segment.
         window: largest block the model sees at once, in voxels.
         overlap: of neighbouring windows, as a fraction.
-        amp: autocast to this type, for example torch.bfloat16; None for none.
+        precision: "auto", "bf16" or "fp32", as a `SiteTrainer` has it; see `fedlab.hardware.pick_precision`.
         device: where to compute; None takes the device of the model, which is never moved.
 
     Returns:
@@ -203,6 +204,7 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
     place = torch.device(device) if device is not None else next((p.device for p in model.parameters()),
                                                                  torch.device("cpu"))
     image = patient.image[None].to(place, torch.float32)
+    dtype = pick_precision(precision, place)
     block = [min(most, -(-n // 16) * 16) for most, n in zip(window, image.shape[2:], strict=True)]
 
     def probabilities(batch: torch.Tensor) -> torch.Tensor:
@@ -214,7 +216,8 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
                              f"{', '.join(REGIONS)}; got {got}")
         return logits.float().sigmoid()
 
-    with torch.inference_mode(), _evaluating(model), torch.autocast(place.type, dtype=amp, enabled=amp is not None):
+    with torch.inference_mode(), _evaluating(model), torch.autocast(
+            place.type, dtype=dtype, enabled=dtype is not torch.float32):
         out = sliding_window_inference(image, block, 1, probabilities, overlap=overlap, mode="gaussian")
     result = cast(torch.Tensor, out)[0].float().cpu().clone()  # a plain tensor, unlike those of inference mode
     if not bool(torch.isfinite(result).all()):
@@ -223,7 +226,7 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
 
 
 def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient], *, threshold: float = 0.5,
-             window: tuple[int, int, int] = (64, 64, 64), overlap: float = 0.5, amp: torch.dtype | None = None,
+             window: tuple[int, int, int] = (64, 64, 64), overlap: float = 0.5, precision: str = "auto",
              device: torch.device | str | None = None, progress: bool = False) -> pd.DataFrame:
     """Score a model on held-out patients, whole volumes, on the patients' grid.
 
@@ -233,7 +236,7 @@ def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient
         threshold: a region is predicted where its probability is at least this.
         window: see `predict`.
         overlap: see `predict`.
-        amp: see `predict`.
+        precision: see `predict`.
         device: see `predict`.
         progress: show a progress bar.
 
@@ -253,7 +256,7 @@ def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient
         raise ValueError("nobody to evaluate on: no patients were given, or no site holds any out")
     rows: list[dict[str, str | float]] = []
     for site, patient in tqdm(cases, desc="evaluating", unit="patient", disable=not progress):
-        guess = predict(model, patient, window=window, overlap=overlap, amp=amp, device=device) >= threshold
+        guess = predict(model, patient, window=window, overlap=overlap, precision=precision, device=device) >= threshold
         rows += score_rows(guess, patient.label, spacing_mm=patient.spacing_mm, site=site, patient=patient.id)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 

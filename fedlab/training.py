@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from fedlab.data.prepare import labels_to_regions
+from fedlab.hardware import pick_device, pick_precision
 from fedlab.models import load_weights, trainable
 from fedlab.seeds import derive, generator
 from fedlab.types import Memory, Patient, ServerState, Site, Tensors, Update
 
-__all__ = ["Crops", "DiceBCE", "Kit", "PolyDecay", "SiteTrainer", "augmentation", "pick_device", "pick_precision"]
+__all__ = ["Crops", "DiceBCE", "Kit", "PolyDecay", "SiteTrainer", "augmentation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,30 +205,6 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimize
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-5, fused=True)
 
 
-def pick_device(device: str) -> torch.device:
-    """`"auto"` is the GPU where there is one, else the CPU; anything else is taken as torch names it."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-
-
-def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that convolutions run in.
-
-    `"auto"` is bf16 on GPUs that have it and on CPUs with AMX tiles, where it is several times faster, else fp32.
-    It depends on the hardware alone, so a run repeats bit for bit on its machine.
-
-    Raises:
-        ValueError: an unknown precision.
-    """
-    choices = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if precision in choices:
-        return choices[precision]
-    if precision != "auto":
-        raise ValueError(f"precision is 'auto', 'bf16' or 'fp32', got {precision!r}")
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16", False) else torch.float32
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SiteTrainer:
     """Trains a model on one site's patients, starting from the global weights.
@@ -246,7 +223,7 @@ class SiteTrainer:
         optimiser: makes an optimiser from parameters and a learning rate.
         momentum: "keep" the optimiser's moments at the site between rounds or "restart" them; Li et al. 2019
             compare the two.
-        precision: "auto", "bf16" or "fp32", see `pick_precision`.
+        precision: "auto", "bf16" or "fp32", see `fedlab.hardware.pick_precision`.
         device: "auto" or a torch device name.
 
     Raises:

@@ -20,6 +20,7 @@ from fedlab.privacy.ledger_file import LedgerFile
 from fedlab.server import federate
 from test_training import trainer
 
+
 class Explodes(Privacy):
     """Training goes on to NaN at one site after a step, in its second round."""
 

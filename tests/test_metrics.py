@@ -205,7 +205,7 @@ class Stop(torch.nn.Module):
 def test_predict_in_bfloat16_is_close():
     torch.manual_seed(0)
     model = torch.nn.Conv3d(4, 3, 3, padding=1)
-    full, half = predict(model, patient()), predict(model, patient(), amp=torch.bfloat16)
+    full, half = predict(model, patient(), precision="fp32"), predict(model, patient(), precision="bf16")
     assert half.dtype == torch.float32 and 0 < (full - half).abs().max() < 0.02
 
 

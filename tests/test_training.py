@@ -11,10 +11,11 @@ from cohorts import TinyNet, blob_patient, blob_sites
 from fedlab.baselines import centralised, local_only
 from fedlab.data.prepare import labels_to_regions
 from fedlab.errors import SiteError
+from fedlab.hardware import pick_precision
 from fedlab.models import segresnet, trainable, weights_sha256
 from fedlab.server import federate
 from fedlab.strategies import FedAvg
-from fedlab.training import Crops, DiceBCE, PolyDecay, SiteTrainer, augmentation, pick_precision
+from fedlab.training import Crops, DiceBCE, PolyDecay, SiteTrainer, augmentation
 from fedlab.types import Patient, Site
 
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from fedlab.hardware import pick_device, pick_precision
 from fedlab.models import trainable
 from fedlab.privacy.accounting import Accountant, Gaussian, Ledger, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
@@ -20,7 +21,7 @@ from fedlab.privacy.layers import Loss, check_loss, check_private
 from fedlab.privacy.noise import standard_normal
 from fedlab.privacy.updates import AdaptiveClip
 from fedlab.seeds import derive, generator
-from fedlab.training import Crops, Kit, pick_device, pick_precision
+from fedlab.training import Crops, Kit
 from fedlab.types import Memory, Site
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ class FedOpt(FedAvg):
         rule: "adam" forgets old squares at a fixed rate, "yogi" only as fast as the new ones differ, "adagrad" never;
             "momentum" looks at no squares.
         server_lr: length of the server's step: about what a coordinate moves in a round for the first three, where
-            0.01 is a beginning; a multiple of the mean for "momentum", where 1 is.
+            0.01 is a beginning, 0.1 with "adagrad"; a multiple of the mean for "momentum", where 1 is.
         beta1: share of the past in the moving mean of the updates; the paper takes 0 with "adagrad".
         beta2: share of the past in the moving mean of their squares, for "adam" and "yogi".
         tau: added to the root of the squares: the larger, the less the rule adapts. Where updates are much smaller

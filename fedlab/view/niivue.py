@@ -107,7 +107,7 @@ class NiiVuePanel:
         self.poster = _Poster(png=poster, height=height)
         self.canvas = NiiVue(
             height=height, slice_type=_SLICES[look.view], multiplanar_show_render=ShowRender.ALWAYS,
-            multiplanar_layout=MultiplanarType.GRID,
+            multiplanar_layout=MultiplanarType.ROW,
             is_radiological_convention=True, sagittal_nose_left=True, show_all_orientation_markers=True,
             font_color=(1.0, 1.0, 1.0, 0.9), crosshair_width=0.8 / max(case.patient.spacing_mm),  # voxels
             crosshair_color=(0.5, 0.83, 1.0, 0.8), show_3d_crosshair=False, drag_and_drop_enabled=False,

@@ -107,7 +107,7 @@ class Viewer:
 def show(patient: Patient, prediction: Prediction | Mapping[str, Prediction] | None = None, *,
          modality: str = MODALITIES[0], view: View = "all", arm: str | None = None, overlay: str = "labels",
          opacity: float = 0.6, labels: Sequence[int] = (1, 2, 4), crosshair: tuple[int, int, int] | None = None,
-         backend: Backend = "auto", height: int = 520) -> Viewer:
+         backend: Backend = "auto", height: int = 380) -> Viewer:
     """A patient in linked slices and in 3-D: four modalities, the expert's labels, and what arms predicted.
 
     The controls choose modality, plane, arm, overlay (labels, or where false positives and false negatives of a region
