@@ -148,6 +148,7 @@ def figure(table: pd.DataFrame, path: Path) -> None:
     axes.scatter(table["share"], table["arm"], s=9, color="#003A66", zorder=3)
     axes.axvline(1, color="#444", linewidth=1)
     axes.set(xlabel="mean Dice of held-out patients over that of pooled training, a dot a seed", xlim=(0, None))
+    axes.margins(y=0.01)
     axes.tick_params(labelsize=8)
     drawn.savefig(path, dpi=130)
 
