@@ -23,7 +23,7 @@ from workflows import CROP, HELD_OUT, LR, ROUNDS, SHAPE, SITES, SIZES, SPACING_M
 LIARS = 3
 FAULTS = ("none", "drop-out 30 %", "crash 30 %", "NaN", "replay, disguised", "poisoned labels",
           "sign-flip", "sign-flip x 5", "scaled x 10")
-STRATEGIES = ("mean", "mean, norms under 4", "norm bound", "median", "trimmed mean", "multi-Krum", "geometric median")
+STRATEGIES = ("mean", "mean, norms under 10", "norm bound", "median", "trimmed mean", "multi-Krum", "geometric median")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def strategy_of(name: str) -> Any:
     import fedlab as fl
 
     made: dict[str, Callable[[], Any]] = {
-        "mean": lambda: fl.FedAvg(weights="uniform"), "mean, norms under 4": lambda: fl.FedAvg(weights="uniform"),
+        "mean": lambda: fl.FedAvg(weights="uniform"), "mean, norms under 10": lambda: fl.FedAvg(weights="uniform"),
         "norm bound": lambda: fl.NormBound(weights="uniform", bound=2.0), "median": fl.CoordinateMedian,
         "trimmed mean": lambda: fl.TrimmedMean(trim=0.25),
         "multi-Krum": lambda: fl.Krum(attackers=LIARS, chosen=SITES - 2 * LIARS),
@@ -76,7 +76,7 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
     model = fl.segresnet(seed=seed)
     trainer = fl.SiteTrainer(model=model, steps=STEPS, crop=CROP, tumour_share=0.5,
                              augment=fl.augmentation(flips=(0,)), lr=fl.PolyDecay(start=LR, rounds=ROUNDS))
-    rules = fl.Admission(max_norm=4.0 if "norms under" in arm.strategy else None)
+    rules = fl.Admission(max_norm=10.0 if "norms under" in arm.strategy else None)
     history = fl.federate(trainer, sites, strategy=strategy_of(arm.strategy), admission=rules, rounds=ROUNDS, seed=seed,
                           engine=Faulty(engine=Local(), faults=fault_of(arm.fault, liars), seed=seed), progress=False)
     fl.load_weights(model, history.state.params)

@@ -40,7 +40,9 @@ from folders import write_patient
 from runs import wait_for
 from test_training import trainer
 
-HERE = os.getpid()
+
+def in_a_worker():
+    return multiprocessing.parent_process() is not None
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,7 +96,7 @@ class Dies(Privacy):
     def protect(self, update, memory, rng):
         once = Path(self.folder, "has died")
         if update.site == self.site and int(memory["joined"]["updates"]) == self.round and not once.exists():
-            assert multiprocessing.parent_process() is not None
+            assert in_a_worker()
             once.touch()
             os._exit(3) if self.how == "exit" else os.kill(os.getpid(), getattr(signal, self.how))
         return update
@@ -120,7 +122,7 @@ class Tells(Privacy):
         self.what = what
 
     def equip(self, kit, site, memory):
-        raise ValueError(str({"threads": torch.get_num_threads(), "main": os.getpid() == HERE,
+        raise ValueError(str({"threads": torch.get_num_threads(), "worker": in_a_worker(),
                               "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}[self.what]))
 
 
@@ -136,7 +138,7 @@ def test_the_same_bits_metrics_and_memory_as_local(fresh):
     for site, groups in local.memory.items():
         assert {g: weights_sha256(t) for g, t in groups.items()} == {
             g: weights_sha256(t) for g, t in fresh.memory[site].items()}
-    assert all(pid != HERE for pid in pids(fresh)) and len(pids(fresh)) == 2
+    assert len(pids(fresh)) == 2 and os.getpid() not in pids(fresh)
 
 
 def test_another_number_of_threads_gives_other_bits_so_workers_have_those_of_their_parent(fresh):
@@ -271,18 +273,19 @@ def test_without_rules_of_admission_a_dead_worker_ends_the_run_and_the_engine_is
 def test_a_worker_that_died_between_rounds_costs_nothing(fresh):
     rounds = each_round(trainer(), blob_sites((2, 1)), engine=fresh, rounds=2)
     next(rounds)
-    for pid in pids(fresh):
+    before = pids(fresh)
+    for pid in before:
         os.kill(pid, signal.SIGKILL)
-    time.sleep(0.2)
+    wait_for(lambda: not any(map(alive, before)), seconds=60, why="a killed process is still there")
     last = next(rounds)
     assert last.absent == {} and weights_sha256(last.state.params) == bits(run(Local(), (2, 1)))
 
 
 def test_the_user_s_own_exception_is_there_with_where_it_came_from(fresh):
-    with pytest.raises(SiteError, match="failed in round 0 at stage 'equip': ValueError: False") as caught:
-        run(fresh, privacy=Tells(what="main"))
+    with pytest.raises(SiteError, match="failed in round 0 at stage 'equip': ValueError: True") as caught:
+        run(fresh, privacy=Tells(what="worker"))
     text = str(caught.value.__cause__)
-    assert "in equip" in text and "test_processes.py" in text and "ValueError: False" in text
+    assert "in equip" in text and "test_processes.py" in text and "ValueError: True" in text
 
 
 class Foreign(FedlabError):
@@ -316,7 +319,7 @@ class OnlyHere(Privacy):
 
 
 def _only_here():
-    if os.getpid() != HERE:
+    if in_a_worker():
         raise ImportError("no module of that name")
     return OnlyHere()
 
@@ -347,7 +350,7 @@ class Counts(FedAvg):
         def counted():
             for update in updates:
                 ALIVE.add(update)
-                SEEN.append(len(ALIVE) + len(waiting()))
+                SEEN.append((len(ALIVE), len(waiting())))
                 yield update
                 del update
 
@@ -355,7 +358,7 @@ class Counts(FedAvg):
 
 
 ALIVE: weakref.WeakSet = weakref.WeakSet()
-SEEN: list[int] = []
+SEEN: list[tuple[int, int]] = []
 
 
 def waiting():
@@ -363,17 +366,21 @@ def waiting():
     return [ticket for ticket in gc.get_objects() if type(ticket) is pool.Ticket and ticket.answer is not None]
 
 
-def test_updates_wait_for_their_turn_and_are_never_more_than_workers_and_one(fresh):
+def test_updates_wait_for_their_turn_and_no_more_than_there_are_workers(fresh):
     SEEN.clear()
     done = run(fresh, (1,) * 7, rounds=1, strategy=Counts(), privacy=Marks(slow="site-0", seconds=1.0))
     assert list(done.records[0]["sites"]) == [f"site-{k}" for k in range(7)]
-    assert len(SEEN) == 7 and max(SEEN) <= 3
+    at_the_server, in_waiting = (max(numbers) for numbers in zip(*SEEN, strict=True))
+    assert len(SEEN) == 7 and in_waiting == 2
+    assert at_the_server <= 2  # as with Local: a sum still has the last one in its hands when the next one comes
 
 
 def test_no_file_descriptor_and_no_memory_is_left_of_a_round(fresh):
-    rounds = each_round(trainer(), blob_sites((2, 1, 1)), engine=fresh, rounds=6)
-    counts = [len(os.listdir("/proc/self/fd")) for _ in rounds]
-    assert len(set(counts[1:])) == 1
+    counts = []
+    for _ in each_round(trainer(), blob_sites((2, 1, 1)), engine=fresh, rounds=8):
+        gc.collect()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert max(counts[2:]) <= counts[1]
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("fedlab")]
 
 
@@ -390,6 +397,7 @@ def test_patients_travel_once_and_again_only_where_they_changed(fresh, monkeypat
     assert bits(run(fresh, sites)) == bits(run(local, sites))
     assert [thing.name for thing in sent if isinstance(thing, Site)] == ["site-0", "site-1", "site-0"]
     del sites
+    sent.clear()
     gc.collect()
     assert len(fresh._pool._sites) == 0
 
@@ -410,6 +418,7 @@ def test_faults_and_checkpoints_work_with_it(fresh, tmp_path):
     settings = {"rounds": 4, "admission": Admission(min_sites=1)}
     whole = bits(run(faulty(Local()), **settings))
     assert bits(run(faulty(fresh), **settings)) == whole
+    fresh.memory = {}
     run(faulty(fresh), rounds=2, admission=Admission(min_sites=1), checkpoint=tmp_path / "run")
     fresh.memory = {}
     assert bits(run(faulty(fresh), **settings, checkpoint=tmp_path / "run")) == whole
@@ -467,7 +476,7 @@ def test_running_a_cell_again_piles_up_no_processes():
     for _ in range(3):
         engine = Processes(workers=2)
         try:
-            run(engine, privacy=Tells(what="main"))
+            run(engine, privacy=Tells(what="worker"))
         except SiteError as error:
             held = error
         seen += pids(engine)
@@ -504,10 +513,10 @@ def test_an_exception_of_the_server_ends_the_sites_that_had_run_ahead(tmp_path):
     engine = Processes(workers=2)
     started = time.monotonic()
     with pytest.raises(SiteError):
-        run(engine, privacy=FailsAt(site="site-0", stage="fit", round=0)
+        run(engine, (1, 1), privacy=FailsAt(site="site-0", stage="fit", round=0)
             + Waits(folder=str(tmp_path), site="site-1"))
     gc.collect()
-    assert time.monotonic() - started < 40  # site-1 would wait for a minute
+    assert time.monotonic() - started < 50  # site-1 would wait for a minute
     assert len(pids(engine)) == 1
     engine.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import os
@@ -193,7 +194,7 @@ class Pool:
         while True:
             idle = [worker for worker in self._workers if worker.ready and worker.ticket is None]
             for worker in idle:
-                if not worker.process.is_alive():
+                if worker.connection.poll() or not worker.process.is_alive():  # what it has to say is that it is gone
                     self._drop(worker, patience=0)
             alive = [worker for worker in idle if worker in self._workers]
             if alive:
@@ -246,7 +247,8 @@ class Pool:
         if isinstance(came, Failure):
             came.error.__cause__ = _AtWorker(words)
         if ticket is not None:
-            ticket.answer, ticket.memory = came, memory.open()
+            ticket.answer = came
+            ticket.memory = copy.deepcopy(memory.open())  # each mapping takes a file descriptor; memories are for long
         return True
 
     def _drop(self, worker: _Worker, *, patience: float) -> None:

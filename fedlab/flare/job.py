@@ -81,7 +81,7 @@ class SavedRun:
             needed = fewest if isinstance(fewest, int) else needed
         server = {"format_version": 2, "workflows": [{
             "id": "controller", "path": "nvflare.collab.runtime.controller.CollabController",
-            "args": {"server_obj_id": "server_part", "sync_task_timeout": max(120, int(self.patience))}}],
+            "args": {"server_obj_id": "server_part", "sync_task_timeout": max(300, int(self.patience))}}],
             "components": [{"id": "server_part", "path": "fedlab.flare.server_part.ServerPart",
                             "args": {"seconds": self.seconds, "patience": self.patience}}]}
         site = {"format_version": 2, "executors": [{"tasks": ["*"], "executor": {

@@ -54,7 +54,7 @@ export default {
 """
 
 
-class _Poster(anywidget.AnyWidget):  # type: ignore[misc]
+class _Poster(anywidget.AnyWidget):
     """A still picture over the canvas until the browser has loaded the volumes; without WebGL it stays."""
 
     _esm = _POSTER

@@ -88,7 +88,7 @@ class Hospitals:
         return [read_site(read_settings(self.folder / name), cache=self.folder / name / "prepared", progress=False)
                 for name in NAMES]
 
-    def engine(self, *, patience: float = 8.0) -> NVFlare:
+    def engine(self, *, patience: float = 20.0) -> NVFlare:
         return NVFlare(env=Production(kit=self.kits / "admin", threads=1), patience=patience)
 
 
