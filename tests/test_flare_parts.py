@@ -47,22 +47,24 @@ from fedlab.wire import pack_weights
 
 
 class Proxy:
-    """A site as NVFLARE would show it: `proxy(timeout=…).train(...)`."""
+    """The way to a site, which is at work or gone."""
 
     def __init__(self, work: Callable[..., Any] = lambda *arguments: {"value": arguments}) -> None:
-        self.work, self.gone, self.timeout = work, threading.Event(), 0.0
+        self.work, self.gone, self.timeout, self.hung_up = work, threading.Event(), 0.0, 0
 
-    def __call__(self, *, timeout: float) -> Proxy:
-        self.timeout = timeout
+    def dial(self) -> Proxy:
         return self
 
-    def alive(self) -> int:
+    def hang_up(self) -> None:
+        self.hung_up += 1
+
+    def ask(self, method: str, arguments: tuple[Any, ...], *, seconds: float) -> Any:
+        if method != "alive":
+            self.timeout = seconds
+            return self.work(*arguments)
         if self.gone.is_set():
             raise TimeoutError("no answer")
         return 1
-
-    def train(self, *arguments: Any) -> Any:
-        return self.work(*arguments)
 
 
 def asked(calls: Calls, *names: str) -> dict[str, Any]:
@@ -99,6 +101,7 @@ def test_a_site_that_falls_silent_is_given_up_and_found_again() -> None:
     site.gone.set()
     began = time.monotonic()
     assert "no sign of life" in str(asked(calls, "a")["a"]) and time.monotonic() - began < 5
+    assert site.hung_up == 1
     assert calls.silent == {"a"} and "not connected" in str(asked(calls, "a")["a"])
     site.gone.clear()
     stuck.set()

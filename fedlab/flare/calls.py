@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from fedlab.errors import FedlabError, PrivacyError
 
@@ -19,6 +19,16 @@ class Ended(BaseException):
     """The job is to end. No `Exception`: else it would be taken for a failure of the sites, and the run would go on."""
 
 
+class _Call(Protocol):
+    def ask(self, method: str, arguments: tuple[Any, ...], *, seconds: float) -> Any: ...
+
+    def hang_up(self) -> None: ...
+
+
+class _Line(Protocol):
+    def dial(self) -> _Call: ...
+
+
 class Calls:
     """Asks sites and hands on what they answer, as it comes.
 
@@ -27,7 +37,7 @@ class Calls:
     question; the next question begins with whether it is back.
 
     Args:
-        sites: NVFLARE's proxies of the sites that take part in this job, by name.
+        sites: the ways to the sites that take part in this job, by name; see `fedlab.flare.lines`.
         seconds: longest time for an answer.
         patience: seconds without a sign of life after which a site counts as gone.
         aborted: whether the job is to end.
@@ -36,7 +46,7 @@ class Calls:
         silent: names of the sites that were gone when last asked.
     """
 
-    def __init__(self, sites: Mapping[str, Any], *, seconds: float, patience: float = 30.0,
+    def __init__(self, sites: Mapping[str, _Line], *, seconds: float, patience: float = 30.0,
                  aborted: Callable[[], bool] = lambda: False) -> None:
         self.sites, self.seconds, self.patience, self.aborted = dict(sites), seconds, patience, aborted
         self.silent: set[str] = set()
@@ -89,7 +99,8 @@ class Calls:
         if name in self.silent and not self._is_there(name, within=beat):
             return FedlabError(f"{name} is not connected")
         outcome: SimpleQueue[Any] = SimpleQueue()
-        _begin(lambda: outcome.put(self._call(name, method, arguments)))
+        call = self.sites[name].dial()
+        _begin(lambda: outcome.put(self._call(call, name, method, arguments)))
         heard = time.monotonic()
         while not self.aborted():
             try:
@@ -98,13 +109,15 @@ class Calls:
                 if self._is_there(name, within=beat):
                     heard = time.monotonic()
                 elif time.monotonic() - heard > self.patience:
+                    call.hang_up()
                     self.silent.add(name)
                     return FedlabError(f"{name} has given no sign of life for {self.patience:g} s")
+        call.hang_up()
         return FedlabError("the job is to end")
 
-    def _call(self, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
+    def _call(self, call: _Call, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
         try:
-            told = getattr(self.sites[name](timeout=self.seconds), method)(*arguments)
+            told = call.ask(method, arguments, seconds=self.seconds)
         except Exception as error:  # NVFLARE's own, of several kinds, about the way there or what was raised there
             if getattr(error, "cause_type", type(error).__name__) == "TimeoutError":
                 return FedlabError(f"{name} has not answered within {self.seconds:g} s")
@@ -119,7 +132,7 @@ class Calls:
 
     def _is_there(self, name: str, *, within: float) -> bool:
         try:
-            self.sites[name](timeout=within).alive()
+            self.sites[name].dial().ask("alive", (), seconds=within)
         except Exception:  # whatever NVFLARE raises, there is no sign of life
             return False
         self.silent.discard(name)

@@ -21,6 +21,7 @@ from fedlab.errors import RunError
 from fedlab.flare.calls import Calls, Ended
 from fedlab.flare.diary import Diary
 from fedlab.flare.kits import server_policy
+from fedlab.flare.lines import Line
 from fedlab.flare.rehearse import SIMULATION, simulated_policy
 from fedlab.flare.unseen import unseen_sites
 from fedlab.plan import Plan, make
@@ -73,7 +74,7 @@ class ServerPart:
         folder.mkdir(parents=True, exist_ok=True)
         self._diary = Diary(folder)
         call = collab.context
-        self._calls = Calls({site.name: site for site in collab.clients}, seconds=self.seconds, patience=self.patience,
+        self._calls = Calls({site.name: Line(site) for site in collab.clients}, seconds=self.seconds, patience=self.patience,
                             aborted=call.is_aborted)
         context.get_engine().register_app_command(COMMAND, self.reply)
         try:
