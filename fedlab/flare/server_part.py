@@ -74,8 +74,8 @@ class ServerPart:
         folder.mkdir(parents=True, exist_ok=True)
         self._diary = Diary(folder)
         call = collab.context
-        self._calls = Calls({site.name: Line(site) for site in collab.clients}, seconds=self.seconds, patience=self.patience,
-                            aborted=call.is_aborted)
+        self._calls = Calls({site.name: Line(site) for site in collab.clients}, seconds=self.seconds,
+                            patience=self.patience, aborted=call.is_aborted)
         context.get_engine().register_app_command(COMMAND, self.reply)
         try:
             with FileLock(folder / "lock", timeout=0):
