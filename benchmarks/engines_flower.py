@@ -9,7 +9,10 @@ FedAvg does, in the order of the sites. So what is compared is the way there and
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from fedlab.data.store import load_sites
 from fedlab.privacy.base import Privacy
 from fedlab.task import SiteTask
 
+#: Seconds until all of Flower's nodes must be there.
+PATIENCE = 300
 _task: SiteTask | None = None
 
 
@@ -63,8 +68,11 @@ def server(names: Sequence[str], rounds: int, note: Callable[[Any], None], state
     def loop(grid: Grid, context: Context) -> None:
         strategy = fl.FedAvg()
         state = strategy.begin(task().trainer.initial())
-        nodes: list[int] = []
+        nodes, end = list(grid.get_node_ids()), time.monotonic() + PATIENCE
         while len(nodes) < len(names):
+            if time.monotonic() > end:
+                raise RuntimeError(f"{len(nodes)} of {len(names)} nodes have come in {PATIENCE} seconds")
+            time.sleep(0.05)
             nodes = list(grid.get_node_ids())
         for number in range(rounds):
             weights = ArrayRecord.from_torch_state_dict(dict(state.params))
@@ -98,4 +106,8 @@ def run(data: Path, sites: Sequence[fl.Site], rounds: int, note: Callable[[Any],
 
 if __name__ == "__main__":
     data, count, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    engines_task.main("Flower simulation", lambda *settings: run(data, *settings), data, count, out)
+    try:
+        engines_task.main("Flower simulation", lambda *settings: run(data, *settings), data, count, out)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # threads of Flower's would wait for ever for a simulation that has failed

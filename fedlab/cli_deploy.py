@@ -118,7 +118,7 @@ def _status(options: argparse.Namespace) -> None:
             _ask_server(kit)
         else:
             processes = running(kit)
-            print(f"{kit.name}: " + (f"runs here as process {processes[0].pid}, with {len(processes) - 1} jobs"
+            print(f"{kit.name}: " + (f"runs here: {', '.join(f'process {p.pid}' for p in processes)}"
                                      if processes else "doesn't run on this machine"))
 
 

@@ -32,11 +32,13 @@ from fedlab import (
     weights_sha256,
 )
 from fedlab.cli import main
+from fedlab.data.store import load_sites
 from fedlab.flare.calls import Calls, Ended
 from fedlab.flare.diary import Diary, read_round
 from fedlab.flare.environments import raise_if_failed
 from fedlab.flare.job import SavedRun
 from fedlab.flare.kits import check_site_names
+from fedlab.flare.rehearse import prepare_simulation
 from fedlab.flare.unseen import unseen_sites
 from fedlab.flare.watch import watch
 from fedlab.plan import built
@@ -337,6 +339,17 @@ def test_settings_that_cannot_work_are_refused() -> None:
         federate(a_trainer(), ["a", "b"], rounds=1, engine=Local())
     assert repr(NVFlare(seconds=90)) == "NVFlare(env=Simulation(folder=None, threads=None, tries=3), seconds=90)"
     assert Privacy().at("anywhere").units == frozenset()
+
+
+def test_a_simulation_goes_on_with_the_same_patients_only(tmp_path: Path) -> None:
+    prepare_simulation(tmp_path, blob_sites((2, 2)), modules=["cohorts"])
+    prepare_simulation(tmp_path, blob_sites((2, 2)), modules=["cohorts"])
+    kept = load_sites(tmp_path / "data" / "site-1")[0]
+    assert [p.id for p in kept.train] == ["s1p0", "s1p1"]
+    assert torch.equal(kept.train[1].image, blob_sites((2, 2))[1].train[1].image)
+    with pytest.raises(RunError, match="site-1 has other patients"):
+        prepare_simulation(tmp_path, blob_sites((2, 3)), modules=["cohorts"])
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["site-0", "site-1"]
 
 
 @pytest.mark.skipif(find_spec("nvflare") is not None, reason="NVFLARE is installed here")

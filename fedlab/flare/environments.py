@@ -51,7 +51,7 @@ class Simulation:
             folder goes on where it stood. Without it a temporary folder is used and removed.
         threads: of torch in each process; by default as many as here, so that the weights are the same bits as with
             `Local()`.
-        tries: how often a simulation that dies before its first round is started; on a busy machine NVFLARE's
+        tries: how often a simulation that dies is started, to go on where it stood; on a busy machine NVFLARE's
             processes sometimes miss each other at the start.
     """
 
@@ -78,7 +78,7 @@ class Simulation:
                 how = how_it_ended(run)
                 if how is not None or have >= plan.rounds:
                     return raise_if_failed(how)
-                if have > 0 or not left:
+                if not left:
                     raise RunError(f"the simulation ended before its last round; its log says:\n{_tail(folder)}")
 
     def _once(self, folder: Path, job: Path, plan: Plan, have: int, environment: Mapping[str, str]) -> Iterator[Round]:

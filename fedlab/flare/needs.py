@@ -19,6 +19,6 @@ def need_nvflare() -> None:
     except metadata.PackageNotFoundError:
         raise RunError(f"NVFLARE isn't installed in this environment. Install it with: {INSTALL}\nIt can't stand "
                        "beside itkwidgets (the extra 'itk'), which needs another pydantic; in the checkout, make "
-                       "install prepares a second environment for it, .venv-flare") from None
+                       "flare makes a second environment for it, .venv-flare") from None
     if version.split(".")[:2] != ["2", "9"]:
         raise RunError(f"fedlab runs on NVFLARE 2.9, here is {version}. Install it with: {INSTALL}")

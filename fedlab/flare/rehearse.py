@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedlab.data.store import load_sites, save_sites
+from fedlab.errors import RunError
 from fedlab.site_host import SiteHost
 from fedlab.site_policy import SitePolicy
 from fedlab.types import Site
@@ -25,9 +28,22 @@ def prepare_simulation(folder: Path, sites: Sequence[Site], *, modules: Sequence
         folder: of the simulation.
         sites: with their patients.
         modules: of the plan: whoever simulates has written or chosen them.
+
+    Raises:
+        RunError: the folder holds other patients of a site of that name: a run must not go on with others.
     """
     for site in sites:
-        save_sites([site], folder / "data" / site.name)
+        place, scratch = folder / "data" / site.name, folder / "data" / f"{site.name}.part"
+        shutil.rmtree(scratch, ignore_errors=True)
+        save_sites([site], scratch)
+        if not place.exists():
+            os.replace(scratch, place)
+            continue
+        same = all(filecmp.cmp(new, place / new.name, shallow=False) for new in scratch.iterdir())
+        shutil.rmtree(scratch)
+        if not same:
+            raise RunError(f"{folder} holds a simulation in which {site.name} has other patients; choose another "
+                           "folder")
     (folder / "modules.json").write_text(json.dumps(sorted(modules)), encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 from hospitals import DP, ENVIRONMENT, NAMES, PRIVATE, UNIFORM, Hospitals, forge, knock, spoil, trainer
 from opacus.accountants import RDPAccountant
+from safetensors.torch import load_file
 
 from fedlab import Admission, AtSites, LedgerFile, Local, PrivacyError, Round, federate, verify, weights_sha256
+from fedlab.flare.diary import Diary, read_round
 from fedlab.flare.processes import begin, running
 from fedlab.flare.sessions import Admin
 from runs import command, wait_for
@@ -97,6 +100,8 @@ def test_a_server_that_is_killed_and_started_again_comes_to_the_same_bits(hospit
 
     runs = [run for run in (hospitals.kits / "server" / "runs").iterdir() if (run / "rounds").is_dir()]
     assert len(runs) == 1 and verify(runs[0] / "trace.jsonl").ok
+    said = json.loads((runs[0] / "trace.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert said["sites"]["site-01"]["train"] is None  # how many patients a site has is not known to the server
 
 
 def test_a_site_that_is_killed_leaves_the_run_going_and_comes_back(hospitals: Hospitals) -> None:
@@ -120,14 +125,25 @@ def test_a_site_that_is_killed_leaves_the_run_going_and_comes_back(hospitals: Ho
 
 
 def test_updates_that_were_spoiled_stay_out(hospitals: Hospitals, tmp_path: Path) -> None:
+    """By the command line: a saved run, handed in and followed."""
     command("deploy", "stop", hospitals.kits / "site-02")
     begin(hospitals.kits / "site-02", environment=spoil(tmp_path / "spoiled"))
-    came: list[Round] = []
-    federate(trainer(), NAMES, strategy=UNIFORM, privacy=AtSites(sites=("site-01",), technique=DP), rounds=7, seed=5,
-             on_round=came.append, engine=hospitals.engine(), admission=Admission(), progress=False)
+    folder, kit = tmp_path / "run", hospitals.kits / "admin"
+    hospitals.engine().save(folder, trainer(), NAMES, strategy=UNIFORM, rounds=7, seed=5, admission=Admission(),
+                            privacy=AtSites(sites=("site-01",), technique=DP))
+    printed = command("deploy", "submit", folder, "--kit", kit)
+    diary = Diary(folder)
+    came = [read_round(diary.text(number), diary.weights(number)) for number in range(len(diary))]
     reasons = {one.number: one.absent.get("site-02", "") for one in came}
-    assert reasons[0] == reasons[6] == ""
+    assert len(came) == 7 and reasons[0] == reasons[6] == ""
     for number, reason in ((1, "was refused"), (2, "bytes, at most"), (3, "shape"), (4, "site-03"),
                            (5, "answers round")):
         assert reason in reasons[number], reasons
     assert all({"site-01", "site-03"} <= set(one.sites) for one in came)
+    assert "round 7 of 7: 3 sites" in printed and "site-02 is not in it" in printed
+    assert weights_sha256(load_file(folder / "weights.safetensors")) == weights_sha256(came[-1].state.params)
+
+    status = command("deploy", "status", hospitals.project)
+    assert "connected: site-01, site-02, site-03" in status and "FINISHED" in status
+    assert "site-01: runs here: process" in status and "stranger: doesn't run" in status
+    assert "site-03" in command("deploy", "logs", hospitals.kits / "site-03", "--lines", 5)

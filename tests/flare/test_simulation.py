@@ -10,7 +10,19 @@ import pytest
 import torch
 
 from cohorts import TinyNet, blob_sites
-from fedlab import FedOpt, History, Local, NVFlare, PrivacyError, Round, RunError, Simulation, SiteTrainer, federate
+from fedlab import (
+    FedOpt,
+    History,
+    Local,
+    NVFlare,
+    PrivacyError,
+    ProofOfConcept,
+    Round,
+    RunError,
+    Simulation,
+    SiteTrainer,
+    federate,
+)
 from fedlab import weights_sha256 as sha
 from fedlab.plan import built
 
@@ -20,6 +32,11 @@ def run(engine: Local | NVFlare, *, rounds: int = 3, came: list[tuple[float, Rou
     seen = [] if came is None else came
     return federate(trainer, blob_sites((3, 2)), strategy=FedOpt(rule="adam", server_lr=0.01), rounds=rounds, seed=5,
                     engine=engine, progress=False, on_round=lambda one: seen.append((time.monotonic(), one)))
+
+
+def processes_of(folder: Path) -> list[int]:
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if any(str(folder) in part for part in
+                                                                   p.info["cmdline"] or ())]
 
 
 def test_same_bits_as_local(tmp_path: Path) -> None:
@@ -36,9 +53,7 @@ def test_same_bits_as_local(tmp_path: Path) -> None:
         for site, numbers in mine["sites"].items():
             own = {name: value for name, value in numbers.items() if name != "seconds"}
             assert own == {name: value for name, value in theirs["sites"][site].items() if name != "seconds"}
-    left = [p.pid for p in psutil.process_iter(["cmdline"]) if any(str(tmp_path) in part for part in
-                                                                   p.info["cmdline"] or ())]
-    assert left == []
+    assert processes_of(tmp_path) == []
 
     # The run lies in the folder: the same run again is only read.
     log = tmp_path / "simulation" / "simulator.log"
@@ -46,6 +61,14 @@ def test_same_bits_as_local(tmp_path: Path) -> None:
     again = run(NVFlare(env=Simulation(folder=tmp_path / "simulation")))
     assert again.state is not None and sha(again.state.params) == sha(here.state.params)
     assert log.stat().st_size == size
+
+
+def test_processes_with_certificates_of_their_own_give_the_same_bits(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    there, here = run(NVFlare(env=ProofOfConcept(folder=tmp_path)), rounds=2), run(Local(), rounds=2)
+    assert here.state is not None and there.state is not None
+    assert sha(there.state.params) == sha(here.state.params)
+    assert processes_of(tmp_path) == []
 
 
 def test_what_a_site_refuses_reaches_the_researcher(tmp_path: Path) -> None:
