@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fedlab.data.store import load_sites, save_sites
 from fedlab.errors import RunError
+from fedlab.models import weights_sha256
 from fedlab.site_host import SiteHost
 from fedlab.site_policy import SitePolicy
 from fedlab.types import Site
@@ -33,18 +34,27 @@ def prepare_simulation(folder: Path, sites: Sequence[Site], *, modules: Sequence
         RunError: the folder holds other patients of a site of that name: a run must not go on with others.
     """
     for site in sites:
-        place, scratch = folder / "data" / site.name, folder / "data" / f"{site.name}.part"
-        shutil.rmtree(scratch, ignore_errors=True)
-        save_sites([site], scratch)
+        place, digest = folder / "data" / site.name, _digest(site)
+        note = place / "patients.sha256"
         if not place.exists():
-            os.replace(scratch, place)
-            continue
-        same = all(filecmp.cmp(new, place / new.name, shallow=False) for new in scratch.iterdir())
-        shutil.rmtree(scratch)
-        if not same:
+            save_sites([site], place)
+            note.write_text(digest, encoding="utf-8")
+        elif not note.is_file() or note.read_text(encoding="utf-8") != digest:
             raise RunError(f"{folder} holds a simulation in which {site.name} has other patients; choose another "
                            "folder")
     (folder / "modules.json").write_text(json.dumps(sorted(modules)), encoding="utf-8")
+
+
+def _digest(site: Site) -> str:
+    """A hash of all that is written of a site's patients."""
+    tensors = {}
+    for split, patients in (("train", site.train), ("val", site.val)):
+        for number, patient in enumerate(patients):
+            key = f"{split}|{number}|{patient.id}|"
+            tensors |= {f"{key}image": patient.image, f"{key}affine": torch.from_numpy(patient.affine.copy())}
+            if patient.label is not None:
+                tensors[f"{key}label"] = patient.label
+    return weights_sha256(tensors)
 
 
 def simulated_policy() -> SitePolicy | None:
