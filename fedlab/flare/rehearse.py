@@ -47,7 +47,7 @@ def prepare_simulation(folder: Path, sites: Sequence[Site], *, modules: Sequence
 
 def _digest(site: Site) -> str:
     """A hash of all that is written of a site's patients."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for split, patients in (("train", site.train), ("val", site.val)):
         for number, patient in enumerate(patients):
             key = f"{split}|{number}|{patient.id}|"
