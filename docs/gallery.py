@@ -2,7 +2,7 @@
 
     python docs/gallery.py [--out runs/gallery] [NOTEBOOK ...]
 
-Every notebook runs in a kernel of its own with the parameters it is committed with. What a widget shows alive in
+Every notebook runs in a kernel of its own, the one it names, with the parameters it is committed with. What a widget shows alive in
 JupyterLab is a picture here. At the end every link of the site is followed; a broken one makes this program fail.
 """
 
@@ -66,7 +66,8 @@ def execute(notebook: Any, folder: Path, *, timeout_s: int = 900) -> float:
         nbclient.exceptions.CellExecutionError: a cell failed; says which and how.
     """
     started = time.monotonic()
-    client = NotebookClient(notebook, timeout=timeout_s, kernel_name="python3",
+    kernel = notebook.metadata.get("kernelspec", {}).get("name", "python3")
+    client = NotebookClient(notebook, timeout=timeout_s, kernel_name=kernel,
                             resources={"metadata": {"path": str(folder)}})
     client.execute()
     return time.monotonic() - started

@@ -40,17 +40,31 @@ def add_deploy(commands: Any) -> None:
                       help="name on the researcher's certificate")
     init.set_defaults(command=_init)
 
-    start = kinds.add_parser("start", help="start the server or a site from its kit, in the background")
+    start = kinds.add_parser("start", help="start the server or a site from its kit, in the background",
+                             formatter_class=style, description=(
+        "Starts what the kit is of, in the background, and returns; what it says goes to log.txt in the kit. The\n"
+        "server needs its one port reachable, a site only calls out. After a crash of the machine it isn't started\n"
+        "again: have your service manager (such as systemd) do that, with the kit's startup/start.sh.\n\n"
+        "  fedlab deploy start project/kits/server\n"
+        "  fedlab deploy start kits/hospital-a --site hospital-a      the folder that fedlab site init has made"))
     start.add_argument("kit", type=Path, nargs="+", metavar="KIT", help="kits/server or kits/NAME")
     start.add_argument("--site", type=Path, metavar="FOLDER", help="the site's own folder (fedlab site init); "
                                                                    "remembered in the kit")
     start.set_defaults(command=_start)
 
-    stop = kinds.add_parser("stop", help="end the server or a site and all that it has begun")
+    stop = kinds.add_parser("stop", help="end the server or a site and all that it has begun",
+                            formatter_class=style, description=(
+        "Ends the processes of a kit on this machine, with those of its jobs. What a site was at work on is lost,\n"
+        "its ledger isn't. A run goes on where it stood when server and sites are back and it is handed in again."))
     stop.add_argument("kit", type=Path, nargs="+", metavar="KIT")
     stop.set_defaults(command=_stop)
 
-    status = kinds.add_parser("status", help="what runs here (a kit, a project), and who is connected (kits/admin)")
+    status = kinds.add_parser("status", help="what runs here (a kit, a project), and who is connected (kits/admin)",
+                              formatter_class=style, description=(
+        "Says of each kit whether its processes run on this machine. With the researcher's kit among them the server\n"
+        "is asked who is connected, which jobs there are and how many rounds the running one has finished.\n\n"
+        "  fedlab deploy status project              all kits that lie here\n"
+        "  fedlab deploy status project/kits/admin   the server, from wherever it can be reached"))
     status.add_argument("place", type=Path, metavar="DIR", help="a kit, the folder kits, or a project")
     status.set_defaults(command=_status)
 
@@ -66,12 +80,18 @@ def add_deploy(commands: Any) -> None:
                         help="until enough sites must be connected (default 600)")
     submit.set_defaults(command=_submit)
 
-    abort = kinds.add_parser("abort", help="end a job; its run can be gone on with by handing it in again")
+    abort = kinds.add_parser("abort", help="end a job; its run can be gone on with by handing it in again",
+                             formatter_class=style, description=(
+        "Ends a job at the server and at all sites. Its finished rounds stay at the server: handing in the same run\n"
+        "again with fedlab deploy submit, or the same cell of a notebook, goes on after the last of them."))
     abort.add_argument("job", metavar="JOB", help="as fedlab deploy status names it")
     abort.add_argument("--kit", type=Path, required=True, metavar="KIT", help="the researcher's: kits/admin")
     abort.set_defaults(command=_abort)
 
-    logs = kinds.add_parser("logs", help="the last lines of a server's or site's log")
+    logs = kinds.add_parser("logs", help="the last lines of a server's or site's log", formatter_class=style,
+                            description=(
+        "Prints the end of a kit's own log, which stays on the machine of the kit: nobody reads a site's log from\n"
+        "afar. What went wrong inside a round at a site is in site.log in the site's folder."))
     logs.add_argument("kit", type=Path, metavar="KIT")
     logs.add_argument("--lines", type=int, default=40, help="how many (default 40)")
     logs.set_defaults(command=_logs)

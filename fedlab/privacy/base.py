@@ -296,8 +296,9 @@ def importable(technique: Privacy) -> tuple[str, ...]:
             if module == "__main__" or found is not part:
                 raise PrivacyError(
                     f"{name or repr(part)} of {layer!r} is defined in a notebook, a script or a function, from where "
-                    "other sites cannot import it: write it into a file (in a notebook: %%writefile my_technique.py as "
-                    "the first line of its cell), install that file at every site, and import it from there")
+                    "other sites cannot import it: write it into a file (fedlab export technique, or %%writefile "
+                    "my_technique.py as the first line of its cell), have that file approved at every site, and import "
+                    "it from there")
             modules.add(module or "")
     return tuple(sorted(name for name in modules if name.partition(".")[0] != "fedlab"))
 
