@@ -66,8 +66,8 @@ NONE_CHOSEN = [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]
 
 test: lint chromium flare
 	@echo "fedlab: running the tests and notebooks"
-	@$(PY) -m pytest --nbval-lax --durations=10 $(PYTEST_ARGS) --ignore=tests/flare tests $(wildcard notebooks) \
-	  || { $(NONE_CHOSEN); }
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --nbval-lax --durations=25 $(PYTEST_ARGS) \
+	  --ignore=tests/flare tests $(wildcard notebooks) || { $(NONE_CHOSEN); }
 	@$(MAKE) --no-print-directory test-flare
 
 test-flare: flare

@@ -2,8 +2,9 @@
 
     python docs/gallery.py [--out runs/gallery] [NOTEBOOK ...]
 
-Every notebook runs in a kernel of its own, the one it names, with the parameters it is committed with. What a widget shows alive in
-JupyterLab is a picture here. At the end every link of the site is followed; a broken one makes this program fail.
+Every notebook runs in a kernel of its own, the one it names, with the parameters it is committed with. What a widget
+shows alive in JupyterLab is a picture here. At the end every link of the site is followed; a broken one makes this
+program fail.
 """
 
 from __future__ import annotations

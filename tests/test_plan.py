@@ -230,7 +230,7 @@ class Doubling(Privacy):
     (torch.ones(1), ValueError, "no Tensor"),
     (nn.Conv3d(1, 1, 1), ValueError, "no attribute 'bias'|nobody can tell|built"),
     (networkx.DiGraph([(0, 1)]), ValueError, "undirected"), (partial(torch.optim.SGD, [], 0.1), ValueError, "position"),
-], ids=str)
+], ids=lambda part: getattr(part, "__name__", str(part)))
 def test_what_cannot_travel_is_refused_with_the_remedy(value: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make(describe(value), approve=approve_all)
