@@ -221,7 +221,10 @@ def main() -> None:
         print("nothing written: not all arms were asked for")
         return
     table.round(4).to_csv(RESULTS / "engines.csv", index=False)
-    write("engines", {"rounds": options.rounds, "arms": table.to_dict("records")})
+    found = "from importlib.metadata import version; print(version('nvflare'))"
+    nvflare = subprocess.run([options.flare.absolute(), "-c", found], capture_output=True, text=True, check=True).stdout
+    write("engines", {"rounds": options.rounds, "nvflare": nvflare.strip(), "flower": FLOWER.partition("==")[2],
+                      "arms": table.round(4).to_dict("records")})
 
 
 if __name__ == "__main__":
