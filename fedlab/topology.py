@@ -373,7 +373,7 @@ def _combined(weights: Mapping[str, float], models: Mapping[str, Tensors]) -> Te
 
 
 def _square_distance(model: Tensors, other: Tensors) -> float:
-    return sum(float((p.double() - other[name].double()).square().sum()) for name, p in model.items())
+    return math.fsum(float((p.double() - other[name].double()).square().sum()) for name, p in model.items())
 
 
 def _need_plain(strategy: Strategy, why: str) -> None:

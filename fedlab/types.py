@@ -157,7 +157,8 @@ class Update:
 
     def norm(self) -> float:
         """Euclidean norm of the whole delta, in float64."""
-        return math.sqrt(sum(float(t.double().square().sum()) for t in self.delta.values()))
+        # fsum: the same bits in whatever order the tensors come, such as from a file.
+        return math.sqrt(math.fsum(float(t.double().square().sum()) for t in self.delta.values()))
 
     def quantile_abs(self, q: float) -> float:
         """The absolute value below which a fraction `q` of the delta's entries lies.

@@ -271,4 +271,4 @@ def _median(values: torch.Tensor) -> torch.Tensor:
 
 
 def _square_distance(one: Tensors, other: Tensors) -> float:
-    return sum(float((t.double() - other[name].double()).square().sum()) for name, t in one.items())
+    return math.fsum(float((t.double() - other[name].double()).square().sum()) for name, t in one.items())
