@@ -27,7 +27,12 @@ def add_deploy(commands: Any) -> None:
     deploy = commands.add_parser("deploy", help="run across hospitals on NVIDIA FLARE", description=_ABOUT,
                                  formatter_class=style)
     kinds = deploy.add_subparsers(required=True, metavar="COMMAND")
+    _add_kits(kinds, style)
+    _add_jobs(kinds, style)
 
+
+def _add_kits(kinds: Any, style: Any) -> None:
+    """What is done with a kit where it lies: make it, start it, stop it, look at its log."""
     init = kinds.add_parser("init", help="write a project and its startup kits", formatter_class=style, description=(
         "Makes keys and certificates (mutual TLS, valid for 360 days) and a startup kit for the server, for each site\n"
         "and for the researcher. Hand each kit to its owner over a safe way: it holds a private key. The folder\n"
@@ -59,6 +64,17 @@ def add_deploy(commands: Any) -> None:
     stop.add_argument("kit", type=Path, nargs="+", metavar="KIT")
     stop.set_defaults(command=_stop)
 
+    logs = kinds.add_parser("logs", help="the last lines of a server's or site's log", formatter_class=style,
+                            description=(
+        "Prints the end of a kit's own log, which stays on the machine of the kit: nobody reads a site's log from\n"
+        "afar. What went wrong inside a round at a site is in site.log in the site's folder."))
+    logs.add_argument("kit", type=Path, metavar="KIT")
+    logs.add_argument("--lines", type=int, default=40, help="how many (default 40)")
+    logs.set_defaults(command=_logs)
+
+
+def _add_jobs(kinds: Any, style: Any) -> None:
+    """What is asked of the server: who is there, take this run, end that job."""
     status = kinds.add_parser("status", help="what runs here (a kit, a project), and who is connected (kits/admin)",
                               formatter_class=style, description=(
         "Says of each kit whether its processes run on this machine. With the researcher's kit among them the server\n"
@@ -87,14 +103,6 @@ def add_deploy(commands: Any) -> None:
     abort.add_argument("job", metavar="JOB", help="as fedlab deploy status names it")
     abort.add_argument("--kit", type=Path, required=True, metavar="KIT", help="the researcher's: kits/admin")
     abort.set_defaults(command=_abort)
-
-    logs = kinds.add_parser("logs", help="the last lines of a server's or site's log", formatter_class=style,
-                            description=(
-        "Prints the end of a kit's own log, which stays on the machine of the kit: nobody reads a site's log from\n"
-        "afar. What went wrong inside a round at a site is in site.log in the site's folder."))
-    logs.add_argument("kit", type=Path, metavar="KIT")
-    logs.add_argument("--lines", type=int, default=40, help="how many (default 40)")
-    logs.set_defaults(command=_logs)
 
 
 def _init(options: argparse.Namespace) -> None:

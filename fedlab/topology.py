@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from fedlab.strategies import FedAvg, Strategy
-from fedlab.strategies.averaging import moved
+from fedlab.strategies.averaging import moved, square_distance
 from fedlab.types import ServerState, Site, Tensors, Update
 
 __all__ = ["Buffered", "Gossip", "NoUpdates", "Release", "Ring", "Star", "Topology", "Train", "Tree", "ring", "star"]
@@ -188,7 +188,7 @@ class Gossip:
         return [(a, b) for a in names for b in names if graph.has_edge(a, b)]
 
     def metrics(self, state: ServerState) -> Mapping[str, float]:
-        squares = [_square_distance(model, state.params) for model in state.models.values()]
+        squares = [square_distance(model, state.params) for model in state.models.values()]
         return {"consensus distance": math.sqrt(sum(squares) / len(squares))} if squares else {}
 
     def __repr__(self) -> str:
@@ -370,10 +370,6 @@ def _combined(weights: Mapping[str, float], models: Mapping[str, Tensors]) -> Te
     like = models[next(iter(weights))]
     return {name: sum((w * models[site][name].double() for site, w in weights.items()),
                       torch.zeros_like(p, dtype=torch.float64)).to(p.dtype) for name, p in like.items()}
-
-
-def _square_distance(model: Tensors, other: Tensors) -> float:
-    return math.fsum(float((p.double() - other[name].double()).square().sum()) for name, p in model.items())
 
 
 def _need_plain(strategy: Strategy, why: str) -> None:

@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 
 from cohorts import blob_sites
 from fedlab.checks.engine import check_engine
@@ -20,13 +19,7 @@ from test_training import trainer
 NAMES = ("engine", "bits", "noise", "memory", "personal layers", "exchange", "workflows", "order", "isolation",
          "failure", "failure ends the run", "withdrawal", "again", "resume", "untouched")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_local_passes_every_check():

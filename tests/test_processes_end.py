@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from cohorts import blob_sites
 from fedlab.checks.engine import FailsAt
@@ -25,13 +24,7 @@ from runs import wait_for
 from test_processes import Tells, Waits, alive, pids, run
 from test_training import trainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_notebook_s_own_cell_and_nothing_left_when_its_kernel_ends(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -238,6 +239,11 @@ class FedNova(FedAvg):
         """How often the gradients of so many steps enter the update: the 1-norm of the paper's a_i."""
         steps, rho = max(1, steps), self.momentum  # an update of no steps has nothing to divide
         return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+
+
+def square_distance(one: Tensors, other: Tensors) -> float:
+    """Squared Euclidean distance over all tensors of the same names; exact sums, so that their order doesn't matter."""
+    return math.fsum(float((t.double() - other[name].double()).square().sum()) for name, t in one.items())
 
 
 def moved(params: Tensors, delta: Tensors, length: float) -> dict[str, torch.Tensor]:

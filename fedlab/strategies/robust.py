@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from fedlab.strategies.averaging import FedAvg, TooFewUpdates, weighted_mean
-from fedlab.types import Site, Tensors, Update
+from fedlab.strategies.averaging import FedAvg, TooFewUpdates, square_distance, weighted_mean
+from fedlab.types import Site, Update
 
 if TYPE_CHECKING:
     from fedlab.privacy.base import Privacy
@@ -147,7 +147,7 @@ class Krum(FedAvg):
         squares = [[0.0] * len(updates) for _ in updates]
         for i, one in enumerate(updates):
             for j, other in enumerate(updates[:i]):
-                squares[i][j] = squares[j][i] = _square_distance(one.delta, other.delta)
+                squares[i][j] = squares[j][i] = square_distance(one.delta, other.delta)
         return [sum(sorted(row[:i] + row[i + 1:])[:near]) for i, row in enumerate(squares)]
 
 
@@ -189,10 +189,10 @@ class GeometricMedian(FedAvg):
         point = _by_coordinate(collected, _median)
         weights = [self._weight(update) for update in collected]
         for _ in range(self.iterations):
-            distances = [math.sqrt(_square_distance(update.delta, point.delta)) for update in collected]
+            distances = [math.sqrt(square_distance(update.delta, point.delta)) for update in collected]
             nearer = weighted_mean(replace(update, weight=weight / max(self.nu, distance), metrics={})
                                    for update, weight, distance in zip(collected, weights, distances, strict=True))
-            step = math.sqrt(_square_distance(nearer.delta, point.delta))
+            step = math.sqrt(square_distance(nearer.delta, point.delta))
             point = nearer
             if step <= 1e-9 * max(self.nu, sorted(distances)[len(distances) // 2]):
                 break
@@ -268,7 +268,3 @@ def _by_coordinate(updates: Sequence[Update], combined: Callable[[torch.Tensor],
 def _median(values: torch.Tensor) -> torch.Tensor:
     ordered, count = values.sort(dim=0).values, len(values)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
-
-
-def _square_distance(one: Tensors, other: Tensors) -> float:
-    return math.fsum(float((t.double() - other[name].double()).square().sum()) for name, t in one.items())
