@@ -67,12 +67,12 @@ NONE_CHOSEN = [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]
 test: lint chromium flare
 	@echo "fedlab: running the tests and notebooks"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --nbval-lax --durations=25 $(PYTEST_ARGS) \
-	  --ignore=tests/flare tests $(wildcard notebooks) || { $(NONE_CHOSEN); }
+	  --ignore=tests/engines/nvflare tests $(wildcard notebooks) || { $(NONE_CHOSEN); }
 	@$(MAKE) --no-print-directory test-flare
 
 test-flare: flare
 	@echo "fedlab: running the tests across processes, with NVFLARE"
-	@FEDLAB_FLARE=1 $(FLARE)/bin/python -m pytest --durations=10 $(PYTEST_ARGS) tests/flare || { $(NONE_CHOSEN); }
+	@FEDLAB_FLARE=1 $(FLARE)/bin/python -m pytest --durations=10 $(PYTEST_ARGS) tests/engines/nvflare || { $(NONE_CHOSEN); }
 
 lint: install
 	@echo "fedlab: checking style"

@@ -1,7 +1,7 @@
 """Privacy costs by Google's dp-accounting, an implementation independent of ours, as a table that tests read.
 
     python3.11 -m venv reference && reference/bin/pip install dp-accounting==0.6.0
-    reference/bin/python benchmarks/accountant_reference.py tests/accountant_reference.csv
+    reference/bin/python benchmarks/accountant_reference.py tests/privacy/accountant_reference.csv
 
 It has an environment of its own because dp-accounting 0.6.0 wants an older attrs than fedlab's other packages. Each
 row is a drawn setting with its ε by Rényi orders and, from privacy loss distributions rounded up and rounded down,

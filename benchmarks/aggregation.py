@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from common import write
-from fedlab.models import segresnet, trainable
+from fedlab.core.types import Tensors, Update
+from fedlab.core.weights import trainable
 from fedlab.strategies import weighted_mean
-from fedlab.types import Tensors, Update
+from fedlab.training.networks import segresnet
 
 SITES = 13
 

@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from fedlab.data.phantom import GENERATOR
-from fedlab.results import versions
+from fedlab.apps.comparison_results import versions
+from fedlab.data.phantom.cohort import GENERATOR
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,7 +23,7 @@ def run(seed: int, real: str | None) -> dict:
     """The summary of one demo."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        command = [sys.executable, "-m", "fedlab.cli", "demo", "--seed", str(seed), "--out", str(out)]
+        command = [sys.executable, "-m", "fedlab.apps.cli", "demo", "--seed", str(seed), "--out", str(out)]
         subprocess.run(command + (["--real", real] if real else []), check=True,
                        env={**os.environ, "FEDLAB_CACHE": str(Path(scratch) / "cache")})
         return json.loads((out / "summary.json").read_text(encoding="utf-8"))

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from common import write
-from fedlab.models import segresnet
-from fedlab.privacy.dpsgd import DPSGD
-from fedlab.privacy.gradients import MODES
-from fedlab.privacy.layers import fix_private
+from fedlab.core.types import Patient, Site
+from fedlab.privacy.dp.dpsgd import DPSGD
+from fedlab.privacy.dp.gradients import MODES
+from fedlab.privacy.dp.validators import fix_private
 from fedlab.strategies import FedAvg
-from fedlab.training import Kit, SiteTrainer
-from fedlab.types import Patient, Site
+from fedlab.training.networks import segresnet
+from fedlab.training.trainer import Kit, SiteTrainer
 
 PATIENTS, SIDE, PAIRS = 8, 64, 2
 

@@ -27,7 +27,7 @@ import engines_task
 import fedlab as fl
 from fedlab.data.store import load_sites
 from fedlab.privacy.base import Privacy
-from fedlab.task import SiteTask
+from fedlab.run.site_task import SiteTask
 
 #: Seconds until all of Flower's nodes must be there.
 PATIENCE = 300

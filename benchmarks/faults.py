@@ -67,8 +67,8 @@ def strategy_of(name: str) -> Any:
 def score(arm: Arm, seed: int) -> dict[str, Any]:
     """Trains one arm and scores it on the held-out patients of all sites."""
     import fedlab as fl
-    from fedlab.engines.local import Local
-    from fedlab.faults import Faulty
+    from fedlab.faults.sites import Faulty
+    from fedlab.run.local import Local
 
     sites = fl.make_cohort(seed=seed, sites=SITES, patients=sum(SIZES), sizes=SIZES, shape=SHAPE,
                            spacing_mm=SPACING_MM, held_out=HELD_OUT, workers=0, progress=False)

@@ -19,11 +19,11 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from common import write
-from fedlab.data.anatomy import Grid
-from fedlab.data.brats import read_cohort
-from fedlab.data.fingerprint import LENGTH, THRESHOLD, Fingerprint, find_duplicates, fingerprint
-from fedlab.data.phantom import generate_patient, make_cohort, site_profiles
-from fedlab.types import Patient
+from fedlab.core.types import Patient
+from fedlab.data.phantom.anatomy import Grid
+from fedlab.data.phantom.cohort import generate_patient, make_cohort, site_profiles
+from fedlab.data.readers.brats import read_cohort
+from fedlab.data.sites.fingerprint import LENGTH, THRESHOLD, Fingerprint, find_duplicates, fingerprint
 
 SITES, SEED = 13, 0
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "brats_real"

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from common import write
-from fedlab.data.brats import find_patients, read_cohort
-from fedlab.data.phantom import make_cohort, write_brats
-from fedlab.job import Job
-from fedlab.sources import Phantoms
-from fedlab.training import SiteTrainer
-from fedlab.types import ServerState, Site
+from fedlab.apps.comparison import Job
+from fedlab.apps.comparison_data import Phantoms
+from fedlab.core.types import ServerState, Site
+from fedlab.data.phantom.cohort import make_cohort, write_brats
+from fedlab.data.readers.brats import find_patients, read_cohort
+from fedlab.training.trainer import SiteTrainer
 
 STEPS = 20
 

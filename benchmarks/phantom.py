@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from common import write
-from fedlab.data.phantom import make_cohort
-from fedlab.workers import available_cores
+from fedlab.core.workers import available_cores
+from fedlab.data.phantom.cohort import make_cohort
 
 PATIENTS = 48
 

@@ -91,7 +91,7 @@ def sites_of(seed: int, cache: str) -> tuple[list[Any], list[Any]]:
 
 def kept(seed: int, folder: str) -> Path:
     """Where the pretrained weights of a seed are."""
-    from fedlab.data.phantom import GENERATOR
+    from fedlab.data.phantom.cohort import GENERATOR
 
     return Path(folder) / f"{GENERATOR}-{PRETRAIN_STEPS}-{seed}.safetensors"
 
@@ -110,7 +110,7 @@ def pretrain(seed: int, folder: str) -> None:
     rounds = PRETRAIN_STEPS // 10
     trainer = SiteTrainer(model=segresnet(filters=8, seed=seed), steps=10, lr=PolyDecay(start=5e-3, rounds=rounds),
                           batch_size=2, crop=(24, 24, 24), tumour_share=0.5, augment=augmentation(flips=(0,)))
-    from fedlab.baselines import pooled
+    from fedlab.run.baselines import pooled
 
     history = centralised(trainer, [pooled(public)], rounds=rounds, seed=seed, progress=False)
     save_file(dict(history.state.params), kept(seed, folder))
@@ -132,8 +132,8 @@ def score(arm: Arm | None, seed: int, folder: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from fedlab import PolyDecay, SiteTrainer, augmentation, evaluate, federate, segresnet, summary
-    from fedlab.models import load_weights
-    from fedlab.privacy.personal import norms_and_head
+    from fedlab.core.weights import load_weights
+    from fedlab.privacy.personal_layers import norms_and_head
 
     torch.set_num_threads(1)
     sites, _ = sites_of(seed, f"{folder}/cache")
@@ -160,24 +160,24 @@ def score(arm: Arm | None, seed: int, folder: str) -> dict[str, Any]:
 
 def private(arm: Arm) -> Any:
     """The technique of an arm, its noise set for the arm's ε over the whole run."""
-    from fedlab.privacy.accounting import noise_multiplier_for
+    from fedlab.privacy.accounting.ledger import noise_multiplier_for
     from fedlab.privacy.base import Privacy
 
     if arm.technique == "none":
         return Privacy()
     if arm.technique == "DP-SGD":
-        from fedlab.privacy.dpsgd import DPSGD
+        from fedlab.privacy.dp.dpsgd import DPSGD
 
         noise = noise_multiplier_for(target_epsilon=arm.epsilon, delta=DELTA, sample_rate=1.0,
                                      steps=arm.rounds * arm.steps)
         return DPSGD(clip=arm.clip, noise_multiplier=noise, sample_rate=1.0, crops=arm.crops, delta=DELTA,
                      max_epsilon=arm.epsilon)
     if arm.technique == "site-level Gaussian":
-        from fedlab.privacy.updates import CentralGaussian
+        from fedlab.privacy.dp.site_level import CentralGaussian
 
         noise = noise_multiplier_for(target_epsilon=arm.epsilon, delta=DELTA, sample_rate=1.0, steps=arm.rounds)
         return CentralGaussian(clip=arm.clip, noise_multiplier=noise, delta=DELTA, max_epsilon=arm.epsilon)
-    from fedlab.privacy.svt import SparseVector
+    from fedlab.privacy.sparse.partial_sharing import SparseVector
 
     return SparseVector(fraction=0.1, epsilon=arm.epsilon, rounds=arm.rounds, delta=DELTA, clip=arm.clip)
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from common import write
-from fedlab.models import segresnet, trainable
-from fedlab.privacy.secure import SecureAggregation
+from fedlab.core.types import Cohort, Memory, Update
+from fedlab.core.weights import trainable
+from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.strategies import weighted_mean
-from fedlab.types import Cohort, Memory, Update
+from fedlab.training.networks import segresnet
 
 SITES, THRESHOLD, THREADS = 13, 9, 2
 

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from common import write
-from fedlab.data.phantom import make_cohort
-from fedlab.models import segresnet
-from fedlab.privacy.sparse_vector import LaplaceScales, sparse_vector_cost
-from fedlab.privacy.svt import SVT, SparseVector, composed_epsilon
-from fedlab.seeds import generator
+from fedlab.core.seeds import generator
+from fedlab.core.types import Update
+from fedlab.data.phantom.cohort import make_cohort
+from fedlab.privacy.sparse.partial_sharing import SVT, SparseVector, composed_epsilon
+from fedlab.privacy.sparse.sparse_vector import LaplaceScales, sparse_vector_cost
+from fedlab.run.site_task import SiteTask, enrol
 from fedlab.strategies import FedAvg
-from fedlab.task import SiteTask, enrol
-from fedlab.training import SiteTrainer
-from fedlab.types import Update
+from fedlab.training.networks import segresnet
+from fedlab.training.trainer import SiteTrainer
 
 PARAMETERS, CLIP = 4_700_000, 1e-4
 FRACTIONS = (0.1, 0.4, 0.9)

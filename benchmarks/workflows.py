@@ -52,7 +52,7 @@ def arms() -> list[Arm]:
 def strategy_of(name: str, model: Any) -> tuple[Any, Any]:
     """The strategy and, where it takes one, the privacy technique of that name."""
     import fedlab as fl
-    from fedlab.privacy.personal import norms
+    from fedlab.privacy.personal_layers import norms
 
     made: dict[str, Callable[[], Any]] = {
         "FedAvg": fl.FedAvg, "FedAvg, plain SGD": fl.FedAvg, "FedBN": fl.FedAvg, "FedNova, plain SGD": fl.FedNova,
@@ -94,7 +94,7 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
     import torch
 
     import fedlab as fl
-    from fedlab.engines.local import Local
+    from fedlab.run.local import Local
 
     sites = fl.make_cohort(seed=seed, sites=SITES, patients=sum(SIZES), sizes=SIZES, shape=SHAPE,
                            spacing_mm=SPACING_MM, held_out=HELD_OUT, workers=0, progress=False)

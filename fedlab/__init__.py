@@ -29,21 +29,22 @@ _refuse_namesake()
 
 __version__ = "0.1.0"
 
-from fedlab.admission import Admission
-from fedlab.attacks.inversion import Inversion, invert_update, one_step_update, patch_net
-from fedlab.background import BackgroundRun, SiteDice
-from fedlab.baselines import centralised, local_only, pooled
 from fedlab.checks.engine import check_engine
 from fedlab.checks.privacy import check_privacy
 from fedlab.checks.strategy import check_strategy
-from fedlab.contributions import Contributions, KeepUpdates, dice_on, site_contributions
-from fedlab.data.brats import read_cohort, read_patient, read_sites
-from fedlab.data.cards import DataCard, card_template, fill_card, read_card
-from fedlab.data.fingerprint import find_duplicates, fingerprint, fingerprint_site, same_person
-from fedlab.data.harmonise import Harmonisation, fit_harmonisation
-from fedlab.data.heterogeneity import Heterogeneity, heterogeneity
-from fedlab.data.inspect import inspect_folder
-from fedlab.data.partition import (
+from fedlab.core.errors import DataError, FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
+from fedlab.core.regions import labels_to_regions, regions_to_labels
+from fedlab.core.types import MODALITIES, REGIONS, Patient, Round, ServerState, Site, Spent, Update
+from fedlab.core.weights import load_weights, weights_sha256
+from fedlab.data.cards.card import DataCard, card_template, fill_card, read_card
+from fedlab.data.phantom.cohort import make_cohort, write_brats
+from fedlab.data.readers.brats import read_cohort, read_patient, read_sites
+from fedlab.data.readers.inspection import inspect_folder
+from fedlab.data.readers.patient_folder import PatientFolder
+from fedlab.data.sites.fingerprint import find_duplicates, fingerprint, fingerprint_site, same_person
+from fedlab.data.sites.harmonisation import Harmonisation, fit_harmonisation
+from fedlab.data.sites.heterogeneity import Heterogeneity, heterogeneity
+from fedlab.data.sites.partition import (
     Partition,
     by_column,
     by_dirichlet_size,
@@ -53,14 +54,16 @@ from fedlab.data.partition import (
     by_scanner,
     tumour_types,
 )
-from fedlab.data.patient_folder import PatientFolder
-from fedlab.data.phantom import make_cohort, write_brats
-from fedlab.data.prepare import labels_to_regions, regions_to_labels
-from fedlab.data.statistics import Domain, SiteStatistics, site_statistics
-from fedlab.engines.local import Engine, Local
+from fedlab.data.sites.statistics import Domain, SiteStatistics, site_statistics
+from fedlab.deploy.host import SiteHost
+from fedlab.deploy.plan import Plan, built
+from fedlab.deploy.policy import Budget, Required, SitePolicy
+from fedlab.engines.nvflare.environments import Production, ProofOfConcept, Simulation
+from fedlab.engines.nvflare.nvflare import NVFlare
 from fedlab.engines.processes import Processes
-from fedlab.errors import DataError, FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
-from fedlab.faults import (
+from fedlab.evidence.contributions import Contributions, KeepUpdates, dice_on, site_contributions
+from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
+from fedlab.faults.sites import (
     Corrupt,
     Crash,
     DropOut,
@@ -73,28 +76,25 @@ from fedlab.faults import (
     SignFlip,
     Straggler,
 )
-from fedlab.flare.engine import NVFlare
-from fedlab.flare.environments import Production, ProofOfConcept, Simulation
-from fedlab.history import History
-from fedlab.metrics import evaluate, predict, summary, threshold_dice
-from fedlab.model_card import ModelCard, make_model_card
-from fedlab.models import load_model, load_weights, save_model, segresnet, weights_sha256
-from fedlab.plan import Plan, built
-from fedlab.privacy.accounting import Ledger, Terms, noise_multiplier_for
+from fedlab.privacy.accounting.ledger import Ledger, Terms, noise_multiplier_for
+from fedlab.privacy.accounting.ledger_file import LedgerFile
+from fedlab.privacy.accounting.mechanisms import Concentrated, Gaussian, Pure, epsilon_of
 from fedlab.privacy.at_sites import AtSites
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.dpsgd import DPSGD
-from fedlab.privacy.layers import check_private, fix_private
-from fedlab.privacy.ledger_file import LedgerFile
-from fedlab.privacy.mechanisms import Concentrated, Gaussian, Pure, epsilon_of
-from fedlab.privacy.personal import PersonalLayers, norms, norms_and_head
-from fedlab.privacy.secure import SecureAggregation
-from fedlab.privacy.sharing import Quantise, ScaledSign, SharePercentile, TopK
-from fedlab.privacy.svt import SVT, PartialSharing, SparseVector, composed_epsilon
-from fedlab.privacy.updates import AdaptiveClip, CentralGaussian, LocalGaussian, clip_update
-from fedlab.server import each_round, federate
-from fedlab.site_host import SiteHost
-from fedlab.site_policy import Budget, Required, SitePolicy
+from fedlab.privacy.compression import Quantise, ScaledSign, SharePercentile, TopK
+from fedlab.privacy.dp.dpsgd import DPSGD
+from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian, LocalGaussian, clip_update
+from fedlab.privacy.dp.validators import check_private, fix_private
+from fedlab.privacy.personal_layers import PersonalLayers, norms, norms_and_head
+from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.privacy.sparse.partial_sharing import SVT, PartialSharing, SparseVector, composed_epsilon
+from fedlab.run.admission import Admission
+from fedlab.run.baselines import centralised, local_only, pooled
+from fedlab.run.federate import each_round, federate
+from fedlab.run.history import History
+from fedlab.run.local import Engine, Local
+from fedlab.run.trace import Verdict, verify
+from fedlab.run.trackers import CsvTracker, MLflowTracker, TensorBoardTracker
 from fedlab.strategies import (
     SCAFFOLD,
     CoordinateMedian,
@@ -110,20 +110,21 @@ from fedlab.strategies import (
     TooFewUpdates,
     TrimmedMean,
 )
-from fedlab.topology import Buffered, Gossip, Tree, ring, star
-from fedlab.trace import Verdict, verify
-from fedlab.tracking import CsvTracker, MLflowTracker, TensorBoardTracker
-from fedlab.training import DiceBCE, PolyDecay, SiteTrainer, augmentation
-from fedlab.types import MODALITIES, REGIONS, Patient, Round, ServerState, Site, Spent, Update
-from fedlab.view.cohort import heterogeneity_figure, intensity_figure, partition_figure
-from fedlab.view.contributions import contributions_figure
-from fedlab.view.curves import cross_site_heatmap, curves, dice_by_arm, sites_figure
+from fedlab.topologies.workflows import Buffered, Gossip, Tree, ring, star
+from fedlab.training.metrics import evaluate, predict, summary, threshold_dice
+from fedlab.training.networks import load_model, save_model, segresnet
+from fedlab.training.trainer import DiceBCE, PolyDecay, SiteTrainer, augmentation
+from fedlab.view.background_run import BackgroundRun, SiteDice
+from fedlab.view.contribution_figure import contributions_figure
 from fedlab.view.dashboard import RunDashboard
+from fedlab.view.meshes import Surface, export_labels, surface
+from fedlab.view.model_card import ModelCard, make_model_card
 from fedlab.view.playground import PrivacyPlayground
-from fedlab.view.show import Viewer, show
+from fedlab.view.run_figures import cross_site_heatmap, curves, dice_by_arm, sites_figure
+from fedlab.view.site_figures import heterogeneity_figure, intensity_figure, partition_figure
 from fedlab.view.slices import compare, show_patient
-from fedlab.view.surface import Surface, export_labels, surface
-from fedlab.view.workflow import workflow_figure
+from fedlab.view.viewer import Viewer, show
+from fedlab.view.workflow_figure import workflow_figure
 
 __all__ = [
     "DPSGD", "MODALITIES", "REGIONS", "SCAFFOLD", "SVT", "AdaptiveClip", "Admission", "AtSites", "BackgroundRun",

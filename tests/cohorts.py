@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlab.types import Patient, Site
+from fedlab.core.types import Patient, Site
 
 
 def blob_patient(name: str, *, seed: int, shape: tuple[int, int, int] = (16, 16, 16)) -> Patient:

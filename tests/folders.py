@@ -12,7 +12,7 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from fedlab.data.nifti import from_ras
+from fedlab.data.readers.nifti import from_ras
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SHAPE = (30, 34, 26)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fedlab.cli import main
+from fedlab.apps.cli import main
 
 SMALL = ("--sites", "2", "--patients", "10", "--rounds", "2", "--steps", "2", "--shape", "48,64,48")
 
@@ -69,7 +69,7 @@ class Background:
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with log.open("wb") as file:
-                self.process = subprocess.Popen([sys.executable, "-m", "fedlab.cli", *arguments], stdout=file,
+                self.process = subprocess.Popen([sys.executable, "-m", "fedlab.apps.cli", *arguments], stdout=file,
                                                 stderr=subprocess.STDOUT, start_new_session=True)
         finally:
             signal.signal(signal.SIGINT, before)

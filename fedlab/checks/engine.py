@@ -15,22 +15,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedlab.admission import Admission
+from fedlab.checks.check_report import CheckReport, Finding
 from fedlab.checks.rehearsal import plain_descent
-from fedlab.checks.report import CheckReport, Finding
-from fedlab.engines.local import Elsewhere, Engine, Local
-from fedlab.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
-from fedlab.models import weights_sha256
+from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
+from fedlab.core.seeds import derive, generator
+from fedlab.core.types import Memory, Patient, Round, Site, Tensors, Update
+from fedlab.core.weights import weights_sha256
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.dpsgd import DPSGD
-from fedlab.privacy.personal import PersonalLayers
-from fedlab.privacy.secure import SecureAggregation
-from fedlab.seeds import derive, generator
-from fedlab.server import each_round, federate
+from fedlab.privacy.dp.dpsgd import DPSGD
+from fedlab.privacy.personal_layers import PersonalLayers
+from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.run.admission import Admission
+from fedlab.run.federate import each_round, federate
+from fedlab.run.local import Elsewhere, Engine, Local
 from fedlab.strategies import SCAFFOLD, FedAvg
-from fedlab.topology import Gossip, ring
-from fedlab.training import Kit, SiteTrainer
-from fedlab.types import Memory, Patient, Round, Site, Tensors, Update
+from fedlab.topologies.workflows import Gossip, ring
+from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["FailsAt", "Marks", "check_engine"]
 

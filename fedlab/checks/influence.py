@@ -16,11 +16,11 @@ from itertools import combinations
 
 import torch
 
+from fedlab.checks.check_report import Finding
 from fedlab.checks.rehearsal import Charge, Rehearsal, Script, Stage, plain_descent, rehearse
-from fedlab.checks.report import Finding
+from fedlab.core.types import Patient, Site, Tensors
+from fedlab.privacy.accounting.mechanisms import Concentrated, Gaussian
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.mechanisms import Concentrated, Gaussian
-from fedlab.types import Patient, Site, Tensors
 
 __all__ = ["Claim", "check_broadcast", "check_claim", "check_patients", "check_whole", "find_claims"]
 

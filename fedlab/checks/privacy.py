@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from fedlab.checks.check_report import CheckReport, Finding
 from fedlab.checks.influence import check_broadcast, check_claim, check_patients, check_whole, find_claims
 from fedlab.checks.rehearsal import DECOY, Rehearsal, Stage, make_stage, rehearse, unlike_randomness
-from fedlab.checks.report import CheckReport, Finding
-from fedlab.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
+from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
+from fedlab.core.types import Site, Tensors, Update
 from fedlab.privacy.base import Privacy
 from fedlab.strategies import Strategy
-from fedlab.training import SiteTrainer
-from fedlab.types import Site, Tensors, Update
+from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["check_privacy"]
 
@@ -231,7 +231,7 @@ def _determinism(technique: Privacy, stage: Stage) -> Iterator[Finding]:
     else:
         yield Finding(check="determinism", outcome="failed", what="the same seed gave other numbers",
                       remedy="draw from the rng that protect() and release() are given, in equip() from "
-                             "fedlab.seeds.generator(kit.seed, 'my technique'); never from torch's or numpy's own")
+                             "fedlab.core.seeds.generator(kit.seed, 'my technique'); never from torch's or numpy's own")
 
 
 def _bit_equal(one: Tensors, other: Tensors) -> bool:

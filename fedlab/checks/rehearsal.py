@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedlab.engines.local import Answer, Local
-from fedlab.privacy.accounting import Ledger, Terms
+from fedlab.core.seeds import generator
+from fedlab.core.types import Cohort, Memory, Patient, ServerState, Site, Tensors, Update
+from fedlab.privacy.accounting.ledger import Ledger, Terms
+from fedlab.privacy.accounting.mechanisms import RELEASES, Release
 from fedlab.privacy.base import Inboxes, Privacy, check_update
-from fedlab.privacy.mechanisms import RELEASES, Release
-from fedlab.seeds import generator
-from fedlab.server import each_round
+from fedlab.run.federate import each_round
+from fedlab.run.local import Answer, Local
+from fedlab.run.site_task import SiteTask
 from fedlab.strategies import FedAvg, Strategy
-from fedlab.task import SiteTask
-from fedlab.training import Kit, SiteTrainer
-from fedlab.types import Cohort, Memory, Patient, ServerState, Site, Tensors, Update
+from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["DECOY", "Charge", "Rehearsal", "Script", "Stage", "Step", "Watched", "make_stage", "plain_descent",
            "rehearse", "unlike_randomness"]

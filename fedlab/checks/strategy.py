@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedlab.checks.check_report import CheckReport, Finding
 from fedlab.checks.rehearsal import plain_descent, unlike_randomness
-from fedlab.checks.report import CheckReport, Finding
-from fedlab.engines.local import Local
-from fedlab.errors import FedlabError
-from fedlab.models import weights_sha256
-from fedlab.seeds import derive, generator
-from fedlab.server import federate
+from fedlab.core.errors import FedlabError
+from fedlab.core.seeds import derive, generator
+from fedlab.core.types import Memory, Patient, ServerState, Site, Tensors, Update
+from fedlab.core.weights import weights_sha256
+from fedlab.run.federate import federate
+from fedlab.run.local import Local
 from fedlab.strategies import Strategy, TooFewUpdates
-from fedlab.training import SiteTrainer
-from fedlab.types import Memory, Patient, ServerState, Site, Tensors, Update
+from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["check_strategy"]
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlab.errors import DataError
+from fedlab.core.errors import DataError
 
 __all__ = ["SETS", "PublicSet", "fetch"]
 

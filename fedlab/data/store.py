@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedlab.errors import DataError
-from fedlab.types import Patient, Site
+from fedlab.core.errors import DataError
+from fedlab.core.types import Patient, Site
 
 __all__ = ["load_sites", "save_sites"]
 

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedlab.engines.local import Answer, answer_of, exchange_here, kept
-from fedlab.engines.parcels import Parcel
-from fedlab.engines.pool import Pool, Ticket
-from fedlab.errors import FedlabError, PrivacyBudgetExhausted, SiteError
+from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, SiteError
+from fedlab.core.types import Failure, Memory, ServerState, Site, Update, Withdrawal
+from fedlab.core.workers import available_cores
+from fedlab.engines.shared_tensors import Parcel
+from fedlab.engines.worker_pool import Pool, Ticket
 from fedlab.privacy.base import Inboxes
-from fedlab.task import SiteTask
-from fedlab.types import Failure, Memory, ServerState, Site, Update, Withdrawal
-from fedlab.workers import available_cores
+from fedlab.run.local import Answer, answer_of, exchange_here, kept
+from fedlab.run.site_task import SiteTask
 
 __all__ = ["Processes"]
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlab.engines.local import Answer
-from fedlab.errors import FedlabError, SiteError
-from fedlab.plan import Plan
+from fedlab.core.errors import FedlabError, SiteError
+from fedlab.core.types import Failure, Memory, Patient, ServerState, Site
+from fedlab.deploy.messages import limit_for, pack_state, pack_weights, unpack_answer
+from fedlab.deploy.plan import Plan
 from fedlab.privacy.base import Inboxes, PartialExchange
+from fedlab.run.local import Answer
+from fedlab.run.site_task import SiteTask
 from fedlab.strategies import FedAvg, Strategy
-from fedlab.task import SiteTask
-from fedlab.types import Failure, Memory, Patient, ServerState, Site
-from fedlab.wire import limit_for, pack_state, pack_weights, unpack_answer
 
 __all__ = ["Ask", "Remote", "Unseen", "away"]
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedlab.core.types import Memory, Site, Update
 from fedlab.privacy.base import Privacy
-from fedlab.types import Memory, Site, Update
 
 if TYPE_CHECKING:
     from fedlab.strategies import Strategy
-    from fedlab.training import Kit, SiteTrainer
+    from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["AtSites"]
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedlab.errors import FedlabError, PrivacyError
-from fedlab.types import Cohort, Failure, Memory, Site, Spent, Tensors, Update
+from fedlab.core.errors import FedlabError, PrivacyError
+from fedlab.core.types import Cohort, Failure, Memory, Site, Spent, Tensors, Update
 
 if TYPE_CHECKING:
     from fedlab.strategies import Strategy
-    from fedlab.training import Kit, SiteTrainer
+    from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["Inboxes", "PartialExchange", "Privacy", "check_update", "importable"]
 
@@ -50,7 +50,7 @@ class Privacy:
     `a + b` applies a, then b at the site, and b, then a at the server, as layers of an onion.
 
     A technique with a proven guarantee enters what it releases into the site's ledger
-    (`fedlab.privacy.accounting.Ledger`) and names the unit it protects in `units`; a round in which the ledger was not
+    (`fedlab.privacy.accounting.ledger.Ledger`) and names the unit it protects in `units`; a round in which the ledger was not
     charged for such a unit is refused. Without units the technique has no formal guarantee and is labelled so.
 
     Attributes:

@@ -6,7 +6,7 @@ et al. 2021) is `PersonalLayers(names=norms(model))`, since what stays at a site
 """
 
 from fedlab.strategies.averaging import FedAvg, FedNova, Strategy, TooFewUpdates, weighted_mean
-from fedlab.strategies.local import SCAFFOLD, Ditto, FedProx
+from fedlab.strategies.client_drift import SCAFFOLD, Ditto, FedProx
 from fedlab.strategies.robust import CoordinateMedian, GeometricMedian, Krum, NormBound, TrimmedMean
 from fedlab.strategies.server_optimisers import FedOpt
 

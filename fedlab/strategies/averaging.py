@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import nn
 
-from fedlab.types import Memory, ServerState, Site, Tensors, Update
+from fedlab.core.types import Memory, ServerState, Site, Tensors, Update
 
 if TYPE_CHECKING:
     from fedlab.privacy.base import Privacy
-    from fedlab.training import Kit, SiteTrainer
+    from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["FedAvg", "FedNova", "NotFinite", "Strategy", "TooFewUpdates", "sgd_settings", "weighted_mean"]
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from fedlab.core.types import Site, Update
 from fedlab.strategies.averaging import FedAvg, TooFewUpdates, square_distance, weighted_mean
-from fedlab.types import Site, Update
 
 if TYPE_CHECKING:
     from fedlab.privacy.base import Privacy
-    from fedlab.training import SiteTrainer
+    from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["CoordinateMedian", "GeometricMedian", "Krum", "NormBound", "TrimmedMean"]
 

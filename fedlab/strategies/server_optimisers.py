@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
+from fedlab.core.types import ServerState, Tensors, Update
 from fedlab.strategies.averaging import FedAvg, moved
-from fedlab.types import ServerState, Tensors, Update
 
 __all__ = ["FedOpt"]
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
-from fedlab.background import BackgroundRun
+from fedlab.core.types import Spent
 from fedlab.privacy.base import Privacy
-from fedlab.types import Spent
-from fedlab.view.curves import curves
-from fedlab.view.live import display_live, live_bundle
-from fedlab.view.privacy import privacy_curves
-from fedlab.view.sketch import Points, chart, colours_of, legend
+from fedlab.view.background_run import BackgroundRun
+from fedlab.view.privacy_figures import privacy_curves
+from fedlab.view.run_figures import curves
 from fedlab.view.style import Picture
+from fedlab.view.svg_charts import Points, chart, colours_of, legend
+from fedlab.view.widget_snapshot import display_live, live_bundle
 
 __all__ = ["RunDashboard"]
 

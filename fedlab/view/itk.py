@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from fedlab.errors import RunError
-from fedlab.view.look import Look, painted
+from fedlab.core.errors import RunError
+from fedlab.view.presentation import Look, painted
 from fedlab.view.volumes import Case
 
 __all__ = ["ALLOWED", "ItkPanel", "require"]

@@ -22,8 +22,8 @@ from ipyniivue import Volume as NiiVueVolume
 from ipyniivue.traits import LUT
 from matplotlib.colors import to_rgb
 
-from fedlab.types import MODALITIES
-from fedlab.view.look import OVERLAYS, VIEWS, Look, colours_of, legend_of, painted
+from fedlab.core.types import MODALITIES
+from fedlab.view.presentation import OVERLAYS, VIEWS, Look, colours_of, legend_of, painted
 from fedlab.view.slices import COLOURS
 from fedlab.view.style import arm_label
 from fedlab.view.volumes import REFERENCE, Case

@@ -18,16 +18,16 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedlab.attacks.inversion import Inversion, invert_update, one_step_update, patch_net
-from fedlab.data.prepare import labels_to_regions
-from fedlab.privacy.accounting import Gaussian, Ledger, epsilon_of
+from fedlab.core.regions import labels_to_regions
+from fedlab.core.seeds import generator
+from fedlab.core.types import MODALITIES, Memory, Patient, Spent, Update
+from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
+from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.svt import PartialSharing
-from fedlab.privacy.updates import LocalGaussian, clip_update
-from fedlab.seeds import generator
-from fedlab.types import MODALITIES, Memory, Patient, Spent, Update
-from fedlab.view.live import display_live, live_bundle
+from fedlab.privacy.dp.site_level import LocalGaussian, clip_update
+from fedlab.privacy.sparse.partial_sharing import PartialSharing
 from fedlab.view.style import Picture, styled
+from fedlab.view.widget_snapshot import display_live, live_bundle
 
 __all__ = ["Knobs", "PrivacyPlayground"]
 
@@ -93,7 +93,7 @@ class PrivacyPlayground:
 
     The update is one plain gradient step of a network on one patch around a tumour. It is clipped, noised and thinned
     by `LocalGaussian` and `PartialSharing` as in a run; the accountant says what as many `rounds` of it cost; and a
-    gradient inversion (`fedlab.attacks.inversion`) really looks for the patch in what is sent, anew for every setting
+    gradient inversion (`fedlab.evidence.inversion`) really looks for the patch in what is sent, anew for every setting
     of the knobs, in a thread, which takes seconds. It is the easiest case for an attacker: one patch, one
     step, known labels. A reconstruction that fails proves nothing; the accountant's ε does.
 
@@ -410,7 +410,7 @@ class _Attack(threading.Thread):
 
 def _generated(seed: int) -> Patient:
     """A generated patient, as in the tutorials."""
-    from fedlab.data.phantom import make_cohort
+    from fedlab.data.phantom.cohort import make_cohort
 
     sites = make_cohort(sizes=[1], held_out=0, shape=(48, 64, 48), seed=seed, workers=0, progress=False)
     return sites[0].train[0]

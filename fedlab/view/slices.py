@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from fedlab.types import MODALITIES, Patient
+from fedlab.core.types import MODALITIES, Patient
 from fedlab.view.style import Picture, arm_label, styled
 from fedlab.view.volumes import Prediction, as_labels
 

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlab.data.nifti import Volume, read_volume, same_grid, to_ras
-from fedlab.data.prepare import regions_to_labels
-from fedlab.types import MODALITIES, REGIONS, Patient
+from fedlab.core.regions import regions_to_labels
+from fedlab.core.types import MODALITIES, REGIONS, Patient
+from fedlab.data.readers.nifti import Volume, read_volume, same_grid, to_ras
 
 __all__ = ["ERRORS", "MEMBERS", "REFERENCE", "Case", "Prediction", "RegionFacts", "as_labels", "make_case"]
 
@@ -204,7 +204,7 @@ class Case:
         return self.layers[name]
 
     def facts(self, layer: str) -> list[RegionFacts]:
-        """Volume of each region, and its Dice with the reference: 1 if both are empty, as in `fedlab.metrics`."""
+        """Volume of each region, and its Dice with the reference: 1 if both are empty, as in `fedlab.training.metrics`."""
         voxel_ml = math.prod(self.patient.spacing_mm) / 1000
         guess, truth = self.layer(layer), self.layers.get(REFERENCE)
         # How many voxels have each pair of labels: all regions from one pass over the volume.

@@ -1,0 +1,434 @@
+"""The main job: the same network trained federated, on pooled data and at each site alone, and compared.
+
+`run_job` prepares the data, trains the arms side by side in worker processes and evaluates them on held-out
+patients; `fedlab.apps.comparison_results` writes what came of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from fedlab.apps.comparison_data import Folder, Phantoms
+from fedlab.core.errors import DataError, RunError
+from fedlab.core.regions import regions_to_labels
+from fedlab.core.types import Patient, Round, ServerState, Site
+from fedlab.core.weights import load_weights
+from fedlab.core.workers import Workers, start_workers, tell
+from fedlab.data.readers.brats import check_sites, find_patients, read_patient
+from fedlab.data.sites.partition import Partition
+from fedlab.data.store import load_sites, save_sites
+from fedlab.evidence.contributions import Contributions, KeepUpdates, dice_on, site_contributions
+from fedlab.run.baselines import centralised
+from fedlab.run.federate import federate
+from fedlab.run.history import History
+from fedlab.run.local import Local
+from fedlab.run.trackers import CsvTracker
+from fedlab.training.metrics import COLUMNS, evaluate, predict, score_rows
+from fedlab.training.networks import save_model, segresnet
+from fedlab.training.trainer import PolyDecay, SiteTrainer, augmentation
+
+__all__ = ["Job", "Outcome", "forget_working_files", "open_job", "read_job", "run_job",
+           "sole_use"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train on what, and how long. The defaults are the demo's.
+
+    Args:
+        source: `Phantoms` or `Folder`.
+        rounds: of the federated arm; the other arms take as many gradient steps.
+        steps: gradient steps of a site per round.
+        batch_size: crops per step.
+        lr: learning rate of the first round, falling to 0 by `PolyDecay`.
+        filters: width of the network; 32 is the paper's.
+        crop: voxels of a training crop.
+        seed: of the data, the first weights and the training.
+        real: folder of real scans to try the federated model on, in a BraTS layout; not trained on.
+        watch_every: rounds between two looks at the Dice of held-out patients.
+        keep: whether prepared data and checkpoints stay when the run is complete.
+        contributions: whether to keep all updates, and work out from them what each site has contributed.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+
+    source: Phantoms | Folder
+    rounds: int = 33
+    steps: int = 10
+    batch_size: int = 2
+    lr: float = 5e-3
+    filters: int = 8
+    crop: tuple[int, int, int] = (24, 24, 24)
+    seed: int = 0
+    real: str | None = None
+    watch_every: int = 4
+    keep: bool = False
+    contributions: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps", "batch_size", "watch_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is a positive whole number, got {getattr(self, name)}")
+
+    def trainer(self) -> SiteTrainer:
+        """The trainer of every arm: same network, same start, same schedule, moments kept in all."""
+        # A run of a few hundred steps has no time to learn heads that stand on end, so it flips left and right only,
+        # and it must see much of what is not tumour, or it finds tumour everywhere.
+        return SiteTrainer(model=segresnet(filters=self.filters, seed=self.seed), steps=self.steps,
+                           lr=PolyDecay(start=self.lr, rounds=self.rounds), batch_size=self.batch_size,
+                           crop=self.crop, tumour_share=0.5, augment=augmentation(flips=(0,)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a job found.
+
+    Attributes:
+        job: the settings.
+        trainer: how every arm was trained, as code.
+        sites: the prepared sites.
+        partition: who of their patients is where, as in the run's partition.json.
+        histories: by arm: "federated", "centralised", "local site-01", ...
+        scores: one row per arm, patient and region, on the held-out patients of all sites.
+        predictions: label maps of the patients shown, by arm and patient id.
+        train: the scores of the federated model on the patients it was trained on, if those are real.
+        real: the scores of the federated model on real scans, if there are any.
+        real_cases: these patients with the federated model's label maps.
+        contributions: what each site has contributed, if the job asks.
+        seconds: wall time of data, train, evaluate and total.
+    """
+
+    job: Job
+    trainer: str
+    sites: list[Site]
+    partition: Partition
+    histories: dict[str, History]
+    scores: pd.DataFrame
+    predictions: dict[str, dict[str, torch.Tensor]]
+    train: pd.DataFrame | None
+    real: pd.DataFrame | None
+    real_cases: list[tuple[Patient, torch.Tensor]]
+    contributions: Contributions | None
+    seconds: dict[str, float]
+
+
+def open_job(job: Job, out: Path) -> None:
+    """Makes the run directory `out` and notes the job in it.
+
+    Raises:
+        RunError: the directory exists.
+        DataError: the job names a folder or a table that cannot be used, as far as names, headers and label maps
+            tell; nothing is made.
+    """
+    _check_inputs(job)
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError as error:
+        raise RunError(f"{out} exists and is left as it is; choose another --out, or continue it with "
+                       f"'fedlab resume {out}'") from error
+    kind = {Phantoms: "phantoms", Folder: "folder"}[type(job.source)]
+    note = {"format": "fedlab-job-1", "source_kind": kind, **asdict(job)}
+    scratch = out / "job.json.part"
+    scratch.write_text(json.dumps(note, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(scratch, out / "job.json")
+
+
+def _check_inputs(job: Job) -> None:
+    """A mistyped path, or labels that could mean two things, show here, before anything is written."""
+    if isinstance(job.source, Folder):
+        check_sites(job.source.data, job.source.table, layout=job.source.layout,
+                    label_convention=job.source.label_convention, broken="skip" if job.source.skip_broken else "raise")
+    if job.real is not None and all(files.label is None for files in find_patients(job.real).values()):
+        raise DataError(f"no patient in {job.real} has an expert's label to compare with; 'fedlab evaluate' segments "
+                        "scans without labels")
+
+
+def read_job(out: Path) -> Job:
+    """The job noted in a run directory.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    path = out / "job.json"
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        if note.pop("format") != "fedlab-job-1":
+            raise ValueError("not the format of this fedlab")
+        source = {"phantoms": Phantoms, "folder": Folder}[note.pop("source_kind")]
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in note.pop("source").items()}
+        note["crop"] = tuple(note["crop"])
+        return Job(source=source(**fields), **note)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{out} is no run that can be continued ({type(error).__name__}: {error}); expected the "
+                       "folder of an interrupted 'fedlab demo' or 'fedlab run'") from error
+
+
+@contextmanager
+def sole_use(out: Path) -> Iterator[None]:
+    """While a process works in a run directory, no other does; the lock of a process that died is void.
+
+    Raises:
+        RunError: another process works there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"another process works in {out} right now; wait until it ends, or end it first") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_job(job: Job, out: Path) -> Outcome:
+    """Runs `job` in its run directory, going on from what is there.
+
+    Args:
+        job: what to do.
+        out: a directory that `open_job` made.
+
+    Raises:
+        FedlabError: data, sites or privacy failed; the run can be resumed after the cause is mended.
+    """
+    try:
+        with start_workers() as workers:
+            return _run(job, out, workers)
+    except BrokenProcessPool as error:
+        raise RunError(f"a worker process was killed, perhaps for want of memory; 'fedlab resume {out}' goes on from "
+                       "the last finished round") from error
+
+
+def _run(job: Job, out: Path, workers: Workers) -> Outcome:
+    started = time.perf_counter()
+    prepared = out / "prepared"
+    warm = workers.submit(_warm_up)  # imports in the workers while data is generated
+    if not (prepared / "complete").is_file():
+        save_sites(job.source.prepare(seed=job.seed, workers=workers), prepared)
+        (prepared / "complete").touch()
+    sites = load_sites(prepared)
+    if not any(len(site.val) for site in sites):
+        raise DataError("no site holds out a patient, so there is nothing to compare on; at least one site needs two "
+                        "patients or more")
+    partition = _save_partition(job, sites, out / "partition.json")
+    warm.result()
+    data_done = time.perf_counter()
+    histories = _train(job, sites, out, workers)
+    train_done = time.perf_counter()
+    kept = workers.submit(_keep_model, job, histories["federated"].state, out / "model.safetensors")
+    worth = workers.submit(_contributions, job, histories["federated"], out) if job.contributions else None
+    found = _evaluate(job, sites, histories, prepared, workers)
+    trainer = kept.result()
+    contributed = worth.result() if worth is not None else None
+    done = time.perf_counter()
+    seconds = {"data": data_done - started, "train": train_done - data_done, "evaluate": done - train_done,
+               "total": done - started}
+    return Outcome(job=job, trainer=trainer, sites=sites, partition=partition, histories=histories, seconds=seconds,
+                   contributions=contributed, **found._asdict())
+
+
+def _save_partition(job: Job, sites: Sequence[Site], path: Path) -> Partition:
+    """Who is where, noted in the run directory; a run that goes on must have the same patients as before."""
+    partition = replace(Partition.of(sites), how=f"{job.source!r}, seed={job.seed}")
+    if path.is_file():
+        known = Partition.load(path)
+        if known.id != partition.id:
+            raise RunError(f"{path} says that this run began with other patients (partition {known.id}, now "
+                           f"{partition.id}): the scans or their table were changed; begin a new run")
+        return partition
+    scratch = path.with_name(path.name + ".part")
+    scratch.unlink(missing_ok=True)
+    partition.save(scratch)
+    os.replace(scratch, path)
+    return partition
+
+
+def forget_working_files(out: Path) -> None:
+    """Removes the prepared data, the checkpoints and the lock of a finished run."""
+    (out / "run.lock").unlink(missing_ok=True)
+    for name in ("prepared", "arms"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _warm_up() -> None:
+    import fedlab.core.warm_imports  # noqa: F401
+
+
+def _keep_model(job: Job, state: ServerState | None, path: Path) -> str:
+    """Saves the federated model, anew if need be, and says how it was trained; in a worker, which has MONAI loaded."""
+    trainer = job.trainer()
+    if state is not None:
+        path.unlink(missing_ok=True)
+        save_model(path, trainer.model, params=state.params, spacing_mm=job.source.spacing_mm)
+    return repr(trainer)
+
+
+def _arms(sites: Sequence[Site]) -> list[str]:
+    return ["federated", "centralised", *(f"local {site.name}" for site in sites)]  # the long ones first
+
+
+def _train(job: Job, sites: Sequence[Site], out: Path, workers: Workers) -> dict[str, History]:
+    weight = {arm: 1 if arm.startswith("local") else len(sites) for arm in _arms(sites)}
+    total = job.rounds * job.steps * sum(weight.values())
+    futures = {arm: workers.submit(_train_arm, job, arm, out) for arm in weight}
+    shown: dict[str, str] = {}
+    with tqdm(total=total, desc="training", unit="step", smoothing=0.05) as bar:
+        def look() -> None:
+            for arm, dice in workers.messages():
+                if dice is not None:
+                    shown[f"Dice {arm}"] = f"{dice:.2f}"
+                bar.set_postfix(shown, refresh=False)
+                bar.update(job.steps * weight[arm])
+
+        _watch(list(futures.values()), look)
+        look()
+    return {arm: future.result() for arm, future in futures.items()}
+
+
+def _watch(futures: Sequence[Future[Any]], look: Callable[[], object]) -> None:
+    """Calls `look` twice a second until all futures are done; raises what the first failing one raised."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+        look()
+        for future in done:
+            future.result()
+
+
+def _train_arm(job: Job, arm: str, out: Path) -> History:
+    """In a worker: one arm, with its checkpoint in the run directory."""
+    sites = load_sites(out / "prepared")
+    trainer = job.trainer()
+    # A few held-out patients show how training goes; the scores come from all of them in the end.
+    shown = [] if arm.startswith("local") else [site.val[0] for site in sites if len(site.val)]
+
+    def validate(model: torch.nn.Module, number: int) -> dict[str, float]:
+        if not shown or (number + 1) % job.watch_every:
+            return {}
+        scores = evaluate(model, shown).groupby("region")["dice"].mean()
+        return {"Dice": float(scores.mean()), **{f"Dice {region}": float(v) for region, v in scores.items()}}
+
+    def report(finished: Round) -> None:
+        tell((arm, finished.metrics.get("Dice")))
+
+    settings: dict[str, Any] = {"rounds": job.rounds, "seed": job.seed, "progress": False, "on_round": report,
+                                "validate": validate, "checkpoint": out / "arms" / arm.replace(" ", "-")}
+    if arm == "federated":
+        settings |= {"trace": out / "trace.jsonl", "on_round": [report, CsvTracker(path=out / "rounds.csv")]}
+        if job.contributions:
+            settings["engine"] = KeepUpdates(engine=Local(), folder=out / "arms" / "updates")
+    if arm == "centralised":
+        return centralised(trainer, sites, **settings)
+    chosen = sites if arm == "federated" else [site for site in sites if arm == f"local {site.name}"]
+    return federate(trainer, chosen, **settings)
+
+
+class _Found(NamedTuple):
+    """The part of an `Outcome` that evaluation gives."""
+
+    scores: pd.DataFrame
+    predictions: dict[str, dict[str, torch.Tensor]]
+    train: pd.DataFrame | None
+    real: pd.DataFrame | None
+    real_cases: list[tuple[Patient, torch.Tensor]]
+
+
+def _evaluate(job: Job, sites: Sequence[Site], histories: Mapping[str, History], prepared: Path,
+              workers: Workers) -> _Found:
+    federated = histories["federated"].state
+    total = sum(len(site.val) for site in sites) * len(histories)
+    train = real = None
+    if isinstance(job.source, Folder):
+        train = workers.submit(_score_training, job, federated, prepared)
+        total += sum(len(site.train) for site in sites)
+    if job.real is not None:
+        real = workers.submit(_try_on_real, job, federated)
+        total += len(find_patients(job.real))
+    arms = {arm: workers.submit(_evaluate_arm, job, history.state, prepared) for arm, history in histories.items()}
+    with tqdm(total=total, desc="evaluating", unit="patient") as bar:
+        def look() -> None:
+            bar.update(len(list(workers.messages())))
+
+        _watch([future for future in (train, real, *arms.values()) if future is not None], look)
+        look()
+    results = {arm: future.result() for arm, future in arms.items()}
+    scores = pd.concat([table.assign(arm=arm) for arm, (table, _) in results.items()], ignore_index=True)
+    real_scores, real_cases = (None, []) if real is None else real.result()
+    return _Found(scores=scores, predictions={arm: shown for arm, (_, shown) in results.items()},
+                  train=None if train is None else train.result(), real=real_scores, real_cases=real_cases)
+
+
+def _contributions(job: Job, history: History, out: Path) -> Contributions:
+    """In a worker: Shapley values of the sites, measured on one held-out patient of each."""
+    sites = load_sites(out / "prepared")
+    measured = [site.val[0] for site in sites if len(site.val)]
+    utility = dice_on(_model(job, history.state), measured)
+    return site_contributions(history, out / "arms" / "updates", utility,
+                              permutations=None if len(sites) <= 5 else 20, seed=job.seed)
+
+
+def _evaluate_arm(job: Job, state: ServerState | None, prepared: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+    """In a worker: scores on every held-out patient, and the label maps of each site's first."""
+    model = _model(job, state)
+    rows: list[dict[str, str | float]] = []
+    shown = {}
+    for site in load_sites(prepared):
+        for number, patient in enumerate(site.val):
+            found, labels = _segment(model, patient, site.name)
+            rows += found
+            if number == 0:
+                shown[patient.id] = labels
+    return pd.DataFrame(rows, columns=list(COLUMNS)), shown
+
+
+def _score_training(job: Job, state: ServerState | None, prepared: Path) -> pd.DataFrame:
+    """In a worker: scores on the patients trained on, which show whether a model has learnt anything at all."""
+    model = _model(job, state)
+    rows = [row for site in load_sites(prepared) for patient in site.train
+            for row in _segment(model, patient, site.name)[0]]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _try_on_real(job: Job, state: ServerState | None) -> tuple[pd.DataFrame, list[tuple[Patient, torch.Tensor]]]:
+    """In a worker: scores on real scans, and the patients with their label maps."""
+    model = _model(job, state)
+    rows: list[dict[str, str | float]] = []
+    cases = []
+    for files in find_patients(job.real).values() if job.real else ():
+        patient = read_patient(files, spacing_mm=job.source.spacing_mm)
+        found, labels = _segment(model, patient, "real")
+        rows += found
+        cases.append((patient, labels))
+    return pd.DataFrame(rows, columns=list(COLUMNS)), cases
+
+
+def _segment(model: torch.nn.Module, patient: Patient, site: str) -> tuple[list[dict[str, str | float]], torch.Tensor]:
+    regions = predict(model, patient) >= 0.5
+    tell(patient.id)
+    rows = score_rows(regions, patient.label, spacing_mm=patient.spacing_mm, site=site, patient=patient.id)
+    return rows, regions_to_labels(regions)
+
+
+def _model(job: Job, state: ServerState | None) -> torch.nn.Module:
+    if state is None:
+        raise RunError("an arm has no finished round; raise rounds")
+    model = segresnet(filters=job.filters, seed=job.seed)
+    load_weights(model, state.params)
+    return model

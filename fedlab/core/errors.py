@@ -1,0 +1,51 @@
+"""The errors fedlab raises; each says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+__all__ = ["DataError", "FedlabError", "PrivacyBudgetExhausted", "PrivacyError", "RunError", "SiteError"]
+
+
+class FedlabError(Exception):
+    """Base of every error that fedlab itself raises."""
+
+
+class DataError(FedlabError, ValueError):
+    """Scans, labels or tables that cannot be used as they are.
+
+    Attributes:
+        code: a stable word for what is wrong, such as "truncated"; see `fedlab.data.readers.findings.CODES`.
+    """
+
+    def __init__(self, message: str = "", *, code: str = "unusable") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PrivacyError(FedlabError):
+    """A privacy mechanism cannot give what it promises; nothing was sent."""
+
+
+class PrivacyBudgetExhausted(PrivacyError):
+    """A site would exceed its privacy budget and takes no further part; what it spent before stands."""
+
+
+class RunError(FedlabError):
+    """A run directory or a saved model that is missing, foreign, damaged or would be overwritten."""
+
+
+class SiteError(FedlabError):
+    """A site failed while it worked on a round.
+
+    Attributes:
+        site: name of the site.
+        round: number of the round, counted from 0.
+        stage: "ledger", "equip", "fit", "protect", "check" or "keep"; "reach" where the site was not reached, or was
+            lost while it worked.
+    """
+
+    def __init__(self, site: str, round: int, stage: str, reason: str) -> None:
+        super().__init__(f"site {site!r} failed in round {round} at stage {stage!r}: {reason}")
+        self.site, self.round, self.stage, self.reason = site, round, stage, reason
+
+    def __reduce__(self) -> tuple[type[SiteError], tuple[str, int, str, str]]:
+        return SiteError, (self.site, self.round, self.stage, self.reason)  # survives worker processes

@@ -1,0 +1,228 @@
+"""The vocabulary of a federated run: frozen values that every other module passes around."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from fedlab.core.errors import FedlabError
+
+__all__ = ["MODALITIES", "REGIONS", "Cohort", "Failure", "Memory", "Patient", "Round", "ServerState", "Site", "Spent",
+           "Tensors", "Update", "Withdrawal"]
+
+#: Channel order of every image in fedlab.
+MODALITIES = ("FLAIR", "T1", "T1c", "T2")
+#: Channel order of every segmentation in fedlab: tumour core, whole tumour, enhancing tumour.
+REGIONS = ("TC", "WT", "ET")
+
+#: Named tensors: a model's weights, or changes of them.
+Tensors = Mapping[str, torch.Tensor]
+#: What a site keeps for itself between rounds: a name for each group of tensors (optimiser moments, ledger, ...).
+#: Groups whose name begins with "_" are secrets of the moment and are never written to disk.
+Memory = dict[str, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Patient:
+    """One case, ready for a network.
+
+    Attributes:
+        id: the patient's pseudonym.
+        image: float16 or float32, shape (4, X, Y, Z), channels in the order of `MODALITIES`, axes
+            pointing right, anterior, superior (RAS); z-scored over brain voxels, 0 outside the brain.
+        label: uint8, shape (X, Y, Z), BraTS labels (1 necrotic or non-enhancing core, 2 oedema,
+            4 enhancing tumour), or None where no expert drew one.
+        affine: float64, shape (4, 4), voxel index -> mm in RAS.
+    """
+
+    id: str
+    image: torch.Tensor
+    label: torch.Tensor | None
+    affine: np.ndarray
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along the three axes in mm."""
+        x, y, z = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+    def __repr__(self) -> str:
+        grid = "x".join(map(str, self.image.shape[1:]))
+        labelled = "labelled" if self.label is not None else "no label"
+        return f"<Patient {self.id}: {grid} at {'x'.join(f'{s:g}' for s in self.spacing_mm)} mm, {labelled}>"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One institution with private patients.
+
+    Attributes:
+        name: unique in its cohort.
+        train: patients used for training; any indexable collection with a length.
+        val: held-out patients, never trained on.
+        card: the data card of the site, if there is one.
+    """
+
+    name: str
+    train: Sequence[Patient]
+    val: Sequence[Patient] = ()
+    card: Any = None
+
+    def __repr__(self) -> str:
+        return f"<Site {self.name}: {len(self.train)} patients to train on, {len(self.val)} held out>"
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Who took part in a round, as the server knows it. Its length is the number of updates that came.
+
+    Attributes:
+        round: number of the round.
+        arrived: names of the sites whose updates came.
+        sites: number of sites that could have been chosen.
+        sample: probability with which each was.
+    """
+
+    round: int
+    arrived: tuple[str, ...]
+    sites: int
+    sample: float
+
+    def __len__(self) -> int:
+        return len(self.arrived)
+
+
+class Withdrawal(NamedTuple):
+    """A site that takes no part in a round, and why."""
+
+    site: str
+    reason: str
+
+
+class Failure(NamedTuple):
+    """A site that was to take part in a round and broke down: nothing came from it."""
+
+    site: str
+    error: FedlabError
+
+
+class Spent(NamedTuple):
+    """Privacy spent so far, never shown without what it means."""
+
+    epsilon: float
+    delta: float
+    unit: Literal["patient", "site"]
+    accountant: str
+    adjacency: str
+
+    def __str__(self) -> str:
+        return (f"ε = {self.epsilon:.3g} at δ = {self.delta:g} per {self.unit} "
+                f"({self.adjacency}, {self.accountant} accountant)")
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What leaves a site.
+
+    Attributes:
+        site: who sends it.
+        delta: local minus global weights, so the server adds it.
+        weight: importance in a weighted mean; number of training patients unless a strategy says otherwise.
+        steps: optimiser steps taken.
+        metrics: plain numbers such as the mean training loss. They leave the site too.
+        spent: privacy spent by the site so far.
+        encoded: size in bytes of the delta as it would be sent, if a technique makes it smaller than dense tensors.
+        round: number of the round it answers, so that an old one is known for what it is.
+        seconds: how long the site took; 0 under a guarantee, which covers no time.
+    """
+
+    site: str
+    delta: Tensors
+    weight: float
+    steps: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    spent: tuple[Spent, ...] = ()
+    encoded: int | None = None
+    round: int | None = None
+    seconds: float = 0.0
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Update:
+        """The same update with `change` applied to every tensor of the delta."""
+        return replace(self, delta={name: change(tensor) for name, tensor in self.delta.items()})
+
+    def norm(self) -> float:
+        """Euclidean norm of the whole delta, in float64."""
+        # fsum: the same bits in whatever order the tensors come, such as from a file.
+        return math.sqrt(math.fsum(float(t.double().square().sum()) for t in self.delta.values()))
+
+    def quantile_abs(self, q: float) -> float:
+        """The absolute value below which a fraction `q` of the delta's entries lies.
+
+        Raises:
+            ValueError: `q` outside [0, 1].
+        """
+        if not 0.0 <= q <= 1.0:
+            raise ValueError(f"q is a fraction between 0 and 1, got {q}")
+        flat = torch.cat([t.detach().abs().flatten() for t in self.delta.values()])
+        return float(flat.kthvalue(max(1, math.ceil(q * flat.numel()))).values)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the delta in bytes: as it would be sent, or as dense tensors."""
+        dense = sum(t.numel() * t.element_size() for t in self.delta.values())
+        return dense if self.encoded is None else self.encoded
+
+
+@dataclass(frozen=True, eq=False)
+class ServerState:
+    """What the server holds between rounds.
+
+    Attributes:
+        round: number of the next round, counted from 0.
+        params: the global model's trainable weights.
+        moments: the server optimiser's own tensors, by name; empty for FedAvg.
+        memory: what privacy techniques keep at the server; the group "broadcast" goes to the sites with the weights.
+        models: weights that a site starts from instead of `params`, by site, in workflows in which sites differ.
+    """
+
+    round: int
+    params: Tensors
+    moments: Mapping[str, Tensors] = field(default_factory=dict)
+    memory: Mapping[str, Tensors] = field(default_factory=dict)
+    models: Mapping[str, Tensors] = field(default_factory=dict)
+
+    def at(self, site: str) -> ServerState:
+        """What of it a site is shown: the weights that it starts from, no other site's."""
+        return replace(self, params=self.models.get(site, self.params), models={}) if self.models else self
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One finished round, as `each_round` yields it.
+
+    Attributes:
+        number: counted from 0.
+        state: the server's state after the round.
+        cohort: names of the sites that took part.
+        sites: numbers reported by each site: loss, update norm, weight, steps, bytes sent, seconds.
+        spent: privacy spent so far, by site; under "server" what holds for every site through noise added there.
+        absent: sites of the cohort whose update is not in the model, and why.
+        metrics: numbers about the global model, such as validation Dice.
+        seconds: wall time of the round.
+        memory: what each site keeps for itself; in a deployment it never leaves the site.
+    """
+
+    number: int
+    state: ServerState
+    cohort: tuple[str, ...]
+    sites: Mapping[str, Mapping[str, float]]
+    spent: Mapping[str, tuple[Spent, ...]]
+    metrics: Mapping[str, float]
+    seconds: float
+    memory: Mapping[str, Memory] = field(default_factory=dict, repr=False)
+    absent: Mapping[str, str] = field(default_factory=dict)

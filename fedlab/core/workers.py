@@ -1,0 +1,123 @@
+"""Warm worker processes: started once, one torch thread each.
+
+Two processes of one thread each train faster than one process of two threads, and importing MONAI costs
+seconds of processor time, so the workers are forked from one server that has imported everything already.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
+from queue import Empty
+from types import TracebackType
+from typing import Any
+
+import torch
+
+__all__ = ["Stopped", "Workers", "available_cores", "forkserver", "settle", "start_workers", "tell"]
+
+_messages: Queue[Any] | None = None
+_stop: Event | None = None
+
+
+class Stopped(Exception):
+    """The parent asked its workers to stop; raised in a worker by `tell`."""
+
+
+def available_cores() -> int:
+    """Number of processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def forkserver() -> ForkServerContext:
+    """Where worker processes are made: forked from a process that has imported everything and has no threads.
+
+    That is safe inside a notebook kernel, unlike "fork" from the kernel itself.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedlab.core.warm_imports"])
+    return context
+
+
+class Workers(ProcessPoolExecutor):
+    """A process pool whose tasks can send messages to the parent with `tell`."""
+
+    def __init__(self, count: int) -> None:
+        context = forkserver()
+        self._inbox: Queue[Any] = context.Queue()
+        self._halt = context.Event()
+        super().__init__(count, mp_context=context, initializer=_settle, initargs=(self._inbox, self._halt))
+
+    def messages(self) -> Iterator[Any]:
+        """The messages that have come since the last call, oldest first."""
+        while True:
+            try:
+                yield self._inbox.get_nowait()
+            except Empty:
+                return
+
+    def stop(self) -> None:
+        """Running tasks end at their next `tell`, waiting ones never start."""
+        self._halt.set()
+        self.shutdown(wait=True, cancel_futures=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if error is not None:
+            self.stop()
+        self.shutdown()
+
+
+def start_workers(count: int | None = None) -> Workers:
+    """Warm worker processes; used in a `with` block they end with it, and at once if it raises.
+
+    Args:
+        count: how many; by default one for each core this process may use.
+
+    Raises:
+        ValueError: `count` below 1.
+    """
+    count = available_cores() if count is None else count
+    if count < 1:
+        raise ValueError(f"a pool needs at least one worker, got {count}")
+    return Workers(count)
+
+
+def tell(message: Any) -> None:
+    """In a worker: sends `message` to the parent. Elsewhere it does nothing.
+
+    Raises:
+        Stopped: the parent wants its workers to stop.
+    """
+    if _stop is not None and _stop.is_set():
+        raise Stopped
+    if _messages is not None:
+        _messages.put(message)
+
+
+def _settle(messages: Queue[Any], stop: Event) -> None:
+    global _messages, _stop
+    _messages, _stop = messages, stop
+    settle()
+
+
+def settle() -> None:
+    """In a new worker: one torch thread, deaf to Ctrl-C, and gone when its parent is."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops its workers in order
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)  # a killed parent must not leave workers behind

@@ -1,0 +1,315 @@
+"""What a data card must say: its front matter field by field, its sections, and a reader that trusts no file.
+
+The fields are those of Hugging Face's dataset cards and, with the prefix "rai:", the responsible-AI properties of
+Croissant (MLCommons, Croissant RAI specification 1.0), as far as they fit brain scans.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+from fedlab.core.errors import DataError
+
+__all__ = ["FIELDS", "LICENCES", "MARK", "SECTIONS", "CardField", "is_open", "problems", "read_front_matter",
+           "split_sections"]
+
+#: What stands where a hospital still has to say something; a text that begins with it counts as open.
+MARK = "TO BE COMPLETED"
+#: Headings ("## ...") that every card has, each with something below it.
+SECTIONS = ("Patients", "Consent and licence", "Institutions and scanners", "Demographics", "Annotation",
+            "Preprocessing", "Known defects", "Use", "How to cite")
+#: Hugging Face's name of a licence -> its page. "other" needs `license_name` and `license_link`.
+LICENCES: Mapping[str, str] = {name: f"https://spdx.org/licenses/{spdx}" for name, spdx in {
+    "apache-2.0": "Apache-2.0", "cc0-1.0": "CC0-1.0", "cc-by-4.0": "CC-BY-4.0", "cc-by-sa-4.0": "CC-BY-SA-4.0",
+    "cc-by-nc-4.0": "CC-BY-NC-4.0", "cc-by-nc-sa-4.0": "CC-BY-NC-SA-4.0", "mit": "MIT"}.items()}
+#: Sizes: of a front matter in characters, of one text in it, items of a list, levels within each other.
+_LONGEST_FRONT, _LONGEST_TEXT, _MOST_ITEMS, _DEEPEST = 64_000, 8_000, 200, 4
+_MOST_UNKNOWN = 20  # fields that are named one by one
+#: A control character, but for line breaks and tabs; nothing a person would type.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+_FENCE = re.compile(r"\s{0,3}(`{3,}|~{3,})")
+
+Kind = Literal["text", "texts", "date", "url", "table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardField:
+    """One field of the front matter.
+
+    Attributes:
+        name: as it stands in the file.
+        kind: "text"; "texts", a list of them; "date", such as 2021-07-05; "url"; "table", a list of rows.
+        about: what belongs there.
+        required: whether a card without it is refused.
+        choices: the only values there are; empty where any will do.
+        columns: of a table; each row has exactly these.
+    """
+
+    name: str
+    kind: Kind
+    about: str
+    required: bool = True
+    choices: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+
+_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "other")
+_ANNOTATORS = ("expert-generated", "machine-generated", "crowdsourced", "found", "no-annotation", "other")
+#: The front matter of a card, in its order.
+FIELDS = (
+    CardField(name="pretty_name", kind="text", about="what people call the data set"),
+    CardField(name="license", kind="text", about="Hugging Face's name of the licence, or other",
+              choices=(*LICENCES, "other")),
+    CardField(name="license_name", kind="text", about="name of a licence that is 'other'", required=False),
+    CardField(name="license_link", kind="url", about="where a licence that is 'other' can be read", required=False),
+    CardField(name="url", kind="url", about="the data set's own page, if it has one", required=False),
+    CardField(name="creators", kind="texts", about="who made it: people or organisations"),
+    CardField(name="date_published", kind="date", about="first published, as year-month-day or less"),
+    CardField(name="version", kind="text", about="MAJOR.MINOR.PATCH", required=False),
+    CardField(name="citation", kind="text", about="how to cite it, in one line or as BibTeX"),
+    CardField(name="language", kind="texts", about="of the texts in it, such as en", required=False),
+    CardField(name="tags", kind="texts", about="words to find it by"),
+    CardField(name="task_categories", kind="texts", about="Hugging Face's names, such as image-segmentation"),
+    CardField(name="size_categories", kind="texts", about="number of patients", choices=_SIZES),
+    CardField(name="annotations_creators", kind="texts", about="who drew the labels", choices=_ANNOTATORS),
+    CardField(name="source_datasets", kind="texts", about="what it was made from; original if from nothing else"),
+    CardField(name="splits", kind="table", about="its parts and their patients, with the source of the number",
+              columns=("name", "patients", "labelled", "source")),
+    CardField(name="labels", kind="table", about="what the numbers in its label maps mean", required=False,
+              columns=("value", "meaning")),
+    CardField(name="files", kind="table", about="its files, by patterns below its folder", required=False,
+              columns=("name", "pattern")),
+    CardField(name="statistics", kind="table", about="what the site told about its patients", required=False,
+              columns=("quantity", "patients", "mean", "sd", "median")),
+    CardField(name="rai:dataCollection", kind="text", about="how, where and why the scans were taken"),
+    CardField(name="rai:dataCollectionType", kind="texts", about="kind of collection"),
+    CardField(name="rai:dataCollectionMissingData", kind="text", about="what is missing, and why", required=False),
+    CardField(name="rai:dataPreprocessingProtocol", kind="texts", about="what was done to the scans, step by step"),
+    CardField(name="rai:dataAnnotationProtocol", kind="texts", about="how the labels were drawn and checked"),
+    CardField(name="rai:annotationsPerItem", kind="text", about="annotators per patient"),
+    CardField(name="rai:annotatorDemographics", kind="texts", about="who the annotators were", required=False),
+    CardField(name="rai:machineAnnotationTools", kind="texts", about="programs that drew labels", required=False),
+    CardField(name="rai:personalSensitiveInformation", kind="texts",
+              about="what is known of persons, consent, what was taken out"),
+    CardField(name="rai:dataBiases", kind="texts", about="who and what is over- or under-represented, or unknown"),
+    CardField(name="rai:dataLimitations", kind="texts", about="known defects, and what it is not fit for"),
+    CardField(name="rai:dataUseCases", kind="texts", about="what it is fit for"),
+    CardField(name="rai:dataSocialImpact", kind="text", about="whom its use may help or harm", required=False),
+    CardField(name="rai:dataReleaseMaintenancePlan", kind="text", about="who keeps it, and until when"),
+)
+_BY_NAME = {field.name: field for field in FIELDS}
+
+
+def is_open(value: Any) -> bool:
+    """Whether a text, or one of several, is still to be completed."""
+    if isinstance(value, list):
+        return any(is_open(item) for item in value)
+    if isinstance(value, Mapping):
+        return any(is_open(item) for item in value.values())
+    return isinstance(value, str) and value.lstrip(" *_").startswith(MARK)
+
+
+def split_sections(body: str) -> list[tuple[str, str]]:
+    """The parts of a Markdown text: what stands before the first "## " heading, under "", then heading and text."""
+    parts: list[tuple[str, list[str]]] = [("", [])]
+    fence = ""
+    for line in body.splitlines():
+        if match := _FENCE.match(line):
+            if not fence:
+                fence = match[1]
+            elif match[1].startswith(fence):
+                fence = ""
+        if not fence and line.startswith("## "):
+            parts.append((line[3:].strip(), []))
+        else:
+            parts[-1][1].append(line)
+    return [(heading, "\n".join(lines).strip()) for heading, lines in parts]
+
+
+def problems(metadata: Mapping[str, Any], body: str) -> list[str]:
+    """Everything a card lacks or says in the wrong form: which field, what was expected, what came."""
+    unknown = [name for name in metadata if name not in _BY_NAME]
+    found = [f"{name[:80]}: there is no such field{_nearest(name)}" for name in unknown[:_MOST_UNKNOWN]]
+    if len(unknown) > _MOST_UNKNOWN:
+        found.append(f"front matter: {len(unknown)} of its fields are none of a data card; is this one?")
+    for field in FIELDS:
+        value = metadata.get(field.name)
+        if value is None:
+            if field.required or field.name in metadata:
+                found.append(f"{field.name}: expected {_WANTED[field.kind]} ({field.about}), got nothing")
+        else:
+            found += [f"{field.name}{problem}" for problem in _problems_of(field, value)]
+    if metadata.get("license") == "other":
+        found += [f"{name}: expected a text because license is 'other' ({_BY_NAME[name].about}), got nothing"
+                  for name in ("license_name", "license_link") if metadata.get(name) is None]
+    sections = split_sections(body)
+    headings = [heading for heading, _ in sections]
+    for heading in SECTIONS:
+        if heading not in headings:
+            found.append(f"section '## {heading}': expected it in the text, it isn't there")
+        elif not next(text for name, text in sections if name == heading):
+            found.append(f"section '## {heading}': expected something below it, got nothing")
+    found += [f"section '## {heading}': expected once, it is there {headings.count(heading)} times"
+              for heading in dict.fromkeys(headings) if headings.count(heading) > 1]
+    if not sections[0][1].startswith("# ") or not _summary(sections[0][1]):
+        found.append("text: expected a title ('# ...') and below it a paragraph on what the data set is")
+    return found
+
+
+def _summary(opening: str) -> str:
+    """The text below the title, on one line."""
+    return " ".join(opening.partition("\n")[2].split())
+
+
+def _nearest(name: object) -> str:
+    close = difflib.get_close_matches(str(name)[:80], _BY_NAME, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(_BY_NAME)}"
+
+
+_WANTED: Mapping[Kind, str] = {"text": "a text", "texts": "a list of texts", "date": "a date such as 2021-07-05",
+                               "url": "an address that begins with https:// or http://", "table": "a list of rows"}
+
+
+def _problems_of(field: CardField, value: Any) -> list[str]:
+    wanted = f"expected {_WANTED[field.kind]} ({field.about})"
+    if field.kind not in ("texts", "table"):
+        return _problems_of_text(field, value, wanted)
+    if not isinstance(value, list) or not value:
+        return [f": {wanted}, got {_shown(value)}"]
+    if len(value) > _MOST_ITEMS:
+        return [f": expected at most {_MOST_ITEMS} items, got {len(value)}"]
+    check = _problems_of_row if field.kind == "table" else _problems_of_text
+    return [f"[{number}]{problem}" for number, item in enumerate(value) for problem in check(field, item, wanted)]
+
+
+def _problems_of_row(field: CardField, row: Any, wanted: str) -> list[str]:
+    columns = ", ".join(field.columns)
+    if not isinstance(row, Mapping) or set(row) != set(field.columns):
+        return [f": expected a row with exactly {columns}, got {_shown(row)}"]
+    return [f".{name}{problem}" for name in field.columns
+            for problem in ([] if name in ("value", "patients") and type(row[name]) is int and row[name] >= 0
+                            else _problems_of_text(CardField(name=name, kind="text", about=name), row[name],
+                                                   "expected a text"))]
+
+
+def _problems_of_text(field: CardField, value: Any, wanted: str) -> list[str]:
+    if not isinstance(value, str) or not value.strip():
+        quote = "; put it in quotes" if isinstance(value, (bool, int, float)) else ""
+        return [f": {wanted}, got {_shown(value)}{quote}"]
+    if len(value) > _LONGEST_TEXT:
+        return [f": expected at most {_LONGEST_TEXT} characters, got {len(value)}"]
+    if _CONTROL.search(value):
+        return [f": expected printable characters, got {_shown(value)}"]
+    if is_open(value):
+        return []
+    if field.choices and value not in field.choices:
+        return [f": expected one of {', '.join(field.choices)}, got {_shown(value)}"]
+    fits = _FITS.get(field.kind)
+    return [f": {wanted}, got {_shown(value)}"] if fits and not fits(value) else []
+
+
+def _is_date(text: str) -> bool:
+    if not re.fullmatch(r"\d{4}(-\d{2}(-\d{2})?)?", text, re.ASCII):
+        return False
+    try:
+        datetime.date.fromisoformat(f"{text}-01-01"[:10])
+    except ValueError:
+        return False
+    return True
+
+
+_FITS: Mapping[Kind, Callable[[str], object]] = {
+    "date": _is_date, "url": lambda text: re.fullmatch(r"https?://[^\s<>\"'`\\]{3,2000}", text)}
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message: its kind, and no more of it than fits."""
+    kind = {str: "the text", bool: "the truth value", int: "the number", float: "the number", dict: "the mapping",
+            list: "the list", type(None): "nothing"}.get(type(value), f"a {type(value).__name__}")
+    if value is None:
+        return kind
+    text = f"with {len(value)} items" if isinstance(value, (dict, list)) and len(value) > 6 else ascii(value)
+    return f"{kind} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def read_front_matter(text: str, *, where: str) -> tuple[dict[str, Any], str]:
+    """The front matter of a card and the Markdown below it, from a text that may be anybody's.
+
+    Aliases, tags and deep nesting are refused before anything is built, so that a small file stays small in memory.
+
+    Args:
+        text: the whole card.
+        where: its name, for messages.
+
+    Raises:
+        DataError: no front matter, one that is too large or no plain YAML, or a key that comes twice.
+    """
+    lines = text.removeprefix("\ufeff").splitlines()
+    ends = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
+    if len(ends) < 2 or ends[0] != 0:
+        raise DataError(f"{where}: expected a front matter, YAML between two lines of '---' at the very beginning of "
+                        "the file, found none")
+    front = "\n".join(lines[1:ends[1]])
+    if len(front) > _LONGEST_FRONT:
+        raise DataError(f"{where}: expected a front matter of at most {_LONGEST_FRONT} characters, got {len(front)}; "
+                        "move long texts below it")
+    try:
+        _check_plain(front)
+        metadata = yaml.safe_load(front)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"{where}: the front matter cannot be read as YAML: {_plain(error)}") from error
+    if not isinstance(metadata, dict):
+        raise DataError(f"{where}: expected fields with values in the front matter, got {_shown(metadata)}")
+    return {str(name): _dated(value) for name, value in metadata.items()}, "\n".join(lines[ends[1] + 1:]).strip()
+
+
+def _check_plain(front: str) -> None:
+    """Refuses what plain data doesn't need."""
+    depth = 0
+    keys: list[set[str] | None] = []  # of the mappings that are open; None for a list
+    at_key: list[bool] = []
+    for event in yaml.parse(front, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise ValueError("anchors and aliases (& and *) are not read; write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise ValueError("tags (!) are not read; write a plain value")
+        if isinstance(event, yaml.NodeEvent) and keys and keys[-1] is not None:
+            if at_key[-1]:
+                _note_key(event, keys[-1])
+            at_key[-1] = not at_key[-1]
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            depth += 1
+            if depth > _DEEPEST:
+                raise ValueError(f"values lie more than {_DEEPEST} levels deep")
+            keys.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+            at_key.append(True)
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            depth -= 1
+            keys.pop()
+            at_key.pop()
+
+
+def _note_key(event: yaml.NodeEvent, keys: set[str]) -> None:
+    if not isinstance(event, yaml.ScalarEvent):
+        raise ValueError("a field's name is a text, got a list or a mapping")
+    if event.value in keys:
+        raise ValueError(f"the field {event.value[:80]!r} is there twice")
+    keys.add(event.value)
+
+
+def _dated(value: Any) -> Any:
+    """YAML makes dates of texts that look like one; a card keeps the text."""
+    return value.isoformat() if isinstance(value, datetime.date) else value
+
+
+def _plain(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem or error.context} in its line {error.problem_mark.line + 1}"
+    return " ".join(str(error).split())[:200]

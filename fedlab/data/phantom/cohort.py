@@ -1,0 +1,479 @@
+"""A cohort that needs no download: gliomas in real human anatomy, scanned at very different sites.
+
+Every patient is the MNI152 anatomy deformed (`fedlab.data.phantom.anatomy`), with a tumour grown in it
+(`fedlab.data.phantom.tumour`), seen by the site's scanner (`fedlab.data.phantom.contrast`). Same seed, site and number: same patient.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from fedlab.core.errors import DataError
+from fedlab.core.seeds import derive
+from fedlab.core.types import Patient, Site
+from fedlab.core.workers import start_workers
+from fedlab.data.cache import load, path_of, store
+from fedlab.data.intensity import normalise
+from fedlab.data.phantom.anatomy import (
+    BRAIN_MM,
+    CENTRE_MM,
+    Grid,
+    build_atlas,
+    centred,
+    draw_tissue,
+    draw_warp,
+    sample_atlas,
+    smooth_fields,
+)
+from fedlab.data.phantom.contrast import Scanner, acquire, draw_scanners
+from fedlab.data.phantom.tumour import Population, Tumour, draw_growth, grow, mass_effect, segment
+
+__all__ = ["FETS_SIZES", "RawPatient", "SiteProfile", "cohort_sizes", "generate_patient", "make_cohort",
+           "site_profiles", "write_brats"]
+
+#: Changes whenever the same settings would give other patients; part of every cache key.
+GENERATOR = "fedlab-phantom-35"
+#: Patients of the 17 institutions of FeTS 2021, partitioning_1 (Pati et al. 2021).
+FETS_SIZES = (129, 14, 5, 9, 22, 34, 12, 8, 4, 8, 6, 9, 27, 3, 11, 34, 6)
+_FILES = ("flair", "t1", "t1ce", "t2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteProfile:
+    """What makes a site different: its scanner and its patients.
+
+    Args:
+        scanner: field strength, pulse sequences, coil, slices, noise.
+        population: which tumours come there.
+    """
+
+    scanner: Scanner
+    population: Population
+
+
+@dataclass(frozen=True, eq=False)
+class RawPatient:
+    """A generated patient as a scanner and an expert would deliver it.
+
+    Attributes:
+        id: "<site>-<number>".
+        image: int16, shape (4, X, Y, Z), order of `fedlab.core.types.MODALITIES`; > 0 in the brain, 0 outside.
+        label: uint8, shape (X, Y, Z), BraTS labels.
+        affine: voxel index -> mm in RAS, shape (4, 4).
+    """
+
+    id: str
+    image: torch.Tensor
+    label: torch.Tensor
+    affine: NDArray[np.float64]
+
+    def prepared(self) -> Patient:
+        """Ready for a network: z-scored over the brain, float16."""
+        with _one_thread():
+            image = normalise(self.image.float(), self.image[0] > 0).half()
+        return Patient(self.id, image, self.label, self.affine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """Everything that decides one patient."""
+
+    seed: int
+    site: str
+    index: int
+    profile: SiteProfile
+    grid: Grid
+
+    @property
+    def id(self) -> str:
+        return f"{self.site}-{self.index:03d}"
+
+    @property
+    def settings(self) -> str:
+        return json.dumps({"what": "patient", "order": repr(self), **_versions()}, sort_keys=True)
+
+
+def site_profiles(sites: int, seed: int = 0) -> list[SiteProfile]:
+    """Scanners and tumour populations of `sites` sites, all different.
+
+    Raises:
+        ValueError: `sites` below 1.
+    """
+    if sites < 1:
+        raise ValueError(f"a cohort has at least one site, got {sites}")
+    rng = np.random.default_rng(derive(seed, "profiles", sites))
+    lesions = (rng.permutation(sites) + rng.random(sites)) / sites
+    return [
+        SiteProfile(scanner=scanner, population=Population(
+            low_grade=round(float(rng.uniform(0.03, 0.09)), 3),
+            multifocal=round(float(rng.uniform(0.08, 0.25)), 3),
+            median_ml=round(float(np.clip(95 * math.exp(0.15 * rng.standard_normal()), 50, 140)), 1),
+            spread=round(float(rng.uniform(0.5, 0.8)), 2),
+            lesions=round(float(load), 2),
+        )) for scanner, load in zip(draw_scanners(sites, rng), lesions, strict=True)
+    ]
+
+
+def cohort_sizes(sites: int, patients: int, at_least: int = 2) -> list[int]:
+    """Patients per site, very unequal: the profile of FeTS 2021 scaled to `patients`, largest site first.
+
+    Args:
+        sites: number of sites.
+        patients: their sum.
+        at_least: smallest site.
+
+    Raises:
+        ValueError: fewer than `at_least` patients per site.
+    """
+    if sites < 1 or patients < sites * at_least:
+        raise ValueError(f"{sites} sites of at least {at_least} patients need {sites * at_least} patients, "
+                         f"got {patients}; lower sites or held_out, or raise patients")
+    known = np.sort(np.array(FETS_SIZES, float))[::-1]
+    wanted = np.exp(np.interp(np.linspace(0, len(known) - 1, sites), np.arange(len(known)), np.log(known)))
+    share = wanted / wanted.sum() * (patients - sites * at_least)
+    sizes = np.floor(share).astype(int)
+    for extra in np.argsort(sizes - share, kind="stable")[: patients - sites * at_least - int(sizes.sum())]:
+        sizes[extra] += 1
+    return [int(n) + at_least for n in sizes]
+
+
+def generate_patient(
+    *, seed: int, site: str, index: int, profile: SiteProfile, grid: Grid, cache: Path | None = None
+) -> RawPatient:
+    """One patient, the same bits for the same arguments.
+
+    Args:
+        seed: of the cohort.
+        site: name of the site.
+        index: number of the patient at the site, from 0.
+        profile: scanner and tumour population.
+        grid: voxel grid.
+        cache: folder that keeps the resampled template; see `make_cohort`.
+
+    Raises:
+        DataError: no tumour grew, which the parameters' ranges should exclude.
+    """
+    order = _Order(seed=seed, site=site, index=index, profile=profile, grid=grid)
+    rng = np.random.default_rng(derive(seed, "patient", site, index))
+    atlas, affine = _atlas(grid.spacing_mm, _folder(cache))
+    with _one_thread():
+        growth = draw_growth(rng, profile.population)
+        warp = centred(draw_warp(rng, grid), atlas, affine)
+        half = warp(grid.coordinates(2))
+        centre = _seed_point(rng, sample_atlas(atlas, affine, half, ("white", "depth")), half, grid)
+        pushed = warp(mass_effect(grid.coordinates(2), centre, growth))
+        work = _crop(grid, sample_atlas(atlas, affine, pushed, ("brain",)))
+        positions = warp(mass_effect(work.coordinates(), centre, growth))
+        maps = sample_atlas(atlas, affine, positions)
+        tissue, brain = draw_tissue(rng, maps, positions, work, rim=profile.scanner.rim,
+                                    scalp=profile.scanner.scalp, lesions=profile.population.lesions)
+        odds = grow(rng, tissue["white"], tissue["grey"] + tissue["deep_grey"], growth, work.spacing_mm, centre)
+        tumour = segment(rng, odds, {**maps, "white": tissue["white"], "csf": tissue["csf"],
+                                     "brain": brain.float()}, growth, work.spacing_mm)
+        if not (tumour.label * brain).any():
+            raise DataError(f"patient {order.id} of seed {seed} has no tumour: {growth}")
+        fractions = _with_tumour(rng, tissue, tumour, work)
+        image = acquire(rng, fractions, profile.scanner, work.spacing_mm, maps["detail"] * 2 - 1)
+        scale = torch.from_numpy(rng.uniform(250, 700, 4).astype(np.float32)).view(4, 1, 1, 1)
+        image = (image * scale).round().clamp(1, 32767) * brain
+    pad = [n for big, small in zip(grid.shape[::-1], work.shape[::-1], strict=True) for n in [(big - small) // 2] * 2]
+    return RawPatient(order.id, torch.nn.functional.pad(image.to(torch.int16), pad),
+                      torch.nn.functional.pad(tumour.label * brain, pad), grid.affine)
+
+
+def _crop(grid: Grid, maps: Mapping[str, torch.Tensor]) -> Grid:
+    """The smallest grid with the same middle that holds the brain: half the voxels, half the work."""
+    inside = (maps["brain"] > 0.02).nonzero()
+    shape = []
+    for axis, n in enumerate(grid.shape):
+        middle = (maps["brain"].shape[axis] - 1) / 2
+        reach = 2 * float((inside[:, axis] - middle).abs().max()) + 3
+        # Never less than a grid may have; an even number of voxels goes, so that the middle stays.
+        need = max(2 * reach, 0.87 * BRAIN_MM[axis] / grid.spacing_mm + 1)
+        shape.append(n - 2 * max(0, math.floor((n - need) / 2)))
+    return Grid(shape=_triple(shape), spacing_mm=grid.spacing_mm)
+
+
+def _seed_point(
+    rng: np.random.Generator, maps: Mapping[str, torch.Tensor], template: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """A random point in the white matter of the cerebrum [mm from the grid's centre], shape (3,)."""
+    x, y, z = (template[i] + CENTRE_MM[i] for i in range(3))
+    cerebrum = (z > -28) & ~((y < -25) & (z < -4)) & ((x.abs() > 10) | (z > 8))
+    good = torch.nonzero((maps["white"] > 0.45) & (maps["depth"] > 0.12) & cerebrum)
+    if not len(good):
+        raise DataError(f"no white matter to seed a tumour in on {grid}")
+    at = good[int(rng.integers(len(good)))]
+    return grid.coordinates(2)[:, at[0], at[1], at[2]]
+
+
+def _with_tumour(
+    rng: np.random.Generator, tissue: Mapping[str, torch.Tensor], tumour: Tumour, grid: Grid
+) -> dict[str, torch.Tensor]:
+    """The fractions with the tumour in place of the tissue it replaced."""
+    left = 1 - (tumour.oedema + tumour.necrosis + tumour.enhancing)
+    out = {name: part * left for name, part in tissue.items()}
+    inside = sum(tissue.values())
+    mix = torch.sigmoid(5 * smooth_fields(rng, 1, grid.shape, grid.spacing_mm, 12.0)[0] + float(rng.normal(0, 2)))
+    out["oedema"] = tumour.oedema * inside
+    out["enhancing"] = tumour.enhancing * inside
+    out["core"] = tumour.necrosis * mix * inside
+    out["core_b"] = tumour.necrosis * (1 - mix) * inside
+    return out
+
+
+def make_cohort(
+    *,
+    sites: int = 13,
+    patients: int = 285,
+    shape: Sequence[int] = (64, 64, 64),
+    spacing_mm: float = 3.0,
+    seed: int = 0,
+    held_out: int | float = 0.2,
+    sizes: Sequence[int] | None = None,
+    profiles: Sequence[SiteProfile] | None = None,
+    cache: Path | str | None = None,
+    workers: Executor | int | None = None,
+    progress: bool = True,
+) -> list[Site]:
+    """A cohort of generated patients at sites of very unequal size.
+
+    Args:
+        sites: number of sites.
+        patients: number of patients in all, held-out ones included.
+        shape: voxels along X, Y, Z.
+        spacing_mm: voxel edge; 64 voxels of 3 mm hold every brain whole.
+        seed: same seed, same cohort.
+        held_out: patients of each site never trained on: a count, or a fraction of the site's patients
+            (rounded; at least one, unless it is 0).
+        sizes: patients per site, instead of `sites` and `patients`; by default the profile of FeTS 2021 scaled.
+        profiles: scanner and population per site; by default drawn by `site_profiles`.
+        cache: folder for generated patients; by default $FEDLAB_CACHE or `.fedlab-cache` where you are. Whatever
+            does not match its settings and checksum is generated anew.
+        workers: an executor, or a number of processes to start; 0 generates in this process. By default one
+            process for each core.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Sites "site-01", "site-02", ... with z-scored float16 images and uint8 labels.
+
+    Raises:
+        ValueError: numbers that do not fit each other.
+    """
+    sizes = _sizes(sites, patients, held_out, sizes)
+    kept = [_held_out(size, held_out, number) for number, size in enumerate(sizes, 1)]
+    orders = _orders(sizes, profiles, Grid(shape=_triple(shape), spacing_mm=float(spacing_mm)), seed)
+    raw = _generate(orders, _folder(cache), workers, progress)
+    cohort: list[Site] = []
+    for number, (size, held) in enumerate(zip(sizes, kept, strict=True), 1):
+        prepared = [next(raw).prepared() for _ in range(size)]
+        cohort.append(Site(f"site-{number:02d}", prepared[held:], prepared[:held]))
+    return cohort
+
+
+def write_brats(
+    out: Path | str,
+    *,
+    sites: int = 13,
+    patients: int = 285,
+    shape: Sequence[int] = (64, 64, 64),
+    spacing_mm: float = 3.0,
+    seed: int = 0,
+    sizes: Sequence[int] | None = None,
+    profiles: Sequence[SiteProfile] | None = None,
+    cache: Path | str | None = None,
+    workers: Executor | int | None = None,
+    progress: bool = True,
+) -> Path:
+    """The cohort of `make_cohort` as a folder in the layout of BraTS 2021, axes stored left, posterior, superior.
+
+    Writes `<ID>/<ID>_{flair,t1,t1ce,t2,seg}.nii.gz` (int16 intensities, uint8 labels) and `partitioning.csv` with
+    the columns Partition_ID (number of the site, from 1) and Subject_ID.
+
+    Args:
+        out: a folder that does not exist yet, or an empty one. The rest as in `make_cohort`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: `out` holds something already.
+        ValueError: numbers that do not fit each other.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is not empty; nothing is overwritten, choose another folder")
+    sizes = _sizes(sites, patients, 0, sizes)
+    orders = _orders(sizes, profiles, Grid(shape=_triple(shape), spacing_mm=float(spacing_mm)), seed)
+    rows = []
+    for order, raw in zip(orders, _generate(orders, _folder(cache), workers, progress), strict=True):
+        _write_patient(out / raw.id, raw)
+        rows.append((int(order.site.removeprefix("site-")), raw.id))
+    with (out / "partitioning.csv").open("x", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("Partition_ID", "Subject_ID"), *rows])
+    return out
+
+
+def _write_patient(folder: Path, raw: RawPatient) -> None:
+    import nibabel
+
+    folder.mkdir(parents=True)
+    volumes = dict(zip(_FILES, raw.image.numpy(), strict=True)) | {"seg": raw.label.numpy()}
+    for name, volume in volumes.items():
+        image = nibabel.Nifti1Image(volume, raw.affine)
+        image.header.set_xyzt_units("mm", "sec")
+        to_lps = np.array([[0, -1], [1, -1], [2, 1]])
+        nibabel.save(image.as_reoriented(to_lps), folder / f"{raw.id}_{name}.nii.gz")
+
+
+def _sizes(sites: int, patients: int, held_out: int | float, sizes: Sequence[int] | None) -> Sequence[int]:
+    if sizes is not None:
+        return sizes
+    return cohort_sizes(sites, patients, at_least=max(2, held_out + 1) if isinstance(held_out, int) else 2)
+
+
+def _orders(
+    sizes: Sequence[int], profiles: Sequence[SiteProfile] | None, grid: Grid, seed: int
+) -> list[_Order]:
+    if profiles is None:
+        profiles = site_profiles(len(sizes), seed)
+    if len(profiles) != len(sizes):
+        raise ValueError(f"one profile for each site: {len(sizes)} sites, {len(profiles)} profiles")
+    return [_Order(seed=seed, site=f"site-{number:02d}", index=index, profile=profile, grid=grid)
+            for number, (size, profile) in enumerate(zip(sizes, profiles, strict=True), 1) for index in range(size)]
+
+
+def _triple(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise ValueError(f"shape is three voxel counts, got {tuple(shape)}")
+    x, y, z = (int(n) for n in shape)
+    return x, y, z
+
+
+def _held_out(size: int, held_out: int | float, number: int) -> int:
+    if size < 1:
+        raise ValueError(f"site {number} has {size} patients; a site needs at least one")
+    if isinstance(held_out, int):
+        count = held_out
+    elif 0.0 <= held_out < 1.0:
+        count = min(size - 1, max(1, round(size * held_out))) if held_out else 0
+    else:
+        raise ValueError(f"held_out is a count or a fraction below 1, got {held_out}")
+    if not 0 <= count < size:
+        raise ValueError(f"site {number} has {size} patients: {count} held out would leave none to train on")
+    return count
+
+
+def _generate(
+    orders: Sequence[_Order], cache: Path, workers: Executor | int | None, progress: bool
+) -> Iterator[RawPatient]:
+    """The ordered patients in order, from the cache where it can be trusted."""
+    cache.mkdir(parents=True, exist_ok=True)
+    missing = [order for order in orders if not path_of(cache, order.settings).exists()]
+    if not missing:
+        pass
+    elif isinstance(workers, Executor):
+        _fill_cache(missing, cache, workers, progress)
+    elif workers == 0:
+        _fill_cache(missing, cache, None, progress)
+    else:
+        with start_workers(workers) as pool:
+            _fill_cache(missing, cache, pool, progress)
+    for order in orders:
+        raw = _recall(order, cache)
+        if raw is None:  # damaged or not ours, which `load` has warned of
+            _make(order, cache)
+            raw = _recall(order, cache)
+        if raw is None:
+            raise DataError(f"patient {order.id} cannot be kept in {cache}; does another program write there?")
+        yield raw
+
+
+def _fill_cache(orders: Sequence[_Order], cache: Path, pool: Executor | None, progress: bool) -> None:
+    for spacing in {order.grid.spacing_mm for order in orders}:
+        _atlas(spacing, cache)  # once, before the workers need it
+    with tqdm(total=len(orders), desc="generating patients", unit="patient", disable=not progress) as bar:
+        if pool is None:
+            for order in orders:
+                _make(order, cache)
+                bar.update()
+            return
+        futures = [pool.submit(_make, order, cache) for order in orders]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        finally:
+            for future in futures:  # after an error or Ctrl-C nobody wants the rest
+                future.cancel()
+
+
+def _make(order: _Order, cache: Path) -> None:
+    raw = generate_patient(seed=order.seed, site=order.site, index=order.index, profile=order.profile,
+                           grid=order.grid, cache=cache)
+    where = torch.nonzero(raw.image[0])
+    low, high = where.min(0).values, where.max(0).values + 1
+    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    store(cache, order.settings, {"image": raw.image[(slice(None), *box)].contiguous(),
+                                  "label": raw.label[box].contiguous(), "corner": low})
+
+
+def _recall(order: _Order, cache: Path) -> RawPatient | None:
+    tensors = load(cache, order.settings)
+    if tensors is None:
+        return None
+    image = torch.zeros((4, *order.grid.shape), dtype=torch.int16)
+    label = torch.zeros(order.grid.shape, dtype=torch.uint8)
+    box = tuple(slice(int(c), int(c) + n) for c, n in zip(tensors["corner"], tensors["label"].shape, strict=True))
+    image[(slice(None), *box)] = tensors["image"]
+    label[box] = tensors["label"]
+    return RawPatient(order.id, image, label, order.grid.affine)
+
+
+@lru_cache(maxsize=2)
+def _atlas(spacing_mm: float, cache: Path) -> tuple[torch.Tensor, NDArray[np.float64]]:
+    """The atlas in float32 for a voxel size, from the cache or built and cached."""
+    settings = json.dumps({"what": "atlas", "spacing_mm": spacing_mm, **_versions()}, sort_keys=True)
+    tensors = load(cache, settings)
+    if tensors is None:
+        atlas, affine = build_atlas(spacing_mm=spacing_mm)
+        tensors = {"atlas": atlas, "affine": torch.from_numpy(affine)}
+        store(cache, settings, tensors)
+    # The channels of a voxel side by side in memory: they are read together.
+    table = (tensors["atlas"].permute(1, 2, 3, 0).float() / 255).contiguous()
+    return table.permute(3, 0, 1, 2), tensors["affine"].numpy()
+
+
+def _versions() -> dict[str, str]:
+    return {"generator": GENERATOR,
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "nilearn")}}
+
+
+def _folder(cache: Path | str | None) -> Path:
+    return Path(cache or os.environ.get("FEDLAB_CACHE") or ".fedlab-cache").absolute()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The same bits whatever the number of torch threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

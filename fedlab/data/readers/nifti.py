@@ -1,0 +1,314 @@
+"""NIfTI volumes from outside: what a header claims is checked before it is believed, and grids map both ways."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from fedlab.core.errors import DataError
+
+__all__ = ["MAX_VOXELS", "Volume", "axis_weights", "from_ras", "read_volume", "resample", "same_grid",
+           "to_ras", "write_label"]
+
+#: Largest volume that is read: seven times a BraTS grid of 240 x 240 x 155 voxels.
+MAX_VOXELS = 2**26
+_CHUNK = 2**20
+_GZIP_MAGIC = b"\x1f\x8b"
+_SILENT = logging.getLogger(f"{__name__}.silent")  # nibabel would print what it mends in a header
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
+_HEADER_BYTES: dict[int, Any] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Volume:
+    """One 3-D volume, or several on one grid, as they are stored.
+
+    Attributes:
+        path: the file it came from.
+        shape: voxels along the three stored axes in space.
+        affine: float64, shape (4, 4), stored voxel index -> mm in RAS.
+        codes: the header's sform and qform codes.
+        array: the voxels in stored order, shape (X, Y, Z), or (X, Y, Z, channels) for a series; None where only
+            the header was read.
+        channels: how many volumes a 4-D file holds, 0 for a 3-D file.
+        notes: oddities that don't stop the reading.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    codes: tuple[int, int]
+    array: np.ndarray | None = field(default=None, repr=False)
+    channels: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along the three stored axes in mm."""
+        x, y, z = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+
+def read_volume(path: str | os.PathLike[str], *, voxels: bool = True, series: bool = False) -> Volume:
+    """Read a NIfTI-1 or NIfTI-2 file; whether it is compressed is seen from its bytes, not from its name.
+
+    Memory is asked for only after the header's claims agree with the size of the file, and a compressed
+    file is read to its end, so that its checksum counts.
+
+    Args:
+        path: a `.nii` or `.nii.gz` file.
+        voxels: False reads the header alone.
+        series: whether a 4-D file, several volumes on one grid, is welcome.
+
+    Raises:
+        DataError: the file is missing, truncated or corrupt, or its header makes no sense for a brain scan; its
+            `code` says which.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):  # a pipe would wait for ever
+        raise DataError(f"{path.name}: is no file, or a link that leads nowhere or in a circle", code="no-file")
+    try:
+        with path.open("rb") as raw:
+            packed = raw.read(2) == _GZIP_MAGIC
+            raw.seek(0)
+            stream = gzip.GzipFile(fileobj=raw) if packed else raw
+            return _read_stream(cast("IO[bytes]", stream), path, packed, voxels, series)
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error) as error:
+        code = _code_of(error)
+        raise DataError(f"{path.name}: cannot be read ({error}); copy it again from its source", code=code) from error
+    except (ValueError, ArithmeticError, KeyError, nib.filebasedimages.ImageFileError,
+            nib.spatialimages.HeaderDataError) as error:
+        raise DataError(f"{path.name}: not a sound NIfTI file ({error})", code="wrong-header") from error
+
+
+def _code_of(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "truncated"
+    if isinstance(error, (gzip.BadGzipFile, zlib.error)):
+        return "corrupt"
+    return "no-file"
+
+
+def _read_stream(stream: IO[bytes], path: Path, packed: bool, voxels: bool, series: bool) -> Volume:
+    head = stream.read(max(_HEADER_BYTES))
+    header = _parse_header(head, path)
+    shape = _shape(header, path, series)
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "uif" or dtype.itemsize > 8:
+        raise DataError(f"{path.name}: voxels of type {dtype} are not grey values; expected integers or floats of at "
+                        f"most 64 bits", code="wrong-header")
+    place, claimed = float(header["vox_offset"]), math.prod(shape) * dtype.itemsize
+    if not 0 < place <= 16 * _CHUNK:  # NaN isn't either
+        raise DataError(f"{path.name}: the header puts the voxels at byte {place:g}; expected 352 or a little more",
+                        code="wrong-header")
+    offset = int(place)
+    size = path.stat().st_size
+    # deflate cannot shrink data more than about 1032-fold
+    if offset + claimed > (1032 * size if packed else size):
+        raise DataError(f"{path.name}: the header claims {claimed:,} bytes of voxels, more than this file of "
+                        f"{size:,} bytes can hold; it is truncated or its header is wrong", code="oversized")
+    affine, codes, notes = _geometry(header, (shape[0], shape[1], shape[2]), path)
+    array = _read_voxels(stream, head, header, offset, claimed, shape, path) if voxels else None
+    return Volume(path=path, shape=(shape[0], shape[1], shape[2]), affine=affine, codes=codes, array=array,
+                  channels=shape[3] if len(shape) == 4 else 0, notes=notes)
+
+
+def _parse_header(head: bytes, path: Path) -> Any:
+    for size, kind in _HEADER_BYTES.items():
+        if head[:4] in (size.to_bytes(4, "little"), size.to_bytes(4, "big")) and len(head) >= size:
+            header = kind(head[:size], check=False)
+            header.check_fix(logger=_SILENT, error_level=40)
+            if bytes(header["magic"].item())[:2] != b"n+":
+                raise DataError(f"{path.name}: expected header and voxels in one NIfTI file (magic 'n+1' or 'n+2'), "
+                                f"got {header['magic'].item()!r}", code="wrong-header")
+            return header
+    raise DataError(f"{path.name}: not a NIfTI file: it starts with the bytes {head[:4].hex(' ') or '(none)'}",
+                    code="not-nifti")
+
+
+def _shape(header: Any, path: Path, series: bool) -> tuple[int, ...]:
+    dims = tuple(int(n) for n in header.get_data_shape())
+    while len(dims) > (4 if series else 3) and dims[-1] == 1:
+        dims = dims[:-1]
+    if len(dims) not in ((3, 4) if series else (3,)) or min(dims) < 1:
+        wanted = "a 3-D volume or several in 4-D" if series else "one 3-D volume"
+        raise DataError(f"{path.name}: expected {wanted}, got the shape {dims}", code="wrong-header")
+    if math.prod(dims) > MAX_VOXELS:
+        raise DataError(f"{path.name}: the header claims {'x'.join(map(str, dims))} = {math.prod(dims):,} voxels; "
+                        f"at most {MAX_VOXELS:,} are read", code="oversized")
+    return dims
+
+
+def _geometry(header: Any, shape: tuple[int, int, int],
+              path: Path) -> tuple[np.ndarray, tuple[int, int], tuple[str, ...]]:
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if min(codes) < 0 or max(codes) == 0:
+        raise DataError(f"{path.name}: the header says neither by sform nor by qform how the patient lies "
+                        f"(codes {codes[0]} and {codes[1]}); left and right would be a guess: write an affine into it",
+                        code="wrong-header")
+    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    if not np.isfinite(affine).all():
+        raise DataError(f"{path.name}: the affine holds NaN or Inf", code="wrong-header")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.min() < 0.05 or spacing.max() > 30:
+        raise DataError(f"{path.name}: voxels of {_sizes(spacing)} mm; expected 0.05 to 30 mm (is the header in mm?)",
+                        code="wrong-header")
+    axes = affine[:3, :3] / spacing
+    if np.abs(axes.T @ axes - np.eye(3)).max() > 0.02:
+        raise DataError(f"{path.name}: the axes of its affine are not perpendicular; resample it to a straight grid",
+                        code="wrong-header")
+    notes: tuple[str, ...] = ()
+    if min(codes) > 0 and _corner_distance(header.get_qform(), affine, shape) > 1.0:
+        notes = (f"{path.name}: sform and qform disagree by more than 1 mm; the sform is used",)
+    return affine, codes, notes
+
+
+def _corner_distance(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+    """Largest distance in mm between the corners of one grid under two affines."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1)
+    corners = np.vstack((corners, np.ones(corners.shape[1])))
+    return float(np.linalg.norm(((np.asarray(one) - other) @ corners)[:3], axis=0).max())
+
+
+def same_grid(one: Volume, other: Volume) -> bool:
+    """Whether two volumes lie on the same voxels, corners within 0.1 mm."""
+    return one.shape == other.shape and _corner_distance(one.affine, other.affine, one.shape) < 0.1
+
+
+def _read_voxels(stream: IO[bytes], head: bytes, header: Any, offset: int, claimed: int,
+                 shape: tuple[int, ...], path: Path) -> np.ndarray:
+    if offset > len(head):
+        head += stream.read(offset - len(head))
+    data = np.empty(claimed, dtype=np.uint8)  # memory is really taken only as it is filled
+    start = np.frombuffer(head[offset:offset + claimed], dtype=np.uint8)
+    data[:start.size], found = start, start.size
+    while found < claimed and (chunk := stream.read(min(4 * _CHUNK, claimed - found))):
+        data[found:found + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
+        found += len(chunk)
+    if found < claimed:
+        raise DataError(f"{path.name}: truncated: {claimed:,} bytes of voxels expected, {found:,} found",
+                        code="truncated")
+    trailing = 0
+    while chunk := stream.read(_CHUNK):  # only at its end does gzip compare the checksum
+        trailing += len(chunk)
+        if trailing > 16 * _CHUNK:
+            raise DataError(f"{path.name}: goes on for more than 16 MiB after its voxels; its header is wrong",
+                            code="wrong-header")
+    array: np.ndarray = data.view(header.get_data_dtype()).reshape(shape, order="F")
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    slope, inter = header.get_slope_inter()
+    if slope is None or (slope, inter) == (1.0, 0.0):
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported as NaN or Inf
+        scaled: np.ndarray = array.astype(np.float32)
+        scaled *= np.float32(slope)
+        scaled += np.float32(inter)
+    return scaled
+
+
+def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flip and swap axes until they point right, anterior, superior as nearly as they can.
+
+    Args:
+        array: shape (X, Y, Z), stored order.
+        affine: stored voxel index -> mm in RAS.
+
+    Returns:
+        The array and the affine that go together.
+    """
+    stored = nib.orientations.io_orientation(affine)
+    turned = nib.orientations.apply_orientation(array, stored)
+    return turned, affine @ nib.orientations.inv_ornt_aff(stored, array.shape)
+
+
+def from_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Undo `to_ras`: an array with RAS axes in the stored order that `affine` describes."""
+    identity = np.array([[0, 1], [1, 1], [2, 1]])
+    back = nib.orientations.ornt_transform(identity, nib.orientations.io_orientation(affine))
+    return np.ascontiguousarray(nib.orientations.apply_orientation(array, back))
+
+
+def axis_weights(source: int, target: int, *, scale: float, offset: float) -> torch.Tensor:
+    """How much every source voxel counts for every target voxel along one axis.
+
+    In units of source voxels, source voxel j covers [j, j + 1] and target voxel i covers
+    [offset + i * scale, offset + (i + 1) * scale]. Coarser targets take the mean over what they cover, so
+    nothing aliases; finer ones interpolate linearly. A grid shifted by whole voxels is copied exactly.
+
+    Returns:
+        float32, shape (target, source); rows sum to 1, or to 0 where the source has nothing.
+    """
+    low = offset + scale * torch.arange(target, dtype=torch.float64)[:, None]
+    voxel = torch.arange(source, dtype=torch.float64)[None]
+    if scale >= 1:
+        weights = (torch.minimum(low + scale, voxel + 1) - torch.maximum(low, voxel)).clamp_min(0)
+    else:
+        centre = low + scale / 2 - 0.5
+        inside = (centre > -0.5) & (centre < source - 0.5)
+        weights = (1 - (centre.clamp(0, source - 1) - voxel).abs()).clamp_min(0) * inside
+    weights[weights < 1e-6] = 0
+    total = weights.sum(dim=1, keepdim=True)
+    return (weights / total.clamp_min(1e-6) * (total > 1e-6)).float()
+
+
+def resample(volume: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Apply one weight matrix per axis.
+
+    Args:
+        volume: shape (C, X, Y, Z).
+        weights: three matrices of `axis_weights`, shapes (X', X), (Y', Y), (Z', Z).
+
+    Returns:
+        float32, shape (C, X', Y', Z').
+    """
+    spans = []
+    for matrix in weights:  # what no target voxel looks at is cut away first
+        used = matrix.any(dim=0).nonzero().flatten()
+        spans.append(slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1))
+    x, y, z = (matrix[:, span] for matrix, span in zip(weights, spans, strict=True))
+    out = torch.einsum("cxyz,kz->cxyk", volume[:, spans[0], spans[1], spans[2]].float(), z)
+    out = torch.einsum("cxyk,jy->cxjk", out, y)
+    return torch.einsum("cxjk,ix->cijk", out, x)
+
+
+def write_label(path: str | os.PathLike[str], label: np.ndarray, *, like: Volume) -> Path:
+    """Write a uint8 label map, shape (X, Y, Z) in stored order, with the geometry of `like`.
+
+    Raises:
+        DataError: the file exists already, its name ends neither in .nii nor in .nii.gz, or the shape differs.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise DataError(f"{path}: expected a name that ends in .nii or .nii.gz")
+    if label.shape != like.shape or label.dtype != np.uint8:
+        raise DataError(f"{path}: expected uint8 labels of shape {like.shape}, got {label.dtype} {label.shape}")
+    image = nib.Nifti1Image(label, like.affine)
+    image.set_sform(like.affine, code=like.codes[0])
+    image.set_qform(like.affine, code=like.codes[1])
+    data = image.to_bytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("xb") as file:
+            file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    except FileExistsError as error:
+        raise DataError(f"{path} exists already and is not overwritten; choose another name or folder") from error
+    return path
+
+
+def _sizes(spacing: Sequence[float] | np.ndarray) -> str:
+    return " x ".join(f"{float(s):g}" for s in spacing)

@@ -1,0 +1,196 @@
+"""A folder's patients as a sequence: each is read when it is asked for, and what never changes can be kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from fedlab.core.errors import DataError
+from fedlab.core.regions import labels_to_regions
+from fedlab.core.types import MODALITIES, Patient
+from fedlab.core.workers import available_cores
+from fedlab.data.cache import load, store
+from fedlab.data.readers.conventions import Convention
+from fedlab.data.readers.findings import Finding, listing, settle
+from fedlab.data.readers.patient_files import PatientFiles
+from fedlab.data.readers.scan import on_grid, read_scan
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from monai.data import CacheDataset
+
+__all__ = ["Grid", "PatientFolder", "prepare_patient"]
+
+#: Changes whenever the same files would give other patients; part of every cache key.
+READER = "fedlab-reader-2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The voxels that patients are put on; see `fedlab.data.readers.scan.read_patient`.
+
+    Raises:
+        ValueError: a voxel size or a shape that is none.
+    """
+
+    spacing_mm: float | None = None
+    shape: tuple[int, int, int] | None = None
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if self.spacing_mm is not None and not 0.1 <= self.spacing_mm <= 20:
+            raise ValueError(f"spacing_mm lies between 0.1 and 20 mm, got {self.spacing_mm}")
+        if self.shape is not None and (len(self.shape) != 3 or min(self.shape) < 1):
+            raise ValueError(f"shape is three positive voxel counts, got {self.shape}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PatientFolder(Sequence[Patient]):
+    """The patients of a folder, in the order of their ids; reading happens on access.
+
+    Attributes:
+        folder: where they are.
+        layout: one of `fedlab.data.readers.layouts.LAYOUTS`.
+        reason: why it is that layout.
+        convention: the label convention and why it is the one.
+        files: by patient.
+        findings: what is wrong or odd, of patients left out too.
+        grid: the voxels that patients are put on.
+        cache: the folder that keeps prepared patients, or None.
+    """
+
+    folder: Path
+    layout: str
+    reason: str
+    convention: Convention
+    files: Mapping[str, PatientFiles]
+    findings: tuple[Finding, ...]
+    grid: Grid
+    cache: Path | None = None
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The patients' pseudonyms."""
+        return tuple(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, index: int) -> Patient: ...
+    @overload
+    def __getitem__(self, index: slice) -> PatientFolder: ...
+
+    def __getitem__(self, index: int | slice) -> Patient | PatientFolder:
+        if isinstance(index, slice):
+            return self.subset(self.ids[index])
+        return self.read(self.ids[index])
+
+    def read(self, patient: str) -> Patient:
+        """One patient by id.
+
+        Raises:
+            KeyError: nobody is called so.
+            DataError: the files can't be used.
+        """
+        found, findings = prepare_patient(self.files[patient], grid=self.grid, cache=self.cache)
+        if found is None:
+            settle({}, findings, broken="raise", where=self.folder)
+            raise DataError(f"{patient}: could not be read")  # only with an error, which settle has raised
+        return found
+
+    def subset(self, patients: Sequence[str]) -> PatientFolder:
+        """The same folder with these patients only, in this order.
+
+        Raises:
+            KeyError: nobody is called so.
+        """
+        return replace(self, files={patient: self.files[patient] for patient in patients})
+
+    def dataset(self, *random: Callable[[Any], Any], keep: float = 1.0) -> CacheDataset:
+        """A MONAI dataset: reading, resampling and normalising once, kept in memory; random transforms on each access.
+
+        Items are {"image": float32 (4, X, Y, Z), "label": regions (3, X, Y, Z) as float32, "tumour": uint8
+        (1, X, Y, Z), "patient": id}, the labels only where an expert drew them.
+
+        Args:
+            random: MONAI transforms over such items, for example `RandCropByPosNegLabeld(("image", "label"),
+                label_key="tumour", ...)`.
+            keep: share of the patients that is kept in memory.
+
+        Raises:
+            ValueError: `keep` isn't between 0 and 1.
+        """
+        if not 0 <= keep <= 1:
+            raise ValueError(f"keep is a share between 0 and 1, got {keep}")
+        from monai.data import CacheDataset  # seconds to import
+        from monai.transforms import Compose, Lambda
+
+        return CacheDataset(list(self.ids), Compose([Lambda(self._item), *random]), cache_rate=keep,
+                            num_workers=available_cores(), progress=False)
+
+    def _item(self, patient: str) -> dict[str, Any]:
+        found = self.read(patient)
+        item: dict[str, Any] = {"image": found.image.float(), "patient": patient}
+        if found.label is not None:
+            item |= {"label": labels_to_regions(found.label), "tumour": (found.label > 0).to(torch.uint8)[None]}
+        return item
+
+    def table(self) -> pd.DataFrame:
+        """One row a patient: whether labelled, what tables say, and how many findings."""
+        import pandas as pd
+
+        rows = [{"labelled": found.label is not None, **found.columns,
+                 "findings": sum(f.patient == name for f in self.findings)} for name, found in self.files.items()]
+        return pd.DataFrame(rows, index=pd.Index(self.files, name="patient"))
+
+    def __repr__(self) -> str:
+        labels = f"label convention {self.convention.name} ({self.convention.reason})" if self.convention.name \
+            else self.convention.reason
+        told = (f"<PatientFolder of {len(self)} patients in {self.folder}: layout {self.layout} ({self.reason}); "
+                f"{labels}>")
+        return told + (f"\n{listing(self.findings)}" if self.findings else "")
+
+    def _repr_html_(self) -> str:
+        head, *rest = repr(self).strip("<>").splitlines()
+        return f"<p>{escape(head)}</p><pre>{escape(chr(10).join(rest))}</pre>{self.table().to_html(escape=True)}"
+
+
+def prepare_patient(files: PatientFiles, *, grid: Grid, cache: Path | None) -> tuple[Patient | None, list[Finding]]:
+    """A patient on the grid wanted, from the cache where the files haven't changed; None where there are errors."""
+    settings = None if cache is None else _settings(files, grid)
+    if cache is not None and settings is not None and (kept := load(cache, settings)) is not None:
+        told = json.loads(bytes(kept["findings"].numpy()).decode())
+        return (Patient(files.id, kept["image"], kept.get("label"), kept["affine"].numpy()),
+                [Finding(**finding) for finding in told])
+    scan, findings = read_scan(files)
+    if scan is None:
+        return None, findings
+    try:
+        patient = on_grid(files.id, scan, spacing_mm=grid.spacing_mm, shape=grid.shape, dtype=grid.dtype)
+    except DataError as error:
+        return None, [*findings, Finding(patient=files.id, code=error.code, message=str(error))]
+    if cache is not None and settings is not None:
+        told = json.dumps([vars(finding) for finding in findings]).encode()
+        tensors = {"image": patient.image.contiguous(), "affine": torch.from_numpy(patient.affine.copy()),
+                   "findings": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
+        store(cache, settings, tensors | ({} if patient.label is None else {"label": patient.label.contiguous()}))
+    return patient, findings
+
+
+def _settings(files: PatientFiles, grid: Grid) -> str | None:
+    """Everything that decides a prepared patient; None where a file can't be looked at."""
+    named = {modality: files.images[modality] for modality in MODALITIES if modality in files.images}
+    try:
+        states = {name: [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+                  for name, path in ({**named, "label": files.label} if files.label else named).items()}
+    except OSError:
+        return None
+    return json.dumps({"what": "real patient", "reader": READER, "id": files.id, "files": states, "grid": repr(grid),
+                       "channels": dict(files.channels), "labels": files.label_convention}, sort_keys=True)

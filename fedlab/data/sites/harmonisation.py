@@ -1,0 +1,104 @@
+"""Intensities on one scale across sites, fitted from what the sites told and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlab.core.errors import DataError
+from fedlab.core.types import MODALITIES, Patient, Site
+from fedlab.data.sites.statistics import SiteStatistics, combine
+
+__all__ = ["Harmonisation", "fit_harmonisation"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harmonisation:
+    """Maps each patient's percentiles onto common landmarks, straight between them (Nyúl, Udupa & Zhang 2000).
+
+    Percentiles are taken over the brain, tumour included, so a very large tumour bends its own scale a little. Beyond
+    the outermost landmarks the slope of the outermost piece goes on (https://doi.org/10.1109/42.836373).
+
+    Attributes:
+        percentiles: from 0 to 100, ascending.
+        landmarks: by modality, the intensity each percentile is mapped to, ascending.
+
+    Raises:
+        ValueError: landmarks that don't ascend, or don't fit the percentiles.
+    """
+
+    percentiles: tuple[float, ...]
+    landmarks: Mapping[str, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        for name, marks in {"percentiles": self.percentiles, **self.landmarks}.items():
+            if len(marks) != len(self.percentiles) or len(marks) < 2 or not all(map(math.isfinite, marks)):
+                raise ValueError(f"{name}: as many finite landmarks as percentiles and at least two, got {marks}")
+            if not all(a < b for a, b in itertools.pairwise(marks)):
+                raise ValueError(f"{name} must ascend, got {marks}; with noise, raise epsilon or use fewer bins")
+
+    def __call__(self, patient: Patient) -> Patient:
+        """The patient with harmonised intensities, the same data type, 0 outside the brain; the label untouched.
+
+        Raises:
+            DataError: a modality has one value throughout the brain.
+        """
+        image = patient.image.to(torch.float32, copy=True)
+        brain = (image != 0).any(dim=0)
+        for name, marks in self.landmarks.items():
+            channel = image[MODALITIES.index(name)]
+            values = channel[brain].numpy().astype(np.float64)
+            own = np.percentile(values, self.percentiles)
+            rising = np.concatenate(([True], np.diff(own) > 0))  # saturated images have equal percentiles
+            if rising.sum() < 2:
+                raise DataError(f"the {name} of patient {patient.id} has one value throughout; nothing to harmonise")
+            channel[brain] = torch.from_numpy(_piecewise(values, own[rising], np.asarray(marks)[rising])).float()
+        return replace(patient, image=image.to(patient.image.dtype))
+
+    def site(self, site: Site) -> Site:
+        """The site with all its patients harmonised, in memory."""
+        return replace(site, train=[self(patient) for patient in site.train], val=[self(p) for p in site.val])
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        table = pd.DataFrame(dict(self.landmarks), index=pd.Index(self.percentiles, name="percentile"))
+        html: str = table.to_html(float_format="{:.3g}".format)
+        return f"<p>The landmarks that every patient's percentiles are mapped to:</p>{html}"
+
+
+def fit_harmonisation(statistics: Sequence[SiteStatistics]) -> Harmonisation:
+    """The mean landmarks of all patients of all sites, from the sites' statistics.
+
+    Each site tells the mean over its patients of every percentile; the mean of those, sites weighing as their
+    patients, is the common scale. Where
+    statistics carry noise, landmarks are read from noisy histograms and cost no further privacy.
+
+    Raises:
+        ValueError: no site told its intensities, or their landmarks don't ascend.
+    """
+    pooled = combine(statistics)
+    told = {name: spread.quantiles for name, spread in pooled.intensity.items() if spread.quantiles}
+    if not told:
+        raise ValueError("no site told the quantiles of its intensities, so there is nothing to fit; were there too "
+                         "few patients, or too much noise?")
+    levels = next(iter(told.values()))
+    return Harmonisation(percentiles=tuple(100 * q for q, _ in levels),
+                         landmarks={name: tuple(value for _, value in marks) for name, marks in told.items()})
+
+
+def _piecewise(values: Floats, own: Floats, marks: Floats) -> Floats:
+    """Straight from landmark to landmark, and on with the outermost slopes."""
+    mapped: Floats = np.interp(values, own, marks)
+    below, above = values < own[0], values > own[-1]
+    mapped[below] = marks[0] + (values[below] - own[0]) * (marks[1] - marks[0]) / (own[1] - own[0])
+    mapped[above] = marks[-1] + (values[above] - own[-1]) * (marks[-1] - marks[-2]) / (own[-1] - own[-2])
+    return mapped

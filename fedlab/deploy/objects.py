@@ -1,0 +1,440 @@
+"""Objects as plain data, and back: what a server sends to sites in place of objects.
+
+An object travels as the call that makes it, a function or class as its module and name. Nothing is pickled. Whoever
+makes an object of what came looks at all of it first: every module that it names must be approved and every name have
+a place in a run (a technique, a strategy, a topology, admission rules, a trainer or what it is made of) before the
+first module is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
+from numbers import Number
+from types import FunctionType, ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlab.core.errors import FedlabError, PrivacyError
+from fedlab.privacy.base import Privacy, importable
+from fedlab.strategies import FedAvg
+from fedlab.topologies.workflows import Topology
+
+__all__ = ["Approve", "Json", "Load", "built", "check_plain", "describe", "follows", "make"]
+
+#: What JSON can say.
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+#: Raises `PrivacyError` for a module that isn't approved.
+Approve = Callable[[str], None]
+#: Imports a module by its name.
+Load = Callable[[str], ModuleType]
+
+_Made = TypeVar("_Made")
+
+_NAME = re.compile(r"(?P<module>[A-Za-z]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z]\w*)", re.ASCII)
+_DEEPEST, _MOST, _LONGEST = 20, 20_000, 1_000_000
+#: What of fedlab itself a plan may call or name besides techniques, strategies and topologies.
+_OWN = frozenset({
+    "fedlab.run.admission:Admission", "fedlab.evidence.inversion:patch_net", "fedlab.training.networks:segresnet",
+    "fedlab.privacy.dp.site_level:AdaptiveClip", "fedlab.training.trainer:DiceBCE", "fedlab.training.trainer:PolyDecay",
+    "fedlab.training.trainer:SiteTrainer", "fedlab.training.trainer:adamw", "fedlab.training.trainer:augmentation",
+})
+#: Losses, networks and transforms that compute and do nothing else: no files, no downloads, no code as text.
+_LIBRARIES = {
+    "monai.losses.dice": {"DiceCELoss", "DiceFocalLoss", "DiceLoss", "GeneralizedDiceLoss"},
+    "monai.losses.focal_loss": {"FocalLoss"},
+    "monai.losses.tversky": {"TverskyLoss"},
+    "monai.networks.nets.attentionunet": {"AttentionUnet"},
+    "monai.networks.nets.basic_unet": {"BasicUNet"},
+    "monai.networks.nets.dynunet": {"DynUNet"},
+    "monai.networks.nets.segresnet": {"SegResNet"},
+    "monai.networks.nets.unet": {"UNet"},
+    "monai.networks.nets.vnet": {"VNet"},
+    "monai.transforms.compose": {"Compose"},
+    "monai.transforms.intensity.dictionary": {
+        "RandAdjustContrastd", "RandBiasFieldd", "RandGaussianNoised", "RandGaussianSharpend", "RandGaussianSmoothd",
+        "RandGibbsNoised", "RandHistogramShiftd", "RandRicianNoised", "RandScaleIntensityd", "RandShiftIntensityd"},
+    "monai.transforms.spatial.dictionary": {
+        "Rand3DElasticd", "RandAffined", "RandAxisFlipd", "RandFlipd", "RandRotate90d", "RandRotated", "RandZoomd"},
+    "torch.nn.modules.loss": {"BCEWithLogitsLoss", "CrossEntropyLoss", "L1Loss", "MSELoss"},
+}
+
+
+def built(factory: Callable[..., _Made], **settings: Any) -> _Made:
+    """Calls `factory(**settings)` and notes on what it makes how it was made, so that it can travel in a plan.
+
+    For networks, losses and transforms: `SiteTrainer(model=built(UNet, spatial_dims=3, ...), ...)`. Models of
+    `segresnet` and transforms of `augmentation` note it themselves.
+
+    Args:
+        factory: a function or class that other processes can import.
+        settings: its keyword arguments, of plain values; a seed, where it draws first weights.
+
+    Raises:
+        ValueError: a factory or a setting that can't travel, or an object that can't carry the note.
+    """
+    describe(factory), describe(settings)
+    made = factory(**settings)
+    try:
+        made.__dict__["_built"] = (factory, settings)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"a {type(made).__name__} has no attributes, so it can't carry a note of how it was made; "
+                         "write a class whose constructor arguments are attributes of the same name") from error
+    return made
+
+
+def describe(value: Any) -> Json:
+    """An object as plain data from which `make` makes one that prints the same.
+
+    Plain values and containers; functions and classes of modules; dataclasses; objects whose constructor arguments are
+    attributes of the same name; what `built` made; `functools.partial` of such with keyword arguments; techniques
+    joined by `+`; undirected networkx graphs.
+
+    Raises:
+        ValueError: something that can't travel; says what and what to do.
+        PrivacyError: a technique that is defined in a notebook, a script or a function.
+    """
+    return _described(value, depth=0)
+
+
+def _described(value: Any, *, depth: int) -> Json:
+    if depth > _DEEPEST:
+        raise ValueError(f"settings are nested more than {_DEEPEST} deep, or hold themselves; they can't travel")
+    inner = partial(_described, depth=depth + 1)
+    match value:
+        case None | bool() | str():
+            return value
+        case int() if type(value) is int:
+            if not -2**63 <= value < 2**63:
+                raise ValueError(f"whole numbers of a plan are of 64 bits, got {str(value)[:40]}")
+            return value
+        case float() if type(value) is float:
+            return _number(value)
+        case list() if type(value) is list:
+            return [inner(item) for item in value]
+        case tuple() if type(value) is tuple:
+            return {"tuple": [inner(item) for item in value]}
+        case Mapping() if type(value) is dict:
+            return {"dict": [[inner(key), inner(item)] for key, item in value.items()]}
+        case partial():
+            if value.args:
+                raise ValueError(f"{value!r} has arguments by position; a plan names them: partial(function, name=…)")
+            return {"partial": _name_of(value.func), "with": {k: inner(v) for k, v in value.keywords.items()}}
+        case FunctionType() | type():
+            return {"name": _name_of(value)}
+    return _described_object(value, inner)
+
+
+def _described_object(value: Any, inner: Callable[[Any], Json]) -> Json:
+    if isinstance(value, Privacy):
+        importable(value)
+        if len(value._layers()) > 1:
+            return {"sum": [inner(layer) for layer in value._layers()]}
+    if isinstance(value, Number | np.generic):
+        raise ValueError(f"a plan carries plain numbers, got {value!r} ({type(value).__name__}); say "
+                         "float(...) or int(...)")
+    if _is_graph(value):
+        return _described_graph(value, inner)
+    note = getattr(value, "__dict__", {}).get("_built")
+    if note is not None:
+        factory, settings = note
+        return {"make": _name_of(factory), "with": {name: inner(item) for name, item in settings.items()}}
+    if type(value).__name__ == "SegResNet" and isinstance(value.__dict__.get("settings"), dict):
+        return {"make": "fedlab.training.networks:segresnet", "with": {k: inner(v) for k, v in value.__dict__["settings"].items()}}
+    return {"make": _name_of(type(value)), "with": {name: inner(item) for name, item in _settings(value).items()}}
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """What the constructor of an object was given, read from attributes of the same name."""
+    cls = type(value)
+    if is_dataclass(cls):
+        return {f.name: getattr(value, f.name) for f in fields(cls) if f.init}
+    if cls.__module__.partition(".")[0] in {*sys.stdlib_module_names, "numpy"} or isinstance(value, torch.Tensor):
+        raise ValueError(f"a plan carries plain values and parts of a run, no {cls.__name__}: {str(value)[:80]}; "
+                         "say it in text or numbers")
+    remedy = (f"make it with fedlab.built({cls.__name__}, name=value, …), which notes how it was made, or keep each "
+              "constructor argument as an attribute of the same name")
+    try:
+        wanted = inspect.signature(cls).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"nobody can tell how a {cls.__name__} was made; {remedy}") from error
+    own = getattr(value, "__dict__", {})
+    known = {**own.get("_modules", {}), **own.get("_parameters", {}), **own} if isinstance(value, nn.Module) else own
+    out = {}
+    for name, parameter in wanted.items():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ValueError(f"a plan gives every argument its name, which {cls.__name__}({parameter}) doesn't allow; "
+                             f"{remedy}")
+        if name not in known:
+            raise ValueError(f"a {cls.__name__} has an argument but no attribute {name!r}, so nobody can tell how "
+                             f"it was made; {remedy}")
+        out[name] = known[name]
+    if isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters()) and not wanted:
+        raise ValueError(f"nobody can tell how this {cls.__name__} was made; {remedy}")
+    return out
+
+
+def _name_of(value: Any) -> str:
+    """Module and name of a class or function, if another process can import it from there."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    full = f"{module}:{name}"
+    shown = name or repr(value)[:80]
+    if module == "__main__" or _NAME.fullmatch(full) is None or getattr(sys.modules.get(module or ""), name,
+                                                                        None) is not value:
+        kind = "a class" if isinstance(value, type) else "a function"
+        raise ValueError(
+            f"{shown} is {kind} of a notebook, a script or another function, or has a name with an underscore before "
+            "it, from where other sites can't import it: write it into a file (in a notebook: fedlab export technique, "
+            f"or %%writefile as the first line of its cell), have that file approved at every site, and import "
+            f"{name.rpartition('.')[2] or 'it'} from there")
+    return full
+
+
+def _number(value: float) -> Json:
+    if math.isfinite(value):
+        return value
+    if math.isnan(value):
+        raise ValueError("NaN is no setting; a plan doesn't carry it")
+    return {"number": "inf" if value > 0 else "-inf"}
+
+
+def _is_graph(value: Any) -> bool:
+    networkx = sys.modules.get("networkx")  # whoever holds a graph has imported it
+    return networkx is not None and isinstance(value, networkx.Graph)
+
+
+def _described_graph(graph: Any, inner: Callable[[Any], Json]) -> Json:
+    if graph.is_directed() or graph.is_multigraph():
+        raise ValueError(f"a plan carries plain undirected graphs, got {graph!r}")
+    edges: list[Json] = [[inner(a), inner(b)] for a, b in graph.edges]
+    return {"graph": {"nodes": [inner(node) for node in graph], "edges": edges}}
+
+
+def make(plan: Json, *, approve: Approve, load: Load = importlib.import_module) -> Any:
+    """The object that plain data of `describe` says.
+
+    Args:
+        plan: what came.
+        approve: called with the name of every module in the plan before the first is imported; raises `PrivacyError`
+            for one that this process must not import.
+        load: imports an approved module.
+
+    Raises:
+        PrivacyError: a module that isn't approved, or something that a plan must not name or call.
+        ValueError: no such plan, or settings that don't fit.
+    """
+    check_plain(plan, approve)
+    return _make(plan, load)
+
+
+def check_plain(plan: Json, approve: Approve) -> None:
+    """Looks at the whole plan, and asks for approval of every module in it, before anything is imported."""
+    left, seen = [(plan, 0)], 0
+    while left:
+        value, depth = left.pop()
+        seen += 1
+        if depth > 2 * _DEEPEST or seen > _MOST:
+            raise ValueError(f"a plan has at most {_MOST} parts, {_DEEPEST} deep")
+        match value:
+            case None | bool():
+                pass
+            case str() if len(value) <= _LONGEST:
+                pass
+            case int() if -2**63 <= value < 2**63:
+                pass
+            case float() if math.isfinite(value):
+                pass
+            case list():
+                left += [(item, depth + 1) for item in value]
+            case dict():
+                left += [(item, depth + 1) for item in _parts_of(value, approve)]
+            case _:
+                raise ValueError(f"a plan holds plain JSON, got {str(value)[:80]!r} ({type(value).__name__})")
+
+
+def _parts_of(value: Mapping[str, Json], approve: Approve) -> list[Json]:
+    match dict(value):
+        case {"tuple": list() as items, **rest} if not rest:
+            return items
+        case {"sum": list() as items, **rest} if not rest and len(items) > 1:
+            return items
+        case {"dict": list() as items, **rest} if not rest and all(
+                isinstance(pair, list) and len(pair) == 2 for pair in items):
+            return [part for pair in items for part in pair]
+        case {"number": "inf" | "-inf", **rest} if not rest:
+            return []
+        case {"name": str() as name, **rest} if not rest:
+            _check_name(name, approve)
+            return []
+        case {"graph": {"nodes": list() as nodes, "edges": list() as edges, **more}, **rest} if not rest and not more:
+            return [*nodes, *edges]
+        case ({"make": str() as name, "with": dict() as settings, **rest}
+              | {"partial": str() as name, "with": dict() as settings, **rest}) if not rest:
+            _check_name(name, approve)
+            bad = [key for key in settings if not (isinstance(key, str) and key.isidentifier() and key[0] != "_")]
+            if bad:
+                raise ValueError(f"a plan's settings have plain names, got {str(bad[0])[:80]!r}")
+            return list(settings.values())
+    raise ValueError(f"a plan has no part like {str(sorted(map(str, value)))[:200]}; it was made by another version of "
+                     "fedlab, or by hand")
+
+
+def _check_name(full: str, approve: Approve) -> None:
+    """Whether a plan may name this, as far as names tell."""
+    found = _NAME.fullmatch(full) if len(full) <= 300 else None
+    if found is None or "__" in full:
+        raise PrivacyError(f"a plan names what it needs as module:name, without dots in the name or underscores before "
+                           f"it; {full[:120]!r} is refused")
+    if not _has_place(found["module"], found["name"]):
+        raise PrivacyError(_no_place(full))
+    approve(found["module"])
+
+
+def _make(plan: Json, load: Load) -> Any:
+    inner = partial(_make, load=load)
+    match plan:
+        case None | bool() | str() | int() | float():
+            return plan
+        case list():
+            return [inner(item) for item in plan]
+        case {"tuple": list() as items}:
+            return tuple(map(inner, items))
+        case {"dict": list() as items}:
+            return _made_dict([(inner(pair[0]), inner(pair[1])) for pair in items])
+        case {"number": str() as number}:
+            return float(number)
+        case {"name": str() as name}:
+            return _found(name, load)
+        case {"graph": {"nodes": list() as nodes, "edges": list() as edges}}:
+            return _made_graph(list(map(inner, nodes)), list(map(inner, edges)))
+        case {"sum": list() as items}:
+            return _made_sum(list(map(inner, items)))
+        case {"partial": str() as name, "with": dict() as settings}:
+            target = _found(name, load)
+            return partial(target, **_fitting(name, target, {k: inner(v) for k, v in settings.items()}, whole=False))
+        case {"make": str() as name, "with": dict() as settings}:
+            target = _found(name, load)
+            return _called(name, target, _fitting(name, target, {k: inner(v) for k, v in settings.items()}, whole=True))
+    raise ValueError(f"a plan has no part like {str(plan)[:80]!r}")  # `check_plain` lets none through
+
+
+def _called(name: str, target: Any, given: dict[str, Any]) -> Any:
+    try:
+        made = target(**given)
+    except FedlabError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} can't be made with {str(given)[:200]}: {error}") from error
+    return _noted(made, target, given)
+
+
+def _noted(made: Any, target: Any, given: dict[str, Any]) -> Any:
+    """With the note of how it was made, where it wouldn't say itself."""
+    own = getattr(made, "__dict__", None)
+    told = own is None or "_built" in own or (isinstance(made, nn.Module) and "settings" in own)
+    if not told and (type(made) is not target or target.__module__.partition(".")[0] in ("monai", "torch")
+                     or isinstance(made, nn.Module)):
+        made.__dict__["_built"] = (target, given)
+    return made
+
+
+def _made_dict(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    if not all(isinstance(key, str | int | float | bool | None) for key, _ in pairs):
+        raise ValueError("the keys of a dictionary in a plan are plain values")
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key stands twice in a dictionary of a plan")
+    return out
+
+
+def _made_graph(nodes: Sequence[Any], edges: Sequence[Any]) -> Any:
+    import networkx
+
+    if not all(isinstance(edge, list) and len(edge) == 2 and all(
+            isinstance(end, str | int) and end in nodes for end in edge) for edge in edges):
+        raise ValueError("the edges of a graph in a plan are pairs of its nodes")
+    graph = networkx.Graph()
+    graph.add_nodes_from(nodes)
+    graph.add_edges_from(edges)
+    return graph
+
+
+def _made_sum(layers: Sequence[Any]) -> Any:
+    if not all(isinstance(layer, Privacy) for layer in layers):
+        raise ValueError(f"only techniques are joined by +, got {layers!r}"[:300])
+    total = layers[0]
+    for layer in layers[1:]:
+        total = total + layer
+    return total
+
+
+def _found(full: str, load: Load) -> Any:
+    """The class or function of that name; its module has been approved."""
+    module_name, _, name = full.partition(":")
+    try:
+        module = load(module_name)
+    except ImportError as error:
+        raise PrivacyError(f"this site can't import {module_name} ({error}); install or approve it here") from error
+    found = vars(module).get(name)
+    if not isinstance(found, type | FunctionType) or found.__module__ != module_name or found.__qualname__ != name:
+        raise PrivacyError(f"{full} is no class or function that {module_name} defines; a plan names things where they "
+                           "are defined")
+    if not _is_of_a_kind(found, full):
+        raise PrivacyError(_no_place(full))
+    return found
+
+
+def _has_place(module: str, name: str) -> bool:
+    """Whether a plan may name this, as far as names tell; what lies outside of the three packages, the site decides."""
+    match module.partition(".")[0]:
+        case "fedlab":
+            return f"{module}:{name}" in _OWN or module == "fedlab.topologies.workflows" or module.startswith(
+                ("fedlab.privacy.", "fedlab.strategies."))
+        case "torch":
+            return module.startswith("torch.optim.") or name in _LIBRARIES.get(module, ())
+        case "monai":
+            return name in _LIBRARIES.get(module, ())
+    return True
+
+
+def _is_of_a_kind(found: Any, full: str) -> bool:
+    """Whether what was found under a name that a plan may name is of a kind that has a place in it."""
+    module, _, name = full.partition(":")
+    package = module.partition(".")[0]
+    if package not in ("fedlab", "torch", "monai") or full in _OWN or name in _LIBRARIES.get(module, ()):
+        return True
+    if package == "fedlab":
+        return isinstance(found, type) and (issubclass(found, Privacy | FedAvg) or (
+            module == "fedlab.topologies.workflows" and follows(found, Topology)))
+    return isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
+
+
+def _no_place(full: str) -> str:
+    return (f"{full} has no place in a plan: of fedlab it names techniques, strategies, topologies and what trainers "
+            "are made of, of torch and MONAI optimisers and a list of losses, networks and transforms; wrap anything "
+            "else in a function of a file that the site approves")
+
+
+def follows(found: type, protocol: type) -> bool:
+    """Whether a class has all methods of a protocol."""
+    wanted = [name for name in vars(protocol) if callable(vars(protocol)[name]) and not name.startswith("_")]
+    return found is not protocol and all(callable(getattr(found, name, None)) for name in wanted)
+
+
+def _fitting(name: str, target: Any, given: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    """The settings, if a call takes arguments of these names."""
+    try:
+        signature = inspect.signature(target)
+        signature.bind(**given) if whole else signature.bind_partial(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} takes other settings than {sorted(given)}: {error}") from error
+    return given

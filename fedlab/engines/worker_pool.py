@@ -1,0 +1,348 @@
+"""The workers of `Processes`: started, given work, listened to, replaced and ended."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import os
+import signal
+import traceback
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+import torch
+
+from fedlab.core.errors import FedlabError, RunError, SiteError
+from fedlab.core.types import Failure, Memory, Site
+from fedlab.core.workers import forkserver, settle
+from fedlab.engines.shared_tensors import Arrived, Parcel, receive
+from fedlab.run.local import Answer, answer_of
+from fedlab.run.site_task import SiteTask
+
+__all__ = ["Pool", "Ticket"]
+
+#: A worker that has nothing to do gets this many seconds to end by itself.
+_PATIENCE = 5.0
+_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+@dataclass(eq=False, kw_only=True)
+class Ticket:
+    """A site's work in a round: where what comes of it is put.
+
+    Attributes:
+        site: name of the site.
+        answer: what came, once it has.
+        memory: of the site afterwards; None where it is as it was before.
+        lost: why nothing came.
+    """
+
+    site: str
+    answer: Answer | None = None
+    memory: Memory | None = None
+    lost: str = ""
+
+    def take(self) -> tuple[Answer | None, Memory | None]:
+        """Answer and memory, which are not kept here any longer."""
+        taken = self.answer, self.memory
+        self.answer = self.memory = None
+        return taken
+
+
+@dataclass(eq=False, kw_only=True)
+class _Worker:
+    """A process, as the parent knows it."""
+
+    process: BaseProcess
+    connection: Connection
+    place: int
+    ready: bool = False
+    ticket: Ticket | None = None
+    knows: set[int] = field(default_factory=set)  # numbers of tasks and sites that it has been sent
+
+    def end(self, *, patience: float) -> int | None:
+        """Ends the process, which gets some seconds to do so by itself; its exit code."""
+        self.connection.close()
+        if patience:
+            self.process.join(patience)
+        self.process.kill()
+        self.process.join()
+        code = self.process.exitcode
+        self.process.close()
+        return code
+
+
+class _Order(NamedTuple):
+    """What a worker is to do; the parcels that are named follow it."""
+
+    task: int
+    site: int
+    parcels: tuple[str, ...]
+    forget: tuple[int, ...]
+    settings: Mapping[str, Any]
+
+
+class _Packed(NamedTuple):
+    """A task or a site, ready to be sent to any worker."""
+
+    number: int
+    parcel: Parcel
+    patients: tuple[Any, ...]
+
+
+class _AtWorker(Exception):
+    """The text of an exception in a worker process, chained to what is raised in the parent."""
+
+    def __str__(self) -> str:
+        return f"in a worker process:\n{self.args[0]}"
+
+
+class Pool:
+    """Worker processes, started when there is work for them and replaced when they die.
+
+    Args:
+        visible: what workers see as CUDA_VISIBLE_DEVICES, in turn; None: what their parent sees.
+    """
+
+    def __init__(self, *, visible: Sequence[str | None]) -> None:
+        self._visible = visible
+        self._workers: list[_Worker] = []
+        self._wanted = 0
+        self._settings: Mapping[str, Any] = {}
+        self._numbers = itertools.count()
+        self._task: tuple[SiteTask, _Packed] | None = None
+        self._sites: weakref.WeakKeyDictionary[Site, _Packed] = weakref.WeakKeyDictionary()
+        self._owner = os.getpid()
+        _POOLS.add(self)
+
+    def prepare(self, task: SiteTask, *, workers: int, settings: Mapping[str, Any]) -> None:
+        """Before the sites of a round: what they work on, and enough workers, which may still be on their way."""
+        if self._task is None or self._task[0] is not task:
+            self._task = task, _Packed(next(self._numbers), _parcel(task, "the trainer, strategy or technique"), ())
+        self._settings, self._wanted = settings, workers
+        if not self._workers and any(pool._workers for pool in _POOLS if pool is not self):
+            gc.collect()  # engines that nobody has any more, but an exception's traceback had
+        self._grow()
+
+    def submit(self, ticket: Ticket, site: Site, state: Parcel, memory: Parcel) -> None:
+        """Gives a site to a worker, if need be as soon as one is free."""
+        packed = self._packed(site)
+        for _ in range(3):
+            worker = self._idle(packed.number)
+            try:
+                self._send(worker, packed, state, memory)
+            except OSError:
+                self._drop(worker, patience=0)  # it died while it had nothing to do
+            else:
+                worker.ticket = ticket
+                return
+        raise RunError(f"three workers in turn died before they could begin with {site.name}; is this machine out of "
+                       "memory? Take fewer of them: Processes(workers=1)")
+
+    def wait_for(self, ticket: Ticket) -> None:
+        """Waits until something has come of a site's work, or its worker is gone."""
+        while ticket.answer is None and not ticket.lost:
+            self._listen()
+
+    def give_up(self, ticket: Ticket) -> None:
+        """Ends the worker that is at it, if one is."""
+        for worker in [worker for worker in self._workers if worker.ticket is ticket]:
+            self._drop(worker, patience=0)
+
+    def close(self) -> None:
+        """Ends all workers."""
+        if os.getpid() != self._owner:
+            return  # a fork of the process that they belong to
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.connection.close()  # all of them end at once
+        for worker in workers:
+            if worker.ticket is not None:
+                worker.ticket.lost = "the workers were ended while it trained"
+            worker.end(patience=0 if worker.ticket else _PATIENCE)
+        self._task = None
+        self._sites.clear()
+
+    def _grow(self) -> None:
+        context = forkserver()
+        while len(self._workers) < self._wanted:
+            place = min(set(range(self._wanted)) - {worker.place for worker in self._workers})
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, self._visible[place % len(self._visible)]),
+                                      name=f"fedlab-site-worker-{place}", daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append(_Worker(process=process, connection=ours, place=place))
+
+    def _packed(self, site: Site) -> _Packed:
+        """The site as it is sent; packed again where its patients are others than before."""
+        patients = tuple(patient for split in (site.train, site.val) if isinstance(split, list | tuple)
+                         for patient in split)
+        packed = self._sites.get(site)
+        if packed is None or [*map(id, packed.patients)] != [*map(id, patients)]:
+            packed = _Packed(next(self._numbers), _parcel(site, f"the patients of {site.name}"), patients)
+            self._sites[site] = packed
+        return packed
+
+    def _idle(self, site: int) -> _Worker:
+        """A worker with nothing to do, rather one that knows the site; waits for it."""
+        while True:
+            idle = [worker for worker in self._workers if worker.ready and worker.ticket is None]
+            for worker in idle:
+                if worker.connection.poll() or not worker.process.is_alive():  # what it has to say is that it is gone
+                    self._drop(worker, patience=0)
+            alive = [worker for worker in idle if worker in self._workers]
+            if alive:
+                return max(alive, key=lambda worker: site in worker.knows)
+            self._grow()
+            self._listen()
+
+    def _send(self, worker: _Worker, site: _Packed, state: Parcel, memory: Parcel) -> None:
+        if self._task is None:
+            raise RunError("the workers were ended in the middle of a round; close() the engine between rounds")
+        task = self._task[1]
+        current = {task.number, *(packed.number for packed in self._sites.values())}
+        forget, worker.knows = worker.knows - current, worker.knows & current
+        parcels = {name: packed.parcel for name, packed in (("task", task), ("site", site))
+                   if packed.number not in worker.knows} | {"state": state, "memory": memory}
+        worker.connection.send(_Order(task.number, site.number, tuple(parcels), tuple(forget), self._settings))
+        for parcel in parcels.values():
+            parcel.send(worker.connection)
+        worker.knows |= {task.number, site.number}
+
+    def _listen(self) -> None:
+        """Waits until a worker says something or dies."""
+        sources: dict[Any, _Worker] = {}
+        for worker in self._workers:
+            if not worker.ready or worker.ticket is not None:
+                sources |= {worker.connection: worker, worker.process.sentinel: worker}
+        if not sources:
+            raise RunError("the workers were ended in the middle of a round; close() the engine between rounds")
+        for source in wait(list(sources)):
+            worker = sources[source]
+            if worker in self._workers:
+                try:
+                    heard = worker.connection.poll() and self._hear(worker)
+                except (EOFError, OSError):
+                    heard = False
+                if not heard:
+                    self._drop(worker, patience=0)
+
+    def _hear(self, worker: _Worker) -> bool:
+        if not worker.ready:
+            worker.ready = worker.connection.recv_bytes() == b"ready"
+            return worker.ready
+        answer, memory = receive(worker.connection), receive(worker.connection)
+        ticket, worker.ticket = worker.ticket, None
+        came, words = answer.open()
+        if came is None:
+            raise FedlabError("a worker process can't make sense of what it was sent; its modules must be found there "
+                              "as they are here (close() the engine after changing one), or say engine=Local()"
+                              ) from _AtWorker(words)
+        if isinstance(came, Failure):
+            came.error.__cause__ = _AtWorker(words)
+        if ticket is not None:
+            ticket.answer = came
+            ticket.memory = copy.deepcopy(memory.open())  # each mapping takes a file descriptor; memories are for long
+        return True
+
+    def _drop(self, worker: _Worker, *, patience: float) -> None:
+        """A worker that is dead or not wanted."""
+        self._workers.remove(worker)
+        killed = worker.process.is_alive()
+        code = worker.end(patience=patience)
+        if worker.ticket is not None:
+            worker.ticket.lost = _why(code)
+        elif not worker.ready and not killed:
+            raise RunError(f"a worker process ended before it could begin (exit code {code}); its own words are where "
+                           "this process prints to. In a script, what runs must stand below "
+                           'if __name__ == "__main__":, since workers import the script')
+
+
+def _why(code: int | None) -> str:
+    if code == -signal.SIGKILL:
+        return ("its worker process was killed (SIGKILL), as systems do when memory runs out: take fewer workers, "
+                "smaller batches or smaller crops. Its memory is as it was before the round")
+    if code is not None and code < 0:
+        return (f"its worker process crashed ({signal.Signals(-code).name}); engine=Local() shows where. Its memory is "
+                "as it was before the round")
+    return (f"its worker process ended itself (exit code {code}); look for sys.exit() or os._exit() in what runs at "
+            "the site. Its memory is as it was before the round")
+
+
+def _parcel(thing: Any, what: str) -> Parcel:
+    try:
+        return Parcel(thing)
+    except Exception as error:  # whatever the user's objects raise
+        raise ValueError(f"{what} can't be sent to a worker process ({type(error).__name__}: {error}); keep open "
+                         "files, locks and generators out of it, or say engine=Local()") from error
+
+
+def _serve(connection: Connection, visible: str | None) -> None:
+    """The life of a worker."""
+    settle()
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible  # before anything asks for a GPU
+    known: dict[int, Any] = {}
+    try:
+        connection.send_bytes(b"ready")
+        while True:
+            order = connection.recv()
+            arrived = {name: receive(connection) for name in order.parcels}
+            for parcel in _work(order, arrived, known):
+                parcel.send(connection)
+            del arrived, parcel
+    except (EOFError, OSError):
+        return  # the parent has closed the connection, or is gone
+
+
+def _work(order: _Order, arrived: Mapping[str, Arrived], known: dict[int, Any]) -> tuple[Parcel, Parcel]:
+    """A site's round: what came of it, and what the site remembers."""
+    try:
+        for number in order.forget:
+            known.pop(number)
+        for name, number in (("task", order.task), ("site", order.site)):
+            if name in arrived:
+                known[number] = arrived[name].open()
+        task, site = known[order.task], known[order.site]
+        state, memory = arrived["state"].open(), arrived["memory"].open()
+    except Exception as error:  # of the user's own modules
+        return Parcel((None, "".join(traceback.format_exception(error)))), Parcel(None)
+    _compute_as(order.settings)
+    answer, words = answer_of(site.name, lambda: task(site, state, memory)), ""
+    if isinstance(answer, Failure):
+        words = "".join(traceback.format_exception(answer.error))
+        answer = Failure(site.name, _plain(answer.error))
+    try:
+        return Parcel((answer, words)), Parcel(memory)
+    except Exception as error:  # of a technique that remembers or sends what is no tensor
+        words = "".join(traceback.format_exception(error))
+        reason = f"what the site sends or remembers can't leave its process ({type(error).__name__}: {error})"
+        return Parcel((Failure(site.name, SiteError(site.name, state.round, "keep", reason)), words)), Parcel(None)
+
+
+def _plain(error: FedlabError) -> FedlabError:
+    """The error as one of fedlab's own, which the parent knows."""
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__.partition(".")[0] == "fedlab")
+    if kind is type(error):
+        return error
+    if isinstance(error, SiteError):
+        return SiteError(error.site, error.round, error.stage, error.reason)
+    return kind(str(error))  # type: ignore[no-any-return]
+
+
+def _compute_as(settings: Mapping[str, Any]) -> None:
+    """Computes as the parent does, to the bit."""
+    torch.set_num_threads(settings["threads"])
+    torch.set_default_dtype(settings["dtype"])
+    torch.set_float32_matmul_precision(settings["matmul"])
+    wanted = settings["deterministic"], settings["warn_only"]
+    if wanted != (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()):
+        torch.use_deterministic_algorithms(wanted[0], warn_only=wanted[1])  # imports for seconds
+    for name, value in settings["cudnn"].items():
+        setattr(torch.backends.cudnn, name, value)

@@ -1,0 +1,195 @@
+"""Gradient inversion: a patch of a scan, looked for in the update that was computed from it.
+
+J. Geiping, H. Bauermeister, H. Dröge, M. Moeller, Inverting Gradients: How easy is it to break privacy in federated
+learning?, NeurIPS 2020, arXiv 2003.14053. Whoever sees a site's update and knows the model looks for the image whose
+gradient points the way of the update. What is tried here is the easiest case for the attacker: one plain step on one
+patch, and the patch's labels known. Where even that fails, nothing is proven; where it succeeds, the update is no
+secret.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from fedlab.core.seeds import derive, generator
+from fedlab.core.types import Tensors, Update
+from fedlab.core.weights import trainable
+from fedlab.training.trainer import DiceBCE
+
+__all__ = ["Inversion", "invert_update", "one_step_update", "patch_net"]
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inversion:
+    """What an attack found.
+
+    Attributes:
+        image: the reconstruction, float32, (4, X, Y, Z), in the units of a network's input.
+        distance: 1 − cosine between the update and the update that the reconstruction gives; 0 is a perfect match.
+        steps: that were taken.
+        seconds: that they took.
+    """
+
+    image: torch.Tensor
+    distance: float
+    steps: int
+    seconds: float
+
+    def correlation(self, truth: torch.Tensor) -> float:
+        """Pearson correlation of the reconstruction's values with the true ones, over all channels and voxels.
+
+        1 is the patch itself up to brightness and contrast, 0 is nothing of it.
+
+        Args:
+            truth: the patch that the update was computed from, (4, X, Y, Z).
+
+        Raises:
+            ValueError: a patch of another shape, or one without any contrast.
+        """
+        if truth.shape != self.image.shape:
+            raise ValueError(f"the truth has shape {tuple(truth.shape)}, the reconstruction "
+                             f"{tuple(self.image.shape)}; give the patch that the update is of")
+        pair = torch.stack([self.image.double().flatten(), truth.double().flatten()])
+        if bool((pair.std(dim=1) == 0).any()):
+            raise ValueError("the patch or its reconstruction has the same value everywhere, so they have no "
+                             "correlation; take a patch with tissue in it")
+        return float(torch.corrcoef(pair)[0, 1])
+
+    def __repr__(self) -> str:
+        grid = "x".join(map(str, self.image.shape[1:]))
+        return (f"<Inversion of a {grid} patch: {self.steps} steps in {self.seconds:.1f} s, "
+                f"distance {self.distance:.3f}>")
+
+
+def patch_net(*, width: int = 16, seed: int = 0) -> nn.Module:
+    """A small network for patches, quick to attack: two convolutions of 3³ and one of 1³, smooth in between.
+
+    It maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z).
+
+    Args:
+        width: channels in between.
+        seed: of the weights.
+
+    Raises:
+        ValueError: `width` below 1.
+    """
+    if width < 1:
+        raise ValueError(f"width is a positive whole number, got {width}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "patch_net"))
+        return nn.Sequential(nn.Conv3d(4, width, 3, padding=1), nn.Softplus(beta=4),
+                             nn.Conv3d(width, width, 3, padding=1), nn.Softplus(beta=4), nn.Conv3d(width, 3, 1))
+
+
+def one_step_update(model: nn.Module, image: torch.Tensor, regions: torch.Tensor, *, lr: float = 0.1,
+                    loss: Loss | None = None, site: str = "site") -> Update:
+    """The update of a site that takes one plain gradient step on one patch: −lr times the gradient.
+
+    Args:
+        model: left as it is.
+        image: (4, X, Y, Z).
+        regions: (3, X, Y, Z), as `labels_to_regions` gives them.
+        lr: learning rate.
+        loss: of logits and regions; `DiceBCE()` by default.
+        site: who sends it.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    if image.dim() != 4 or regions.dim() != 4 or image.shape[1:] != regions.shape[1:]:
+        raise ValueError(f"expected an image (4, X, Y, Z) and its regions (3, X, Y, Z), got {tuple(image.shape)} and "
+                         f"{tuple(regions.shape)}")
+    params = {name: p.detach() for name, p in trainable(model).items()}
+    gradient = _gradient(model, params, image.float()[None], regions.float()[None], loss or DiceBCE(), keep=False)
+    return Update(site=site, delta={name: -lr * g for name, g in zip(params, gradient, strict=True)}, weight=1.0,
+                  steps=1)
+
+
+def invert_update(
+    delta: Tensors, *, model: nn.Module, regions: torch.Tensor, loss: Loss | None = None, steps: int = 250,
+    lr: float = 0.1, smoothness: float = 1e-2, channels: int = 4, limit: float = 4.0, seed: int = 0,
+    max_seconds: float = 60.0, on_step: Callable[[int, torch.Tensor], bool] | None = None,
+) -> Inversion:
+    """Looks for the patch that an update was computed from.
+
+    Minimises 1 − cosine(update, update that the patch would give) + smoothness × total variation, with Adam on the
+    signs of the gradient, from noise (Geiping et al. 2020, section 4). The cosine knows nothing of the update's
+    length: clipping as such hides nothing.
+
+    Args:
+        delta: the update that was seen, with the names and shapes of the model's trainable tensors.
+        model: with the weights that the update starts from; left as it is.
+        regions: of the patch, (3, X, Y, Z); the attacker is given them.
+        loss: that the site minimised; `DiceBCE()` by default.
+        steps: at most.
+        lr: step of Adam, falling to a tenth at 3/8, 5/8 and 7/8 of the steps.
+        smoothness: weight of the mean total variation.
+        channels: of the patch.
+        limit: values are kept within ±limit; a z-scored scan has few beyond 4.
+        seed: of the noise that it starts from.
+        max_seconds: it ends there, with what it has.
+        on_step: called with the number of steps taken and the patch so far (4, X, Y, Z); false ends the attack.
+
+    Returns:
+        The reconstruction, and how well it explains the update.
+
+    Raises:
+        ValueError: an update that is zero everywhere or does not fit the model, or a setting out of its range.
+    """
+    _check(delta, model, steps=steps, lr=lr, limit=limit, max_seconds=max_seconds)
+    started, loss = time.perf_counter(), loss or DiceBCE()
+    params = {name: p.detach() for name, p in trainable(model).items()}
+    seen = torch.cat([-delta[name].detach().float().flatten() for name in params])
+    target = regions.float()[None]
+    patch = torch.randn((1, channels, *regions.shape[1:]), generator=generator(seed, "inversion")).requires_grad_()
+    optimiser = torch.optim.Adam([patch], lr=lr)
+    falls = torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(steps * k / 8) for k in (3, 5, 7)], gamma=0.1)
+    taken, distance = 0, torch.tensor(1.0)
+    while taken < steps and time.perf_counter() - started < max_seconds:
+        gradient = _gradient(model, params, patch, target, loss, keep=True)
+        distance = 1 - torch.cosine_similarity(torch.cat([g.flatten() for g in gradient]), seen, dim=0)
+        patch.grad, = torch.autograd.grad(distance + smoothness * _variation(patch), [patch])
+        patch.grad.sign_()
+        optimiser.step()
+        falls.step()
+        patch.data.clamp_(-limit, limit)
+        taken += 1
+        if on_step is not None and on_step(taken, patch.detach()[0].clone()) is False:
+            break
+    return Inversion(image=patch.detach()[0].clone(), distance=float(distance.detach()), steps=taken,
+                     seconds=time.perf_counter() - started)
+
+
+def _gradient(model: nn.Module, params: Tensors, image: torch.Tensor, target: torch.Tensor, loss: Loss, *,
+              keep: bool) -> Sequence[torch.Tensor]:
+    """Of the loss with respect to the parameters, in their order; `keep` makes it differentiable itself."""
+    weights = {name: p.clone().requires_grad_() for name, p in params.items()}
+    value = loss(functional_call(model, weights, (image,)), target)
+    gradient: Sequence[torch.Tensor] = torch.autograd.grad(value, list(weights.values()), create_graph=keep)
+    return gradient
+
+
+def _variation(patch: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of neighbouring voxels, summed over the three axes."""
+    return torch.stack([patch.diff(dim=axis).abs().mean() for axis in (2, 3, 4)]).sum()
+
+
+def _check(delta: Tensors, model: nn.Module, **settings: float) -> None:
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is a positive number, got {value!r}")
+    own = trainable(model)
+    if delta.keys() != own.keys() or any(delta[name].shape != p.shape for name, p in own.items()):
+        raise ValueError(f"the update does not fit the model: expected tensors {sorted(own)[:3]}… of the model's "
+                         f"shapes, got {sorted(delta)[:3]}…")
+    if not any(bool(t.any()) for t in delta.values()):
+        raise ValueError("the update is zero everywhere: there is nothing in it to look for")

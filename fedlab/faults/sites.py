@@ -1,0 +1,419 @@
+"""What goes wrong in a federation, on purpose: sites that fail, lie, attack, come late or leave.
+
+`Faulty(engine=Local(), faults=[DropOut(probability=0.3)], seed=0)` is an engine like any other. Without rules of
+admission the first failure ends a run, so give `federate(..., admission=Admission(...))` as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, cast, get_args, overload
+
+import torch
+
+from fedlab.core.errors import SiteError
+from fedlab.core.seeds import generator
+from fedlab.core.types import Failure, Memory, Patient, ServerState, Site, Update
+from fedlab.run.local import Answer, Engine
+from fedlab.run.site_task import SiteTask
+from fedlab.run.wrapped import Around
+from fedlab.training.trainer import Kit, SiteTrainer
+
+__all__ = ["Corrupt", "Crash", "DropOut", "Fault", "Faulty", "Joins", "Leaves", "PoisonedLabels", "Replay", "Scale",
+           "SignFlip", "Straggler"]
+
+_REPLAY = "replay"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One kind of fault, at some sites in some rounds. Every hook does nothing: override what goes wrong.
+
+    Whether it strikes depends on the seed, the site and the round alone, so that a resumed run has the same faults.
+
+    Args:
+        sites: names of the sites it may strike; all of them by default.
+        rounds: numbers of the rounds it may strike in, such as (0, 3) or range(5, 9); all of them by default.
+        probability: with which it then strikes.
+
+    Raises:
+        ValueError: a probability that is none, or a text where several names are expected.
+    """
+
+    sites: Collection[str] | None = None
+    rounds: Collection[int] | None = None
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability is between 0 and 1, got {self.probability!r}")
+        if isinstance(self.sites, str):
+            raise ValueError(f"sites are several names, such as ({self.sites!r},); got the text {self.sites!r}")
+
+    def strikes(self, site: str, round: int, seed: int) -> bool:
+        """Whether it strikes a site in a round."""
+        here = self.sites is None or site in self.sites
+        if not here or not (self.rounds is None or round in self.rounds):
+            return False
+        rng = generator(seed, "strikes", site, round)
+        return self.probability == 1 or float(torch.rand((), generator=rng, dtype=torch.float64)) < self.probability
+
+    def keeps_away(self) -> str | None:
+        """Why the site does nothing in a round that it strikes in, or None."""
+        return None
+
+    def at_site(self, site: Site) -> Site:
+        """The site with the data that it trains on instead."""
+        return site
+
+    def in_training(self, kit: Kit) -> Kit:
+        """What trains at the site instead, after privacy techniques have wrapped it."""
+        return kit
+
+    def remember(self, update: Update, memory: Memory) -> None:
+        """In every round, whether it strikes or not: what it keeps of an update in the site's memory."""
+
+    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+        """What the server gets in place of the update."""
+        return update
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropOut(Fault):
+    """The site doesn't answer: no connection, a reboot, somebody needed the machine."""
+
+    def keeps_away(self) -> str | None:
+        return "it did not answer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joins(Fault):
+    """The site is there from a round on.
+
+    It belongs to the run from the start, so it is enrolled with it: a technique with a ledger takes it for a site
+    that has released nothing yet.
+
+    Args:
+        round: the first in which it takes part.
+    """
+
+    round: int
+
+    def strikes(self, site: str, round: int, seed: int) -> bool:
+        return round < self.round and super().strikes(site, round, seed)
+
+    def keeps_away(self) -> str | None:
+        return f"it joins in round {self.round}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaves(Fault):
+    """The site is there up to a round and never comes back.
+
+    Args:
+        round: the first in which it takes no part.
+    """
+
+    round: int
+
+    def strikes(self, site: str, round: int, seed: int) -> bool:
+        return round >= self.round and super().strikes(site, round, seed)
+
+    def keeps_away(self) -> str | None:
+        return f"it left before round {self.round}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Straggler(Fault):
+    """The site is slow, by a simulated clock: nobody waits, but its update says so.
+
+    A server with `Admission(deadline=...)` leaves it out; one without waits, which costs nothing here.
+
+    Args:
+        seconds: that it takes longer.
+
+    Raises:
+        ValueError: not a positive number.
+    """
+
+    seconds: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds is a positive number, got {self.seconds!r}")
+
+    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+        return replace(update, seconds=update.seconds + self.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crash(Fault):
+    """Training breaks off with an exception in the middle of the round; nothing is sent.
+
+    Args:
+        after: batches that it gets through, at most as many as there are; half of them by default.
+    """
+
+    after: int | None = None
+
+    def in_training(self, kit: Kit) -> Kit:
+        return replace(kit, loader=_BreaksOff(kit.loader, self.after))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonedLabels(Fault):
+    """The site trains on wrong labels, by mistake or not (Tolpegin et al. 2020).
+
+    It needs an engine that trains on the sites it is given, as those in this process do.
+
+    Args:
+        labels: label -> what is drawn instead; by default what is tumour is called healthy, so that it is not found.
+    """
+
+    labels: Mapping[int, int] = field(default_factory=lambda: {1: 0, 2: 0, 4: 0})
+
+    def at_site(self, site: Site) -> Site:
+        return replace(site, train=_Relabelled(site.train, self.labels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignFlip(Fault):
+    """The site sends the opposite of what it learned, to undo what the others learn (Li et al. 2019, RSA).
+
+    Args:
+        factor: how many times as long as the honest update.
+    """
+
+    factor: float = 1.0
+
+    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+        return update.map(lambda tensor: tensor * -self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Fault):
+    """The site sends its update many times over, so that the mean becomes its model (Bagdasaryan et al. 2020).
+
+    Args:
+        factor: how many times.
+    """
+
+    factor: float
+
+    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+        return update.map(lambda tensor: tensor * self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Fault):
+    """The site sends the first update it ever made, again.
+
+    Args:
+        disguised: whether the old update says that it answers the present round. Then no server can know it for what
+            it is; robust strategies can only limit what it does.
+    """
+
+    disguised: bool = False
+
+    def remember(self, update: Update, memory: Memory) -> None:
+        if _REPLAY not in memory:
+            numbers = torch.tensor([update.weight, float(update.round or 0)], dtype=torch.float64)
+            memory[_REPLAY] = {"weight, round": numbers, **{f"delta|{k}": t.clone() for k, t in update.delta.items()}}
+
+    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+        kept = memory[_REPLAY]
+        weight, number = kept["weight, round"].tolist()
+        delta = {name.removeprefix("delta|"): t for name, t in kept.items() if name.startswith("delta|")}
+        return replace(update, delta=delta, weight=weight, round=update.round if self.disguised else int(number))
+
+
+How = Literal["nan", "inf", "shape", "integers", "names", "missing", "weight", "overflow", "sender", "garbage",
+              "no update"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrupt(Fault):
+    """What arrives is not what was sent, or what was sent is none.
+
+    Args:
+        how: "nan" or "inf" in one place of the update; tensors of another "shape", of "integers", under other "names",
+            or one "missing"; a "weight" that is none; numbers that are finite and "overflow" in the mean; the name of
+            another "sender"; "garbage" in every field; or "no update" at all.
+
+    Raises:
+        ValueError: another word.
+    """
+
+    how: How = "nan"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.how not in get_args(How):
+            raise ValueError(f"how is one of {', '.join(map(repr, get_args(How)))}; got {self.how!r}")
+
+    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+        changes: Mapping[str, Callable[[], object]] = {
+            "nan": lambda: replace(update, delta=_spoilt(update, math.nan, rng)),
+            "inf": lambda: replace(update, delta=_spoilt(update, math.inf, rng)),
+            "shape": lambda: update.map(lambda t: t[None]),
+            "integers": lambda: update.map(torch.Tensor.int),
+            "names": lambda: replace(update, delta={f"other.{name}": t for name, t in update.delta.items()}),
+            "missing": lambda: replace(update, delta=dict(list(update.delta.items())[1:])),
+            "weight": lambda: replace(update, weight=math.nan),
+            "overflow": lambda: update.map(lambda t: torch.full_like(t, torch.finfo(t.dtype).max)),
+            "sender": lambda: replace(update, site="elsewhere"),
+            "garbage": lambda: _garbage(update),
+            "no update": lambda: "<html>502 Bad Gateway</html>",
+        }
+        return changes[self.how]()
+
+
+@dataclass(kw_only=True, eq=False)
+class Faulty(Around):
+    """An engine whose sites go wrong.
+
+    What a fault keeps lies in the memory of its site, and whether it strikes follows from the seed, so a run that is
+    resumed from a checkpoint meets the same faults. Faults apply in their order.
+
+    Args:
+        engine: where the sites work.
+        faults: what may go wrong.
+        seed: of when it does.
+
+    Raises:
+        ValueError: something that is no fault.
+    """
+
+    engine: Engine
+    faults: Sequence[Fault]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        odd = [fault for fault in self.faults if not isinstance(fault, Fault)]
+        if odd:
+            raise ValueError(f"faults are such as DropOut(probability=0.3), got {odd[0]!r}")
+
+    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
+        """What comes of the task at each site, or of what went wrong there."""
+        there = []
+        for site in cohort:
+            away = [why for _, fault in self._striking(site.name, state.round) if (why := fault.keeps_away())]
+            if away:
+                yield Failure(site.name, SiteError(site.name, state.round, "reach", away[0]))
+            else:
+                there.append(site)
+        if not there:
+            return
+        for answer in self.engine.run(replace(task, trainer=self._sabotaged(task.trainer)), state, there):
+            # What a fault makes of an update need not be one: the server has to see for itself.
+            yield cast("Answer", self._sent(answer, state.round)) if isinstance(answer, Update) else answer
+
+    def _striking(self, site: str, round: int) -> list[tuple[int, Fault]]:
+        return [(index, fault) for index, fault in enumerate(self.faults)
+                if fault.strikes(site, round, self._seed(index))]
+
+    def _sent(self, update: Update, round: int) -> object:
+        site = update.site
+        memory = self.memory.setdefault(site, {})
+        for fault in self.faults:
+            fault.remember(update, memory)
+        sent: object = update
+        for index, fault in self._striking(site, round):
+            if isinstance(sent, Update):
+                sent = fault.send(sent, memory, generator(self._seed(index), "send", site, round))
+        return sent
+
+    def _seed(self, index: int) -> int:
+        return generator(self.seed, "fault", index).initial_seed()
+
+    def _sabotaged(self, trainer: SiteTrainer) -> SiteTrainer:
+        """A trainer that prints like the other and trains like it, but where a fault strikes."""
+        changed = copy.copy(trainer)
+        striking = tuple((fault, self._seed(index)) for index, fault in enumerate(self.faults))
+        # On the copy, not in a subclass: whatever class the user's trainer has stays what it is.
+        object.__setattr__(changed, "prepare", partial(_prepare, trainer, striking))
+        object.__setattr__(changed, "fit", partial(_fit, trainer, striking))
+        return changed
+
+
+_Striking = tuple[tuple[Fault, int], ...]
+
+
+def _prepare(trainer: SiteTrainer, faults: _Striking, site: Site, state: ServerState, **more: Any) -> Kit:
+    for fault, seed in faults:
+        if fault.strikes(site.name, state.round, seed):
+            site = fault.at_site(site)
+    return trainer.prepare(site, state, **more)
+
+
+def _fit(trainer: SiteTrainer, faults: _Striking, kit: Kit, site: Site, state: ServerState, **more: Any) -> Update:
+    for fault, seed in faults:
+        if fault.strikes(site.name, state.round, seed):
+            kit = fault.in_training(kit)
+    return trainer.fit(kit, site, state, **more)
+
+
+class _BreaksOff:
+    """A loader that raises in the middle."""
+
+    def __init__(self, loader: Any, after: int | None) -> None:
+        self.loader = loader
+        self.after = len(loader) // 2 if after is None else after
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.loader):
+            if number >= self.after:
+                break
+            yield batch
+        raise RuntimeError(f"a crash on purpose, after {self.after} batches")
+
+
+class _Relabelled(Sequence[Patient]):
+    """Patients with other labels, changed when they are asked for."""
+
+    def __init__(self, patients: Sequence[Patient], labels: Mapping[int, int]) -> None:
+        self.patients, self.labels = patients, labels
+
+    def __len__(self) -> int:
+        return len(self.patients)
+
+    @overload
+    def __getitem__(self, index: int) -> Patient: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Relabelled: ...
+
+    def __getitem__(self, index: int | slice) -> Patient | _Relabelled:
+        if isinstance(index, slice):
+            return _Relabelled(self.patients[index], self.labels)
+        patient = self.patients[index]
+        if patient.label is None:
+            return patient
+        label = patient.label.clone()
+        for drawn, instead in self.labels.items():
+            label[patient.label == drawn] = instead
+        return replace(patient, label=label)
+
+
+def _spoilt(update: Update, value: float, rng: torch.Generator) -> dict[str, torch.Tensor]:
+    """The delta with one entry replaced."""
+    delta = {name: tensor.clone() for name, tensor in update.delta.items()}
+    names = list(delta)
+    flat = delta[names[int(torch.randint(len(names), (), generator=rng))]].view(-1)
+    flat[int(torch.randint(flat.numel(), (), generator=rng))] = value
+    return delta
+
+
+def _garbage(update: Update) -> Update:
+    """Other things than numbers in every field but the sender's."""
+    odd: Any = replace
+    wrong: Update = odd(update, delta=[b"\x00"], weight="many", steps=-1.5, metrics="none", spent={"epsilon": 0},
+                        encoded="small", round=None, seconds=[])
+    return wrong

@@ -1,0 +1,267 @@
+"""Is a network fit for patient-level privacy? Which layer leaks or breaks, and the network with that put right."""
+
+from __future__ import annotations
+
+import copy
+import html
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlab.core.types import MODALITIES, REGIONS
+from fedlab.core.weights import trainable
+from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
+from fedlab.training.trainer import DiceBCE, Kit
+
+__all__ = ["Fitness", "check_loss", "check_private", "fix_private"]
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+#: Gradients of single patients may differ by this share of their norm from those of batches of one.
+_TOLERANCE = 1e-3
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitness:
+    """What `check_private` found. True where nothing is wrong.
+
+    Attributes:
+        gradients: how gradients of single patients were computed.
+        problems: one sentence each, beginning with the layer's name.
+        remedy: what to do about them.
+    """
+
+    gradients: Gradients
+    problems: tuple[str, ...] = ()
+    remedy: str = field(default="")
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+    def __repr__(self) -> str:
+        if self:
+            return f"fit for patient-level privacy with gradients={self.gradients!r}"
+        return "\n".join([f"not fit for patient-level privacy with gradients={self.gradients!r}:",
+                          *(f"- {problem}" for problem in self.problems), f"remedy: {self.remedy}"])
+
+    def _repr_html_(self) -> str:
+        first, *rest = repr(self).splitlines()
+        items = "".join(f"<li>{html.escape(line.removeprefix('- '))}</li>" for line in rest)
+        return f"<p>{html.escape(first)}</p><ul>{items}</ul>" if rest else f"<p>{html.escape(first)}</p>"
+
+
+def check_private(model: nn.Module, *, gradients: Gradients = "backward", loss: Loss | None = None,
+                  crop: tuple[int, int, int] = (64, 64, 64)) -> Fitness:
+    """Whether `DPSGD` can protect patients with this network, and if not, which layer leaks or breaks.
+
+    Leaking layers are known by type. What a type doesn't tell is tried out on a copy of the network, with two
+    patients of random numbers: whether a pass changes a buffer, whether one patient's output depends on the other,
+    and whether every patient's gradient equals that of a batch of one.
+
+    Args:
+        model: maps (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); it stays as it is.
+        gradients: how gradients of single patients will be computed; see `fedlab.privacy.dp.gradients.per_patient`.
+        loss: of logits and regions, `DiceBCE()` by default.
+        crop: size in voxels that the network takes; smaller ones are tried first, to be quick.
+
+    Raises:
+        ValueError: `gradients` is unknown, or nothing is trainable.
+    """
+    if gradients not in MODES:
+        raise ValueError(f"gradients is one of {', '.join(map(repr, MODES))}, got {gradients!r}")
+    trainable(model)
+    loss = DiceBCE() if loss is None else loss
+    problems = tuple(_leaking(model)) or tuple(_tried(model, gradients, loss, crop))
+    if not problems:
+        return Fitness(gradients=gradients)
+    return Fitness(gradients=gradients, problems=problems, remedy=_remedy(model, gradients, loss, crop))
+
+
+def fix_private(model: nn.Module, *, gradients: Gradients = "backward") -> nn.Module:
+    """A copy of the network with the layers replaced that leak or break; train or pretrain this one.
+
+    BatchNorm becomes GroupNorm (Wu and He 2018), of 32 groups or the largest divisor of 32 that divides the channels,
+    with the same scale and shift; running statistics of InstanceNorm go. The network then computes something else
+    than before. For other gradients than "backward" activations stop working in place, and so do the sums of MONAI's
+    residual blocks: that changes no number.
+
+    Args:
+        model: stays as it is.
+        gradients: how gradients of single patients will be computed.
+    """
+    fixed = copy.deepcopy(model)
+    for name, layer in list(fixed.named_modules()):
+        better = _without_leak(layer)
+        if better is not layer:
+            if not name:
+                return better
+            parent, _, own = name.rpartition(".")
+            setattr(fixed.get_submodule(parent), own, better)
+    if gradients != "backward":
+        from fedlab.privacy.dp.residual_blocks import REPLACED  # MONAI takes seconds to import
+
+        for layer in fixed.modules():
+            if getattr(layer, "inplace", False):
+                layer.inplace = False  # type: ignore[assignment]
+            layer.__class__ = REPLACED.get(type(layer), type(layer))
+    return fixed
+
+
+def check_loss(loss: Loss, *, device: torch.device | str = "cpu") -> None:
+    """Refuses a loss that mixes patients: clipping each patient's gradient would then bound nobody's influence.
+
+    Tried on random logits and targets: the loss of two patients must be the mean of their losses. A loss that mixes
+    them only for particular values is not found.
+
+    Args:
+        loss: of logits and regions.
+        device: where it is tried.
+
+    Raises:
+        ValueError: the loss of two patients is something else.
+    """
+    rng = torch.Generator().manual_seed(0)
+    for density in (0.0, 0.02, 0.3):  # a patient without tumour, a small and a large one, beside another
+        logits = 3 * torch.randn(2, len(REGIONS), 16, 16, 16, generator=rng).to(device)
+        drawn = torch.rand(2, len(REGIONS), 16, 16, 16, generator=rng)
+        target = (drawn < torch.tensor([density, 0.2]).view(2, 1, 1, 1, 1)).float().to(device)
+        both = float(loss(logits, target))
+        single = [float(loss(logits[i:i + 1], target[i:i + 1])) for i in range(2)]
+        if not math.isclose(both, sum(single) / 2, rel_tol=1e-4, abs_tol=1e-6):
+            raise ValueError(
+                f"the loss {loss!r} mixes patients: of two patients it is {both:.6g}, the mean of their losses is "
+                f"{sum(single) / 2:.6g}. Use one that is computed for each patient and then averaged, such as "
+                "DiceBCE() or MONAI's DiceLoss(batch=False, reduction='mean')")
+
+
+def _leaking(model: nn.Module) -> Iterator[str]:
+    for name, layer in model.named_modules():
+        kind = f"{name or 'the network'} ({type(layer).__name__})"
+        if isinstance(layer, _BATCH_NORM):
+            yield f"{kind} leaks: it mixes the patients of a batch and keeps statistics of them without noise"
+        elif isinstance(layer, _INSTANCE_NORM) and layer.track_running_stats:
+            yield f"{kind} leaks: it keeps running statistics of the patients without noise"
+
+
+def _without_leak(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, _BATCH_NORM):
+        channels = layer.num_features
+        better: nn.Module = nn.GroupNorm(math.gcd(32, channels), channels, eps=layer.eps, affine=layer.affine)
+    elif isinstance(layer, _INSTANCE_NORM) and layer.track_running_stats:
+        better = type(layer)(layer.num_features, eps=layer.eps, affine=layer.affine)
+    else:
+        return layer
+    own = dict(layer.named_parameters())
+    better.load_state_dict({name: p.detach() for name, p in own.items()})
+    for name, p in better.named_parameters():
+        p.data = p.data.to(own[name].device)
+        p.requires_grad_(own[name].requires_grad)
+    return better.train(layer.training)
+
+
+def _tried(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, int, int]) -> Iterator[str]:
+    """What goes wrong with two patients of random numbers, on the smallest volume that the network takes."""
+    sizes = [(s, s, s) for s in (16, 32) if s <= min(crop)]
+    failed: Exception | None = None
+    for size in (*sizes, crop):
+        probe = _probe(model)
+        rng = torch.Generator().manual_seed(0)
+        image = torch.randn(2, len(MODALITIES), *size, generator=rng)
+        target = (torch.rand(2, len(REGIONS), *size, generator=rng) < 0.2).float()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                probe(image[:1])
+        except (RuntimeError, ValueError) as error:
+            failed = error
+            continue
+        with torch.random.fork_rng(devices=[]):
+            yield from _state_kept(probe, image)
+            yield from _gradients_differ(model, gradients, loss, image, target)
+        return
+    yield f"the network fails on a crop of {crop} voxels in training: {_first_line(failed)}"
+
+
+def _probe(model: nn.Module) -> nn.Module:
+    """A copy in training on the CPU, without the randomness of dropout."""
+    probe = copy.deepcopy(model).cpu().float().train()
+    for layer in probe.modules():
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            layer.p = 0.0
+    return probe
+
+
+def _state_kept(probe: nn.Module, image: torch.Tensor) -> Iterator[str]:
+    before = {name: b.clone() for name, b in probe.named_buffers()}
+    with torch.no_grad():
+        both = probe(image)
+        each = torch.cat([probe(one[None]) for one in image])
+    for name, buffer in probe.named_buffers():
+        if not torch.equal(buffer, before[name]):
+            yield f"{name} leaks: a pass in training changes this buffer, so it keeps data of patients without noise"
+    if not isinstance(both, torch.Tensor) or both.shape != each.shape:
+        yield f"the network gives {type(both).__name__}, expected logits (B, 3, X, Y, Z)"
+    elif float((both - each).norm()) > _TOLERANCE * float(each.norm()):
+        yield "the network mixes patients: the output of one changes with who else is in the batch"
+
+
+def _gradients_differ(model: nn.Module, gradients: Gradients, loss: Loss, image: torch.Tensor,
+                      target: torch.Tensor) -> Iterator[str]:
+    """Whether each patient's gradient is that of a batch of one, of plain autograd."""
+    kit = _kit(_probe(model), loss)
+    expected = []
+    for k in range(len(image)):
+        one = kit.loss(image[k:k + 1], target[k:k + 1])
+        found = torch.autograd.grad(one, list(trainable(kit.model).values()), allow_unused=True, materialize_grads=True)
+        expected.append(torch.cat([g.flatten() for g in found]))
+    try:
+        parts = list(per_patient(_kit(_probe(model), loss), image[:, None], target[:, None], gradients))
+    except Exception as error:  # whatever a network's own code raises under hooks or vmap
+        yield f"gradients={gradients!r} breaks this network: {_first_line(error)}{_suspects(model)}"
+        return
+    actual = torch.cat([torch.cat([g.flatten(1) for g in part.gradients], dim=1) for part in parts])
+    wrong = max(float((a - e).norm() / e.norm().clamp(min=1e-12)) for a, e in zip(actual, expected, strict=True))
+    if not wrong <= _TOLERANCE:
+        yield (f"gradients={gradients!r} gives wrong gradients for this network: off by {wrong:.1%} from batches of "
+               f"one{_suspects(model)}")
+
+
+def _kit(model: nn.Module, loss: Loss) -> Kit:
+    unused: Any = None
+    return Kit(model=model, optimiser=unused, loader=(), patients=unused, objective=loss, device=torch.device("cpu"),
+               dtype=torch.float32, seed=0, backward=unused)
+
+
+def _suspects(model: nn.Module) -> str:
+    """Layers that work in place, which is what hooks and vmap mostly fail for."""
+    from fedlab.privacy.dp.residual_blocks import REPLACED
+
+    found = [name for name, layer in model.named_modules() if getattr(layer, "inplace", False)
+             or type(layer) in REPLACED]
+    if not found:
+        return ""
+    return f"; these work in place: {', '.join(found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''}"
+
+
+def _remedy(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, int, int]) -> str:
+    """What helps, tried out before it is said."""
+    def helps(candidate: nn.Module, how: Gradients) -> bool:
+        return not any(_leaking(candidate)) and not any(_tried(candidate, how, loss, crop))
+
+    if gradients != "backward" and helps(model, "backward"):
+        other = "say gradients='backward', which takes this network as it is"
+        fixed = helps(fix_private(model, gradients=gradients), gradients)
+        return f"{other}, or use fix_private(model, gradients={gradients!r})" if fixed else other
+    for how in dict.fromkeys((gradients, "backward")):
+        if helps(fix_private(model, gradients=how), how):
+            return f"use fix_private(model, gradients={how!r}) and say gradients={how!r}"
+    return "use a network without these layers, such as segresnet()"
+
+
+def _first_line(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else type(error).__name__

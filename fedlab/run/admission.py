@@ -1,0 +1,57 @@
+"""What a server lets into the global model, and what it does when sites fail."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedlab.core.types import Update
+
+__all__ = ["Admission"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """Rules by which a run goes on without the sites that fail.
+
+    Without rules the first failure ends a run, which is what one wants while developing. With them a site that breaks
+    down, is late or sends something unusable is left out of its round, and `Round.absent` says why. Whatever the
+    rules, an update must have the model's names and shapes, be finite and answer the present round.
+
+    Args:
+        min_sites: a round with fewer admitted updates leaves the model as it was.
+        deadline: seconds within which a site must answer, as it took by its own clock.
+        max_norm: Euclidean norm of the longest update that is believed. It can't be seen through secure aggregation.
+        max_weight: largest weight that is believed, such as the number of patients of the largest hospital: an update
+            counts by the weight that its sender claims.
+        max_steps: most optimiser steps that are believed; `FedNova` and `FedAvg(weights="steps")` count by them.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    min_sites: int = 1
+    deadline: float | None = None
+    max_norm: float | None = None
+    max_weight: float | None = None
+    max_steps: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.min_sites, int) or self.min_sites < 1:
+            raise ValueError(f"min_sites is a positive whole number, got {self.min_sites!r}")
+        for name in ("deadline", "max_norm", "max_weight", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{name} is a positive number or None, got {value!r}")
+
+    def refuse(self, update: Update) -> str | None:
+        """Why an update stays out, or None if it is welcome."""
+        if self.deadline is not None and update.seconds > self.deadline:
+            return f"late: it took {update.seconds:.3g} s, the deadline is {self.deadline:g} s"
+        if self.max_weight is not None and update.weight > self.max_weight:
+            return f"its weight is {update.weight:g}, at most {self.max_weight:g} is believed"
+        if self.max_steps is not None and update.steps > self.max_steps:
+            return f"it took {update.steps} steps, at most {self.max_steps:g} are believed"
+        if self.max_norm is not None and (norm := update.norm()) > self.max_norm:
+            return f"its norm is {norm:.3g}, at most {self.max_norm:g} is believed"
+        return None

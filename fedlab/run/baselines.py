@@ -1,0 +1,45 @@
+"""What federated learning is compared with: all data in one place, and each site alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedlab.core.types import Site
+from fedlab.core.weights import load_weights
+from fedlab.run.federate import federate
+from fedlab.run.history import History
+from fedlab.training.trainer import SiteTrainer
+
+__all__ = ["centralised", "local_only", "pooled"]
+
+
+def pooled(sites: Sequence[Site]) -> Site:
+    """One site that holds every site's patients: the central data lake that privacy forbids."""
+    return Site(name="pooled", train=[p for s in sites for p in s.train], val=[p for s in sites for p in s.val])
+
+
+def centralised(trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) -> History:
+    """Trains on all data pooled, with as many gradient steps as all sites together take in a federated run.
+
+    Args:
+        trainer: as for the federated run.
+        sites: whose patients are pooled.
+        settings: rounds, seed, checkpoint, ... as for `federate`.
+    """
+    load_weights(trainer.model, trainer.initial())
+    if trainer.steps is not None:
+        trainer = replace(trainer, steps=trainer.steps * len(sites))
+    return federate(trainer, [pooled(sites)], **settings)
+
+
+def local_only(trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) -> dict[str, History]:
+    """Trains each site alone, from the same start and with the same steps as it takes in a federated run.
+
+    Args:
+        trainer: as for the federated run.
+        sites: trained one after the other, each without the others.
+        settings: rounds, seed, ... as for `federate`.
+    """
+    return {site.name: federate(trainer, [site], **settings) for site in sites}

@@ -1,0 +1,138 @@
+"""What a site that failed was working with, kept for whoever looks for the reason."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from fedlab.core.errors import FedlabError, PrivacyError
+from fedlab.core.types import Memory, ServerState, Site, Tensors
+from fedlab.core.weights import load_weights, trainable
+from fedlab.run.site_task import SiteTask
+from fedlab.training.trainer import Kit
+
+__all__ = ["FailedSite"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FailedSite:
+    """The live objects of a site at the moment at which it failed.
+
+    They hold the site's patients, so they stay in this process: they can't be copied or pickled. Under a privacy
+    guarantee the notebook shows no text of the exception either, since a notebook is saved with what it shows; print
+    `traceback` where nobody keeps it.
+
+    Attributes:
+        site: that failed.
+        round: its number, counted from 0.
+        stage: that it failed at, as in `SiteError`.
+        error: what the server was told; the exception that began it is chained to it. For a debugger on the spot:
+            `import pdb; pdb.post_mortem(failed.cause.__traceback__)`.
+        kit: model, optimiser, loader and loss, as the techniques had wrapped them; None if it failed before that.
+        state: the server's, that the site began its round with.
+        memory: the site's, as it was left.
+        weights: of the model at the failure. The model itself goes on to the next site: see `restore`.
+        batch: images and regions of the last batch that was drawn, or None.
+        guarded: whether the run has a privacy guarantee.
+    """
+
+    site: Site
+    round: int
+    stage: str
+    error: FedlabError
+    kit: Kit | None
+    state: ServerState
+    memory: Memory
+    weights: Tensors
+    batch: tuple[torch.Tensor, torch.Tensor] | None
+    guarded: bool
+
+    @classmethod
+    def of(cls, error: FedlabError, *, task: SiteTask, site: Site, state: ServerState, memory: Memory) -> FailedSite:
+        """What the frames of an exception hold of a site's work."""
+        working: Mapping[str, Any] = {}
+        for frame in _frames(error):  # the innermost task: that of the site's own technique, where it has one
+            if frame.f_code is SiteTask.__call__.__code__ and "stage" in frame.f_locals:
+                working = frame.f_locals
+        kit = working.get("kit")
+        techniques = task.privacy, working.get("self", task).privacy
+        return cls(site=site, round=state.round, stage=str(working.get("stage", "ledger")), error=error, kit=kit,
+                   state=state.at(site.name), memory={group: dict(slots) for group, slots in memory.items()},
+                   weights={} if kit is None else {
+                       name: p.detach().cpu().clone() for name, p in trainable(task.trainer.model).items()},
+                   batch=_batch(error), guarded=any(one.units or one.works_at_server for one in techniques))
+
+    @property
+    def cause(self) -> BaseException:
+        """The exception that began it."""
+        first: BaseException = self.error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        return first
+
+    @property
+    def traceback(self) -> str:
+        """The whole text of the exception, as Python prints it."""
+        return "".join(traceback.format_exception(self.error))
+
+    def restore(self) -> Kit:
+        """The kit with the weights of the failure, to try again: `kit = failed.restore(); kit.loss(*failed.batch)`.
+
+        Raises:
+            ValueError: the site failed before it had a kit.
+        """
+        if self.kit is None:
+            raise ValueError(f"{self.site.name} failed at stage {self.stage!r}, before there was a model to train; "
+                             "look at error and memory")
+        model = getattr(self.kit.model, "_module", self.kit.model)  # a technique may have wrapped it
+        load_weights(model, self.weights)
+        return self.kit
+
+    def __reduce__(self) -> NoReturn:
+        raise PrivacyError(f"what {self.site.name} was working with holds its patients and stays in this process; look "
+                           "at it here, or copy out the numbers that you need")
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "failed in", f"round {self.round}, stage {self.stage!r}"
+        yield "exception", (f"{type(self.cause).__name__}; under a guarantee its text isn't shown, see .traceback"
+                            if self.guarded else f"{type(self.cause).__name__}: {self.cause}")
+        if self.kit is not None:
+            yield "kit", f"{type(self.kit.model).__name__} on {self.kit.device}, {len(self.weights)} tensors of weights"
+        if self.batch is not None:
+            yield "batch", " and ".join(f"{'×'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}"
+                                        for t in self.batch)
+        yield "memory", ", ".join(self.memory) or "empty"
+
+    def __repr__(self) -> str:
+        return f"<FailedSite {self.site.name}: {'; '.join(f'{name}: {what}' for name, what in self._rows())}>"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f'<tr><th style="text-align:left">{escape(name)}</th>'
+                       f'<td style="text-align:left">{escape(what)}</td></tr>' for name, what in self._rows())
+        more = "" if self.guarded else f"<details><summary>traceback</summary><pre>{escape(self.traceback)}</pre>" \
+                                       "</details>"
+        return f"<p><b>{escape(self.site.name)}</b> failed</p><table>{rows}</table>{more}"
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    """All frames that an exception and its causes have gone through, the innermost of the first cause last."""
+    one: BaseException | None = error
+    while one is not None:
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            yield frame
+        one = one.__cause__
+
+
+def _batch(error: BaseException) -> tuple[torch.Tensor, torch.Tensor] | None:
+    found: Mapping[str, Any] = {}
+    for frame in _frames(error):
+        known = frame.f_locals
+        if all(isinstance(known.get(name), torch.Tensor) for name in ("image", "target")):
+            found = known
+    return (found["image"], found["target"]) if found else None

@@ -1,0 +1,152 @@
+"""What happened in a run: numbers per round and site, and the weights it ended with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from fedlab.core.types import Round, ServerState, Spent
+
+__all__ = ["History"]
+
+
+class History:
+    """The record of a run, round by round. Holds one state, the last, however long the run.
+
+    It is the server's own. No guarantee covers what `sites()` and `records` say of single updates, such as their
+    norms, where noise is added at the server only (`CentralGaussian`): the server has seen those updates. Publish
+    `table()` and `spent()` then, whose losses such a technique withholds, and not these.
+
+    Args:
+        rounds: number of rounds the run was to have.
+        privacy: the techniques of the run, as code.
+
+    Attributes:
+        stopped: why the run ended before its last round, if it did.
+        state: the server's state after the last finished round, None before the first.
+        records: one plain dict per finished round; `table()` and `sites()` show them as tables.
+    """
+
+    def __init__(self, *, rounds: int, privacy: str = "Privacy()") -> None:
+        self.rounds = rounds
+        self.privacy = privacy
+        self.stopped: str | None = None
+        self.state: ServerState | None = None
+        self.records: list[dict[str, Any]] = []
+
+    def add(self, finished: Round) -> None:
+        """Takes in a finished round."""
+        self.state = finished.state
+        self.records.append({
+            "round": finished.number,
+            "seconds": finished.seconds,
+            "metrics": dict(finished.metrics),
+            "sites": {name: dict(numbers) for name, numbers in finished.sites.items()},
+            "spent": {name: [s._asdict() for s in spent] for name, spent in finished.spent.items() if spent},
+            "absent": dict(finished.absent),
+        })
+
+    def table(self) -> pd.DataFrame:
+        """One row per round: mean training loss by weight, bytes sent, seconds, metrics of the global model."""
+        rows = []
+        for record in self.records:
+            sites = list(record["sites"].values())
+            weight = sum(s["weight"] for s in sites)
+            known = sites and all("loss" in s for s in sites)  # nobody was drawn, or a technique withholds it
+            loss = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if known else {}
+            rows.append({"round": record["round"], **loss, "bytes": sum(s["bytes"] for s in sites),
+                         "seconds": record["seconds"], **record["metrics"]})
+        return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
+
+    def sites(self) -> pd.DataFrame:
+        """One row per round and site: loss, norm of the update, weight, steps and bytes sent.
+
+        Numbers about what each site sent, for the server's eyes: see the class about noise at the server.
+        """
+        rows = [{"round": record["round"], "site": name, **numbers}
+                for record in self.records for name, numbers in record["sites"].items()]
+        return pd.DataFrame(rows).set_index(["round", "site"]) if rows else pd.DataFrame()
+
+    def spent(self) -> pd.DataFrame:
+        """One row per round, site and unit: privacy spent until then, with δ, adjacency and accountant.
+
+        Empty for a run without a formal guarantee. The site "server" stands for noise added there, which holds for
+        every site.
+        """
+        rows = [{"round": record["round"], "site": name, **entry} for record in self.records
+                for name, entries in record["spent"].items() for entry in entries]
+        return pd.DataFrame(rows).set_index(["round", "site", "unit"]) if rows else pd.DataFrame()
+
+    def absent(self) -> pd.DataFrame:
+        """One row per round and site whose update is not in the model, and why."""
+        rows = [{"round": record["round"], "site": name, "reason": reason}
+                for record in self.records for name, reason in record["absent"].items()]
+        return pd.DataFrame(rows, columns=["round", "site", "reason"]).set_index(["round", "site"])
+
+    def guarantee(self) -> str:
+        """What the run so far provably guarantees, in a sentence for each unit."""
+        last: dict[tuple[str, str], Spent] = {}
+        for record in self.records:
+            for site, entries in record["spent"].items():
+                last.update({(entry["unit"], site): Spent(**entry) for entry in entries})
+        worst: dict[str, tuple[float, str]] = {}
+        for (unit, site), spent in last.items():
+            worst[unit] = max(worst.get(unit, (-1.0, "")), (spent.epsilon, f"{spent} at {site}"))
+        return "; ".join(text for _, text in worst.values()) or "no formal guarantee"
+
+    @contextmanager
+    def progress(self, *, enabled: bool) -> Iterator[Callable[[], None]]:
+        """A progress bar over the rounds; what is yielded moves it to the last finished round."""
+        with tqdm(total=self.rounds, initial=len(self.records), desc="rounds", disable=not enabled) as bar:
+            def show() -> None:
+                last = self._latest()
+                bar.set_postfix({k: f"{last[k]:.3f}" for k in ("loss", "Dice") if k in last}, refresh=False)
+                bar.update(len(self.records) - bar.n)
+
+            yield show
+
+    def __repr__(self) -> str:
+        if not self.records:
+            return f"<History: no round of {self.rounds} finished>"
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in self._latest().items() if k not in ("bytes", "seconds"))
+        early = f", stopped: {self.stopped}" if self.stopped else ""
+        return f"<History: {len(self.records)} of {self.rounds} rounds, {shown}; {self.guarantee()}{early}>"
+
+    def _latest(self) -> dict[str, float]:
+        """The last known value of each number; not every metric is taken in every round."""
+        last = self.table().ffill().iloc[-1].dropna()
+        return {str(name): float(value) for name, value in last.items()}
+
+    def _repr_html_(self) -> str:
+        table = self.table()
+        if table.empty:
+            return f"<p>{escape(repr(self))}</p>"
+        drawn = "".join(_sketch(table[name].dropna(), str(name), self.rounds)
+                        for name in [c for c in table if c not in ("bytes", "seconds")][:3])
+        last = table.tail(10).astype({"bytes": int})
+        html: str = last.to_html(float_format="{:.3f}".format, na_rep="–")
+        early = f"<p>Stopped: {escape(self.stopped)}</p>" if self.stopped else ""
+        return (f"<p>{len(self.records)} of {self.rounds} rounds; privacy: {escape(self.guarantee())}</p>{early}{drawn}"
+                f"<p>The last {len(last)}:</p>{html}")
+
+
+def _sketch(values: pd.Series[float], name: str, rounds: int) -> str:
+    """A small curve over the rounds as inline SVG: no drawing library, so that showing a history is instant."""
+    if values.empty:
+        return ""
+    low, high = float(values.min()), float(values.max())
+    across = 10 + 220 * values.index.to_numpy(dtype=float) / max(rounds - 1, 1)
+    down = 95 - 65 * (values.to_numpy(dtype=float) - low) / max(high - low, 1e-12)
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+    last = f"{escape(name)} {values.iloc[-1]:.3f}"
+    return (f'<svg role="img" aria-label="{last} at the end, from {low:.3f} to {high:.3f} in all" width="250" '
+            f'height="105" viewBox="0 0 250 105" style="background:#fff;margin-right:12px">'
+            f'<text x="10" y="17" font-family="sans-serif" font-size="13" fill="#222">{last}</text>'
+            f'<path d="M10 100H230" stroke="#ccc"/><polyline points="{points}" fill="none" stroke="#0072B2" '
+            f'stroke-width="2" stroke-linejoin="round"/>'
+            f'<circle cx="{across[-1]:.1f}" cy="{down[-1]:.1f}" r="3" fill="#0072B2"/></svg>')

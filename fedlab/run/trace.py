@@ -1,0 +1,416 @@
+"""A run's trace: one line a round, each with the hash of the line before, so that no line can be changed unseen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from html import escape
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedlab.core.errors import DataError, RunError
+from fedlab.core.types import Patient, Round, ServerState, Site, Tensors
+from fedlab.core.weights import weights_sha256
+from fedlab.data.sites.partition import Partition
+from fedlab.engines.remote import Unseen
+from fedlab.run.checkpoint import Checkpoint
+
+__all__ = ["Trace", "Verdict", "verify"]
+
+_FORMAT = "fedlab-trace-1"
+_NOTHING = "0" * 64
+#: May differ when a run goes on: who works it, and how long it is to be.
+_LOOSE = ("engine", "rounds")
+
+
+class Trace:
+    """The file that a run is traced in; `federate(..., trace="trace.jsonl")` makes one.
+
+    Its first line says with what the run was made: settings as code, versions, and for each site hashes of its
+    patients' ids and of its data card. Then a line a round: who took part when and with which weight, norms, who was
+    absent and why, hashes of the model before and after, privacy spent. A line goes on where a run was resumed, and
+    one ends it. Every line holds the SHA-256 of its own content and of the line before.
+
+    What such a chain can't show: who can write the file can write all of it anew, from any line on, with hashes that
+    fit. Note `head`, the last line's hash, where others can't change it (a message to the other sites, a paper); then
+    `verify(path, head=...)` tells. A hash of ids hides nobody whose ids can be guessed. Like a `History` it is the
+    server's own: no guarantee covers single updates' norms where noise is added at the server only.
+
+    Attributes:
+        path: the file.
+        head: hash of the last line.
+    """
+
+    def __init__(self, path: Path, *, lines: int = 0, head: str = _NOTHING, model: str = "") -> None:
+        self.path, self.head = path, head
+        self._lines, self._model = lines, model
+
+    @classmethod
+    def open(cls, path: Path | str, *, settings: Mapping[str, str], sites: Sequence[Site], start: Tensors,
+             state: ServerState | None, resumable: bool) -> Trace:
+        """The trace of a run that begins or goes on.
+
+        Args:
+            path: a new file, or the trace of this same run; a last line that a crash cut off is taken away.
+            settings: of the run, as code.
+            sites: all that may take part.
+            start: the weights that the run began with.
+            state: that it goes on from, or None.
+            resumable: whether the run has a checkpoint to go on from.
+
+        Raises:
+            RunError: the file is of another run, or damaged.
+        """
+        path = Path(path)
+        begin = {"format": _FORMAT, "settings": dict(settings), "versions": _versions(), **_data_of(sites)}
+        number = 0 if state is None else state.round
+        model = model_sha256(state.params if state else start, state.models if state else {})
+        if resumable and path.exists() and _barely_begun(path):
+            path.unlink()
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trace = cls(path, model=model)
+            trace._write("start", round=number, model=model, **begin)
+            return trace
+        if not resumable:
+            raise RunError(f"{path} exists and is left as it is; choose another file for the trace of this run")
+        lines, rest = _complete_lines(path)
+        entries = [entry for line in lines if (entry := _parse(line)) is not None]
+        if not entries or len(entries) < len(lines) or entries[0].get("format") != _FORMAT:
+            raise RunError(f"{path} is no trace, or a damaged one; 'fedlab verify {path}' says where")
+        first, last = entries[0], entries[-1]
+        _check_same_run(path, first, begin)
+        rounds = _rounds_after(entries)
+        planned = [entry["settings"]["rounds"] for entry in entries if "rounds" in entry.get("settings", {})]
+        if last["kind"] == "end" and (rounds, last["model"], planned[-1]) == (number, model, settings["rounds"]):
+            return cls(path, lines=len(lines), head=last["sha256"], model=model)
+        if rest:
+            with path.open("r+b") as file:
+                file.truncate(path.stat().st_size - len(rest))
+        trace = cls(path, lines=len(lines), head=last["sha256"], model=model)
+        changed = {k: v for k, v in settings.items() if k == "rounds" or first["settings"].get(k) != v}
+        trace._write("resume", round=number, model=model, missing=list(range(rounds, number)), cut_bytes=len(rest),
+                     settings=changed, versions=begin["versions"])
+        return trace
+
+    def add(self, finished: Round) -> None:
+        """Adds a finished round. It is on the disk when this returns."""
+        before, self._model = self._model, model_sha256(finished.state.params, finished.state.models)
+        self._write("round", round=finished.number, cohort=list(finished.cohort), sites=finished.sites,
+                    absent=finished.absent, metrics=finished.metrics, seconds=finished.seconds, before=before,
+                    after=self._model, spent={name: [s._asdict() for s in all_spent]
+                                              for name, all_spent in finished.spent.items() if all_spent})
+
+    def end(self, *, round: int, stopped: str | None) -> None:
+        """Ends the trace, if it has not ended.
+
+        Args:
+            round: number of rounds that were run.
+            stopped: why the run ended early, if it did.
+        """
+        lines, _ = _complete_lines(self.path)
+        if (_parse(lines[-1]) or {}).get("kind") != "end":
+            self._write("end", round=round, model=self._model, stopped=stopped)
+
+    def _write(self, kind: str, **content: Any) -> None:
+        entry = {"kind": kind, "line": self._lines, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                 **_plain(content), "previous": self.head}
+        entry["sha256"] = _hash_of(entry)
+        with self.path.open("ab") as file:
+            file.write(_canonical(entry) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines, self.head = self._lines + 1, entry["sha256"]
+
+    def __repr__(self) -> str:
+        return f"<Trace {self.path}: {self._lines} lines, head {self.head}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What `verify` found in a trace.
+
+    Attributes:
+        path: the file.
+        lines: complete lines.
+        rounds: rounds of the run so far.
+        head: hash of the last line.
+        problems: what is wrong, with the line it is in; none in a trace that is whole.
+        notes: what one should know though nothing is wrong.
+    """
+
+    path: Path
+    lines: int
+    rounds: int
+    head: str
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        said = [f"{self.path}: {self.lines} lines, {self.rounds} rounds, "
+                + ("whole" if self.ok else f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}")]
+        said += [f"  - {problem}" for problem in self.problems] + [f"  note: {note}" for note in self.notes]
+        return "\n".join([*said, f"  head {self.head}"])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+def verify(path: Path | str, *, head: str | None = None) -> Verdict:
+    """Looks at every line of a trace, and compares it with the saved model of its run.
+
+    A line that was changed, removed, added, or moved is found, and so is a model that is not the one the trace ends
+    with. See `Trace` about what can't be found without a head noted elsewhere.
+
+    Args:
+        path: a run's directory, or the trace itself.
+        head: the hash of a line as it was noted elsewhere.
+
+    Raises:
+        RunError: there is no trace.
+    """
+    path = Path(path)
+    file = path / "trace.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise RunError(f"there is no trace {file}; 'fedlab demo' and 'fedlab run' write one, and so does "
+                       "federate(..., trace=...)")
+    reading = _Reading()
+    lines, rest = _complete_lines(file)
+    for number, line in enumerate(lines):
+        reading.take(number, line)
+    if rest:
+        reading.problems.append(f"line {len(lines) + 1} is cut off after {len(rest)} bytes: the run was killed while "
+                                "it wrote, or bytes were removed; resuming the run mends it")
+    if not lines:
+        reading.problems.append("there is no complete line")
+    if head is not None and head not in reading.hashes:
+        reading.problems.append(f"no line has the head that was noted, {head}: the trace was written anew or cut")
+    elif head is not None and head != reading.hashes[-1]:
+        reading.notes.append(f"{len(lines) - 1 - reading.hashes.index(head)} lines came after the head that was noted")
+    if not reading.ended:
+        reading.notes.append(f"the run has not ended: {reading.expected or 0} of {reading.planned} rounds are traced")
+    if path.is_dir():
+        reading.compare(path)
+    return Verdict(path=file, lines=len(lines), rounds=reading.expected or 0,
+                   head=reading.hashes[-1] if reading.hashes else _NOTHING, problems=tuple(reading.problems),
+                   notes=tuple(reading.notes))
+
+
+@dataclass(eq=False)
+class _Reading:
+    """Goes through a trace, line by line."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    models: dict[int, str] = field(default_factory=dict)
+    expected: int | None = None
+    planned: str = "?"
+    ended: bool = False
+
+    def take(self, number: int, line: bytes) -> None:
+        """A line and its place in the chain."""
+        entry, where = _parse(line), f"line {number + 1}"
+        if entry is None:
+            self.problems.append(f"{where} can't be read: it was changed")
+            self.hashes.append("")
+            self.expected = None
+            return
+        if _canonical(entry) != line or entry["sha256"] != _hash_of(entry):
+            self.problems.append(f"{where} is not what was written: it was changed")
+        previous = self.hashes[-1] if self.hashes else _NOTHING
+        if entry["previous"] != previous and previous:
+            self.problems.append(f"{where} does not follow the one before it: a line was changed, removed, added or "
+                                 "moved there")
+        self.hashes.append(str(entry["sha256"]))
+        try:
+            self._follow(entry, where)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            self.problems.append(f"{where} lacks what such a line has ({type(error).__name__}: {error})")
+            self.expected = None
+
+    def _follow(self, entry: dict[str, Any], where: str) -> None:
+        kind, number = entry["kind"], entry["round"]
+        if (kind == "start") != (len(self.hashes) == 1):
+            self.problems.append(f"{where}: a trace has one start, in its first line")
+        if self.ended and kind != "resume":
+            self.problems.append(f"{where} comes after the end of the run")
+        self.ended = kind == "end"
+        if kind == "start":
+            self.planned = str(entry["settings"].get("rounds", "?"))
+            if number:
+                self.notes.append(f"the trace begins in round {number}; the rounds before are not in it")
+            self.expected, self.models[number] = number, entry["model"]
+        elif kind == "resume":
+            self._go_on(entry, number, where)
+        elif kind == "round":
+            if self.expected is not None and number != self.expected:
+                self.problems.append(f"{where} is round {number}, round {self.expected} was to come")
+            elif self.expected is not None and entry["before"] != self.models.get(number):
+                self.problems.append(f"{where}: round {number} begins with another model than round {number - 1} ended "
+                                     "with")
+            if self.models.get(number + 1, entry["after"]) != entry["after"]:
+                self.notes.append(f"round {number} was run again and gave another model: other data, or another "
+                                  "machine")
+            self.expected, self.models[number + 1] = number + 1, entry["after"]
+        elif kind == "end":
+            if self.expected is not None and (number, entry["model"]) != (self.expected, self.models[self.expected]):
+                self.problems.append(f"{where}: the run ends elsewhere than its last round")
+            if entry["stopped"]:
+                self.notes.append(f"the run ended early: {entry['stopped']}")
+        else:
+            self.problems.append(f"{where} is of an unknown kind, {kind!r}")
+
+    def _go_on(self, entry: dict[str, Any], number: int, where: str) -> None:
+        self.planned = str(entry["settings"].get("rounds", self.planned))
+        if self.expected is not None and number > self.expected:
+            self.problems.append(f"{where}: rounds {self.expected} to {number - 1} were run but are not in the trace")
+        elif self.models.get(number, entry["model"]) != entry["model"]:
+            self.problems.append(f"{where}: the run went on in round {number} with another model than it had")
+        elif self.expected is not None and number < self.expected:
+            self.notes.append(f"rounds {number} to {self.expected - 1} were run again after an interruption")
+        if entry["cut_bytes"]:
+            self.notes.append(f"a line that a crash had cut off was removed before line {entry['line'] + 1}")
+        self.expected, self.models[number] = number, entry["model"]
+
+    def compare(self, folder: Path) -> None:
+        """The trace with the model that was saved."""
+        try:
+            saved = _saved_model(folder)
+        except (RunError, OSError, ValueError) as error:
+            self.problems.append(f"the saved model can't be compared: {error}")
+            return
+        if saved is None:
+            self.notes.append(f"{folder} holds no saved model to compare with")
+            return
+        what, number, found = saved
+        number = self.expected if number is None else number
+        if number is None or found != self.models.get(number):
+            self.problems.append(f"{what} ({found[:12]}…) is not the model that the trace has after {number} rounds "
+                                 f"({self.models.get(number or 0, 'none')[:12]}…)")
+
+
+def model_sha256(params: Tensors, models: Mapping[str, Tensors]) -> str:
+    """Hash of the global model, and of the sites' own where they have some."""
+    if not models:
+        return weights_sha256(params)
+    own = {name: weights_sha256(model) for name, model in models.items()}
+    return hashlib.sha256(_canonical({"params": weights_sha256(params), "models": own})).hexdigest()
+
+
+def _saved_model(folder: Path) -> tuple[str, int | None, str] | None:
+    """What the model in a run directory is called, the rounds it has seen (None: all), and its hash."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / "model.safetensors"
+    if file.is_file():
+        try:
+            return file.name, None, weights_sha256(load_file(file))
+        except SafetensorError as error:
+            raise RunError(f"{file} is damaged ({error})") from error
+    for place in (folder, folder / "arms" / "federated"):
+        saved = Checkpoint(place).load() if (place / "run.json").is_file() else None
+        if saved is not None:
+            state = saved[0]
+            return f"the checkpoint of round {state.round - 1}", state.round, model_sha256(state.params, state.models)
+    return None
+
+
+def _data_of(sites: Sequence[Site]) -> dict[str, Any]:
+    """Hashes that stand for who is at each site and what its card says."""
+    try:
+        seen = not any(isinstance(site.train, Unseen) for site in sites)
+        partition = Partition.of(sites).id if seen else "not known here"
+    except DataError as error:
+        partition = f"none: {error}"
+    rows: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        if isinstance(site.train, Unseen):
+            rows[site.name] = {"train": None, "held_out": None, "patients_sha256": None, "card_sha256": None}
+            continue
+        ids = sorted([*_ids(site.train), *_ids(site.val)])
+        card = None if site.card is None else getattr(site.card, "to_markdown", site.card.__repr__)()
+        rows[site.name] = {
+            "train": len(site.train), "held_out": len(site.val),
+            "patients_sha256": hashlib.sha256(_canonical(ids)).hexdigest(),
+            "card_sha256": None if card is None else hashlib.sha256(str(card).encode()).hexdigest()}
+    return {"partition": partition, "sites": rows}
+
+
+def _ids(patients: Sequence[Patient]) -> list[str]:
+    known = getattr(patients, "ids", None)  # of a folder whose scans need not be read for it
+    return list(known) if known is not None else [patient.id for patient in patients]
+
+
+def _versions() -> dict[str, str]:
+    ours = import_module("fedlab").__version__  # by name: the package imports this module
+    return {"fedlab": ours, "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "monai", "opacus")}}
+
+
+def _check_same_run(path: Path, first: Mapping[str, Any], begin: Mapping[str, Any]) -> None:
+    there = {**first["settings"], "sites": first["sites"]}
+    here = {**begin["settings"], "sites": begin["sites"]}
+    differing = sorted(k for k in there.keys() | here.keys() if k not in _LOOSE and there.get(k) != here.get(k))
+    if differing:
+        raise RunError(f"{path} is the trace of a run with other settings ({', '.join(differing)} differ); choose "
+                       "another file")
+
+
+def _rounds_after(entries: Sequence[Any]) -> int:
+    """How many rounds a trace has seen, those before it began included."""
+    return max(int(entry["round"]) + int(entry["kind"] == "round") for entry in entries)
+
+
+def _complete_lines(path: Path) -> tuple[list[bytes], bytes]:
+    """The lines that end as they should, and what is left of a last one that doesn't."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    return lines, rest
+
+
+def _barely_begun(path: Path) -> bool:
+    """Whether a kill left nothing but a part of the first line."""
+    lines, rest = _complete_lines(path)
+    beginning = _canonical({"format": _FORMAT})[:-1]
+    return not lines and rest[:len(beginning)] == beginning[:len(rest)]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line as it was written, or None."""
+    try:
+        entry = json.loads(line)
+        return entry if isinstance(entry, dict) and {"sha256", "previous", "kind"} <= entry.keys() else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _hash_of(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical({k: v for k, v in entry.items() if k != "sha256"})).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    """JSON that is the same for the same content."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def _plain(value: Any) -> Any:
+    """Plain values for JSON, which has no word for NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,192 @@
+"""Numbers of a run for experiment trackers: calls for `federate(..., on_round=...)`.
+
+Each takes up where it stopped when a run is resumed. A run that is killed between its checkpoint and its tracker leaves
+that round out of the tracker; `History` and the trace have it.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlab.core.errors import RunError
+from fedlab.core.types import Round
+
+__all__ = ["CsvTracker", "MLflowTracker", "TensorBoardTracker"]
+
+_COLUMNS = ("round", "site", "name", "value")
+
+
+@dataclass(kw_only=True, eq=False)
+class CsvTracker:
+    """Writes every number of every round into a CSV table: round, site (empty for the global model), name, value.
+
+    Args:
+        path: a new file, or the one that this run has written; rounds that are run again replace themselves.
+
+    Raises:
+        RunError: at the first round, if the file is another table or another run's.
+    """
+
+    path: Path | str
+    _checked: bool = field(default=False, init=False, repr=False)
+
+    def __call__(self, finished: Round) -> None:
+        path = Path(self.path)
+        if not self._checked:
+            self._take_up(path, finished.number)
+            self._checked = True
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if file.tell() == 0:
+                writer.writerow(_COLUMNS)
+            writer.writerows((finished.number, *row) for row in numbers(finished))
+
+    def _take_up(self, path: Path, number: int) -> None:
+        """Leaves the rounds before this one in the table, and whatever a kill left half written out."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.stat().st_size == 0:
+            return
+        if number == 0:
+            raise RunError(f"{path} exists and is left as it is; choose another file for this run")
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        if tuple(rows[0]) != _COLUMNS:
+            raise RunError(f"{path} is another table, with columns {', '.join(rows[0])}; choose another file")
+        kept = [row for row in rows[1:] if len(row) == len(_COLUMNS) and row[0].isdigit() and int(row[0]) < number]
+        scratch = path.with_name(path.name + ".part")
+        with scratch.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([_COLUMNS, *kept])
+        os.replace(scratch, path)
+
+
+@dataclass(kw_only=True, eq=False)
+class MLflowTracker:
+    """Logs every round to MLflow (`pip install -e '.[tracking]'`).
+
+    Metrics are called as in the history, those of a site "site/name" with the site's name in front. Names of sites and
+    what the server learns of them are sent to the tracking server: point `uri` at one of yours.
+
+    Args:
+        run_file: where the id of the MLflow run is kept, beside the checkpoint; a resumed run goes on in that run.
+        experiment: its name in MLflow.
+        uri: of the tracking server; None leaves it to MLflow's own settings. A folder, as "file:...", is still taken by
+            MLflow 3 where MLFLOW_ALLOW_FILE_STORE=true is set.
+        settings: logged as parameters when the run begins, such as {"strategy": repr(strategy)}.
+
+    Raises:
+        ImportError: at the first round, if MLflow is not installed.
+        RunError: the file with the id is of another tracker, or of a run that had begun before.
+    """
+
+    run_file: Path | str
+    experiment: str = "fedlab"
+    uri: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    _client: Any = field(default=None, init=False, repr=False)
+    _id: str = field(default="", init=False, repr=False)
+
+    def __call__(self, finished: Round) -> None:
+        if self._client is None:
+            self._take_up(finished.number)
+        now = int(time.time() * 1000)
+        from mlflow.entities import Metric
+
+        shown = [Metric(_key(site, name), value, now, finished.number) for site, name, value in numbers(finished)
+                 if math.isfinite(value)]  # not every store of MLflow takes NaN
+        for first in range(0, len(shown), 1000):  # as many as MLflow takes at once
+            self._client.log_batch(self._id, metrics=shown[first:first + 1000])
+
+    def end(self) -> None:
+        """Marks the MLflow run as finished."""
+        if self._client is not None:
+            self._client.set_terminated(self._id)
+
+    def _take_up(self, number: int) -> None:
+        try:
+            from mlflow import MlflowClient
+        except ImportError as error:
+            raise ImportError("MLflowTracker needs MLflow: python -m pip install -e '.[tracking]'") from error
+        client, path = MlflowClient(tracking_uri=self.uri), Path(self.run_file)
+        if path.exists():
+            if number == 0:
+                raise RunError(f"{path} names the MLflow run of an earlier run; choose another file for this one")
+            self._id = _read_id(path)
+            client.set_terminated(self._id, status="RUNNING")
+        else:
+            known = client.get_experiment_by_name(self.experiment)
+            experiment = client.create_experiment(self.experiment) if known is None else known.experiment_id
+            self._id = client.create_run(experiment).info.run_id
+            for name, value in self.settings.items():
+                client.log_param(self._id, name, value[:6000])  # longer ones MLflow refuses
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self._id + "\n", encoding="utf-8")
+        self._client = client
+
+
+@dataclass(kw_only=True, eq=False)
+class TensorBoardTracker:
+    """Writes every round for TensorBoard (`pip install -e '.[tracking]'`, then `tensorboard --logdir FOLDER`).
+
+    Args:
+        folder: of the event files; new, or that of this very run. Rounds that are run again replace themselves.
+
+    Raises:
+        ImportError: at the first round, if TensorBoard is not installed.
+        RunError: the folder holds events of another run.
+    """
+
+    folder: Path | str
+    _writer: Any = field(default=None, init=False, repr=False)
+
+    def __call__(self, finished: Round) -> None:
+        if self._writer is None:
+            self._take_up(finished.number)
+        for site, name, value in numbers(finished):
+            self._writer.add_scalar(_key(site, name), value, finished.number)
+        self._writer.flush()
+
+    def _take_up(self, number: int) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise ImportError("TensorBoardTracker needs TensorBoard: python -m pip install -e '.[tracking]'") from error
+        if number == 0 and any(Path(self.folder).glob("events.out.tfevents.*")):
+            raise RunError(f"{self.folder} holds the events of an earlier run; choose another folder for this one")
+        writer: Any = SummaryWriter
+        self._writer = writer(str(self.folder), purge_step=number or None)
+
+
+def numbers(finished: Round) -> Iterator[tuple[str, str, float]]:
+    """Every number of a round as (site, name, value); the site is empty for the global model."""
+    yield "", "seconds", float(finished.seconds)
+    yield "", "sites in the model", float(len(finished.sites))
+    for name, value in finished.metrics.items():
+        yield "", name, float(value)
+    for site, own in finished.sites.items():
+        for name, value in own.items():
+            yield site, name, float(value)
+    for site, spent in finished.spent.items():
+        for one in spent:
+            # An ε means nothing without the rest, so the rest is in its name.
+            yield site, (f"epsilon at delta {one.delta:g} per {one.unit}, {one.adjacency}, {one.accountant} "
+                         "accountant"), float(one.epsilon)
+
+
+def _key(site: str, name: str) -> str:
+    """A name that MLflow and TensorBoard take: letters, digits and _ - . / and blanks."""
+    whole = f"{site}/{name}" if site else name
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_-./ ") else "_" for c in whole)[:250]
+
+
+def _read_id(path: Path) -> str:
+    found = path.read_text(encoding="utf-8").strip()
+    if len(found) != 32 or not set(found) <= set("0123456789abcdef"):
+        raise RunError(f"{path} does not hold the id of an MLflow run; remove it to begin a new one")
+    return found

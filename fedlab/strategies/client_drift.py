@@ -1,0 +1,239 @@
+"""Strategies that change how sites train: a pull towards the global model, control variates, personal models.
+
+Their terms are added to the gradient right before the site's optimiser steps. Under DP-SGD that is after clipping and
+noise: the terms hold nothing of a patient that has not been protected, so they need neither, and are not clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from fedlab.core.types import Memory, ServerState, Site, Tensors, Update
+from fedlab.core.weights import trainable
+from fedlab.privacy.personal_layers import PersonalLayers
+from fedlab.strategies.averaging import FedAvg, moved, sgd_settings
+
+if TYPE_CHECKING:
+    from fedlab.privacy.base import Privacy
+    from fedlab.training.trainer import Kit, SiteTrainer
+
+__all__ = ["SCAFFOLD", "Ditto", "FedProx"]
+
+_CONTROL = "control variate"  # of the server in ServerState.moments, of a site in its memory
+_PERSONAL, _PERSONAL_OPTIMISER = "ditto", "ditto optimiser"  # groups of a site's memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedProx(FedAvg):
+    """Local training that is pulled back to where it began (Li et al., MLSys 2020, arXiv 1812.06127).
+
+    Each site minimises its loss plus mu/2 times the squared distance from the weights that its round began with:
+    helps where sites differ and train long between rounds. The paper also lets sites take different amounts of work,
+    which `FedNova` corrects for. With mu=0 it is FedAvg.
+
+    Args:
+        mu: strength of the pull. With plain SGD the learning rate times mu must stay below 2, or training blows up; the
+            paper tries 0.001 to 1.
+
+    Raises:
+        ValueError: a mu that is negative or infinite.
+    """
+
+    mu: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mu < float("inf"):
+            raise ValueError(f"mu is a number of at least 0, got {self.mu}")
+
+    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
+        if self.mu > 0:
+            _pull(kit, self.mu, to=None)
+        return kit
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCAFFOLD(FedAvg):
+    """Control variates against client drift (Karimireddy et al., ICML 2020, arXiv 1910.06378, option II).
+
+    Every step at a site is corrected by the difference between the mean gradient of all sites and the site's own, both
+    as the round before has shown them: helps where sites differ and train long, and each takes part often. Needs plain
+    SGD of a fixed number of steps; there with equal sites, or in the first round, it is FedAvg.
+
+    Nothing but the update leaves a site. What the paper sends besides, the change of the site's control variate, is
+    minus the server's own less the update per step and learning rate, so that the server works it out; the site
+    does the same from its *protected* update, so whatever a technique did to it is the same in both. The server's
+    control variate goes to the sites with the weights: broadcasts are twice as large. At the server it takes whatever
+    noise the mean has; there the number of sites that came is replaced by the expected one, since noise doesn't hide
+    it. A site whose update is turned away has moved its own control variate all the same: the server's is off by that
+    until a round in which all come.
+
+    Args:
+        sites: number of all sites of the run.
+        steps: as in the trainer.
+        lr: as in the trainer: a positive number, or a function of the round.
+        weights: "uniform", as in the paper: the server's control variate is the mean of all sites'.
+
+    Raises:
+        ValueError: a setting out of its range, and before the first round settings that are not those of the run, an
+            optimiser other than plain SGD, or updates that are hidden by masks.
+    """
+
+    one_server: ClassVar[bool] = True
+
+    sites: int
+    steps: int
+    lr: float | Callable[[int], float]
+    weights: Literal["patients", "steps", "uniform"] = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sites", "steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a positive whole number, got {value!r}")
+        if not callable(self.lr) and not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr is a positive number or a function of the round, got {self.lr!r}")
+        if self.weights != "uniform":
+            raise ValueError(f"SCAFFOLD is defined for equal weights: weights is 'uniform', got {self.weights!r}")
+
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
+        sgd = sgd_settings(trainer)
+        if sgd is None or sgd["momentum"] or sgd["maximize"]:
+            raise ValueError("SCAFFOLD reads the mean gradient from the update, which plain SGD allows and moments "
+                             "don't; say SiteTrainer(optimiser=torch.optim.SGD, ...), or use FedProx")
+        if trainer.steps is None:
+            raise ValueError(f"SCAFFOLD wants the same number of steps at every site: say steps= in place of "
+                             f"epochs={trainer.epochs}")
+        if (self.sites, self.steps, self.lr) != (len(sites), trainer.steps, trainer.lr):
+            raise ValueError(f"{self!r} is not for this run; say SCAFFOLD(sites={len(sites)}, steps={trainer.steps}, "
+                             f"lr={trainer.lr!r})")
+        if privacy.masked or privacy.before or privacy.after:
+            raise ValueError(f"the protected update from which a site computes its control variate is hidden by "
+                             f"{privacy!r}; use SCAFFOLD without it, or FedProx with it")
+
+    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
+        ours, own = self._controls(state, memory)
+        terms = {name: (c - own[name]).to(kit.device) for name, c in ours.items()}
+        _add_to_gradient(kit, lambda name, p: terms[name])
+        return kit
+
+    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
+             seed: int) -> None:
+        ours, own = self._controls(state, memory)
+        gradient = -1 / self._travel(state.round)
+        memory[_CONTROL] = {name: (own[name].double() - c.double() + update.delta[name].double() * gradient).to(c.dtype)
+                            for name, c in ours.items()}
+
+    def step(self, state: ServerState, mean: Update) -> ServerState:
+        # Noise at the server is sized for the expected cohort and hides who came; a mean of nobody has no steps.
+        came = self.sites * self.sample if mean.spent else mean.weight if mean.steps else 0.0
+        share, gradient = came / self.sites, -1 / self._travel(state.round)
+        ours, _ = self._controls(state, {})
+        control = {name: (c.double() * (1 - share) + mean.delta[name].double() * (share * gradient)).to(c.dtype)
+                   for name, c in ours.items()}
+        after = super().step(state, mean)
+        return replace(after, moments={**state.moments, _CONTROL: control})
+
+    def _controls(self, state: ServerState, memory: Memory) -> tuple[Tensors, Tensors]:
+        """The server's and the site's, zeros where there is none yet."""
+        zeros = {name: torch.zeros_like(p) for name, p in state.params.items()}
+        return state.moments.get(_CONTROL, zeros), memory.get(_CONTROL, zeros)
+
+    def _travel(self, round: int) -> float:
+        """How far a gradient of 1 takes a weight in a round."""
+        lr = self.lr(round) if callable(self.lr) else self.lr
+        if not 0 < lr < float("inf"):
+            raise ValueError(f"the learning rate of round {round} is {lr}, by which SCAFFOLD divides; end the run "
+                             "before it reaches 0")
+        return self.steps * lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ditto(FedAvg):
+    """A personal model for each site beside the global one (Li et al., ICML 2021, arXiv 2012.04221).
+
+    The global model is trained as in FedAvg. Then each site trains a model of its own, with the same optimiser and as
+    many steps, on its loss plus lam/2 times the squared distance from the global weights that the round began with:
+    helps where no one model suits all sites, and where some sites may lie, since a site need not follow them. It costs
+    twice the training. lam=0 is training alone.
+
+    The personal model stays in the site's memory (group "ditto"), survives checkpoints, and enters nothing that
+    leaves. No privacy technique touches it: it is as private as the site's patients, so don't publish it.
+
+    Args:
+        lam: strength of the pull. With plain SGD the learning rate times lam must stay below 2; the paper tries 0.05
+            to 2.
+
+    Raises:
+        ValueError: a lam that is negative or infinite; before the first round personal layers, which it does without.
+    """
+
+    lam: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lam < float("inf"):
+            raise ValueError(f"lam is a number of at least 0, got {self.lam}")
+
+    def local(self, params: Tensors, memory: Mapping[str, Tensors]) -> Tensors:
+        """The weights of one site's own model.
+
+        Args:
+            params: of the global model, which is a site's own before its first round.
+            memory: of the site, such as `engine.memory["site-0"]`.
+        """
+        return dict(memory.get(_PERSONAL, params))
+
+    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
+        if any(isinstance(layer, PersonalLayers) for layer in privacy._layers()):
+            raise ValueError("Ditto gives each site a whole model of its own, which would be pulled to the global "
+                             "model's untrained personal layers; use it without PersonalLayers")
+
+    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
+             seed: int) -> None:
+        # The same seed as for the global model: with lam=0 this is, to the bit, the site training alone.
+        start = replace(state, params=self.local(state.params, memory))
+        own: Memory = {"optimiser": memory[_PERSONAL_OPTIMISER]} if _PERSONAL_OPTIMISER in memory else {}
+        kit = trainer.prepare(site, start, memory=own, seed=seed)
+        if self.lam > 0:
+            _pull(kit, self.lam, to=state.params)
+        try:
+            trained = trainer.fit(kit, site, start, memory=own, seed=seed)
+        finally:
+            kit.close()
+        memory[_PERSONAL] = moved(start.params, trained.delta, 1.0)
+        if "optimiser" in own:
+            memory[_PERSONAL_OPTIMISER] = own["optimiser"]
+
+
+def _pull(kit: Kit, strength: float, *, to: Tensors | None) -> None:
+    """A term of the gradient towards these weights, or towards those that training begins with.
+
+    The latter are read at the first step, after techniques such as personal layers have put theirs in.
+    """
+    anchor: dict[str, torch.Tensor] = {} if to is None else {name: t.to(kit.device) for name, t in to.items()}
+
+    def term(name: str, p: torch.Tensor) -> torch.Tensor:
+        if name not in anchor:
+            anchor[name] = p.clone()
+        return (p - anchor[name]) * strength
+
+    _add_to_gradient(kit, term)
+
+
+def _add_to_gradient(kit: Kit, term: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Adds a term to every gradient right before each step of the site's own optimiser."""
+    parameters = trainable(kit.model)
+
+    @torch.no_grad()
+    def add(optimiser: torch.optim.Optimizer, arguments: Any, settings: Any) -> None:
+        for name, p in parameters.items():
+            extra = term(name, p).to(p.dtype)
+            p.grad = extra if p.grad is None else p.grad + extra
+
+    kit.optimiser.register_step_pre_hook(add)

@@ -1,0 +1,329 @@
+"""How well a segmentation fits: Dice and HD95 per region and patient, and what thresholding alone would reach.
+
+Empty regions count as in the BraTS and FeTS evaluations (Baid et al. 2021, arXiv:2107.02314; Pati et al. 2022):
+reference and prediction both empty give Dice 1 and HD95 0; only one of them empty gives Dice 0 and HD95
+373.13 mm, the diagonal of the BraTS grid of 240 x 240 x 155 mm. `summary(empty="skip")` leaves patients whose
+reference lacks a region out of that region's mean instead, and counts the false alarms among them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+import pandas as pd
+import torch
+
+from fedlab.core.hardware import pick_precision
+from fedlab.core.regions import labels_to_regions
+from fedlab.core.types import MODALITIES, REGIONS, Patient, Site
+
+__all__ = ["COLUMNS", "WORST_HD95_MM", "RegionScore", "Thresholding", "evaluate", "predict", "score", "score_rows",
+           "summary", "threshold_dice"]
+
+#: HD95 where only one of reference and prediction is empty: the diagonal of the BraTS grid in mm.
+WORST_HD95_MM = math.sqrt(240**2 + 240**2 + 155**2)
+#: Columns of the table that `evaluate` gives, one row a patient and region.
+COLUMNS = ("site", "patient", "region", "dice", "hd95_mm", "reference_ml", "predicted_ml")
+
+
+class RegionScore(NamedTuple):
+    """One region of one patient."""
+
+    dice: float
+    hd95_mm: float
+    reference_ml: float
+    predicted_ml: float
+
+
+def score(prediction: torch.Tensor, reference: torch.Tensor, *, spacing_mm: Sequence[float]) -> dict[str, RegionScore]:
+    """Dice, HD95 and volumes of each region.
+
+    HD95 is the larger of the two directed 95th percentiles of the distances between the surfaces.
+
+    Args:
+        prediction: bool or 0/1 regions, shape (3, X, Y, Z), in the order of `fedlab.core.types.REGIONS`.
+        reference: regions of the same shape, or labels 1/2/4 of shape (X, Y, Z).
+        spacing_mm: voxel size along X, Y, Z in mm.
+
+    Returns:
+        A score for each of `fedlab.core.types.REGIONS`; empty regions as this module's docstring says.
+
+    Raises:
+        ValueError: shapes that don't fit, values that are no masks, or a spacing that isn't three positive numbers.
+    """
+    if len(spacing_mm) != 3 or not all(0 < s < math.inf for s in spacing_mm):
+        raise ValueError(f"spacing_mm is three positive numbers of mm, got {tuple(spacing_mm)}")
+    target = labels_to_regions(reference) if reference.ndim == 3 else reference
+    if prediction.ndim != 4 or prediction.shape[0] != len(REGIONS) or prediction.shape != target.shape:
+        raise ValueError(f"expected a prediction of shape (3, X, Y, Z) and a reference on the same grid, got "
+                         f"{tuple(prediction.shape)} and {tuple(reference.shape)}")
+    guess, truth = _mask(prediction, "prediction"), _mask(target, "reference")
+    voxel_ml = math.prod(spacing_mm) / 1000
+    return {name: _score_region(guess[i], truth[i], spacing_mm, voxel_ml) for i, name in enumerate(REGIONS)}
+
+
+def _mask(regions: torch.Tensor, name: str) -> torch.Tensor:
+    regions = regions.detach().cpu()
+    if regions.dtype != torch.bool and not bool(((regions == 0) | (regions == 1)).all()):
+        raise ValueError(f"the {name} holds values besides 0 and 1; threshold probabilities first, e.g. p >= 0.5")
+    return regions.bool()
+
+
+def _score_region(guess: torch.Tensor, truth: torch.Tensor, spacing_mm: Sequence[float],
+                  voxel_ml: float) -> RegionScore:
+    predicted_ml, reference_ml = int(guess.sum()) * voxel_ml, int(truth.sum()) * voxel_ml
+    if not guess.any() or not truth.any():
+        same = not guess.any() and not truth.any()
+        return RegionScore(float(same), 0.0 if same else WORST_HD95_MM, reference_ml, predicted_ml)
+    from monai.metrics import compute_dice, compute_hausdorff_distance
+
+    pair = guess[None, None].float(), truth[None, None].float()
+    dice = compute_dice(*pair, include_background=True)
+    with warnings.catch_warnings():  # MONAI 1.6 warns of an argument that it passes itself
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+        distance = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=list(spacing_mm))
+    return RegionScore(float(dice), float(distance), reference_ml, predicted_ml)
+
+
+def score_rows(prediction: torch.Tensor, reference: torch.Tensor | None, *, spacing_mm: Sequence[float], site: str,
+               patient: str) -> list[dict[str, str | float]]:
+    """The rows of `COLUMNS` for one patient; without a reference only the predicted volumes are known.
+
+    Args:
+        prediction: as in `score`.
+        reference: as in `score`, or None.
+        spacing_mm: voxel size along X, Y, Z in mm.
+        site: name of the patient's site, "" if there is none.
+        patient: id of the patient.
+    """
+    scores = score(prediction, prediction if reference is None else reference, spacing_mm=spacing_mm)
+    rows = []
+    for region, result in scores.items():
+        if reference is None:
+            result = RegionScore(math.nan, math.nan, math.nan, result.predicted_ml)
+        rows.append({"site": site, "patient": patient, "region": region, **result._asdict()})
+    return rows
+
+
+def summary(table: pd.DataFrame, *, empty: Literal["brats", "skip"] = "brats") -> pd.DataFrame:
+    """Mean Dice and HD95 over patients, for each region and over the regions.
+
+    Args:
+        table: rows of `COLUMNS`, as `evaluate` gives them.
+        empty: how a patient counts whose reference lacks the region. "brats": Dice 1 and HD95 0 if the
+            prediction lacks it too, else Dice 0 and HD95 373.13 mm; "skip": not at all, but the false alarms
+            among them (something was predicted) are counted.
+
+    Returns:
+        Indexed by TC, WT, ET and "mean"; columns dice, hd95_mm, patients (that count), without_region
+        (reference empty), false_alarms. `attrs["rule"]` says in a sentence how empty regions counted. A region
+        no patient counts for is NaN, and so is then the mean.
+
+    Raises:
+        ValueError: an unknown `empty`, missing columns, or no patient with a reference.
+    """
+    if empty not in ("brats", "skip"):
+        raise ValueError(f"empty is 'brats' or 'skip', got {empty!r}")
+    if missing := [name for name in COLUMNS if name not in table.columns]:
+        raise ValueError(f"expected the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
+    labelled = table[table["reference_ml"].notna()]
+    if labelled.empty:
+        raise ValueError("no patient in the table has a reference to compare with")
+    rows: dict[str, dict[str, float]] = {}
+    for region in REGIONS:
+        of_region = labelled[labelled["region"] == region]
+        absent = of_region["reference_ml"] == 0
+        counted = of_region[~absent] if empty == "skip" else of_region
+        rows[region] = {"dice": float(counted["dice"].mean()), "hd95_mm": float(counted["hd95_mm"].mean()),
+                        "patients": len(counted), "without_region": int(absent.sum()),
+                        "false_alarms": int((absent & (of_region["predicted_ml"] > 0)).sum())}
+    result = pd.DataFrame.from_dict(rows, orient="index")
+    result.loc["mean", ["dice", "hd95_mm"]] = result[["dice", "hd95_mm"]].mean(skipna=False)
+    everyone = labelled["site"].astype(str) + "\x1f" + labelled["patient"].astype(str)
+    result.loc["mean", ["patients", "without_region", "false_alarms"]] = (
+        everyone.nunique(), result["without_region"].sum(), result["false_alarms"].sum())
+    counts = ["patients", "without_region", "false_alarms"]
+    result[counts] = result[counts].astype(int)
+    result.attrs["rule"] = _rule(empty, result)
+    return result
+
+
+def _rule(empty: str, result: pd.DataFrame) -> str:
+    cases = ", ".join(f"{region} {count}" for region, count in result["without_region"].drop("mean").items())
+    alarms = int(result["false_alarms"].drop("mean").sum())
+    if empty == "skip":
+        return (f"Patients whose reference lacks a region don't count for it ({cases}); something was predicted "
+                f"there all the same in {alarms} of these cases.")
+    return (f"BraTS rule: a region that both reference and prediction lack has Dice 1 and HD95 0, one that only one "
+            f"of them lacks has Dice 0 and HD95 {WORST_HD95_MM:.2f} mm. Reference lacks the region: {cases}; false "
+            f"alarms among them: {alarms}.")
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch every part of `model` to evaluation, and each back to what it was."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int, int] = (64, 64, 64),
+            overlap: float = 0.5, precision: str = "auto",
+            device: torch.device | str | None = None) -> torch.Tensor:
+    """Probabilities of the three regions over the whole volume.
+
+    A volume no larger than `window` is seen at once, padded to a multiple of 16; a larger one by windows
+    that slide and are blended with Gaussian weights (MONAI's sliding-window inference).
+
+    Args:
+        model: maps (N, 4, X, Y, Z) to logits (N, 3, X, Y, Z); left in the training mode it came in.
+        patient: whose image to segment.
+        window: largest block the model sees at once, in voxels.
+        overlap: of neighbouring windows, as a fraction.
+        precision: "auto", "bf16" or "fp32", as a `SiteTrainer` has it; see `fedlab.core.hardware.pick_precision`.
+        device: where to compute; None takes the device of the model, which is never moved.
+
+    Returns:
+        float32, shape (3, X, Y, Z), on the CPU, in the order of `fedlab.core.types.REGIONS`.
+
+    Raises:
+        ValueError: the model gives another number of channels, another grid, or values that aren't finite.
+    """
+    from monai.inferers import sliding_window_inference
+
+    place = torch.device(device) if device is not None else next((p.device for p in model.parameters()),
+                                                                 torch.device("cpu"))
+    image = patient.image[None].to(place, torch.float32)
+    dtype = pick_precision(precision, place)
+    block = [min(most, -(-n // 16) * 16) for most, n in zip(window, image.shape[2:], strict=True)]
+
+    def probabilities(batch: torch.Tensor) -> torch.Tensor:
+        logits = model(batch)
+        expected = (batch.shape[0], len(REGIONS), *batch.shape[2:])
+        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
+            got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise ValueError(f"expected the model to give logits of shape {expected}, one channel for each of "
+                             f"{', '.join(REGIONS)}; got {got}")
+        return logits.float().sigmoid()
+
+    with torch.inference_mode(), _evaluating(model), torch.autocast(
+            place.type, dtype=dtype, enabled=dtype is not torch.float32):
+        out = sliding_window_inference(image, block, 1, probabilities, overlap=overlap, mode="gaussian")
+    result = cast(torch.Tensor, out)[0].float().cpu().clone()  # a plain tensor, unlike those of inference mode
+    if not bool(torch.isfinite(result).all()):
+        raise ValueError(f"the model's output for patient {patient.id} holds NaN or Inf; has its training diverged?")
+    return result
+
+
+def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient], *, threshold: float = 0.5,
+             window: tuple[int, int, int] = (64, 64, 64), overlap: float = 0.5, precision: str = "auto",
+             device: torch.device | str | None = None, progress: bool = False) -> pd.DataFrame:
+    """Score a model on held-out patients, whole volumes, on the patients' grid.
+
+    Args:
+        model: see `predict`.
+        patients: sites, of which the held-out patients (`val`) are taken, or patients.
+        threshold: a region is predicted where its probability is at least this.
+        window: see `predict`.
+        overlap: see `predict`.
+        precision: see `predict`.
+        device: see `predict`.
+        progress: show a progress bar.
+
+    Returns:
+        One row a patient and region, with `COLUMNS`; NaN for Dice, HD95 and reference volume where no expert
+        drew a label. The site is "" if patients were given.
+
+    Raises:
+        ValueError: nobody to evaluate on.
+    """
+    from tqdm.auto import tqdm
+
+    cases: list[tuple[str, Patient]] = []
+    for item in patients:
+        cases += [(item.name, p) for p in item.val] if isinstance(item, Site) else [("", item)]
+    if not cases:
+        raise ValueError("nobody to evaluate on: no patients were given, or no site holds any out")
+    rows: list[dict[str, str | float]] = []
+    for site, patient in tqdm(cases, desc="evaluating", unit="patient", disable=not progress):
+        guess = predict(model, patient, window=window, overlap=overlap, precision=precision, device=device) >= threshold
+        rows += score_rows(guess, patient.label, spacing_mm=patient.spacing_mm, site=site, patient=patient.id)
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholding:
+    """The best that a threshold on one modality can do, chosen with hindsight.
+
+    Attributes:
+        modality: one of `fedlab.core.types.MODALITIES`.
+        above: True if the tumour is what is at least the threshold, False if what is below it.
+        threshold: in standard deviations from the mean of the brain.
+        dice: mean WT Dice over the patients with this one threshold for all.
+        oracle_modality: modality of the second baseline.
+        oracle_dice: mean WT Dice with the best threshold of each patient, one modality and direction for all.
+    """
+
+    modality: str
+    above: bool
+    threshold: float
+    dice: float
+    oracle_modality: str
+    oracle_dice: float
+
+
+def threshold_dice(patients: Sequence[Patient], *, low: float = -4.0, high: float = 8.0,
+                   bins: int = 600) -> Thresholding:
+    """WT Dice of intensity thresholding inside the brain, every choice made with hindsight.
+
+    All thresholds at once, from one histogram of tumour and one of other brain voxels per patient and modality.
+
+    Args:
+        patients: labelled.
+        low: lowest threshold, in standard deviations.
+        high: highest threshold, in standard deviations.
+        bins: steps between them.
+
+    Raises:
+        ValueError: no patients, one without a label, or an empty range of thresholds.
+    """
+    if not patients or not low < high or bins < 1:
+        raise ValueError(f"expected patients and low < high, got {len(patients)} patients, low={low}, high={high}, "
+                         f"bins={bins}")
+    curves = np.stack([_dice_curves(patient, low, high, bins) for patient in patients])  # patient, modality, way, cut
+    mean = curves.mean(axis=0)
+    modality, way, cut = (int(i) for i in np.unravel_index(mean.argmax(), mean.shape))
+    oracle = curves.max(axis=3).mean(axis=0)
+    best, _ = np.unravel_index(oracle.argmax(), oracle.shape)
+    return Thresholding(modality=MODALITIES[modality], above=way == 0,
+                        threshold=round(low + (high - low) * cut / bins, 6), dice=float(mean.max()),
+                        oracle_modality=MODALITIES[int(best)], oracle_dice=float(oracle.max()))
+
+
+def _dice_curves(patient: Patient, low: float, high: float, bins: int) -> np.ndarray:
+    """WT Dice by (modality, above or below, threshold), shape (4, 2, bins + 1)."""
+    if patient.label is None:
+        raise ValueError(f"patient {patient.id} has no label; thresholds with hindsight need one")
+    brain = (patient.image != 0).any(dim=0)
+    tumour = (patient.label > 0)[brain].long()
+    reference = int((patient.label > 0).sum())
+    curves = np.empty((len(MODALITIES), 2, bins + 1))
+    for m, channel in enumerate(patient.image):
+        # bin b + 1 holds [low + b * step, low + (b + 1) * step); the first and the last take what lies beyond
+        place = ((channel[brain].float() - low) * (bins / (high - low))).floor().clamp(-1, bins).long() + 1
+        counts = torch.bincount(place + (bins + 2) * tumour, minlength=2 * (bins + 2)).view(2, bins + 2).numpy()
+        below = counts.cumsum(axis=1)[:, :-1]  # voxels under each threshold: others, tumour
+        for way, chosen in enumerate((counts.sum(axis=1, keepdims=True) - below, below)):
+            size = chosen.sum(axis=0) + reference
+            curves[m, way] = np.where(size > 0, 2 * chosen[1] / np.maximum(size, 1), 1.0)
+    return curves

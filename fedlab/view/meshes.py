@@ -1,0 +1,169 @@
+"""Tumours and brains as meshes and label maps that other programs open: 3D Slicer, ITK-SNAP, MeshLab, a 3-D printer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlab.core.errors import DataError
+from fedlab.core.types import Patient
+from fedlab.data.readers.nifti import Volume, write_label
+from fedlab.view.volumes import MEMBERS, REFERENCE, Case, Prediction, as_labels, make_case
+
+__all__ = ["Surface", "export_labels", "surface"]
+
+Part: TypeAlias = Literal["WT", "TC", "ET", "NCR", "ED", "brain"]
+#: What a surface can be drawn around: the labels that belong to it; the brain is what the scan isn't 0 in.
+PARTS: dict[str, tuple[int, ...]] = {**MEMBERS, "NCR": (1,), "ED": (2,)}
+# 3D Slicer takes a mesh for LPS unless its header says otherwise (vtkMRMLModelStorageNode).
+_SPACE = "SPACE=RAS"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Surface:
+    """A closed triangle mesh in the scanner's coordinates.
+
+    Attributes:
+        name: what it encloses, such as "WT of site-01-003".
+        vertices: float32, shape (V, 3), mm in RAS.
+        faces: int32, shape (F, 3), indices of vertices, counter-clockwise as seen from outside.
+    """
+
+    name: str
+    vertices: npt.NDArray[np.float32]
+    faces: npt.NDArray[np.int32]
+
+    @property
+    def volume_ml(self) -> float:
+        """What it encloses in ml, by the divergence theorem."""
+        a, b, c = (self.vertices[self.faces[:, corner]].astype(np.float64) for corner in range(3))
+        return abs(float(np.einsum("ij,ij->i", a, np.cross(b, c)).sum())) / 6000
+
+    @property
+    def bounds_mm(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Smallest and largest coordinates in mm, RAS."""
+        low, high = (tuple(float(v) for v in edge) for edge in (self.vertices.min(axis=0), self.vertices.max(axis=0)))
+        return (low[0], low[1], low[2]), (high[0], high[1], high[2])
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a binary STL or PLY file, mm in RAS, which its header says too.
+
+        Raises:
+            DataError: the name ends in neither .stl nor .ply, or the file exists already.
+        """
+        path = Path(path)
+        writers = {".stl": _stl, ".ply": _ply}
+        if path.suffix.lower() not in writers:
+            raise DataError(f"{path}: expected a name that ends in .stl or .ply")
+        data = writers[path.suffix.lower()](self)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError as error:
+            raise DataError(f"{path} exists already and is not overwritten; choose another name") from error
+        return path
+
+    def __repr__(self) -> str:
+        return f"<Surface of {self.name}: {len(self.faces):,} triangles around {self.volume_ml:.1f} ml>"
+
+
+def surface(patient: Patient, prediction: Prediction | None = None, *, part: Part = "WT",
+            smooth_mm: float = 0.0) -> Surface:
+    """The surface of a part of a tumour, or of the brain, by marching cubes (Lewiner et al. 2003).
+
+    Args:
+        patient: whose scan gives the brain and the coordinates.
+        prediction: labels in any form that `show` takes; by default the patient's own label map.
+        part: "WT", "TC", "ET", "NCR", "ED" or "brain".
+        smooth_mm: standard deviation of a Gaussian that takes the steps off before; it also shrinks thin parts, so the
+            surface no longer encloses the volume of the labels.
+
+    Raises:
+        ValueError: there are no labels or they can't be used, nothing of `part` is in them, or `smooth_mm` is
+            negative or leaves nothing.
+    """
+    if part not in (*PARTS, "brain"):
+        raise ValueError(f"part is one of {', '.join(PARTS)} or brain, got {part!r}")
+    if not 0 <= smooth_mm < 20:
+        raise ValueError(f"smooth_mm goes from 0 to 20 mm, got {smooth_mm}")
+    case = make_case(patient, {} if prediction is None else {"prediction": prediction})
+    body = _body(case, None if prediction is None else "prediction", part)
+    if not body.any():
+        raise ValueError(f"there is no {part} in the labels of patient {patient.id}, so it has no surface")
+    from scipy.ndimage import gaussian_filter
+    from skimage.measure import marching_cubes
+
+    padded = np.pad(body.astype(np.float32), 1)  # an empty rim closes the surface at the edge of the box
+    if smooth_mm:
+        padded = gaussian_filter(padded, [smooth_mm / size for size in patient.spacing_mm])
+    if padded.max() <= 0.5:
+        raise ValueError(f"smoothing by {smooth_mm} mm leaves nothing of the {part} of patient {patient.id}; "
+                         "smooth less")
+    # "ascent" although the field falls outwards: skimage turns faces clockwise for "descent", as seen from outside.
+    points, faces, _, _ = marching_cubes(padded, level=0.5, gradient_direction="ascent", allow_degenerate=False)
+    vertices = (points - 1) @ case.affine[:3, :3].T + case.affine[:3, 3]
+    if np.linalg.det(case.affine[:3, :3]) < 0:
+        faces = faces[:, ::-1]
+    return Surface(name=f"{part} of {patient.id}", vertices=vertices.astype(np.float32),
+                   faces=np.ascontiguousarray(faces, dtype=np.int32))
+
+
+def _body(case: Case, layer: str | None, part: str) -> npt.NDArray[np.bool_]:
+    if part == "brain":
+        brain: npt.NDArray[np.bool_] = (case.patient.image[(slice(None), *case.box)] != 0).any(dim=0).cpu().numpy()
+        return brain
+    if layer is None and REFERENCE not in case.layers:
+        raise ValueError(f"patient {case.patient.id} has no label map; give a prediction, or part='brain'")
+    found: npt.NDArray[np.bool_] = np.isin(case.layer(layer or REFERENCE), PARTS[part])
+    return found
+
+
+def export_labels(path: str | os.PathLike[str], patient: Patient, prediction: Prediction | None = None) -> Path:
+    """Writes labels as a NIfTI file on the patient's grid, with the patient's affine.
+
+    Values are those of BraTS: 1, 2 and 4. For a scan read from disk, `fedlab evaluate` writes predictions on the grid
+    of the file itself.
+
+    Args:
+        path: a name that ends in .nii or .nii.gz.
+        patient: whose grid and affine are written.
+        prediction: labels in any form that `show` takes; by default the patient's own label map.
+
+    Raises:
+        DataError: the file exists already, or its name ends otherwise.
+        ValueError: there are no labels, or they can't be used.
+    """
+    if prediction is None and patient.label is None:
+        raise ValueError(f"patient {patient.id} has no label map; give a prediction")
+    labels = as_labels(patient, patient.label if prediction is None else prediction)  # type: ignore[arg-type]
+    x, y, z = labels.shape
+    like = Volume(path=Path(path), shape=(x, y, z), affine=np.asarray(patient.affine, dtype=np.float64), codes=(1, 1))
+    return write_label(path, np.ascontiguousarray(labels), like=like)
+
+
+def _stl(mesh: Surface) -> bytes:
+    corners = mesh.vertices[mesh.faces]
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    row: Any = [("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("unused", "<u2")]
+    rows = np.zeros(len(corners), dtype=row)
+    rows["normal"], rows["corners"] = normals, corners
+    head = f"binary STL, mm, {_SPACE}, {mesh.name}".encode("ascii", "replace")[:80].ljust(80)
+    return b"".join((head, len(rows).to_bytes(4, "little"), rows.tobytes()))
+
+
+def _ply(mesh: Surface) -> bytes:
+    name = mesh.name.encode("ascii", "replace").decode().replace("\n", " ")
+    head = "\n".join(["ply", "format binary_little_endian 1.0", f"comment {_SPACE}", f"comment mm, {name}",
+                      f"element vertex {len(mesh.vertices)}", *(f"property float {axis}" for axis in "xyz"),
+                      f"element face {len(mesh.faces)}", "property list uchar int vertex_indices", "end_header\n"])
+    row: Any = [("count", "u1"), ("corners", "<i4", 3)]
+    faces = np.zeros(len(mesh.faces), dtype=row)
+    faces["count"], faces["corners"] = 3, mesh.faces
+    return head.encode("ascii") + mesh.vertices.astype("<f4").tobytes() + faces.tobytes()

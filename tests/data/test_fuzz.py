@@ -1,0 +1,261 @@
+"""Damaged input of every kind: only errors of our own, no hang, no memory. 560 cases, the same on every run."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import signal
+import struct
+import tempfile
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from fedlab.core.errors import DataError
+from fedlab.data.readers.brats import read_cohort, read_sites
+from fedlab.data.readers.findings import CODES
+from fedlab.data.readers.inspection import inspect_folder
+from fedlab.data.readers.nifti import read_volume
+from fedlab.data.readers.tables import merge_columns
+from fedlab.data.sites.partition import read_partitioning
+from folders import OLD, ball, save_files, write_msd, write_paths, write_table
+
+SHAPE = (12, 14, 10)
+SECONDS = 5  # of processor time; a case takes milliseconds
+MEMORY = 2**30
+seen = {"cases": 0}
+
+
+def fuzz(cases):
+    """The same cases on every run; hypothesis' own deadline would fail on a busy machine."""
+    return settings(max_examples=cases, deadline=None, derandomize=True, database=None,
+                    phases=[Phase.generate, Phase.shrink],
+                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture,
+                                           HealthCheck.data_too_large])
+
+
+@contextmanager
+def guarded():
+    """Ends a case that hangs; only project errors pass, warnings don't matter."""
+    def late(*_):
+        raise TimeoutError("still at it")
+
+    before = {number: signal.signal(number, late) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(60 * SECONDS)  # waiting for something that never comes takes no processor time
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except DataError as error:
+        assert len(str(error)) > 10 and error.code in CODES
+    finally:
+        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_bytes():
+    """Largest memory of this process since the peak was last reset, None where Linux doesn't tell."""
+    try:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) * 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    """The whole file takes less than 1 GB more than it began with."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        pass
+    before = peak_bytes()
+    yield
+    if before is not None:
+        assert peak_bytes() - before < MEMORY
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """BraTS folders, a Decathlon and a table of paths, each of one tiny patient."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    save_files(ball("P1", shape=SHAPE), folder / "packed" / "P1")
+    save_files(ball("P1", shape=SHAPE), folder / "plain" / "P1", suffix=".nii")
+    write_msd(folder / "msd", [ball("BRATS_001", shape=SHAPE)])
+    write_paths(folder / "table", [ball("P1", shape=SHAPE)])
+    return folder
+
+
+@contextmanager
+def copy_of(folder):
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(folder, Path(scratch) / "x")
+        yield Path(scratch) / "x"
+
+
+#: Numbers that break things, beside random ones.
+NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 4, 5, 7, 127, 128, 255, 256, 352, 32767, -32768, 65535, 2**31 - 1, -2**31,
+                           float("nan"), float("inf"), -float("inf"), 1e30, 1e-30]) | st.floats(width=32) \
+    | st.integers(-2**31, 2**31 - 1)
+FIELDS = ("sizeof_hdr", "dim", "datatype", "bitpix", "pixdim", "vox_offset", "scl_slope", "scl_inter", "qform_code",
+          "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "srow_x", "srow_y", "srow_z", "magic",
+          "xyzt_units")
+
+
+def set_field(raw, name, place, value):
+    """A header field set to a value, cut to what its type holds."""
+    dtype = nib.Nifti1Header.template_dtype[name]
+    offset = nib.Nifti1Header.template_dtype.fields[name][1]
+    unit = dtype.base
+    spot = offset + place % (dtype.itemsize // unit.itemsize) * unit.itemsize
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cell = np.array([float(value)]).astype(unit) if unit.kind in "fiu" else np.frombuffer(
+            struct.pack("<d", float(value))[: unit.itemsize], dtype=unit)
+    raw[spot:spot + unit.itemsize] = cell.tobytes()
+
+
+def look_at(folder, spoilt):
+    """Everything that reads a folder."""
+    seen["cases"] += 1
+    with guarded():
+        found = inspect_folder(folder, progress=False)
+        assert found.cases and json.dumps(found.as_json(), allow_nan=False)
+        if spoilt is None:
+            assert str(found) and found._repr_html_()
+    with guarded():
+        list(read_cohort(folder, progress=False, broken="skip", examine=False))
+    if spoilt is not None:
+        with guarded():
+            read_volume(spoilt, series=True)
+
+
+@fuzz(110)
+@given(kind=st.sampled_from([*OLD.values()]), how=st.sampled_from(["packed", "plain"]),
+       places=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=20),
+       early=st.booleans())
+def test_bytes_flipped_in_a_file_as_it_is_stored(base, kind, how, places, early):
+    with copy_of(base / how) as folder:
+        path = next((folder / "P1").glob(f"*_{kind}.nii*"))
+        raw = bytearray(path.read_bytes())
+        for place, flip in places:
+            raw[place % min(400 if early else len(raw), len(raw))] ^= flip
+        path.write_bytes(raw)
+        look_at(folder, path)
+
+
+@fuzz(130)
+@given(kind=st.sampled_from([*OLD.values()]),
+       changes=st.lists(st.tuples(st.sampled_from(FIELDS), st.integers(0, 7), NUMBERS), min_size=1, max_size=4))
+def test_header_fields_changed_under_a_sound_checksum(base, kind, changes):
+    with copy_of(base / "packed") as folder:
+        path = folder / "P1" / f"P1_{kind}.nii.gz"
+        raw = bytearray(gzip.decompress(path.read_bytes()))
+        for name, place, value in changes:
+            set_field(raw, name, place, value)
+        path.write_bytes(gzip.compress(bytes(raw)))
+        look_at(folder, path)
+
+
+@fuzz(50)
+@given(cut=st.integers(0, 6000), tail=st.binary(max_size=40), name=st.sampled_from(["P1_t1.nii", "P1_seg.nii"]))
+def test_files_cut_and_continued(base, cut, tail, name):
+    with copy_of(base / "plain") as folder:
+        path = folder / "P1" / name
+        path.write_bytes(path.read_bytes()[:cut] + tail)
+        look_at(folder, path)
+
+
+@fuzz(50)
+@given(changes=st.lists(st.tuples(st.sampled_from(FIELDS), st.integers(0, 7), NUMBERS), min_size=1, max_size=3),
+       label=st.booleans())
+def test_headers_of_4_d_files(base, changes, label):
+    with copy_of(base / "msd") as folder:
+        path = folder / ("labelsTr" if label else "imagesTr") / "BRATS_001.nii.gz"
+        raw = bytearray(gzip.decompress(path.read_bytes()))
+        for name, place, value in changes:
+            set_field(raw, name, place, value)
+        path.write_bytes(gzip.compress(bytes(raw)))
+        look_at(folder, path)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+                    max_leaves=8)
+
+
+@fuzz(60)
+@given(key=st.sampled_from(["modality", "labels", "training", "test", "name"]), value=JSON,
+       flips=st.lists(st.tuples(st.integers(0, 10**4), st.integers(1, 255)), max_size=3))
+def test_dataset_json(base, key, value, flips):
+    with copy_of(base / "msd") as folder:
+        path = folder / "dataset.json"
+        raw = bytearray(json.dumps({**json.loads(path.read_text()), key: value}).encode())
+        for place, flip in flips:
+            raw[place % len(raw)] ^= flip
+        path.write_bytes(raw)
+        look_at(folder, None)
+
+
+CELLS = st.text(max_size=12) | st.sampled_from(["P1", "../P1", "/", ".", "a\0b", "x" * 5000, '"', "1e999", "\ud800",
+                                                "scans/t1 of 0.nii.gz", "~", "\r\n", "\ufeff"])
+
+
+@fuzz(80)
+@given(heading=st.lists(CELLS | st.sampled_from(["patient", "flair", "t1", "t1c", "t2", "label"]), max_size=8),
+       rows=st.lists(st.lists(CELLS, max_size=8), max_size=4), keep=st.booleans(),
+       flips=st.lists(st.tuples(st.integers(0, 10**4), st.integers(1, 255)), max_size=4))
+def test_tables_of_paths(base, heading, rows, keep, flips):
+    path = base / "table" / "fuzzed.txt"
+    lines = (base / "table" / "paths.csv").read_text(encoding="utf-8").splitlines() if keep else [",".join(heading)]
+    raw = bytearray("\n".join([*lines, *(",".join(row) for row in rows)]).encode("utf-8", "surrogatepass"))
+    for place, flip in flips:
+        if raw:
+            raw[place % len(raw)] ^= flip
+    path = path.with_suffix(".CSV")
+    path.write_bytes(raw)
+    look_at(path, None)
+    path.unlink()
+
+
+@fuzz(80)
+@given(text=st.text(max_size=60) | st.binary(max_size=60), rows=st.lists(st.tuples(CELLS, CELLS), max_size=5),
+       flips=st.lists(st.tuples(st.integers(0, 10**4), st.integers(1, 255)), max_size=4))
+def test_institution_tables_and_name_mappings(base, text, rows, flips):
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "name_mapping.csv"
+        head = b"Partition_ID,Subject_ID\n1,P1\n2,P0\n"
+        raw = bytearray(head + "\n".join(",".join(row) for row in rows).encode("utf-8", "surrogatepass")
+                        + (text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")))
+        for place, flip in flips:
+            raw[place % len(raw)] ^= flip
+        path.write_bytes(raw)
+        seen["cases"] += 1
+        with guarded():
+            read_partitioning(path)
+        with guarded():
+            merge_columns([path], ["P0", "P1"])
+
+
+def test_a_fuzzed_table_stops_a_run_with_a_reason(base, tmp_path):
+    write_table(tmp_path / "sites.csv", ["Partition_ID", "Subject_ID"], [["1", "P1"]])
+    assert read_sites(base / "packed", tmp_path / "sites.csv", spacing_mm=1.0, progress=False)[0].train
+    raw = bytearray((tmp_path / "sites.csv").read_bytes())
+    raw[5] ^= 0xFF
+    (tmp_path / "sites.csv").write_bytes(raw)
+    with pytest.raises(DataError, match="UTF-8"):
+        read_sites(base / "packed", tmp_path / "sites.csv", progress=False)
+
+
+def test_there_were_enough_cases():
+    assert seen["cases"] >= 500

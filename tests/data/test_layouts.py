@@ -1,0 +1,417 @@
+"""Every layout and label convention gives the same patients; what can't be told is an error that says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from fedlab.apps.cli import main
+from fedlab.apps.comparison_data import Folder
+from fedlab.core.errors import DataError
+from fedlab.core.regions import labels_to_regions
+from fedlab.data.phantom.cohort import write_brats
+from fedlab.data.readers.brats import find_patients, read_cohort, read_patient, read_sites, to_native
+from fedlab.data.readers.conventions import CONVENTIONS, count_values, detect_convention, to_internal
+from fedlab.data.readers.layouts import LAYOUTS, list_patients
+from fedlab.data.readers.nifti import from_ras
+from fedlab.training.networks import save_model, segresnet
+from folders import OLD, ball, load_raw, recode, save, save_files, write_layout, write_msd, write_paths, write_table
+
+IDS = {"brats2018": "Brats18_2013_{}_1", "brats2019": "BraTS19_CBICA_{}_1", "brats2020": "BraTS20_Training_00{}",
+       "brats2021": "BraTS2021_0000{}", "brats2023": "BraTS-GLI-0000{}-000", "fets": "FeTS2022_0000{}",
+       "msd": "BRATS_00{}", "table": "Žofie {} é"}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """Two generated patients as they are stored."""
+    base = tmp_path_factory.mktemp("phantoms")
+    write_brats(base / "scans", sites=1, patients=2, shape=(48, 64, 48), cache=tmp_path_factory.getbasetemp() / "cache",
+                workers=0, progress=False)
+    return [load_raw(base / "scans", home.name) for home in sorted((base / "scans").iterdir()) if home.is_dir()]
+
+
+def named(raws, layout):
+    return [raw._replace(id=IDS[layout].format(i)) for i, raw in enumerate(raws)]
+
+
+def read(folder, **options):
+    return read_cohort(folder, progress=False, **options)
+
+
+# --- layouts
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_generated_patients_are_the_same_in_every_layout(tmp_path, phantoms, layout, capsys):
+    want = read(write_layout(tmp_path / "plain", "brats2021", named(phantoms, "brats2021")))
+    folder = write_layout(tmp_path / "data", layout, named(phantoms, layout))
+    cohort = read_cohort(folder)
+    assert (cohort.layout, cohort.ids) == (layout, tuple(IDS[layout].format(i) for i in range(2)))
+    assert cohort.convention.name == {"brats2023": "brats2023", "msd": "msd"}.get(layout, "brats2021")
+    said = capsys.readouterr().err
+    assert f"layout {layout} ({cohort.reason})" in said and f"label convention {cohort.convention.name} (" in said
+    assert layout in repr(cohort) and cohort.reason in repr(cohort)
+    for got, reference in zip(cohort, want, strict=True):
+        assert torch.equal(got.image, reference.image) and torch.equal(got.label, reference.label)
+        np.testing.assert_array_equal(got.affine, reference.affine)
+        assert {1, 2, 4} >= set(got.label.unique().tolist()) - {0} != set()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sites_and_predictions_work_in_every_layout(tmp_path, layout):
+    raws = named([ball(seed=i) for i in range(3)], layout)
+    folder = write_layout(tmp_path / "data", layout, raws)
+    write_table(tmp_path / "sites.csv", ["Partition_ID", "Subject_ID"],
+                [[1 + i % 2, raw.id] for i, raw in enumerate(raws)])
+    source = Folder(data=str(folder), table=str(tmp_path / "sites.csv"), spacing_mm=2.0)
+    sites = source.prepare(seed=0, workers=None)
+    assert [(s.name, len(s.train) + len(s.val)) for s in sites] == [("1", 2), ("2", 1)]
+    model = save_model(tmp_path / "m.safetensors", segresnet(filters=8, seed=0), spacing_mm=2.0)
+    assert main(["evaluate", str(model), "--data", str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["labelled"] == 3
+    for raw in raws:
+        written = nib.load(tmp_path / "out" / f"{raw.id}_pred.nii.gz")
+        assert written.shape == raw.label.shape
+        np.testing.assert_array_equal(written.affine, raw.affine)
+    files = find_patients(folder)[raws[0].id]
+    exact = read_patient(files)
+    assert np.array_equal(to_native(exact.label, patient=exact, files=files), raws[0].label)
+
+
+def test_tables_tell_grade_partition_and_anything_else(tmp_path):
+    raws = [ball(f"P{i}") for i in range(3)]
+    for layout in ("brats2018", "brats2019", "brats2020"):
+        table = read(write_layout(tmp_path / layout, layout, raws), examine=False).table()
+        assert table["grade"].tolist() == ["HGG", "LGG", "HGG"], layout
+    table = read(write_layout(tmp_path / "fets", "fets", raws), examine=False).table()
+    assert table["partitioning_1"].tolist() == ["1", "2", "1"] and table["partitioning_2"].tolist() == ["1", "2", "3"]
+    table = read(write_layout(tmp_path / "table", "table", raws), examine=False).table()
+    assert table["hospital"].tolist() == ["south", "north", "north"]
+
+
+def test_years_are_told_by_ids_and_tables(tmp_path):
+    for name, layout, expected in [("Brats18_CBICA_AAB_1", "brats2018", "brats2018"),
+                                   ("BraTS19_CBICA_AAB_1", "brats2018", "brats2019"),
+                                   ("BraTS20_Training_001", "brats2021", "brats2020"),
+                                   ("BraTS20_Training_001", "brats2018", "brats2020"),
+                                   ("P1", "brats2021", "brats2021"), ("P1", "brats2019", "brats2019")]:
+        folder = write_layout(tmp_path / name / layout, layout, [ball(name)])
+        assert list_patients(folder).layout == expected
+
+
+def test_the_order_of_modalities_comes_from_dataset_json(tmp_path):
+    raw = ball("BRATS_001")
+    write_msd(tmp_path / "a", [raw])
+    write_msd(tmp_path / "b", [raw], order=("T2", "T1c", "FLAIR", "T1"))
+    one, other = (read(tmp_path / name)[0] for name in "ab")
+    assert torch.equal(one.image, other.image) and torch.equal(one.label, other.label)
+
+
+def test_decathlon_test_cases_have_no_label(tmp_path):
+    write_msd(tmp_path, [ball("BRATS_001"), ball("BRATS_002")], test=("BRATS_002",))
+    cohort = read(tmp_path)
+    assert [p.label is None for p in cohort] == [False, True]
+
+
+def test_damaged_dataset_json(tmp_path):
+    write_msd(tmp_path, [ball("BRATS_001")])
+    path = tmp_path / "dataset.json"
+    told = json.loads(path.read_text())
+
+    def refused(reason, **changes):
+        path.write_text(json.dumps({**told, **changes}))
+        with pytest.raises(DataError, match=reason):
+            find_patients(tmp_path)
+
+    refused("no T1c among", modality={"0": "FLAIR", "1": "T1w", "2": "T2w"})
+    refused("two volumes are called T1", modality={"0": "T1", "1": "T1w", "2": "T2w"})
+    refused("expected 'modality' such as", modality=["FLAIR"])
+    refused("holds 4 volumes; expected 5|no known|among the modalities|channels",
+            modality={**told["modality"], "9": "t1gd"} | {"2": "DWI"})
+    refused("expected a list under 'training'", training={"a": 1})
+    refused("lists no patient", training=[])
+    refused(r"\[outside\]", training=[{"image": "../../secret/BRATS_001.nii.gz"}])
+    refused("another patient's id", training=[{"image": "imagesTr/BRATS_001.nii.gz", "label": "labelsTr/B.nii.gz"}])
+    refused("lists it twice", training=told["training"] * 2)
+    refused("isn't there", training=[*told["training"], {"image": "imagesTr/none.nii.gz"}])
+    refused("isn't understood", labels={"0": "background", "1": "lesion"})
+    for text in ("{", "[" * 100_000, "\xff", "3"):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(DataError, match=r"dataset\.json"):
+            find_patients(tmp_path)
+
+
+def test_a_4_d_file_with_too_few_volumes(tmp_path):
+    write_msd(tmp_path, [ball("BRATS_001")])
+    image = nib.load(tmp_path / "imagesTr" / "BRATS_001.nii.gz")
+    save(np.asanyarray(image.dataobj)[..., :3], image.affine, tmp_path / "imagesTr" / "BRATS_001.nii.gz")
+    with pytest.raises(DataError, match=r"holds 3 volumes; expected 4: FLAIR, T1, T1c, T2 \[channels\]"):
+        find_patients(tmp_path)
+
+
+def test_a_folder_in_a_folder_and_folders_side_by_side(tmp_path):
+    write_layout(tmp_path / "zip" / "inner", "brats2021", [ball()])
+    assert "only sub-folder inner" in list_patients(tmp_path / "zip").reason
+    write_layout(tmp_path / "other", "brats2023", [ball()])
+    with pytest.raises(DataError, match=r"name one of the folders in it that do: other, zip/inner"):
+        list_patients(tmp_path)
+    with pytest.raises(DataError, match="it is one patient's folder; name the one above"):
+        list_patients(tmp_path / "other" / "P1")
+
+
+def test_what_is_no_layout_is_said(tmp_path):
+    save(ball().label, ball().affine, tmp_path / "a" / "P1" / "scan.nii.gz")
+    with pytest.raises(DataError, match=r"follow no layout: scan\.nii\.gz.* write a table of paths"):
+        list_patients(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"layout is one of 'brats2018', .* got 'mine'"):
+        list_patients(tmp_path / "a", layout="mine")
+    write_layout(tmp_path / "b", "brats2021", [ball("P1")])
+    write_layout(tmp_path / "b", "brats2023", [ball("P2")])
+    with pytest.raises(DataError, match=r"as many patients .* say layout="):
+        list_patients(tmp_path / "b")
+    assert list_patients(tmp_path / "b", layout="brats2023").layout == "brats2023"
+
+
+def test_a_stray_patient_of_another_layout_is_a_finding(tmp_path):
+    write_layout(tmp_path, "brats2021", [ball("P1"), ball("P2")])
+    write_layout(tmp_path, "brats2023", [ball("P3")])
+    with pytest.raises(DataError, match=r"P3: P3-seg\.nii\.gz is named as in BraTS 2023.*\[other-layout\]"):
+        find_patients(tmp_path)
+    with pytest.warns(UserWarning, match="going on without 1 patients"):
+        assert list(find_patients(tmp_path, broken="skip")) == ["P1", "P2"]
+
+
+def test_one_patient_in_two_folders(tmp_path):
+    write_layout(tmp_path, "brats2018", [ball("P1"), ball("P2")])
+    save_files(ball("P1"), tmp_path / "LGG" / "P1")
+    with pytest.raises(DataError, match=r"P1: LGG/P1 is a second folder for this patient \[two-folders\]"):
+        find_patients(tmp_path)
+
+
+def test_tables_of_paths_with_problems(tmp_path):
+    write_paths(tmp_path, [ball("P1"), ball("P2")])
+    table = tmp_path / "paths.csv"
+    good = table.read_text()
+
+    def refused(text, reason):
+        table.write_text(text)
+        with pytest.raises(DataError, match=reason):
+            find_patients(table)
+
+    head, *rows = good.splitlines()
+    refused("\n".join([head, *rows, rows[0]]), r"P1: line 4 of paths\.csv is a second row .*\[two-folders\]")
+    refused("\n".join([head, rows[0].replace("t1 of 0", "none")]), r"T1: scans/none\.nii\.gz is no file, .*\[no-file\]")
+    refused("\n".join([head, rows[0].replace("t1 of 0", "flair of 0")]), r"FLAIR and T1 are one file.*\[two-files\]")
+    refused("\n".join([head, rows[0].replace("P1", "../P1")]), r"without / or .*\[unusable\]")
+    refused("\n".join([head, "P1,a,,c,d,,"]), r"gives no path for T1 \[missing-modality\]")
+    refused(head.replace("t1c", "dwi") + "\n" + rows[0], "no column T1c")
+    refused(head, "no row below its heading")
+    refused("", "names no column")
+    refused(head + ",flair\n", "two columns are called flair")
+    refused(head + "\n" + rows[0] + ",more\n", "more cells")
+    refused('"' + good, "cannot be read as a CSV")
+    table.write_text(good)
+    shutil.copy(table, tmp_path / "again.csv")
+    with pytest.raises(DataError, match=r"several tables of paths: again\.csv, paths\.csv"):
+        find_patients(tmp_path)
+
+
+def test_absolute_paths_and_other_headings(tmp_path):
+    raws = [ball("P1"), ball("P2", seed=1)]
+    write_layout(tmp_path / "scans", "brats2021", raws)
+    rows = [[r.id, *(tmp_path / "scans" / r.id / f"{r.id}_{OLD[m]}.nii.gz" for m in (*r.images, "label"))]
+            for r in raws]
+    write_table(tmp_path / "t.csv", ["Subject_ID", "FLAIR path", "T1_file", "T1Gd", "T2w", "Segmentation"], rows)
+    one, other = read(tmp_path / "t.csv"), read(tmp_path / "scans")
+    assert all(torch.equal(a.image, b.image) and torch.equal(a.label, b.label) for a, b in zip(one, other, strict=True))
+
+
+# --- label conventions
+
+def test_every_convention_means_the_same_inside():
+    inside = np.array([0, 1, 1, 2, 4, 0], dtype=np.uint8)
+    outside = {"brats2021": [0, 1, 1, 2, 4, 0], "brats2023": [0, 1, 1, 2, 3, 0], "brats2024": [0, 1, 1, 2, 3, 4],
+               "msd": [0, 2, 2, 1, 3, 0], "brats2013": [0, 1, 3, 2, 4, 0]}
+    assert set(outside) == set(CONVENTIONS)
+    for name, values in outside.items():
+        for dtype in (np.uint8, np.int16, np.float32, np.float64):
+            stored = np.array(values, dtype=dtype)
+            np.testing.assert_array_equal(to_internal(stored, name), inside)
+            assert count_values(stored) == {float(v): values.count(v) for v in set(values)}
+    assert labels_to_regions(torch.tensor([1, 2, 4, 0]).view(1, 1, 4)).sum(dim=(1, 2, 3)).tolist() == [2, 3, 1]
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_a_stated_convention_is_taken(tmp_path, convention):
+    raw = ball("P1")
+    want = read(write_layout(tmp_path / "plain", "brats2021", [raw]))[0].label
+    stored = recode(raw.label, convention)
+    if convention == "brats2013":  # some of the core is called non-enhancing
+        stored[(stored == 1) & (np.arange(stored.size).reshape(stored.shape) % 2 == 0)] = 3
+    if convention == "brats2024":
+        stored[(raw.label == 0) & (raw.images["T1"] > 350)] = 4
+    assert set(np.unique(stored)) == set(CONVENTIONS[convention])
+    write_paths(tmp_path / "data", [raw])
+    save(stored, raw.affine, tmp_path / "data" / "scans" / "label of 0.nii.gz")
+    cohort = read(tmp_path / "data", label_convention=convention)
+    assert cohort.convention.reason == "stated" and torch.equal(cohort[0].label, want)
+    assert [f.code for f in cohort.findings] == (["cavity"] if convention == "brats2024" else [])
+
+
+def detect(values, layout="table", **options):
+    return detect_convention({f"P{i}": {0.0, *map(float, seen)} for i, seen in enumerate(values)}, layout=layout,
+                             **options)
+
+
+@pytest.mark.parametrize(("values", "layout", "expected"), [
+    ([(1, 2, 4), (1, 2)], "table", "brats2021"), ([(4,)], "table", "brats2021"), ([(), ()], "table", "brats2021"),
+    ([(1, 2)], "brats2021", "brats2021"), ([(1, 2, 4)] * 3 + [(1, 2, 3)], "fets", "brats2021"),
+    ([(1, 2, 4, 7)], "brats2020", "brats2021"), ([(1, 2, 3)], "brats2023", "brats2023"),
+    ([(1, 2)], "brats2023", "brats2023"), ([(1, 2, 3)] * 3 + [(1, 2, 4)], "brats2023", "brats2023"),
+])
+def test_conventions_that_can_be_told(values, layout, expected):
+    found = detect(values, layout)
+    assert found.name == expected and "value" in found.reason
+
+
+@pytest.mark.parametrize(("values", "layout", "named"), [
+    ([(1, 2, 3)], "table", ("brats2023", "msd")), ([(1, 2)], "table", ("brats2021", "msd")),
+    ([(2,)], "table", ("brats2021", "msd")), ([(1, 2, 3, 4)], "table", ("brats2024", "brats2013")),
+    ([(1, 2, 3), (1, 2, 4)], "table", ("brats2024", "brats2013")), ([(5,)], "table", tuple(CONVENTIONS)),
+    ([(1, 2, 3)], "brats2021", ("brats2023", "msd")), ([(1, 2, 3), (1, 2, 4)], "brats2021", ("brats2023", "msd")),
+    ([(1, 2, 3, 4)], "brats2021", ("brats2024", "brats2013")), ([(1, 2, 3, 4)], "brats2023", ("brats2024",)),
+    ([(1, 2, 4)], "brats2023", ("brats2021", "brats2024")), ([(1, 2, 3)], "msd", ("brats2023", "msd")),
+])
+def test_an_ambiguous_convention_is_an_error_that_names_the_option(values, layout, named):
+    with pytest.raises(DataError, match=r"say label_convention=.* \(--label-convention on") as caught:
+        detect(values, layout)
+    assert caught.value.code == "label-convention"
+    assert all(repr(name) in str(caught.value).rsplit("say ", 1)[1] for name in named)
+
+
+@pytest.mark.parametrize(("labels", "expected"), [
+    ({0: "background", 1: "edema", 2: "non-enhancing tumor", 3: "enhancing tumour"}, "msd"),
+    ({0: "background", 1: "necrosis", 2: "peritumoral oedema", 4: "enhancing tumor"}, "brats2021"),
+    ({0: "background", 1: "NCR", 2: "SNFH", 3: "ET"}, "brats2023"),
+    ({0: "background", 1: "NETC", 2: "SNFH", 3: "ET", 4: "resection cavity"}, "brats2024"),
+    ({0: "background", 1: "necrosis", 2: "edema", 3: "non-enhancing", 4: "enhancing"}, "brats2013"),
+])
+def test_a_description_beside_the_labels_decides(labels, expected):
+    found = detect([(1, 2)], "msd", described=labels)
+    assert found.name == expected and f"1 is {labels[1]}" in found.reason
+    with pytest.raises(DataError, match="no known convention"):
+        detect([(1, 2)], "msd", described={0: "background", 1: "enhancing", 2: "edema"})
+
+
+def test_nobody_labelled_needs_no_convention(tmp_path):
+    write_layout(tmp_path, "brats2021", [ball("P1")._replace(label=None)])
+    cohort = read(tmp_path)
+    assert cohort.convention.name is None and cohort[0].label is None
+
+
+def test_ambiguous_labels_stop_run_and_evaluate_until_they_are_stated(tmp_path, capsys):
+    write_paths(tmp_path / "data", [ball("P1"), ball("P2", seed=1)], convention="msd")
+    write_table(tmp_path / "sites.csv", ["Partition_ID", "Subject_ID"], [["1", "P1"], ["1", "P2"]])
+    model = save_model(tmp_path / "m.safetensors", segresnet(filters=8, seed=0), spacing_mm=2.0)
+    with pytest.raises(DataError, match="--label-convention"):
+        Folder(data=str(tmp_path / "data"), table=str(tmp_path / "sites.csv")).prepare(seed=0, workers=None)
+    run = ["run", "--data", str(tmp_path / "data"), "--sites", str(tmp_path / "sites.csv"), "--out"]
+    assert main([*run, str(tmp_path / "run")]) == 1 and "--label-convention" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # refused before anything was written
+    command = ["evaluate", str(model), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert main(command) == 1 and "--label-convention" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--label-convention", "msd"]) == 0
+    sites = read_sites(tmp_path / "data", tmp_path / "sites.csv", label_convention="msd", spacing_mm=1.0,
+                       progress=False)
+    assert (sites[0].train[0].label == 4).any()
+
+
+# --- cohorts
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
+def test_types_and_orientations(tmp_path, dtype, codes):
+    affine = np.zeros((4, 4))
+    for axis, code in enumerate(codes):
+        affine["RASLPI".index(code) % 3, axis] = 1 if code in "RAS" else -1
+    affine[3, 3] = 1
+    affine[:3, :3] = affine[:3, :3] @ np.diag([1.0, 1.5, 2.0])
+    assert "".join(nib.aff2axcodes(affine)) == codes
+    plain = ball("P1", affine=np.diag([*np.abs(affine[:3, :3]).sum(1), 1.0]))  # RAS
+    small = plain._replace(images={m: a // 8 for m, a in plain.images.items()})  # fits into uint8
+    turned = small._replace(images={m: from_ras(a, affine) for m, a in small.images.items()},
+                            label=from_ras(small.label, affine), affine=affine)
+    save_files(small, tmp_path / "plain" / "P1")
+    save_files(turned, tmp_path / "turned" / "P1", dtype=dtype)
+    one, other = read(tmp_path / "plain")[0], read(tmp_path / "turned")[0]
+    assert torch.equal(one.image, other.image) and torch.equal(one.label, other.label)
+    assert one.spacing_mm == pytest.approx(other.spacing_mm)
+
+
+def test_a_cohort_is_a_sequence_read_on_access(tmp_path):
+    write_layout(tmp_path, "brats2021", [ball(f"P{i}", seed=i) for i in range(3)])
+    cohort = read(tmp_path, spacing_mm=2.0, shape=(16, 32, 16), examine=False)
+    assert len(cohort) == 3 and cohort[-1].id == "P2" and [p.id for p in cohort[1:]] == ["P1", "P2"]
+    assert {tuple(p.image.shape) for p in cohort} == {(4, 16, 32, 16)}
+    assert torch.equal(cohort.read("P1").image, cohort[1].image)
+    with pytest.raises(KeyError):
+        cohort.read("P9")
+    (tmp_path / "P2" / "P2_t1.nii.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"P2_t1\.nii\.gz: not a NIfTI file"):
+        cohort[2]
+    assert cohort[0].id == "P0"
+
+
+def test_the_cache_gives_the_same_patients_and_sees_changes(tmp_path):
+    raws = [ball("P1"), ball("P2", seed=1)]
+    raws[1].label[raws[1].label == 4] = 1
+    folder = write_layout(tmp_path / "data", "brats2021", raws)
+    plain = read(folder, spacing_mm=2.0)
+    first = read(folder, spacing_mm=2.0, cache=tmp_path / "cache")
+    kept = sorted((tmp_path / "cache").iterdir())
+    again = read(folder, spacing_mm=2.0, cache=tmp_path / "cache")
+    assert len(kept) == 2 and sorted((tmp_path / "cache").iterdir()) == kept
+    assert [f.code for f in first.findings] == [f.code for f in again.findings] == ["no-enhancing"]
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a.image, b.image) and torch.equal(a.label, b.label)
+        np.testing.assert_array_equal(a.affine, b.affine)
+    before = again[0].image
+    changed = raws[0]._replace(images={m: a[::-1] for m, a in raws[0].images.items()})
+    shutil.rmtree(folder / "P1")
+    save_files(changed, folder / "P1")
+    assert not torch.equal(read(folder, spacing_mm=2.0, cache=tmp_path / "cache")[0].image, before)
+
+
+def test_monai_reads_once_and_crops_at_random(tmp_path, monkeypatch):
+    from monai.transforms import RandCropByPosNegLabeld
+
+    write_layout(tmp_path, "brats2021", [ball(f"P{i}", seed=i) for i in range(2)])
+    cohort = read(tmp_path, examine=False)
+    crop = RandCropByPosNegLabeld(("image", "label"), label_key="tumour", spatial_size=(8, 8, 8), pos=1, neg=1)
+    data = cohort.dataset(crop.set_random_state(seed=0))
+    shutil.rmtree(tmp_path / "P0")  # it is in memory by now
+    crops = [data[0][0] for _ in range(4)]
+    assert {tuple(c["image"].shape) for c in crops} == {(4, 8, 8, 8)}
+    assert {tuple(c["label"].shape) for c in crops} == {(3, 8, 8, 8)}
+    assert not all(torch.equal(c["image"], crops[0]["image"]) for c in crops)
+    with pytest.raises(ValueError, match="share between 0 and 1"):
+        cohort.dataset(keep=2)
+
+
+# --- the real scans
+
+def test_real_scans_in_two_layouts(real_scans):
+    cohort = read(real_scans / "msd")
+    assert (cohort.layout, cohort.convention.name, cohort.ids) == ("msd", "msd", ("BRATS_001",))
+    stored = nib.load(real_scans / "msd" / "Task01_BrainTumour" / "labelsTr" / "BRATS_001.nii.gz")
+    values = np.asanyarray(stored.dataobj)
+    label = cohort[0].label
+    assert [int((label == v).sum()) for v in (2, 1, 4)] == [int((values == v).sum()) for v in (1, 2, 3)]
+    fine = read(real_scans / "brats2021_1mm", examine=False)
+    assert (fine.layout, fine.convention.name) == ("brats2021", "brats2021") and fine[0].spacing_mm == (1, 1, 1)

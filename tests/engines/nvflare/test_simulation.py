@@ -1,0 +1,94 @@
+"""A run in NVFLARE's simulator: the same bits as in this process, each round as it is finished."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cohorts import TinyNet, blob_sites
+from fedlab import (
+    FedOpt,
+    History,
+    Local,
+    NVFlare,
+    PrivacyError,
+    ProofOfConcept,
+    Round,
+    RunError,
+    Simulation,
+    SiteTrainer,
+    federate,
+)
+from fedlab import weights_sha256 as sha
+from fedlab.deploy.plan import built
+
+
+def run(engine: Local | NVFlare, *, rounds: int = 3, came: list[tuple[float, Round]] | None = None) -> History:
+    trainer = SiteTrainer(model=built(TinyNet, seed=3), lr=0.01, steps=2, crop=(8, 8, 8), precision="fp32")
+    seen = [] if came is None else came
+    return federate(trainer, blob_sites((3, 2)), strategy=FedOpt(rule="adam", server_lr=0.01), rounds=rounds, seed=5,
+                    engine=engine, progress=False, on_round=lambda one: seen.append((time.monotonic(), one)))
+
+
+def processes_of(folder: Path) -> list[int]:
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if any(str(folder) in part for part in
+                                                                   p.info["cmdline"] or ())]
+
+
+def test_same_bits_as_local(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    came: list[tuple[float, Round]] = []
+    there = run(NVFlare(env=Simulation(folder=tmp_path / "simulation")), came=came)
+    over = time.monotonic()
+    here = run(Local())
+    assert here.state is not None and there.state is not None
+    assert sha(there.state.params) == sha(here.state.params)
+    assert [one.number for _, one in came] == [0, 1, 2] and came[0][0] < over
+    for mine, theirs in zip(here.records, there.records, strict=True):
+        assert mine["sites"].keys() == theirs["sites"].keys()
+        for site, numbers in mine["sites"].items():
+            own = {name: value for name, value in numbers.items() if name != "seconds"}
+            assert own == {name: value for name, value in theirs["sites"][site].items() if name != "seconds"}
+    assert processes_of(tmp_path) == []
+
+    # The run lies in the folder: the same run again is only read.
+    log = tmp_path / "simulation" / "simulator.log"
+    size = log.stat().st_size
+    again = run(NVFlare(env=Simulation(folder=tmp_path / "simulation")))
+    assert again.state is not None and sha(again.state.params) == sha(here.state.params)
+    assert log.stat().st_size == size
+
+
+def test_processes_with_certificates_of_their_own_give_the_same_bits(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    there, here = run(NVFlare(env=ProofOfConcept(folder=tmp_path)), rounds=2), run(Local(), rounds=2)
+    assert here.state is not None and there.state is not None
+    assert sha(there.state.params) == sha(here.state.params)
+    assert processes_of(tmp_path) == []
+
+
+def test_what_a_site_refuses_reaches_the_researcher(tmp_path: Path) -> None:
+    """A crop that is larger than its patients, found out only at the sites."""
+    trainer = SiteTrainer(model=built(TinyNet, seed=3), lr=0.01, steps=2, crop=(64, 64, 64), precision="fp32")
+    with pytest.raises((RunError, PrivacyError), match="larger than patient"):
+        federate(trainer, blob_sites((3, 2)), rounds=1, engine=NVFlare(env=Simulation(folder=tmp_path)),
+                 progress=False)
+
+
+def test_what_cannot_run_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    trainer = SiteTrainer(model=built(TinyNet, seed=3), lr=0.01, steps=2, crop=(8, 8, 8), precision="fp32")
+    engine = NVFlare(env=Simulation(folder=tmp_path / "none"))
+    with pytest.raises(ValueError, match="rounds is a positive"):
+        federate(trainer, blob_sites((3, 2)), rounds=0, engine=engine)
+    with pytest.raises(ValueError, match="only named"):
+        federate(trainer, ["a", "b"], rounds=1, engine=Local())
+    with pytest.raises(ValueError, match="another function"):
+        class Mine(torch.nn.Conv3d):
+            pass
+
+        federate(SiteTrainer(model=Mine(4, 3, 1), lr=0.01, steps=2), blob_sites((3, 2)), rounds=1, engine=engine)
+    assert not (tmp_path / "none").exists()

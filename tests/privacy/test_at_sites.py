@@ -1,0 +1,95 @@
+"""A technique for some sites: there it is the technique itself, elsewhere there is nothing of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cohorts import TinyNet, blob_sites
+from fedlab import (
+    DPSGD,
+    AtSites,
+    CentralGaussian,
+    FedAvg,
+    History,
+    Ledger,
+    Local,
+    LocalGaussian,
+    Privacy,
+    SecureAggregation,
+    SiteTrainer,
+    federate,
+    weights_sha256,
+)
+from fedlab.deploy.plan import describe, make
+
+DP = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=2)
+
+
+def run(privacy: Privacy, *, engine: Local | None = None, sizes: tuple[int, ...] = (3, 3, 3)) -> History:
+    trainer = SiteTrainer(model=TinyNet(seed=3), lr=0.05, steps=2, crop=(8, 8, 8), precision="fp32",
+                          optimiser=torch.optim.SGD)
+    return federate(trainer, blob_sites(sizes), strategy=FedAvg(weights="uniform"), privacy=privacy, rounds=2, seed=5,
+                    engine=engine, progress=False)
+
+
+def sha(history: History) -> str:
+    assert history.state is not None
+    return weights_sha256(history.state.params)
+
+
+def test_named_sites_are_protected_and_charged_and_the_others_are_not() -> None:
+    engine = Local()
+    history = run(AtSites(sites=("site-1",), technique=DP), engine=engine)
+    assert set(history.records[-1]["spent"]) == {"site-1"}
+    assert Ledger(engine.memory["site-1"]).spent()[0].epsilon > 0
+    assert "ledger" not in engine.memory["site-0"]
+    assert "loss" in history.records[-1]["sites"]["site-0"] and "loss" not in history.records[-1]["sites"]["site-1"]
+
+
+def test_for_all_sites_it_is_the_technique_itself_and_for_none_of_them_is_nothing() -> None:
+    everywhere = ("site-0", "site-1", "site-2")
+    assert sha(run(AtSites(sites=everywhere, technique=DP))) == sha(run(DP))
+    one, plain = run(AtSites(sites=("site-1",), technique=DP)), run(Privacy())
+    assert sha(one) != sha(plain)
+    assert one.records[0]["sites"]["site-0"]["norm"] == plain.records[0]["sites"]["site-0"]["norm"]
+    assert one.records[0]["sites"]["site-1"]["norm"] != plain.records[0]["sites"]["site-1"]["norm"]
+
+
+def test_beside_secure_aggregation() -> None:
+    secure = SecureAggregation(sites=3, clip=5.0, threshold=2)
+    assert set(run(AtSites(sites=("site-1",), technique=DP) + secure).records[-1]["spent"]) == {"site-1"}
+    clipped = AtSites(sites=("site-1",), technique=DPSGD(clip=0.01, noise_multiplier=0, batch=2))  # noise would differ
+    both, alone = run(clipped + secure), run(clipped)
+    assert both.state is not None and alone.state is not None
+    for name, tensor in both.state.params.items():  # up to the fixed point
+        assert torch.allclose(tensor, alone.state.params[name], atol=1e-6)
+    assert sha(both) != sha(run(secure))
+
+
+def test_at_a_site_only_what_works_there_is_left() -> None:
+    noise = LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)
+    both = AtSites(sites=("a",), technique=DP) + AtSites(sites=("b",), technique=noise)
+    assert both.at("a") is DP and both.at("b") is noise and type(both.at("c")) is Privacy
+    assert both.units == {"patient", "site"}
+    assert (DP + noise).at("a").units == {"patient", "site"}
+
+
+def test_refused_where_it_would_not_hold() -> None:
+    with pytest.raises(ValueError, match="concerns all sites"):
+        AtSites(sites=("a",), technique=CentralGaussian(clip=1.0, noise_multiplier=1.0))
+    with pytest.raises(ValueError, match="concerns all sites"):
+        AtSites(sites=("a",), technique=SecureAggregation(sites=3, clip=5.0, threshold=2))
+    with pytest.raises(ValueError, match="stands once"):
+        AtSites(sites=("a", "b"), technique=DP) + AtSites(sites=("b",), technique=DP)
+    with pytest.raises(ValueError, match="stands once"):
+        DP + AtSites(sites=("b",), technique=DP)
+    with pytest.raises(ValueError, match="one or more different"):
+        AtSites(sites="ab", technique=DP)
+    with pytest.raises(ValueError, match="no sites of the run"):
+        run(AtSites(sites=("nobody",), technique=DP))
+
+
+def test_travels_in_a_plan() -> None:
+    privacy = AtSites(sites=("a",), technique=DP) + LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)
+    assert repr(make(describe(privacy), approve=lambda module: None)) == repr(privacy)

@@ -1,0 +1,424 @@
+"""Gradients of single patients, Opacus's clipping and noise on them, and what the ledger says of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cohorts import TinyNet, blob_patient, blob_sites
+from fedlab.core.errors import PrivacyError, SiteError
+from fedlab.core.regions import labels_to_regions
+from fedlab.core.seeds import derive
+from fedlab.core.types import Site
+from fedlab.core.weights import trainable, weights_sha256
+from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
+from fedlab.privacy.dp.dpsgd import DPSGD, PatientBatches
+from fedlab.privacy.dp.gradients import MODES, per_patient
+from fedlab.privacy.dp.site_level import AdaptiveClip
+from fedlab.run.federate import each_round, federate
+from fedlab.run.local import Local
+from fedlab.strategies import FedAvg
+from fedlab.training.trainer import Kit
+from trainers import plain_sgd, trainer
+
+#: Everybody in every step, whole volumes as crops: nothing is random but the noise.
+ALL = dict(sample_rate=1.0, delta=1e-2)
+
+
+def equipped(technique: DPSGD, site: Site, *, seed: int = 0, memory=None, **changes) -> Kit:
+    """A site's kit as `SiteTask` makes it, wrapped by the technique."""
+    one = trainer(optimiser=plain_sgd, lr=1.0, **changes)
+    memory = {} if memory is None else memory
+    return technique.equip(one.prepare(site, FedAvg().begin(one.initial()), memory=memory, seed=seed), site, memory)
+
+
+def noisy_gradients(kit: Kit) -> list[list[torch.Tensor]]:
+    """What the optimiser is given in each step, per parameter."""
+    steps = []
+    for image, target in kit.loader:
+        kit.optimiser.zero_grad(set_to_none=True)
+        kit.backward(kit, image, target)
+        kit.optimiser.step()
+        steps.append([p.grad.clone() for p in trainable(kit.model).values()])
+    kit.close()
+    return steps
+
+
+def own_gradient(model, objective, image, target) -> list[torch.Tensor]:
+    """By plain autograd, of one patient's crops."""
+    return list(torch.autograd.grad(objective(model(image), target), list(trainable(model).values())))
+
+
+def batch_of(sites, crops=1):
+    patients = [p for site in sites for p in site.train]
+    image = torch.stack([torch.stack([p.image.roll(k, 1) for k in range(crops)]) for p in patients])
+    target = torch.stack([torch.stack([labels_to_regions(p.label)] * crops) for p in patients])
+    return image, target
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("crops", [1, 3])
+def test_every_mode_gives_the_gradients_of_batches_of_one(gradients, crops):
+    image, target = batch_of(blob_sites((3,)), crops)
+    kit = equipped(DPSGD(clip=1.0, noise_multiplier=1.0, gradients=gradients, **ALL), blob_sites((3,))[0])
+    found = list(per_patient(kit, image, target, gradients))
+    assert len(found) == (3 if gradients == "backward" else 1)
+    for k in range(3):
+        part, place = (found[k], 0) if gradients == "backward" else (found[0], k)
+        for ours, theirs in zip(part.gradients, own_gradient(kit.model, kit.objective, image[k], target[k]),
+                                strict=True):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours[place], theirs, rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None and not hasattr(p, "grad_sample") for p in kit.model.parameters())
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_every_mode_gives_the_same_clipped_noised_gradient_as_the_algorithm_written_out(per_layer):
+    site, clip, sigma = blob_sites((3,))[0], 0.05, 0.7
+    results = {}
+    for gradients in MODES:
+        technique = DPSGD(clip=clip, noise_multiplier=sigma, per_layer=per_layer, gradients=gradients, **ALL)
+        results[gradients] = noisy_gradients(equipped(technique, site, steps=1))[0]
+
+    model, image, target = TinyNet(), *batch_of([site])
+    objective, noise = trainer().loss, torch.Generator().manual_seed(derive(0, "noise"))
+    single = [own_gradient(model, objective, image[k], target[k]) for k in range(3)]
+    whole = [math.sqrt(sum(float(g.square().sum()) for g in one)) for one in single]
+    assert min(whole) > 2 * clip  # every gradient is really clipped
+    for j, like in enumerate(single[0]):
+        total = torch.zeros_like(like)
+        for one, norm in zip(single, whole, strict=True):
+            own = clip / 2 / (float(one[j].norm()) + 1e-6) if per_layer else clip / (norm + 1e-6)  # 4 tensors: √4
+            total += one[j] * min(1.0, own)
+        expected = (total + torch.normal(0.0, sigma * clip, like.shape, generator=noise)) / 3
+        for found in results.values():
+            torch.testing.assert_close(found[j], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradients", ["backward", "functorch"])
+def test_without_noise_and_clip_it_is_plain_training(gradients):
+    sites, full = blob_sites((3, 3)), dict(steps=None, epochs=2, batch_size=3)  # every step sees all three patients
+    private = federate(trainer(**full), sites, rounds=3, progress=False,
+                       privacy=DPSGD(clip=math.inf, noise_multiplier=0, sample_rate=1.0, gradients=gradients))
+    plain = federate(trainer(**full), sites, rounds=3, progress=False)
+    for name, p in private.state.params.items():
+        torch.testing.assert_close(p, plain.state.params[name], rtol=1e-3, atol=1e-4)
+    assert private.table()["loss"].iloc[-1] == pytest.approx(plain.table()["loss"].iloc[-1], rel=1e-3)
+    assert "no formal guarantee" in repr(private) and private.spent().empty
+
+
+def test_the_ledger_over_rounds_equals_the_closed_form_and_opacus():
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    for accountant, theirs in (("rdp", RDPAccountant()), ("prv", PRVAccountant())):
+        technique = DPSGD(clip=1.0, noise_multiplier=1.3, batch=2, delta=1e-2, accountant=accountant)
+        history = federate(trainer(steps=4), blob_sites((5,)), privacy=technique, rounds=3, progress=False)
+        release = Gaussian(noise_multiplier=1.3, sample_rate=2 / 5, steps=4)
+        spent = history.spent().reset_index()
+        epsilons = list(spent["epsilon"])
+        assert epsilons == [epsilon_of([release] * n, delta=1e-2, accountant=accountant) for n in (1, 2, 3)]
+        for n in range(3):
+            for _ in range(4):
+                theirs.step(noise_multiplier=1.3, sample_rate=2 / 5)
+            assert epsilons[n] == pytest.approx(theirs.get_epsilon(1e-2), rel=1e-3)
+        assert set(spent["unit"]) == {"patient"} and "loss" not in history.table()
+
+
+class Numbered:
+    """Patients that are their own number."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, k):
+        return torch.tensor([float(k)]), torch.tensor([float(k)])
+
+
+def test_patients_are_drawn_independently_with_the_stated_probability():
+    steps, rate = 3000, 0.3
+    rng = torch.Generator().manual_seed(1)
+    taken = torch.zeros(steps, 7)
+    for step, (image, _) in enumerate(PatientBatches(Numbered(), sample_rate=rate, steps=steps, crops=2, rng=rng)):
+        if len(image):
+            assert image.shape[1:] == (2, 1) and torch.equal(image[:, 0], image[:, 1])
+            taken[step, image[:, 0, 0].long()] = 1
+    error = (rate * (1 - rate) / steps) ** 0.5
+    assert (taken.mean(dim=0) - rate).abs().max() < 4.5 * error  # 7 z-tests: p < 5e-5 for a right sampler
+    correlation = torch.corrcoef(taken.T)[~torch.eye(7, dtype=torch.bool)]
+    assert correlation.abs().max() < 4.5 / steps**0.5  # 21 pairs: p < 2e-4
+    lagged = torch.corrcoef(torch.stack([taken[:-1].flatten(), taken[1:].flatten()]))[0, 1]
+    assert abs(lagged) < 4.5 / (7 * steps) ** 0.5
+    nobody = (1 - rate) ** 7
+    assert abs(float((taken.sum(dim=1) == 0).double().mean()) - nobody) < 4.5 * (nobody / steps) ** 0.5
+
+
+def test_drawing_from_the_operating_system_has_the_stated_probability():
+    sizes = [len(image) for image, _ in PatientBatches(Numbered(), sample_rate=0.3, steps=3000, rng=None)]
+    assert abs(sum(sizes) / 21000 - 0.3) < 6 * (0.21 / 21000) ** 0.5  # unseeded: p < 2e-9
+
+
+def pure_noise(technique: DPSGD, *, seed: int = 0, steps: int = 300) -> torch.Tensor:
+    """(steps, parameters): the noise of steps that draw nobody, over the clipping norm."""
+    site = blob_sites((2,))[0]
+    kit = equipped(technique, site, seed=seed, steps=steps)
+    clip = technique.clip.start if isinstance(technique.clip, AdaptiveClip) else technique.clip
+    found = torch.stack([torch.cat([g.flatten() for g in step]) for step in noisy_gradients(kit)])
+    return found.double() * technique.sample_rate * len(site.train) / clip
+
+
+NOBODY = dict(sample_rate=1e-6, delta=1e-2)
+
+
+@pytest.mark.parametrize(("options", "deviation"), [
+    ({}, 1.5), ({"per_layer": True}, 1.5), ({"secure_mode": True}, 1.5),
+    ({"clip": AdaptiveClip(start=0.2, bit_noise=1.0, quantile=0.5, lr=1e-16)}, (1.5**-2 - 2.0**-2) ** -0.5)])
+def test_noise_has_the_moments_of_a_gaussian_and_nothing_repeats(options, deviation):
+    technique = DPSGD(**({"clip": 0.2, "noise_multiplier": 1.5} | NOBODY | options))
+    assert technique.noise_on_gradients == pytest.approx(deviation)
+    noise = pure_noise(technique) / deviation
+    n = noise.numel()
+    assert n > 200_000
+    six = 6.0  # standard errors: p < 2e-9 for each of these tests, so the unseeded one doesn't flicker
+    assert abs(float(noise.mean())) < six / n**0.5
+    assert abs(float(noise.square().mean()) - 1) < six * (2 / n) ** 0.5
+    assert abs(float(noise.pow(4).mean()) - 3) < six * (96 / n) ** 0.5
+    between_steps = (noise[:-1] * noise[1:]).mean()
+    tensors = noise.split([p.numel() for p in TinyNet().parameters()], dim=1)
+    between_tensors = (tensors[0][:, :6] * tensors[1]).mean()
+    assert abs(float(between_steps)) < six / (n - noise.shape[1]) ** 0.5
+    assert abs(float(between_tensors)) < six / (6 * len(noise)) ** 0.5
+
+
+def test_noise_is_other_noise_in_another_round_and_at_another_site():
+    technique = DPSGD(clip=0.2, noise_multiplier=1.5, **NOBODY)
+    one, again, other = (pure_noise(technique, seed=seed, steps=40) for seed in (3, 3, 4))
+    assert torch.equal(one, again)
+    correlation = (one * other).mean() / 1.5**2
+    assert abs(float(correlation)) < 4.5 / one.numel() ** 0.5  # p < 7e-6
+    run = [next(each_round(trainer(optimiser=plain_sgd, steps=1), blob_sites((2, 2)), privacy=technique,
+                           strategy=FedAvg(weights="uniform"), seed=seed)).state for seed in (0, 0, 1)]
+    assert weights_sha256(run[0].params) == weights_sha256(run[1].params) != weights_sha256(run[2].params)
+
+
+@settings(max_examples=25, deadline=None)
+@given(scale=st.floats(1e-3, 1e4), clip=st.floats(1e-3, 1e3), left_out=st.integers(0, 2), per_layer=st.booleans(),
+       gradients=st.sampled_from(MODES), half=st.booleans())
+def test_nobody_moves_the_sum_by_more_than_the_clipping_norm(scale, clip, left_out, per_layer, gradients, half):
+    image, target = batch_of(blob_sites((3,)))
+    image = image[..., :4, :4, :4] * scale
+    target = target[..., :4, :4, :4]
+    kit = equipped(DPSGD(clip=clip, noise_multiplier=0, sample_rate=1.0, per_layer=per_layer, gradients=gradients),
+                   blob_sites((3,))[0], precision="bf16" if half and gradients == "backward" else "fp32")
+    rest = [k for k in range(3) if k != left_out]
+    sums = []
+    for chosen in ([0, 1, 2], rest):
+        kit.optimiser.zero_grad(set_to_none=True)
+        kit.backward(kit, image[chosen], target[chosen])
+        weights = [p.detach().clone() for p in kit.model.parameters()]
+        kit.optimiser.step()
+        sums.append([p.grad.double() * 3 for p in kit.model.parameters()])
+        for p, before in zip(kit.model.parameters(), weights, strict=True):
+            p.data.copy_(before)
+    moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(*sums, strict=True)))
+    rounding = 1e-6 * max(float(t.norm()) for t in sums[0])
+    assert moved <= clip * (1 + 1e-5) + rounding
+
+
+def test_steps_that_draw_nobody_are_taken_accounted_and_move_the_model_by_noise_alone():
+    one = trainer(optimiser=plain_sgd, lr=1.0, steps=5)
+    technique = DPSGD(clip=0.2, noise_multiplier=1.5, **NOBODY)
+    engine = Local()
+    finished = next(each_round(one, blob_sites((2,)), privacy=technique, engine=engine))
+    assert finished.sites["site-0"]["steps"] == 5
+    assert Ledger(engine.memory["site-0"]).releases() == [
+        Gaussian(noise_multiplier=1.5, sample_rate=1e-6, steps=5)]
+    moved = torch.cat([(p - one.initial()[name]).flatten() for name, p in finished.state.params.items()])
+    spread = 1.5 * 0.2 * 5**0.5 / 2e-6
+    assert float(moved.std()) == pytest.approx(spread, rel=4.5 / (2 * len(moved)) ** 0.5)
+    assert len(engine.memory["site-0"]["diagnostics"]["norms of patients' gradients"]) == 0
+    quiet = federate(trainer(), blob_sites((2,)), rounds=1, progress=False,
+                     privacy=DPSGD(clip=1.0, noise_multiplier=0, sample_rate=1e-9))
+    assert "loss" not in quiet.table() or quiet.table()["loss"].isna().all()
+    for name, p in quiet.state.params.items():
+        torch.testing.assert_close(p, one.initial()[name], atol=1e-5, rtol=1e-5)  # only the weight decay
+
+
+def test_the_adaptive_clip_follows_the_gradients_and_outlives_rounds():
+    tiny = AdaptiveClip(start=1e-4, bit_noise=1e-9, quantile=0.5, lr=0.2)
+    engine = Local()
+    technique = DPSGD(clip=tiny, noise_multiplier=0, sample_rate=1.0)
+    list(each_round(trainer(), blob_sites((3,)), privacy=technique, engine=engine, rounds=2))
+    # Every gradient is longer: in each of 6 steps the norm grows by exp(0.2 × (0.5 - 0)).
+    assert float(engine.memory["site-0"]["dpsgd"]["clipping norm"]) == pytest.approx(1e-4 * math.exp(0.6), rel=1e-6)
+    assert float(engine.memory["site-0"]["diagnostics"]["share beyond the clipping norm"]) == 1.0
+
+    memory: dict = {}
+    start = AdaptiveClip(start=1.0, bit_noise=1e-9, quantile=0.5, lr=0.1)
+    noisy_gradients(equipped(DPSGD(clip=start, noise_multiplier=0, sample_rate=1.0), blob_sites((5,))[0], steps=60,
+                             memory=memory, model=still()))
+    reached = float(memory["dpsgd"]["clipping norm"])
+    norms = memory["diagnostics"]["norms of patients' gradients"][:5].sort().values
+    assert norms[1] * 0.9 < reached < norms[3] * 1.1 < 0.9  # it swings about the median by exp(0.1 × 0.5)
+
+    empty: dict = {}
+    technique = DPSGD(clip=start, noise_multiplier=0, sample_rate=1e-9)
+    noisy_gradients(equipped(technique, blob_sites((5,))[0], steps=3, memory=empty, model=TinyNet()))
+    assert math.isfinite(float(empty["dpsgd"]["clipping norm"]))  # where Opacus's own divides by zero
+
+
+def still() -> TinyNet:
+    """A network whose gradients don't change as it trains: its steps are undone."""
+    net = TinyNet()
+    start = [p.detach().clone() for p in net.parameters()]
+
+    def undo(module, inputs):
+        with torch.no_grad():
+            for p, before in zip(module.parameters(), start, strict=True):
+                p.copy_(before)
+
+    net.register_forward_pre_hook(undo)
+    return net
+
+
+def test_bits_are_noised_at_the_stated_scale():
+    rule = AdaptiveClip(start=1.0, bit_noise=4.0, quantile=0.5, lr=0.1)
+    logs = []
+    for seed in range(60):
+        memory: dict = {}
+        technique = DPSGD(clip=rule, noise_multiplier=1.0, sample_rate=0.5, delta=1e-2)
+        kit = equipped(technique, blob_sites((4,))[0], seed=seed, steps=1, memory=memory)
+        next(iter(kit.loader))
+        kit.optimiser.zero_grad(set_to_none=True)
+        kit.backward(kit, torch.empty(0), torch.empty(0))
+        kit.optimiser.step()
+        kit.close()
+        logs.append(math.log(float(memory["dpsgd"]["clipping norm"])) / -0.1 * 2)  # share - 1/2, times expected 2
+    noise = torch.tensor(logs)
+    assert abs(float(noise.mean())) < 4.5 * 4 / 60**0.5
+    assert float(noise.square().mean()) / 16 == pytest.approx(1, abs=4.5 * (2 / 60) ** 0.5)
+
+
+def test_moments_are_kept_and_the_network_is_left_as_it_was_found():
+    one, engine = trainer(), Local()
+    technique = DPSGD(clip=0.5, noise_multiplier=1.0, gradients="hooks", **ALL)
+    before = weights_sha256(federate(one, blob_sites((3,)), rounds=1, progress=False).state.params)
+    list(each_round(one, blob_sites((3, 2)), privacy=technique, rounds=2, engine=engine))
+    assert {key.split("|")[1] for key in engine.memory["site-1"]["optimiser"]} == {"step", "exp_avg", "exp_avg_sq"}
+    assert float(engine.memory["site-1"]["optimiser"]["first.weight|step"]) == 6
+    for p in one.model.parameters():
+        assert not {"grad_sample", "summed_grad", "_forward_counter"} & set(vars(p)) and p.grad is None
+    assert all(not m._forward_hooks and not m._backward_hooks for m in one.model.modules())
+    assert weights_sha256(federate(one, blob_sites((3,)), rounds=1, progress=False).state.params) == before
+
+
+def test_six_rounds_with_crashes_equal_six_without(tmp_path):
+    technique = DPSGD(clip=AdaptiveClip(start=0.1, bit_noise=2.0), noise_multiplier=1.0, batch=2, delta=1e-2)
+    whole = federate(trainer(), blob_sites(), privacy=technique, rounds=6, progress=False)
+
+    def crash(finished):
+        if finished.number in (0, 3):
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        try:
+            history = federate(trainer(), blob_sites(), privacy=technique, rounds=6, progress=False,
+                               checkpoint=tmp_path / "run", on_round=crash)
+        except KeyboardInterrupt:
+            continue
+    assert weights_sha256(history.state.params) == weights_sha256(whole.state.params)
+    assert history.spent().equals(whole.spent())
+
+
+def test_noise_from_the_operating_system_never_repeats_and_is_charged_each_time():
+    technique = DPSGD(clip=0.5, noise_multiplier=1.0, secure_mode=True, **ALL)
+    engine, one = Local(), trainer()
+    runs = [next(each_round(one, blob_sites((3,)), privacy=technique, engine=engine)) for _ in range(2)]
+    assert weights_sha256(runs[0].state.params) != weights_sha256(runs[1].state.params)
+    assert len(Ledger(engine.memory["site-0"]).releases()) == 2
+    kits = [equipped(technique, blob_sites((3,))[0], steps=2) for _ in range(2)]
+    a, b = (torch.cat([g.flatten() for g in noisy_gradients(kit)[0]]) for kit in kits)
+    assert abs(float((a - b).std()) / (2**0.5 * 0.5 / 3) - 1) < 6 / (2 * len(a)) ** 0.5
+
+
+def test_it_learns_within_a_budget_and_withdraws_when_it_is_used_up():
+    sites = [Site(name=f"site-{k}", train=[blob_patient(f"s{k}p{i}", seed=50 * k + i) for i in range(16)])
+             for k in range(2)]
+    held = blob_sites((1,))[0].val
+    image, target = batch_of([Site(name="held", train=held)])
+
+    def validate(model, number):
+        with torch.no_grad():
+            return {"held-out loss": float(trainer().loss(model(image[0]), target[0]))}
+
+    technique = DPSGD(clip=0.3, noise_multiplier=2.0, batch=8, delta=1e-2, max_epsilon=6.0)
+    history = federate(trainer(steps=4, lr=5e-2), sites, privacy=technique, rounds=30, progress=False,
+                       validate=validate)
+    loss, spent = history.table()["held-out loss"], history.spent()["epsilon"]
+    assert "no site is left" in history.stopped and 5 < len(history.records) < 30
+    assert 5.0 < spent.max() <= 6.0
+    assert loss.iloc[-1] < 0.8 * loss.iloc[0]
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"clip": 0.0}, "clip is a positive number"), ({"clip": math.inf}, "finite where there is noise"),
+    ({"clip": math.nan}, "clip is a positive"), ({"noise_multiplier": -1.0}, "noise_multiplier"),
+    ({"noise_multiplier": math.nan}, "noise_multiplier"), ({"noise_multiplier": math.inf}, "noise_multiplier"),
+    ({"batch": 2}, "either batch"), ({"sample_rate": None}, "either batch"), ({"sample_rate": 0.0}, "sample_rate"),
+    ({"sample_rate": 1.5}, "sample_rate"), ({"sample_rate": None, "batch": -1}, "batch is a positive"),
+    ({"delta": 0.0}, "delta lies between"), ({"delta": 1.0}, "delta lies between"), ({"crops": 0}, "crops"),
+    ({"crops": 1.5}, "crops"), ({"gradients": "ghost"}, "gradients is one of"), ({"max_epsilon": 0.0}, "max_epsilon"),
+    ({"max_epsilon": 0.01}, "more than the budget"), ({"accountant": "moments"}, "accountant is"),
+    ({"accountant": "gdp", "sample_rate": 0.5}, "exact only without sampling"),
+    ({"clip": AdaptiveClip(start=1.0, bit_noise=0.4)}, "bit_noise must exceed half"),
+    ({"clip": AdaptiveClip(start=1.0, bit_noise=2.0), "per_layer": True}, "say per_layer=False")])
+def test_bad_settings_are_refused_at_construction(change, says):
+    with pytest.raises(ValueError, match=says):
+        DPSGD(**({"clip": 1.0, "noise_multiplier": 1.0, **ALL} | change))
+
+
+def dice_of_the_batch(logits, target):
+    from monai.losses import DiceLoss
+    return DiceLoss(sigmoid=True, batch=True)(logits, target)
+
+
+def summed(logits, target):
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+
+
+@pytest.mark.parametrize(("options", "changes", "sizes", "says"), [
+    ({"delta": 0.4}, {}, (3,), "delta is below 1 over"),
+    ({"sample_rate": None, "batch": 4}, {}, (5, 3), "site-1 has only 3"),
+    ({}, {"loss": dice_of_the_batch}, (3,), "mixes patients"), ({}, {"loss": summed}, (3,), "mixes patients"),
+    ({"gradients": "ew"}, {"precision": "bf16"}, (3,), "needs float32"),
+    ({"gradients": "hooks"}, {"precision": "bf16"}, (3,), "needs float32"),
+    ({"max_epsilon": 1.0, "sample_rate": None, "batch": 1}, {"steps": 200}, (3,), "200 steps alone cost")])
+def test_what_cannot_work_is_refused_before_the_first_round_and_at_the_site(options, changes, sizes, says):
+    technique = DPSGD(**({"clip": 1.0, "noise_multiplier": 1.0, **ALL} | options))
+    with pytest.raises(ValueError, match=says):
+        each_round(trainer(**changes), blob_sites(sizes), privacy=technique)
+    if "steps alone" not in says:
+        with pytest.raises(ValueError, match=says):
+            equipped(technique, blob_sites(sizes)[-1], **changes)
+
+
+def test_a_patient_twice_a_second_dpsgd_and_a_broken_scan_are_refused():
+    technique = DPSGD(clip=1.0, noise_multiplier=1.0, **ALL)
+    one = blob_patient("same", seed=1)
+    with pytest.raises(ValueError, match="more than once"):
+        each_round(trainer(), [Site(name="a", train=[one, one])], privacy=technique)
+    with pytest.raises(ValueError, match="stands once"):
+        technique + technique
+    broken = blob_patient("broken", seed=2)
+    broken.image[0, 0, 0, 0] = float("nan")
+    with pytest.raises((SiteError, PrivacyError), match="loss of a patient is nan"):
+        next(each_round(trainer(), [Site(name="a", train=[one, broken])], privacy=technique))
+
+
+def test_it_prints_as_the_code_that_makes_it():
+    technique = DPSGD(clip=AdaptiveClip(start=0.1, bit_noise=2.0), noise_multiplier=1.0, batch=2, crops=4)
+    assert repr(eval(repr(technique))) == repr(technique)
+    assert technique.units == {"patient"} and DPSGD(clip=1.0, noise_multiplier=0, batch=1).units == frozenset()

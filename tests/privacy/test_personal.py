@@ -1,0 +1,187 @@
+"""Personal layers stay at their site, are trained there, and nothing of them reaches the server."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cohorts import TinyNet, blob_sites
+from fedlab.core.errors import PrivacyError
+from fedlab.core.types import Update
+from fedlab.core.weights import trainable, weights_sha256
+from fedlab.privacy.base import Privacy
+from fedlab.privacy.compression import Quantise, TopK
+from fedlab.privacy.dp.dpsgd import DPSGD
+from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
+from fedlab.privacy.personal_layers import PersonalLayers, norms_and_head
+from fedlab.run.federate import each_round, federate
+from fedlab.run.local import Local
+from fedlab.strategies import FedAvg
+from fedlab.training.networks import segresnet
+from trainers import trainer
+
+HEAD = PersonalLayers(names=["last.*"])
+UNIFORM = FedAvg(weights="uniform")
+
+
+class Sent(Privacy):
+    """Keeps what leaves each site."""
+
+    def __init__(self):
+        self._updates = []
+
+    def protect(self, update, memory, rng):
+        self._updates.append(update)
+        return update
+
+
+@pytest.mark.parametrize("momentum", ["keep", "restart"])
+def test_one_site_with_a_personal_head_is_plain_training(momentum):
+    sites, engine = blob_sites((2,)), Local()
+    plain = federate(trainer(momentum=momentum), sites, rounds=3, progress=False)
+    ours = federate(trainer(momentum=momentum), sites, rounds=3, privacy=HEAD, engine=engine, progress=False)
+    local = HEAD.local(ours.state.params, engine.memory["site-0"])
+    for name, p in plain.state.params.items():
+        torch.testing.assert_close(local[name], p, rtol=1e-5, atol=1e-6)
+    first = trainer().initial()
+    assert not torch.allclose(local["last.weight"], first["last.weight"], atol=1e-3)
+    assert ours.state.params["last.weight"].equal(first["last.weight"])
+
+
+def test_each_site_has_its_own_head_and_sends_nothing_of_it():
+    sent, engine, first = Sent(), Local(), trainer().initial()
+    history = federate(trainer(), blob_sites(), rounds=3, privacy=HEAD + sent, engine=engine, progress=False)
+    for update in sent._updates:
+        assert not update.delta["last.weight"].any() and not update.delta["last.bias"].any()
+        assert update.delta["first.weight"].any()
+        assert update.nbytes == 4 * (6 * 4 * 27 + 6)
+    heads = [engine.memory[site]["personal layers"] for site in ("site-0", "site-1")]
+    assert [set(head) for head in heads] == [{"last.weight", "last.bias"}] * 2
+    assert not torch.allclose(heads[0]["last.weight"], heads[1]["last.weight"], atol=1e-4)
+    for name in ("last.weight", "last.bias"):
+        assert history.state.params[name].equal(first[name])
+    assert "no formal guarantee" in repr(history)
+    assert not any(group.startswith("_personal") for memory in engine.memory.values() for group in memory)
+
+
+def test_a_round_goes_on_from_the_head_of_the_round_before():
+    class Start(Privacy):
+        def __init__(self):
+            self._heads = []
+
+        def equip(self, kit, site, memory):
+            self._heads.append(trainable(kit.model)["last.weight"].detach().clone())
+            return kit
+
+    start, engine = Start(), Local()
+    run = each_round(trainer(), blob_sites((1, 1)), privacy=HEAD + start, engine=engine, rounds=2)
+    next(run)
+    kept = [engine.memory[site]["personal layers"]["last.weight"] for site in ("site-0", "site-1")]
+    next(run)
+    first = trainer().initial()["last.weight"]
+    assert [h.equal(want) for h, want in zip(start._heads, [first, first, *kept], strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("rest", [
+    LocalGaussian(clip=0.5, noise_multiplier=1.0), CentralGaussian(clip=0.5, noise_multiplier=1.0),
+    TopK(keep=0.1, error_feedback=True), Quantise(bits=4)], ids=repr)
+def test_the_global_model_keeps_its_head_whatever_comes_after(rest, tmp_path):
+    first, technique = trainer().initial(), PersonalLayers(names=["last.*"]) + rest
+    whole = federate(trainer(), blob_sites(), rounds=3, privacy=technique, strategy=UNIFORM, progress=False)
+    for name in ("last.weight", "last.bias"):
+        assert whole.state.params[name].equal(first[name])
+    assert not whole.state.params["first.weight"].equal(first["first.weight"])
+    for rounds in (1, 3):
+        engine = Local()
+        history = federate(trainer(), blob_sites(), rounds=rounds, privacy=technique, strategy=UNIFORM,
+                           engine=engine, checkpoint=tmp_path / "run", progress=False)
+    assert weights_sha256(history.state.params) == weights_sha256(whole.state.params)
+    assert "personal layers" in engine.memory["site-0"]
+
+
+def test_personal_layers_are_trained_privately_with_dp_sgd():
+    engine, first = Local(), trainer().initial()
+    technique = HEAD + DPSGD(clip=0.5, noise_multiplier=1.0, delta=1e-2, batch=1)
+    history = federate(trainer(), blob_sites((2, 2)), rounds=2, privacy=technique, engine=engine, progress=False)
+    assert history.state.params["last.weight"].equal(first["last.weight"])
+    assert not history.state.params["first.weight"].equal(first["first.weight"])
+    heads = [memory["personal layers"]["last.weight"] for memory in engine.memory.values()]
+    assert not heads[0].equal(first["last.weight"]) and not heads[0].equal(heads[1])
+    assert "per patient" in history.guarantee()
+
+
+def test_quantised_personal_layers_cost_a_scale_each():
+    sent = Sent()
+    federate(trainer(), blob_sites((1,)), rounds=1, privacy=HEAD + Quantise(bits=8) + sent, progress=False)
+    assert sent._updates[0].nbytes == 6 * 4 * 27 + 6 + 4 * 4
+
+
+def test_norms_and_head_are_found_in_the_networks_of_monai():
+    from monai.networks.nets import BasicUNet, DynUNet, UNet
+
+    model = segresnet()
+    names = norms_and_head(model)
+    assert names[-2:] == ["conv_final.2.conv.weight", "conv_final.2.conv.bias"]
+    assert len([n for n, p in model.named_parameters() if "norm" in n]) == len(names) - 2 - 2  # conv_final.0 is one
+    assert sum(p.numel() for n, p in model.named_parameters() if n in names) < 5000
+    basic = BasicUNet(spatial_dims=3, in_channels=4, out_channels=3, features=(8,) * 6)
+    assert norms_and_head(basic)[-1] == "final_conv.bias" and "conv_0.conv_0.adn.N.weight" in norms_and_head(basic)
+    plain = UNet(spatial_dims=3, in_channels=4, out_channels=3, channels=(8, 16), strides=(2,))
+    assert norms_and_head(plain) == ["model.2.conv.weight", "model.2.conv.bias"]
+    dyn = DynUNet(spatial_dims=3, in_channels=4, out_channels=3, kernel_size=[3, 3, 3], strides=[1, 2, 2],
+                  upsample_kernel_size=[2, 2], filters=[8, 8, 8])
+    assert norms_and_head(dyn)[-2:] == ["output_block.conv.conv.weight", "output_block.conv.conv.bias"]
+    assert norms_and_head(TinyNet()) == ["last.weight", "last.bias"]
+    with pytest.raises(ValueError, match="no convolution"):
+        norms_and_head(nn.GroupNorm(2, 4))
+
+
+@pytest.mark.parametrize("names,match", [(["last.*", "head.*"], "no tensor of the model is called 'head"),
+                                         (["*"], "nothing would be shared"), (["first*", "last*"], "local_only")])
+def test_patterns_that_match_nothing_or_everything_are_refused(names, match):
+    with pytest.raises(ValueError, match=match):
+        each_round(trainer(), blob_sites(), privacy=PersonalLayers(names=names))
+
+
+@pytest.mark.parametrize("names", ["last.*", [], [1], None])
+def test_names_are_a_list(names):
+    with pytest.raises(ValueError, match="list of names"):
+        PersonalLayers(names=names)
+
+
+def test_running_statistics_cannot_be_personal():
+    class Normed(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm3d(6)
+
+    with pytest.raises(ValueError, match="group or instance norm"):
+        each_round(trainer(model=Normed()), blob_sites(), privacy=PersonalLayers(names=["norm.*"]))
+
+
+def test_it_goes_before_what_wraps_the_model():
+    class Wraps(Privacy):
+        def equip(self, kit, site, memory):
+            return kit
+
+    HEAD + Wraps()
+    with pytest.raises(ValueError, match="put PersonalLayers before"):
+        Wraps() + HEAD
+
+
+def test_layers_of_another_run_or_damaged_ones_are_refused():
+    engine = Local()
+    next(each_round(trainer(), blob_sites((1,)), privacy=HEAD, engine=engine))
+    with pytest.raises(PrivacyError, match="not those of this run"):
+        next(each_round(trainer(), blob_sites((1,)), privacy=PersonalLayers(names=["last.bias"]), engine=engine))
+    delta = {name: torch.zeros_like(p) for name, p in trainer().initial().items()}
+    delta["last.bias"] = torch.full_like(delta["last.bias"], float("nan"))
+    memory = {"_personal layers": {"last.bias": delta["last.bias"]}}
+    with pytest.raises(PrivacyError, match="NaN"):
+        HEAD.protect(Update(site="a", delta=delta, weight=1.0), memory, torch.Generator())
+    assert "personal layers" not in memory
+
+
+def test_it_prints_as_the_code_that_makes_it():
+    assert repr(HEAD) == "PersonalLayers(names=['last.*'])"

@@ -1,0 +1,397 @@
+"""What strategies change at the sites equals their papers' algorithms, survives a restart and goes with DP-SGD."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from cohorts import TinyNet, blob_sites
+from fedlab.core.seeds import generator
+from fedlab.core.types import Spent, Update
+from fedlab.core.weights import trainable, weights_sha256
+from fedlab.privacy.compression import TopK
+from fedlab.privacy.dp.dpsgd import DPSGD
+from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
+from fedlab.privacy.personal_layers import PersonalLayers, norms
+from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.run.baselines import local_only
+from fedlab.run.federate import each_round, federate
+from fedlab.run.local import Local
+from fedlab.strategies import (
+    SCAFFOLD,
+    CoordinateMedian,
+    Ditto,
+    FedAvg,
+    FedNova,
+    FedOpt,
+    FedProx,
+    GeometricMedian,
+    Krum,
+    NormBound,
+    TrimmedMean,
+)
+from fedlab.topologies.workflows import Buffered, Tree
+from fedlab.training.networks import segresnet
+from fedlab.training.trainer import DiceBCE, PolyDecay
+from trainers import batches, plain_sgd, trainer
+
+LR, STEPS = 0.2, 3
+UNIFORM = FedAvg(weights="uniform")
+
+
+def sgd(**changes):
+    """Whole volumes of one patient a site: nothing is random, so a test can repeat each step."""
+    return trainer(**({"optimiser": plain_sgd, "lr": LR, "steps": STEPS, "batch_size": 1} | changes))
+
+
+def gradient(params, patient):
+    model, loss = TinyNet(), DiceBCE()
+    image, target = next(batches([patient], [[0]]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(params[name])
+    loss(model(image), target).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def descend(start, patient, term, steps=STEPS):
+    """Plain SGD with a term in the gradient, written out."""
+    params = {name: p.clone() for name, p in start.items()}
+    for _ in range(steps):
+        slope = gradient(params, patient)
+        params = {name: p - LR * (slope[name] + term(name, p)) for name, p in params.items()}
+    return params
+
+
+def close(found, expected, **tolerance):
+    for name, p in expected.items():
+        torch.testing.assert_close(found[name], p, **({"rtol": 1e-4, "atol": 1e-6} | tolerance))
+
+
+def different(found, expected):
+    return max(float((found[name] - p).abs().max()) for name, p in expected.items())
+
+
+# FedProx
+
+
+def test_fedprox_is_the_proximal_gradient():
+    site, mu, params = blob_sites((1,))[0], 2.0, trainer().initial()
+    history = federate(sgd(), [site], strategy=FedProx(mu=mu), rounds=2, progress=False)
+    for _ in range(2):
+        params = descend(params, site.train[0], lambda name, p, begin=params: mu * (p - begin[name]))
+    close(history.state.params, params)
+    plain = federate(sgd(), [site], rounds=2, progress=False)
+    assert different(plain.state.params, params) > 1e-3
+
+
+def test_without_a_pull_it_is_fedavg_to_the_bit():
+    plain, prox, ditto = (federate(trainer(), blob_sites(), strategy=s, rounds=2, progress=False).state.params
+                          for s in (FedAvg(), FedProx(mu=0.0), Ditto(lam=0.5)))
+    assert weights_sha256(plain) == weights_sha256(prox) == weights_sha256(ditto)
+
+
+def test_the_pull_comes_after_dp_sgd_s_clipping():
+    site, clip, mu = blob_sites((1,))[0], 0.05, 1.9 / LR
+    technique = DPSGD(clip=clip, noise_multiplier=0.0, sample_rate=1.0)
+    found = federate(sgd(), [site], strategy=FedProx(mu=mu), privacy=technique, rounds=1, progress=False).state.params
+    start = trainer().initial()
+
+    def by_hand(pull_is_clipped):
+        params, longest = dict(start), 0.0
+        for _ in range(STEPS):
+            slope = gradient(params, site.train[0])
+            pull = {name: mu * (p - start[name]) for name, p in params.items()}
+            both = {name: slope[name] + pull[name] if pull_is_clipped else slope[name] for name in params}
+            norm = torch.cat([g.flatten() for g in both.values()]).norm()
+            longest = max(longest, float(torch.cat([g.flatten() for g in pull.values()]).norm()))
+            both = {name: g * min(1.0, clip / float(norm)) for name, g in both.items()}
+            extra = 0 if pull_is_clipped else 1
+            params = {name: p - LR * (both[name] + extra * pull[name]) for name, p in params.items()}
+        return params, longest
+
+    expected, longest = by_hand(False)
+    assert longest > 1.5 * clip, "the pull is too short for clipping to show"
+    close(found, expected)
+    assert different(found, by_hand(True)[0]) > 1e-3
+
+
+def test_the_pull_works_with_noise_and_charges_the_ledger():
+    technique = DPSGD(clip=0.5, noise_multiplier=1.0, delta=1e-2, batch=1)
+    runs = [federate(sgd(), blob_sites((2, 2)), strategy=s, privacy=technique, rounds=2, progress=False)
+            for s in (FedAvg(), FedProx(mu=0.5))]
+    assert "per patient" in runs[1].guarantee() and runs[0].guarantee() == runs[1].guarantee()
+    assert different(runs[0].state.params, runs[1].state.params) > 1e-4
+
+
+def test_personal_layers_are_pulled_to_the_site_s_own():
+    sites, mu = blob_sites((1,)), 2.0
+    engine, technique = Local(), PersonalLayers(names=["last.*"])
+    history = federate(sgd(), sites, strategy=FedProx(mu=mu), privacy=technique, engine=engine, rounds=2,
+                       progress=False)
+    params = trainer().initial()
+    for _ in range(2):
+        params = descend(params, sites[0].train[0], lambda name, p, begin=params: mu * (p - begin[name]))
+    close(technique.local(history.state.params, engine.memory["site-0"]), params)
+
+
+# SCAFFOLD
+
+
+def unlike_sites():
+    """Four sites whose scanners differ so much that what one learns misleads the others."""
+    return [replace(site, train=[replace(p, image=p.image * scale) for p in site.train])
+            for site, scale in zip(blob_sites((1, 1, 1, 1)), (1.0, -1.0, 2.0, -0.5), strict=True)]
+
+
+@pytest.mark.parametrize("sample,server_lr", [(1.0, 1.0), (0.6, 0.5)])
+def test_scaffold_is_algorithm_1_with_option_ii(sample, server_lr):
+    sites, rounds = unlike_sites(), 4
+    strategy = SCAFFOLD(sites=4, steps=STEPS, lr=LR, sample=sample, server_lr=server_lr)
+    engine = Local()
+    run = each_round(sgd(), sites, strategy=strategy, rounds=rounds, engine=engine, seed=7)
+
+    x = trainer().initial()
+    c = {name: torch.zeros_like(p) for name, p in x.items()}
+    own = {site.name: dict(c) for site in sites}
+    sizes = set()
+    for number, finished in enumerate(run):
+        cohort = strategy.select(sites, generator(7, "select", number))
+        sizes.add(len(cohort))
+        dx, dc = ({name: torch.zeros_like(p) for name, p in x.items()} for _ in range(2))
+        for site in cohort:
+            mine = own[site.name]
+            y = descend(x, site.train[0], lambda name, p, mine=mine, c=c: c[name] - mine[name])
+            new = {name: mine[name] - c[name] + (x[name] - y[name]) / (STEPS * LR) for name in x}
+            for name in x:
+                dx[name] += (y[name] - x[name]) / len(cohort)
+                dc[name] += (new[name] - mine[name]) / len(cohort)
+            own[site.name] = new
+        x = {name: p + server_lr * dx[name] for name, p in x.items()}
+        c = {name: t + len(cohort) / len(sites) * dc[name] for name, t in c.items()}
+        close(finished.state.params, x)
+        close(finished.state.moments["control variate"], c, atol=1e-5)
+        for site in sites:
+            kept = engine.memory[site.name].get("control variate", {name: torch.zeros_like(p) for name, p in x.items()})
+            close(kept, own[site.name], atol=1e-5)
+        mean = {name: sum(own[site.name][name] for site in sites) / len(sites) for name in x}
+        close(finished.state.moments["control variate"], mean, atol=1e-5)
+    assert len(sizes) > (sample < 1), "sampling drew cohorts of one size only"
+    plain = federate(sgd(), sites, strategy=FedAvg(weights="uniform", sample=sample, server_lr=server_lr),
+                     rounds=rounds, seed=7, progress=False)
+    assert different(plain.state.params, x) > 1e-4
+
+
+def test_scaffold_s_first_round_is_fedavg_to_the_bit_and_one_site_is_plain_training():
+    sites = blob_sites((1, 2))
+    first = SCAFFOLD(sites=2, steps=STEPS, lr=LR)
+    ours, plain = (federate(sgd(), sites, strategy=s, rounds=1, progress=False).state.params for s in (first, UNIFORM))
+    assert weights_sha256(ours) == weights_sha256(plain)
+    alone = SCAFFOLD(sites=1, steps=STEPS, lr=LR)
+    ours, plain = (federate(sgd(), sites[:1], strategy=s, rounds=3, progress=False).state.params
+                   for s in (alone, UNIFORM))
+    close(ours, plain, rtol=1e-5)
+
+
+def test_scaffold_follows_a_falling_learning_rate():
+    decay, sites = PolyDecay(start=LR, rounds=4), blob_sites((1, 1))
+    history = federate(sgd(lr=decay), sites, strategy=SCAFFOLD(sites=2, steps=STEPS, lr=decay), rounds=3,
+                       progress=False)
+    before = federate(sgd(lr=decay), sites, strategy=SCAFFOLD(sites=2, steps=STEPS, lr=decay), rounds=2,
+                      progress=False).state
+    slope = {name: (before.params[name] - p) / (STEPS * decay(2)) for name, p in history.state.params.items()}
+    close(history.state.moments["control variate"], slope, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="learning rate of round 4 is 0"):
+        SCAFFOLD(sites=2, steps=STEPS, lr=decay)._travel(4)
+
+
+def test_a_site_s_control_comes_from_what_it_sent():
+    engine, technique = Local(), LocalGaussian(clip=0.01, noise_multiplier=1.0, delta=1e-2)
+    history = federate(sgd(), blob_sites((1, 1)), strategy=SCAFFOLD(sites=2, steps=STEPS, lr=LR), privacy=technique,
+                       rounds=1, engine=engine, progress=False)
+    controls = [engine.memory[f"site-{k}"]["control variate"] for k in (0, 1)]
+    mean = {name: (controls[0][name] + controls[1][name]) / 2 for name in controls[0]}
+    close(history.state.moments["control variate"], mean)  # of the noisy updates: nothing else is known to both
+
+
+def test_noise_at_the_server_also_hides_how_many_came():
+    spent = (Spent(1.0, 1e-3, "site", "rdp", "any"),)
+    strategy = SCAFFOLD(sites=10, steps=1, lr=1.0, sample=0.5)
+    state = strategy.begin({"w": torch.zeros(1)})
+    delta = {"w": torch.ones(1)}
+    for came in (1, 4, 9):
+        moved = strategy.step(state, Update(site="mean", delta=delta, weight=float(came), steps=came, spent=spent))
+        assert float(moved.moments["control variate"]["w"]) == -0.5
+        open_mean = strategy.step(state, Update(site="mean", delta=delta, weight=float(came), steps=came))
+        assert float(open_mean.moments["control variate"]["w"]) == pytest.approx(-came / 10)
+    nobody = strategy.step(moved, Update(site="mean", delta={"w": torch.zeros(1)}, weight=1.0))
+    assert float(nobody.moments["control variate"]["w"]) == -0.5
+    central = CentralGaussian(clip=1.0, noise_multiplier=0.5, delta=1e-3)
+    history = federate(sgd(), blob_sites((1, 1)), strategy=SCAFFOLD(sites=2, steps=STEPS, lr=LR), privacy=central,
+                       rounds=2, progress=False)
+    assert "per site" in history.guarantee()
+
+
+@pytest.mark.parametrize("changes,strategy,match", [
+    ({"optimiser": trainer().optimiser}, {}, r"optimiser=torch\.optim\.SGD"),
+    ({"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, {}, "moments"),
+    ({"steps": None, "epochs": 1}, {}, "steps= in place of epochs=1"),
+    ({}, {"sites": 3}, r"SCAFFOLD\(sites=2, steps=3, lr=0\.2\)"), ({}, {"steps": 2}, "not for this run"),
+    ({}, {"lr": 0.1}, "not for this run")])
+def test_scaffold_refuses_what_it_is_not_made_for(changes, strategy, match):
+    wrong = SCAFFOLD(**({"sites": 2, "steps": STEPS, "lr": LR} | strategy))
+    with pytest.raises(ValueError, match=match):
+        each_round(sgd(**changes), blob_sites((1, 1)), strategy=wrong)
+
+
+def test_scaffold_refuses_masks_and_workflows_without_one_server():
+    strategy, sites = SCAFFOLD(sites=3, steps=STEPS, lr=LR), blob_sites((1, 1, 1))
+    for technique in (SecureAggregation(sites=3, clip=1.0, threshold=2),
+                      SecureAggregation(sites=3, clip=1.0, threshold=2, noise_multiplier=1.0, delta=1e-3)):
+        with pytest.raises(ValueError, match="hidden by"):
+            each_round(sgd(), sites, strategy=strategy, privacy=technique)
+    for topology in (Tree(regions={"a": ["site-0"], "b": ["site-1", "site-2"]}), Buffered(size=2)):
+        for one in (strategy, FedNova()):
+            with pytest.raises(ValueError, match="at one server"):
+                each_round(sgd(), sites, strategy=one, topology=topology)
+
+
+# FedNova
+
+
+@pytest.mark.parametrize("strategy,changes,match", [
+    (FedNova(), {"optimiser": trainer().optimiser}, "is another"),
+    (FedNova(), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, "momentum=0"),
+    (FedNova(momentum=0.9), {}, r"momentum=0\.9"),
+    (FedNova(momentum=0.9), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, "momentum='restart'"),
+    (FedNova(momentum=0.9), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
+                             "momentum": "restart"}, "no Nesterov")])
+def test_fednova_refuses_optimisers_whose_path_it_does_not_know(strategy, changes, match):
+    with pytest.raises(ValueError, match=match):
+        each_round(sgd(**changes), blob_sites(), strategy=strategy)
+
+
+def test_fednova_is_fedavg_with_equal_steps_only():
+    for settings, same in (({"steps": 2}, True), ({"steps": None, "epochs": 1}, False)):
+        nova, plain = (federate(sgd(**settings), blob_sites((1, 4)), strategy=s, rounds=1, progress=False).state.params
+                       for s in (FedNova(), FedAvg()))
+        assert (different(nova, plain) < 1e-6) is same
+
+
+# Ditto
+
+
+def test_ditto_trains_each_site_s_own_model_towards_the_global_one():
+    sites, lam, engine = blob_sites((1, 1)), 2.0, Local()
+    strategy = Ditto(lam=lam)
+    run = each_round(sgd(), sites, strategy=strategy, rounds=3, engine=engine)
+    shared = trainer().initial()
+    own = {site.name: shared for site in sites}
+    for finished in run:
+        for site in sites:
+            own[site.name] = descend(own[site.name], site.train[0],
+                                     lambda name, p, shared=shared: lam * (p - shared[name]))
+            found = strategy.local(finished.state.params, engine.memory[site.name])
+            close(found, own[site.name])
+            assert list(found) == list(finished.state.params)
+        shared = finished.state.params
+    assert different(own["site-0"], own["site-1"]) > 1e-3
+    assert strategy.local(shared, {}) == dict(shared)
+
+
+@pytest.mark.parametrize("momentum", ["keep", "restart"])
+def test_without_a_pull_ditto_is_training_alone_to_the_bit(momentum):
+    sites, engine = blob_sites((2, 3)), Local()
+    history = federate(trainer(momentum=momentum), sites, strategy=Ditto(lam=0.0), rounds=3, engine=engine,
+                       progress=False)
+    alone = local_only(trainer(momentum=momentum), sites, rounds=3, progress=False)
+    for site in sites:
+        own = Ditto(lam=0.0).local(history.state.params, engine.memory[site.name])
+        assert weights_sha256(own) == weights_sha256(alone[site.name].state.params)
+
+
+def test_a_strong_pull_holds_ditto_at_the_global_model():
+    sites, engine = blob_sites((1, 1)), Local()
+    run = each_round(sgd(), sites, strategy=Ditto(lam=1 / LR), rounds=2, engine=engine)  # each step ends at the target
+    first = next(run)
+    next(run)
+    own = engine.memory["site-0"]["ditto"]
+    step = gradient(first.state.params, sites[0].train[0])
+    assert different(own, first.state.params) <= LR * max(float(g.abs().max()) for g in step.values()) * 1.5
+
+
+def test_ditto_works_with_privacy_and_nothing_of_it_leaves():
+    technique = DPSGD(clip=0.5, noise_multiplier=1.0, delta=1e-2, batch=1)
+    runs = {}
+    for strategy in (FedAvg(), Ditto(lam=0.5), Ditto(lam=0.0)):
+        engine = Local()
+        runs[repr(strategy)] = federate(sgd(), blob_sites((2, 2)), strategy=strategy, privacy=technique, rounds=1,
+                                        engine=engine, progress=False)
+        assert ("ditto" in engine.memory["site-0"]) is isinstance(strategy, Ditto)
+    assert len({run.guarantee() for run in runs.values()}) == 1
+    with pytest.raises(ValueError, match="without PersonalLayers"):
+        each_round(trainer(), blob_sites(), strategy=Ditto(lam=1.0),
+                   privacy=TopK(keep=0.5) + PersonalLayers(names=["last.*"]))
+
+
+# FedBN
+
+
+def test_fedbn_keeps_the_norms_at_the_sites():
+    class Normed(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.GroupNorm(2, 6)
+
+        def forward(self, image):
+            return self.last(torch.relu(self.norm(self.first(image))))
+
+    model, engine = Normed(), Local()
+    assert norms(model) == ["norm.weight", "norm.bias"]
+    history = federate(trainer(model=model), blob_sites(), privacy=PersonalLayers(names=norms(model)), rounds=2,
+                       engine=engine, progress=False)
+    assert history.state.params["norm.weight"].equal(torch.ones(6))
+    kept = [engine.memory[f"site-{k}"]["personal layers"]["norm.weight"] for k in (0, 1)]
+    assert not kept[0].equal(kept[1]) and not kept[0].equal(torch.ones(6))
+    names = norms(segresnet())
+    assert len(names) == 2 * sum("GroupNorm" in type(m).__name__ for m in segresnet().modules())
+    assert set(names) < set(trainable(segresnet()))
+    with pytest.raises(ValueError, match="no normalisation layer"):
+        norms(TinyNet())
+
+
+# A stopped run goes on to the same bits
+
+
+RESUMED = [FedAvg(sample=0.7), FedProx(mu=0.1), Ditto(lam=0.5), FedNova(), SCAFFOLD(sites=5, steps=2, lr=LR),
+           SCAFFOLD(sites=5, steps=2, lr=LR, sample=0.7), *(FedOpt(rule=rule, server_lr=0.05) for rule in
+                                                            ("adam", "yogi", "adagrad", "momentum")),
+           CoordinateMedian(), TrimmedMean(trim=0.2), Krum(attackers=1, chosen=2), GeometricMedian(),
+           NormBound(bound=0.1)]
+
+
+@pytest.mark.parametrize("strategy", RESUMED, ids=repr)
+def test_a_run_stopped_after_two_rounds_goes_on_to_the_same_bits(strategy, tmp_path):
+    sites = blob_sites((1, 2, 1, 1, 1))
+
+    def run(rounds, **more):
+        engine = Local()
+        one = sgd(steps=2, crop=(8, 8, 8), momentum="restart" if isinstance(strategy, FedNova) else "keep")
+        if not isinstance(strategy, SCAFFOLD | FedNova):
+            one = trainer(steps=2, crop=(8, 8, 8), batch_size=1)
+        history = federate(one, sites, strategy=strategy, rounds=rounds, engine=engine, progress=False, **more)
+        groups = {f"{site}|{group}|{name}": t for site, memory in engine.memory.items()
+                  for group, slots in memory.items() for name, t in slots.items()}
+        moments = {f"{group}|{name}": t for group, slots in history.state.moments.items() for name, t in slots.items()}
+        return weights_sha256(history.state.params), weights_sha256(moments), weights_sha256(groups), groups
+
+    whole = run(4)
+    stopped = run(2, checkpoint=tmp_path / "run")
+    resumed = run(4, checkpoint=tmp_path / "run")
+    assert stopped[0] != whole[0]
+    assert resumed[:3] == whole[:3]
+    if isinstance(strategy, Ditto | SCAFFOLD):
+        assert any("ditto|" in key or "control variate|" in key for key in whole[3])

@@ -1,0 +1,308 @@
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from fedlab.core.regions import labels_to_regions
+from fedlab.core.types import REGIONS, Patient, Site
+from fedlab.training.metrics import (
+    COLUMNS,
+    WORST_HD95_MM,
+    evaluate,
+    predict,
+    score,
+    score_rows,
+    summary,
+    threshold_dice,
+)
+
+TC, WT, ET = (REGIONS.index(name) for name in ("TC", "WT", "ET"))
+
+
+def regions(shape=(24, 24, 24), **boxes):
+    out = torch.zeros(3, *shape, dtype=torch.bool)
+    for name, box in boxes.items():
+        out[REGIONS.index(name)][box] = True
+    return out
+
+
+def patient(seed=0, shape=(20, 24, 17), name="P", labelled=True, spacing=2.0):
+    """FLAIR is above 1 in the whole tumour, T1 in the core, T1c in the enhancing part, and nowhere else."""
+    rng = torch.Generator().manual_seed(seed)
+    label = torch.zeros(shape, dtype=torch.uint8)
+    label[4:14, 5:15, 4:14], label[6:12, 7:13, 6:12], label[8:10, 9:11, 8:10] = 2, 4, 1
+    tc, wt, et = labels_to_regions(label)
+    image = 0.1 + 0.8 * torch.rand(4, *shape, generator=rng)
+    for channel, region in enumerate((wt, tc, et)):
+        image[channel] += region
+    return Patient(id=name, image=image.half(), label=label if labelled else None, affine=np.diag([spacing] * 3 + [1]))
+
+
+class Reader(torch.nn.Module):
+    """Knows the rule of `patient`: a perfect, voxel-wise model."""
+
+    def __init__(self, shift=0.0):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor(20.0))
+        self.shift = shift
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(tuple(x.shape))
+        return self.slope * (x[:, [1, 0, 2]] - 1 - self.shift)
+
+
+# --- Dice, HD95, volumes
+
+def test_dice_and_volumes_by_hand():
+    reference = regions(WT=np.s_[2:6, 2:6, 2:6], TC=np.s_[2:4, 2:4, 2:4], ET=np.s_[2, 2, 2])
+    guess = regions(WT=np.s_[4:8, 2:6, 2:6], TC=np.s_[2:4, 2:4, 2:3], ET=np.s_[3, 2, 2])
+    got = score(guess, reference, spacing_mm=(1.0, 2.0, 3.0))
+    assert got["WT"].dice == pytest.approx(0.5)  # 32 of 64 and 64 voxels
+    assert got["TC"].dice == pytest.approx(2 * 4 / (8 + 4))
+    assert got["ET"].dice == 0
+    assert got["WT"].reference_ml == pytest.approx(64 * 6 / 1000)
+    assert got["TC"].predicted_ml == pytest.approx(4 * 6 / 1000)
+    assert score(reference.float(), reference, spacing_mm=(1, 1, 1))["WT"][:2] == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("step", "spacing", "expected"),
+                         [((3, 0, 0), (2.0, 1.0, 1.0), 6.0), ((0, 0, 3), (2.0, 1.0, 1.5), 4.5),
+                          ((3, 4, 0), (1.0, 1.0, 9.0), 5.0)])
+def test_hd95_is_in_mm_along_each_axis(step, spacing, expected):
+    reference = regions(WT=np.s_[5, 5, 5])
+    guess = regions(WT=tuple(5 + s for s in step))
+    assert score(guess, reference, spacing_mm=spacing)["WT"].hd95_mm == pytest.approx(expected)
+
+
+def test_hd95_takes_the_95th_percentile_by_hand():
+    reference = regions(WT=np.s_[2:22, 2, 2])  # twenty voxels in a row, every one of them surface
+    guess = reference.clone()
+    guess[WT, 10, 12, 2] = True
+    assert score(guess, reference, spacing_mm=(1, 1, 1))["WT"].hd95_mm == pytest.approx(0.0)  # rank 19.0 of 0..20
+    guess[WT, 14, 11, 2] = True  # distances 20 x 0, 9, 10: rank 19.95 lies between 0 and 9
+    assert score(guess, reference, spacing_mm=(1, 1, 1))["WT"].hd95_mm == pytest.approx(8.55, abs=1e-4)
+    swapped = score(reference, guess, spacing_mm=(1, 1, 1))["WT"].hd95_mm
+    assert swapped == pytest.approx(8.55, abs=1e-4)  # the larger of both directions
+
+
+def test_hd95_agrees_with_all_pairs_of_surface_voxels():
+    from scipy.ndimage import binary_erosion
+    from scipy.spatial.distance import cdist
+
+    rng = np.random.default_rng(1)
+    one, other = (np.zeros((24, 24, 24), bool) for _ in range(2))
+    one[4:15, 5:14, 6:20] = True
+    other[6:18, 4:12, 5:17] = True
+    other &= rng.random(other.shape) > 0.2
+    spacing = np.array([1.0, 1.5, 3.0])
+    edges = [np.argwhere(m & ~binary_erosion(m)) * spacing for m in (one, other)]
+    pairs = cdist(*edges)
+    expected = max(np.percentile(pairs.min(1), 95), np.percentile(pairs.min(0), 95))
+    masks = [regions(WT=np.s_[0:0, 0, 0]) for _ in range(2)]
+    for mask, array in zip(masks, (one, other), strict=True):
+        mask[WT] = torch.from_numpy(array)
+    assert score(masks[1], masks[0], spacing_mm=tuple(spacing))["WT"].hd95_mm == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_are_taken_as_regions():
+    label = patient().label
+    assert score(labels_to_regions(label), label, spacing_mm=(1, 1, 1))["ET"].dice == 1
+    assert score(labels_to_regions(label), label, spacing_mm=(1, 1, 1))["TC"].reference_ml == pytest.approx(0.216)
+
+
+def test_empty_regions_follow_brats():
+    full = regions(WT=np.s_[1:5, 1:5, 1:5], TC=np.s_[1:3, 1:3, 1:3])
+    guess = regions(WT=np.s_[1:5, 1:5, 1:5], ET=np.s_[1, 1, 1])
+    got = score(guess, full, spacing_mm=(1, 1, 1))
+    assert WORST_HD95_MM == pytest.approx(373.1287, abs=1e-4)
+    assert got["TC"][:2] == (0.0, WORST_HD95_MM) and got["TC"].predicted_ml == 0  # missed
+    assert got["ET"][:2] == (0.0, WORST_HD95_MM) and got["ET"].reference_ml == 0  # false alarm
+    guess[ET] = False
+    assert score(guess, full, spacing_mm=(1, 1, 1))["ET"][:2] == (1.0, 0.0)  # rightly nothing
+
+
+@pytest.mark.parametrize(("guess", "reference", "spacing", "message"), [
+    (torch.zeros(3, 4, 4, 4), torch.zeros(3, 4, 4, 5), (1, 1, 1), "on the same grid"),
+    (torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4, 4), (1, 1, 1), r"shape \(3, X, Y, Z\)"),
+    (torch.full((3, 4, 4, 4), 0.3), torch.zeros(4, 4, 4), (1, 1, 1), "threshold probabilities first"),
+    (torch.zeros(3, 4, 4, 4), torch.zeros(4, 4, 4), (1, 1), "three positive numbers"),
+    (torch.zeros(3, 4, 4, 4), torch.zeros(4, 4, 4), (1, 1, 0), "three positive numbers"),
+])
+def test_score_refuses(guess, reference, spacing, message):
+    with pytest.raises(ValueError, match=message):
+        score(guess, reference, spacing_mm=spacing)
+
+
+# --- summaries
+
+def table():
+    rows = [("a", "p1", 0.8, 4.0, 10.0, 9.0), ("a", "p2", 0.6, 8.0, 5.0, 5.0),
+            ("b", "p1", 0.0, WORST_HD95_MM, 0.0, 1.0), ("b", "p4", 1.0, 0.0, 0.0, 0.0)]
+    full = [(s, p, region, *(v if region == "ET" else (0.9, 2.0, 10.0, 10.0)))
+            for s, p, *v in rows for region in REGIONS]
+    return pd.DataFrame(full, columns=list(COLUMNS))
+
+
+def test_summary_by_the_brats_rule_by_hand():
+    got = summary(table())
+    assert list(got.index) == ["TC", "WT", "ET", "mean"]
+    assert got.loc["ET", "dice"] == pytest.approx((0.8 + 0.6 + 0 + 1) / 4)
+    assert got.loc["ET", "hd95_mm"] == pytest.approx((4 + 8 + WORST_HD95_MM + 0) / 4)
+    assert got.loc["mean", "dice"] == pytest.approx((0.9 + 0.9 + 0.6) / 3)
+    assert got.loc["ET", ["patients", "without_region", "false_alarms"]].tolist() == [4, 2, 1]
+    assert got.loc["mean", "patients"] == 4  # p1 of site a and p1 of site b are two patients
+    assert "373.13 mm" in got.attrs["rule"] and "TC 0, WT 0, ET 2" in got.attrs["rule"]
+
+
+def test_summary_that_skips_and_counts_false_alarms():
+    got = summary(table(), empty="skip")
+    assert got.loc["ET", "dice"] == pytest.approx(0.7) and got.loc["ET", "hd95_mm"] == pytest.approx(6.0)
+    assert got.loc["ET", ["patients", "without_region", "false_alarms"]].tolist() == [2, 2, 1]
+    assert "in 1 of these cases" in got.attrs["rule"]
+    nowhere = table()
+    nowhere.loc[nowhere["region"] == "ET", "reference_ml"] = 0.0
+    got = summary(nowhere, empty="skip")
+    assert np.isnan(got.loc["ET", "dice"]) and np.isnan(got.loc["mean", "dice"])  # not silently a mean of two
+
+
+def test_summary_leaves_the_unlabelled_out_and_refuses_nonsense():
+    extra = pd.DataFrame(score_rows(regions(), None, spacing_mm=(1, 1, 1), site="c", patient="p9"))
+    assert list(extra.columns) == list(COLUMNS) and extra["dice"].isna().all() and (extra["predicted_ml"] == 0).all()
+    both = pd.concat([table(), extra])
+    pd.testing.assert_frame_equal(summary(both), summary(table()))
+    with pytest.raises(ValueError, match="no patient in the table has a reference"):
+        summary(extra)
+    with pytest.raises(ValueError, match="'brats' or 'skip', got 'none'"):
+        summary(table(), empty="none")
+    with pytest.raises(ValueError, match="missing: hd95_mm"):
+        summary(table().drop(columns="hd95_mm"))
+
+
+# --- predictions
+
+def test_predict_sees_a_small_volume_at_once_and_a_large_one_by_windows():
+    model, case = Reader(), patient()
+    whole = predict(model, case)
+    assert model.seen == [(1, 4, 32, 32, 32)] and whole.shape == (3, 20, 24, 17) and whole.dtype == torch.float32
+    torch.testing.assert_close(whole, model(case.image[None].float())[0].sigmoid().detach(), atol=1e-5, rtol=1e-5)
+    model.seen.clear()
+    parts = predict(model, case, window=(16, 16, 16))
+    assert len(model.seen) > 4 and set(model.seen) == {(1, 4, 16, 16, 16)}
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_predict_leaves_the_model_as_it_was_and_gives_a_plain_tensor():
+    model = torch.nn.Sequential(Reader(), torch.nn.Dropout(0.9), torch.nn.Dropout(0.9)).train()
+    model[2].eval()
+    first, second = predict(model, patient()), predict(model, patient())
+    assert torch.equal(first, second)  # no dropout while predicting
+    assert [part.training for part in model.modules()] == [True, True, True, False]
+    assert not first.is_inference() and not first.requires_grad
+    with pytest.raises(RuntimeError, match="stop"):
+        predict(torch.nn.Sequential(*model, Stop()), patient())
+    assert [part.training for part in model.modules()] == [True, True, True, False]
+
+
+class Stop(torch.nn.Module):
+    def forward(self, x):
+        raise RuntimeError("stop")
+
+
+def test_predict_in_bfloat16_is_close():
+    torch.manual_seed(0)
+    model = torch.nn.Conv3d(4, 3, 3, padding=1)
+    full, half = predict(model, patient(), precision="fp32"), predict(model, patient(), precision="bf16")
+    assert half.dtype == torch.float32 and 0 < (full - half).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (torch.nn.Conv3d(4, 2, 1), r"logits of shape \(1, 3, 32, 32, 32\), one channel for each of TC, WT, ET; got \(1, 2"),
+    (torch.nn.Conv3d(4, 3, 2), r"got \(1, 3, 31, 31, 31\)"),
+    (Reader(shift=float("nan")), "holds NaN or Inf; has its training diverged"),
+])
+def test_predict_refuses(model, message):
+    with pytest.raises(ValueError, match=message):
+        predict(model, patient())
+
+
+def test_evaluate_gives_a_tidy_table():
+    sites = [Site("a", [patient(9)], [patient(0, name="p0"), patient(1, name="p1")]), Site("b", [patient(8)], ()),
+             Site("c", (), [patient(2, name="p0", labelled=False)])]
+    got = evaluate(Reader(), sites)
+    assert list(got.columns) == list(COLUMNS)
+    assert got[["site", "patient"]].drop_duplicates().values.tolist() == [["a", "p0"], ["a", "p1"], ["c", "p0"]]
+    assert (got[got["site"] == "a"]["dice"] == 1).all() and (got[got["site"] == "a"]["hd95_mm"] == 0).all()
+    unlabelled = got[got["site"] == "c"]
+    assert unlabelled[["dice", "hd95_mm", "reference_ml"]].isna().all(axis=None)
+    assert unlabelled.set_index("region").loc["WT", "predicted_ml"] == pytest.approx(1000 * 8 / 1000)
+    plain = evaluate(Reader(), [patient(0, name="p0")])
+    assert plain["site"].tolist() == [""] * 3 and plain["dice"].tolist() == [1, 1, 1]
+    assert evaluate(Reader(), [patient()], threshold=1.1)["dice"].tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="nobody to evaluate on"):
+        evaluate(Reader(), [sites[1]])
+
+
+# --- thresholding
+
+def noisy(seed, offset):
+    """WT brighter in FLAIR by two standard deviations; the level differs between patients."""
+    rng = torch.Generator().manual_seed(seed)
+    image = torch.randn(4, 16, 16, 16, generator=rng)
+    label = torch.zeros(16, 16, 16, dtype=torch.uint8)
+    label[4:10, 4:10, 4:10] = 2
+    image[0] += 2 * (label > 0) + offset
+    image[:, :2] = 0  # outside the brain
+    return Patient(id=str(seed), image=image.half(), label=label, affine=np.eye(4))
+
+
+def naive(cases, modality, above, cut):
+    out = []
+    for case in cases:
+        brain, truth = (case.image != 0).any(0), case.label > 0
+        value = case.image[modality].float()
+        guess = brain & (value >= cut if above else value < cut)
+        out.append(float(2 * (guess & truth).sum() / (guess.sum() + truth.sum())))
+    return out
+
+
+def test_threshold_dice_is_the_best_of_all_thresholds():
+    cases = [noisy(0, 0.0), noisy(1, 1.5), noisy(2, -1.0)]
+    got = threshold_dice(cases, bins=120)
+    assert (got.modality, got.above) == ("FLAIR", True)
+    assert got.dice == pytest.approx(np.mean(naive(cases, 0, True, got.threshold)))
+    cuts = np.linspace(-4, 8, 121)
+    every = np.array([[[naive(cases, m, above, cut) for cut in cuts] for above in (True, False)] for m in range(4)])
+    assert got.dice == pytest.approx(every.mean(-1).max())
+    assert got.oracle_dice == pytest.approx(every.max(2).mean(-1).max()) and got.oracle_dice > got.dice + 0.05
+    assert got.oracle_modality == "FLAIR"
+
+
+def test_threshold_dice_finds_dark_tumours_and_values_beyond_the_range():
+    case = noisy(3, 0.0)
+    image = case.image.clone()
+    image[2] = 50.0
+    image[2][case.label > 0] = -50.0
+    got = threshold_dice([Patient(id="dark", image=image, label=case.label, affine=case.affine)])
+    assert (got.modality, got.above, got.dice, got.oracle_dice) == ("T1c", False, 1.0, 1.0)
+    healthy = Patient(id="none", image=case.image, label=torch.zeros_like(case.label), affine=case.affine)
+    assert threshold_dice([healthy]).dice == 1.0  # nothing marked, nothing there
+
+
+def test_threshold_dice_is_fast():
+    cases = [Patient(id=str(i), image=torch.randn(4, 64, 64, 64).half(), affine=np.eye(4),
+                     label=torch.zeros(64, 64, 64, dtype=torch.uint8)) for i in range(6)]
+    start = time.process_time()
+    threshold_dice(cases)
+    assert time.process_time() - start < 4  # 24 patients take about 1.5 s of an idle core
+
+
+def test_threshold_dice_refuses():
+    with pytest.raises(ValueError, match="got 0 patients"):
+        threshold_dice([])
+    with pytest.raises(ValueError, match="low < high"):
+        threshold_dice([noisy(0, 0)], low=2, high=1)
+    with pytest.raises(ValueError, match="P has no label"):
+        threshold_dice([patient(labelled=False)])
