@@ -1,12 +1,24 @@
-"""The errors fedlab raises; each says what was expected, what came and what to do."""
+"""The errors that fedlab raises; each says what was expected, what was given and what to do."""
 
 from __future__ import annotations
+
+from typing import Any
 
 __all__ = ["DataError", "FedlabError", "PrivacyBudgetExhausted", "PrivacyError", "RunError", "SiteError"]
 
 
 class FedlabError(Exception):
-    """Base of every error that fedlab itself raises."""
+    """Base of every error that fedlab itself raises.
+
+    Attributes:
+        work: the live objects of the site that failed (`fedlab.run.site_task.SiteWork`), or None. They hold the site's
+            patients, so they stay in this process: a pickled error is without them.
+    """
+
+    work: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args, {name: value for name, value in vars(self).items() if name != "work"}
 
 
 class DataError(FedlabError, ValueError):
@@ -39,8 +51,8 @@ class SiteError(FedlabError):
     Attributes:
         site: name of the site.
         round: number of the round, counted from 0.
-        stage: "ledger", "equip", "fit", "protect", "check" or "keep"; "reach" where the site was not reached, or was
-            lost while it worked.
+        stage: "ledger", "equip", "fit", "protect", "check" or "remember"; "reach" where the site could not be reached
+            or was lost while it worked.
     """
 
     def __init__(self, site: str, round: int, stage: str, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,8 @@ import torch
 
 from fedlab.core.errors import FedlabError
 
-__all__ = ["MODALITIES", "REGIONS", "Cohort", "Failure", "Memory", "Patient", "Round", "ServerState", "Site", "Spent",
-           "Tensors", "Update", "Withdrawal"]
+__all__ = ["MODALITIES", "REGIONS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round", "ServerState",
+           "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal"]
 
 #: Channel order of every image in fedlab.
 MODALITIES = ("FLAIR", "T1", "T1c", "T2")
@@ -22,9 +23,9 @@ REGIONS = ("TC", "WT", "ET")
 
 #: Named tensors: a model's weights, or changes of them.
 Tensors = Mapping[str, torch.Tensor]
-#: What a site keeps for itself between rounds: a name for each group of tensors (optimiser moments, ledger, ...).
-#: Groups whose name begins with "_" are secrets of the moment and are never written to disk.
-Memory = dict[str, dict[str, torch.Tensor]]
+#: Messages of one exchange between sites: sender -> recipient -> bytes, or recipient -> sender -> bytes. The server is
+#: called "server".
+Messages = Mapping[str, Mapping[str, bytes]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +80,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Who took part in a round, as the server knows it. Its length is the number of updates that came.
+    """The sites that took part in a round, as the server knows them. Its length is the number of updates received.
 
     Attributes:
         round: number of the round.
-        arrived: names of the sites whose updates came.
+        arrived: names of the sites whose updates were received.
         sites: number of sites that could have been chosen.
-        sample: probability with which each was.
+        sample: probability with which each site is chosen.
     """
 
     round: int
@@ -97,15 +98,60 @@ class Cohort:
         return len(self.arrived)
 
 
+@dataclass(eq=False)
+class SiteState:
+    """What a site keeps for itself during one run, and what it is shown of the server's in the present round.
+
+    Each owner (the optimiser, the strategy, each technique) has a namespace of tensors: a hook is given a view whose
+    `own` is the namespace of its owner, and changes it in place. Only the ledger outlives the run, in a store that is
+    named (`fedlab.privacy.accounting.ledger_file`).
+
+    Attributes:
+        enrolled: whether the site has belonged to the run from its first round, so that a lost state is noticed.
+        updates: number of updates sent.
+        namespaces: owner -> name -> tensor.
+        diagnostics: numbers for the site's own eyes, such as gradient norms; no guarantee covers them.
+        ledger: the record of privacy spent, as plain values; `fedlab.privacy.accounting.ledger.Ledger` reads and writes
+            it. Empty for a site that has released nothing under a guarantee.
+        broadcast: tensors that a technique at the server sent with the weights of this round.
+        secrets: keys of the present round; never written to disk.
+        owner: whose namespace `own` is.
+    """
+
+    enrolled: bool = False
+    updates: int = 0
+    namespaces: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    diagnostics: dict[str, torch.Tensor] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
+    broadcast: dict[str, torch.Tensor] = field(default_factory=dict)
+    secrets: dict[str, Any] = field(default_factory=dict)
+    owner: str = "site"
+
+    @property
+    def own(self) -> dict[str, torch.Tensor]:
+        """The namespace of the present owner, kept from round to round."""
+        return self.namespaces.setdefault(self.owner, {})
+
+    def of(self, owner: str) -> SiteState:
+        """A view of the same state for another owner."""
+        return replace(self, owner=owner)
+
+    def copy(self) -> SiteState:
+        """A state that can be changed without changing this one; it shares the tensors."""
+        return replace(self, namespaces={owner: dict(slots) for owner, slots in self.namespaces.items()},
+                       diagnostics=dict(self.diagnostics), ledger=copy.deepcopy(self.ledger),
+                       broadcast=dict(self.broadcast), secrets=dict(self.secrets))
+
+
 class Withdrawal(NamedTuple):
-    """A site that takes no part in a round, and why."""
+    """A site that takes no part in a round, and the reason."""
 
     site: str
     reason: str
 
 
 class Failure(NamedTuple):
-    """A site that was to take part in a round and broke down: nothing came from it."""
+    """A site that failed in a round: it sent nothing."""
 
     site: str
     error: FedlabError
@@ -178,6 +224,10 @@ class Update:
         return dense if self.encoded is None else self.encoded
 
 
+#: What an engine brings from a site: its update, its withdrawal, or its failure.
+Answer = Update | Withdrawal | Failure
+
+
 @dataclass(frozen=True, eq=False)
 class ServerState:
     """What the server holds between rounds.
@@ -185,19 +235,39 @@ class ServerState:
     Attributes:
         round: number of the next round, counted from 0.
         params: the global model's trainable weights.
-        moments: the server optimiser's own tensors, by name; empty for FedAvg.
-        memory: what privacy techniques keep at the server; the group "broadcast" goes to the sites with the weights.
+        moments: tensors of the strategy and of the workflow at the server, by name; empty for FedAvg.
         models: weights that a site starts from instead of `params`, by site, in workflows in which sites differ.
+        namespaces: owner -> name -> tensor: what techniques keep at the server.
+        ledger: the server's own record of privacy spent, as in `SiteState`.
+        broadcast: tensors that techniques send to the sites with the weights.
+        owner: whose namespace `own` is.
     """
 
     round: int
     params: Tensors
     moments: Mapping[str, Tensors] = field(default_factory=dict)
-    memory: Mapping[str, Tensors] = field(default_factory=dict)
     models: Mapping[str, Tensors] = field(default_factory=dict)
+    namespaces: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
+    broadcast: dict[str, torch.Tensor] = field(default_factory=dict)
+    owner: str = "server"
+
+    @property
+    def own(self) -> dict[str, torch.Tensor]:
+        """The namespace of the present owner, kept from round to round."""
+        return self.namespaces.setdefault(self.owner, {})
+
+    def of(self, owner: str) -> ServerState:
+        """A view of the same state for another owner."""
+        return replace(self, owner=owner)
+
+    def opened(self) -> ServerState:
+        """The state for the work of one round: techniques may change what they keep without changing this value."""
+        return replace(self, namespaces={owner: dict(slots) for owner, slots in self.namespaces.items()},
+                       ledger=copy.deepcopy(self.ledger), broadcast=dict(self.broadcast))
 
     def at(self, site: str) -> ServerState:
-        """What of it a site is shown: the weights that it starts from, no other site's."""
+        """The part that a site is shown: the weights that it starts from, and no other site's."""
         return replace(self, params=self.models.get(site, self.params), models={}) if self.models else self
 
 
@@ -208,13 +278,13 @@ class Round:
     Attributes:
         number: counted from 0.
         state: the server's state after the round.
-        cohort: names of the sites that took part.
-        sites: numbers reported by each site: loss, update norm, weight, steps, bytes sent, seconds.
-        spent: privacy spent so far, by site; under "server" what holds for every site through noise added there.
-        absent: sites of the cohort whose update is not in the model, and why.
+        cohort: names of the sites that were asked to train.
+        sites: numbers per site: loss, update norm, weight, steps, bytes sent, seconds.
+        spent: privacy spent so far, by site; under "server" the guarantee that noise at the server gives every site.
+        absent: sites of the cohort whose update is not in the model, and the reason.
         metrics: numbers about the global model, such as validation Dice.
         seconds: wall time of the round.
-        memory: what each site keeps for itself; in a deployment it never leaves the site.
+        site_states: what each site keeps for itself, by site, where sites work on this machine; empty elsewhere.
     """
 
     number: int
@@ -224,5 +294,5 @@ class Round:
     spent: Mapping[str, tuple[Spent, ...]]
     metrics: Mapping[str, float]
     seconds: float
-    memory: Mapping[str, Memory] = field(default_factory=dict, repr=False)
     absent: Mapping[str, str] = field(default_factory=dict)
+    site_states: Mapping[str, SiteState] = field(default_factory=dict, repr=False)

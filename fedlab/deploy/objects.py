@@ -26,7 +26,7 @@ from torch import nn
 
 from fedlab.core.errors import FedlabError, PrivacyError
 from fedlab.privacy.base import Privacy, importable
-from fedlab.strategies import FedAvg
+from fedlab.strategies.averaging import FedAvg
 from fedlab.topologies.workflows import Topology
 
 __all__ = ["Approve", "Json", "Load", "built", "check_plain", "describe", "follows", "make"]

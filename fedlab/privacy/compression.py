@@ -3,7 +3,7 @@
 Each writes what it sends as bytes and goes on with what those bytes say, so `Update.encoded` is the true length of a
 message from which the receiver, who knows the model's tensors, recovers the very update that is averaged. With
 `error_feedback` a site adds what it could not send to its next update (Seide et al. 2014; Karimireddy et al. 2019,
-arXiv 1901.09847), remembered in the site's memory and never sent as such. Before a technique that clips and adds
+arXiv 1901.09847), kept in the site's state and never sent as such. Before a technique that clips and adds
 noise, all of these are safe, since the clip bounds whatever comes; after it they cost no privacy either, but error
 feedback would then carry old noise along.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedlab.core.errors import PrivacyError
-from fedlab.core.types import Memory, Tensors, Update
+from fedlab.core.types import SiteState, Tensors, Update
 from fedlab.privacy.base import Privacy
 
 __all__ = ["Quantise", "ScaledSign", "SharePercentile", "TopK", "decode_levels", "decode_sparse", "encode_levels",
@@ -50,7 +50,7 @@ class SharePercentile(Privacy):
             raise ValueError(f"bound is a positive number or None, got {bound}")
         self.keep, self.bound, self.error_feedback = keep, bound, error_feedback
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         def encode(wanted: Tensors) -> bytes:
             size = torch.cat([t.flatten() for t in wanted.values()]).abs()
             cut = _kth_largest(size, _count(self.keep, size.numel()))
@@ -59,7 +59,7 @@ class SharePercentile(Privacy):
                 kept = {name: t.clamp(-self.bound, self.bound) for name, t in kept.items()}
             return encode_sparse(kept)
 
-        return _send(self, update, memory, encode, decode_sparse)
+        return _send(self, update, state, encode, decode_sparse)
 
 
 class TopK(Privacy):
@@ -82,13 +82,13 @@ class TopK(Privacy):
         _check_share(keep)
         self.keep, self.per_layer, self.error_feedback = keep, per_layer, error_feedback
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         def encode(wanted: Tensors) -> bytes:
             flat = [t.flatten() for t in wanted.values()]
             kept = torch.cat([self._largest(t) for t in (flat if self.per_layer else [torch.cat(flat)])])
             return encode_sparse(_shaped(kept, wanted))
 
-        return _send(self, update, memory, encode, decode_sparse)
+        return _send(self, update, state, encode, decode_sparse)
 
     def _largest(self, flat: torch.Tensor) -> torch.Tensor:
         chosen = flat.abs().topk(_count(self.keep, flat.numel()), sorted=False).indices
@@ -108,13 +108,13 @@ class ScaledSign(Privacy):
     def __init__(self, *, error_feedback: bool = True) -> None:
         self.error_feedback = error_feedback
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         def encode(wanted: Tensors) -> bytes:
             codes = [(t >= 0).long() for t in wanted.values()]
             scales = [float(t.abs().mean()) for t in wanted.values()]
             return encode_levels(codes, scales, bits=1)
 
-        return _send(self, update, memory, encode, partial(decode_levels, bits=1))
+        return _send(self, update, state, encode, partial(decode_levels, bits=1))
 
 
 class Quantise(Privacy):
@@ -138,7 +138,7 @@ class Quantise(Privacy):
                              "for one bit see ScaledSign")
         self.bits, self.error_feedback = bits, error_feedback
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         top = 2 ** (self.bits - 1) - 1
 
         def encode(wanted: Tensors) -> bytes:
@@ -151,23 +151,22 @@ class Quantise(Privacy):
                 scales.append(scale)
             return encode_levels(codes, scales, bits=self.bits)
 
-        return _send(self, update, memory, encode, partial(decode_levels, bits=self.bits))
+        return _send(self, update, state, encode, partial(decode_levels, bits=self.bits))
 
 
-def _send(technique: SharePercentile | TopK | ScaledSign | Quantise, update: Update, memory: Memory,
+def _send(technique: SharePercentile | TopK | ScaledSign | Quantise, update: Update, state: SiteState,
           encode: Callable[[Tensors], bytes], decode: Callable[[bytes, Tensors], Tensors]) -> Update:
-    """The update that the receiver decodes; with error feedback, what it lacks waits in the site's memory."""
+    """The update that the receiver decodes; with error feedback, what it lacks waits in the site's state."""
     wanted: Tensors = {name: t.detach().float() for name, t in update.delta.items()}
-    group = f"unsent by {technique!r}"
-    if technique.error_feedback and group in memory:
-        waiting = memory[group]
+    waiting = state.own
+    if technique.error_feedback and waiting:
         if {name: t.shape for name, t in waiting.items()} != {name: t.shape for name, t in wanted.items()}:
-            raise PrivacyError(f"what {update.site} has yet to send is of another model; give it a new memory")
+            raise PrivacyError(f"what {update.site} has yet to send is of another model; give it a new state")
         wanted = {name: t + waiting[name] for name, t in wanted.items()}
     wire = encode(wanted)
     sent = decode(wire, wanted)
     if technique.error_feedback:
-        memory[group] = {name: t - sent[name] for name, t in wanted.items()}
+        waiting.update({name: t - sent[name] for name, t in wanted.items()})
     return replace(update, delta=sent, encoded=len(wire))
 
 

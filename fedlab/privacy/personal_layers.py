@@ -5,31 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fedlab.core.errors import PrivacyError
-from fedlab.core.types import Cohort, Memory, Site, Tensors, Update
+from fedlab.core.kit import Kit
+from fedlab.core.protocols import Run
+from fedlab.core.types import Cohort, ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import trainable
 from fedlab.privacy.base import Privacy
 
-if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
-    from fedlab.training.trainer import Kit, SiteTrainer
-
 __all__ = ["PersonalLayers", "norms", "norms_and_head"]
-
-_KEPT, _TRAINED = "personal layers", "_personal layers"
-
 
 class PersonalLayers(Privacy):
     """Some tensors stay at each site, such as the norms or the head.
 
     Sharing all but the head is FedPer (Arivazhagan et al. 2019, arXiv 1912.00818), all but the norms FedBN (Li et al.
     2021, arXiv 2102.07623): `PersonalLayers(names=norms(model))`, which helps where scanners differ. Before training
-    the site loads its own values of these tensors, afterwards it keeps them in its memory; in the update they are 0,
+    the site loads its own values of these tensors, afterwards it keeps them in its state; in the update they are 0,
     and the server moves them by 0 whatever noise is added, so the global model keeps its first values there. A site's
     own model is `local`: validate that one, the global model has an untrained part.
 
@@ -44,19 +38,22 @@ class PersonalLayers(Privacy):
         ValueError: no name, or a plain string.
     """
 
+    keeps_tensors = True
+
     def __init__(self, *, names: Sequence[str]) -> None:
         if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"names is a list of names or patterns, such as ['*norm*'], got {names!r}")
         self.names = list(names)
 
-    def local(self, params: Tensors, memory: Memory) -> Tensors:
+    def local(self, params: Tensors, state: SiteState) -> Tensors:
         """The weights of one site's own model.
 
         Args:
             params: of the global model.
-            memory: of the site; before its first round it has no values of its own.
+            state: of the site; before its first round it has no values of its own.
         """
-        return {**params, **memory.get(_KEPT, {})}
+        own = (slots for slots in state.namespaces.values() if slots and all(map(self._personal, slots)))
+        return {**params, **next(own, {})}
 
     def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
         for other in before:
@@ -64,8 +61,8 @@ class PersonalLayers(Privacy):
                 raise ValueError(f"put PersonalLayers before {other!r}, which wraps the model that the site's own "
                                  "values are loaded into")
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
-        tensors = list(trainable(trainer.model))
+    def check(self, run: Run) -> None:
+        tensors = list(trainable(run.trainer.model))
         for pattern in self.names:
             if not any(fnmatchcase(name, pattern) for name in tensors):
                 raise ValueError(f"no tensor of the model is called {pattern!r}; its tensors are {tensors[:4]} … "
@@ -73,40 +70,38 @@ class PersonalLayers(Privacy):
         if all(map(self._personal, tensors)):
             raise ValueError(f"{self.names} are all tensors of the model, so nothing would be shared; name fewer, or "
                              "see fedlab.run.baselines.local_only")
-        for name, module in trainer.model.named_modules():
+        for name, module in run.trainer.model.named_modules():
             own = any(self._personal(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False))
             if own and getattr(module, "running_mean", None) is not None:
                 raise ValueError(f"{name} keeps running statistics, which are no weights and don't stay at a site; "
                                  "use group or instance norm")
 
-    def equip(self, kit: Kit, site: Site, memory: Memory) -> Kit:
+    def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
         own = {name: p for name, p in trainable(kit.model).items() if self._personal(name)}
-        kept, close = memory.get(_KEPT, {}), kit.close
+        kept, close = state.own, kit.close
         if kept and {n: t.shape for n, t in kept.items()} != {n: p.shape for n, p in own.items()}:
             raise PrivacyError(f"the personal layers that {site.name} keeps, {sorted(kept)[:3]}, are not those of this "
-                               "run; give it a new memory")
+                               "run; give it a new state")
         with torch.no_grad():
             for name, value in kept.items():
                 own[name].copy_(value)
 
         def keep() -> None:
-            memory[_TRAINED] = {name: p.detach().cpu().clone() for name, p in own.items()}
+            kept.update({name: p.detach().cpu().clone() for name, p in own.items()})
             close()
 
         kit.close = keep
         return kit
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         damaged = [name for name, t in update.delta.items() if self._personal(name) and not torch.isfinite(t).all()]
         if damaged:
             raise PrivacyError(f"the personal layers of {update.site} have NaN or infinite values in {damaged[0]}")
-        if _TRAINED in memory:
-            memory[_KEPT] = memory.pop(_TRAINED)
         shared = sum(t.numel() * t.element_size() for name, t in update.delta.items() if not self._personal(name))
         return replace(update, delta=self._without(update.delta),
                        encoded=shared if update.encoded is None else update.encoded)
 
-    def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
+    def release(self, mean: Update, cohort: Cohort, state: ServerState, rng: torch.Generator) -> Update:
         return replace(mean, delta=self._without(mean.delta))
 
     def _personal(self, name: str) -> bool:

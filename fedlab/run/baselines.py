@@ -16,7 +16,7 @@ __all__ = ["centralised", "local_only", "pooled"]
 
 
 def pooled(sites: Sequence[Site]) -> Site:
-    """One site that holds every site's patients: the central data lake that privacy forbids."""
+    """One site that holds every site's patients: a central data lake."""
     return Site(name="pooled", train=[p for s in sites for p in s.train], val=[p for s in sites for p in s.val])
 
 

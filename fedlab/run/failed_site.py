@@ -1,21 +1,19 @@
-"""What a site that failed was working with, kept for whoever looks for the reason."""
+"""What a site that failed was working with, kept for debugging."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from fedlab.core.errors import FedlabError, PrivacyError
-from fedlab.core.types import Memory, ServerState, Site, Tensors
+from fedlab.core.kit import Kit
+from fedlab.core.types import ServerState, Site, SiteState, Tensors
 from fedlab.core.weights import load_weights, trainable
-from fedlab.run.site_task import SiteTask
-from fedlab.training.trainer import Kit
 
 __all__ = ["FailedSite"]
 
@@ -32,11 +30,11 @@ class FailedSite:
         site: that failed.
         round: its number, counted from 0.
         stage: that it failed at, as in `SiteError`.
-        error: what the server was told; the exception that began it is chained to it. For a debugger on the spot:
+        error: as the server sees it; the first exception is chained to it. For a debugger on the spot:
             `import pdb; pdb.post_mortem(failed.cause.__traceback__)`.
         kit: model, optimiser, loader and loss, as the techniques had wrapped them; None if it failed before that.
         state: the server's, that the site began its round with.
-        memory: the site's, as it was left.
+        site_state: the site's, as it was left.
         weights: of the model at the failure. The model itself goes on to the next site: see `restore`.
         batch: images and regions of the last batch that was drawn, or None.
         guarded: whether the run has a privacy guarantee.
@@ -48,25 +46,26 @@ class FailedSite:
     error: FedlabError
     kit: Kit | None
     state: ServerState
-    memory: Memory
+    site_state: SiteState
     weights: Tensors
     batch: tuple[torch.Tensor, torch.Tensor] | None
     guarded: bool
 
     @classmethod
-    def of(cls, error: FedlabError, *, task: SiteTask, site: Site, state: ServerState, memory: Memory) -> FailedSite:
-        """What the frames of an exception hold of a site's work."""
-        working: Mapping[str, Any] = {}
-        for frame in _frames(error):  # the innermost task: that of the site's own technique, where it has one
-            if frame.f_code is SiteTask.__call__.__code__ and "stage" in frame.f_locals:
-                working = frame.f_locals
-        kit = working.get("kit")
-        techniques = task.privacy, working.get("self", task).privacy
-        return cls(site=site, round=state.round, stage=str(working.get("stage", "ledger")), error=error, kit=kit,
-                   state=state.at(site.name), memory={group: dict(slots) for group, slots in memory.items()},
-                   weights={} if kit is None else {
-                       name: p.detach().cpu().clone() for name, p in trainable(task.trainer.model).items()},
-                   batch=_batch(error), guarded=any(one.units or one.works_at_server for one in techniques))
+    def of(cls, error: FedlabError) -> FailedSite:
+        """The objects that an error carries.
+
+        Raises:
+            ValueError: the error carries none, as one that comes from another process.
+        """
+        work = error.work
+        if work is None:
+            raise ValueError(f"{error!r} carries no objects of a site; only errors of this process do")
+        weights = {} if work.kit is None else {
+            name: p.detach().cpu().clone() for name, p in trainable(work.trainer.model).items()}
+        return cls(site=work.site, round=work.state.round, stage=work.stage, error=error, kit=work.kit,
+                   state=work.state, site_state=work.site_state.copy(), weights=weights,
+                   batch=None if work.kit is None else work.kit.batch, guarded=work.guarded)
 
     @property
     def cause(self) -> BaseException:
@@ -89,7 +88,7 @@ class FailedSite:
         """
         if self.kit is None:
             raise ValueError(f"{self.site.name} failed at stage {self.stage!r}, before there was a model to train; "
-                             "look at error and memory")
+                             "look at error and site_state")
         model = getattr(self.kit.model, "_module", self.kit.model)  # a technique may have wrapped it
         load_weights(model, self.weights)
         return self.kit
@@ -107,7 +106,7 @@ class FailedSite:
         if self.batch is not None:
             yield "batch", " and ".join(f"{'×'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}"
                                         for t in self.batch)
-        yield "memory", ", ".join(self.memory) or "empty"
+        yield "site state", ", ".join(self.site_state.namespaces) or "empty"
 
     def __repr__(self) -> str:
         return f"<FailedSite {self.site.name}: {'; '.join(f'{name}: {what}' for name, what in self._rows())}>"
@@ -118,21 +117,3 @@ class FailedSite:
         more = "" if self.guarded else f"<details><summary>traceback</summary><pre>{escape(self.traceback)}</pre>" \
                                        "</details>"
         return f"<p><b>{escape(self.site.name)}</b> failed</p><table>{rows}</table>{more}"
-
-
-def _frames(error: BaseException) -> Iterator[FrameType]:
-    """All frames that an exception and its causes have gone through, the innermost of the first cause last."""
-    one: BaseException | None = error
-    while one is not None:
-        for frame, _ in traceback.walk_tb(one.__traceback__):
-            yield frame
-        one = one.__cause__
-
-
-def _batch(error: BaseException) -> tuple[torch.Tensor, torch.Tensor] | None:
-    found: Mapping[str, Any] = {}
-    for frame in _frames(error):
-        known = frame.f_locals
-        if all(isinstance(known.get(name), torch.Tensor) for name in ("image", "target")):
-            found = known
-    return (found["image"], found["target"]) if found else None

@@ -1,38 +1,81 @@
-"""The federated run: it knows no engine's inner life, no differential privacy and no plotting."""
+"""The federated run: a loop around one round. It knows no engine's inner life and no plotting."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedlab.core.errors import PrivacyBudgetExhausted
-from fedlab.core.seeds import generator
+from fedlab.core.protocols import Elsewhere, Engine, Run, Strategy, Topology
 from fedlab.core.types import Round, ServerState, Site
 from fedlab.core.weights import load_weights
+from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
 from fedlab.run.admission import Admission
 from fedlab.run.checkpoint import Checkpoint
-from fedlab.run.desk import Desk
 from fedlab.run.history import History
-from fedlab.run.local import Elsewhere, Engine, Local
-from fedlab.run.site_task import SiteTask, enrol
+from fedlab.run.local import Local
+from fedlab.run.recipe import Json, patients_sha256, recipe
+from fedlab.run.round import star
+from fedlab.run.site_states import SiteStates
+from fedlab.run.site_task import SiteTask
 from fedlab.run.trace import Trace
-from fedlab.strategies import FedAvg, Strategy
-from fedlab.topologies.workflows import Topology, star
+from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
-__all__ = ["each_round", "federate"]
+__all__ = ["check_sites", "each_round", "federate", "make_run", "run_recipe"]
+
+
+def make_run(
+    trainer: SiteTrainer, sites: Sequence[Site | str], *, strategy: Strategy | None = None,
+    privacy: Privacy | None = None, aggregation: Aggregation | None = None, rounds: int = 10, topology: Topology = star,
+    engine: Engine | Elsewhere | None = None, admission: Admission | None = None, seed: int = 0,
+) -> Run:
+    """The run that these parts make up, each of them checked and bound to the others; arguments as of `each_round`.
+
+    What is asked of the patients at a site is not checked here; see `check_sites`.
+
+    Raises:
+        ValueError: no site, two sites of one name, no round, or parts that don't work together.
+    """
+    at = Local() if engine is None else engine
+    privacy = Privacy() if privacy is None else privacy
+    aggregation = Aggregation() if aggregation is None else aggregation
+    run = Run(trainer=trainer, sites=_placed(sites, at), strategy=FedAvg() if strategy is None else strategy,
+              privacy=privacy, aggregation=aggregation, topology=topology, engine=at, admission=admission,
+              rounds=rounds, seed=seed)
+    _check_numbers(run)
+    aggregation = aggregation.bind(run)
+    run = replace(run, strategy=run.strategy.bind(run), aggregation=aggregation)
+    run.topology.check(run)
+    _check_server(run)
+    run.privacy.check(run)
+    return replace(run, task=SiteTask(trainer=trainer, privacy=privacy, seed=seed, strategy=run.strategy,
+                                      aggregation=aggregation))
+
+
+def check_sites(run: Run, sites: Sequence[Site]) -> None:
+    """What a run asks of the patients of sites.
+
+    Raises:
+        ValueError: a site without patients, or whose patients don't suit the techniques.
+    """
+    empty = [site.name for site in sites if len(site.train) == 0]
+    if empty:
+        raise ValueError(f"these sites have no patient to train on: {empty}; leave them out or give them patients")
+    for site in sites:
+        run.privacy.check_site(site, run)
 
 
 def each_round(
     trainer: SiteTrainer, sites: Sequence[Site | str], *, strategy: Strategy | None = None,
-    privacy: Privacy | None = None, rounds: int = 10, topology: Topology = star,
-    engine: Engine | Elsewhere | None = None, admission: Admission | None = None,
-    seed: int = 0, state: ServerState | None = None,
+    privacy: Privacy | None = None, aggregation: Aggregation | None = None, rounds: int = 10, topology: Topology = star,
+    engine: Engine | Elsewhere | None = None, admission: Admission | None = None, seed: int = 0,
+    state: ServerState | None = None, site_states: SiteStates | None = None,
 ) -> Iterator[Round]:
     """Runs round after round, yielding each as it ends: `next(run)`, look, `next(run)`.
 
@@ -42,12 +85,14 @@ def each_round(
             elsewhere.
         strategy: `FedAvg()` by default.
         privacy: a technique or several joined by `+`; none by default.
+        aggregation: `SecureAggregation(threshold=...)` for sums that hide single updates; in the open by default.
         rounds: number of the last round, so a resumed run ends where the whole run would.
         topology: who exchanges weights with whom: `star`, `ring`, `Gossip(...)`, `Tree(...)`, `Buffered(...)`.
         engine: where sites work; this process by default. `Processes()`, or with the loop elsewhere too, `NVFlare()`.
         admission: rules by which a run goes on without sites that fail; by default the first failure ends it.
         seed: one seed gives bit-equal weights on one machine.
-        state: where to go on from; the beginning by default.
+        state, site_states: where to go on from, such as `finished.state` and `finished.site_states` of a round; the
+            beginning by default.
 
     Raises:
         ValueError: no site, an empty site, two sites of one name, no round, or parts that don't work together.
@@ -55,53 +100,45 @@ def each_round(
         PrivacyBudgetExhausted: no site may take part any more.
         PrivacyError: a technique refused or failed; nothing was sent.
     """
-    strategy = FedAvg() if strategy is None else strategy
-    privacy = Privacy() if privacy is None else privacy
-    engine = Local() if engine is None else engine
-    sites = _placed(sites, engine)
-    _check_run(sites, rounds)
-    _check_server(strategy, privacy, topology, admission)
-    task = SiteTask(trainer=trainer, privacy=privacy, seed=seed, strategy=strategy)
-    if isinstance(engine, Elsewhere):
-        return engine.rounds(task, sites, rounds=rounds, topology=topology, admission=admission, state=state)
-    topology.check_run(sites=sites, strategy=strategy)
-    strategy.check_run(trainer=trainer, sites=sites, privacy=privacy)
-    privacy.check_run(trainer=trainer, sites=sites, strategy=strategy, rounds=rounds)
-    if state is None:
-        state = strategy.begin(trainer.initial())
-        for site in sites:
-            enrol(engine.memory.setdefault(site.name, {}))
-    return _rounds(task, sites, rounds, topology, engine, admission, state)
+    run = make_run(trainer, sites, strategy=strategy, privacy=privacy, aggregation=aggregation, rounds=rounds,
+                   topology=topology, engine=engine, admission=admission, seed=seed)
+    return _rounds(run, state, site_states)
 
 
-def _rounds(task: SiteTask, sites: Sequence[Site], rounds: int, topology: Topology, engine: Engine,
-            admission: Admission | None, state: ServerState) -> Iterator[Round]:
-    for _ in range(state.round, rounds):
-        started = time.perf_counter()
-        cohort = task.strategy.select(sites, generator(task.seed, "select", state.round))
-        desk = Desk(task, sites, cohort, engine, admission, state)
-        state = desk.run(topology)
-        yield Round(number=desk.number, state=state, cohort=tuple(desk.asked), sites=desk.seen, spent=desk.spent,
-                    metrics=dict(topology.metrics(state)), seconds=time.perf_counter() - started, absent=desk.absent)
+def _rounds(run: Run, state: ServerState | None, site_states: SiteStates | None) -> Iterator[Round]:
+    if isinstance(run.engine, Elsewhere):
+        return run.engine.rounds(run, state)
+    check_sites(run, run.sites)
+    if site_states is None:
+        site_states = SiteStates(run.names if state is None else ())
+    state = run.strategy.begin(run.trainer.initial()) if state is None else state
+    return _loop(replace(run, site_states=site_states), state)
+
+
+def _loop(run: Run, state: ServerState) -> Iterator[Round]:
+    while state.round < run.rounds:
+        finished = run.topology(run, state)
+        state = finished.state
+        yield finished
 
 
 def federate(
     trainer: SiteTrainer, sites: Sequence[Site | str], *, strategy: Strategy | None = None,
-    privacy: Privacy | None = None, rounds: int = 10, topology: Topology = star,
-    engine: Engine | Elsewhere | None = None, admission: Admission | None = None,
-    seed: int = 0, validate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
+    privacy: Privacy | None = None, aggregation: Aggregation | None = None, rounds: int = 10, topology: Topology = star,
+    engine: Engine | Elsewhere | None = None, admission: Admission | None = None, seed: int = 0,
+    validate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
     on_round: Callable[[Round], None] | Sequence[Callable[[Round], None]] = (),
     checkpoint: Path | str | None = None, trace: Path | str | None = None, progress: bool = True,
 ) -> History:
     """Runs all rounds and returns their history, with the final weights in `history.state` and in the trainer's model.
 
     Args:
-        trainer, sites, strategy, privacy, rounds, topology, engine, admission, seed: as in `each_round`.
-        validate: called with the global model and the round's number after each round; what it returns, such as
-            the Dice of held-out patients, joins the round's metrics.
+        trainer, sites, strategy, privacy, aggregation, rounds, topology, engine, admission, seed: as in `each_round`.
+        validate: called with the global model and the round's number after each round; the numbers that it returns,
+            such as the Dice of held-out patients, join the round's metrics.
         on_round: called with each finished round; one or several, such as `[CsvTracker(path="rounds.csv"), show]`.
         checkpoint: a folder that the run is saved in after every round. If it holds the beginning of this same
-            run, the run goes on from there, to the bit-equal result.
+            run, by content, the run goes on from there, to the bit-equal result.
         trace: a file that says who took part when, line by line and chained by hashes; see `fedlab.run.trace`.
         progress: show a progress bar.
 
@@ -110,27 +147,21 @@ def federate(
             the run ends early instead, and `history.stopped` says so.
         RunError: the checkpoint or the trace is of a run with other settings, or damaged.
     """
-    strategy = FedAvg() if strategy is None else strategy
-    privacy = Privacy() if privacy is None else privacy
-    engine = Local() if engine is None else engine
-    sites = _placed(sites, engine)
-    _check_run(sites, rounds)
-    history = History(rounds=rounds, privacy=repr(privacy))
-    settings = {"trainer": repr(trainer), "strategy": repr(strategy), "privacy": repr(privacy), "seed": str(seed),
-                "topology": repr(topology), "admission": repr(admission)}
+    run = make_run(trainer, sites, strategy=strategy, privacy=privacy, aggregation=aggregation, rounds=rounds,
+                   topology=topology, engine=engine, admission=admission, seed=seed)
+    history = History(rounds=rounds, privacy=_protection(run))
+    what = run_recipe(run) if checkpoint is not None or trace is not None else {}
     saved = None
     if checkpoint is not None:
-        patients = "; ".join(f"{s.name}: {' '.join(p.id for p in s.train)}" for s in sites)
-        saved = Checkpoint.open(checkpoint, start=trainer.initial(), describe={**settings, "sites": patients})
-        history.state, engine.memory, records = saved.load() or (None, engine.memory, [])
+        saved = Checkpoint.open(checkpoint, recipe=what, start=trainer.initial())
+        history.state, history.site_states, records = saved.load() or (None, saved.new_states(run.names), [])
         history.records.extend(records)
-    run = each_round(trainer, sites, strategy=strategy, privacy=privacy, rounds=rounds, topology=topology,
-                     engine=engine, admission=admission, seed=seed, state=history.state)
+    rounds_left = _rounds(run, history.state, history.site_states)
     traced = None if trace is None else Trace.open(
-        trace, settings={**settings, "engine": repr(engine), "rounds": str(rounds)}, sites=sites, state=history.state,
-        start=trainer.initial(), resumable=saved is not None)
+        trace, recipe=what, settings=_as_code(run), sites=run.sites, state=history.state, start=trainer.initial(),
+        resumable=saved is not None)
     with history.progress(enabled=progress) as show:
-        for finished in _until_exhausted(run, history):
+        for finished in _until_exhausted(rounds_left, history):
             if validate is not None:
                 metrics = validate(_with_weights(trainer, finished.state), finished.number)
                 finished = replace(finished, metrics={**finished.metrics, **metrics})
@@ -138,7 +169,7 @@ def federate(
             if traced is not None:
                 traced.add(finished)  # before the checkpoint: a round that is repeated shows, a missing one would not
             if saved is not None:
-                saved.save(finished.state, engine.memory, history.records)
+                saved.save(finished.state, finished.site_states, history.records)
             show()
             for call in on_round if isinstance(on_round, Sequence) else (on_round,):
                 call(finished)
@@ -147,6 +178,24 @@ def federate(
     if history.state is not None:
         _with_weights(trainer, history.state)
     return history
+
+
+def run_recipe(run: Run) -> dict[str, Json]:
+    """What makes a run this run and no other, by content: its parts, seed and the data of each site."""
+    sites = {site.name: "elsewhere" if len(site.train) == 0 else patients_sha256(site.train) for site in run.sites}
+    parts = ("trainer", "strategy", "privacy", "aggregation", "topology", "admission", "seed")
+    return {**{name: recipe(getattr(run, name)) for name in parts}, "patients": dict(sites)}
+
+
+def _as_code(run: Run) -> dict[str, str]:
+    names = ("trainer", "strategy", "privacy", "aggregation", "topology", "admission", "engine", "seed", "rounds")
+    return {name: repr(getattr(run, name)) for name in names}
+
+
+def _protection(run: Run) -> str:
+    """The techniques and the aggregation of a run, as code."""
+    secure = f", aggregation={run.aggregation!r}" if run.aggregation.hides_updates else ""
+    return f"{run.privacy!r}{secure}"
 
 
 def _until_exhausted(run: Iterator[Round], history: History) -> Iterator[Round]:
@@ -162,40 +211,33 @@ def _with_weights(trainer: SiteTrainer, state: ServerState) -> torch.nn.Module:
     return trainer.model
 
 
-def _placed(sites: Sequence[Site | str], engine: Engine | Elsewhere) -> list[Site]:
-    if isinstance(engine, Elsewhere):
-        return engine.placed(sites)
+def _placed(sites: Sequence[Site | str], engine: Any) -> tuple[Site, ...]:
+    """The sites; one that is only named has its patients elsewhere."""
     named = [site for site in sites if isinstance(site, str)]
-    if named:
-        raise ValueError(f"the sites {named} are only named; that will do for an engine that reaches them elsewhere, "
-                         f"such as NVFlare(...), but {engine!r} needs them with their patients")
-    return [site for site in sites if not isinstance(site, str)]
+    if named and not isinstance(engine, Elsewhere):
+        raise ValueError(f"the sites {named} are given by name only, for an engine that reaches them elsewhere, such "
+                         f"as NVFlare(...), but {engine!r} needs them with their patients")
+    return tuple(Site(name=site, train=()) if isinstance(site, str) else site for site in sites)
 
 
-def _check_run(sites: Sequence[Site], rounds: int) -> None:
-    if not sites:
+def _check_numbers(run: Run) -> None:
+    if not run.sites:
         raise ValueError("a run needs at least one site, got none")
-    names = [site.name for site in sites]
-    doubled = sorted({name for name in names if names.count(name) > 1})
+    doubled = sorted({name for name in run.names if run.names.count(name) > 1})
     if doubled:
-        raise ValueError(f"site names are unique within a cohort, but these occur twice: {doubled}")
-    empty = [site.name for site in sites if len(site.train) == 0]
-    if empty:
-        raise ValueError(f"these sites have no patient to train on: {empty}; leave them out or give them patients")
-    if rounds < 1:
-        raise ValueError(f"rounds is a positive whole number, got {rounds}")
+        raise ValueError(f"site names are unique within a run, but these occur twice: {doubled}")
+    if run.rounds < 1:
+        raise ValueError(f"rounds is a positive whole number, got {run.rounds}")
 
 
-def _check_server(strategy: Strategy, privacy: Privacy, topology: Topology, admission: Admission | None) -> None:
+def _check_server(run: Run) -> None:
     """Refuses what works at one server where no one server sees all updates, or where its proof would not hold."""
-    if getattr(strategy, "one_server", False) and not topology.one_server:
-        raise ValueError(f"{strategy!r} needs all updates of a round at one server, which {topology!r} doesn't "
-                         "have; use topology=star")
-    if (privacy.works_at_server or privacy.before or privacy.after) and not topology.one_server:
-        raise ValueError(f"{privacy!r} works on the mean of all updates at one server, which {topology!r} doesn't "
-                         "have; use topology=star, or a technique that protects each update at its site")
-    if admission is not None and privacy.works_at_server and admission.min_sites > 1:
-        raise ValueError(f"whether a round counts would show how many sites took part, which {privacy!r} does not "
+    if getattr(run.strategy, "one_server", False) and not run.topology.one_server:
+        raise ValueError(f"{run.strategy!r} needs all updates of a round at one server, which {run.topology!r} does "
+                         "not have; use topology=star")
+    if run.privacy.works_at_server and not run.topology.one_server:
+        raise ValueError(f"{run.privacy!r} works on the mean of all updates at one server, which {run.topology!r} does "
+                         "not have; use topology=star, or a technique that protects each update at its site")
+    if run.admission is not None and run.privacy.works_at_server and run.admission.min_sites > 1:
+        raise ValueError(f"whether a round counts would show how many sites took part, which {run.privacy!r} does not "
                          "account for; use min_sites=1")
-    if admission is not None and privacy.masked and admission.max_norm is not None:
-        raise ValueError(f"{privacy!r} hides every update, so max_norm can't be checked; leave it out")

@@ -29,6 +29,8 @@ class History:
     Attributes:
         stopped: why the run ended before its last round, if it did.
         state: the server's state after the last finished round, None before the first.
+        site_states: what each site keeps for itself, by site, such as `history.site_states["site-01"].diagnostics`;
+            empty where the sites work elsewhere.
         records: one plain dict per finished round; `table()` and `sites()` show them as tables.
     """
 
@@ -37,11 +39,12 @@ class History:
         self.privacy = privacy
         self.stopped: str | None = None
         self.state: ServerState | None = None
+        self.site_states: Any = {}
         self.records: list[dict[str, Any]] = []
 
     def add(self, finished: Round) -> None:
         """Takes in a finished round."""
-        self.state = finished.state
+        self.state, self.site_states = finished.state, finished.site_states
         self.records.append({
             "round": finished.number,
             "seconds": finished.seconds,

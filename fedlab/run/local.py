@@ -3,95 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError
-from fedlab.core.types import Failure, Memory, Round, ServerState, Site, Update, Withdrawal
+from fedlab.core.types import Answer, Failure, Messages, ServerState, Site, SiteState, Update, Withdrawal
 from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.accounting.ledger_file import LedgerFile
-from fedlab.privacy.base import Inboxes, PartialExchange
-from fedlab.run.admission import Admission
 from fedlab.run.failed_site import FailedSite
+from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
-from fedlab.topologies.workflows import Topology
 
-__all__ = ["Answer", "Elsewhere", "Engine", "Local", "answer_of", "exchange_here", "kept"]
-
-#: What an engine brings from a site: its update, or that it withdraws, or that it broke down.
-Answer = Update | Withdrawal | Failure
-
-
-class Engine(Protocol):
-    """Where sites work. `memory` holds what each site keeps, as far as it lives in this process."""
-
-    memory: dict[str, Memory]
-
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
-        """What comes of the task at each site of the cohort, as it comes."""
-        ...
-
-    def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
-        """What the sites answer in one exchange of messages, as sender -> recipient -> message.
-
-        Raises:
-            PartialExchange: some of them failed.
-        """
-        ...
-
-
-@runtime_checkable
-class Elsewhere(Protocol):
-    """An engine that runs the loop itself somewhere else, such as at a server, and brings its rounds back."""
-
-    memory: dict[str, Memory]
-
-    def placed(self, sites: Sequence[Site | str]) -> list[Site]:
-        """The sites, with a stand-in for each that is only named."""
-        ...
-
-    def rounds(self, task: SiteTask, sites: Sequence[Site], *, rounds: int, topology: Topology,
-               admission: Admission | None, state: ServerState | None) -> Iterator[Round]:
-        """The rounds as they are finished, from the state on, or from the beginning."""
-        ...
+__all__ = ["Local", "answer_of", "exchange_here", "with_ledger"]
 
 
 class Local:
     """Runs the sites of a cohort in turn in this process; one update is in memory at a time.
 
     Args:
-        ledgers: a folder in which every site's privacy ledger is kept, saved before the site's update is handed on
-            and read before each of its rounds; see `LedgerFile`. Without it ledgers live in memory and checkpoints
-            only.
+        ledgers: a folder in which every site's privacy ledger outlives the run: read before each of the site's rounds
+            and saved before its update is handed on; see `LedgerFile`. Without it ledgers end with the run and its
+            checkpoint.
         debug: keep what a site that fails was working with in `failed`, by the name of the site: the model, its
-            memory, the patients' batch, the exception and more, see `FailedSite`.
+            state, the patients' batch, the exception and more, see `FailedSite`.
     """
 
     def __init__(self, *, ledgers: Path | str | None = None, debug: bool = False) -> None:
         self.ledgers = None if ledgers is None else Path(ledgers)
         self.debug = debug
-        self.memory: dict[str, Memory] = {}
         self.failed: dict[str, FailedSite] = {}
 
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
+    def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
+        """The answer of each site, in the order of the cohort."""
         for site in cohort:
-            yield self._answer(task, state, site)
+            answer = answer_of(site.name, lambda site=site: self._work(task, state, site, states))  # type: ignore[misc]
+            if self.debug and isinstance(answer, Failure) and answer.error.work is not None:
+                self.failed[site.name] = FailedSite.of(answer.error)
+            yield answer
 
-    def _answer(self, task: SiteTask, state: ServerState, site: Site) -> Answer:
-        memory = self.memory.setdefault(site.name, {})
+    def _work(self, task: SiteTask, state: ServerState, site: Site, states: SiteStates) -> Update:
+        with states.working(site.name) as site_state, with_ledger(self.ledgers, site.name, site_state, engine="Local"):
+            return task(site, state, site_state)
 
-        def work() -> Update:
-            with kept(self.ledgers, site.name, memory, engine="Local"):
-                return task(site, state, memory)
-
-        answer = answer_of(site.name, work)
-        if self.debug and isinstance(answer, Failure):
-            self.failed[site.name] = FailedSite.of(answer.error, task=task, site=site, state=state, memory=memory)
-        return answer
-
-    def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
-        return exchange_here(task, step, inboxes, sites, self.memory)
+    def exchange(self, task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
+                 states: SiteStates) -> tuple[Messages, list[Failure]]:
+        """The messages of each site, and the sites that failed."""
+        return exchange_here(task, step, inboxes, sites, states)
 
     def __repr__(self) -> str:
         settings = [] if self.ledgers is None else [f"ledgers={str(self.ledgers)!r}"]
@@ -99,7 +56,7 @@ class Local:
 
 
 def answer_of(site: str, work: Callable[[], Update]) -> Answer:
-    """What comes of a site's work: the update that it returns, or what it raises as what the server is told."""
+    """The update that a site's work returns, or what it raises as the server sees it."""
     try:
         return work()
     except PrivacyBudgetExhausted as error:
@@ -108,46 +65,38 @@ def answer_of(site: str, work: Callable[[], Update]) -> Answer:
         return Failure(site, error)
 
 
-def exchange_here(task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site],
-                  memories: dict[str, Memory]) -> Inboxes:
-    """An exchange of messages between sites whose memories lie in this process.
-
-    Raises:
-        PartialExchange: some of them failed.
-    """
+def exchange_here(task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
+                  states: SiteStates) -> tuple[Messages, list[Failure]]:
+    """An exchange of messages between sites whose keys are in this process."""
     answers: dict[str, Mapping[str, bytes]] = {}
     failures: list[Failure] = []
     for site in sites:
-        memory = memories.setdefault(site.name, {})
         try:
-            answers[site.name] = task.privacy.at_site(step, site.name, inboxes.get(site.name, {}), memory)
+            answers[site.name] = task.aggregation.answer(step, site.name, inboxes.get(site.name, {}),
+                                                         states.with_secrets(site.name))
         except FedlabError as error:
             failures.append(Failure(site.name, error))
-    if failures:
-        raise PartialExchange(answers, failures)
-    return answers
-
-
-def kept(ledgers: Path | None, site: str, memory: Memory, *, engine: str) -> AbstractContextManager[None]:
-    """Around a site's work in a round: its ledger is read from its file before, and saved after it succeeded.
-
-    Args:
-        ledgers: the folder of the ledgers, or None: the ledger lives in `memory` only, and must not have been in a
-            file.
-        site: name of the site.
-        memory: the site's own.
-        engine: name of the engine that asks, for its message.
-
-    Raises:
-        PrivacyError: see `LedgerFile.kept`; or the ledger is in a file of which nothing is said here.
-    """
-    return _unkept(site, memory, engine) if ledgers is None else LedgerFile(ledgers, site).kept(memory)
+    return answers, failures
 
 
 @contextmanager
-def _unkept(site: str, memory: Memory, engine: str) -> Iterator[None]:
-    """A round of a site whose ledger is in no file, and must not have been in one."""
-    if "ledger" in memory and Ledger(memory).note()["in_file"]:
+def with_ledger(ledgers: Path | None, site: str, state: SiteState, *, engine: str) -> Iterator[None]:
+    """Around a site's work in a round: its ledger is read from its file before, and saved after it succeeded.
+
+    Args:
+        ledgers: the folder of the ledgers, or None: the ledger lives in `state` only, and must not have been in a file.
+        site: name of the site.
+        state: the site's own.
+        engine: name of the engine that asks, for its message.
+
+    Raises:
+        PrivacyError: see `LedgerFile.kept`; or the ledger is in a file that the engine does not name.
+    """
+    if ledgers is not None:
+        with LedgerFile(ledgers, site).kept(state):
+            yield
+        return
+    if state.ledger and Ledger(state).note()["in_file"]:
         raise PrivacyError(f"the ledger of {site} is kept in a file, which may know more than this copy: say "
                            f"{engine}(ledgers=…) with its folder")
     yield

@@ -3,129 +3,170 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from dataclasses import dataclass, field, replace
-
-import torch
+from functools import cached_property
 
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
+from fedlab.core.gate import check_update
+from fedlab.core.kit import Kit
+from fedlab.core.protocols import Strategy
 from fedlab.core.seeds import derive, generator
-from fedlab.core.types import Memory, ServerState, Site, Tensors, Update
+from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Ledger
-from fedlab.privacy.base import Privacy, check_update
-from fedlab.strategies import FedAvg, Strategy
+from fedlab.privacy.aggregation import Aggregation
+from fedlab.privacy.base import Privacy
+from fedlab.run.recipe import patients_sha256, recipe_sha256
+from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
-__all__ = ["SiteTask", "enrol"]
+__all__ = ["SiteTask", "SiteWork"]
 
 
-def enrol(memory: Memory) -> None:
-    """Marks the memory of a site that joins a run, so that one lost later is not taken for a new one."""
-    memory.setdefault("joined", {"updates": torch.zeros((), dtype=torch.int64)})
+@dataclass(eq=False)
+class SiteWork:
+    """The live objects of a site at work in a round; an error carries them as `FedlabError.work`.
+
+    Attributes:
+        site, state, site_state: the site, the server's state that it was shown, and its own.
+        trainer: of the run.
+        stage: what the site is doing, as in `SiteError`.
+        kit: model, optimiser, loader and loss, as the techniques have wrapped them; None before "equip".
+        guarded: whether a guarantee covers the run, so that no text about patients is shown.
+    """
+
+    site: Site
+    state: ServerState
+    site_state: SiteState
+    trainer: SiteTrainer
+    guarded: bool
+    stage: str = "ledger"
+    kit: Kit | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteTask:
-    """Equip, train, protect, check: what an engine runs at a site in a round, wherever that site is.
+    """Equip, train, protect, mask, check: what an engine runs at a site in a round, wherever that site is.
 
     Args:
         trainer: trains locally.
-        privacy: protects what leaves.
-        seed: of the run; the streams of a site and round are derived from it. Whoever knows it can subtract the noise
-            of techniques that draw from it: deployments say `secure_mode=True` in the technique.
+        privacy: protects the update.
+        seed: of the run; the streams of a site and round derive from it. An adversary who knows the seed can subtract
+            the noise of techniques that draw from it: deployments say `secure_mode=True` in the technique.
         strategy: what it changes in the training at a site; see `Strategy.equip`.
+        aggregation: hides the update, if sums are secure.
     """
 
     trainer: SiteTrainer
     privacy: Privacy
     seed: int
     strategy: Strategy = field(default_factory=FedAvg)
+    aggregation: Aggregation = field(default_factory=Aggregation)
 
-    def __call__(self, site: Site, state: ServerState, memory: Memory) -> Update:
-        """The protected update of `site`; `memory` is what the site keeps, changed in place.
+    @property
+    def guarded(self) -> bool:
+        """Whether a formal guarantee covers the run."""
+        return bool(self.privacy.units or self.privacy.works_at_server or self.aggregation.units)
+
+    @cached_property
+    def _recipe(self) -> str:
+        return recipe_sha256([self.trainer, self.strategy, self.privacy, self.aggregation])
+
+    def __call__(self, site: Site, state: ServerState, site_state: SiteState) -> Update:
+        """The protected update of `site`; `site_state` is changed in place.
 
         Raises:
             SiteError: the site failed; the cause is chained to it.
             PrivacyBudgetExhausted: the site takes no further part; nothing is returned.
             PrivacyError: a technique failed or gave something unsafe; nothing is returned.
         """
-        here = self.privacy.at(site.name)
-        if here is not self.privacy:
-            return replace(self, privacy=here)(site, state, memory)
+        privacy, state = self.privacy.at(site.name), state.at(site.name)
         seed = derive(self.seed, "site", site.name, state.round)
-        state = state.at(site.name)
-        started, stage = time.perf_counter(), "ledger"
+        work = SiteWork(site, state, site_state, self.trainer, self.guarded)
+        started = time.perf_counter()
         try:
-            memory["broadcast"] = dict(state.memory.get("broadcast", {}))
-            ledger, stream = self._open_ledger(site, state, memory, seed)
-            stage = "equip"
-            kit = self.trainer.prepare(site, state, memory=memory, seed=seed)
+            site_state.broadcast = dict(state.broadcast)
+            units = privacy.units | self.aggregation.units
+            ledger, stream = self._open_ledger(units, site, state, site_state, seed)
+
+            work.stage = "equip"
+            kit = self.trainer.prepare(site, state, site_state=site_state.of("optimiser"), seed=seed)
             kit.seed = stream  # of whatever a technique draws
-            kit = self.strategy.equip(kit, site, state, memory)
-            kit = self.privacy.equip(kit, site, memory)
-            stage = "fit"
+            kit = self.strategy.equip(kit, site, state, site_state.of("strategy"))
+            kit = work.kit = privacy.equip(kit, site, site_state.of("privacy"))
+
+            work.stage = "fit"
             try:
-                update = self.trainer.fit(kit, site, state, memory=memory, seed=seed)
+                update = self.trainer.fit(kit, site, state, site_state=site_state.of("optimiser"), seed=seed)
             finally:
                 kit.close()
-            stage = "protect"
             trained = weights_sha256(update.delta) if ledger else ""
-            protected = self.privacy.protect(update, memory, generator(stream, "protect"))
-            stage = "check"
-            protected = replace(check_update(protected, like=state.params, site=site.name), round=state.round)
+
+            work.stage = "protect"
+            rng = generator(stream, "protect")
+            update = privacy.protect(update, site_state.of("privacy"), rng)
+            update = self.aggregation.mask(update, site_state.of("aggregation"), rng)
+
+            work.stage = "check"
+            update = replace(check_update(update, like=state.params, site=site.name), round=state.round)
             if ledger:
-                ledger = Ledger(memory)
+                ledger = Ledger(site_state)
                 ledger.bind(trained)
-                protected = self._state_spent(protected, ledger)
-            memory["joined"] = {"updates": memory["joined"]["updates"] + 1}
-            stage = "keep"
-            self.strategy.keep(self.trainer, site, state, protected, memory, seed)
-            # Time grows with patients, and with those that were drawn: under a guarantee it stays at home too.
-            guarded = self.privacy.units or self.privacy.works_at_server
-            return replace(protected, seconds=0.0 if guarded else time.perf_counter() - started)
-        except PrivacyBudgetExhausted as error:
-            raise PrivacyBudgetExhausted(f"{site.name} takes no part from round {state.round} on: {error}") from error
-        except PrivacyError as error:
-            raise PrivacyError(f"round {state.round}, {site.name}, {stage}: {error}; nothing was sent") from error
-        except FedlabError:
-            raise
+                update = _with_spent(update, ledger, units, f"{privacy!r} with {self.aggregation!r}")
+            site_state.updates += 1
+
+            work.stage = "remember"
+            self.strategy.remember(self.trainer, site, state, update, site_state.of("strategy"), seed)
+            # Time grows with patients, and with the patients drawn: under a guarantee it stays at the site too.
+            return replace(update, seconds=0.0 if self.guarded else time.perf_counter() - started)
         except Exception as error:
-            raise SiteError(site.name, state.round, stage, f"{type(error).__name__}: {error}") from error
+            raised = _as_site_error(error, work)
+            raised.work = work
+            raise raised from error
 
-    def _open_ledger(self, site: Site, state: ServerState, memory: Memory, seed: int) -> tuple[Ledger | None, int]:
-        """The site's ledger, if the technique needs one, and the seed of the noise.
+    def _open_ledger(self, units: frozenset[str], site: Site, state: ServerState, site_state: SiteState, seed: int
+                     ) -> tuple[Ledger | None, int]:
+        """The site's ledger, if a technique needs one, and the seed of the noise.
 
-        Noise depends on all that the update depends on: the weights, how is trained, how is protected, on whom, and
-        what the site remembers. A run with other settings gets other noise, and both are charged; so does a server
-        that sends other weights under a round's number.
+        Noise depends on everything that the update depends on: the weights, the training, the protection, the
+        patients, and what the site remembers. A run with other settings or patients gets other noise, and both are
+        charged; so does a server that sends other weights under a round's number.
         """
-        if not self.privacy.units:
-            enrol(memory)
+        if not units:
             return None, seed
-        if "joined" not in memory and "ledger" not in memory and state.round > 0:
-            raise PrivacyError("this site has no memory of the rounds before, so nobody knows what it has spent; "
-                               "restore its memory, or enrol it as a site that never took part")
-        enrol(memory)
-        if int(memory["joined"]["updates"]) > 0 and "ledger" not in memory:
+        if not site_state.enrolled and not site_state.ledger and state.round > 0:
+            raise PrivacyError("this site has no state from the rounds before, so the privacy spent is unknown; "
+                               "restore its state, or begin a new run")
+        if site_state.updates > 0 and not site_state.ledger:
             raise PrivacyError("this site has sent updates before but its ledger is missing; restore it")
-        remembered = {f"{group}|{name}": t for group, slots in memory.items()
-                      if group not in ("ledger", "joined") and not group.startswith("_") for name, t in slots.items()}
-        settings = f"{self.trainer!r}\n{self.strategy!r}\n{self.privacy!r}"
-        settings = re.sub(r" at 0x[0-9a-f]+", "", settings)  # same in another process
-        stream = derive(seed, weights_sha256(state.params), weights_sha256(remembered), settings,
-                        *(patient.id for patient in site.train))
-        return Ledger.open(memory, site=site.name, model=_shape_of(state.params), round=state.round,
+        groups = {**site_state.namespaces, "broadcast": site_state.broadcast}
+        remembered = {f"{owner}|{name}": t for owner, slots in groups.items() for name, t in slots.items()}
+        stream = derive(seed, weights_sha256(state.params), weights_sha256(remembered), self._recipe,
+                        patients_sha256(site.train))
+        return Ledger.open(site_state, site=site.name, model=_shape_of(state.params), round=state.round,
                            stream=str(stream)), stream
 
-    def _state_spent(self, update: Update, ledger: Ledger) -> Update:
-        """The update with what has been spent; numbers that no guarantee covers, such as the loss, stay at home."""
-        unpaid = sorted(unit for unit in self.privacy.units if not ledger.charged(unit))  # type: ignore[arg-type]
-        if unpaid:
-            raise PrivacyError(f"{self.privacy!r} promises a guarantee per {' and per '.join(unpaid)} but entered "
-                               "nothing into the ledger; charge it in equip() or protect()")
-        return replace(update, spent=ledger.spent(), metrics={})
+
+def _with_spent(update: Update, ledger: Ledger, units: frozenset[str], what: str) -> Update:
+    """The update with the privacy spent; numbers that no guarantee covers, such as the loss, stay at the site."""
+    unpaid = sorted(unit for unit in units if not ledger.charged(unit))  # type: ignore[arg-type]
+    if unpaid:
+        raise PrivacyError(f"{what} promises a guarantee per {' and per '.join(unpaid)} but entered nothing into the "
+                           "ledger; charge it in equip() or protect()")
+    return replace(update, spent=ledger.spent(), metrics={})
+
+
+def _as_site_error(error: Exception, work: SiteWork) -> FedlabError:
+    """The error as the server may see it."""
+    site, round = work.site.name, work.state.round
+    if isinstance(error, PrivacyBudgetExhausted):
+        return PrivacyBudgetExhausted(f"{site} takes no part from round {round} on: {error}")
+    if isinstance(error, PrivacyError):
+        return PrivacyError(f"round {round}, {site}, {work.stage}: {error}; nothing was sent")
+    if isinstance(error, FedlabError):
+        return error
+    return SiteError(site, round, work.stage, f"{type(error).__name__}: {error}")
 
 
 def _shape_of(params: Tensors) -> str:

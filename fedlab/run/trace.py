@@ -20,15 +20,13 @@ from fedlab.core.errors import DataError, RunError
 from fedlab.core.types import Patient, Round, ServerState, Site, Tensors
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.partition import Partition
-from fedlab.engines.remote import Unseen
 from fedlab.run.checkpoint import Checkpoint
+from fedlab.run.recipe import Json
 
 __all__ = ["Trace", "Verdict", "verify"]
 
-_FORMAT = "fedlab-trace-1"
+_FORMAT = "fedlab-trace-2"
 _NOTHING = "0" * 64
-#: May differ when a run goes on: who works it, and how long it is to be.
-_LOOSE = ("engine", "rounds")
 
 
 class Trace:
@@ -54,12 +52,13 @@ class Trace:
         self._lines, self._model = lines, model
 
     @classmethod
-    def open(cls, path: Path | str, *, settings: Mapping[str, str], sites: Sequence[Site], start: Tensors,
-             state: ServerState | None, resumable: bool) -> Trace:
+    def open(cls, path: Path | str, *, recipe: Mapping[str, Json], settings: Mapping[str, str], sites: Sequence[Site],
+             start: Tensors, state: ServerState | None, resumable: bool) -> Trace:
         """The trace of a run that begins or goes on.
 
         Args:
             path: a new file, or the trace of this same run; a last line that a crash cut off is taken away.
+            recipe: the content that makes a run the same run; see `fedlab.run.recipe`.
             settings: of the run, as code.
             sites: all that may take part.
             start: the weights that the run began with.
@@ -70,7 +69,8 @@ class Trace:
             RunError: the file is of another run, or damaged.
         """
         path = Path(path)
-        begin = {"format": _FORMAT, "settings": dict(settings), "versions": _versions(), **_data_of(sites)}
+        begin = {"format": _FORMAT, "settings": dict(settings), "versions": _versions(), **_data_of(sites),
+                 "recipe_sha256": {part: hashlib.sha256(_canonical(what)).hexdigest() for part, what in recipe.items()}}
         number = 0 if state is None else state.round
         model = model_sha256(state.params if state else start, state.models if state else {})
         if resumable and path.exists() and _barely_begun(path):
@@ -323,9 +323,8 @@ def _saved_model(folder: Path) -> tuple[str, int | None, str] | None:
         except SafetensorError as error:
             raise RunError(f"{file} is damaged ({error})") from error
     for place in (folder, folder / "arms" / "federated"):
-        saved = Checkpoint(place).load() if (place / "run.json").is_file() else None
-        if saved is not None:
-            state = saved[0]
+        state = Checkpoint(place).state() if (place / "run.json").is_file() else None
+        if state is not None:
             return f"the checkpoint of round {state.round - 1}", state.round, model_sha256(state.params, state.models)
     return None
 
@@ -333,13 +332,13 @@ def _saved_model(folder: Path) -> tuple[str, int | None, str] | None:
 def _data_of(sites: Sequence[Site]) -> dict[str, Any]:
     """Hashes that stand for who is at each site and what its card says."""
     try:
-        seen = not any(isinstance(site.train, Unseen) for site in sites)
+        seen = all(len(site.train) for site in sites)
         partition = Partition.of(sites).id if seen else "not known here"
     except DataError as error:
         partition = f"none: {error}"
     rows: dict[str, dict[str, Any]] = {}
     for site in sites:
-        if isinstance(site.train, Unseen):
+        if len(site.train) == 0:  # its patients are elsewhere
             rows[site.name] = {"train": None, "held_out": None, "patients_sha256": None, "card_sha256": None}
             continue
         ids = sorted([*_ids(site.train), *_ids(site.val)])
@@ -363,9 +362,9 @@ def _versions() -> dict[str, str]:
 
 
 def _check_same_run(path: Path, first: Mapping[str, Any], begin: Mapping[str, Any]) -> None:
-    there = {**first["settings"], "sites": first["sites"]}
-    here = {**begin["settings"], "sites": begin["sites"]}
-    differing = sorted(k for k in there.keys() | here.keys() if k not in _LOOSE and there.get(k) != here.get(k))
+    there = {**first["recipe_sha256"], "sites": first["sites"]}
+    here = {**begin["recipe_sha256"], "sites": begin["sites"]}
+    differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
     if differing:
         raise RunError(f"{path} is the trace of a run with other settings ({', '.join(differing)} differ); choose "
                        "another file")

@@ -1,19 +1,18 @@
-"""What engines around another engine have in common: memory and messages are the inner one's."""
+"""An engine around another engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from fedlab.core.types import Memory, Site
-from fedlab.privacy.base import Inboxes
-from fedlab.run.local import Engine
-from fedlab.run.site_task import SiteTask
+from fedlab.core.protocols import Engine
+from fedlab.core.types import Failure, Messages, Site
 
-__all__ = ["Around"]
+__all__ = ["Wrapped"]
 
 
-class Around:
-    """An engine that changes what comes of another one.
+class Wrapped:
+    """An engine that changes the answers of another one; messages between sites pass through.
 
     Attributes:
         engine: where the sites work.
@@ -21,15 +20,7 @@ class Around:
 
     engine: Engine
 
-    @property
-    def memory(self) -> dict[str, Memory]:
-        """What each site keeps: the inner engine's."""
-        return self.engine.memory
-
-    @memory.setter
-    def memory(self, kept: dict[str, Memory]) -> None:
-        self.engine.memory = kept
-
-    def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
-        """Messages between the sites go through."""
-        return self.engine.exchange(task, step, inboxes, sites)
+    def exchange(self, task: Any, step: str, inboxes: Messages, sites: Sequence[Site],
+                 states: Any) -> tuple[Messages, list[Failure]]:
+        """The exchange of the inner engine."""
+        return self.engine.exchange(task, step, inboxes, sites, states)

@@ -1,74 +1,28 @@
-"""What a strategy is, and averages: of updates, and of updates per step."""
+"""Averages of updates: by patients, by steps, uniform, and normalised by the length of each site's path."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from fedlab.core.types import Memory, ServerState, Site, Tensors, Update
+from fedlab.core.kit import Kit
+from fedlab.core.protocols import Run, Trainer
+from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 
-if TYPE_CHECKING:
-    from fedlab.privacy.base import Privacy
-    from fedlab.training.trainer import Kit, SiteTrainer
-
-__all__ = ["FedAvg", "FedNova", "NotFinite", "Strategy", "TooFewUpdates", "sgd_settings", "weighted_mean"]
+__all__ = ["FedAvg", "FedNova", "NotFinite", "TooFewUpdates", "sgd_settings", "weighted_mean"]
 
 
 class TooFewUpdates(ValueError):
-    """Fewer updates came than the strategy can combine."""
+    """Fewer updates were received than the strategy can combine."""
 
 
 class NotFinite(ValueError):
-    """What came would make the model NaN or infinite, though each update was finite."""
-
-
-class Strategy(Protocol):
-    """How updates become one and how the model moves; and, for some, what training at a site does differently.
-
-    State goes in and comes out; a strategy keeps nothing for itself. What a site must remember for it lies in the
-    site's memory, what the server must, in `ServerState.moments`. Inherit from `FedAvg` and override what differs.
-    """
-
-    @property
-    def sample(self) -> float:
-        """Probability with which each site takes part in a round."""
-        ...
-
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
-        """Before the first round: raises `ValueError` if the strategy can't work with the rest of the run."""
-
-    def begin(self, params: Tensors) -> ServerState:
-        """The server's state before the first round."""
-        ...
-
-    def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
-        """The cohort of a round."""
-        ...
-
-    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
-        """At a site, before privacy techniques wrap the kit: change how it trains.
-
-        Whatever of the site's own data enters here goes around the techniques' clipping and noise: use the state and
-        what `keep` has kept of protected updates only.
-        """
-        ...
-
-    def combine(self, updates: Iterable[Update]) -> Update:
-        """One update from a cohort's updates, which arrive one by one."""
-        ...
-
-    def step(self, state: ServerState, mean: Update) -> ServerState:
-        """The state after the model has moved by `mean`."""
-        ...
-
-    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
-             seed: int) -> None:
-        """At a site, when its update is ready to leave: what it keeps for itself, in its memory."""
+    """The combined update would make the model NaN or infinite, though each update is finite."""
 
 
 def weighted_mean(updates: Iterable[Update]) -> Update:
@@ -141,7 +95,8 @@ class FedAvg:
         if not 0 < self.sample <= 1:
             raise ValueError(f"sample is a probability above 0 and at most 1, got {self.sample}")
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None: ...
+    def bind(self, run: Run) -> FedAvg:
+        return self
 
     def begin(self, params: Tensors) -> ServerState:
         return ServerState(round=0, params={name: p.detach().clone() for name, p in params.items()})
@@ -157,11 +112,11 @@ class FedAvg:
         chosen = torch.rand(len(sites), generator=rng, dtype=torch.float64) < self.sample
         return [site for site, taken in zip(sites, chosen.tolist(), strict=True) if taken]
 
-    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
+    def equip(self, kit: Kit, site: Site, state: ServerState, site_state: SiteState) -> Kit:
         return kit
 
-    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
-             seed: int) -> None: ...
+    def remember(self, trainer: Trainer, site: Site, state: ServerState, update: Update, site_state: SiteState,
+                 seed: int) -> None: ...
 
     def combine(self, updates: Iterable[Update]) -> Update:
         return weighted_mean(replace(u, weight=self._weight(u)) for u in updates)
@@ -187,7 +142,8 @@ class FedNova(FedAvg):
     A site counts by the steps that it claims to have taken: not for sites that may lie.
 
     Args:
-        momentum: of the sites' SGD, which must begin anew every round (`SiteTrainer(momentum="restart")`).
+        momentum: of the sites' SGD, which must begin anew every round (`SiteTrainer(momentum="restart")`); read from
+            the run.
 
     Raises:
         ValueError: a momentum outside [0, 1), or weights by steps, which the division would undo.
@@ -195,11 +151,11 @@ class FedNova(FedAvg):
 
     one_server: ClassVar[bool] = True
 
-    momentum: float = 0.0
+    momentum: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.momentum < 1:
+        if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is at least 0 and below 1, got {self.momentum}")
         if self.weights == "steps":
             raise ValueError("FedNova takes the steps out of the mean and back in itself: weights is 'patients' or "
@@ -210,16 +166,20 @@ class FedNova(FedAvg):
         """False: the steps that a site takes decide what its update counts."""
         return False
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
-        sgd = sgd_settings(trainer)
-        if sgd is None or sgd["nesterov"] or sgd["dampening"] or sgd["momentum"] != self.momentum:
-            raise ValueError(f"FedNova(momentum={self.momentum:g}) knows the path of torch.optim.SGD with just that "
-                             f"momentum, no dampening and no Nesterov step; the trainer's optimiser is "
+    def bind(self, run: Run) -> FedNova:
+        sgd = sgd_settings(run.trainer)
+        if sgd is None or sgd["nesterov"] or sgd["dampening"] or not sgd["momentum"] < 1:
+            raise ValueError(f"FedNova knows the path of torch.optim.SGD with a momentum below 1, no dampening and no "
+                             f"Nesterov step; the trainer's optimiser is "
                              f"{'another' if sgd is None else f'SGD with {sgd}'}; say optimiser=lambda p, lr: "
-                             f"torch.optim.SGD(p, lr, momentum={self.momentum:g})")
-        if self.momentum > 0 and trainer.momentum != "restart":
+                             "torch.optim.SGD(p, lr, momentum=0.9)")
+        if self.momentum not in (None, sgd["momentum"]):
+            raise ValueError(f"FedNova(momentum={self.momentum:g}) is not for this run, whose sites train with "
+                             f"momentum {sgd['momentum']:g}; leave momentum out, it is read from the run")
+        if sgd["momentum"] > 0 and run.trainer.momentum != "restart":
             raise ValueError("FedNova counts the steps of one round: with momentum say "
                              "SiteTrainer(momentum='restart', ...)")
+        return replace(self, momentum=float(sgd["momentum"]))
 
     def combine(self, updates: Iterable[Update]) -> Update:
         total = length = 0.0
@@ -237,7 +197,7 @@ class FedNova(FedAvg):
 
     def _length(self, steps: int) -> float:
         """How often the gradients of so many steps enter the update: the 1-norm of the paper's a_i."""
-        steps, rho = max(1, steps), self.momentum  # an update of no steps has nothing to divide
+        steps, rho = max(1, steps), self.momentum or 0.0  # an update of no steps has nothing to divide
         return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
 
@@ -260,7 +220,7 @@ def moved(params: Tensors, delta: Tensors, length: float) -> dict[str, torch.Ten
     return after
 
 
-def sgd_settings(trainer: SiteTrainer) -> dict[str, Any] | None:
+def sgd_settings(trainer: Trainer) -> dict[str, Any] | None:
     """The settings of the sites' optimiser if it is `torch.optim.SGD`, else None."""
     made = trainer.optimiser([nn.Parameter(torch.zeros(1))], 1.0)
     if type(made) is not torch.optim.SGD:

@@ -6,25 +6,22 @@ noise: the terms hold nothing of a patient that has not been protected, so they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from fedlab.core.types import Memory, ServerState, Site, Tensors, Update
+from fedlab.core.kit import Kit
+from fedlab.core.protocols import Run, Trainer
+from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import trainable
-from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.strategies.averaging import FedAvg, moved, sgd_settings
-
-if TYPE_CHECKING:
-    from fedlab.privacy.base import Privacy
-    from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["SCAFFOLD", "Ditto", "FedProx"]
 
-_CONTROL = "control variate"  # of the server in ServerState.moments, of a site in its memory
-_PERSONAL, _PERSONAL_OPTIMISER = "ditto", "ditto optimiser"  # groups of a site's memory
+_CONTROL = "control variate"  # of the server, in ServerState.moments
+_PERSONAL = "model|"  # prefix of the names under which Ditto keeps a site's own weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +47,7 @@ class FedProx(FedAvg):
         if not 0 <= self.mu < float("inf"):
             raise ValueError(f"mu is a number of at least 0, got {self.mu}")
 
-    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
+    def equip(self, kit: Kit, site: Site, state: ServerState, site_state: SiteState) -> Kit:
         if self.mu > 0:
             _pull(kit, self.mu, to=None)
         return kit
@@ -73,9 +70,7 @@ class SCAFFOLD(FedAvg):
     until a round in which all come.
 
     Args:
-        sites: number of all sites of the run.
-        steps: as in the trainer.
-        lr: as in the trainer: a positive number, or a function of the round.
+        sites, steps, lr: number of all sites, and steps and learning rate of the trainer; read from the run.
         weights: "uniform", as in the paper: the server's control variate is the mean of all sites'.
 
     Raises:
@@ -85,67 +80,74 @@ class SCAFFOLD(FedAvg):
 
     one_server: ClassVar[bool] = True
 
-    sites: int
-    steps: int
-    lr: float | Callable[[int], float]
+    sites: int | None = None
+    steps: int | None = None
+    lr: float | Callable[[int], float] | None = None
     weights: Literal["patients", "steps", "uniform"] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("sites", "steps"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is a positive whole number, got {value!r}")
-        if not callable(self.lr) and not 0 < self.lr < float("inf"):
+        if self.lr is not None and not callable(self.lr) and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr is a positive number or a function of the round, got {self.lr!r}")
         if self.weights != "uniform":
             raise ValueError(f"SCAFFOLD is defined for equal weights: weights is 'uniform', got {self.weights!r}")
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
-        sgd = sgd_settings(trainer)
+    def bind(self, run: Run) -> SCAFFOLD:
+        sgd = sgd_settings(run.trainer)
         if sgd is None or sgd["momentum"] or sgd["maximize"]:
             raise ValueError("SCAFFOLD reads the mean gradient from the update, which plain SGD allows and moments "
                              "don't; say SiteTrainer(optimiser=torch.optim.SGD, ...), or use FedProx")
-        if trainer.steps is None:
-            raise ValueError(f"SCAFFOLD wants the same number of steps at every site: say steps= in place of "
-                             f"epochs={trainer.epochs}")
-        if (self.sites, self.steps, self.lr) != (len(sites), trainer.steps, trainer.lr):
-            raise ValueError(f"{self!r} is not for this run; say SCAFFOLD(sites={len(sites)}, steps={trainer.steps}, "
-                             f"lr={trainer.lr!r})")
-        if privacy.masked or privacy.before or privacy.after:
+        if run.trainer.steps is None:
+            raise ValueError(f"SCAFFOLD needs the same number of steps at every site: say steps= in place of "
+                             f"epochs={run.trainer.epochs}")
+        found = {"sites": len(run.sites), "steps": run.trainer.steps, "lr": run.trainer.lr}
+        if any(getattr(self, name) not in (None, value) for name, value in found.items()):
+            raise ValueError(f"{self!r} is not for this run, which has {found}; leave these settings out, they are "
+                             "read from the run")
+        if run.aggregation.hides_updates:
             raise ValueError(f"the protected update from which a site computes its control variate is hidden by "
-                             f"{privacy!r}; use SCAFFOLD without it, or FedProx with it")
+                             f"{run.aggregation!r}; use SCAFFOLD without it, or FedProx with it")
+        return replace(self, **found)
 
-    def equip(self, kit: Kit, site: Site, state: ServerState, memory: Memory) -> Kit:
-        ours, own = self._controls(state, memory)
+    def equip(self, kit: Kit, site: Site, state: ServerState, site_state: SiteState) -> Kit:
+        ours, own = self._controls(state, site_state.own)
         terms = {name: (c - own[name]).to(kit.device) for name, c in ours.items()}
         _add_to_gradient(kit, lambda name, p: terms[name])
         return kit
 
-    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
-             seed: int) -> None:
-        ours, own = self._controls(state, memory)
+    def remember(self, trainer: Trainer, site: Site, state: ServerState, update: Update, site_state: SiteState,
+                 seed: int) -> None:
+        ours, own = self._controls(state, site_state.own)
         gradient = -1 / self._travel(state.round)
-        memory[_CONTROL] = {name: (own[name].double() - c.double() + update.delta[name].double() * gradient).to(c.dtype)
-                            for name, c in ours.items()}
+        site_state.own.update({
+            name: (own[name].double() - c.double() + update.delta[name].double() * gradient).to(c.dtype)
+            for name, c in ours.items()})
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
         # Noise at the server is sized for the expected cohort and hides who came; a mean of nobody has no steps.
-        came = self.sites * self.sample if mean.spent else mean.weight if mean.steps else 0.0
-        share, gradient = came / self.sites, -1 / self._travel(state.round)
+        sites = self.sites or 1
+        arrived = sites * self.sample if mean.spent else mean.weight if mean.steps else 0.0
+        share, gradient = arrived / sites, -1 / self._travel(state.round)
         ours, _ = self._controls(state, {})
         control = {name: (c.double() * (1 - share) + mean.delta[name].double() * (share * gradient)).to(c.dtype)
                    for name, c in ours.items()}
         after = super().step(state, mean)
         return replace(after, moments={**state.moments, _CONTROL: control})
 
-    def _controls(self, state: ServerState, memory: Memory) -> tuple[Tensors, Tensors]:
+    def _controls(self, state: ServerState, own: Tensors) -> tuple[Tensors, Tensors]:
         """The server's and the site's, zeros where there is none yet."""
         zeros = {name: torch.zeros_like(p) for name, p in state.params.items()}
-        return state.moments.get(_CONTROL, zeros), memory.get(_CONTROL, zeros)
+        return state.moments.get(_CONTROL, zeros), own or zeros
 
     def _travel(self, round: int) -> float:
         """How far a gradient of 1 takes a weight in a round."""
+        if self.steps is None or self.lr is None:
+            raise ValueError(f"{self!r} is not bound to a run; pass it to federate(strategy=...), or give sites, steps "
+                             "and lr")
         lr = self.lr(round) if callable(self.lr) else self.lr
         if not 0 < lr < float("inf"):
             raise ValueError(f"the learning rate of round {round} is {lr}, by which SCAFFOLD divides; end the run "
@@ -162,8 +164,8 @@ class Ditto(FedAvg):
     helps where no one model suits all sites, and where some sites may lie, since a site need not follow them. It costs
     twice the training. lam=0 is training alone.
 
-    The personal model stays in the site's memory (group "ditto"), survives checkpoints, and enters nothing that
-    leaves. No privacy technique touches it: it is as private as the site's patients, so don't publish it.
+    The personal model stays in the site's state, survives checkpoints, and enters nothing that leaves. No privacy
+    technique touches it: it is as private as the site's patients, so don't publish it.
 
     Args:
         lam: strength of the pull. With plain SGD the learning rate times lam must stay below 2; the paper tries 0.05
@@ -180,35 +182,41 @@ class Ditto(FedAvg):
         if not 0 <= self.lam < float("inf"):
             raise ValueError(f"lam is a number of at least 0, got {self.lam}")
 
-    def local(self, params: Tensors, memory: Mapping[str, Tensors]) -> Tensors:
+    def local(self, params: Tensors, site_state: SiteState) -> Tensors:
         """The weights of one site's own model.
 
         Args:
             params: of the global model, which is a site's own before its first round.
-            memory: of the site, such as `engine.memory["site-0"]`.
+            site_state: of the site, such as `history.site_states["site-0"]`.
         """
-        return dict(memory.get(_PERSONAL, params))
+        return _part(site_state.of("strategy").own, _PERSONAL) or dict(params)
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
-        if any(isinstance(layer, PersonalLayers) for layer in privacy._layers()):
+    def bind(self, run: Run) -> Ditto:
+        if any(layer.keeps_tensors for layer in run.privacy.layers):
             raise ValueError("Ditto gives each site a whole model of its own, which would be pulled to the global "
                              "model's untrained personal layers; use it without PersonalLayers")
+        return self
 
-    def keep(self, trainer: SiteTrainer, site: Site, state: ServerState, update: Update, memory: Memory,
-             seed: int) -> None:
+    def remember(self, trainer: Trainer, site: Site, state: ServerState, update: Update, site_state: SiteState,
+                 seed: int) -> None:
         # The same seed as for the global model: with lam=0 this is, to the bit, the site training alone.
-        start = replace(state, params=self.local(state.params, memory))
-        own: Memory = {"optimiser": memory[_PERSONAL_OPTIMISER]} if _PERSONAL_OPTIMISER in memory else {}
-        kit = trainer.prepare(site, start, memory=own, seed=seed)
+        own = site_state.own
+        start = replace(state, params=self.local(state.params, site_state))
+        moments = SiteState(namespaces={"optimiser": _part(own, "optimiser|")}, owner="optimiser")
+        kit = trainer.prepare(site, start, site_state=moments, seed=seed)
         if self.lam > 0:
             _pull(kit, self.lam, to=state.params)
         try:
-            trained = trainer.fit(kit, site, start, memory=own, seed=seed)
+            trained = trainer.fit(kit, site, start, site_state=moments, seed=seed)
         finally:
             kit.close()
-        memory[_PERSONAL] = moved(start.params, trained.delta, 1.0)
-        if "optimiser" in own:
-            memory[_PERSONAL_OPTIMISER] = own["optimiser"]
+        own.update({_PERSONAL + name: t for name, t in moved(start.params, trained.delta, 1.0).items()})
+        own.update({"optimiser|" + name: t for name, t in moments.own.items()})
+
+
+def _part(own: Tensors, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in own.items() if name.startswith(prefix)}
 
 
 def _pull(kit: Kit, strength: float, *, to: Tensors | None) -> None:

@@ -10,16 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from fedlab.core.types import Site, Update
+from fedlab.core.protocols import Run
+from fedlab.core.types import Update
 from fedlab.strategies.averaging import FedAvg, TooFewUpdates, square_distance, weighted_mean
-
-if TYPE_CHECKING:
-    from fedlab.privacy.base import Privacy
-    from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["CoordinateMedian", "GeometricMedian", "Krum", "NormBound", "TrimmedMean"]
 
@@ -124,19 +121,20 @@ class Krum(FedAvg):
 
     @property
     def needed(self) -> int:
-        """How many updates must come."""
+        """Number of updates needed."""
         return max(2 * self.attackers + 3, self.attackers + self.chosen)
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], privacy: Privacy) -> None:
-        if len(sites) < self.needed:
-            raise ValueError(f"{self!r} needs {self.needed} updates, the run has {len(sites)} sites; expect fewer "
+    def bind(self, run: Run) -> Krum:
+        if len(run.sites) < self.needed:
+            raise ValueError(f"{self!r} needs {self.needed} updates, the run has {len(run.sites)} sites; expect fewer "
                              "attackers, choose fewer updates, or use CoordinateMedian()")
+        return self
 
     def combine(self, updates: Iterable[Update]) -> Update:
         collected = _collected(updates)
         if len(collected) < self.needed:
-            raise TooFewUpdates(f"{self!r} needs {self.needed} updates, {len(collected)} came; expect fewer attackers, "
-                                "or use CoordinateMedian()")
+            raise TooFewUpdates(f"{self!r} needs {self.needed} updates, it received {len(collected)}; expect fewer "
+                                "attackers, or use CoordinateMedian()")
         scores = self.scores(collected)
         best = sorted(range(len(collected)), key=scores.__getitem__)[:self.chosen]
         return weighted_mean(replace(collected[k], weight=1.0, metrics={}) for k in sorted(best))

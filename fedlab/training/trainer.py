@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from fedlab.core.hardware import pick_device, pick_precision
+from fedlab.core.kit import Kit
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import derive, generator
-from fedlab.core.types import Memory, Patient, ServerState, Site, Tensors, Update
+from fedlab.core.types import Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import load_weights, trainable
 
-__all__ = ["Crops", "DiceBCE", "Kit", "PolyDecay", "SiteTrainer", "augmentation"]
+__all__ = ["Crops", "DiceBCE", "PolyDecay", "SiteTrainer", "augmentation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,40 +153,6 @@ def _untracked() -> Iterator[None]:
         set_track_meta(before)
 
 
-@dataclass
-class Kit:
-    """What trains at a site in one round; a privacy technique may replace any of it before training.
-
-    Attributes:
-        model: called with images (B, 4, x, y, z), gives logits (B, 3, x, y, z).
-        optimiser: over the model's trainable parameters.
-        loader: yields batches of images and regions; its length is the number of steps.
-        patients: what the loader draws its crops from.
-        objective: loss of logits and regions.
-        device, dtype: where and in which precision the model is called.
-        seed: of everything random at this site in this round.
-        backward: fills the gradients from a batch and returns its loss, or None for a batch of nobody.
-        close: called after training, whatever happened.
-    """
-
-    model: nn.Module
-    optimiser: torch.optim.Optimizer
-    loader: Iterable[tuple[torch.Tensor, torch.Tensor]]
-    patients: Crops
-    objective: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    device: torch.device
-    dtype: torch.dtype
-    seed: int
-    backward: Callable[[Kit, torch.Tensor, torch.Tensor], float | None]
-    close: Callable[[], None] = lambda: None
-
-    def loss(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch, in float32."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(image)
-        return self.objective(logits.float(), target)
-
-
 def plain_backward(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float:
     """Gradients of the mean loss of a batch.
 
@@ -243,7 +210,7 @@ class SiteTrainer:
     momentum: Literal["keep", "restart"] = "keep"
     precision: str = "auto"
     device: str = "auto"
-    _start: Tensors = field(init=False, default_factory=dict)
+    _start: dict[str, torch.Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -259,8 +226,8 @@ class SiteTrainer:
         if not callable(self.lr) and not 0 < self.lr < math.inf:
             raise ValueError(f"lr is a positive number or a function of the round, got {self.lr!r}")
         pick_precision(self.precision, torch.device("cpu"))
-        start = {name: p.detach().cpu().clone() for name, p in trainable(self.model).items()}
-        object.__setattr__(self, "_start", start)  # frozen: runs change the model's weights, never its start
+        # Runs change the model's weights, never its start.
+        self._start.update({name: p.detach().cpu().clone() for name, p in trainable(self.model).items()})
 
     def __repr__(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -273,14 +240,21 @@ class SiteTrainer:
         """The trainable weights that the model had when the trainer was made."""
         return dict(self._start)
 
-    def prepare(self, site: Site, state: ServerState, *, memory: Memory, seed: int) -> Kit:
-        """Model with the global weights, optimiser with the moments the site kept, loader over its patients."""
+    def prepare(self, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Kit:
+        """Model with the global weights, optimiser with the moments that the site kept, loader over its patients.
+
+        Args:
+            site: whose patients are trained on.
+            state: the server's.
+            site_state: the site's; its `own` holds the optimiser's moments.
+            seed: of the crops, the augmentation and the order of the patients.
+        """
         device = pick_device(self.device)
         load_weights(self.model.to(device), state.params)
         lr = self.lr(state.round) if callable(self.lr) else self.lr
         optimiser = self.optimiser(trainable(self.model).values(), lr)
-        if self.momentum == "keep" and "optimiser" in memory:
-            _restore_moments(optimiser, self.model, memory["optimiser"])
+        if self.momentum == "keep":
+            _restore_moments(optimiser, self.model, site_state.own)
         crops = Crops(site.train, crop=self.crop, tumour_share=self.tumour_share, augment=self.augment, seed=seed)
         wanted = self.steps * self.batch_size if self.steps else (self.epochs or 1) * len(crops)
         sampler = RandomSampler(crops, num_samples=wanted, generator=generator(seed, "order"))
@@ -288,14 +262,14 @@ class SiteTrainer:
                    loader=DataLoader(crops, batch_size=self.batch_size, sampler=sampler),
                    dtype=pick_precision(self.precision, device), seed=seed, backward=plain_backward)
 
-    def fit(self, kit: Kit, site: Site, state: ServerState, *, memory: Memory, seed: int) -> Update:
+    def fit(self, kit: Kit, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Update:
         """Trains for one round and returns the change of the weights.
 
         Args:
             kit: from `prepare`, perhaps wrapped by a privacy technique.
             site: whose patients are trained on.
             state: the global model the change is measured from.
-            memory: the site's own; its optimiser moments are replaced when momentum is kept.
+            site_state: the site's; the optimiser's moments in its `own` are replaced when momentum is kept.
             seed: of everything random in the training itself, such as dropout.
 
         Raises:
@@ -306,11 +280,13 @@ class SiteTrainer:
             torch.manual_seed(derive(seed, "fit"))
             kit.model.train()
             for image, target in kit.loader:
+                kit.batch = image, target
                 kit.optimiser.zero_grad(set_to_none=True)
                 losses.append(kit.backward(kit, image.to(kit.device), target.to(kit.device)))
                 kit.optimiser.step()
         if self.momentum == "keep":
-            memory["optimiser"] = _moments(kit.optimiser, self.model)
+            site_state.own.clear()
+            site_state.own.update(_moments(kit.optimiser, self.model))
         local = trainable(self.model)
         # In the model's order, whatever the order of what came: noise is drawn tensor by tensor.
         delta = {name: p.detach().cpu() - state.params[name] for name, p in local.items()}

@@ -6,14 +6,12 @@ import json
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
-
-import torch
+from typing import Any, Literal, Protocol, get_args
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
-from fedlab.core.types import Memory, Spent
+from fedlab.core.types import Spent
 from fedlab.privacy.accounting.mechanisms import (
     RELEASES,
     Accountant,
@@ -24,11 +22,12 @@ from fedlab.privacy.accounting.mechanisms import (
     epsilon_of,
 )
 
-__all__ = ["Accountant", "Concentrated", "Gaussian", "Ledger", "Pure", "Terms", "epsilon_of", "noise_multiplier_for"]
+__all__ = ["Accountant", "Concentrated", "Gaussian", "HasLedger", "Ledger", "Pure", "Terms", "epsilon_of",
+           "noise_multiplier_for"]
 
 Unit = Literal["patient", "site"]
 
-_GROUP, _FORMAT = "ledger", "fedlab-ledger-2"
+_FORMAT = "fedlab-ledger-2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,25 +97,32 @@ def noise_multiplier_for(
     return high
 
 
-class Ledger:
-    """A site's record of everything it has released under a guarantee. It lives in the site's memory.
+class HasLedger(Protocol):
+    """A party with a ledger: `fedlab.core.types.SiteState` or `ServerState`."""
 
-    It only grows: what a round entered stays when the round is run again, and is counted once if the round enters the
-    very same again.
+    @property
+    def ledger(self) -> dict[str, Any]: ...
+
+
+class Ledger:
+    """A site's record of everything it has released under a guarantee, kept in its state.
+
+    It only grows: the entries of a round stay when the round is run again, and count once if the round enters the very
+    same again.
 
     Args:
-        memory: the site's; every charge is written into it at once.
+        state: the party's; every charge is written into `state.ledger` at once.
+
+    Raises:
+        PrivacyError: the record is damaged.
     """
 
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._note: dict[str, Any] = {"format": _FORMAT, "site": None, "model": None, "round": None, "stream": None,
-                                      "entries": [], "before": [], "noise_on": {}, "in_file": False}
-        if _GROUP in memory:
-            self._note = _parse(memory[_GROUP])
+    def __init__(self, state: HasLedger) -> None:
+        self._record = state.ledger
+        self._note = _parse(self._record) if self._record else _blank()
 
     @classmethod
-    def open(cls, memory: Memory, *, site: str, model: str | None, round: int | None, stream: str | None) -> Ledger:
+    def open(cls, state: HasLedger, *, site: str, model: str | None, round: int | None, stream: str | None) -> Ledger:
         """The ledger of a site at the beginning of a round, or of work outside of any.
 
         What the same round entered before with the same stream is set aside: a round that is run again draws the very
@@ -124,7 +130,7 @@ class Ledger:
         everything counts anew.
 
         Args:
-            memory: the site's.
+            state: the site's.
             site: whose ledger it must be.
             model: a name of the model's tensors and shapes; a ledger belongs to one model. None where none is
                 trained.
@@ -134,7 +140,7 @@ class Ledger:
         Raises:
             PrivacyError: the ledger is damaged or of another site or model.
         """
-        ledger = cls(memory)
+        ledger = cls(state)
         ledger._claim(site=site, model=model)
         stream = f"once-{secrets.token_hex(8)}" if stream is None else stream
         known = ledger._all()
@@ -182,45 +188,18 @@ class Ledger:
         self._write()
 
     @classmethod
-    def charging(cls, memory: Memory, *, site: str, delta: float, accountant: Accountant = "rdp",
-                 max_epsilon: float | None = None) -> Callable[[Spent], None]:
-        """What enters a release outside of rounds, such as noised statistics, beside what training spends.
+    def enter(cls, state: HasLedger, spent: Spent, *, site: str, delta: float, accountant: Accountant,
+              max_epsilon: float | None) -> None:
+        """Enters a release that is ε-private with δ = 0 and belongs to no round, such as noised statistics.
 
-        `site_statistics(site, epsilon=0.5, charge=Ledger.charging(memory, site=site.name, delta=1e-3))` spends from
-        the ledger that `DPSGD(delta=1e-3, …)` goes on with where `memory` is the engine's of that site. For a ledger
-        in a file see `fedlab.privacy.accounting.ledger_file.LedgerFile.charging`. Every release counts anew.
-
-        Only entries of one unit add up: statistics of patients cost a guarantee per patient. A guarantee per site
-        covers updates and says nothing about statistics.
-
-        Args:
-            memory: the site's.
-            site: its name.
-            delta, accountant: as the technique's that trains at the site, or the two couldn't be added up.
-            max_epsilon: the site's budget per patient, for statistics and training together.
-
-        Returns:
-            A function that takes the release's own ε and raises `PrivacyBudgetExhausted` or `PrivacyError`, as
-            `charge` does, or `ValueError` for a release that isn't ε-private with δ = 0.
+        Raises:
+            ValueError: the release has a δ.
+            PrivacyBudgetExhausted, PrivacyError: as `charge`.
         """
-        Terms(unit="patient", delta=delta, adjacency="any", accountant=accountant)  # refused here, not when it is late
-
-        def enter(spent: Spent) -> None:
-            if cls(memory)._note["in_file"]:
-                raise PrivacyError(f"the ledger of {site} is kept in a file, which must know of this before it is "
-                                   "released: say LedgerFile(folder, site).charging(...)")
-            cls._enter(memory, spent, site=site, delta=delta, accountant=accountant, max_epsilon=max_epsilon)
-
-        return enter
-
-    @classmethod
-    def _enter(cls, memory: Memory, spent: Spent, *, site: str, delta: float, accountant: Accountant,
-               max_epsilon: float | None) -> None:
-        """Enters a release that is ε-private with δ = 0 and belongs to no round."""
         if spent.delta != 0:
             raise ValueError(f"a release with δ = 0 was expected, got {spent}; enter it with charge()")
         terms = Terms(unit=spent.unit, delta=delta, adjacency=spent.adjacency, accountant=accountant)
-        ledger = cls.open(memory, site=site, model=None, round=None, stream=None)
+        ledger = cls.open(state, site=site, model=None, round=None, stream=None)
         ledger.charge(Pure(epsilon=spent.epsilon), terms=terms, max_epsilon=max_epsilon)
 
     def bind(self, content: str) -> None:
@@ -297,15 +276,15 @@ class Ledger:
             known = self._note[key]
             if known is not None and here is not None and known != here:
                 raise PrivacyError(f"the ledger is of another {key} ({known!r}, not {here!r}); give each site its own "
-                                   "ledger back, or a new memory if it never took part")
+                                   "ledger back, or a new state if it never took part")
             self._note[key] = known if here is None else here
 
     def _all(self) -> list[dict[str, Any]]:
         return _joined(self._note["entries"], self._note["before"])
 
     def _write(self) -> None:
-        text = json.dumps(self._note, ensure_ascii=False).encode()
-        self._memory[_GROUP] = {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+        self._record.clear()
+        self._record.update(self.note())
 
     def __repr__(self) -> str:
         spent = "; ".join(map(str, self.spent())) or "nothing released under a guarantee"
@@ -329,19 +308,23 @@ def _releases(entries: Iterable[dict[str, Any]], unit: Unit | None) -> list[Rele
     return [RELEASES[e["kind"]](**e["release"]) for e in entries if unit is None or e["terms"]["unit"] == unit]
 
 
-def _parse(group: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """A ledger's note, every entry checked: a damaged ledger is refused, not repaired."""
+def _blank() -> dict[str, Any]:
+    return {"format": _FORMAT, "site": None, "model": None, "round": None, "stream": None, "entries": [], "before": [],
+            "noise_on": {}, "in_file": False}
+
+
+def _parse(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a ledger's record, every entry checked: a damaged ledger is refused, not repaired."""
     try:
-        note = json.loads(bytes(group["json"].numpy()).decode())
-        if note["format"] != _FORMAT or note.keys() != Ledger({})._note.keys():
+        note: dict[str, Any] = json.loads(json.dumps(record))
+        if note["format"] != _FORMAT or note.keys() != _blank().keys():
             raise ValueError(f"its format is {note['format']!r}, expected {_FORMAT!r}")
         for entry in (*note["entries"], *note["before"]):
             Terms(**entry["terms"])
             RELEASES[entry["kind"]](**entry["release"])
         if not all(isinstance(content, str) for content in note["noise_on"].values()):
-            raise ValueError("it says of some noise nothing that it could be on")
+            raise ValueError("the content that some noise protects is no text")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PrivacyError(f"the site's ledger is damaged ({error}); restore it from a copy: without it nobody knows "
-                           "what was spent") from error
-    out: dict[str, Any] = note
-    return out
+        raise PrivacyError(f"the site's ledger is damaged ({error}); restore it from a copy: without it the privacy "
+                           "spent is unknown") from error
+    return note

@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import SystemRandom
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from fedlab.core.hardware import pick_device, pick_precision
+from fedlab.core.kit import Kit, PatientCrops
+from fedlab.core.protocols import Run
 from fedlab.core.seeds import derive, generator
-from fedlab.core.types import Memory, Site
+from fedlab.core.types import Site, SiteState
 from fedlab.core.weights import trainable
 from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
@@ -22,15 +24,10 @@ from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
 from fedlab.privacy.dp.site_level import AdaptiveClip
 from fedlab.privacy.dp.validators import Loss, check_loss, check_private
 from fedlab.privacy.noise.gaussian import standard_normal
-from fedlab.training.trainer import Crops, Kit
-
-if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
-    from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["DPSGD", "PatientBatches"]
 
-_GROUP, _CLIP = "dpsgd", "clipping norm"
+_CLIP = "clipping norm"
 _ADJACENCY = "add or remove one patient"
 #: Networks that `check_private` has found fit in this process, and for which gradients.
 _FIT: WeakKeyDictionary[nn.Module, set[Gradients]] = WeakKeyDictionary()
@@ -55,8 +52,8 @@ class DPSGD(Privacy):
     `secure_mode` makes useless to an attacker as far as is known (Mironov 2012; Holohan and Braghin 2021).
 
     Every gradient is clipped, so the step length no longer depends on the loss: learning rates that suit plain
-    training are mostly too small. Memory group "diagnostics" keeps the norms of the patients' gradients, from which to
-    choose a clip on public data; it stays at the site, as does the clip that an `AdaptiveClip` has arrived at.
+    training are mostly too small. `SiteState.diagnostics` has the norms of the patients' gradients, from which to
+    choose a clip on public data; they stay at the site, as does the clip that an `AdaptiveClip` has arrived at.
 
     Args:
         clip: clipping norm of a patient's gradient, or an `AdaptiveClip`: its bits are then the patients', summed with
@@ -112,24 +109,25 @@ class DPSGD(Privacy):
         if any(isinstance(other, DPSGD) for other in (*before, *after)):
             raise ValueError("DPSGD stands once in a run: two of them would each wrap the training of the other")
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
-        device = pick_device(trainer.device)
-        self._check_training(trainer.model, trainer.loss, device, pick_precision(trainer.precision, device))
-        for site in sites:
-            self._check_site(site)
-            patients = len(site.train)
-            steps = trainer.steps or math.ceil((trainer.epochs or 1) * patients / trainer.batch_size)
-            self._check_budget(self._rate(patients), steps)
+    def check(self, run: Run) -> None:
+        device = pick_device(run.trainer.device)
+        self._check_training(run.trainer.model, run.trainer.loss, device, pick_precision(run.trainer.precision, device))
 
-    def equip(self, kit: Kit, site: Site, memory: Memory) -> Kit:
+    def check_site(self, site: Site, run: Run) -> None:
+        self._check_patients(site)
+        patients, trainer = len(site.train), run.trainer
+        steps = trainer.steps or math.ceil((trainer.epochs or 1) * patients / trainer.batch_size)
+        self._check_budget(self._rate(patients), steps)
+
+    def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
         self._check_training(kit.model, kit.objective, kit.device, kit.dtype)
-        self._check_site(site)
+        self._check_patients(site)
         rate, steps = self._rate(len(kit.patients)), len(kit.loader)  # type: ignore[arg-type]
         if self.units:
             release = Gaussian(noise_multiplier=self.noise_multiplier, sample_rate=rate, steps=steps)
-            Ledger(memory).charge(release, terms=self._terms, max_epsilon=self.max_epsilon,
+            Ledger(state).charge(release, terms=self._terms, max_epsilon=self.max_epsilon,
                                   repeatable=not self.secure_mode)
-        training = _Steps(self, kit, memory, expected=rate * len(kit.patients))
+        training = _Steps(self, kit, state, expected=rate * len(kit.patients))
         before = kit.close
 
         def close() -> None:
@@ -183,7 +181,7 @@ class DPSGD(Privacy):
             raise ValueError(f"{steps} steps alone cost ε = {once:.4g}, more than the budget of {self.max_epsilon:g}; "
                              "raise noise_multiplier (see noise_multiplier_for) or the budget")
 
-    def _check_site(self, site: Site) -> None:
+    def _check_patients(self, site: Site) -> None:
         patients = len(site.train)
         if self.batch is not None and self.batch > patients:
             raise ValueError(f"batch is {self.batch:g} patients per step, but {site.name} has only {patients}; say "
@@ -227,7 +225,7 @@ class PatientBatches:
         rng: where the draw comes from; None for the operating system's entropy.
     """
 
-    def __init__(self, patients: Crops, *, sample_rate: float, steps: int, crops: int = 1,
+    def __init__(self, patients: PatientCrops, *, sample_rate: float, steps: int, crops: int = 1,
                  rng: torch.Generator | None) -> None:
         self.patients, self.sample_rate, self.steps, self.crops, self.rng = patients, sample_rate, steps, crops, rng
 
@@ -259,8 +257,8 @@ class _Steps:
     the noise. So no more than one group of gradients is held, and nobody's for a step that drew nobody.
     """
 
-    def __init__(self, technique: DPSGD, kit: Kit, memory: Memory, *, expected: float) -> None:
-        self.technique, self.memory, self.expected = technique, memory, expected
+    def __init__(self, technique: DPSGD, kit: Kit, state: SiteState, *, expected: float) -> None:
+        self.technique, self.state, self.expected = technique, state, expected
         self.parameters: list[Any] = list(trainable(kit.model).values())
         self.norms: list[float] = []  # of the gradients of this step's patients
         self.seen: list[float] = []
@@ -273,7 +271,7 @@ class _Steps:
 
         clip: Any = self.technique.clip
         if isinstance(clip, AdaptiveClip):
-            clip = float(self.memory.get(_GROUP, {}).get(_CLIP, clip.start))
+            clip = float(self.state.own.get(_CLIP, clip.start))
         clip = min(clip, torch.finfo(torch.float32).max)
         kind = DPOptimizer
         if self.technique.per_layer:
@@ -322,12 +320,11 @@ class _Steps:
             for left in ("grad_sample", "summed_grad"):
                 p.__dict__.pop(left, None)
         if isinstance(self.technique.clip, AdaptiveClip):
-            self.memory[_GROUP] = {_CLIP: torch.tensor(self.optimiser.max_grad_norm, dtype=torch.float64)}
-        self.memory["diagnostics"] = {
-            **self.memory.get("diagnostics", {}),
+            self.state.own[_CLIP] = torch.tensor(self.optimiser.max_grad_norm, dtype=torch.float64)
+        self.state.diagnostics.update({
             "norms of patients' gradients": torch.tensor(self.seen, dtype=torch.float64),
             "share beyond the clipping norm": torch.tensor(self.beyond / max(1, len(self.seen)), dtype=torch.float64),
-        }
+        })
 
 
 def _norms(gradients: Sequence[torch.Tensor]) -> list[float]:

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from fedlab.core.kit import Kit
 from fedlab.core.weights import trainable
 from fedlab.privacy.dp.convolution import OneVolume
-from fedlab.training.trainer import Kit
 
 __all__ = ["MODES", "Gradients", "PatientGradients", "per_patient"]
 

@@ -11,19 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
-from fedlab.core.types import Cohort, Memory, Site, Tensors, Update
+from fedlab.core.protocols import Run
+from fedlab.core.types import Cohort, ServerState, SiteState, Tensors, Update
 from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.noise.gaussian import standard_normal
-
-if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
-    from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["AdaptiveClip", "CentralGaussian", "LocalGaussian", "clip_update"]
 
@@ -65,7 +61,7 @@ class LocalGaussian(Privacy):
 
     Not covered: that a site takes part, its number of patients (`Update.weight`) and of steps. Losses stay at the
     site. What follows in a `+` only reads the noisy update, error feedback included, and costs nothing more.
-    Memory group "diagnostics" keeps the norms before and after clipping and that of the noise; it stays at the site.
+    `SiteState.diagnostics` has the norms before and after clipping and that of the noise; they stay at the site.
 
     Args:
         clip: clipping norm of the whole update, in the unit of the weights.
@@ -91,15 +87,15 @@ class LocalGaussian(Privacy):
         self._release = Gaussian(noise_multiplier=noise_multiplier / 2)
         self._terms = Terms(unit="site", delta=delta, adjacency="any two updates of a site", accountant=accountant)
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
-        _check_start(self._release, self._terms, self.max_epsilon, sites)
+    def check(self, run: Run) -> None:
+        _check_start(self._release, self._terms, self.max_epsilon, run)
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
-        Ledger(memory).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon,
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+        Ledger(state).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon,
                               repeatable=not self.secure_mode)
         clipped = clip_update(update, self.clip, per_layer=self.per_layer)
         noise = _noise(clipped.delta, self.noise_multiplier * self.clip, None if self.secure_mode else rng)
-        _note(memory, update, clipped, noise)
+        _note(state, update, clipped, noise)
         noisy = {name: (t.double() + noise[name]).to(t.dtype) for name, t in clipped.delta.items()}
         return replace(clipped, delta=noisy, encoded=None)  # noise fills every gap that a sparse code left out
 
@@ -209,55 +205,55 @@ class CentralGaussian(Privacy):
     def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
         for other in after:
             changes = type(other).protect is not Privacy.protect or type(other).release is not Privacy.release
-            if changes and not other.masks:
+            if changes:
                 raise ValueError(f"put {other!r} before {type(self).__name__}: what changes updates after they were "
                                  "clipped can make them longer than the noise covers")
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
-        if getattr(strategy, "uniform_mean", False) is not True:
+    def check(self, run: Run) -> None:
+        if getattr(run.strategy, "uniform_mean", False) is not True:
             raise ValueError(f"noise at the server is sized for a plain mean in which every update counts the same, "
-                             f"which {strategy!r} is not; use FedAvg(weights='uniform'), or LocalGaussian, which "
+                             f"which {run.strategy!r} is not; use FedAvg(weights='uniform'), or LocalGaussian, which "
                              "works with any strategy")
-        sample = float(getattr(strategy, "sample", 1.0))
+        sample = float(getattr(run.strategy, "sample", 1.0))
         if self.accountant == "gdp" and sample < 1:
             raise ValueError(f"accountant 'gdp' proves nothing for sites drawn at random (sample {sample:g}); "
                              "say accountant='rdp' or 'prv'")
-        _check_start(self._release(sample), self._terms, self.max_epsilon, sites)
+        _check_start(self._release(sample), self._terms, self.max_epsilon, run)
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
-        clip = self._clip_now(memory)
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+        clip = self._clip_now(state.broadcast)
         clipped = clip_update(update, clip, per_layer=self.per_layer)
-        _note(memory, update, clipped)
+        _note(state, update, clipped)
         bit = {_BIT: 0.5 if update.norm() <= clip else -0.5} if isinstance(self.clip, AdaptiveClip) else {}
         return replace(clipped, weight=1.0, metrics=bit)
 
-    def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
-        if cohort.round > 0 and "ledger" not in memory:
+    def release(self, mean: Update, cohort: Cohort, state: ServerState, rng: torch.Generator) -> Update:
+        if cohort.round > 0 and not state.ledger:
             raise PrivacyError(f"round {cohort.round} begins without the server's ledger, so nobody knows what was "
                                "spent before; go on from a state that holds it, or begin a new run from these weights")
-        ledger = Ledger(memory)
+        ledger = Ledger(state)
         try:
             ledger.charge(self._release(cohort.sample), terms=self._terms, max_epsilon=self.max_epsilon)
         except PrivacyBudgetExhausted as error:
             raise PrivacyBudgetExhausted(f"the server moves the model no more: {error}") from error
         source, expected = None if self.secure_mode else rng, cohort.sites * cohort.sample
-        clip = self._clip_now(memory)
+        clip = self._clip_now(state.broadcast)
         noise = _noise(mean.delta, self.noise_on_updates * clip, source)
         delta = {name: (t.double() * len(cohort) + noise[name]) / expected for name, t in mean.delta.items()}
         if isinstance(self.clip, AdaptiveClip):
             bits = self._sum_of_bits(mean, cohort) + self.clip.bit_noise * float(standard_normal((), source))
             moved = self.clip.moved(clip, 0.5 + bits / expected)
-            memory["broadcast"] = {**memory.get("broadcast", {}), _CLIP: torch.tensor(moved, dtype=torch.float64)}
+            state.broadcast[_CLIP] = torch.tensor(moved, dtype=torch.float64)
         return replace(mean, delta=delta, metrics={}, spent=ledger.spent())
 
     def _release(self, sample: float) -> Gaussian:
         return Gaussian(noise_multiplier=self.noise_multiplier, sample_rate=sample)
 
-    def _clip_now(self, memory: Memory) -> float:
+    def _clip_now(self, broadcast: Tensors) -> float:
         """The clipping norm of this round: the server and its sites read the same one."""
         if not isinstance(self.clip, AdaptiveClip):
             return self.clip
-        return float(memory.get("broadcast", {}).get(_CLIP, self.clip.start))
+        return float(broadcast.get(_CLIP, self.clip.start))
 
     def _sum_of_bits(self, mean: Update, cohort: Cohort) -> float:
         if len(cohort) == 0:
@@ -273,13 +269,12 @@ def _noise(like: Tensors, std: float, rng: torch.Generator | None) -> Mapping[st
     return {name: std * standard_normal(t.shape, rng) for name, t in like.items()}
 
 
-def _note(memory: Memory, before: Update, clipped: Update, noise: Tensors | None = None) -> None:
+def _note(state: SiteState, before: Update, clipped: Update, noise: Tensors | None = None) -> None:
     """What the technique did, for the site's own eyes."""
     found = {"norm before clipping": before.norm(), "norm after clipping": clipped.norm()}
     if noise is not None:
         found["norm of the noise"] = replace(clipped, delta=noise).norm()
-    kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
-    memory["diagnostics"] = {**memory.get("diagnostics", {}), **kept}
+    state.diagnostics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()})
 
 
 def _check_positive(*, max_epsilon: float | None = None, **settings: float) -> None:
@@ -290,11 +285,11 @@ def _check_positive(*, max_epsilon: float | None = None, **settings: float) -> N
             raise ValueError(f"{name} is a positive number, got {value!r}")
 
 
-def _check_start(release: Gaussian, terms: Terms, max_epsilon: float | None, sites: Sequence[Site]) -> None:
+def _check_start(release: Gaussian, terms: Terms, max_epsilon: float | None, run: Run) -> None:
     """What can be known before the first round: δ against the number of sites, one round against the budget."""
-    if terms.delta >= 1 / len(sites):
-        raise ValueError(f"delta is below 1 over the number of sites (1/{len(sites)}), got {terms.delta}: otherwise "
-                         "giving one site away entirely would satisfy the guarantee")
+    if terms.delta >= 1 / len(run.sites):
+        raise ValueError(f"delta is below 1 over the number of sites (1/{len(run.sites)}), got {terms.delta}: "
+                         "otherwise giving one site away entirely would satisfy the guarantee")
     once = epsilon_of([release], delta=terms.delta, accountant=terms.accountant)
     if max_epsilon is not None and once > max_epsilon:
         raise ValueError(f"the first round alone costs ε = {once:.4g}, more than the budget of {max_epsilon:g}; raise "

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedlab.core.kit import Kit
 from fedlab.core.types import MODALITIES, REGIONS
 from fedlab.core.weights import trainable
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
-from fedlab.training.trainer import DiceBCE, Kit
+from fedlab.training.trainer import DiceBCE
 
 __all__ = ["Fitness", "check_loss", "check_private", "fix_private"]
 

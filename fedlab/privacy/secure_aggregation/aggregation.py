@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from fedlab.core.errors import PrivacyError
-from fedlab.core.types import Cohort, Memory, Site, Tensors, Update
+from fedlab.core.protocols import Exchange, Run
+from fedlab.core.types import SiteState, Tensors, Update
 from fedlab.privacy.accounting.ledger import Concentrated, Ledger, Terms, epsilon_of
-from fedlab.privacy.base import Inboxes, Privacy
+from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian
 from fedlab.privacy.noise.discrete_gaussian import MAX_LOG2_SIGMA, discrete_gaussian
 from fedlab.privacy.secure_aggregation import protocol
 from fedlab.privacy.secure_aggregation.crypto import Words, add_streams
 
-if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
-    from fedlab.training.trainer import SiteTrainer
-
 __all__ = ["SecureAggregation"]
 
+#: Clipping norm where none is given and no noise depends on it: longer than the updates of any usual training.
+_WIDE_CLIP = 100.0
 #: Steps of the fixed point within the clipping norm, and of the noise within its standard deviation, at least.
 _FINEST_CLIP, _FINEST_NOISE = 12, 8
 #: The sum's noise is given room for this many standard deviations before it wraps around: probability 1e-31.
@@ -37,7 +37,8 @@ _ADJACENCY = "one site's update replaced by zeros; the server sees the noisy sum
 _Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
-class SecureAggregation(Privacy):
+@dataclass(frozen=True, kw_only=True)
+class SecureAggregation(Aggregation):
     """The server gets the sum of the updates; each of them alone is, to it, uniformly random bits.
 
     Bonawitz et al. (2017, "Practical secure aggregation for privacy-preserving machine learning",
@@ -61,148 +62,190 @@ class SecureAggregation(Privacy):
     A site that sends nonsense spoils the sum unnoticed, as in any average. Not hidden: who takes part, numbers of
     steps, the sum itself, and the model. Numbers of patients and losses stay at the site.
 
+    `federate(..., aggregation=SecureAggregation(threshold=3))`; the number of sites is read from the run.
+
     Args:
-        sites: number of sites of the run.
-        clip: clipping norm of an update, in the unit of the weights; bounds the whole numbers.
-        threshold: sites that must stay until the end of a round; more than half of `sites` + `colluding`.
-        bits: of each number on its way, 20 to 40. 32 is as much as a float32; more takes twice the time.
-        colluding: sites that may pass to the server what they know; they count as adding no noise.
+        threshold: sites that must stay until the end of a round; more than half of all sites + `colluding`.
+        clip: clipping norm of an update, in the unit of the weights; bounds the whole numbers. Without noise 100 by
+            default: longer updates than that are shortened, which `SiteState.diagnostics` shows.
+        bits: of each number in a message, 20 to 40. 32 is as much as a float32; more takes twice the time.
+        colluding: sites that may pass their secrets to the server; they count as adding no noise.
         noise_multiplier: standard deviation of the noise on the sum over `clip`; None for no noise.
-        delta: of the guarantee, below 1 over `sites`; given if and only if there is noise.
+        delta: of the guarantee, below 1 over the number of sites; given if and only if there is noise.
         max_epsilon: a site's budget; it takes no further part rather than exceed it.
         secure_mode: noise from the operating system. Without it noise repeats with the seed of the run, and the
             server, which knows the seed, can subtract it: for research. Keys and masks always come from the system.
+        sites: number of sites; read from the run.
 
     Raises:
         ValueError: a setting out of its range, or too few bits for the sum of so many sites.
     """
 
-    before = ("keys", "shares", "receive")
-    after = ("agree", "unmask")
+    hides_updates: ClassVar[bool] = True
+    steps: ClassVar[tuple[str, ...]] = ("keys", "shares", "receive", "agree", "unmask")
 
-    def __init__(self, *, sites: int, clip: float, threshold: int, bits: int = 32, colluding: int = 0,
-                 noise_multiplier: float | None = None, delta: float | None = None,
-                 max_epsilon: float | None = None, secure_mode: bool = False) -> None:
-        self.sites, self.clip, self.threshold, self.bits, self.colluding = sites, clip, threshold, bits, colluding
-        self.noise_multiplier, self.delta, self.max_epsilon = noise_multiplier, delta, max_epsilon
-        self.secure_mode = secure_mode
+    threshold: int
+    clip: float | None = None
+    bits: int = 32
+    colluding: int = 0
+    noise_multiplier: float | None = None
+    delta: float | None = None
+    max_epsilon: float | None = None
+    secure_mode: bool = False
+    sites: int | None = None
+
+    def __post_init__(self) -> None:
         self._check_settings()
-        self._word = np.dtype(np.uint32 if bits <= 32 else np.uint64)
-        self._log2_sigma = 0
-        if noise_multiplier is None:
-            # Whole numbers of one site have a norm, and so each a size, of at most this.
-            self._reach = float((2 ** (bits - 1) - 1) // sites)
-            if self._reach < 2**_FINEST_CLIP:
-                raise ValueError(f"{bits} bits leave {self._reach:g} steps within the clipping norm for sums of "
-                                 f"{sites} sites, at least {2**_FINEST_CLIP} are needed; take more bits")
-        else:
-            self._plan_noise(noise_multiplier)
+        if self.sites is not None:
+            self._check_sites(self.sites)
 
     @property
     def units(self) -> frozenset[str]:  # type: ignore[override]
+        """{"site"} with noise, else nothing."""
         return frozenset() if self.noise_multiplier is None else frozenset({"site"})
-
-    @property
-    def masks(self) -> bool:  # type: ignore[override]
-        return self.noise_multiplier is None
 
     @property
     def resolution(self) -> float:
         """The step of the fixed point, in the unit of the weights."""
-        return self.clip / self._reach
+        return self._clip / self._fixed_point[0]
 
-    def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
-        for other in after:
-            if type(other).protect is not Privacy.protect or type(other).release is not Privacy.release:
-                raise ValueError(f"put {other!r} before SecureAggregation: after it an update is random bits, of which "
-                                 "it can make nothing")
-        if any(isinstance(layer, CentralGaussian) and isinstance(layer.clip, AdaptiveClip) for layer in before):
-            raise ValueError("an AdaptiveClip tells the server a bit about each site's update, which secure "
-                             "aggregation hides; give CentralGaussian a fixed clip")
-
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
-        if getattr(strategy, "uniform_mean", False) is not True:
-            raise ValueError(f"masks cancel in a plain mean in which every update counts the same, which {strategy!r} "
-                             "is not; use FedAvg(weights='uniform')")
-        if len(sites) != self.sites:
-            raise ValueError(f"secure aggregation is set up for {self.sites} sites, the run has {len(sites)}; say "
-                             f"SecureAggregation(sites={len(sites)}, ...)")
-        sample = float(getattr(strategy, "sample", 1.0))
+    def bind(self, run: Run) -> SecureAggregation:
+        if not run.topology.one_server:
+            raise ValueError(f"{self!r} hides updates from one server that adds all of them up, which {run.topology!r} "
+                             "does not have; use topology=star")
+        if getattr(run.strategy, "uniform_mean", False) is not True:
+            raise ValueError(f"masks cancel in a plain mean in which every update counts the same, which "
+                             f"{run.strategy!r} is not; use FedAvg(weights='uniform')")
+        if self.sites not in (None, len(run.sites)):
+            raise ValueError(f"secure aggregation is set up for {self.sites} sites, the run has {len(run.sites)}; "
+                             "leave sites out, it is read from the run")
+        sample = float(getattr(run.strategy, "sample", 1.0))
         if sample != 1:
             raise ValueError(f"sites drawn at random (sample {sample:g}) can be fewer than the threshold of "
                              f"{self.threshold}, which would end the run; use sample=1")
+        if run.admission is not None and run.admission.max_norm is not None:
+            raise ValueError(f"{self!r} hides every update, so max_norm cannot be checked; leave it out")
+        for layer in run.privacy.layers:
+            if isinstance(layer, CentralGaussian) and isinstance(layer.clip, AdaptiveClip):
+                raise ValueError("an AdaptiveClip tells the server a bit about each site's update, which secure "
+                                 "aggregation hides; give CentralGaussian a fixed clip")
+            if isinstance(layer, CentralGaussian) and self.noise_multiplier is not None:
+                raise ValueError("noise before the sum is hidden can make an update longer than CentralGaussian's clip "
+                                 "covers; give noise_multiplier to one of them only")
+        bound = replace(self, sites=len(run.sites))
         if self.noise_multiplier is not None and self.max_epsilon is not None:
-            once = epsilon_of([self._release], delta=self._terms.delta)
+            once = epsilon_of([bound._release], delta=bound._terms.delta)
             if once > self.max_epsilon:
                 raise ValueError(f"the first round alone costs ε = {once:.4g}, more than the budget of "
                                  f"{self.max_epsilon:g}; raise noise_multiplier or the budget")
+        return bound
 
-    def at_site(self, step: str, site: str, inbox: Mapping[str, bytes], memory: Memory) -> Mapping[str, bytes]:
+    def before(self, exchange: Exchange) -> dict[str, Any]:
+        notes: dict[str, Any] = {}
+        keys = protocol.collect_keys(exchange.send("keys", {}), notes, threshold=self.threshold)
+        shares = protocol.hand_on_shares(exchange.send("shares", keys), notes, threshold=self.threshold)
+        exchange.send("receive", shares)
+        return notes
+
+    def answer(self, step: str, site: str, inbox: Mapping[str, bytes], state: SiteState) -> Mapping[str, bytes]:
         match step:
             case "keys":
-                return protocol.publish_keys(site, memory)
+                return protocol.publish_keys(site, state.secrets)
             case "shares":
-                return protocol.share_secrets(site, inbox, memory, threshold=self.threshold, sites=self.sites)
+                return protocol.share_secrets(site, inbox, state.secrets, threshold=self.threshold,
+                                              sites=self._sites)
             case "receive":
-                return protocol.receive_shares(site, inbox, memory, threshold=self.threshold)
+                return protocol.receive_shares(site, inbox, state.secrets, threshold=self.threshold)
             case "agree":
-                return protocol.agree(site, inbox, memory, threshold=self.threshold)
+                return protocol.agree(site, inbox, state.secrets, threshold=self.threshold)
             case "unmask":
-                return protocol.reveal(site, inbox, memory, threshold=self.threshold)
-        raise PrivacyError(f"secure aggregation has no step {step!r}, only {(*self.before, *self.after)}")
+                return protocol.reveal(site, inbox, state.secrets, threshold=self.threshold)
+        raise PrivacyError(f"secure aggregation has no step {step!r}, only {self.steps}")
 
-    def at_server(self, step: str, sent: Inboxes, memory: Memory, arrived: Sequence[str]) -> Inboxes:
-        match step:
-            case "keys":
-                return protocol.collect_keys(sent, memory, threshold=self.threshold)
-            case "shares":
-                return protocol.hand_on_shares(sent, memory, threshold=self.threshold)
-            case "trained":
-                return protocol.name_survivors(memory, arrived, threshold=self.threshold)
-            case "unmask":
-                protocol.collect_answers(sent, memory, threshold=self.threshold)
-                return {}
-        return super().at_server(step, sent, memory, arrived)
-
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
-        keys = protocol.mask_keys(update.site, memory)
+    def mask(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+        keys = protocol.mask_keys(update.site, state.secrets)
         flat = _flat(update.delta)
         whole, norm = self._whole_numbers(flat)
         masked = whole.view(self._word)  # modulo the word size, as all that follows
-        memory["diagnostics"] = {**memory.get("diagnostics", {}), "norm before masking": torch.tensor(norm)}
+        state.diagnostics["norm before masking"] = torch.tensor(norm)
         if self.noise_multiplier is not None:
-            Ledger(memory).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon,
-                                  repeatable=not self.secure_mode)
+            Ledger(state).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon,
+                                 repeatable=not self.secure_mode)
             seed = os.urandom(32) if self.secure_mode else bytes(
                 torch.randint(256, (32,), generator=rng, dtype=torch.uint8).tolist())
-            masked += discrete_gaussian(len(whole), log2_sigma=self._log2_sigma, key=seed).astype(self._word)
+            masked += discrete_gaussian(len(whole), log2_sigma=self._fixed_point[1], key=seed).astype(self._word)
         add_streams(masked, keys)
         masked &= self._word.type(2**self.bits - 1)
         flat[:] = masked
         return replace(update, delta=_shaped(flat, update.delta), weight=1.0, metrics={},
                        encoded=-(-len(whole) * self.bits // 8))
 
-    def unmask(self, mean: Update, cohort: Cohort, memory: Memory) -> Update:
-        survivors, keys = protocol.unmask_keys(memory)
-        if survivors != tuple(sorted(cohort.arrived)) or mean.weight != len(cohort):
-            raise PrivacyError(f"the masks are those of {survivors}, the updates of {cohort.arrived} with weights that "
-                               f"sum to {mean.weight:g}; they must be of the same sites and count one each")
-        total = self._sum(_flat(mean.delta), len(cohort))
-        add_streams(total, keys)
+    def after(self, mean: Update, keys: dict[str, Any], exchange: Exchange) -> Update:
+        confirmed = exchange.send("agree", protocol.name_survivors(keys, exchange.names, threshold=self.threshold))
+        answers = exchange.send("unmask", _by_recipient(confirmed))
+        protocol.collect_answers(answers, keys, threshold=self.threshold)
+        survivors, streams = protocol.unmask_keys(keys)
+        if mean.weight != len(survivors):
+            raise PrivacyError(f"the masks are those of {len(survivors)} sites, the updates have weights that sum to "
+                               f"{mean.weight:g}; they must be of the same sites and count one each")
+        total = self._sum(_flat(mean.delta), len(survivors))
+        add_streams(total, streams)
         total &= self._word.type(2**self.bits - 1)
         signed = total.astype(np.float64)
         signed[total >> self._word.type(self.bits - 1) > 0] -= 2.0**self.bits
-        return replace(mean, delta=_shaped(signed * (self.resolution / len(cohort)), mean.delta))
+        return replace(mean, delta=_shaped(signed * (self.resolution / len(survivors)), mean.delta))
+
+    @property
+    def _sites(self) -> int:
+        if self.sites is None:
+            raise ValueError(f"{self!r} is not bound to a run; say sites=, or pass it to federate(aggregation=...)")
+        return self.sites
+
+    @property
+    def _clip(self) -> float:
+        return _WIDE_CLIP if self.clip is None else self.clip
+
+    @property
+    def _word(self) -> np.dtype[Any]:
+        return np.dtype(np.uint32 if self.bits <= 32 else np.uint64)
+
+    @property
+    def _release(self) -> Concentrated:
+        # Kairouz et al. 2021, proposition 14: the sum of h shares of variance s**2, seen with and without an update of
+        # norm D in d numbers, is (D / (s sqrt(h)) + tau sqrt(d))**2 / 2 concentrated private. D / (s sqrt(h)) is 1 over
+        # the noise multiplier, and tau = 10 * sum of exp(-2 pi**2 s**2 k / (k + 1)) is below 1e-250000 for s >= 2**8:
+        # the factor below is far more than it can add, and more than all rounding here.
+        return Concentrated(rho=(1 + 1e-9) / (2 * float(self.noise_multiplier or 0) ** 2))
+
+    @property
+    def _terms(self) -> Terms:
+        return Terms(unit="site", delta=float(self.delta or 0), adjacency=_ADJACENCY)
+
+    @cached_property
+    def _fixed_point(self) -> tuple[float, int]:
+        """Steps of the fixed point within the clipping norm, and the power of two that is a site's noise in steps.
+
+        With noise, as fine a fixed point as the bits allow in which the noise of a site is a power of two.
+        """
+        if self.noise_multiplier is None:
+            # Whole numbers of one site have a norm, and so each a size, of at most this.
+            return float((2 ** (self.bits - 1) - 1) // self._sites), 0
+        # In steps of a share's standard deviation, sum of the updates and room for the noise of all sites.
+        honest = math.sqrt(self.threshold - self.colluding)
+        needed = self._sites * honest / self.noise_multiplier + _ROOM * math.sqrt(self._sites)
+        log2_sigma = min(MAX_LOG2_SIGMA, math.floor(math.log2((2 ** (self.bits - 1) - 1) / needed)))
+        return 2**log2_sigma * honest / self.noise_multiplier, log2_sigma
 
     def _whole_numbers(self, flat: _Vector) -> tuple[np.ndarray[tuple[int], np.dtype[np.signedinteger]], float]:
-        """The update in steps of the fixed point, of a norm up to `_reach`, and its norm before. Changes `flat`."""
+        """The update in steps of the fixed point, shortened to the clip, and its norm before. Changes `flat`."""
         # In whatever order n squares are added in float64, the relative error is below n * 2**-52, and half that of the
         # root; the factor's margin covers it and the rounding of each product. Truncation lengthens nothing.
         with np.errstate(over="ignore"):
             norm = math.sqrt(float(np.dot(flat, flat))) * (1 + len(flat) * 2.0**-52)
         if not math.isfinite(norm):  # a mask would hide it
             raise PrivacyError("the update holds NaN, infinite or far too large values; look at the loss of this site")
-        factor = self._reach / self.clip * min(1.0, self.clip / norm if norm > 0 else 1.0) * (1 - _MARGIN)
+        clip = self._clip
+        factor = self._fixed_point[0] / clip * min(1.0, clip / norm if norm > 0 else 1.0) * (1 - _MARGIN)
         np.multiply(flat, factor, out=flat)
         return np.trunc(flat, out=flat).astype(f"i{self._word.itemsize}"), norm
 
@@ -220,56 +263,61 @@ class SecureAggregation(Privacy):
                                "SecureAggregation at the site and at the server")
         return nearest.astype(np.uint64).astype(self._word)
 
-    def _plan_noise(self, noise_multiplier: float) -> None:
-        """As fine a fixed point as the bits allow in which the noise of a site is a power of two."""
-        # In steps of a share's standard deviation, sum of the updates and room for the noise of all sites.
-        honest = math.sqrt(self.threshold - self.colluding)
-        needed = self.sites * honest / noise_multiplier + _ROOM * math.sqrt(self.sites)
-        self._log2_sigma = min(MAX_LOG2_SIGMA, math.floor(math.log2((2 ** (self.bits - 1) - 1) / needed)))
-        self._reach = 2**self._log2_sigma * honest / noise_multiplier
-        if self._log2_sigma < _FINEST_NOISE or self._reach < 2**_FINEST_CLIP:
-            raise ValueError(f"{self.bits} bits hold noise of {noise_multiplier:g} × clip and the sum of {self.sites} "
-                             f"sites only with steps too coarse (2^{self._log2_sigma} within the noise of a site, "
-                             f"{self._reach:.0f} within clip); take more bits, or noise nearer to clip")
-        # Kairouz et al. 2021, proposition 14: the sum of h shares of variance s**2, seen with and without an update of
-        # norm D in d numbers, is (D / (s sqrt(h)) + tau sqrt(d))**2 / 2 concentrated private. D / (s sqrt(h)) is 1 over
-        # the noise multiplier, and tau = 10 * sum of exp(-2 pi**2 s**2 k / (k + 1)) is below 1e-250000 for s >= 2**8:
-        # the factor below is far more than it can add, and more than all rounding here.
-        self._release = Concentrated(rho=(1 + 1e-9) / (2 * noise_multiplier**2))
-        self._terms = Terms(unit="site", delta=float(self.delta or 0), adjacency=_ADJACENCY)
-
     def _check_settings(self) -> None:
-        for name in ("sites", "threshold", "bits", "colluding"):
+        for name in ("threshold", "bits", "colluding"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name} is a whole number, got {getattr(self, name)!r}")
-        if self.sites < 2:
-            raise ValueError(f"sums hide single updates among at least 2 sites, got {self.sites}")
-        if not 0 <= self.colluding <= self.sites - 2:
-            raise ValueError(f"colluding lies between 0 and {self.sites - 2}, so that two sites remain whose sum hides "
-                             f"each, got {self.colluding}")
-        least = max((self.sites + self.colluding) // 2 + 1, self.colluding + 2)
-        if not least <= self.threshold <= self.sites:
-            raise ValueError(f"threshold lies between {least} and {self.sites} for {self.sites} sites of which "
-                             f"{self.colluding} collude, got {self.threshold}; with fewer the server could have two "
-                             "lists of survivors confirmed and uncover single updates")
         if not 20 <= self.bits <= 40:
             raise ValueError(f"bits lies between 20 and 40, got {self.bits}")
-        if self.sites * 2**self.bits > 2**51:
-            raise ValueError(f"sums of {self.sites} sites at {self.bits} bits exceed 2^51, above which they are not "
-                             f"exact in float64; take at most {51 - math.ceil(math.log2(self.sites))} bits")
         for name in ("clip", "noise_multiplier", "max_epsilon"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 1e-9 <= value <= 1e9):
                 raise ValueError(f"{name} is a positive number between 1e-9 and 1e9, got {value!r}")
-        if self.clip is None:
-            raise ValueError("clip is the norm that updates are clipped to, got None")
+        if self.clip is None and self.noise_multiplier is not None:
+            raise ValueError("clip is the norm that updates are clipped to, and noise is sized for it: give both")
         if (self.noise_multiplier is None) != (self.delta is None):
             raise ValueError(f"give noise_multiplier and delta together or neither, got {self.noise_multiplier} and "
                              f"{self.delta}")
-        if self.delta is not None and not 0 < self.delta < 1 / self.sites:
-            raise ValueError(f"delta lies between 0 and 1 over the number of sites (1/{self.sites}), got {self.delta}")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise ValueError(f"delta lies between 0 and 1 over the number of sites, got {self.delta}")
         if self.noise_multiplier is None and (self.max_epsilon is not None or self.secure_mode):
             raise ValueError("max_epsilon and secure_mode are about noise; give a noise_multiplier too")
+        if self.colluding < 0 or self.threshold < self.colluding + 2:
+            raise ValueError(f"threshold is at least 2 more than colluding, so that two sites remain whose sum hides "
+                             f"each, got threshold={self.threshold} and colluding={self.colluding}")
+
+    def _check_sites(self, sites: int) -> None:
+        if not isinstance(sites, int) or sites < 2:
+            raise ValueError(f"sums hide single updates among at least 2 sites, got {sites!r}")
+        if not 0 <= self.colluding <= sites - 2:
+            raise ValueError(f"colluding lies between 0 and {sites - 2}, so that two sites remain whose sum hides "
+                             f"each, got {self.colluding}")
+        least = max((sites + self.colluding) // 2 + 1, self.colluding + 2)
+        if not least <= self.threshold <= sites:
+            raise ValueError(f"threshold lies between {least} and {sites} for {sites} sites of which "
+                             f"{self.colluding} collude, got {self.threshold}; with fewer the server could have two "
+                             "lists of survivors confirmed and uncover single updates")
+        if sites * 2**self.bits > 2**51:
+            raise ValueError(f"sums of {sites} sites at {self.bits} bits exceed 2^51, above which they are not "
+                             f"exact in float64; take at most {51 - math.ceil(math.log2(sites))} bits")
+        if self.delta is not None and self.delta >= 1 / sites:
+            raise ValueError(f"delta lies between 0 and 1 over the number of sites (1/{sites}), got {self.delta}")
+        reach, log2_sigma = self._fixed_point
+        if reach < 2**_FINEST_CLIP or (self.noise_multiplier is not None and log2_sigma < _FINEST_NOISE):
+            noise = "" if self.noise_multiplier is None else (f" and 2^{log2_sigma} within the noise of a site "
+                                                              f"(noise_multiplier {self.noise_multiplier:g})")
+            raise ValueError(f"{self.bits} bits leave {reach:.0f} steps within the clipping norm for sums of {sites} "
+                             f"sites{noise}; at least {2**_FINEST_CLIP} and 2^{_FINEST_NOISE} are needed: take more "
+                             "bits, or noise nearer to clip")
+
+
+def _by_recipient(sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
+    """Messages by sender, handed on to their recipients."""
+    inboxes: dict[str, dict[str, bytes]] = {}
+    for sender, messages in sent.items():
+        for recipient, message in messages.items():
+            inboxes.setdefault(recipient, {})[sender] = message
+    return inboxes
 
 
 def _flat(delta: Tensors) -> _Vector:

@@ -5,23 +5,21 @@ one for each peer, sealed ("shares"), and opens those it got ("receive"). It the
 server names the survivors, who assure each other that they were all given the same names ("agree"), and then, for
 each peer, give either the share of its own mask or the share of its key, never both ("unmask").
 
-What a site holds lives in group "_secure" of its memory, which is never written to disk, and is forgotten when it has
+The notes of a site are its `SiteState.secrets`, which are never written to disk; its keys are forgotten when it has
 answered. The functions of a site come first, those of the server after them.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from fedlab.core.errors import PrivacyError
-from fedlab.core.types import Memory
-from fedlab.privacy.base import Inboxes
+from fedlab.core.types import Messages
 from fedlab.privacy.secure_aggregation.crypto import (
     KEY_BYTES,
     SHARE_BYTES,
@@ -39,25 +37,26 @@ from fedlab.privacy.secure_aggregation.crypto import (
 __all__ = ["agree", "collect_answers", "collect_keys", "hand_on_shares", "mask_keys", "name_survivors", "publish_keys",
            "receive_shares", "reveal", "share_secrets", "unmask_keys"]
 
-Messages = Mapping[str, bytes]
-_Note = dict[str, Any]
-_GROUP, _SERVER = "_secure", "server"
+#: What one party knows in a round, kept in memory only and replaced at each step.
+Notes = dict[str, Any]
+_Inbox = Mapping[str, bytes]
+_SERVER = "server"
 
 
-def publish_keys(site: str, memory: Memory) -> Messages:
+def publish_keys(site: str, notes: Notes) -> _Inbox:
     """First exchange: fresh secrets for this round; what was left of another round is forgotten."""
     own = {"seal": new_key(), "mask": new_key(), "self": secrets.token_bytes(KEY_BYTES)}
-    _write(memory, {"stage": "keys", "own": {name: key.hex() for name, key in own.items()}})
+    _write(notes, {"stage": "keys", "own": {name: key.hex() for name, key in own.items()}})
     return {_SERVER: _published(own)}
 
 
-def share_secrets(site: str, inbox: Messages, memory: Memory, *, threshold: int, sites: int) -> Messages:
+def share_secrets(site: str, inbox: _Inbox, notes: Notes, *, threshold: int, sites: int) -> _Inbox:
     """Second exchange: from everybody's public keys to sealed shares of this site's secrets, one for each peer.
 
     Raises:
         PrivacyError: the keys are not those of `threshold` to `sites` sites with this one among them.
     """
-    note = _expect(memory, "keys", site)
+    note = _expect(notes, "keys", site)
     own = _own(note)
     if inbox.get(site) != _published(own):
         raise PrivacyError(f"{site} does not find its own keys among those that the server hands round; its peers "
@@ -70,18 +69,18 @@ def share_secrets(site: str, inbox: Messages, memory: Memory, *, threshold: int,
     of_self = split_secret(own["self"], threshold=threshold, count=len(inbox))
     shares = dict(zip(note["roster"], map(bytes.__add__, of_mask, of_self), strict=True))
     note["shares"] = {site: shares[site].hex()}
-    _write(memory, note | {"stage": "shares"})
+    _write(notes, note | {"stage": "shares"})
     return {peer: seal(_seal_key(note, peer), shares[peer], about=_about("share", site, peer))
             for peer in shares if peer != site}
 
 
-def receive_shares(site: str, inbox: Messages, memory: Memory, *, threshold: int) -> Messages:
+def receive_shares(site: str, inbox: _Inbox, notes: Notes, *, threshold: int) -> _Inbox:
     """Third exchange: the peers' shares are opened and kept. Whoever sent one is a member of this round.
 
     Raises:
         PrivacyError: fewer than `threshold` members, or a share that was changed on its way.
     """
-    note = _expect(memory, "shares", site)
+    note = _expect(notes, "shares", site)
     if not inbox.keys() <= note["roster"].keys() - {site}:
         raise PrivacyError(f"{site} got shares of sites whose keys it does not know: "
                            f"{sorted(inbox.keys() - note['roster'].keys())}")
@@ -91,34 +90,34 @@ def receive_shares(site: str, inbox: Messages, memory: Memory, *, threshold: int
         if len(share) != 2 * SHARE_BYTES:
             raise PrivacyError(f"{peer} sent {site} shares of {len(share)} bytes, expected {2 * SHARE_BYTES}")
         note["shares"][peer] = share.hex()
-    _write(memory, note | {"stage": "ready"})
+    _write(notes, note | {"stage": "ready"})
     return {}
 
 
-def mask_keys(site: str, memory: Memory) -> list[tuple[bytes, int]]:
+def mask_keys(site: str, notes: Notes) -> list[tuple[bytes, int]]:
     """Keys and signs of the streams that hide this site's update: its own, and one shared with each other member.
 
     Raises:
         PrivacyError: no masks are agreed, or they have been used: two updates under one mask betray their difference.
     """
-    note = _expect(memory, "ready", site)
+    note = _expect(notes, "ready", site)
     own = _own(note)
     context = _context(note["roster"])
     keys = [(derive_key(own["self"], purpose="self"), 1)]
     for peer in sorted(note["shares"].keys() - {site}):
         public = _keys_of(note["roster"][peer])["mask"]
         keys.append((pair_key(own["mask"], public, purpose="mask", context=context), 1 if site < peer else -1))
-    _write(memory, note | {"stage": "masked"})
+    _write(notes, note | {"stage": "masked"})
     return keys
 
 
-def agree(site: str, inbox: Messages, memory: Memory, *, threshold: int) -> Messages:
+def agree(site: str, inbox: _Inbox, notes: Notes, *, threshold: int) -> _Inbox:
     """Fourth exchange: the survivors, as the server named them to this site, repeated to each of them under seal.
 
     Raises:
         PrivacyError: the list has strangers in it, lacks this site or has fewer than `threshold` names.
     """
-    note = _expect(memory, "masked", site)
+    note = _expect(notes, "masked", site)
     try:
         survivors = json.loads(inbox[_SERVER])
         known = survivors == sorted(set(survivors)) and site in survivors and set(survivors) <= note["shares"].keys()
@@ -129,12 +128,12 @@ def agree(site: str, inbox: Messages, memory: Memory, *, threshold: int) -> Mess
                            f"members: {survivors}")
     _enough(len(survivors), threshold, "sites survived")
     note["survivors"] = survivors
-    _write(memory, note | {"stage": "agreed"})
+    _write(notes, note | {"stage": "agreed"})
     return {peer: seal(_seal_key(note, peer), _digest(note), about=_about("agree", site, peer))
             for peer in survivors if peer != site}
 
 
-def reveal(site: str, inbox: Messages, memory: Memory, *, threshold: int) -> Messages:
+def reveal(site: str, inbox: _Inbox, notes: Notes, *, threshold: int) -> _Inbox:
     """Fifth exchange: for each survivor the share of its own mask, for each other member the share of its mask key.
 
     Afterwards all secrets of the round are forgotten, so nobody gets a second answer.
@@ -143,7 +142,7 @@ def reveal(site: str, inbox: Messages, memory: Memory, *, threshold: int) -> Mes
         PrivacyError: a survivor was given other names, or fewer than `threshold` are known to have the same. More
             than half of all sites must agree, so no two lists can both pass.
     """
-    note = _expect(memory, "agreed", site)
+    note = _expect(notes, "agreed", site)
     survivors = note["survivors"]
     if not inbox.keys() <= set(survivors) - {site}:
         raise PrivacyError(f"{site} got word from sites that are no survivors: {sorted(inbox.keys() - set(survivors))}")
@@ -156,48 +155,48 @@ def reveal(site: str, inbox: Messages, memory: Memory, *, threshold: int) -> Mes
     shares = {member: bytes.fromhex(share) for member, share in note["shares"].items()}
     answer = {"self": {member: shares[member][SHARE_BYTES:].hex() for member in survivors},
               "mask": {member: shares[member][:SHARE_BYTES].hex() for member in gone}}
-    _write(memory, {"stage": "done"})
+    _write(notes, {"stage": "done"})
     return {_SERVER: json.dumps(answer).encode()}
 
 
-def collect_keys(sent: Inboxes, memory: Memory, *, threshold: int) -> Inboxes:
+def collect_keys(sent: Messages, notes: Notes, *, threshold: int) -> Messages:
     """At the server: everybody's public keys, for everybody who sent some."""
     roster = {site: sent[site][_SERVER] for site in sorted(sent) if len(sent[site].get(_SERVER, b"")) == 3 * KEY_BYTES}
     _enough(len(roster), threshold, "sites sent their keys")
-    _write(memory, {"roster": {site: keys.hex() for site, keys in roster.items()}})
+    _write(notes, {"roster": {site: keys.hex() for site, keys in roster.items()}})
     return {site: roster for site in roster}
 
 
-def hand_on_shares(sent: Inboxes, memory: Memory, *, threshold: int) -> Inboxes:
+def hand_on_shares(sent: Messages, notes: Notes, *, threshold: int) -> Messages:
     """At the server: sealed shares to those they are for. Members are the sites that sent one to every peer."""
-    note = _read(memory)
+    note = _read(notes)
     roster = note["roster"].keys()
     members = sorted(site for site in sent if site in roster and sent[site].keys() == roster - {site})
     _enough(len(members), threshold, "sites shared their secrets")
-    _write(memory, note | {"members": members})
+    _write(notes, note | {"members": members})
     return {site: {peer: sent[peer][site] for peer in members if peer != site} for site in members}
 
 
-def name_survivors(memory: Memory, arrived: Sequence[str], *, threshold: int) -> Inboxes:
+def name_survivors(notes: Notes, arrived: Sequence[str], *, threshold: int) -> Messages:
     """At the server: tells each member whose update came who else's did."""
-    note = _read(memory)
+    note = _read(notes)
     survivors = sorted(arrived)
     strangers = sorted(set(survivors) - set(note["members"]))
     if strangers:
         raise PrivacyError(f"updates came from {strangers}, who shared no secrets in this round")
     _enough(len(survivors), threshold, "updates came")
-    _write(memory, note | {"survivors": survivors})
+    _write(notes, note | {"survivors": survivors})
     return {site: {_SERVER: json.dumps(survivors).encode()} for site in survivors}
 
 
-def collect_answers(sent: Inboxes, memory: Memory, *, threshold: int) -> None:
+def collect_answers(sent: Messages, notes: Notes, *, threshold: int) -> None:
     """At the server: recovers the own masks of the survivors and the mask keys of the members that dropped out.
 
     Raises:
         PrivacyError: fewer than `threshold` answers, or a share that was changed: what comes out of the shares is
             compared with what each site published beforehand.
     """
-    note = _read(memory)
+    note = _read(notes)
     survivors, index = note["survivors"], {site: k for k, site in enumerate(note["roster"])}
     gone = sorted(set(note["members"]) - set(survivors))
     answers = {site: _parse_answer(site, sent[site].get(_SERVER, b""), survivors, gone)
@@ -213,10 +212,10 @@ def collect_answers(sent: Inboxes, memory: Memory, *, threshold: int) -> None:
                 raise PrivacyError(f"the shares of {member}'s secret do not give what it published; one of {used} "
                                    "holds or sent a changed share. The sum stays hidden")
             secrets_of[kind][member] = secret.hex()
-    _write(memory, note | {"recovered": secrets_of})
+    _write(notes, note | {"recovered": secrets_of})
 
 
-def unmask_keys(memory: Memory) -> tuple[tuple[str, ...], list[tuple[bytes, int]]]:
+def unmask_keys(notes: Notes) -> tuple[tuple[str, ...], list[tuple[bytes, int]]]:
     """At the server: the survivors, and keys and signs of the streams to add to the sum of their updates.
 
     All that the server kept for the round is forgotten.
@@ -224,8 +223,8 @@ def unmask_keys(memory: Memory) -> tuple[tuple[str, ...], list[tuple[bytes, int]
     Raises:
         PrivacyError: the exchanges that recover the masks have not taken place.
     """
-    note = _read(memory)
-    del memory[_GROUP]
+    note = _read(notes)
+    notes.clear()
     if "recovered" not in note:
         raise PrivacyError("the masks of this round were not recovered, so its sum cannot be read")
     survivors, recovered, context = tuple(note["survivors"]), note["recovered"], _context(note["roster"])
@@ -267,13 +266,13 @@ def _keys_of(published: str) -> dict[str, bytes]:
     return dict(zip(("seal", "mask", "self"), parts, strict=True))
 
 
-def _seal_key(note: _Note, peer: str) -> bytes:
+def _seal_key(note: Notes, peer: str) -> bytes:
     """Bound to all public keys of the round: sites that were shown different ones cannot read each other."""
     return pair_key(_own(note)["seal"], _keys_of(note["roster"][peer])["seal"], purpose="seal",
                     context=_context(note["roster"]))
 
 
-def _own(note: _Note) -> dict[str, bytes]:
+def _own(note: Notes) -> dict[str, bytes]:
     return {name: bytes.fromhex(key) for name, key in note["own"].items()}
 
 
@@ -281,7 +280,7 @@ def _context(roster: Mapping[str, str]) -> bytes:
     return hashlib.sha256(json.dumps(sorted(roster.items())).encode()).digest()
 
 
-def _digest(note: _Note) -> bytes:
+def _digest(note: Notes) -> bytes:
     """Of what survivors must agree on: members and survivors."""
     return hashlib.sha256(json.dumps([sorted(note["shares"]), note["survivors"]]).encode()).digest()
 
@@ -290,21 +289,21 @@ def _about(what: str, sender: str, recipient: str) -> bytes:
     return json.dumps([what, sender, recipient]).encode()
 
 
-def _expect(memory: Memory, stage: str, site: str) -> _Note:
+def _expect(notes: Notes, stage: str, site: str) -> Notes:
     """The note of a site that is at this stage of the round; each step is taken once and in order."""
-    note = _read(memory) if _GROUP in memory else {"stage": "no keys"}
+    note = _read(notes) if notes else {"stage": "no keys"}
     if note["stage"] != stage:
         raise PrivacyError(f"{site} is at stage {note['stage']!r} of secure aggregation, expected {stage!r}: each step "
                            "is taken once a round, and by the sites that took those before it")
     return note
 
 
-def _read(memory: Memory) -> _Note:
-    if _GROUP not in memory:
+def _read(notes: Notes) -> Notes:
+    if not notes:
         raise PrivacyError("secure aggregation has not begun in this round: its exchanges come before training")
-    note: _Note = json.loads(bytes(memory[_GROUP]["json"].numpy()))
-    return note
+    return copy.deepcopy(notes)
 
 
-def _write(memory: Memory, note: _Note) -> None:
-    memory[_GROUP] = {"json": torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)}
+def _write(notes: Notes, note: Notes) -> None:
+    notes.clear()
+    notes.update(note)

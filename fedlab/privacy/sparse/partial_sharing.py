@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedlab.core.errors import PrivacyError
-from fedlab.core.types import Memory, Site, Tensors, Update
+from fedlab.core.protocols import Run
+from fedlab.core.types import SiteState, Tensors, Update
 from fedlab.privacy.accounting.ledger import Accountant, Ledger, Pure, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.sparse.sparse_vector import (
@@ -32,9 +33,6 @@ from fedlab.privacy.sparse.sparse_vector import (
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from fedlab.strategies import Strategy
-    from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["SVT", "PartialSharing", "SparseVector", "composed_epsilon"]
 
@@ -86,10 +84,10 @@ class PartialSharing(Privacy):
             _check_positive(clip=clip)
         self.fraction, self.exclude, self.clip = fraction, _patterns(exclude), clip
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
-        _shared(trainer.initial(), self.exclude)
+    def check(self, run: Run) -> None:
+        _shared(run.trainer.initial(), self.exclude)
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         names = _shared(update.delta, self.exclude)
         flat = _flat(update, names)
         largest = flat.abs().topk(_count(self.fraction, flat.numel()), sorted=False).indices
@@ -155,11 +153,11 @@ class SVT(Privacy):
         """What a round costs where `parameters` weights may be shared, proven, beside what the paper states."""
         return _cost(self, parameters, self.epsilon_threshold + self._query() + self.epsilon_release)
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
-        _check_start(self, trainer, sites)
+    def check(self, run: Run) -> None:
+        _check_start(self, run)
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
-        return _release(self, update, memory, rng)
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+        return _release(self, update, state, rng)
 
     def _query(self) -> float:
         if self.epsilon_query is not None:
@@ -221,11 +219,11 @@ class SparseVector(Privacy):
         """What a round costs where `parameters` weights may be shared."""
         return _cost(self, parameters, None)
 
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
-        _check_start(self, trainer, sites)
+    def check(self, run: Run) -> None:
+        _check_start(self, run)
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
-        return _release(self, update, memory, rng)
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+        return _release(self, update, state, rng)
 
 
 @lru_cache(maxsize=256)
@@ -248,13 +246,13 @@ def _cost(technique: SVT | SparseVector, parameters: int, stated: float | None) 
                               accountant=technique.accountant)
 
 
-def _release(technique: SVT | SparseVector, update: Update, memory: Memory, rng: torch.Generator) -> Update:
+def _release(technique: SVT | SparseVector, update: Update, state: SiteState, rng: torch.Generator) -> Update:
     """Charges the ledger, chooses positions, adds noise to their values."""
     names = _shared(update.delta, technique.exclude)
     flat = _flat(update, names).clamp_(-technique.clip, technique.clip)
     cost, scales = technique.cost(flat.numel()), technique.scales(flat.numel())
     terms = Terms(unit="site", delta=technique.delta, adjacency=ADJACENCY, accountant=technique.accountant)
-    for ledger in (Ledger(dict(memory)), Ledger(memory)):  # a copy first: all of it fits the budget, or none is entered
+    for ledger in (Ledger(state.copy()), Ledger(state)):  # a copy first: all of it fits the budget, or none is entered
         for release in cost.releases():
             ledger.charge(release, terms=terms, max_epsilon=technique.max_epsilon,
                           repeatable=not technique.secure_mode)
@@ -265,7 +263,7 @@ def _release(technique: SVT | SparseVector, update: Update, memory: Memory, rng:
                     order=lambda found: random_bits(found, source))
     values = laplace(chosen.numel(), source).mul_(scales.release).add_(flat.index_select(0, chosen))
     shared = torch.tensor(chosen.numel() / flat.numel(), dtype=torch.float64)
-    memory["diagnostics"] = {**memory.get("diagnostics", {}), "share of the weights sent": shared}
+    state.diagnostics["share of the weights sent"] = shared
     return _sparse(update, names, chosen, values.clamp_(-technique.clip, technique.clip))
 
 
@@ -324,12 +322,12 @@ def _check_settings(technique: SVT | SparseVector) -> None:
     Terms(unit="site", delta=technique.delta, adjacency=ADJACENCY, accountant=technique.accountant)
 
 
-def _check_start(technique: SVT | SparseVector, trainer: SiteTrainer, sites: Sequence[Site]) -> None:
+def _check_start(technique: SVT | SparseVector, run: Run) -> None:
     """What can be known before the first round: layers left out, δ against the sites, one round against the budget."""
-    tensors = trainer.initial()
+    tensors = run.trainer.initial()
     names = _shared(tensors, technique.exclude)
-    if technique.delta >= 1 / len(sites):
-        raise ValueError(f"delta is below 1 over the number of sites (1/{len(sites)}), got {technique.delta}: "
+    if technique.delta >= 1 / len(run.sites):
+        raise ValueError(f"delta is below 1 over the number of sites (1/{len(run.sites)}), got {technique.delta}: "
                          "otherwise giving one site away entirely would satisfy the guarantee")
     once = technique.cost(sum(tensors[name].numel() for name in names)).epsilon()
     if technique.max_epsilon is not None and once > technique.max_epsilon:

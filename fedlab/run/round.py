@@ -1,0 +1,90 @@
+"""One round with an aggregation server: the code that every run with a server takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fedlab.core.protocols import Run, Topology
+from fedlab.core.seeds import derive, generator
+from fedlab.core.types import Round, ServerState, Update
+from fedlab.core.weights import weights_sha256
+from fedlab.run.arrivals import Arrivals, Void
+from fedlab.strategies.averaging import TooFewUpdates
+
+__all__ = ["Star", "one_round", "star"]
+
+
+def one_round(run: Run, state: ServerState) -> Round:
+    """Select, train, combine, release, step.
+
+    Args:
+        run: the parts of the run.
+        state: the server's, before the round.
+
+    Returns:
+        The finished round, with the state after it.
+
+    Raises:
+        PrivacyBudgetExhausted: every site of the cohort has withdrawn.
+        FedlabError: a site failed, or too few updates were received, and the run has no admission rules.
+    """
+    state = state.opened()
+    arrivals = Arrivals(run, state, run.select(state))
+    try:
+        keys = run.aggregation.before(arrivals)  # none, unless sums are secure
+        answers = run.engine.train(run.task, state, arrivals.cohort, run.site_states)
+        updates = arrivals.admit(answers, state, arrivals.cohort)  # a stream: one update is in memory at a time
+        mean = _combine(run, updates, arrivals)
+        mean = run.aggregation.after(mean, keys, arrivals)
+        mean = _release(run, mean, arrivals, state)
+        moved = run.strategy.step(state, mean)
+    except Void as error:
+        moved = arrivals.void(error)
+    return arrivals.close(moved)
+
+
+def _combine(run: Run, updates: Iterator[Update], arrivals: Arrivals) -> Update:
+    """The mean; zeros where noise at the server must hide that no site took part."""
+    try:
+        return run.strategy.combine(updates)
+    except TooFewUpdates:
+        if arrivals.present or not run.privacy.works_at_server:
+            raise
+    zeros = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in run.trainer.initial().items()}
+    return Update(site="mean", delta=zeros, weight=1.0)
+
+
+def _release(run: Run, mean: Update, arrivals: Arrivals, state: ServerState) -> Update:
+    """What the techniques do to the mean before the model moves."""
+    # Noise depends on what it is added to: two runs of one seed on other data never share it.
+    seed = derive(run.seed, weights_sha256(mean.delta))
+    out = run.privacy.release(mean, arrivals.took_part, state.of("privacy"), generator(seed, "release", state.round))
+    arrivals.charge(out.spent)
+    return out
+
+
+@dataclass(frozen=True)
+class Star:
+    """An aggregation server in the middle: broadcast, train at every site, combine, move (Rieke et al. 2020).
+
+    The server sees every update, unless secure aggregation hides them; sites see the global model only.
+    """
+
+    one_server: bool = field(default=True, init=False, repr=False)
+
+    def check(self, run: Run) -> None: ...
+
+    def __call__(self, run: Run, state: ServerState) -> Round:
+        return one_round(run, state)
+
+    def messages(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        return [("server", name) for name in names] + [(name, "server") for name in names]
+
+    def metrics(self, state: ServerState) -> Mapping[str, float]:
+        return {}
+
+
+star: Topology = Star()

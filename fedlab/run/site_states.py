@@ -1,0 +1,189 @@
+"""What the sites of one run keep, on disk while they are not at work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedlab.core.errors import RunError
+from fedlab.core.types import SiteState
+
+__all__ = ["SiteStates", "pack_site_state", "unpack_site_state"]
+
+_FORMAT = "fedlab-site-state-1"
+
+
+class SiteStates(Mapping[str, SiteState]):
+    """The states of the sites of one run, by name: one file per site, so that memory does not grow with sites.
+
+    `states["site-01"]` reads a copy. The keys of a round (`SiteState.secrets`) stay in this process.
+
+    Args:
+        names: of the sites; each is enrolled, so that a state that is lost later is noticed.
+        folder: where the files lie; a temporary folder that goes with this object by default.
+    """
+
+    def __init__(self, names: Sequence[str] = (), *, folder: Path | str | None = None) -> None:
+        if folder is None:
+            folder = tempfile.mkdtemp(prefix="fedlab-site-states-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._enrolled = dict.fromkeys(names)
+        self._saved: dict[str, str] = {}  # site -> SHA-256 of its file
+        self._secrets: dict[str, dict[str, Any]] = {}
+
+    def __getitem__(self, site: str) -> SiteState:
+        if site not in self._enrolled:
+            raise KeyError(site)
+        if site not in self._saved:
+            return SiteState(enrolled=True)
+        return unpack_site_state(self.path(site).read_bytes(), expected=self._saved[site], what=str(self.path(site)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._enrolled)
+
+    def __len__(self) -> int:
+        return len(self._enrolled)
+
+    @contextmanager
+    def working(self, site: str) -> Iterator[SiteState]:
+        """The state of a site for its work in a round, written when the work is done.
+
+        Work that fails leaves the state as it was, but for its ledger: what was charged stays charged.
+        """
+        state = self.get(site) or SiteState()
+        before = state.copy()
+        state.secrets = self._secrets.setdefault(site, {})
+        try:
+            yield state
+        except BaseException:
+            if state.ledger != before.ledger:
+                before.ledger = state.ledger
+                self.save(site, before)
+            raise
+        self.save(site, state)
+
+    def with_secrets(self, site: str) -> SiteState:
+        """A state with the site's keys of this round only, for an exchange of messages."""
+        return SiteState(secrets=self._secrets.setdefault(site, {}), owner="aggregation")
+
+    def save(self, site: str, state: SiteState) -> None:
+        """Writes a site's state whole."""
+        data = pack_site_state(state)
+        scratch = self.path(site).with_suffix(".part")
+        scratch.write_bytes(data)
+        os.replace(scratch, self.path(site))
+        self._enrolled.setdefault(site)
+        self._saved[site] = hashlib.sha256(data).hexdigest()
+
+    def path(self, site: str) -> Path:
+        """The file of a site."""
+        return self.folder / f"{quote(site, safe='')}.safetensors"
+
+    def link_to(self, folder: Path) -> dict[str, str | None]:
+        """Puts the files into another folder too, without copying where the file system allows.
+
+        Returns:
+            The SHA-256 of each site's file; None for a site that keeps nothing yet.
+        """
+        for site in self._saved:
+            _link(self.path(site), folder / self.path(site).name)
+        return {site: self._saved.get(site) for site in self}
+
+    @classmethod
+    def restored(cls, folder: Path, saved: Mapping[str, str | None], *, to: Path) -> SiteStates:
+        """The states that `link_to` put into a folder.
+
+        Raises:
+            RunError: a file is missing or is not what was written.
+        """
+        states = cls(list(saved), folder=to)
+        for site, digest in saved.items():
+            if digest is None:
+                states.path(site).unlink(missing_ok=True)
+                continue
+            source = folder / states.path(site).name
+            try:
+                unpack_site_state(source.read_bytes(), expected=digest, what=str(source))
+            except OSError as error:
+                raise RunError(f"{source} is missing ({error}); remove the run's folder to start over") from error
+            _link(source, states.path(site))
+            states._saved[site] = digest
+        return states
+
+    def __repr__(self) -> str:
+        return f"<SiteStates of {len(self)} sites in {self.folder}>"
+
+
+def _link(source: Path, target: Path) -> None:
+    scratch = target.with_suffix(".link")
+    scratch.unlink(missing_ok=True)
+    try:
+        os.link(source, scratch)
+    except OSError:
+        shutil.copyfile(source, scratch)
+    os.replace(scratch, target)
+
+
+def pack_site_state(state: SiteState, **about: str | int) -> bytes:
+    """A site's state as one safetensors file, without secrets and without what the server broadcast.
+
+    Args:
+        state: of the site.
+        about: what must be the same when it is read, such as the run.
+    """
+    groups = {**{f"own|{owner}": slots for owner, slots in state.namespaces.items()}, "diagnostics": state.diagnostics}
+    tensors: dict[str, torch.Tensor] = {}
+    names: list[list[str]] = []
+    for group, slots in groups.items():
+        for name, tensor in slots.items():
+            tensors[str(len(names))] = tensor.detach().cpu().clone().contiguous()
+            names.append([group, name])
+    note = {"format": _FORMAT, "enrolled": state.enrolled, "updates": state.updates, "ledger": state.ledger,
+            "groups": list(groups), "tensors": names, "about": about}
+    return save(tensors, metadata={"fedlab": json.dumps(note)})
+
+
+def unpack_site_state(data: bytes, *, what: str, expected: str | None = None, **about: str | int) -> SiteState:
+    """The state from a file of `pack_site_state`.
+
+    Args:
+        data: of the file.
+        what: name of the file, for the error.
+        expected: SHA-256 of the data; not checked by default.
+        about: as in `pack_site_state`.
+
+    Raises:
+        RunError: the data are damaged, or about something else.
+    """
+    try:
+        if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+            raise ValueError("its content is not what was written")
+        length = int.from_bytes(data[:8], "little")
+        note = json.loads(json.loads(data[8:8 + length])["__metadata__"]["fedlab"])
+        if note["format"] != _FORMAT or note["about"] != about:
+            raise ValueError(f"it is about {note['about']}, expected {about}")
+        tensors = load(data)
+        groups: dict[str, dict[str, torch.Tensor]] = {group: {} for group in note["groups"]}
+        for number, (group, name) in enumerate(note["tensors"]):
+            groups[group][name] = tensors[str(number)]
+        diagnostics = groups.pop("diagnostics")
+        return SiteState(enrolled=note["enrolled"], updates=note["updates"], ledger=note["ledger"],
+                         diagnostics=diagnostics,
+                         namespaces={group.removeprefix("own|"): slots for group, slots in groups.items()})
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"{what} is damaged ({error}); restore it from a copy, or start the run over") from error
