@@ -26,7 +26,7 @@ from torch import nn
 
 from fedlab.core.errors import FedlabError, PrivacyError
 from fedlab.privacy.base import Privacy, importable
-from fedlab.strategies import FedAvg
+from fedlab.strategies.averaging import FedAvg
 from fedlab.topologies.workflows import Topology
 
 __all__ = ["Approve", "Json", "Load", "built", "check_plain", "describe", "follows", "make"]
@@ -161,7 +161,7 @@ def _settings(value: Any) -> dict[str, Any]:
     if cls.__module__.partition(".")[0] in {*sys.stdlib_module_names, "numpy"} or isinstance(value, torch.Tensor):
         raise ValueError(f"a plan carries plain values and parts of a run, no {cls.__name__}: {str(value)[:80]}; "
                          "say it in text or numbers")
-    remedy = (f"make it with fedlab.built({cls.__name__}, name=value, …), which notes how it was made, or keep each "
+    remedy = (f"make it with fedlab.deploy.built({cls.__name__}, name=value, …), which notes how it was made, or keep each "
               "constructor argument as an attribute of the same name")
     try:
         wanted = inspect.signature(cls).parameters

@@ -33,7 +33,7 @@ from fedlab.run.history import History
 from fedlab.run.local import Answer, Engine
 from fedlab.run.site_task import SiteTask
 from fedlab.run.wrapped import Around
-from fedlab.strategies import FedAvg, Strategy, TooFewUpdates
+from fedlab.strategies.averaging import FedAvg, Strategy, TooFewUpdates
 
 __all__ = ["Contributions", "KeepUpdates", "Values", "dice_on", "leave_one_out", "shapley", "site_contributions"]
 

@@ -11,7 +11,7 @@ from fedlab.core.types import Memory, Site, Update
 from fedlab.privacy.base import Privacy
 
 if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
+    from fedlab.strategies.averaging import Strategy
     from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["AtSites"]

@@ -15,7 +15,7 @@ from fedlab.core.errors import FedlabError, PrivacyError
 from fedlab.core.types import Cohort, Failure, Memory, Site, Spent, Tensors, Update
 
 if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
+    from fedlab.strategies.averaging import Strategy
     from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["Inboxes", "PartialExchange", "Privacy", "check_update", "importable"]

@@ -16,7 +16,7 @@ from fedlab.core.weights import trainable
 from fedlab.privacy.base import Privacy
 
 if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
+    from fedlab.strategies.averaging import Strategy
     from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["PersonalLayers", "norms", "norms_and_head"]

@@ -21,7 +21,7 @@ from fedlab.run.history import History
 from fedlab.run.local import Elsewhere, Engine, Local
 from fedlab.run.site_task import SiteTask, enrol
 from fedlab.run.trace import Trace
-from fedlab.strategies import FedAvg, Strategy
+from fedlab.strategies.averaging import FedAvg, Strategy
 from fedlab.topologies.workflows import Topology, star
 from fedlab.training.trainer import SiteTrainer
 

@@ -15,7 +15,7 @@ from fedlab.core.types import Memory, ServerState, Site, Tensors, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.base import Privacy, check_update
-from fedlab.strategies import FedAvg, Strategy
+from fedlab.strategies.averaging import FedAvg, Strategy
 from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["SiteTask", "enrol"]

@@ -1,14 +1,11 @@
-"""How a server chooses its cohort, combines updates and moves the model, and what that changes at the sites.
+"""How a server selects its cohort, combines updates and moves the model, and what that changes at the sites.
 
-`averaging` has the mean, `local` what corrects training at the sites, `server_optimisers` what steps with the mean,
-`robust` what withstands sites that send nonsense or lies. `topology.Buffered` is the asynchronous one, and FedBN (Li
-et al. 2021) is `PersonalLayers(names=norms(model))`, since what stays at a site is a matter of privacy.
+Read `averaging` first: it has the mean and the protocol of a strategy. `client_drift` corrects training at the sites,
+`server_optimisers` steps with the mean, `robust` withstands faulty and malicious sites. Asynchronous aggregation is
+`topologies.Buffered`. FedBN (Li et al. 2021) is `privacy.PersonalLayers(names=norms(model))`, because which layers
+leave a site is a question of privacy. May import `training` and `core`.
 """
 
-from fedlab.strategies.averaging import FedAvg, FedNova, Strategy, TooFewUpdates, weighted_mean
-from fedlab.strategies.client_drift import SCAFFOLD, Ditto, FedProx
-from fedlab.strategies.robust import CoordinateMedian, GeometricMedian, Krum, NormBound, TrimmedMean
-from fedlab.strategies.server_optimisers import FedOpt
+import lazy_loader
 
-__all__ = ["SCAFFOLD", "CoordinateMedian", "Ditto", "FedAvg", "FedNova", "FedOpt", "FedProx", "GeometricMedian", "Krum",
-           "NormBound", "Strategy", "TooFewUpdates", "TrimmedMean", "weighted_mean"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

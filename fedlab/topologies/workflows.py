@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from fedlab.core.types import ServerState, Site, Tensors, Update
-from fedlab.strategies import FedAvg, Strategy
-from fedlab.strategies.averaging import moved, square_distance
+from fedlab.strategies.averaging import FedAvg, Strategy, moved, square_distance
 
 __all__ = ["Buffered", "Gossip", "NoUpdates", "Release", "Ring", "Star", "Topology", "Train", "Tree", "ring", "star"]
 

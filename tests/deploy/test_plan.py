@@ -22,48 +22,37 @@ from torch import nn
 
 import fedlab
 from cohorts import TinyNet
-from fedlab import (
-    DPSGD,
-    SCAFFOLD,
+from fedlab import DPSGD, FedAvg, FedlabError, FedProx, Privacy, PrivacyError, SecureAggregation, SiteTrainer, segresnet
+from fedlab.core import weights_sha256
+from fedlab.deploy.plan import Plan, built, describe, make
+from fedlab.privacy import (
     SVT,
     AdaptiveClip,
-    Admission,
     AtSites,
-    Buffered,
     CentralGaussian,
-    CoordinateMedian,
-    Ditto,
-    FedAvg,
-    FedlabError,
-    FedNova,
-    FedOpt,
-    FedProx,
-    GeometricMedian,
-    Gossip,
-    Krum,
     LocalGaussian,
-    NormBound,
     PartialSharing,
     PersonalLayers,
-    PolyDecay,
-    Privacy,
-    PrivacyError,
     Quantise,
     ScaledSign,
-    SecureAggregation,
     SharePercentile,
-    SiteTrainer,
     SparseVector,
     TopK,
-    Tree,
-    TrimmedMean,
-    augmentation,
-    ring,
-    segresnet,
-    star,
-    weights_sha256,
 )
-from fedlab.deploy.plan import Plan, built, describe, make
+from fedlab.run import Admission
+from fedlab.strategies import (
+    SCAFFOLD,
+    CoordinateMedian,
+    Ditto,
+    FedNova,
+    FedOpt,
+    GeometricMedian,
+    Krum,
+    NormBound,
+    TrimmedMean,
+)
+from fedlab.topologies import Buffered, Gossip, Tree, ring, star
+from fedlab.training import PolyDecay, augmentation
 
 
 def approve_all(module: str) -> None:

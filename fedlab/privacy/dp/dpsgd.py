@@ -25,7 +25,7 @@ from fedlab.privacy.noise.gaussian import standard_normal
 from fedlab.training.trainer import Crops, Kit
 
 if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
+    from fedlab.strategies.averaging import Strategy
     from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["DPSGD", "PatientBatches"]

@@ -22,7 +22,7 @@ from fedlab.privacy.base import Privacy
 from fedlab.privacy.noise.gaussian import standard_normal
 
 if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
+    from fedlab.strategies.averaging import Strategy
     from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["AdaptiveClip", "CentralGaussian", "LocalGaussian", "clip_update"]

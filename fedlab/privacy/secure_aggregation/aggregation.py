@@ -21,7 +21,7 @@ from fedlab.privacy.secure_aggregation import protocol
 from fedlab.privacy.secure_aggregation.crypto import Words, add_streams
 
 if TYPE_CHECKING:
-    from fedlab.strategies import Strategy
+    from fedlab.strategies.averaging import Strategy
     from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["SecureAggregation"]

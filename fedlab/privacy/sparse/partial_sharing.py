@@ -33,7 +33,7 @@ from fedlab.privacy.sparse.sparse_vector import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedlab.strategies import Strategy
+    from fedlab.strategies.averaging import Strategy
     from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["SVT", "PartialSharing", "SparseVector", "composed_epsilon"]
