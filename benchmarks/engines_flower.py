@@ -51,7 +51,7 @@ def client(data: Path) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         site = load_sites(data)[int(context.node_config["partition-id"])]
         state = fl.core.ServerState(round=int(message.content["round"]["number"]),
-                               params=dict(message.content["weights"].to_torch_state_dict()))
+                                    params=dict(message.content["weights"].to_torch_state_dict()))
         update = task()(site, state, {})
         told = ConfigRecord({"site": update.site, "weight": update.weight, "steps": update.steps})
         return Message(RecordDict({"delta": ArrayRecord.from_torch_state_dict(dict(update.delta)), "told": told}),
@@ -60,7 +60,8 @@ def client(data: Path) -> ClientApp:
     return app
 
 
-def server(names: Sequence[str], rounds: int, note: Callable[[Any], None], states: list[fl.core.ServerState]) -> ServerApp:
+def server(names: Sequence[str], rounds: int, note: Callable[[Any], None],
+           states: list[fl.core.ServerState]) -> ServerApp:
     """Plain averaging; the last state is put into `states`."""
     app = ServerApp()
 

@@ -56,7 +56,8 @@ def strategy_of(name: str) -> Any:
 
     made: dict[str, Callable[[], Any]] = {
         "mean": lambda: fl.FedAvg(weights="uniform"), "mean, norms under 10": lambda: fl.FedAvg(weights="uniform"),
-        "norm bound": lambda: fl.strategies.NormBound(weights="uniform", bound=2.0), "median": fl.strategies.CoordinateMedian,
+        "norm bound": lambda: fl.strategies.NormBound(weights="uniform", bound=2.0),
+        "median": fl.strategies.CoordinateMedian,
         "trimmed mean": lambda: fl.strategies.TrimmedMean(trim=0.25),
         "multi-Krum": lambda: fl.strategies.Krum(attackers=LIARS, chosen=SITES - 2 * LIARS),
         "geometric median": lambda: fl.strategies.GeometricMedian(weights="uniform"),
@@ -75,7 +76,8 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
     liars = [site.name for site in sites[::SITES // LIARS][:LIARS]]
     model = fl.segresnet(seed=seed)
     trainer = fl.SiteTrainer(model=model, steps=STEPS, crop=CROP, tumour_share=0.5,
-                             augment=fl.training.augmentation(flips=(0,)), lr=fl.training.PolyDecay(start=LR, rounds=ROUNDS))
+                             augment=fl.training.augmentation(flips=(0,)),
+                             lr=fl.training.PolyDecay(start=LR, rounds=ROUNDS))
     rules = fl.run.Admission(max_norm=10.0 if "norms under" in arm.strategy else None)
     history = fl.federate(trainer, sites, strategy=strategy_of(arm.strategy), admission=rules, rounds=ROUNDS, seed=seed,
                           engine=Faulty(engine=Local(), faults=fault_of(arm.fault, liars), seed=seed), progress=False)

@@ -55,7 +55,8 @@ def strategy_of(name: str, model: Any) -> tuple[Any, Any]:
     from fedlab.privacy.personal_layers import norms
 
     made: dict[str, Callable[[], Any]] = {
-        "FedAvg": fl.FedAvg, "FedAvg, plain SGD": fl.FedAvg, "FedBN": fl.FedAvg, "FedNova, plain SGD": fl.strategies.FedNova,
+        "FedAvg": fl.FedAvg, "FedAvg, plain SGD": fl.FedAvg, "FedBN": fl.FedAvg,
+        "FedNova, plain SGD": fl.strategies.FedNova,
         "uniform": lambda: fl.FedAvg(weights="uniform"), "half the sites": lambda: fl.FedAvg(sample=0.5),
         "FedProx": lambda: fl.FedProx(mu=0.01), "Ditto": lambda: fl.strategies.Ditto(lam=0.1),
         "FedAdam": lambda: fl.strategies.FedOpt(rule="adam", server_lr=1e-2),
@@ -64,7 +65,8 @@ def strategy_of(name: str, model: Any) -> tuple[Any, Any]:
         "server momentum": lambda: fl.strategies.FedOpt(rule="momentum", server_lr=0.3),
         "SCAFFOLD, plain SGD": lambda: fl.strategies.SCAFFOLD(sites=SITES, steps=STEPS, lr=SGD_LR),
         "median": fl.strategies.CoordinateMedian, "trimmed mean": lambda: fl.strategies.TrimmedMean(trim=0.2),
-        "multi-Krum": lambda: fl.strategies.Krum(attackers=3, chosen=7), "geometric median": fl.strategies.GeometricMedian,
+        "multi-Krum": lambda: fl.strategies.Krum(attackers=3, chosen=7),
+        "geometric median": fl.strategies.GeometricMedian,
         "norm bound": lambda: fl.strategies.NormBound(bound=2.0),
     }
     return made[name](), fl.privacy.PersonalLayers(names=norms(model)) if name == "FedBN" else None
@@ -78,13 +80,17 @@ def topology_of(name: str, names: list[str]) -> Any:
 
     regions = {"north": names[:5], "middle": names[5:9], "south": names[9:]}
     made: dict[str, Callable[[], Any]] = {
-        "star": lambda: fl.topologies.star, "ring": lambda: fl.topologies.ring, "once round": lambda: fl.topologies.ring,
+        "star": lambda: fl.topologies.star, "ring": lambda: fl.topologies.ring,
+        "once round": lambda: fl.topologies.ring,
         "peers: ring": lambda: fl.topologies.Gossip(graph=nx.cycle_graph(SITES)),
         "peers: exponential": lambda: fl.topologies.Gossip(graph=nx.circulant_graph(SITES, [1, 2, 4])),
         "peers: complete": lambda: fl.topologies.Gossip(graph=nx.complete_graph(SITES)),
-        "tree": lambda: fl.topologies.Tree(regions=regions), "rings in a tree": lambda: fl.topologies.Tree(regions=regions, within=fl.topologies.ring),
-        "peers of regions": lambda: fl.topologies.Tree(regions=regions, between=fl.topologies.Gossip(graph=nx.complete_graph(regions))),
-        "buffered": lambda: fl.topologies.Buffered(size=BUFFER, seconds={name: 1 + k % 4 for k, name in enumerate(names)}),
+        "tree": lambda: fl.topologies.Tree(regions=regions),
+        "rings in a tree": lambda: fl.topologies.Tree(regions=regions, within=fl.topologies.ring),
+        "peers of regions": lambda: fl.topologies.Tree(
+            regions=regions, between=fl.topologies.Gossip(graph=nx.complete_graph(regions))),
+        "buffered": lambda: fl.topologies.Buffered(
+            size=BUFFER, seconds={name: 1 + k % 4 for k, name in enumerate(names)}),
     }
     return made[name]()
 

@@ -126,7 +126,7 @@ def write_reference(out: Path) -> None:
     footer = f"fedlab {fedlab.__version__}"
     pdoc.render.configure(docformat="google", search=False, show_source=False, footer_text=footer,
                           template_directory=TEMPLATES)
-    pdoc.pdoc("fedlab", "!fedlab\\..+", output_directory=out)
+    pdoc.pdoc("fedlab", "!fedlab\\.apps", "!fedlab\\..+\\..+", output_directory=out)
 
 
 def build(notebooks: Sequence[Path], out: Path) -> list[str]:

@@ -298,8 +298,8 @@ def _nothing(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
         wrong = None
     except Exception as error:  # whatever the author's code trips over
         wrong = f"combining no update ends in {type(error).__name__}: {error}"
-    yield _finding("no update", wrong, "is a clear error", "raise fedlab.strategies.TooFewUpdates: with Admission rules the round "
-                   "is then void and the run goes on")
+    yield _finding("no update", wrong, "is a clear error", "raise fedlab.strategies.TooFewUpdates: with Admission "
+                   "rules the round is then void and the run goes on")
 
 
 def _run(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
