@@ -16,21 +16,21 @@ import fedlab as fl
 
 def nvflare_simulation() -> Any:
     """NVFLARE's simulator: a process a site, on this machine, without encryption."""
-    return fl.NVFlare(env=fl.Simulation(threads=1))
+    return fl.engines.NVFlare(env=fl.engines.Simulation(threads=1))
 
 
 def nvflare_mtls() -> Any:
     """NVFLARE as hospitals would run it: server and sites with certificates, mutually authenticated, on loopback."""
-    return fl.NVFlare(env=fl.ProofOfConcept(threads=1))
+    return fl.engines.NVFlare(env=fl.engines.ProofOfConcept(threads=1))
 
 
 #: How each engine is made; it is made, and started, after the clock has started.
 ENGINES: dict[str, Callable[[], Any]] = {
-    "Local": fl.Local, "Processes": fl.Processes, "NVFlare simulation": nvflare_simulation,
+    "Local": fl.Local, "Processes": fl.engines.Processes, "NVFlare simulation": nvflare_simulation,
     "NVFlare mTLS": nvflare_mtls}
 
 
-def run(engine: str, sites: Sequence[fl.Site], rounds: int, note: Callable[[Any], None]) -> fl.ServerState:
+def run(engine: str, sites: Sequence[fl.Site], rounds: int, note: Callable[[Any], None]) -> fl.core.ServerState:
     history = fl.federate(engines_task.make_trainer(), sites, rounds=rounds, engine=ENGINES[engine](), on_round=note,
                           progress=False)
     if history.state is None:

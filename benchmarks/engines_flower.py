@@ -50,8 +50,8 @@ def client(data: Path) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         site = load_sites(data)[int(context.node_config["partition-id"])]
-        state = fl.ServerState(round=int(message.content["round"]["number"]),
-                               params=dict(message.content["weights"].to_torch_state_dict()))
+        state = fl.core.ServerState(round=int(message.content["round"]["number"]),
+                                    params=dict(message.content["weights"].to_torch_state_dict()))
         update = task()(site, state, {})
         told = ConfigRecord({"site": update.site, "weight": update.weight, "steps": update.steps})
         return Message(RecordDict({"delta": ArrayRecord.from_torch_state_dict(dict(update.delta)), "told": told}),
@@ -60,7 +60,8 @@ def client(data: Path) -> ClientApp:
     return app
 
 
-def server(names: Sequence[str], rounds: int, note: Callable[[Any], None], states: list[fl.ServerState]) -> ServerApp:
+def server(names: Sequence[str], rounds: int, note: Callable[[Any], None],
+           states: list[fl.core.ServerState]) -> ServerApp:
     """Plain averaging; the last state is put into `states`."""
     app = ServerApp()
 
@@ -95,8 +96,8 @@ def update_of(reply: Message, number: int) -> fl.Update:
                      delta=dict(reply.content["delta"].to_torch_state_dict()))
 
 
-def run(data: Path, sites: Sequence[fl.Site], rounds: int, note: Callable[[Any], None]) -> fl.ServerState:
-    states: list[fl.ServerState] = []
+def run(data: Path, sites: Sequence[fl.Site], rounds: int, note: Callable[[Any], None]) -> fl.core.ServerState:
+    states: list[fl.core.ServerState] = []
     run_simulation(server([site.name for site in sites], rounds, note, states), client(data), num_supernodes=len(sites),
                    backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
     if not states:

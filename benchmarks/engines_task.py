@@ -50,7 +50,7 @@ def make_trainer() -> fl.SiteTrainer:
                           optimiser=stamped_sgd, momentum="restart", precision="fp32", device="cpu")
 
 
-def timed(run: Callable[[Callable[[Any], None]], fl.ServerState], rounds: int) -> dict[str, Any]:
+def timed(run: Callable[[Callable[[Any], None]], fl.core.ServerState], rounds: int) -> dict[str, Any]:
     """Runs, and says when the first gradient was there, how long a round took and what the weights are.
 
     Args:
@@ -67,10 +67,10 @@ def timed(run: Callable[[Callable[[Any], None]], fl.ServerState], rounds: int) -
     steady = [later - earlier for earlier, later in pairwise(ends)]
     return {"first_gradient_s": first - started, "round_s": statistics.median(steady), "run_s": finished - started,
             "model_bytes": sum(p.numel() * p.element_size() for p in state.params.values()),
-            "weights_sha256": fl.weights_sha256(state.params)}
+            "weights_sha256": fl.core.weights_sha256(state.params)}
 
 
-def main(arm: str, run: Callable[[Sequence[fl.Site], int, Callable[[Any], None]], fl.ServerState],
+def main(arm: str, run: Callable[[Sequence[fl.Site], int, Callable[[Any], None]], fl.core.ServerState],
          data: Path, rounds: int, out: Path) -> None:
     """One arm in its own process: everything is imported and the patients are there before the clock starts."""
     import torch._dynamo  # by the first step of any optimiser

@@ -56,10 +56,11 @@ def strategy_of(name: str) -> Any:
 
     made: dict[str, Callable[[], Any]] = {
         "mean": lambda: fl.FedAvg(weights="uniform"), "mean, norms under 10": lambda: fl.FedAvg(weights="uniform"),
-        "norm bound": lambda: fl.NormBound(weights="uniform", bound=2.0), "median": fl.CoordinateMedian,
-        "trimmed mean": lambda: fl.TrimmedMean(trim=0.25),
-        "multi-Krum": lambda: fl.Krum(attackers=LIARS, chosen=SITES - 2 * LIARS),
-        "geometric median": lambda: fl.GeometricMedian(weights="uniform"),
+        "norm bound": lambda: fl.strategies.NormBound(weights="uniform", bound=2.0),
+        "median": fl.strategies.CoordinateMedian,
+        "trimmed mean": lambda: fl.strategies.TrimmedMean(trim=0.25),
+        "multi-Krum": lambda: fl.strategies.Krum(attackers=LIARS, chosen=SITES - 2 * LIARS),
+        "geometric median": lambda: fl.strategies.GeometricMedian(weights="uniform"),
     }
     return made[name]()
 
@@ -75,11 +76,12 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
     liars = [site.name for site in sites[::SITES // LIARS][:LIARS]]
     model = fl.segresnet(seed=seed)
     trainer = fl.SiteTrainer(model=model, steps=STEPS, crop=CROP, tumour_share=0.5,
-                             augment=fl.augmentation(flips=(0,)), lr=fl.PolyDecay(start=LR, rounds=ROUNDS))
-    rules = fl.Admission(max_norm=10.0 if "norms under" in arm.strategy else None)
+                             augment=fl.training.augmentation(flips=(0,)),
+                             lr=fl.training.PolyDecay(start=LR, rounds=ROUNDS))
+    rules = fl.run.Admission(max_norm=10.0 if "norms under" in arm.strategy else None)
     history = fl.federate(trainer, sites, strategy=strategy_of(arm.strategy), admission=rules, rounds=ROUNDS, seed=seed,
                           engine=Faulty(engine=Local(), faults=fault_of(arm.fault, liars), seed=seed), progress=False)
-    fl.load_weights(model, history.state.params)
+    fl.core.load_weights(model, history.state.params)
     norms = [numbers["norm"] for record in history.records for numbers in record["sites"].values()]
     return {"fault": arm.fault, "strategy": arm.strategy, "seed": seed,
             "mean": float(fl.evaluate(model, sites)["dice"].mean()),

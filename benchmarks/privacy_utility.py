@@ -103,7 +103,8 @@ def pretrain(seed: int, folder: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from fedlab import PolyDecay, SiteTrainer, augmentation, centralised, segresnet
+    from fedlab import SiteTrainer, centralised, segresnet
+    from fedlab.training import PolyDecay, augmentation
 
     torch.set_num_threads(1)
     _, public = sites_of(seed, f"{folder}/cache")
@@ -131,9 +132,10 @@ def score(arm: Arm | None, seed: int, folder: str) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from fedlab import PolyDecay, SiteTrainer, augmentation, evaluate, federate, segresnet, summary
+    from fedlab import SiteTrainer, evaluate, federate, segresnet, summary
     from fedlab.core.weights import load_weights
     from fedlab.privacy.personal_layers import norms_and_head
+    from fedlab.training import PolyDecay, augmentation
 
     torch.set_num_threads(1)
     sites, _ = sites_of(seed, f"{folder}/cache")

@@ -55,19 +55,21 @@ def strategy_of(name: str, model: Any) -> tuple[Any, Any]:
     from fedlab.privacy.personal_layers import norms
 
     made: dict[str, Callable[[], Any]] = {
-        "FedAvg": fl.FedAvg, "FedAvg, plain SGD": fl.FedAvg, "FedBN": fl.FedAvg, "FedNova, plain SGD": fl.FedNova,
+        "FedAvg": fl.FedAvg, "FedAvg, plain SGD": fl.FedAvg, "FedBN": fl.FedAvg,
+        "FedNova, plain SGD": fl.strategies.FedNova,
         "uniform": lambda: fl.FedAvg(weights="uniform"), "half the sites": lambda: fl.FedAvg(sample=0.5),
-        "FedProx": lambda: fl.FedProx(mu=0.01), "Ditto": lambda: fl.Ditto(lam=0.1),
-        "FedAdam": lambda: fl.FedOpt(rule="adam", server_lr=1e-2),
-        "FedYogi": lambda: fl.FedOpt(rule="yogi", server_lr=1e-2),
-        "FedAdagrad": lambda: fl.FedOpt(rule="adagrad", server_lr=0.1),
-        "server momentum": lambda: fl.FedOpt(rule="momentum", server_lr=0.3),
-        "SCAFFOLD, plain SGD": lambda: fl.SCAFFOLD(sites=SITES, steps=STEPS, lr=SGD_LR),
-        "median": fl.CoordinateMedian, "trimmed mean": lambda: fl.TrimmedMean(trim=0.2),
-        "multi-Krum": lambda: fl.Krum(attackers=3, chosen=7), "geometric median": fl.GeometricMedian,
-        "norm bound": lambda: fl.NormBound(bound=2.0),
+        "FedProx": lambda: fl.FedProx(mu=0.01), "Ditto": lambda: fl.strategies.Ditto(lam=0.1),
+        "FedAdam": lambda: fl.strategies.FedOpt(rule="adam", server_lr=1e-2),
+        "FedYogi": lambda: fl.strategies.FedOpt(rule="yogi", server_lr=1e-2),
+        "FedAdagrad": lambda: fl.strategies.FedOpt(rule="adagrad", server_lr=0.1),
+        "server momentum": lambda: fl.strategies.FedOpt(rule="momentum", server_lr=0.3),
+        "SCAFFOLD, plain SGD": lambda: fl.strategies.SCAFFOLD(sites=SITES, steps=STEPS, lr=SGD_LR),
+        "median": fl.strategies.CoordinateMedian, "trimmed mean": lambda: fl.strategies.TrimmedMean(trim=0.2),
+        "multi-Krum": lambda: fl.strategies.Krum(attackers=3, chosen=7),
+        "geometric median": fl.strategies.GeometricMedian,
+        "norm bound": lambda: fl.strategies.NormBound(bound=2.0),
     }
-    return made[name](), fl.PersonalLayers(names=norms(model)) if name == "FedBN" else None
+    return made[name](), fl.privacy.PersonalLayers(names=norms(model)) if name == "FedBN" else None
 
 
 def topology_of(name: str, names: list[str]) -> Any:
@@ -78,13 +80,17 @@ def topology_of(name: str, names: list[str]) -> Any:
 
     regions = {"north": names[:5], "middle": names[5:9], "south": names[9:]}
     made: dict[str, Callable[[], Any]] = {
-        "star": lambda: fl.star, "ring": lambda: fl.ring, "once round": lambda: fl.ring,
-        "peers: ring": lambda: fl.Gossip(graph=nx.cycle_graph(SITES)),
-        "peers: exponential": lambda: fl.Gossip(graph=nx.circulant_graph(SITES, [1, 2, 4])),
-        "peers: complete": lambda: fl.Gossip(graph=nx.complete_graph(SITES)),
-        "tree": lambda: fl.Tree(regions=regions), "rings in a tree": lambda: fl.Tree(regions=regions, within=fl.ring),
-        "peers of regions": lambda: fl.Tree(regions=regions, between=fl.Gossip(graph=nx.complete_graph(regions))),
-        "buffered": lambda: fl.Buffered(size=BUFFER, seconds={name: 1 + k % 4 for k, name in enumerate(names)}),
+        "star": lambda: fl.topologies.star, "ring": lambda: fl.topologies.ring,
+        "once round": lambda: fl.topologies.ring,
+        "peers: ring": lambda: fl.topologies.Gossip(graph=nx.cycle_graph(SITES)),
+        "peers: exponential": lambda: fl.topologies.Gossip(graph=nx.circulant_graph(SITES, [1, 2, 4])),
+        "peers: complete": lambda: fl.topologies.Gossip(graph=nx.complete_graph(SITES)),
+        "tree": lambda: fl.topologies.Tree(regions=regions),
+        "rings in a tree": lambda: fl.topologies.Tree(regions=regions, within=fl.topologies.ring),
+        "peers of regions": lambda: fl.topologies.Tree(
+            regions=regions, between=fl.topologies.Gossip(graph=nx.complete_graph(regions))),
+        "buffered": lambda: fl.topologies.Buffered(
+            size=BUFFER, seconds={name: 1 + k % 4 for k, name in enumerate(names)}),
     }
     return made[name]()
 
@@ -104,14 +110,14 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
     rounds, steps = {"once round": (1, ROUNDS * STEPS), "buffered": (ROUNDS * SITES // BUFFER, STEPS)}.get(
         arm.workflow, (ROUNDS, STEPS))
     trainer = fl.SiteTrainer(
-        model=model, crop=CROP, tumour_share=0.5, augment=fl.augmentation(flips=(0,)),
+        model=model, crop=CROP, tumour_share=0.5, augment=fl.training.augmentation(flips=(0,)),
         **({"epochs": 2} if "FedNova" in arm.strategy else {"steps": steps}),
-        lr=SGD_LR if plain else LR if arm.workflow == "once round" else fl.PolyDecay(start=LR, rounds=rounds),
+        lr=SGD_LR if plain else LR if arm.workflow == "once round" else fl.training.PolyDecay(start=LR, rounds=rounds),
         **({"optimiser": torch.optim.SGD} if plain else {}))
     settings: dict[str, Any] = {"rounds": rounds, "seed": seed, "progress": False}
 
     def mean_dice(params: Any, patients: Any) -> float:
-        fl.load_weights(model, params)
+        fl.core.load_weights(model, params)
         return float(fl.evaluate(model, patients, precision="fp32")["dice"].mean())
 
     row: dict[str, Any] = {"workflow": arm.workflow, "strategy": arm.strategy, "seed": seed}

@@ -118,15 +118,18 @@ def render(notebook: Any, name: str, out: Path, *, seconds: float) -> Page:
 
 
 def write_reference(out: Path) -> None:
-    """Writes the reference of fedlab's public names, from their docstrings, into `out`."""
+    """Writes the reference of fedlab's public names into `out`: a page for the top and one per namespace."""
     import pdoc
 
     import fedlab
 
+    for package in (fedlab, *(getattr(fedlab, name) for name in dir(fedlab))):
+        for name in getattr(package, "__all__", ()):
+            getattr(package, name)  # pdoc sees only names that are loaded, and takes a module of the same name for them
     footer = f"fedlab {fedlab.__version__}"
     pdoc.render.configure(docformat="google", search=False, show_source=False, footer_text=footer,
                           template_directory=TEMPLATES)
-    pdoc.pdoc("fedlab", "!fedlab\\..+", output_directory=out)
+    pdoc.pdoc("fedlab", "!fedlab\\.apps", "!fedlab\\..+\\..+", output_directory=out)
 
 
 def build(notebooks: Sequence[Path], out: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line at a site: `fedlab site init|show|approve`, and `fedlab export technique` for whoever writes one."""
+"""The commands at a site, `fedlab site init|show|approve`, and `fedlab export technique` for authors of a technique."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedlab.apps.cli_data import add_layout, read_shape
+from fedlab.apps.cli_arguments import add_command, add_group, add_layout, read_shape
 
 __all__ = ["add_export", "add_site"]
 
 
 def add_site(commands: Any) -> None:
     """Adds `site` and its own commands to argparse's sub-parsers."""
-    style = argparse.RawDescriptionHelpFormatter
-    site = commands.add_parser("site", help="at a hospital: say which patients take part and what is allowed")
-    kinds = site.add_subparsers(required=True, metavar="COMMAND")
-    init = kinds.add_parser("init", help="make a site's folder", formatter_class=style, description=(
-        "Makes a folder with site.toml, in which a site says who it is, where its patients are and what it allows:\n"
-        "techniques that it insists on, its privacy budget, most rounds, approved files. All of it stays at the site\n"
-        "and no server can loosen it. Scans are looked at and left where they are; nothing is sent.\n\n"
-        "  fedlab site init --data /data/brats hospital-a\n"
-        "  (edit hospital-a/site.toml)\n"
-        "  fedlab site show hospital-a"))
+    kinds = add_group(commands, "site", help="at a hospital: declare which patients take part and what is allowed")
+    init = add_command(kinds, "init", _init, help="make a site's folder", about="""
+        Makes a folder with site.toml, in which a site declares its name, its patients and its policy: required
+        techniques, its privacy budget, the largest number of rounds, approved files. All of it stays at the site and
+        no server can relax it. Scans are inspected and left where they are; nothing is sent.
+
+          fedlab site init --data /data/brats hospital-a
+          (edit hospital-a/site.toml)
+          fedlab site show hospital-a""")
     init.add_argument("name", metavar="NAME", help="the site's name, by which the server knows it")
     init.add_argument("--data", type=Path, required=True, metavar="DIR",
                       help="folder of scans, or a CSV table of paths")
@@ -37,48 +36,46 @@ def add_site(commands: Any) -> None:
                       help="institution table, if only some of the patients are this site's")
     init.add_argument("--partition", metavar="NAME", help="the site's name in the table (default NAME)")
     init.add_argument("--spacing", type=float, metavar="MM", help="voxel size, the same at all sites (default 3 mm)")
-    init.add_argument("--shape", type=read_shape, help="voxels, such as 64,64,64 (default what holds every brain)")
-    init.add_argument("--held-out", type=float, metavar="SHARE", help="of the patients, never trained on (default 0.2)")
+    init.add_argument("--shape", type=read_shape,
+                      help="voxels, such as 64,64,64 (default: large enough for every brain)")
+    init.add_argument("--held-out", type=float, metavar="SHARE",
+                      help="share of the patients that is never trained on (default 0.2)")
     init.add_argument("--card", type=Path, metavar="FILE", help="the site's data card")
     init.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default ./NAME)")
-    init.set_defaults(command=_init)
 
-    show = kinds.add_parser("show", help="what a site's folder says: data, policy, privacy spent",
-                            formatter_class=style, description=(
-        "Prints the settings and the policy of a site, whether approved files are unchanged, how many models it has\n"
-        "answered, and the privacy it has spent so far: ε with its δ, unit, adjacency and accountant."))
-    show.add_argument("folder", type=Path, metavar="FOLDER")
-    show.set_defaults(command=_show)
+    show = add_command(kinds, "show", _show, help="a site's data, policy and privacy spent", about="""
+        Prints the settings and the policy of a site, whether approved files are unchanged, how many models it has
+        answered, and the privacy it has spent so far: ε with its δ, unit, adjacency and accountant.""")
+    show.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder")
 
-    approve = kinds.add_parser("approve", help="allow a technique's file at this site", formatter_class=style,
-                               description=(
-        "Shows a Python file, asks, copies it into the site's techniques/ and enters its SHA-256 into site.toml. A\n"
-        "run may then name classes and functions that the file defines; their code runs at this site with access to\n"
-        "its scans. So read it, or have it read. Later changes of the file are found and refused."))
+    approve = add_command(kinds, "approve", _approve, help="allow a technique's file at this site", about="""
+        Shows a Python file, asks, copies it into the site's techniques/ and enters its SHA-256 into site.toml. A run
+        may then name classes and functions that the file defines; their code runs at this site with access to its
+        scans, so review it first. Later changes of the file are detected and refused.""")
     approve.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder")
     approve.add_argument("file", type=Path, metavar="FILE", help="the technique's file, such as my_technique.py")
-    approve.add_argument("--yes", action="store_true", help="don't ask: I have read the file")
-    approve.set_defaults(command=_approve)
+    approve.add_argument("--yes", action="store_true", help="do not ask: I have reviewed the file")
 
 
 def add_export(commands: Any) -> None:
     """Adds `export` to argparse's sub-parsers."""
-    export = commands.add_parser("export", help="write what a notebook defines into a file that sites can approve")
-    kinds = export.add_subparsers(required=True, metavar="WHAT")
-    technique = kinds.add_parser("technique", help="a privacy technique of a notebook",
-                                 formatter_class=argparse.RawDescriptionHelpFormatter, description=(
-        "Writes a class of a notebook's cell into a file, with the imports, functions and constants of other cells\n"
-        "that it needs. The notebook is read, not run. In a process of its own the file is imported and put through\n"
-        "fedlab.check_privacy; if either fails nothing is written.\n\n"
-        "  fedlab export technique SharePercentile --from 03_privacy.ipynb --to share_percentile.py\n"
-        "  fedlab export technique Mine --from n.ipynb --to mine.py --call \"Mine(keep=0.1)\"\n\n"
-        "Then import it from the file in the notebook, and at each site: fedlab site approve FOLDER FILE"))
+    kinds = add_group(commands, "export", metavar="WHAT",
+                      help="write a definition of a notebook into a file that sites can approve")
+    technique = add_command(kinds, "technique", _export, help="a privacy technique of a notebook", about="""
+        Writes a class of a notebook's cell into a file, with the imports, functions and constants of other cells
+        that it needs. The notebook is read, not run. A separate process imports the file and passes it to
+        fedlab.check_privacy; if either fails, nothing is written.
+
+          fedlab export technique SharePercentile --from 03_privacy.ipynb --to share_percentile.py
+          fedlab export technique Mine --from n.ipynb --to mine.py --call "Mine(keep=0.1)"
+
+        Then import it from the file in the notebook, and at each site: fedlab site approve FOLDER FILE""")
     technique.add_argument("name", metavar="NAME", help="the class")
-    technique.add_argument("--from", dest="notebook", type=Path, required=True, metavar="NOTEBOOK.ipynb")
+    technique.add_argument("--from", dest="notebook", type=Path, required=True, metavar="NOTEBOOK.ipynb",
+                           help="the notebook that defines it")
     technique.add_argument("--to", type=Path, required=True, metavar="FILE.py", help="new file")
-    technique.add_argument("--call", metavar="CODE", help="how to make one for the check (default NAME())")
+    technique.add_argument("--call", metavar="CODE", help="an expression that makes one for the check (default NAME())")
     technique.add_argument("--no-check", action="store_true", help="import the file, but leave out check_privacy")
-    technique.set_defaults(command=_export)
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -86,10 +83,10 @@ def _init(options: argparse.Namespace) -> None:
     from fedlab.deploy.settings import read_settings, write_settings
 
     if not options.name.isprintable() or not options.name.strip() or len(options.name) > 200:
-        raise ValueError(f"a site's name is up to 200 signs that can be printed, got {options.name!r}")
+        raise ValueError(f"a site's name has 1 to 200 printable characters, got {options.name!r}")
     out: Path = options.out or Path(options.name)
     if options.out is None and out.name != options.name:
-        raise ValueError(f"{options.name!r} can't be a folder's name; say --out FOLDER")
+        raise ValueError(f"{options.name!r} cannot be a folder's name; choose a folder with --out FOLDER")
     found = find_patients(options.data, layout=options.layout, label_convention=options.label_convention)
     path = write_settings(out, name=options.name, data=options.data, layout=options.layout,
                           label_convention=options.label_convention, table=options.table, partition=options.partition,
@@ -97,7 +94,7 @@ def _init(options: argparse.Namespace) -> None:
     read_settings(out)
     labelled = sum(files.label is not None for files in found.values())
     print(f"{len(found)} patients in {options.data}, {labelled} of them labelled\n\n"
-          f"Now say what this site allows: {path}\nThen look at it: fedlab site show {out}")
+          f"Next, state the site's policy in {path}\nThen check it with: fedlab site show {out}")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -109,7 +106,7 @@ def _show(options: argparse.Namespace) -> None:
     for name in ("table", "partition", "layout", "label_convention", "card"):
         if getattr(settings, name) is not None:
             print(f"{name:10s}{getattr(settings, name)}")
-    shape = "as large as needed" if settings.shape is None else "x".join(map(str, settings.shape))
+    shape = "large enough for every brain" if settings.shape is None else "x".join(map(str, settings.shape))
     print(f"grid      {settings.spacing_mm:g} mm, {shape}\nheld out  {settings.held_out:g}\n\npolicy")
     for line in _policy_lines(settings.policy):
         print(f"  {line}")
@@ -128,11 +125,11 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _policy_lines(policy: Any) -> list[str]:
-    lines = [f"insists on {required!r}" for required in policy.require]
+    lines = [f"requires {required!r}" for required in policy.require]
     lines += [f"spends at most ε = {budget.epsilon:g} per {unit} at δ = {budget.delta:g}"
               for unit, budget in policy.budgets.items()]
     if policy.secure_mode:
-        lines.append("takes noise from the operating system only (secure_mode)")
+        lines.append("draws noise from the operating system only (secure_mode)")
     for name in ("max_rounds", "max_updates"):
         if getattr(policy, name) is not None:
             lines.append(f"{name} = {getattr(policy, name)}")
@@ -141,14 +138,14 @@ def _policy_lines(policy: Any) -> list[str]:
     if policy.installed:
         lines.append(f"runs may name the installed modules {', '.join(policy.installed)}")
     if policy.tell_errors:
-        lines.append("tells the server the text of errors where no guarantee forbids it")
-    return lines or ["demands nothing but code that this site knows: anyone with the server's key can ask for plain "
+        lines.append("sends the server the text of errors where no guarantee forbids it")
+    return lines or ["demands nothing but code known to this site: anyone with the server's key can request plain "
                      "updates; see site.toml"]
 
 
 def _state_of(path: Path, digest: str) -> str:
     if not path.is_file():
-        return "the file is missing; runs that need it are refused"
+        return "missing; runs that need it are refused"
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     return f"unchanged ({digest[:12]}…)" if found == digest else "CHANGED since it was approved; it is refused"
 
@@ -160,18 +157,18 @@ def _approve(options: argparse.Namespace) -> int:
 
     settings, module = read_settings(options.folder), options.file.stem
     if options.file.suffix != ".py" or not module.isidentifier() or not options.file.is_file():
-        raise RunError(f"{options.file} is no Python file whose name can be imported, such as my_technique.py")
+        raise RunError(f"expected a Python file with an importable name, such as my_technique.py, got {options.file}")
     source = options.file.read_bytes()
     digest = hashlib.sha256(source).hexdigest()
     there = options.folder / "techniques" / options.file.name
     if there.exists() and there.read_bytes() != source:
-        raise RunError(f"{there} exists with another content and is not overwritten; give the new version another "
-                       "name, or remove the old one by hand")
+        raise RunError(f"{there} exists with another content and is not overwritten; rename the new "
+                       "version, or remove the old one by hand")
     if settings.policy.approved.get(module) == digest and there.exists():
         print(f"{module}.py is approved already, unchanged: {digest}")
         return 0
     for number, line in enumerate(source.decode("utf-8", "replace").splitlines(), 1):
-        shown = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line.expandtabs())
+        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.expandtabs())
         print(f"{number:5d}  {shown}")
     print(f"\nSHA-256 {digest}\nIts code will run at {settings.name} with access to its scans, whenever a run names "
           f"the module {module!r}.")
@@ -191,21 +188,21 @@ def _export(options: argparse.Namespace) -> None:
 
     target: Path = options.to
     if target.suffix != ".py" or not target.stem.isidentifier():
-        raise RunError(f"{target} can't be imported by its name; take one such as my_technique.py")
+        raise RunError(f"{target} cannot be imported by its name; choose one such as my_technique.py")
     if target.exists():
-        raise RunError(f"{target} exists and is not overwritten; take another name")
+        raise RunError(f"{target} exists and is not overwritten; choose another name")
     source = source_of(options.notebook, options.name)
-    told = _try_out(target.stem, source, options.name, options.call, check=not options.no_check)
+    report = _try_out(target.stem, source, options.name, options.call, check=not options.no_check)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("x", encoding="utf-8") as file:
         file.write(source)
-    print(f"{told.strip()}\n\nwritten: {target}\nsha256:  {hashlib.sha256(source.encode()).hexdigest()}\n\n"
+    print(f"{report.strip()}\n\nwritten: {target}\nsha256:  {hashlib.sha256(source.encode()).hexdigest()}\n\n"
           f"In the notebook, in place of the class: from {target.stem} import {options.name}\n"
           f"At each site: fedlab site approve FOLDER {target.name}")
 
 
 def _try_out(module: str, source: str, name: str, call: str | None, *, check: bool) -> str:
-    """Imports the file and checks the technique, in a process of its own; what it prints."""
+    """Imports the file and checks the technique in a separate process; returns what that prints."""
     from fedlab.core.errors import RunError
 
     code = _TRY.format(module=module, name=name, call=call or f"{name}()", check=check)
@@ -216,7 +213,7 @@ def _try_out(module: str, source: str, name: str, call: str | None, *, check: bo
                                    [folder, *filter(None, [os.environ.get("PYTHONPATH")])])})
     if found.returncode:
         last = "\n".join(found.stderr.strip().splitlines()[-25:])
-        raise RunError(f"nothing was written: the file that would hold {name} fails.\n{found.stdout}{last}")
+        raise RunError(f"nothing was written: the file with {name} fails.\n{found.stdout}{last}")
     return found.stdout
 
 
@@ -231,9 +228,9 @@ if {check}:
     try:
         technique = eval({call!r}, vars(module))
     except TypeError as error:
-        sys.exit(f"{name} needs arguments ({{error}}): say --call \\"{name}(…)\\", or --no-check")
+        sys.exit(f"{name} needs arguments ({{error}}): give --call \\"{name}(…)\\", or --no-check")
     from fedlab.deploy.plan import describe, make
     if repr(make(describe(technique), approve=lambda module: None)) != repr(technique):
-        sys.exit("the technique can't travel: keep each argument of __init__ as it is in an attribute of the same name")
+        sys.exit("the technique cannot be sent: store each argument of __init__ unchanged in an attribute of its name")
     print(check_privacy(technique))
 """

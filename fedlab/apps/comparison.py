@@ -1,7 +1,7 @@
-"""The main job: the same network trained federated, on pooled data and at each site alone, and compared.
+"""The comparison behind `fedlab demo` and `run`: one network, trained federated, on pooled data and at each site alone.
 
 `run_job` prepares the data, trains the arms side by side in worker processes and evaluates them on held-out
-patients; `fedlab.apps.comparison_results` writes what came of it.
+patients; `fedlab.apps.comparison_results` writes tables, figures and the report.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from fedlab.apps.comparison_data import Folder, Phantoms
 from fedlab.core.errors import DataError, RunError
+from fedlab.core.files import write_json
 from fedlab.core.regions import regions_to_labels
 from fedlab.core.types import Patient, Round, ServerState, Site
 from fedlab.core.weights import load_weights
@@ -41,13 +42,12 @@ from fedlab.training.metrics import COLUMNS, evaluate, predict, score_rows
 from fedlab.training.networks import save_model, segresnet
 from fedlab.training.trainer import PolyDecay, SiteTrainer, augmentation
 
-__all__ = ["Job", "Outcome", "forget_working_files", "open_job", "read_job", "run_job",
-           "sole_use"]
+__all__ = ["Evaluation", "Job", "Outcome", "open_job", "read_job", "remove_working_files", "run_job", "sole_use"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train on what, and how long. The defaults are the demo's.
+    """The settings of a comparison: data, network and training. The defaults are the demo's.
 
     Args:
         source: `Phantoms` or `Folder`.
@@ -58,10 +58,10 @@ class Job:
         filters: width of the network; 32 is the paper's.
         crop: voxels of a training crop.
         seed: of the data, the first weights and the training.
-        real: folder of real scans to try the federated model on, in a BraTS layout; not trained on.
-        watch_every: rounds between two looks at the Dice of held-out patients.
-        keep: whether prepared data and checkpoints stay when the run is complete.
-        contributions: whether to keep all updates, and work out from them what each site has contributed.
+        real: folder of real scans in a BraTS layout on which the federated model is evaluated; not trained on.
+        watch_every: rounds between two measurements of the Dice of held-out patients.
+        keep: whether prepared data and checkpoints are kept after the run is complete.
+        contributions: whether to store all updates and compute from them what each site contributed.
 
     Raises:
         ValueError: a count below 1.
@@ -87,29 +87,43 @@ class Job:
 
     def trainer(self) -> SiteTrainer:
         """The trainer of every arm: same network, same start, same schedule, moments kept in all."""
-        # A run of a few hundred steps has no time to learn heads that stand on end, so it flips left and right only,
-        # and it must see much of what is not tumour, or it finds tumour everywhere.
+        # A few hundred steps are too few to learn upside-down heads, so only left and right are flipped. Half of the
+        # crops are drawn anywhere: with fewer healthy voxels the network finds tumour everywhere.
         return SiteTrainer(model=segresnet(filters=self.filters, seed=self.seed), steps=self.steps,
                            lr=PolyDecay(start=self.lr, rounds=self.rounds), batch_size=self.batch_size,
                            crop=self.crop, tumour_share=0.5, augment=augmentation(flips=(0,)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a job found.
+class Evaluation:
+    """How well the models of all arms segment.
+
+    Attributes:
+        scores: one row per arm, patient and region, on the held-out patients of all sites.
+        predictions: label maps of the patients shown, by arm and patient id.
+        train: scores of the federated model on its own training patients, if those are real.
+        real: scores of the federated model on the folder of real scans, if there is one.
+        real_cases: these patients with the federated model's label maps.
+    """
+
+    scores: pd.DataFrame
+    predictions: dict[str, dict[str, torch.Tensor]]
+    train: pd.DataFrame | None
+    real: pd.DataFrame | None
+    real_cases: list[tuple[Patient, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Evaluation):
+    """The result of a job.
 
     Attributes:
         job: the settings.
         trainer: how every arm was trained, as code.
         sites: the prepared sites.
-        partition: who of their patients is where, as in the run's partition.json.
+        partition: the patients of each site, as in the run's partition.json.
         histories: by arm: "federated", "centralised", "local site-01", ...
-        scores: one row per arm, patient and region, on the held-out patients of all sites.
-        predictions: label maps of the patients shown, by arm and patient id.
-        train: the scores of the federated model on the patients it was trained on, if those are real.
-        real: the scores of the federated model on real scans, if there are any.
-        real_cases: these patients with the federated model's label maps.
-        contributions: what each site has contributed, if the job asks.
+        contributions: what each site contributed, if the job asks for it.
         seconds: wall time of data, train, evaluate and total.
     """
 
@@ -118,22 +132,16 @@ class Outcome:
     sites: list[Site]
     partition: Partition
     histories: dict[str, History]
-    scores: pd.DataFrame
-    predictions: dict[str, dict[str, torch.Tensor]]
-    train: pd.DataFrame | None
-    real: pd.DataFrame | None
-    real_cases: list[tuple[Patient, torch.Tensor]]
     contributions: Contributions | None
     seconds: dict[str, float]
 
 
 def open_job(job: Job, out: Path) -> None:
-    """Makes the run directory `out` and notes the job in it.
+    """Makes the run directory `out` and writes the job into it.
 
     Raises:
         RunError: the directory exists.
-        DataError: the job names a folder or a table that cannot be used, as far as names, headers and label maps
-            tell; nothing is made.
+        DataError: the job names an unusable folder or table, judged by names, headers and label maps; nothing is made.
     """
     _check_inputs(job)
     try:
@@ -142,14 +150,11 @@ def open_job(job: Job, out: Path) -> None:
         raise RunError(f"{out} exists and is left as it is; choose another --out, or continue it with "
                        f"'fedlab resume {out}'") from error
     kind = {Phantoms: "phantoms", Folder: "folder"}[type(job.source)]
-    note = {"format": "fedlab-job-1", "source_kind": kind, **asdict(job)}
-    scratch = out / "job.json.part"
-    scratch.write_text(json.dumps(note, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(scratch, out / "job.json")
+    write_json(out / "job.json", {"format": "fedlab-job-1", "source_kind": kind, **asdict(job)})
 
 
 def _check_inputs(job: Job) -> None:
-    """A mistyped path, or labels that could mean two things, show here, before anything is written."""
+    """Detects mistyped paths and ambiguous labels before anything is written."""
     if isinstance(job.source, Folder):
         check_sites(job.source.data, job.source.table, layout=job.source.layout,
                     label_convention=job.source.label_convention, broken="skip" if job.source.skip_broken else "raise")
@@ -159,16 +164,16 @@ def _check_inputs(job: Job) -> None:
 
 
 def read_job(out: Path) -> Job:
-    """The job noted in a run directory.
+    """The job of a run directory.
 
     Raises:
-        RunError: there is none, or it is damaged.
+        RunError: the directory has no job, or a damaged one.
     """
     path = out / "job.json"
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         if note.pop("format") != "fedlab-job-1":
-            raise ValueError("not the format of this fedlab")
+            raise ValueError("written by another version of fedlab")
         source = {"phantoms": Phantoms, "folder": Folder}[note.pop("source_kind")]
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in note.pop("source").items()}
         note["crop"] = tuple(note["crop"])
@@ -180,7 +185,7 @@ def read_job(out: Path) -> Job:
 
 @contextmanager
 def sole_use(out: Path) -> Iterator[None]:
-    """While a process works in a run directory, no other does; the lock of a process that died is void.
+    """Locks a run directory for this process; the lock of a process that died does not count.
 
     Raises:
         RunError: another process works there.
@@ -191,7 +196,7 @@ def sole_use(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RunError(f"another process works in {out} right now; wait until it ends, or end it first") from error
+        raise RunError(f"another process works in {out} right now; wait until it ends, or stop it first") from error
     try:
         yield
     finally:
@@ -199,14 +204,14 @@ def sole_use(out: Path) -> Iterator[None]:
 
 
 def run_job(job: Job, out: Path) -> Outcome:
-    """Runs `job` in its run directory, going on from what is there.
+    """Runs `job` in its run directory, continuing from the state found there.
 
     Args:
-        job: what to do.
+        job: the settings.
         out: a directory that `open_job` made.
 
     Raises:
-        FedlabError: data, sites or privacy failed; the run can be resumed after the cause is mended.
+        FedlabError: data, sites or privacy failed; the run can be resumed after the cause is removed.
     """
     try:
         with start_workers() as workers:
@@ -219,33 +224,33 @@ def run_job(job: Job, out: Path) -> Outcome:
 def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     started = time.perf_counter()
     prepared = out / "prepared"
-    warm = workers.submit(_warm_up)  # imports in the workers while data is generated
+    warm = workers.submit(os.getpid)  # starts the workers, which import MONAI while data is generated
     if not (prepared / "complete").is_file():
         save_sites(job.source.prepare(seed=job.seed, workers=workers), prepared)
         (prepared / "complete").touch()
     sites = load_sites(prepared)
     if not any(len(site.val) for site in sites):
         raise DataError("no site holds out a patient, so there is nothing to compare on; at least one site needs two "
-                        "patients or more")
+                        "or more patients")
     partition = _save_partition(job, sites, out / "partition.json")
     warm.result()
     data_done = time.perf_counter()
     histories = _train(job, sites, out, workers)
     train_done = time.perf_counter()
-    kept = workers.submit(_keep_model, job, histories["federated"].state, out / "model.safetensors")
+    saved = workers.submit(_save_model, job, histories["federated"].state, out / "model.safetensors")
     worth = workers.submit(_contributions, job, histories["federated"], out) if job.contributions else None
-    found = _evaluate(job, sites, histories, prepared, workers)
-    trainer = kept.result()
+    evaluation = _evaluate(job, sites, histories, prepared, workers)
+    trainer = saved.result()
     contributed = worth.result() if worth is not None else None
     done = time.perf_counter()
     seconds = {"data": data_done - started, "train": train_done - data_done, "evaluate": done - train_done,
                "total": done - started}
     return Outcome(job=job, trainer=trainer, sites=sites, partition=partition, histories=histories, seconds=seconds,
-                   contributions=contributed, **found._asdict())
+                   contributions=contributed, **vars(evaluation))
 
 
 def _save_partition(job: Job, sites: Sequence[Site], path: Path) -> Partition:
-    """Who is where, noted in the run directory; a run that goes on must have the same patients as before."""
+    """Writes the patients of each site into the run directory; a resumed run must have the same ones as before."""
     partition = replace(Partition.of(sites), how=f"{job.source!r}, seed={job.seed}")
     if path.is_file():
         known = Partition.load(path)
@@ -260,19 +265,15 @@ def _save_partition(job: Job, sites: Sequence[Site], path: Path) -> Partition:
     return partition
 
 
-def forget_working_files(out: Path) -> None:
+def remove_working_files(out: Path) -> None:
     """Removes the prepared data, the checkpoints and the lock of a finished run."""
     (out / "run.lock").unlink(missing_ok=True)
     for name in ("prepared", "arms"):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _warm_up() -> None:
-    import fedlab.core.warm_imports  # noqa: F401
-
-
-def _keep_model(job: Job, state: ServerState | None, path: Path) -> str:
-    """Saves the federated model, anew if need be, and says how it was trained; in a worker, which has MONAI loaded."""
+def _save_model(job: Job, state: ServerState | None, path: Path) -> str:
+    """In a worker, which has MONAI loaded: saves the federated model, and returns how it was trained, as code."""
     trainer = job.trainer()
     if state is not None:
         path.unlink(missing_ok=True)
@@ -280,12 +281,9 @@ def _keep_model(job: Job, state: ServerState | None, path: Path) -> str:
     return repr(trainer)
 
 
-def _arms(sites: Sequence[Site]) -> list[str]:
-    return ["federated", "centralised", *(f"local {site.name}" for site in sites)]  # the long ones first
-
-
 def _train(job: Job, sites: Sequence[Site], out: Path, workers: Workers) -> dict[str, History]:
-    weight = {arm: 1 if arm.startswith("local") else len(sites) for arm in _arms(sites)}
+    # How many sites' steps each arm takes in a round; the long arms start first.
+    weight = {"federated": len(sites), "centralised": len(sites), **{f"local {site.name}": 1 for site in sites}}
     total = job.rounds * job.steps * sum(weight.values())
     futures = {arm: workers.submit(_train_arm, job, arm, out) for arm in weight}
     shown: dict[str, str] = {}
@@ -297,26 +295,26 @@ def _train(job: Job, sites: Sequence[Site], out: Path, workers: Workers) -> dict
                 bar.set_postfix(shown, refresh=False)
                 bar.update(job.steps * weight[arm])
 
-        _watch(list(futures.values()), look)
-        look()
+        _watch(futures.values(), look)
     return {arm: future.result() for arm, future in futures.items()}
 
 
-def _watch(futures: Sequence[Future[Any]], look: Callable[[], object]) -> None:
-    """Calls `look` twice a second until all futures are done; raises what the first failing one raised."""
+def _watch(futures: Iterable[Future[Any]], look: Callable[[], object]) -> None:
+    """Calls `look` twice per second until all futures are done; raises the error of the first one that fails."""
     waiting = set(futures)
     while waiting:
         done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
         look()
         for future in done:
             future.result()
+    look()
 
 
 def _train_arm(job: Job, arm: str, out: Path) -> History:
     """In a worker: one arm, with its checkpoint in the run directory."""
     sites = load_sites(out / "prepared")
     trainer = job.trainer()
-    # A few held-out patients show how training goes; the scores come from all of them in the end.
+    # One held-out patient per site shows the progress of training; the final scores come from all of them.
     shown = [] if arm.startswith("local") else [site.val[0] for site in sites if len(site.val)]
 
     def validate(model: torch.nn.Module, number: int) -> dict[str, float]:
@@ -340,18 +338,8 @@ def _train_arm(job: Job, arm: str, out: Path) -> History:
     return federate(trainer, chosen, **settings)
 
 
-class _Found(NamedTuple):
-    """The part of an `Outcome` that evaluation gives."""
-
-    scores: pd.DataFrame
-    predictions: dict[str, dict[str, torch.Tensor]]
-    train: pd.DataFrame | None
-    real: pd.DataFrame | None
-    real_cases: list[tuple[Patient, torch.Tensor]]
-
-
 def _evaluate(job: Job, sites: Sequence[Site], histories: Mapping[str, History], prepared: Path,
-              workers: Workers) -> _Found:
+              workers: Workers) -> Evaluation:
     federated = histories["federated"].state
     total = sum(len(site.val) for site in sites) * len(histories)
     train = real = None
@@ -359,20 +347,17 @@ def _evaluate(job: Job, sites: Sequence[Site], histories: Mapping[str, History],
         train = workers.submit(_score_training, job, federated, prepared)
         total += sum(len(site.train) for site in sites)
     if job.real is not None:
-        real = workers.submit(_try_on_real, job, federated)
+        real = workers.submit(_evaluate_real, job, job.real, federated)
         total += len(find_patients(job.real))
     arms = {arm: workers.submit(_evaluate_arm, job, history.state, prepared) for arm, history in histories.items()}
     with tqdm(total=total, desc="evaluating", unit="patient") as bar:
-        def look() -> None:
-            bar.update(len(list(workers.messages())))
-
-        _watch([future for future in (train, real, *arms.values()) if future is not None], look)
-        look()
+        _watch([future for future in (train, real, *arms.values()) if future is not None],
+               lambda: bar.update(len(list(workers.messages()))))
     results = {arm: future.result() for arm, future in arms.items()}
     scores = pd.concat([table.assign(arm=arm) for arm, (table, _) in results.items()], ignore_index=True)
     real_scores, real_cases = (None, []) if real is None else real.result()
-    return _Found(scores=scores, predictions={arm: shown for arm, (_, shown) in results.items()},
-                  train=None if train is None else train.result(), real=real_scores, real_cases=real_cases)
+    return Evaluation(scores=scores, predictions={arm: shown for arm, (_, shown) in results.items()},
+                      train=None if train is None else train.result(), real=real_scores, real_cases=real_cases)
 
 
 def _contributions(job: Job, history: History, out: Path) -> Contributions:
@@ -385,45 +370,39 @@ def _contributions(job: Job, history: History, out: Path) -> Contributions:
 
 
 def _evaluate_arm(job: Job, state: ServerState | None, prepared: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
-    """In a worker: scores on every held-out patient, and the label maps of each site's first."""
-    model = _model(job, state)
-    rows: list[dict[str, str | float]] = []
-    shown = {}
-    for site in load_sites(prepared):
-        for number, patient in enumerate(site.val):
-            found, labels = _segment(model, patient, site.name)
-            rows += found
-            if number == 0:
-                shown[patient.id] = labels
-    return pd.DataFrame(rows, columns=list(COLUMNS)), shown
+    """In a worker: scores on every held-out patient, and the label map of each site's first."""
+    sites = load_sites(prepared)
+    scores, labels = _segment(job, state, ((site.name, patient) for site in sites for patient in site.val))
+    shown = [site.val[0].id for site in sites if len(site.val)]
+    return scores, {patient: labels[patient] for patient in shown}
 
 
 def _score_training(job: Job, state: ServerState | None, prepared: Path) -> pd.DataFrame:
-    """In a worker: scores on the patients trained on, which show whether a model has learnt anything at all."""
-    model = _model(job, state)
-    rows = [row for site in load_sites(prepared) for patient in site.train
-            for row in _segment(model, patient, site.name)[0]]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    """In a worker: scores on the training patients, which show whether a model has learned anything at all."""
+    patients = ((site.name, patient) for site in load_sites(prepared) for patient in site.train)
+    return _segment(job, state, patients)[0]
 
 
-def _try_on_real(job: Job, state: ServerState | None) -> tuple[pd.DataFrame, list[tuple[Patient, torch.Tensor]]]:
+def _evaluate_real(job: Job, folder: str, state: ServerState | None,
+                   ) -> tuple[pd.DataFrame, list[tuple[Patient, torch.Tensor]]]:
     """In a worker: scores on real scans, and the patients with their label maps."""
+    patients = [read_patient(files, spacing_mm=job.source.spacing_mm) for files in find_patients(folder).values()]
+    scores, labels = _segment(job, state, (("real", patient) for patient in patients))
+    return scores, [(patient, labels[patient.id]) for patient in patients]
+
+
+def _segment(job: Job, state: ServerState | None,
+             patients: Iterable[tuple[str, Patient]]) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+    """Scores and label maps by patient id, of pairs of a site's name and a patient; reports each patient."""
     model = _model(job, state)
     rows: list[dict[str, str | float]] = []
-    cases = []
-    for files in find_patients(job.real).values() if job.real else ():
-        patient = read_patient(files, spacing_mm=job.source.spacing_mm)
-        found, labels = _segment(model, patient, "real")
-        rows += found
-        cases.append((patient, labels))
-    return pd.DataFrame(rows, columns=list(COLUMNS)), cases
-
-
-def _segment(model: torch.nn.Module, patient: Patient, site: str) -> tuple[list[dict[str, str | float]], torch.Tensor]:
-    regions = predict(model, patient) >= 0.5
-    tell(patient.id)
-    rows = score_rows(regions, patient.label, spacing_mm=patient.spacing_mm, site=site, patient=patient.id)
-    return rows, regions_to_labels(regions)
+    labels = {}
+    for site, patient in patients:
+        regions = predict(model, patient) >= 0.5
+        rows += score_rows(regions, patient.label, spacing_mm=patient.spacing_mm, site=site, patient=patient.id)
+        labels[patient.id] = regions_to_labels(regions)
+        tell(patient.id)
+    return pd.DataFrame(rows, columns=list(COLUMNS)), labels
 
 
 def _model(job: Job, state: ServerState | None) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Where the data of a job come from: generated, or a folder of scans."""
+"""The two sources of a comparison's data: generated patients, or a folder of scans."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Folder", "Phantoms"]
 
 @dataclass(frozen=True, kw_only=True)
 class Phantoms:
-    """A generated cohort as the data of a job; see `fedlab.data.phantom.cohort.make_cohort`.
+    """Generated patients as the data of a job; see `fedlab.data.phantom.cohort.make_cohort`.
 
     Args:
         sites: number of sites.
@@ -23,10 +23,10 @@ class Phantoms:
         shape: voxels of the common grid.
         spacing_mm: edge of a voxel in mm.
         held_out: patients that each site holds out, a number or a share.
-        equal: whether all sites have the same number of patients, else sizes as unequal as in a real study.
+        equal: whether all sites have the same number of patients; otherwise sizes are as unequal as in a real study.
 
     Raises:
-        ValueError: numbers that do not fit each other, or a grid that does not hold a brain.
+        ValueError: numbers that contradict each other, or a grid too small for a brain.
     """
 
     sites: int = 4
@@ -38,7 +38,7 @@ class Phantoms:
 
     def __post_init__(self) -> None:
         if self.sites < 1:
-            raise ValueError(f"a cohort has at least one site, got {self.sites}")
+            raise ValueError(f"a comparison needs at least one site, got {self.sites}")
         if self.patients < 2 * self.sites:
             raise ValueError(f"{self.sites} sites need at least {2 * self.sites} patients, one each to train on and "
                              f"one to hold out; got {self.patients}")
@@ -62,12 +62,12 @@ class Folder:
         table: CSV file with the columns Partition_ID and Subject_ID.
         spacing_mm: edge of a voxel in mm.
         held_out: patients that each site holds out, a number or a share.
-        layout: where it can't be found out.
-        label_convention: one of `fedlab.data.readers.conventions.CONVENTIONS`, where it can't be found out.
-        skip_broken: whether to go on without patients whose files have errors.
+        layout: of the folder; None to detect it.
+        label_convention: one of `fedlab.data.readers.conventions.CONVENTIONS`; None to detect it.
+        skip_broken: whether to leave out patients whose files have errors.
 
     Raises:
-        ValueError: a voxel size that is none.
+        ValueError: an invalid voxel size.
     """
 
     data: str

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fedlab.core.errors import RunError
+from fedlab.core.files import write_json
 from fedlab.core.hardware import pick_device
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import REGIONS
@@ -30,16 +29,16 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | No
                     progress: bool = True) -> dict[str, Any]:
     """Segments every patient of a folder and writes predictions, scores.csv and summary.json.
 
-    The model sees each patient resampled to the voxel size it was trained at. Its prediction is brought back to the
-    patient's own grid, written there as `<ID>_pred.nii.gz` and scored there against the expert's labels.
+    The model sees each patient resampled to the voxel size it was trained at. Its prediction is resampled back to the
+    patient's own grid, written as `<ID>_pred.nii.gz` and scored against the expert's labels.
 
     Args:
         model_file: model.safetensors of a run.
         data: folder in one of `fedlab.data.readers.layouts.LAYOUTS`, or a CSV table of paths; labels optional.
         out: a directory that does not exist yet.
-        layout: where it can't be found out.
-        label_convention: where it can't be found out.
-        skip_broken: whether to go on without patients whose files have errors.
+        layout: of the folder; None to detect it.
+        label_convention: of the labels; None to detect it.
+        skip_broken: whether to leave out patients whose files have errors.
         progress: show a progress bar.
 
     Returns:
@@ -76,9 +75,7 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | No
         result |= {"dice": {name: round(float(means["dice"][name]), 4) for name in names},
                    "hd95_mm": {name: round(float(means["hd95_mm"][name]), 2) for name in names},
                    "empty_regions": means.attrs["rule"]}
-    scratch = out / "summary.json.part"
-    scratch.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(scratch, out / "summary.json")
+    write_json(out / "summary.json", result)
     return result
 
 

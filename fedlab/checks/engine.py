@@ -28,7 +28,8 @@ from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Elsewhere, Engine, Local
-from fedlab.strategies import SCAFFOLD, FedAvg
+from fedlab.strategies.averaging import FedAvg
+from fedlab.strategies.client_drift import SCAFFOLD
 from fedlab.topologies.workflows import Gossip, ring
 from fedlab.training.trainer import Kit, SiteTrainer
 
@@ -83,7 +84,7 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
         needed = () if isinstance(engine, Elsewhere) else ("run", "exchange", "memory")
         missing = [name for name in needed if not hasattr(engine, name)]
     findings = [_finding("engine", f"{subject} has no {' and no '.join(missing)}" if missing else None,
-                         f"has {', '.join(needed) or 'rounds, placed, memory'}", "see fedlab.Engine")]
+                         f"has {', '.join(needed) or 'rounds, placed, memory'}", "see fedlab.run.Engine")]
     if not missing:
         findings += [_safely(check, engine_factory, stage) for check in _CHECKS if check in chosen]
     report = CheckReport(subject, findings)

@@ -17,7 +17,7 @@ from fedlab.checks.rehearsal import DECOY, Rehearsal, Stage, make_stage, rehears
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.types import Site, Tensors, Update
 from fedlab.privacy.base import Privacy
-from fedlab.strategies import Strategy
+from fedlab.strategies.averaging import Strategy
 from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["check_privacy"]

@@ -20,7 +20,7 @@ from fedlab.privacy.base import Inboxes, Privacy, check_update
 from fedlab.run.federate import each_round
 from fedlab.run.local import Answer, Local
 from fedlab.run.site_task import SiteTask
-from fedlab.strategies import FedAvg, Strategy
+from fedlab.strategies.averaging import FedAvg, Strategy
 from fedlab.training.trainer import Kit, SiteTrainer
 
 __all__ = ["DECOY", "Charge", "Rehearsal", "Script", "Stage", "Step", "Watched", "make_stage", "plain_descent",

@@ -22,7 +22,7 @@ from fedlab.core.types import Memory, Patient, ServerState, Site, Tensors, Updat
 from fedlab.core.weights import weights_sha256
 from fedlab.run.federate import federate
 from fedlab.run.local import Local
-from fedlab.strategies import Strategy, TooFewUpdates
+from fedlab.strategies.averaging import Strategy, TooFewUpdates
 from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["check_strategy"]
@@ -298,8 +298,8 @@ def _nothing(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
         wrong = None
     except Exception as error:  # whatever the author's code trips over
         wrong = f"combining no update ends in {type(error).__name__}: {error}"
-    yield _finding("no update", wrong, "is a clear error", "raise fedlab.TooFewUpdates: with Admission rules the round "
-                   "is then void and the run goes on")
+    yield _finding("no update", wrong, "is a clear error", "raise fedlab.strategies.TooFewUpdates: with Admission "
+                   "rules the round is then void and the run goes on")
 
 
 def _run(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:

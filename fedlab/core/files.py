@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-__all__ = ["write_whole"]
+__all__ = ["write_json", "write_whole"]
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -22,3 +24,8 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON that people can read, as a whole file."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False).encode())

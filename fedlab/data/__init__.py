@@ -1,0 +1,9 @@
+"""Patients from folders or from a generator, and how they are distributed over sites.
+
+Read `readers/brats` first for own data and `phantom/cohort` for generated data. `sites` holds partitions, statistics,
+fingerprints and harmonisation; `cards` describes a data set. May import `privacy` and the packages below it.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

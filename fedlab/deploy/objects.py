@@ -149,7 +149,8 @@ def _described_object(value: Any, inner: Callable[[Any], Json]) -> Json:
         factory, settings = note
         return {"make": _name_of(factory), "with": {name: inner(item) for name, item in settings.items()}}
     if type(value).__name__ == "SegResNet" and isinstance(value.__dict__.get("settings"), dict):
-        return {"make": "fedlab.training.networks:segresnet", "with": {k: inner(v) for k, v in value.__dict__["settings"].items()}}
+        given = {name: inner(item) for name, item in value.__dict__["settings"].items()}
+        return {"make": "fedlab.training.networks:segresnet", "with": given}
     return {"make": _name_of(type(value)), "with": {name: inner(item) for name, item in _settings(value).items()}}
 
 
@@ -161,8 +162,8 @@ def _settings(value: Any) -> dict[str, Any]:
     if cls.__module__.partition(".")[0] in {*sys.stdlib_module_names, "numpy"} or isinstance(value, torch.Tensor):
         raise ValueError(f"a plan carries plain values and parts of a run, no {cls.__name__}: {str(value)[:80]}; "
                          "say it in text or numbers")
-    remedy = (f"make it with fedlab.built({cls.__name__}, name=value, …), which notes how it was made, or keep each "
-              "constructor argument as an attribute of the same name")
+    remedy = (f"make it with fedlab.deploy.built({cls.__name__}, name=value, …), which notes how it was made, or keep "
+              "each constructor argument as an attribute of the same name")
     try:
         wanted = inspect.signature(cls).parameters
     except (TypeError, ValueError) as error:

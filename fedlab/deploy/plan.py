@@ -20,7 +20,7 @@ from fedlab.deploy.objects import Approve, Json, Load, built, check_plain, descr
 from fedlab.privacy.base import Privacy
 from fedlab.run.admission import Admission
 from fedlab.run.site_task import SiteTask
-from fedlab.strategies import Strategy
+from fedlab.strategies.averaging import Strategy
 from fedlab.topologies.workflows import Topology
 from fedlab.training.trainer import SiteTrainer
 
@@ -175,8 +175,8 @@ class Plan:
 
 def _check_rebuilt(here: SiteTrainer, there: SiteTrainer) -> None:
     """Refuses a model that differs from what its making gives in more than trainable weights."""
-    remedy = ("make the model with fedlab.built(factory, …) and change nothing of it afterwards but its trainable "
-              "weights, or put the change into the factory")
+    remedy = ("make the model with fedlab.deploy.built(factory, …) and change nothing of it afterwards but its "
+              "trainable weights, or put the change into the factory")
     if repr(here.model) != repr(there.model):
         raise ValueError(f"the model has been changed since it was made: {remedy}")
     shapes = [{name: (p.shape, p.dtype) for name, p in trainable(t.model).items()} for t in (here, there)]

@@ -17,7 +17,7 @@ from fedlab.deploy.plan import Plan
 from fedlab.privacy.base import Inboxes, PartialExchange
 from fedlab.run.local import Answer
 from fedlab.run.site_task import SiteTask
-from fedlab.strategies import FedAvg, Strategy
+from fedlab.strategies.averaging import FedAvg, Strategy
 
 __all__ = ["Ask", "Remote", "Unseen", "away"]
 

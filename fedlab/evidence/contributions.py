@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,7 +32,10 @@ from fedlab.run.history import History
 from fedlab.run.local import Answer, Engine
 from fedlab.run.site_task import SiteTask
 from fedlab.run.wrapped import Around
-from fedlab.strategies import FedAvg, Strategy, TooFewUpdates
+from fedlab.strategies.averaging import FedAvg, Strategy, TooFewUpdates
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Contributions", "KeepUpdates", "Values", "dice_on", "leave_one_out", "shapley", "site_contributions"]
 
@@ -78,6 +80,8 @@ def shapley(worth: Worth, players: Sequence[str], *, permutations: int | None = 
     Raises:
         ValueError: too many players for all coalitions, fewer than 2 permutations, or a negative tolerance.
     """
+    import pandas as pd
+
     if permutations is None and len(players) > _EXACT:
         raise ValueError(f"{len(players)} players have 2^{len(players)} coalitions; give permutations=, such as 200")
     if permutations is not None and permutations < 2:
@@ -251,6 +255,8 @@ def site_contributions(
         RunError: the updates are missing or damaged, or don't give the model of this run.
         ValueError: as in `shapley`.
     """
+    import pandas as pd
+
     started, folder = time.perf_counter(), Path(folder)
     strategy = FedAvg() if strategy is None else strategy
     sites = sorted({name for record in history.records for name in record["sites"]})

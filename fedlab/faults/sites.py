@@ -6,27 +6,24 @@ admission the first failure ends a run, so give `federate(..., admission=Admissi
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, cast, get_args, overload
 
 import torch
 
 from fedlab.core.errors import SiteError
+from fedlab.core.kit import Kit
+from fedlab.core.protocols import Engine, Trainer
 from fedlab.core.seeds import generator
-from fedlab.core.types import Failure, Memory, Patient, ServerState, Site, Update
-from fedlab.run.local import Answer, Engine
+from fedlab.core.types import Answer, Failure, Patient, ServerState, Site, SiteState, Tensors, Update
+from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
-from fedlab.run.wrapped import Around
-from fedlab.training.trainer import Kit, SiteTrainer
+from fedlab.run.wrapped import Wrapped
 
 __all__ = ["Corrupt", "Crash", "DropOut", "Fault", "Faulty", "Joins", "Leaves", "PoisonedLabels", "Replay", "Scale",
            "SignFlip", "Straggler"]
-
-_REPLAY = "replay"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +71,10 @@ class Fault:
         """What trains at the site instead, after privacy techniques have wrapped it."""
         return kit
 
-    def remember(self, update: Update, memory: Memory) -> None:
-        """In every round, whether it strikes or not: what it keeps of an update in the site's memory."""
+    def remember(self, update: Update, own: dict[str, torch.Tensor]) -> None:
+        """In every round, whether it strikes or not: what it keeps of an update, in a namespace of the site's state."""
 
-    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
         """What the server gets in place of the update."""
         return update
 
@@ -147,7 +144,7 @@ class Straggler(Fault):
         if not 0 < self.seconds < math.inf:
             raise ValueError(f"seconds is a positive number, got {self.seconds!r}")
 
-    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
         return replace(update, seconds=update.seconds + self.seconds)
 
 
@@ -191,7 +188,7 @@ class SignFlip(Fault):
 
     factor: float = 1.0
 
-    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
         return update.map(lambda tensor: tensor * -self.factor)
 
 
@@ -205,7 +202,7 @@ class Scale(Fault):
 
     factor: float
 
-    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
         return update.map(lambda tensor: tensor * self.factor)
 
 
@@ -220,15 +217,14 @@ class Replay(Fault):
 
     disguised: bool = False
 
-    def remember(self, update: Update, memory: Memory) -> None:
-        if _REPLAY not in memory:
+    def remember(self, update: Update, own: dict[str, torch.Tensor]) -> None:
+        if not own:
             numbers = torch.tensor([update.weight, float(update.round or 0)], dtype=torch.float64)
-            memory[_REPLAY] = {"weight, round": numbers, **{f"delta|{k}": t.clone() for k, t in update.delta.items()}}
+            own.update({"weight, round": numbers, **{f"delta|{k}": t.clone() for k, t in update.delta.items()}})
 
-    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
-        kept = memory[_REPLAY]
-        weight, number = kept["weight, round"].tolist()
-        delta = {name.removeprefix("delta|"): t for name, t in kept.items() if name.startswith("delta|")}
+    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
+        weight, number = own["weight, round"].tolist()
+        delta = {name.removeprefix("delta|"): t for name, t in own.items() if name.startswith("delta|")}
         return replace(update, delta=delta, weight=weight, round=update.round if self.disguised else int(number))
 
 
@@ -256,7 +252,7 @@ class Corrupt(Fault):
         if self.how not in get_args(How):
             raise ValueError(f"how is one of {', '.join(map(repr, get_args(How)))}; got {self.how!r}")
 
-    def send(self, update: Update, memory: Memory, rng: torch.Generator) -> object:
+    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
         changes: Mapping[str, Callable[[], object]] = {
             "nan": lambda: replace(update, delta=_spoilt(update, math.nan, rng)),
             "inf": lambda: replace(update, delta=_spoilt(update, math.inf, rng)),
@@ -274,10 +270,10 @@ class Corrupt(Fault):
 
 
 @dataclass(kw_only=True, eq=False)
-class Faulty(Around):
+class Faulty(Wrapped):
     """An engine whose sites go wrong.
 
-    What a fault keeps lies in the memory of its site, and whether it strikes follows from the seed, so a run that is
+    What a fault keeps lies in the state of its site, and whether it strikes follows from the seed, so a run that is
     resumed from a checkpoint meets the same faults. Faults apply in their order.
 
     Args:
@@ -298,8 +294,8 @@ class Faulty(Around):
         if odd:
             raise ValueError(f"faults are such as DropOut(probability=0.3), got {odd[0]!r}")
 
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
-        """What comes of the task at each site, or of what went wrong there."""
+    def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
+        """The answer of each site, or the fault that struck it."""
         there = []
         for site in cohort:
             away = [why for _, fault in self._striking(site.name, state.round) if (why := fault.keeps_away())]
@@ -309,53 +305,63 @@ class Faulty(Around):
                 there.append(site)
         if not there:
             return
-        for answer in self.engine.run(replace(task, trainer=self._sabotaged(task.trainer)), state, there):
-            # What a fault makes of an update need not be one: the server has to see for itself.
-            yield cast("Answer", self._sent(answer, state.round)) if isinstance(answer, Update) else answer
+        striking = tuple((fault, self._seed(index)) for index, fault in enumerate(self.faults))
+        trainer = cast("Any", _FaultyTrainer(stands_for=task.trainer, striking=striking))
+        for answer in self.engine.train(replace(task, trainer=trainer), state, there, states):
+            # A fault may turn an update into any object: the server has to check it.
+            yield cast("Answer", self._sent(answer, state.round, states)) if isinstance(answer, Update) else answer
 
     def _striking(self, site: str, round: int) -> list[tuple[int, Fault]]:
         return [(index, fault) for index, fault in enumerate(self.faults)
                 if fault.strikes(site, round, self._seed(index))]
 
-    def _sent(self, update: Update, round: int) -> object:
+    def _sent(self, update: Update, round: int, states: SiteStates) -> object:
         site = update.site
-        memory = self.memory.setdefault(site, {})
-        for fault in self.faults:
-            fault.remember(update, memory)
+        with states.working(site) as site_state:
+            own = [site_state.of(f"fault {index}").own for index in range(len(self.faults))]
+            for fault, kept in zip(self.faults, own, strict=True):
+                fault.remember(update, kept)
         sent: object = update
         for index, fault in self._striking(site, round):
             if isinstance(sent, Update):
-                sent = fault.send(sent, memory, generator(self._seed(index), "send", site, round))
+                sent = fault.send(sent, own[index], generator(self._seed(index), "send", site, round))
         return sent
 
     def _seed(self, index: int) -> int:
         return generator(self.seed, "fault", index).initial_seed()
 
-    def _sabotaged(self, trainer: SiteTrainer) -> SiteTrainer:
-        """A trainer that prints like the other and trains like it, but where a fault strikes."""
-        changed = copy.copy(trainer)
-        striking = tuple((fault, self._seed(index)) for index, fault in enumerate(self.faults))
-        # On the copy, not in a subclass: whatever class the user's trainer has stays what it is.
-        object.__setattr__(changed, "prepare", partial(_prepare, trainer, striking))
-        object.__setattr__(changed, "fit", partial(_fit, trainer, striking))
-        return changed
 
+@dataclass(frozen=True, kw_only=True)
+class _FaultyTrainer:
+    """A trainer that trains like the other one, but where a fault strikes. Runs with and without it are the same run.
 
-_Striking = tuple[tuple[Fault, int], ...]
+    Attributes:
+        stands_for: the user's trainer.
+        striking: faults and their seeds.
+    """
 
+    stands_for: Trainer
+    striking: tuple[tuple[Fault, int], ...]
 
-def _prepare(trainer: SiteTrainer, faults: _Striking, site: Site, state: ServerState, **more: Any) -> Kit:
-    for fault, seed in faults:
-        if fault.strikes(site.name, state.round, seed):
-            site = fault.at_site(site)
-    return trainer.prepare(site, state, **more)
+    def prepare(self, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Kit:
+        for fault, seeded in self.striking:
+            if fault.strikes(site.name, state.round, seeded):
+                site = fault.at_site(site)
+        return self.stands_for.prepare(site, state, site_state=site_state, seed=seed)
 
+    def fit(self, kit: Kit, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Update:
+        for fault, seeded in self.striking:
+            if fault.strikes(site.name, state.round, seeded):
+                kit = fault.in_training(kit)
+        return self.stands_for.fit(kit, site, state, site_state=site_state, seed=seed)
 
-def _fit(trainer: SiteTrainer, faults: _Striking, kit: Kit, site: Site, state: ServerState, **more: Any) -> Update:
-    for fault, seed in faults:
-        if fault.strikes(site.name, state.round, seed):
-            kit = fault.in_training(kit)
-    return trainer.fit(kit, site, state, **more)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("stands_for", "striking"):
+            raise AttributeError(name)  # while it is copied or unpickled there is no other trainer yet
+        return getattr(self.stands_for, name)
+
+    def __repr__(self) -> str:
+        return repr(self.stands_for)
 
 
 class _BreaksOff:

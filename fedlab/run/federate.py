@@ -151,12 +151,13 @@ def federate(
                    topology=topology, engine=engine, admission=admission, seed=seed)
     history = History(rounds=rounds, privacy=_protection(run))
     what = run_recipe(run) if checkpoint is not None or trace is not None else {}
-    saved = None
+    saved, site_states = None, None
     if checkpoint is not None:
         saved = Checkpoint.open(checkpoint, recipe=what, start=trainer.initial())
-        history.state, history.site_states, records = saved.load() or (None, saved.new_states(run.names), [])
+        history.state, site_states, records = saved.load() or (None, saved.new_states(run.names), [])
+        history.site_states = site_states
         history.records.extend(records)
-    rounds_left = _rounds(run, history.state, history.site_states)
+    rounds_left = _rounds(run, history.state, site_states)
     traced = None if trace is None else Trace.open(
         trace, recipe=what, settings=_as_code(run), sites=run.sites, state=history.state, start=trainer.initial(),
         resumable=saved is not None)

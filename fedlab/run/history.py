@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from tqdm.auto import tqdm
 
 from fedlab.core.types import Round, ServerState, Spent
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["History"]
 
@@ -56,6 +58,8 @@ class History:
 
     def table(self) -> pd.DataFrame:
         """One row per round: mean training loss by weight, bytes sent, seconds, metrics of the global model."""
+        import pandas as pd
+
         rows = []
         for record in self.records:
             sites = list(record["sites"].values())
@@ -71,6 +75,8 @@ class History:
 
         Numbers about what each site sent, for the server's eyes: see the class about noise at the server.
         """
+        import pandas as pd
+
         rows = [{"round": record["round"], "site": name, **numbers}
                 for record in self.records for name, numbers in record["sites"].items()]
         return pd.DataFrame(rows).set_index(["round", "site"]) if rows else pd.DataFrame()
@@ -81,12 +87,16 @@ class History:
         Empty for a run without a formal guarantee. The site "server" stands for noise added there, which holds for
         every site.
         """
+        import pandas as pd
+
         rows = [{"round": record["round"], "site": name, **entry} for record in self.records
                 for name, entries in record["spent"].items() for entry in entries]
         return pd.DataFrame(rows).set_index(["round", "site", "unit"]) if rows else pd.DataFrame()
 
     def absent(self) -> pd.DataFrame:
         """One row per round and site whose update is not in the model, and why."""
+        import pandas as pd
+
         rows = [{"round": record["round"], "site": name, "reason": reason}
                 for record in self.records for name, reason in record["absent"].items()]
         return pd.DataFrame(rows, columns=["round", "site", "reason"]).set_index(["round", "site"])

@@ -119,13 +119,13 @@ def _recipe(value: Any, above: tuple[int, ...]) -> Json:
         case types.FunctionType():
             return _function(value, above)
         case type() | types.BuiltinFunctionType() | types.ModuleType():
-            return _named(value)
+            return _named(value, above)
         case nn.Module():
             return _module(value, above)
     return _object(value, above)
 
 
-def _named(value: Any) -> Json:
+def _named(value: Any, above: tuple[int, ...]) -> Json:
     """A library's class, function or module by its name; a user's class by its methods and plain attributes."""
     name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
     if not isinstance(value, type) or _of_a_library(value):
@@ -133,8 +133,8 @@ def _named(value: Any) -> Json:
     plain = types.FunctionType | property | int | float | str
     parts = {key: part for key, part in vars(value).items() if key in ("__init__", "__call__", "__post_init__")
              or (not key.startswith("__") and isinstance(part, plain))}
-    bodies = {key: _recipe(part.fget if isinstance(part, property) else part, ()) for key, part in parts.items()}
-    return {"class": name, "bases": [_named(base) for base in value.__bases__], "body": bodies}
+    bodies = {key: _recipe(part.fget if isinstance(part, property) else part, above) for key, part in parts.items()}
+    return {"class": name, "bases": [_recipe(base, above) for base in value.__bases__], "body": bodies}
 
 
 def _of_a_library(value: Any) -> bool:
@@ -150,7 +150,7 @@ def _of_a_library(value: Any) -> bool:
 def _function(function: types.FunctionType, above: tuple[int, ...]) -> Json:
     """A user's function by its source and by the values that it takes from around it."""
     if _of_a_library(function):
-        return _named(function)
+        return _named(function, above)
     code = function.__code__
     try:
         source = _normal(inspect.getsource(function))
@@ -186,7 +186,7 @@ def _module(module: nn.Module, above: tuple[int, ...]) -> Json:
     fixed |= {name: p for name, p in module.named_parameters(recurse=False) if not p.requires_grad}
     trained: dict[str, Json] = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)
                                 if p.requires_grad}
-    return {"module": _named(type(module)), "settings": {name: _recipe(v, above) for name, v in own.items()},
+    return {"module": _recipe(type(module), above), "settings": {name: _recipe(v, above) for name, v in own.items()},
             "trained": trained, "fixed": weights_sha256(fixed) if fixed else "",
             "children": {name: _recipe(child, above) for name, child in module.named_children()}}
 
@@ -201,7 +201,7 @@ def _object(value: Any, above: tuple[int, ...]) -> Json:
     if hasattr(value, "adj"):  # a networkx graph, whose nodes and edges are what counts
         edges = sorted(repr(sorted(map(repr, edge))) for edge in value.edges)
         own = {"nodes": sorted(map(repr, value.nodes)), "edges": edges}
-    return {"object": _named(type(value)), "settings": {name: _recipe(v, above) for name, v in sorted(own.items())}}
+    return {"object": _recipe(type(value), above), "settings": {name: _recipe(v, above) for name, v in sorted(own.items())}}
 
 
 def _slots(cls: type) -> list[str]:

@@ -1,0 +1,8 @@
+"""Workflows other than the aggregation server: ring, gossip, tree and buffered asynchronous aggregation.
+
+Read `workflows` first. May import `run` and the packages below it.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

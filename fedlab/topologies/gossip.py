@@ -11,7 +11,7 @@ from fedlab.core.protocols import Run
 from fedlab.core.types import Round, ServerState, Tensors
 from fedlab.run.arrivals import Arrivals, Void
 from fedlab.strategies.averaging import TooFewUpdates, moved, square_distance
-from fedlab.topologies.parts import check_plain_mean, combined
+from fedlab.topologies.combining import check_plain_mean, combined
 
 __all__ = ["Gossip"]
 

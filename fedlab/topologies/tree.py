@@ -13,8 +13,8 @@ from fedlab.run.arrivals import Arrivals, Void
 from fedlab.run.round import Star, star
 from fedlab.strategies.averaging import TooFewUpdates, moved
 from fedlab.topologies.gossip import Gossip
-from fedlab.topologies.parts import difference
-from fedlab.topologies.ring import Ring
+from fedlab.topologies.combining import difference
+from fedlab.topologies.cyclic import Ring
 
 __all__ = ["Tree"]
 

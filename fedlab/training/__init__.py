@@ -1,0 +1,8 @@
+"""Local training at one site, without a federation: the trainer, losses, networks and metrics.
+
+Read `trainer` first, then `metrics`. May import `core`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

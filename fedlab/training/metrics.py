@@ -13,15 +13,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
-import pandas as pd
 import torch
 
 from fedlab.core.hardware import pick_precision
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import MODALITIES, REGIONS, Patient, Site
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["COLUMNS", "WORST_HD95_MM", "RegionScore", "Thresholding", "evaluate", "predict", "score", "score_rows",
            "summary", "threshold_dice"]
@@ -128,6 +130,8 @@ def summary(table: pd.DataFrame, *, empty: Literal["brats", "skip"] = "brats") -
     Raises:
         ValueError: an unknown `empty`, missing columns, or no patient with a reference.
     """
+    import pandas as pd
+
     if empty not in ("brats", "skip"):
         raise ValueError(f"empty is 'brats' or 'skip', got {empty!r}")
     if missing := [name for name in COLUMNS if name not in table.columns]:
@@ -247,6 +251,7 @@ def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient
     Raises:
         ValueError: nobody to evaluate on.
     """
+    import pandas as pd
     from tqdm.auto import tqdm
 
     cases: list[tuple[str, Patient]] = []

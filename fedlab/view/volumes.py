@@ -64,7 +64,7 @@ def as_labels(patient: Patient, prediction: Prediction, *, name: str = "predicti
 
     Raises:
         ValueError: another shape or affine, values that are no labels or probabilities, NaN, or a file that can't
-            be read (`fedlab.DataError`).
+            be read (`fedlab.core.DataError`).
     """
     array = _array(patient, prediction, name)
     grid = tuple(patient.image.shape[1:])
@@ -264,7 +264,7 @@ def make_case(patient: Patient, arms: Mapping[str, Prediction]) -> Case:
     codes = nib.orientations.aff2axcodes(patient.affine)
     if codes != ("R", "A", "S"):
         raise ValueError(f"the axes of patient {patient.id} point {', '.join(map(str, codes))}, but viewers mark left "
-                         "and right for R, A, S; read the scan with fedlab.read_patient or reorient it")
+                         "and right for R, A, S; read the scan with fedlab.data.read_patient or reorient it")
     if REFERENCE in arms:
         raise ValueError(f"an arm can't be called {REFERENCE!r}: that is the patient's own label map")
     layers = {} if patient.label is None else {REFERENCE: as_labels(patient, patient.label, name="the label map")}

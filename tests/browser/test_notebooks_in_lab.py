@@ -23,7 +23,7 @@ DASHBOARD = """
 import fedlab as fl
 sites = fl.make_cohort(sizes=(3, 3), held_out=1, shape=(32, 40, 32), spacing_mm=4.5, seed=0, workers=0, progress=False)
 trainer = fl.SiteTrainer(model=fl.segresnet(filters=8, seed=0), steps=1, crop=(16, 16, 16))
-run = fl.BackgroundRun(trainer, sites, rounds=500, seed=0, validate=fl.SiteDice(sites=sites))
+run = fl.view.BackgroundRun(trainer, sites, rounds=500, seed=0, validate=fl.view.SiteDice(sites=sites))
 """
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import networkx
@@ -22,48 +23,37 @@ from torch import nn
 
 import fedlab
 from cohorts import TinyNet
-from fedlab import (
-    DPSGD,
-    SCAFFOLD,
+from fedlab import DPSGD, FedAvg, FedlabError, FedProx, Privacy, PrivacyError, SecureAggregation, SiteTrainer, segresnet
+from fedlab.core import weights_sha256
+from fedlab.deploy.plan import Plan, built, describe, make
+from fedlab.privacy import (
     SVT,
     AdaptiveClip,
-    Admission,
     AtSites,
-    Buffered,
     CentralGaussian,
-    CoordinateMedian,
-    Ditto,
-    FedAvg,
-    FedlabError,
-    FedNova,
-    FedOpt,
-    FedProx,
-    GeometricMedian,
-    Gossip,
-    Krum,
     LocalGaussian,
-    NormBound,
     PartialSharing,
     PersonalLayers,
-    PolyDecay,
-    Privacy,
-    PrivacyError,
     Quantise,
     ScaledSign,
-    SecureAggregation,
     SharePercentile,
-    SiteTrainer,
     SparseVector,
     TopK,
-    Tree,
-    TrimmedMean,
-    augmentation,
-    ring,
-    segresnet,
-    star,
-    weights_sha256,
 )
-from fedlab.deploy.plan import Plan, built, describe, make
+from fedlab.run import Admission
+from fedlab.strategies import (
+    SCAFFOLD,
+    CoordinateMedian,
+    Ditto,
+    FedNova,
+    FedOpt,
+    GeometricMedian,
+    Krum,
+    NormBound,
+    TrimmedMean,
+)
+from fedlab.topologies import Buffered, Gossip, Tree, ring, star
+from fedlab.training import PolyDecay, augmentation
 
 
 def approve_all(module: str) -> None:
@@ -121,7 +111,9 @@ TOPOLOGIES = [st.just(star), st.just(ring), st.builds(Gossip, graph=graphs),
 
 
 def test_the_lists_above_leave_nothing_out() -> None:
-    exported = [value for name in fedlab.__all__ if isinstance(value := getattr(fedlab, name), type)]
+    namespaces = [value for name in fedlab.__all__ if isinstance(value := getattr(fedlab, name), ModuleType)]
+    exported = {value for package in (fedlab, *namespaces) for name in package.__all__
+                if isinstance(value := getattr(package, name), type)}
     assert {c for c in exported if issubclass(c, Privacy)} == TECHNIQUES.keys()
     assert {c for c in exported if issubclass(c, FedAvg)} == STRATEGIES.keys()
 
@@ -198,8 +190,8 @@ def test_a_run_is_named_by_all_of_its_plan() -> None:
     others = [plan_of(seed=1), plan_of(rounds=3), plan_of(sites=["a", "c"]), plan_of(strategy=FedProx(mu=0.1)),
               plan_of(trainer(lr=0.5)), plan_of(privacy=TopK()), plan_of(topology=ring), plan_of(admission=Admission())]
     assert len({one.run, *(other.run for other in others)}) == 1 + len(others)
-    assert one.modules == ("cohorts", "fedlab.privacy.base", "fedlab.strategies.averaging", "fedlab.topologies.workflows",
-                           "fedlab.training.trainer")
+    assert one.modules == ("cohorts", "fedlab.privacy.base", "fedlab.strategies.averaging",
+                           "fedlab.topologies.workflows", "fedlab.training.trainer")
 
 
 class InCell(Privacy):
@@ -268,7 +260,8 @@ HOSTILE = [
     {"make": "fedlab.run.checkpoint:os", "with": {}},
     {"make": "fedlab.run.checkpoint:shutil.rmtree", "with": {"path": "x"}}, {"name": "fedlab.run.checkpoint:shutil"},
     {"make": "fedlab.data.fetch:fetch", "with": {"name": "msd-brain", "out": "x"}},
-    {"make": "fedlab.data.phantom.cohort:write_brats", "with": {"out": "x"}}, {"make": "fedlab.apps.cli:main", "with": {}},
+    {"make": "fedlab.data.phantom.cohort:write_brats", "with": {"out": "x"}},
+    {"make": "fedlab.apps.cli:main", "with": {}},
     {"make": "fedlab.training.networks:load_model", "with": {"path": "/etc/passwd"}},
     {"make": "fedlab.training.networks:save_model", "with": {}}, {"name": "fedlab.training.networks:save_model"},
     {"make": "fedlab.privacy.accounting.ledger_file:LedgerFile", "with": {"folder": "x", "site": "y"}},
@@ -286,7 +279,8 @@ HOSTILE = [
     {"make": ":x", "with": {}}, {"make": "fedlab.training.networks:", "with": {}}, {"make": "..os:system", "with": {}},
     {"make": "fedlab.training.networks:segresnet\n", "with": {}}, {"make": "fedlab/models:segresnet", "with": {}},
     {"make": "fedlab.training.networks:segresnet", "with": {"filters": 8, "nonsense": 1}},
-    {"make": "fedlab.training.networks:segresnet", "with": {"__class__": 1}}, {"make": "fedlab.training.networks:segresnet"},
+    {"make": "fedlab.training.networks:segresnet", "with": {"__class__": 1}},
+    {"make": "fedlab.training.networks:segresnet"},
     {"make": "fedlab.training.networks:segresnet", "with": [], "and": 1}, {"sum": [TRAP]}, {"sum": [TRAP, 3]},
     {"number": "nan"}, {"dict": [[1]]}, {"dict": [["a", 1], ["a", 2]]}, {"dict": [[[], 1]]}, {"tuple": {}}, {},
     {"x": 1},
@@ -357,7 +351,8 @@ def test_a_model_far_larger_than_its_weights_is_refused_before_it_takes_memory()
 @pytest.mark.parametrize(("where", "value", "words"), [
     ("privacy", {"make": "fedlab.strategies.averaging:FedAvg", "with": {}}, "no technique"),
     ("strategy", {"make": "fedlab.privacy.base:Privacy", "with": {}}, "strategy"), ("trainer", 3, "no SiteTrainer"),
-    ("trainer", {"make": "fedlab.training.networks:segresnet", "with": {}}, "no SiteTrainer"), ("strategy", None, "strategy"),
+    ("trainer", {"make": "fedlab.training.networks:segresnet", "with": {}}, "no SiteTrainer"),
+    ("strategy", None, "strategy"),
     ("admission", {"name": "os:system"}, "not approved"),
 ])
 def test_every_part_of_a_plan_is_of_its_kind(where: str, value: Any, words: str) -> None:
@@ -423,7 +418,8 @@ def test_another_process_makes_the_same_run_of_a_plan(tmp_path: Path) -> None:
 
     (tmp_path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     (tmp_path / "start").write_bytes(pack_weights(train.initial()))
-    code = ("from pathlib import Path\nfrom fedlab.deploy.plan import Plan\nfrom fedlab.deploy.messages import unpack_weights\n"
+    code = ("from pathlib import Path\nfrom fedlab.deploy.plan import Plan\n"
+            "from fedlab.deploy.messages import unpack_weights\n"
             "plan = Plan.from_json(Path('plan.json').read_text())\nok = lambda module: None\n"
             "task = plan.task(unpack_weights(Path('start').read_bytes()), approve=ok)\n"
             "print(plan.run, task, plan.make_topology(approve=ok), sep='\\n')")

@@ -15,23 +15,8 @@ import pytest
 import torch
 
 from cohorts import TinyNet, blob_sites
-from fedlab import (
-    DPSGD,
-    SCAFFOLD,
-    FedAvg,
-    FedlabError,
-    LedgerFile,
-    LocalGaussian,
-    Privacy,
-    PrivacyError,
-    SecureAggregation,
-    ServerState,
-    SharePercentile,
-    SiteTrainer,
-    Update,
-    star,
-    weights_sha256,
-)
+from fedlab import DPSGD, FedAvg, FedlabError, Privacy, PrivacyError, SecureAggregation, SiteTrainer, Update
+from fedlab.core import ServerState, weights_sha256
 from fedlab.core.errors import RunError, SiteError
 from fedlab.core.types import Failure, Site, Withdrawal
 from fedlab.deploy.host import SiteHost
@@ -40,6 +25,9 @@ from fedlab.deploy.plan import Plan, built
 from fedlab.deploy.policy import Budget, Required, SitePolicy
 from fedlab.deploy.settings import write_settings
 from fedlab.deploy.snapshots import SiteMemory
+from fedlab.privacy import LedgerFile, LocalGaussian, SharePercentile
+from fedlab.strategies import SCAFFOLD
+from fedlab.topologies import star
 from folders import write_patient
 
 SITE = blob_sites((3, 2))[0]

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedlab import FedlabError, PrivacyError, ServerState, SiteError, Spent, Update, weights_sha256
+from fedlab import FedlabError, PrivacyError, Update
+from fedlab.core import ServerState, SiteError, Spent, weights_sha256
 from fedlab.core.errors import DataError, PrivacyBudgetExhausted
 from fedlab.core.types import Failure, Withdrawal
 from fedlab.deploy.messages import (

@@ -14,27 +14,13 @@ import pytest
 import torch
 
 from cohorts import TinyNet, blob_sites
-from fedlab import (
-    DPSGD,
-    Admission,
-    FedlabError,
-    Local,
-    NVFlare,
-    PrivacyBudgetExhausted,
-    PrivacyError,
-    Round,
-    RunError,
-    ServerState,
-    SiteTrainer,
-    Spent,
-    federate,
-    star,
-    weights_sha256,
-)
+from fedlab import DPSGD, FedlabError, Local, PrivacyError, SiteTrainer, federate
 from fedlab.apps.cli import main
+from fedlab.core import PrivacyBudgetExhausted, Round, RunError, ServerState, Spent, weights_sha256
 from fedlab.data.store import load_sites
 from fedlab.deploy.messages import pack_weights
 from fedlab.deploy.plan import built
+from fedlab.engines import NVFlare
 from fedlab.engines.nvflare.environments import raise_if_failed
 from fedlab.engines.nvflare.follow import watch
 from fedlab.engines.nvflare.kits import check_site_names
@@ -44,8 +30,10 @@ from fedlab.engines.nvflare.saved_run import SavedRun
 from fedlab.engines.nvflare.simulation import prepare_simulation
 from fedlab.engines.nvflare.time_limits import Calls, Ended
 from fedlab.privacy.base import Privacy
+from fedlab.run import Admission
 from fedlab.run.site_task import SiteTask
 from fedlab.strategies import FedAvg
+from fedlab.topologies import star
 
 
 class Proxy:

@@ -33,7 +33,9 @@ def test_a_notebook_s_own_cell_and_nothing_left_when_its_kernel_ends(tmp_path):
         import os, sys, torch
         torch.set_num_threads(1)
         from cohorts import TinyNet, blob_sites
-        from fedlab import Local, Privacy, Processes, SiteTrainer, federate, weights_sha256
+        from fedlab import Local, Privacy, SiteTrainer, federate
+        from fedlab.core import weights_sha256
+        from fedlab.engines import Processes
         class Mine(Privacy):
             def protect(self, update, memory, rng):
                 return update.map(lambda t: t * 0.5)

@@ -15,39 +15,29 @@ import torch
 from cohorts import TinyNet, blob_sites
 from fedlab import (
     DPSGD,
-    SCAFFOLD,
-    Admission,
-    AtSites,
     FedAvg,
-    FedOpt,
     FedProx,
-    Gossip,
-    History,
-    LedgerFile,
     Local,
-    LocalGaussian,
-    PersonalLayers,
     Privacy,
     PrivacyError,
     SecureAggregation,
-    ServerState,
-    SharePercentile,
     Site,
-    SiteError,
     SiteTrainer,
     Update,
-    augmentation,
     federate,
-    ring,
-    star,
-    weights_sha256,
 )
+from fedlab.core import ServerState, SiteError, weights_sha256
 from fedlab.deploy.host import SiteHost
 from fedlab.deploy.messages import pack_answer, unpack_state
 from fedlab.deploy.plan import Plan, built
 from fedlab.deploy.policy import Budget, Required, SitePolicy
 from fedlab.engines.remote import Remote, away
+from fedlab.privacy import AtSites, LedgerFile, LocalGaussian, PersonalLayers, SharePercentile
+from fedlab.run import Admission, History
 from fedlab.run.site_task import SiteTask
+from fedlab.strategies import SCAFFOLD, FedOpt
+from fedlab.topologies import Gossip, ring, star
+from fedlab.training import augmentation
 
 POLICY = SitePolicy(installed=("cohorts",), tell_errors=True)
 SIZES = (3, 2, 4)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nbformat
@@ -156,14 +157,24 @@ def test_the_map_of_the_series_is_what_there_is() -> None:
     assert listed == [(path.stem[:2], title, path.stem) for path, title in zip(NOTEBOOKS[1:], titles, strict=True)]
 
 
+def namespace(node: ast.expr) -> ModuleType | None:
+    """The package that `fl` or `fl.privacy` stands for; None for any other expression."""
+    if isinstance(node, ast.Name):
+        return fedlab if node.id == "fl" else None
+    if isinstance(node, ast.Attribute) and namespace(node.value) is fedlab:
+        found = getattr(fedlab, node.attr, None)
+        return found if isinstance(found, ModuleType) else None
+    return None
+
+
 def test_uses_public_names_only(notebook: Any) -> None:
     """Also of the code in solutions, which nothing runs."""
     fenced = [re.sub(r"(?m)^ +", "", block) for cell in prose(notebook)
               for block in re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)]
     for source in [*(cell.source for cell in code(notebook)), *fenced]:
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "fl":
-                assert node.attr in fedlab.__all__, f"fl.{node.attr} is no public name of fedlab"
+            if isinstance(node, ast.Attribute) and (place := namespace(node.value)) is not None:
+                assert node.attr in place.__all__, f"{ast.unparse(node)} is not a public name of fedlab"
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             inner = [name for name in modules if name.startswith("fedlab.")]

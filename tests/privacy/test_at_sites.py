@@ -6,22 +6,11 @@ import pytest
 import torch
 
 from cohorts import TinyNet, blob_sites
-from fedlab import (
-    DPSGD,
-    AtSites,
-    CentralGaussian,
-    FedAvg,
-    History,
-    Ledger,
-    Local,
-    LocalGaussian,
-    Privacy,
-    SecureAggregation,
-    SiteTrainer,
-    federate,
-    weights_sha256,
-)
+from fedlab import DPSGD, FedAvg, Local, Privacy, SecureAggregation, SiteTrainer, federate
+from fedlab.core import weights_sha256
 from fedlab.deploy.plan import describe, make
+from fedlab.privacy import AtSites, CentralGaussian, Ledger, LocalGaussian
+from fedlab.run import History
 
 DP = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=2)
 

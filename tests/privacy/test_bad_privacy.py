@@ -172,7 +172,7 @@ def test_a_ledger_of_another_site_or_model_is_refused_before_training():
 
 
 def test_the_test_itself_trains_where_nothing_is_wrong():
-    with pytest.raises(fedlab.SiteError, match="training began"):
+    with pytest.raises(fedlab.core.SiteError, match="training began"):
         next(each_round(untrained(), blob_sites(), privacy=local()))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cohorts import blob_patient, blob_sites
-from fedlab.apps.cli_verify import add_verify
+from fedlab.apps.cli_runs import add_runs
 from fedlab.core.errors import RunError
 from fedlab.core.types import Site
 from fedlab.core.weights import weights_sha256
@@ -276,7 +276,7 @@ def test_numbers_that_json_has_no_word_for(tmp_path):
 
 def test_the_command_says_what_it_found(done, copy, capsys):
     parser = argparse.ArgumentParser()
-    add_verify(parser.add_subparsers())
+    add_runs(parser.add_subparsers())
 
     def run(*arguments):
         options = parser.parse_args(["verify", *map(str, arguments)])

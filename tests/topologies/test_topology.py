@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from cohorts import blob_sites
-from fedlab import CentralGaussian, LocalGaussian, SecureAggregation
+from fedlab import SecureAggregation
 from fedlab.core.types import ServerState, Site, Update
 from fedlab.core.weights import weights_sha256
+from fedlab.privacy import CentralGaussian, LocalGaussian
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
 from fedlab.strategies import FedAvg

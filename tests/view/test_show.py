@@ -48,7 +48,7 @@ def guess(patient: fl.Patient) -> torch.Tensor:
     return torch.roll(patient.label, -2, 0)
 
 
-def panel_of(viewer: fl.Viewer) -> NiiVuePanel:
+def panel_of(viewer: fl.view.Viewer) -> NiiVuePanel:
     assert isinstance(viewer.panel, NiiVuePanel)
     return viewer.panel
 
@@ -65,7 +65,7 @@ def test_any_form_of_a_prediction(patient: fl.Patient, guess: torch.Tensor, tmp_
     path = tmp_path / "guess.nii.gz"
     flipped = nib.Nifti1Image(guess.numpy(), patient.affine).as_reoriented([[0, -1], [1, -1], [2, 1]])
     nib.save(flipped, path)  # stored as LPS, like many scans
-    regions = fl.labels_to_regions(guess)
+    regions = fl.core.labels_to_regions(guess)
     forms: list[Any] = [guess, guess.numpy(), guess.float(), regions, regions > 0, regions * 0.6 + 0.1,
                         regions.bfloat16(), path, str(path), nib.load(path)]
     for form in forms:
@@ -87,13 +87,13 @@ def test_looking_changes_nothing(patient: fl.Patient, guess: torch.Tensor) -> No
     viewer = fl.show(patient, {"a": guess}, overlay="errors WT", backend="niivue")
     viewer._repr_mimebundle_()
     panel_of(viewer).controls["modality"].value = "T1c"
-    fl.surface(patient, guess)
+    fl.view.surface(patient, guess)
     assert all(torch.equal(*pair) for pair in zip(before, (patient.image, patient.label, guess), strict=True))
 
 
 def test_facts_are_those_of_the_metrics(patient: fl.Patient, guess: torch.Tensor) -> None:
     case = make_case(patient, {"a": guess})
-    known = score(fl.labels_to_regions(guess), patient.label, spacing_mm=patient.spacing_mm)
+    known = score(fl.core.labels_to_regions(guess), patient.label, spacing_mm=patient.spacing_mm)
     for fact in case.facts("a"):
         theirs = known[fact.region]
         assert (fact.dice, fact.ml, fact.reference_ml) == pytest.approx(
@@ -318,15 +318,15 @@ def test_a_missing_backend_says_the_command(patient: fl.Patient, monkeypatch: py
     with pytest.raises(ValueError, match="backend is one of 'auto', 'niivue', 'itk', 'static'"):
         fl.show(patient, backend="vtk")  # type: ignore[arg-type]
     monkeypatch.setattr(show_module, "_installed", lambda *names: False)
-    with pytest.raises(fl.RunError, match=r"pip install -e \."):
+    with pytest.raises(fl.core.RunError, match=r"pip install -e \."):
         fl.show(patient, backend="niivue")
 
 
 def test_itk_refuses_instead_of_hanging(patient: fl.Patient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(fl.RunError, match="JupyterLab only"):
+    with pytest.raises(fl.core.RunError, match="JupyterLab only"):
         fl.show(patient, backend="itk")
     monkeypatch.setattr(itk, "_asked_by_lab", lambda: True)
-    with pytest.raises(fl.RunError, match=r"FEDLAB_ITK_FROM_INTERNET'\] = '1'; backend='niivue'"):
+    with pytest.raises(fl.core.RunError, match=r"FEDLAB_ITK_FROM_INTERNET'\] = '1'; backend='niivue'"):
         fl.show(patient, backend="itk")
     monkeypatch.setenv(itk.ALLOWED, "1")
 
@@ -338,13 +338,13 @@ def test_itk_refuses_instead_of_hanging(patient: fl.Patient, monkeypatch: pytest
     settings.parent.mkdir()
     monkeypatch.setattr("jupyter_core.paths.jupyter_config_path", lambda: [str(tmp_path)])
     settings.write_text('{"disabledExtensions": {"imjoy-jupyterlab-extension": true}}')
-    with pytest.raises(fl.RunError, match="labextension enable imjoy-jupyterlab-extension"):
+    with pytest.raises(fl.core.RunError, match="labextension enable imjoy-jupyterlab-extension"):
         fl.show(patient, backend="itk")
     settings.write_text('{"disabledExtensions": {"imjoy-jupyterlab-extension": false}}')
-    with pytest.raises(fl.RunError, match="can't be reached"):
+    with pytest.raises(fl.core.RunError, match="can't be reached"):
         fl.show(patient, backend="itk")
     monkeypatch.setattr(itk.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(fl.RunError, match=r"pip install -e '\.\[itk\]'"):
+    with pytest.raises(fl.core.RunError, match=r"pip install -e '\.\[itk\]'"):
         fl.show(patient, backend="itk")
     assert "itkwidgets" not in sys.modules, "its import alone takes over the notebook's cells"
 
@@ -442,7 +442,7 @@ def test_thirty_patients_at_once() -> None:
     many = [blob_patient(f"p{number}", seed=number) for number in range(30)]
     with pytest.raises(ValueError, match=r"expected one Patient, got a list of 30 patients; fedlab\.compare"):
         fl.show(many)  # type: ignore[arg-type]
-    arms = {"a": [fl.labels_to_regions(patient.label) for patient in many]}
+    arms = {"a": [fl.core.labels_to_regions(patient.label) for patient in many]}
     drawn = fl.compare(many, arms)
     assert drawn.get_figheight() <= 45, "too tall for a page"
     assert all(f"p{number}: a, WT Dice 1.00" in drawn.alt for number in range(30))

@@ -39,7 +39,7 @@ def signed_ml(corners: np.ndarray) -> float:
 
 @pytest.mark.parametrize("part, label", [("WT", (1, 2, 4)), ("TC", (1, 4)), ("ET", (4,)), ("NCR", (1,)), ("ED", (2,))])
 def test_encloses_the_labels_where_they_lie(patient: fl.Patient, part: str, label: tuple[int, ...]) -> None:
-    mesh = fl.surface(patient, part=part)  # type: ignore[arg-type]
+    mesh = fl.view.surface(patient, part=part)  # type: ignore[arg-type]
     inside = np.isin(patient.label.numpy(), label)
     places = nib.affines.apply_affine(patient.affine, np.argwhere(inside))
     half = np.array(patient.spacing_mm) / 2
@@ -51,14 +51,14 @@ def test_encloses_the_labels_where_they_lie(patient: fl.Patient, part: str, labe
 
 
 def test_closed_and_turned_outwards(patient: fl.Patient) -> None:
-    mesh = fl.surface(patient)
+    mesh = fl.view.surface(patient)
     edges = np.sort(np.concatenate([mesh.faces[:, pair] for pair in ((0, 1), (1, 2), (2, 0))]), axis=1)
     assert (np.unique(edges, axis=0, return_counts=True)[1] == 2).all(), "every edge belongs to two triangles"
     assert signed_ml(mesh.vertices[mesh.faces].astype(float)) == pytest.approx(mesh.volume_ml)
 
 
 def test_smoothing_takes_the_steps_off(patient: fl.Patient) -> None:
-    rough, smooth = fl.surface(patient), fl.surface(patient, smooth_mm=3.0)
+    rough, smooth = fl.view.surface(patient), fl.view.surface(patient, smooth_mm=3.0)
     assert smooth.volume_ml < rough.volume_ml
     assert len(np.unique(smooth.vertices[:, 2])) > 3 * len(np.unique(rough.vertices[:, 2]))
 
@@ -66,19 +66,19 @@ def test_smoothing_takes_the_steps_off(patient: fl.Patient) -> None:
 def test_brain(patient: fl.Patient) -> None:
     image = torch.zeros(4, 20, 18, 16)
     image[:, 4:16, 4:14, 4:12] = 1.0
-    mesh = fl.surface(replace(patient, image=image, label=None), part="brain")
+    mesh = fl.view.surface(replace(patient, image=image, label=None), part="brain")
     low, high = np.array(mesh.bounds_mm)
     assert np.allclose(high - low, np.array([12, 10, 8]) * patient.spacing_mm)
 
 
 def test_touching_the_edge_of_the_scan_it_is_still_closed(patient: fl.Patient) -> None:
     label = torch.full((20, 18, 16), 2, dtype=torch.uint8)
-    mesh = fl.surface(patient, label)
+    mesh = fl.view.surface(patient, label)
     assert mesh.volume_ml == pytest.approx(20 * 18 * 16 * 9 / 1000, rel=0.05)
 
 
 def test_stl_in_mm_ras(patient: fl.Patient, tmp_path: Path) -> None:
-    mesh = fl.surface(patient)
+    mesh = fl.view.surface(patient)
     path = mesh.save(tmp_path / "new" / "tumour.stl")
     corners, normals = read_stl(path)
     assert np.array_equal(corners, mesh.vertices[mesh.faces].astype(float))
@@ -90,7 +90,7 @@ def test_stl_in_mm_ras(patient: fl.Patient, tmp_path: Path) -> None:
 
 
 def test_ply_in_mm_ras(patient: fl.Patient, tmp_path: Path) -> None:
-    mesh = fl.surface(patient)
+    mesh = fl.view.surface(patient)
     data = mesh.save(tmp_path / "tumour.ply").read_bytes()
     head, _, body = data.partition(b"end_header\n")
     lines = head.decode("ascii").splitlines()
@@ -104,28 +104,28 @@ def test_ply_in_mm_ras(patient: fl.Patient, tmp_path: Path) -> None:
 
 def test_refuses_what_has_no_surface(patient: fl.Patient, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no ET in the labels"):
-        fl.surface(patient, torch.full((20, 18, 16), 2, dtype=torch.uint8), part="ET")
+        fl.view.surface(patient, torch.full((20, 18, 16), 2, dtype=torch.uint8), part="ET")
     with pytest.raises(ValueError, match="has no label map"):
-        fl.surface(replace(patient, label=None))
+        fl.view.surface(replace(patient, label=None))
     with pytest.raises(ValueError, match="part is one of"):
-        fl.surface(patient, part="tumour")  # type: ignore[arg-type]
+        fl.view.surface(patient, part="tumour")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="smooth_mm goes from 0"):
-        fl.surface(patient, smooth_mm=-1.0)
+        fl.view.surface(patient, smooth_mm=-1.0)
     with pytest.raises(ValueError, match="leaves nothing"):
-        fl.surface(patient, part="ET", smooth_mm=15.0)
-    mesh = fl.surface(patient)
-    with pytest.raises(fl.DataError, match=r"\.stl or \.ply"):
+        fl.view.surface(patient, part="ET", smooth_mm=15.0)
+    mesh = fl.view.surface(patient)
+    with pytest.raises(fl.core.DataError, match=r"\.stl or \.ply"):
         mesh.save(tmp_path / "tumour.obj")
     kept = mesh.save(tmp_path / "tumour.stl").read_bytes()
-    with pytest.raises(fl.DataError, match="not overwritten"):
-        fl.surface(patient, part="ET").save(tmp_path / "tumour.stl")
+    with pytest.raises(fl.core.DataError, match="not overwritten"):
+        fl.view.surface(patient, part="ET").save(tmp_path / "tumour.stl")
     assert (tmp_path / "tumour.stl").read_bytes() == kept
 
 
 def test_labels_lie_where_the_scan_does(patient: fl.Patient, tmp_path: Path) -> None:
     """By nibabel, which counts in RAS, and by SimpleITK, which counts in LPS, as 3D Slicer and ITK-SNAP read it."""
     guess = torch.roll(patient.label, 2, 0)
-    path = fl.export_labels(tmp_path / "pred.nii.gz", patient, fl.labels_to_regions(guess) * 0.9)
+    path = fl.view.export_labels(tmp_path / "pred.nii.gz", patient, fl.core.labels_to_regions(guess) * 0.9)
     seen = nib.load(path)
     assert np.array_equal(seen.affine, patient.affine) and seen.get_data_dtype() == np.uint8
     assert np.array_equal(np.asarray(seen.dataobj), guess.numpy())
@@ -138,21 +138,21 @@ def test_labels_lie_where_the_scan_does(patient: fl.Patient, tmp_path: Path) -> 
 
 
 def test_own_labels_and_no_overwriting(patient: fl.Patient, tmp_path: Path) -> None:
-    path = fl.export_labels(tmp_path / "own.nii", patient)
+    path = fl.view.export_labels(tmp_path / "own.nii", patient)
     assert np.array_equal(np.asarray(nib.load(path).dataobj), patient.label.numpy())
-    with pytest.raises(fl.DataError, match="not overwritten"):
-        fl.export_labels(path, patient, torch.zeros_like(patient.label))
-    with pytest.raises(fl.DataError, match=r"\.nii or \.nii\.gz"):
-        fl.export_labels(tmp_path / "own.img", patient)
+    with pytest.raises(fl.core.DataError, match="not overwritten"):
+        fl.view.export_labels(path, patient, torch.zeros_like(patient.label))
+    with pytest.raises(fl.core.DataError, match=r"\.nii or \.nii\.gz"):
+        fl.view.export_labels(tmp_path / "own.img", patient)
     with pytest.raises(ValueError, match="has no label map"):
-        fl.export_labels(tmp_path / "none.nii", replace(patient, label=None))
+        fl.view.export_labels(tmp_path / "none.nii", replace(patient, label=None))
 
 
 def test_real_scan(real_scans: Path, tmp_path: Path) -> None:
     """The exported labels of a real patient against the expert's own file, resampled by SimpleITK."""
     found = fl.read_cohort(real_scans / "brats2021_2mm", spacing_mm=2.0, progress=False)
     patient = found[0]
-    path = fl.export_labels(tmp_path / "own.nii.gz", patient)
+    path = fl.view.export_labels(tmp_path / "own.nii.gz", patient)
     ours = sitk.ReadImage(str(path))
     theirs = sitk.ReadImage(str(found.files[patient.id].label))
     moved = sitk.Resample(ours, theirs, sitk.Transform(), sitk.sitkNearestNeighbor)

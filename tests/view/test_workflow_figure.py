@@ -7,7 +7,8 @@ import pytest
 from matplotlib.text import Annotation
 
 from cohorts import blob_sites
-from fedlab import Buffered, Gossip, Tree, ring, star, workflow_figure
+from fedlab.topologies import Buffered, Gossip, Tree, ring, star
+from fedlab.view import workflow_figure
 
 SITES = blob_sites((1, 1, 1, 1))
 NAMES = [site.name for site in SITES]

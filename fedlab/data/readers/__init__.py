@@ -1,0 +1,1 @@
+"""Patients from folders: layouts, scans, tables and findings. Read `brats` first. Imports what `fedlab.data` may."""

@@ -1,0 +1,1 @@
+"""Patients over sites: partitions, statistics, duplicates. Read `partition` first. Imports what `fedlab.data` may."""

@@ -17,7 +17,7 @@ from fedlab.engines.remote import away
 from fedlab.privacy.base import Privacy
 from fedlab.run.admission import Admission
 from fedlab.run.site_task import SiteTask
-from fedlab.strategies import FedAvg, Strategy
+from fedlab.strategies.averaging import FedAvg, Strategy
 from fedlab.topologies.workflows import Topology, star
 from fedlab.training.trainer import SiteTrainer
 

@@ -1,0 +1,1 @@
+"""Updates of which a part is sent. Read `partial_sharing` first. Imports what `fedlab.privacy` may."""

@@ -13,22 +13,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from fedlab import (
-    DPSGD,
-    AtSites,
-    FedAvg,
-    NVFlare,
-    Privacy,
-    Production,
-    SecureAggregation,
-    Site,
-    SiteTrainer,
-    write_brats,
-)
+from fedlab import DPSGD, FedAvg, Privacy, SecureAggregation, Site, SiteTrainer
+from fedlab.data import write_brats
 from fedlab.deploy.plan import built
 from fedlab.deploy.settings import read_settings, read_site
+from fedlab.engines import NVFlare, Production
 from fedlab.engines.nvflare.party_processes import free_port, running
 from fedlab.evidence.inversion import patch_net
+from fedlab.privacy import AtSites
 from runs import command
 
 NAMES = ("site-01", "site-02", "site-03")

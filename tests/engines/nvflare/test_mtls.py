@@ -14,10 +14,13 @@ from hospitals import DP, ENVIRONMENT, NAMES, PRIVATE, UNIFORM, Hospitals, forge
 from opacus.accountants import RDPAccountant
 from safetensors.torch import load_file
 
-from fedlab import Admission, AtSites, LedgerFile, Local, PrivacyError, Round, federate, verify, weights_sha256
+from fedlab import Local, PrivacyError, federate
+from fedlab.core import Round, weights_sha256
 from fedlab.engines.nvflare.admin import Admin
 from fedlab.engines.nvflare.party_processes import begin, running
 from fedlab.engines.nvflare.run_folder import Diary, read_round
+from fedlab.privacy import AtSites, LedgerFile
+from fedlab.run import Admission, verify
 from runs import command, wait_for
 
 

@@ -10,21 +10,13 @@ import pytest
 import torch
 
 from cohorts import TinyNet, blob_sites
-from fedlab import (
-    FedOpt,
-    History,
-    Local,
-    NVFlare,
-    PrivacyError,
-    ProofOfConcept,
-    Round,
-    RunError,
-    Simulation,
-    SiteTrainer,
-    federate,
-)
-from fedlab import weights_sha256 as sha
+from fedlab import Local, PrivacyError, SiteTrainer, federate
+from fedlab.core import Round, RunError
+from fedlab.core import weights_sha256 as sha
 from fedlab.deploy.plan import built
+from fedlab.engines import NVFlare, ProofOfConcept, Simulation
+from fedlab.run import History
+from fedlab.strategies import FedOpt
 
 
 def run(engine: Local | NVFlare, *, rounds: int = 3, came: list[tuple[float, Round]] | None = None) -> History:

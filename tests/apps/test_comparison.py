@@ -1,4 +1,4 @@
-"""The main job: what a run leaves behind, that it repeats bit for bit, and that no interruption changes its result."""
+"""The comparison: the files of a run, that it repeats bit for bit, and that no interruption changes its result."""
 
 from __future__ import annotations
 
@@ -267,7 +267,8 @@ def test_two_processes_never_work_in_one_run(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     open_job(Job(source=Phantoms()), out)
     started = []
-    monkeypatch.setattr(fedlab.apps.comparison, "run_job", lambda *_: started.append(1) or (_ for _ in ()).throw(RunError("ran")))
+    monkeypatch.setattr(fedlab.apps.comparison, "run_job",
+                        lambda *_: started.append(1) or (_ for _ in ()).throw(RunError("ran")))
     other = subprocess.Popen([sys.executable, "-c", "import sys; from filelock import FileLock\n"
                               "with FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()",
                               str(out / "run.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -9,7 +9,7 @@ from fedlab.core.protocols import Run, Topology
 from fedlab.core.types import Round, ServerState
 from fedlab.run.arrivals import Arrivals, Void
 from fedlab.strategies.averaging import moved
-from fedlab.topologies.parts import check_plain_mean
+from fedlab.topologies.combining import check_plain_mean
 
 __all__ = ["Ring", "ring"]
 

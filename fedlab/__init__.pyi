@@ -1,0 +1,47 @@
+from . import (
+    checks,
+    core,
+    data,
+    deploy,
+    engines,
+    evidence,
+    faults,
+    privacy,
+    run,
+    strategies,
+    topologies,
+    training,
+    view,
+)
+from .checks.privacy import check_privacy
+from .core.errors import FedlabError, PrivacyError
+from .core.types import MODALITIES, REGIONS, Patient, Site, Update
+from .data.phantom.cohort import make_cohort
+from .data.readers.brats import read_cohort, read_sites
+from .privacy.accounting.ledger import noise_multiplier_for
+from .privacy.base import Privacy
+from .privacy.dp.dpsgd import DPSGD
+from .privacy.secure_aggregation.aggregation import SecureAggregation
+from .run.baselines import centralised, local_only
+from .run.federate import each_round, federate
+from .run.local import Local
+from .strategies.averaging import FedAvg
+from .strategies.client_drift import FedProx
+from .training.metrics import evaluate, predict, summary
+from .training.networks import load_model, segresnet
+from .training.trainer import SiteTrainer
+from .view.dashboard import RunDashboard
+from .view.run_figures import curves
+from .view.slices import compare
+from .view.viewer import show
+
+__version__: str
+
+__all__ = [
+    "DPSGD", "MODALITIES", "REGIONS", "FedAvg", "FedProx", "FedlabError", "Local", "Patient", "Privacy",
+    "PrivacyError", "RunDashboard", "SecureAggregation", "Site", "SiteTrainer", "Update", "centralised",
+    "check_privacy", "checks", "compare", "core", "curves", "data", "deploy", "each_round", "engines", "evaluate",
+    "evidence", "faults", "federate", "load_model", "local_only", "make_cohort", "noise_multiplier_for", "predict",
+    "privacy", "read_cohort", "read_sites", "run", "segresnet", "show", "strategies", "summary", "topologies",
+    "training", "view",
+]

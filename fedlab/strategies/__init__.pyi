@@ -1,0 +1,9 @@
+from .averaging import FedAvg, FedNova, TooFewUpdates, weighted_mean
+from .client_drift import SCAFFOLD, Ditto, FedProx
+from .robust import CoordinateMedian, GeometricMedian, Krum, NormBound, TrimmedMean
+from .server_optimisers import FedOpt
+
+__all__ = [
+    "SCAFFOLD", "CoordinateMedian", "Ditto", "FedAvg", "FedNova", "FedOpt", "FedProx", "GeometricMedian", "Krum",
+    "NormBound", "TooFewUpdates", "TrimmedMean", "weighted_mean",
+]
