@@ -136,6 +136,16 @@ class SiteState:
         """A view of the same state for another owner."""
         return replace(self, owner=owner)
 
+    def take_over(self, other: SiteState) -> None:
+        """Becomes what the other state is, in place."""
+        self.enrolled, self.updates = other.enrolled, other.updates
+        parts: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            (self.namespaces, other.namespaces), (self.diagnostics, other.diagnostics), (self.ledger, other.ledger),
+            (self.broadcast, other.broadcast), (self.secrets, other.secrets))
+        for mine, theirs in parts:
+            mine.clear()
+            mine.update(theirs)
+
     def copy(self) -> SiteState:
         """A state that can be changed without changing this one; it shares the tensors."""
         return replace(self, namespaces={owner: dict(slots) for owner, slots in self.namespaces.items()},

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, SiteError
-from fedlab.core.types import Failure, Memory, ServerState, Site, Update, Withdrawal
+from fedlab.core.types import Answer, Failure, Messages, ServerState, Site, SiteState, Update, Withdrawal
 from fedlab.core.workers import available_cores
 from fedlab.engines.shared_tensors import Parcel
 from fedlab.engines.worker_pool import Pool, Ticket
-from fedlab.privacy.base import Inboxes
-from fedlab.run.local import Answer, answer_of, exchange_here, kept
+from fedlab.run.local import answer_of, exchange_here, with_ledger
+from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
 
 __all__ = ["Processes"]
@@ -36,9 +36,9 @@ class Processes:
     **Memory.** At most as many updates as there are workers wait for the server, beside the one that it looks at; a
     site that is slower than others holds them up rather than let updates pile up. Patients that lie in this process
     are copied into shared memory once and mapped by all workers; those of a `PatientFolder` are read by whichever
-    worker needs them. What a site remembers lies in `memory`, in this process.
+    worker needs them. What a site keeps lies on disk while it is not at work.
 
-    **When a worker dies**, or is killed because memory ran out, its site has failed, its memory is as it was before the
+    **When a worker dies**, or is killed because memory ran out, its site has failed, its state is as it was before the
     round, and another worker takes over; with `Admission` rules the run goes on. The workers end with a `with` block,
     with `close()`, with the engine, with Ctrl-C and with this process, however that ends. What stays is the one process
     that they, like all workers of fedlab, are forked from: it ends with this one.
@@ -53,9 +53,6 @@ class Processes:
         devices: GPUs that the workers take turns in being given, such as ("cuda:0", "cuda:1"), with the trainer's
             device left at "auto"; or ("cpu",) for none. By default all compute where the trainer says.
         ledgers: as in `Local`; read and written by this process.
-
-    Attributes:
-        memory: what each site keeps.
 
     Raises:
         ValueError: a setting out of its range.
@@ -73,12 +70,11 @@ class Processes:
             raise FedlabError("Processes shares memory in a way that only Linux has; use engine=Local() here")
         self.workers, self.threads, self.devices = workers, threads, tuple(devices)
         self.ledgers = None if ledgers is None else Path(ledgers)
-        self.memory: dict[str, Memory] = {}
         self._pool = Pool(visible=_visible(self.devices))
         self._end = weakref.finalize(self, Pool.close, self._pool)  # with the engine, and when Python ends
 
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
-        """What comes of the task at each site, in the order of the cohort.
+    def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
+        """The answer of each site, in the order of the cohort.
 
         Raises:
             ValueError: something of the task or of a site can't be sent to another process, or the trainer insists on
@@ -94,12 +90,12 @@ class Processes:
         begun: deque[_Begun] = deque()
         try:
             while True:
-                self._fill(begun, left, state, shared, count)
+                self._fill(begun, left, state, states, shared, count)
                 if not begun:
                     return
                 self._pool.wait_for(begun[0].ticket)
                 first = begun.popleft()
-                self._fill(begun, left, state, shared, count)  # the workers go on while the server adds up
+                self._fill(begun, left, state, states, shared, count)  # the workers go on while the server adds up
                 yield self._finish(first, state.round)
         except GeneratorExit:
             raise
@@ -109,43 +105,42 @@ class Processes:
         finally:
             for site in begun:
                 self._pool.give_up(site.ticket)
-                with suppress(_GivenUp), site.ledger:
+                with suppress(_GivenUp), site.held:
                     raise _GivenUp
 
-    def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
-        """Messages between the sites, whose memories lie here."""
-        return exchange_here(task, step, inboxes, sites, self.memory)
+    def exchange(self, task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
+                 states: SiteStates) -> tuple[Messages, list[Failure]]:
+        """The messages of each site, whose keys are in this process, and the sites that failed."""
+        return exchange_here(task, step, inboxes, sites, states)
 
     def close(self) -> None:
-        """Ends the workers; the next round starts new ones. What sites remember stays."""
+        """Ends the workers; the next round starts new ones."""
         self._pool.close()
 
-    def _fill(self, begun: deque[_Begun], left: Iterator[Site], state: ServerState, shared: Parcel | None,
-              count: int) -> None:
+    def _fill(self, begun: deque[_Begun], left: Iterator[Site], state: ServerState, states: SiteStates,
+              shared: Parcel | None, count: int) -> None:
         """Gives sites to workers until as many are under way or waiting to be handed on as there are workers."""
         while len(begun) < count and (site := next(left, None)) is not None:
-            ledger, memory = ExitStack(), {group: dict(slots) for group, slots in
-                                           self.memory.setdefault(site.name, {}).items()}
-            ticket = Ticket(site=site.name)
-            begun.append(_Begun(site.name, ticket, ledger, memory))
+            held, ticket = ExitStack(), Ticket(site=site.name)
+            site_state = held.enter_context(states.working(site.name))
+            begun.append(_Begun(site.name, ticket, held, site_state))
             try:
-                ledger.enter_context(kept(self.ledgers, site.name, memory, engine="Processes"))
+                held.enter_context(with_ledger(self.ledgers, site.name, site_state, engine="Processes"))
             except FedlabError as error:
                 ticket.answer = answer_of(site.name, lambda error=error: _raise(error))  # type: ignore[misc]
                 continue
-            self._pool.submit(ticket, site, shared or Parcel(state.at(site.name)), Parcel(memory))
+            self._pool.submit(ticket, site, shared or Parcel(state.at(site.name)), Parcel(site_state))
 
     def _finish(self, begun: _Begun, round: int) -> Answer:
-        """What came of a site, with its memory and its ledger up to date."""
-        answer, memory = begun.ticket.take()
-        if memory is not None:
-            begun.memory.clear()
-            begun.memory.update(memory)
+        """A site's answer, with its state and its ledger up to date."""
+        answer, after = begun.ticket.take()
+        if after is not None:
+            begun.site_state.take_over(after)
         if answer is None:
             answer = Failure(begun.site, SiteError(begun.site, round, "reach", begun.ticket.lost))
 
         def hand_on() -> Update:
-            with begun.ledger:  # saved before the update is handed on, and only if there is one
+            with begun.held:  # saved before the update is handed on, and only if there is one
                 match answer:
                     case Failure():
                         raise answer.error
@@ -153,11 +148,7 @@ class Processes:
                         raise PrivacyBudgetExhausted(answer.reason)
                 return answer
 
-        out = answer_of(begun.site, hand_on)
-        own = self.memory[begun.site]
-        own.clear()
-        own.update(begun.memory)
-        return out
+        return answer_of(begun.site, hand_on)
 
     def _count(self, threads: int) -> int:
         if self.workers is not None:
@@ -189,12 +180,12 @@ class _Begun(NamedTuple):
 
     site: str
     ticket: Ticket
-    ledger: ExitStack
-    memory: Memory
+    held: ExitStack
+    site_state: SiteState
 
 
 class _GivenUp(Exception):
-    """Nobody wants the site's update any more."""
+    """The site's update is not wanted any more."""
 
 
 def _raise(error: Exception) -> Any:

@@ -15,7 +15,7 @@ from fedlab.core.types import Failure, Memory, Patient, ServerState, Site
 from fedlab.deploy.messages import limit_for, pack_state, pack_weights, unpack_answer
 from fedlab.deploy.plan import Plan
 from fedlab.privacy.base import Inboxes, PartialExchange
-from fedlab.run.local import Answer
+from fedlab.core.types import Answer
 from fedlab.run.site_task import SiteTask
 from fedlab.strategies.averaging import FedAvg, Strategy
 

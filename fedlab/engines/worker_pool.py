@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fedlab.core.errors import FedlabError, RunError, SiteError
-from fedlab.core.types import Failure, Memory, Site
+from fedlab.core.types import Answer, Failure, Site, SiteState
 from fedlab.core.workers import forkserver, settle
 from fedlab.engines.shared_tensors import Arrived, Parcel, receive
-from fedlab.run.local import Answer, answer_of
+from fedlab.run.local import answer_of
 from fedlab.run.site_task import SiteTask
 
 __all__ = ["Pool", "Ticket"]
@@ -38,19 +38,19 @@ class Ticket:
     Attributes:
         site: name of the site.
         answer: what came, once it has.
-        memory: of the site afterwards; None where it is as it was before.
+        site_state: of the site afterwards; None where it is as it was before.
         lost: why nothing came.
     """
 
     site: str
     answer: Answer | None = None
-    memory: Memory | None = None
+    site_state: SiteState | None = None
     lost: str = ""
 
-    def take(self) -> tuple[Answer | None, Memory | None]:
-        """Answer and memory, which are not kept here any longer."""
-        taken = self.answer, self.memory
-        self.answer = self.memory = None
+    def take(self) -> tuple[Answer | None, SiteState | None]:
+        """Answer and state, which are not kept here any longer."""
+        taken = self.answer, self.site_state
+        self.answer = self.site_state = None
         return taken
 
 
@@ -129,13 +129,13 @@ class Pool:
             gc.collect()  # engines that nobody has any more, but an exception's traceback had
         self._grow()
 
-    def submit(self, ticket: Ticket, site: Site, state: Parcel, memory: Parcel) -> None:
+    def submit(self, ticket: Ticket, site: Site, state: Parcel, site_state: Parcel) -> None:
         """Gives a site to a worker, if need be as soon as one is free."""
         packed = self._packed(site)
         for _ in range(3):
             worker = self._idle(packed.number)
             try:
-                self._send(worker, packed, state, memory)
+                self._send(worker, packed, state, site_state)
             except OSError:
                 self._drop(worker, patience=0)  # it died while it had nothing to do
             else:
@@ -202,14 +202,14 @@ class Pool:
             self._grow()
             self._listen()
 
-    def _send(self, worker: _Worker, site: _Packed, state: Parcel, memory: Parcel) -> None:
+    def _send(self, worker: _Worker, site: _Packed, state: Parcel, site_state: Parcel) -> None:
         if self._task is None:
             raise RunError("the workers were ended in the middle of a round; close() the engine between rounds")
         task = self._task[1]
         current = {task.number, *(packed.number for packed in self._sites.values())}
         forget, worker.knows = worker.knows - current, worker.knows & current
         parcels = {name: packed.parcel for name, packed in (("task", task), ("site", site))
-                   if packed.number not in worker.knows} | {"state": state, "memory": memory}
+                   if packed.number not in worker.knows} | {"state": state, "site_state": site_state}
         worker.connection.send(_Order(task.number, site.number, tuple(parcels), tuple(forget), self._settings))
         for parcel in parcels.values():
             parcel.send(worker.connection)
@@ -237,7 +237,7 @@ class Pool:
         if not worker.ready:
             worker.ready = worker.connection.recv_bytes() == b"ready"
             return worker.ready
-        answer, memory = receive(worker.connection), receive(worker.connection)
+        answer, site_state = receive(worker.connection), receive(worker.connection)
         ticket, worker.ticket = worker.ticket, None
         came, words = answer.open()
         if came is None:
@@ -248,7 +248,7 @@ class Pool:
             came.error.__cause__ = _AtWorker(words)
         if ticket is not None:
             ticket.answer = came
-            ticket.memory = copy.deepcopy(memory.open())  # each mapping takes a file descriptor; memories are for long
+            ticket.site_state = copy.deepcopy(site_state.open())  # each mapping takes a file descriptor
         return True
 
     def _drop(self, worker: _Worker, *, patience: float) -> None:
@@ -267,12 +267,12 @@ class Pool:
 def _why(code: int | None) -> str:
     if code == -signal.SIGKILL:
         return ("its worker process was killed (SIGKILL), as systems do when memory runs out: take fewer workers, "
-                "smaller batches or smaller crops. Its memory is as it was before the round")
+                "smaller batches or smaller crops. Its state is as it was before the round")
     if code is not None and code < 0:
         return (f"its worker process crashed ({signal.Signals(-code).name}); engine=Local() shows where. Its memory is "
                 "as it was before the round")
     return (f"its worker process ended itself (exit code {code}); look for sys.exit() or os._exit() in what runs at "
-            "the site. Its memory is as it was before the round")
+            "the site. Its state is as it was before the round")
 
 
 def _parcel(thing: Any, what: str) -> Parcel:
@@ -302,7 +302,7 @@ def _serve(connection: Connection, visible: str | None) -> None:
 
 
 def _work(order: _Order, arrived: Mapping[str, Arrived], known: dict[int, Any]) -> tuple[Parcel, Parcel]:
-    """A site's round: what came of it, and what the site remembers."""
+    """A site's round: its answer, and what the site keeps."""
     try:
         for number in order.forget:
             known.pop(number)
@@ -310,20 +310,20 @@ def _work(order: _Order, arrived: Mapping[str, Arrived], known: dict[int, Any]) 
             if name in arrived:
                 known[number] = arrived[name].open()
         task, site = known[order.task], known[order.site]
-        state, memory = arrived["state"].open(), arrived["memory"].open()
+        state, site_state = arrived["state"].open(), arrived["site_state"].open()
     except Exception as error:  # of the user's own modules
         return Parcel((None, "".join(traceback.format_exception(error)))), Parcel(None)
     _compute_as(order.settings)
-    answer, words = answer_of(site.name, lambda: task(site, state, memory)), ""
+    answer, words = answer_of(site.name, lambda: task(site, state, site_state)), ""
     if isinstance(answer, Failure):
         words = "".join(traceback.format_exception(answer.error))
         answer = Failure(site.name, _plain(answer.error))
     try:
-        return Parcel((answer, words)), Parcel(memory)
+        return Parcel((answer, words)), Parcel(site_state)
     except Exception as error:  # of a technique that remembers or sends what is no tensor
         words = "".join(traceback.format_exception(error))
         reason = f"what the site sends or remembers can't leave its process ({type(error).__name__}: {error})"
-        return Parcel((Failure(site.name, SiteError(site.name, state.round, "keep", reason)), words)), Parcel(None)
+        return Parcel((Failure(site.name, SiteError(site.name, state.round, "remember", reason)), words)), Parcel(None)
 
 
 def _plain(error: FedlabError) -> FedlabError:

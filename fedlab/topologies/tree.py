@@ -16,7 +16,7 @@ from fedlab.topologies.gossip import Gossip
 from fedlab.topologies.combining import difference
 from fedlab.topologies.cyclic import Ring
 
-__all__ = ["Tree"]
+__all__ = ["Tree", "star"]
 
 Regions = Mapping[str, Sequence[Site]]
 
