@@ -11,11 +11,10 @@ import numpy as np
 import torch
 
 from fedlab.core.errors import FedlabError, SiteError
-from fedlab.core.types import Failure, Memory, Patient, ServerState, Site
+from fedlab.core.types import Answer, Failure, Memory, Patient, ServerState, Site
 from fedlab.deploy.messages import limit_for, pack_state, pack_weights, unpack_answer
 from fedlab.deploy.plan import Plan
 from fedlab.privacy.base import Inboxes, PartialExchange
-from fedlab.core.types import Answer
 from fedlab.run.site_task import SiteTask
 from fedlab.strategies.averaging import FedAvg, Strategy
 

@@ -119,6 +119,11 @@ class Checkpoint:
         rounds = self._rounds()
         return self._state(rounds[-1])[0] if rounds else None
 
+    def records(self) -> list[dict[str, Any]]:
+        """The history's records after the last finished round; changes nothing on disk."""
+        rounds = self._rounds()
+        return list(self._state(rounds[-1])[1]["records"]) if rounds else []
+
     def _state(self, folder: Path) -> tuple[ServerState, dict[str, Any]]:
         try:
             note = json.loads((folder / "round.json").read_text(encoding="utf-8"))

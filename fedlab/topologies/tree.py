@@ -12,9 +12,9 @@ from fedlab.core.types import Round, ServerState, Site, Tensors, Update
 from fedlab.run.arrivals import Arrivals, Void
 from fedlab.run.round import Star, star
 from fedlab.strategies.averaging import TooFewUpdates, moved
-from fedlab.topologies.gossip import Gossip
 from fedlab.topologies.combining import difference
 from fedlab.topologies.cyclic import Ring
+from fedlab.topologies.gossip import Gossip
 
 __all__ = ["Tree", "star"]
 

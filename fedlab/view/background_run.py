@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 
 from fedlab.core.errors import RunError
+from fedlab.core.protocols import Engine
 from fedlab.core.types import Round, Site
 from fedlab.core.weights import load_weights
 from fedlab.privacy.base import Privacy
 from fedlab.run.checkpoint import Checkpoint
 from fedlab.run.federate import federate
 from fedlab.run.history import History
-from fedlab.run.local import Engine, Local
+from fedlab.run.local import Local
 from fedlab.training.metrics import evaluate, summary
 from fedlab.training.trainer import SiteTrainer
 
@@ -60,7 +61,7 @@ class BackgroundRun:
 
     Attributes:
         history: what has happened so far, as `federate` returns it.
-        kept: for each of the rounds that this process has seen, the numbers that techniques left in the memory of the
+        kept: for each of the rounds that this process has seen, the numbers that techniques left in the state of the
             sites ("diagnostics", such as norms before clipping), by site. A simulation holds all sites' memories; in a
             deployment these numbers never leave the site.
         views: what shows this run, by kind; a second view of one kind is another look at the first.
@@ -355,11 +356,11 @@ class _Work:
     def _between(self, finished: Round) -> None:
         """After each round, in the thread of the run."""
         if not self.history.records and finished.number > 0 and self.settings.get("checkpoint") is not None:
-            saved = Checkpoint(Path(self.settings["checkpoint"])).load()  # the rounds before a run goes on
-            self.history.records.extend(saved[2][:-1] if saved else [])
+            # The rounds before a resumed run goes on.
+            self.history.records.extend(Checkpoint(Path(self.settings["checkpoint"])).records()[:-1])
         self.history.add(finished)
         self.kept[finished.number] = {name: numbers for name in finished.sites
-                                      if (numbers := _plain_numbers(self.engine, name))}
+                                      if (numbers := _plain_numbers(finished, name))}
         calls = self.settings.get("on_round", ())
         for call in calls if isinstance(calls, Sequence) else (calls,):
             call(finished)
@@ -410,7 +411,7 @@ def _alike(one: Any, other: Any) -> bool:
     return type(one) is type(other) and repr(one) == repr(other)
 
 
-def _plain_numbers(engine: Engine, site: str) -> dict[str, float]:
-    """Single numbers that techniques left in a site's memory for its own eyes, where this process holds it."""
-    noted = getattr(engine, "memory", {}).get(site, {}).get("diagnostics", {})
+def _plain_numbers(finished: Round, site: str) -> dict[str, float]:
+    """Single numbers that techniques left in a site's diagnostics, where the site works on this machine."""
+    noted = finished.site_states[site].diagnostics if site in finished.site_states else {}
     return {name: float(value) for name, value in noted.items() if value.dim() == 0}

@@ -331,7 +331,7 @@ def _budgets(run: BackgroundRun, given: float | None) -> dict[str, float]:
     if given is not None:
         return {"patient": given, "site": given}
     budgets: dict[str, float] = {}
-    for layer in run.privacy._layers():
+    for layer in run.privacy.layers:
         limit, terms = getattr(layer, "max_epsilon", None), getattr(layer, "_terms", None)
         if limit is not None and terms is not None:
             budgets[terms.unit] = min(budgets.get(terms.unit, math.inf), float(limit))

@@ -20,7 +20,7 @@ from torch import nn
 
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import generator
-from fedlab.core.types import MODALITIES, Memory, Patient, Spent, Update
+from fedlab.core.types import MODALITIES, Patient, SiteState, Spent, Update
 from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
 from fedlab.privacy.base import Privacy
@@ -71,11 +71,11 @@ class Knobs:
 
     def protect(self, update: Update, *, delta: float, seed: int) -> Update:
         """The update as it would leave the site, with what one such round spends."""
-        memory: Memory = {}
-        ledger = Ledger.open(memory, site=update.site, model=None, round=0, stream=str(seed))
+        state = SiteState()
+        ledger = Ledger.open(state, site=update.site, model=None, round=0, stream=str(seed))
         clipped = clip_update(update, self.clip)
-        sent = self.privacy(delta=delta).protect(clipped, memory, generator(seed, "playground"))
-        ledger = Ledger(memory)
+        sent = self.privacy(delta=delta).protect(clipped, state, generator(seed, "playground"))
+        ledger = Ledger(state)
         return replace(sent, spent=ledger.spent())
 
     def spent(self, *, delta: float, rounds: int) -> Spent | None:
