@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 
 from fedlab.core.errors import RunError
 from fedlab.core.types import SiteState
@@ -43,7 +44,7 @@ class SiteStates(Mapping[str, SiteState]):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._enrolled = dict.fromkeys(names)
-        self._saved: dict[str, str] = {}  # site -> SHA-256 of its file
+        self._saved: dict[str, str | None] = {}  # site -> SHA-256 of its file, once somebody needs it
         self._secrets: dict[str, dict[str, Any]] = {}
 
     def __getitem__(self, site: str) -> SiteState:
@@ -51,7 +52,7 @@ class SiteStates(Mapping[str, SiteState]):
             raise KeyError(site)
         if site not in self._saved:
             return SiteState(enrolled=True)
-        return unpack_site_state(self.path(site).read_bytes(), expected=self._saved[site], what=str(self.path(site)))
+        return unpack_site_state(self.path(site).read_bytes(), what=str(self.path(site)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._enrolled)
@@ -83,12 +84,12 @@ class SiteStates(Mapping[str, SiteState]):
 
     def save(self, site: str, state: SiteState) -> None:
         """Writes a site's state whole."""
-        data = pack_site_state(state)
         scratch = self.path(site).with_suffix(".part")
-        scratch.write_bytes(data)
+        tensors, header = _flattened(state, {})
+        save_file(tensors, scratch, metadata=header)
         os.replace(scratch, self.path(site))
         self._enrolled.setdefault(site)
-        self._saved[site] = hashlib.sha256(data).hexdigest()
+        self._saved[site] = None
 
     def path(self, site: str) -> Path:
         """The file of a site."""
@@ -100,8 +101,10 @@ class SiteStates(Mapping[str, SiteState]):
         Returns:
             The SHA-256 of each site's file; None for a site that keeps nothing yet.
         """
-        for site in self._saved:
+        for site, digest in self._saved.items():
             _link(self.path(site), folder / self.path(site).name)
+            if digest is None:
+                self._saved[site] = hashlib.sha256(self.path(site).read_bytes()).hexdigest()
         return {site: self._saved.get(site) for site in self}
 
     @classmethod
@@ -146,16 +149,26 @@ def pack_site_state(state: SiteState, **about: str | int) -> bytes:
         state: of the site.
         about: what must be the same when it is read, such as the run.
     """
+    tensors, header = _flattened(state, about)
+    return save(tensors, metadata=header)
+
+
+def _flattened(state: SiteState, about: Mapping[str, str | int]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a state, those of one type end to end, and a header that says where each lies.
+
+    A file of a few large tensors is written several times as fast as one of many.
+    """
     groups = {**{f"own|{owner}": slots for owner, slots in state.namespaces.items()}, "diagnostics": state.diagnostics}
-    tensors: dict[str, torch.Tensor] = {}
-    names: list[list[str]] = []
+    flat: dict[str, list[torch.Tensor]] = {}
+    rows: list[tuple[str, str, str, list[int]]] = []
     for group, slots in groups.items():
         for name, tensor in slots.items():
-            tensors[str(len(names))] = tensor.detach().cpu().clone().contiguous()
-            names.append([group, name])
+            kind = str(tensor.dtype).removeprefix("torch.")
+            flat.setdefault(kind, []).append(tensor.detach().cpu().flatten())
+            rows.append((group, name, kind, list(tensor.shape)))
     note = {"format": _FORMAT, "enrolled": state.enrolled, "updates": state.updates, "ledger": state.ledger,
-            "groups": list(groups), "tensors": names, "about": about}
-    return save(tensors, metadata={"fedlab": json.dumps(note)})
+            "groups": list(groups), "tensors": rows, "about": about}
+    return {kind: torch.cat(parts) for kind, parts in flat.items()}, {"fedlab": json.dumps(note)}
 
 
 def unpack_site_state(data: bytes, *, what: str, expected: str | None = None, **about: str | int) -> SiteState:
@@ -177,13 +190,14 @@ def unpack_site_state(data: bytes, *, what: str, expected: str | None = None, **
         note = json.loads(json.loads(data[8:8 + length])["__metadata__"]["fedlab"])
         if note["format"] != _FORMAT or note["about"] != about:
             raise ValueError(f"it is about {note['about']}, expected {about}")
-        tensors = load(data)
+        rest = load(data)
         groups: dict[str, dict[str, torch.Tensor]] = {group: {} for group in note["groups"]}
-        for number, (group, name) in enumerate(note["tensors"]):
-            groups[group][name] = tensors[str(number)]
+        for group, name, kind, shape in note["tensors"]:
+            size = math.prod(shape)
+            groups[group][name], rest[kind] = rest[kind][:size].reshape(shape), rest[kind][size:]
         diagnostics = groups.pop("diagnostics")
         return SiteState(enrolled=note["enrolled"], updates=note["updates"], ledger=note["ledger"],
                          diagnostics=diagnostics,
                          namespaces={group.removeprefix("own|"): slots for group, slots in groups.items()})
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{what} is damaged ({error}); restore it from a copy, or start the run over") from error
