@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -37,8 +38,7 @@ class Arrivals:
     def __init__(self, run: Run, state: ServerState, cohort: Sequence[Site]) -> None:
         self.run, self.state, self.cohort = run, state, tuple(cohort)
         self._started = perf_counter()
-        sends = [sender for sender, _ in run.topology.messages([site.name for site in cohort])]
-        self._copies = {site.name: sends.count(site.name) for site in cohort}
+        self._copies = Counter(sender for sender, _ in run.topology.messages([site.name for site in cohort]))
         self._drawn = {site.name for site in cohort}
         self._asked: list[str] = []
         self._seen: dict[str, dict[str, float]] = {}
@@ -176,7 +176,7 @@ class Arrivals:
         return None if self.run.admission is None else self.run.admission.refuse(answer)
 
     def _note(self, update: Update) -> None:
-        size = update.nbytes * self._copies.get(update.site, 1)
+        size = update.nbytes * max(1, self._copies[update.site])
         self._seen[update.site] = {**update.metrics, "norm": update.norm(), "weight": update.weight,
                                    "steps": float(update.steps), "bytes": float(size)}
         if update.seconds > 0:  # withheld under a guarantee

@@ -65,7 +65,9 @@ class Tree:
     def __call__(self, run: Run, state: ServerState) -> Round:
         state = state.opened()
         arrivals = Arrivals(run, state, run.select(state))
-        present = {region: [site for site in arrivals.cohort if site.name in names]
+        drawn = {site.name: site for site in arrivals.cohort}
+        order = {name: place for place, name in enumerate(drawn)}
+        present = {region: [drawn[name] for name in sorted(names, key=lambda name: order.get(name, 0)) if name in drawn]
                    for region, names in self.regions.items()}
         present = {region: sites for region, sites in present.items() if sites}
         try:
