@@ -19,10 +19,10 @@ from fedlab.core.types import REGIONS
 from fedlab.core.weights import weights_sha256
 from fedlab.run.trace import verify
 from fedlab.training.metrics import summary, threshold_dice
-from fedlab.view.contribution_figure import contributions_figure
 from fedlab.view.model_card import make_model_card
 from fedlab.view.report_page import Section, save_figure, write_report
-from fedlab.view.run_figures import cross_site_heatmap, curves, dice_by_arm, sites_figure
+from fedlab.view.run_figures import contributions_figure, cross_site_heatmap, curves, dice_by_arm
+from fedlab.view.site_figures import sites_figure
 from fedlab.view.slices import compare
 
 __all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "versions", "write_results"]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files that are whole or absent, whatever happens while they are written; and new files that replace nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_json", "write_whole"]
+from fedlab.core.errors import FedlabError, RunError
+
+__all__ = ["write_json", "write_new", "write_whole"]
+
+
+def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabError] = RunError) -> Path:
+    """Writes a file that must not exist yet, and makes the folders above it.
+
+    Raises:
+        FedlabError: of the type `error`, if the file exists already.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+    except FileExistsError as exists:
+        raise error(f"{path} exists already and is not overwritten: remove it, or give another path") from exists
+    return path
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from fedlab.core.types import Round, ServerState, Spent
+from fedlab.run.svg_charts import chart
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,27 +140,15 @@ class History:
         table = self.table()
         if table.empty:
             return f"<p>{escape(repr(self))}</p>"
-        drawn = "".join(_sketch(table[name].dropna(), str(name), self.rounds)
-                        for name in [c for c in table if c not in ("bytes", "seconds")][:3])
+        shown = [name for name in table if name not in ("bytes", "seconds") and table[name].notna().any()]
+        drawn = "".join(self._chart(table[name].dropna()) for name in shown[:3])
         last = table.tail(10).astype({"bytes": int})
         html: str = last.to_html(float_format="{:.3f}".format, na_rep="–")
         early = f"<p>Stopped: {escape(self.stopped)}</p>" if self.stopped else ""
         return (f"<p>{len(self.records)} of {self.rounds} rounds; privacy: {escape(self.guarantee())}</p>{early}{drawn}"
                 f"<p>The last {len(last)}:</p>{html}")
 
-
-def _sketch(values: pd.Series[float], name: str, rounds: int) -> str:
-    """A small curve over the rounds as inline SVG: no drawing library, so that showing a history is instant."""
-    if values.empty:
-        return ""
-    low, high = float(values.min()), float(values.max())
-    across = 10 + 220 * values.index.to_numpy(dtype=float) / max(rounds - 1, 1)
-    down = 95 - 65 * (values.to_numpy(dtype=float) - low) / max(high - low, 1e-12)
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
-    last = f"{escape(name)} {values.iloc[-1]:.3f}"
-    return (f'<svg role="img" aria-label="{last} at the end, from {low:.3f} to {high:.3f} in all" width="250" '
-            f'height="105" viewBox="0 0 250 105" style="background:#fff;margin-right:12px">'
-            f'<text x="10" y="17" font-family="sans-serif" font-size="13" fill="#222">{last}</text>'
-            f'<path d="M10 100H230" stroke="#ccc"/><polyline points="{points}" fill="none" stroke="#0072B2" '
-            f'stroke-width="2" stroke-linejoin="round"/>'
-            f'<circle cx="{across[-1]:.1f}" cy="{down[-1]:.1f}" r="3" fill="#0072B2"/></svg>')
+    def _chart(self, values: pd.Series[float]) -> str:
+        points = [(index + 1, value) for index, value in zip(values.index.tolist(), values.tolist(), strict=True)]
+        return chart(f"{values.name} {values.iloc[-1]:.3f}", {str(values.name): points}, rounds=self.rounds,
+                     styles={str(values.name): ("#0072B2", "")})

@@ -1,11 +1,10 @@
 from .background_run import BackgroundRun, SiteDice
-from .contribution_figure import contributions_figure
 from .dashboard import RunDashboard
 from .meshes import Surface, export_labels, surface
 from .model_card import ModelCard, make_model_card
 from .playground import PrivacyPlayground
-from .run_figures import cross_site_heatmap, curves, dice_by_arm, sites_figure
-from .site_figures import heterogeneity_figure, intensity_figure, partition_figure
+from .run_figures import contributions_figure, cross_site_heatmap, curves, dice_by_arm
+from .site_figures import heterogeneity_figure, intensity_figure, partition_figure, sites_figure
 from .slices import compare, show_patient
 from .viewer import Viewer, show
 from .workflow_figure import workflow_figure

@@ -1,53 +1,57 @@
-"""A live view of a run in the background of a notebook, with buttons; in JupyterLab and in Voilà."""
+"""A dashboard of a run in the background of a notebook, with buttons; for JupyterLab and Voilà."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlab.core.types import Spent
 from fedlab.privacy.base import Privacy
-from fedlab.view.background_run import BackgroundRun
-from fedlab.view.privacy_figures import privacy_curves
-from fedlab.view.run_figures import curves
-from fedlab.view.style import Picture
-from fedlab.view.svg_charts import Points, chart, colours_of, legend
-from fedlab.view.widget_snapshot import display_live, live_bundle
+from fedlab.run.svg_charts import Points, Style, chart
+from fedlab.view.background_run import ENDED, BackgroundRun
+from fedlab.view.colours import BLUE, GREEN, GREY, INK, LINES, ORANGE, RED
+from fedlab.view.page_templates import render
+from fedlab.view.run_figures import curves, privacy_curves
+from fedlab.view.widget_snapshot import display_snapshot, snapshot
+
+if TYPE_CHECKING:
+    from fedlab.view.picture import Picture
 
 __all__ = ["RunDashboard"]
 
-_SIGNS = {"ready": "#666666", "running": "#009E73", "pausing": "#E08A00", "paused": "#E08A00", "stopping": "#B3261E",
-          "stopped": "#B3261E", "finished": "#0072B2", "failed": "#B3261E"}
-_LEAST = 0.3  # seconds between two refreshes, however short the rounds
+_COLOURS = {"ready": GREY, "running": GREEN, "pausing": ORANGE, "paused": ORANGE, "stopping": RED, "stopped": RED,
+            "finished": BLUE, "failed": RED}
+_DASHES = ("", "5 3", "2 2")
+_INTERVAL = 0.3  # least seconds between two refreshes
 _UNDER_GUARANTEE = ("Under the guarantee losses and other numbers of the training stay at the sites. The Dice of "
                     "held-out patients, where it is measured, is outside the guarantee.")
-_AT_HOME = ("What was clipped comes from the memory of the sites, which a simulation holds; in a deployment these "
-            "numbers never leave the site.")
+_AT_SITE = ("The share that was clipped is read from the state of the sites, which a simulation holds; in a deployment "
+            "these numbers never leave the site.")
+_COLUMNS = ("site", "rounds", "loss", "{metric}", "norm", "clipped", "MB sent", "ε spent of budget", "away")
 
 
 class RunDashboard:
-    """What a `BackgroundRun` is doing, renewed after every round, with buttons to start, pause, step and stop it.
+    """The progress of a `BackgroundRun`, refreshed after every round, with buttons to start, pause, step and stop it.
 
     For each site: training loss, Dice of its held-out patients (with `validate=SiteDice(sites=…)`), norm and bytes of
-    its updates, how much was clipped, ε spent against the budget, and the rounds it missed, with the reason. Where a
-    guarantee keeps numbers at the site, it says so. An ε always comes with δ, unit, adjacency and accountant.
+    its updates, the share that was clipped, ε spent against the budget, and the rounds it missed, with the reason.
+    Numbers that a guarantee keeps at the site are named. An ε is always shown with δ, unit, adjacency and accountant.
 
-    Shown again, as when its cell is run again, it is another look at the same run and the same widgets. Without a
-    kernel, as in an exported notebook, the state that was last sent stays: that at the start, at a pause, at the end,
-    and after `wait()`.
+    A second dashboard of a run, as when its cell is run again, shares the widgets of the first. Without a kernel, as in
+    an exported notebook, the state last sent remains: that at the start, at a pause, at the end, and after `wait()`.
 
     Args:
         run: a `BackgroundRun`, started or not.
         budget: the ε that the run may spend, drawn as a line; by default the `max_epsilon` of its techniques.
-        metric: of the rounds' metrics, the one that is followed; sites have "<metric>, <site>".
+        metric: of the rounds; the sites have "<metric>, <site>".
 
     Raises:
         ValueError: `budget` is not a positive number.
-        TypeError: `run` is no `BackgroundRun`.
+        TypeError: `run` is not a `BackgroundRun`.
     """
 
     def __init__(self, run: BackgroundRun, *, budget: float | None = None, metric: str = "Dice") -> None:
@@ -65,15 +69,15 @@ class RunDashboard:
 
     @property
     def widget(self) -> Any:
-        """The ipywidgets box that is shown: for an app of one's own."""
+        """The ipywidgets box, for use in an app."""
         return self._panel.box
 
     def html(self) -> str:
-        """The dashboard without its buttons, as it is now: one self-contained piece of HTML."""
+        """The dashboard without its buttons as it is now: self-contained HTML."""
         return _Page(self.run, self.budget, self.metric).html()
 
     def figure(self) -> Picture:
-        """The curves as a figure to keep: what was learned, and what was spent if there is a guarantee.
+        """The curves as a figure: ε and the metric under a guarantee, else loss and metric.
 
         Raises:
             ValueError: no round has ended yet.
@@ -86,18 +90,18 @@ class RunDashboard:
         return curves({"federated": history}, metric=self.metric)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
-        return live_bundle(self.widget, text=repr(self), html=self.html(),
-                           picture=self.figure if self.run.history.records else None)
+        return snapshot(self.widget, text=repr(self), html=self.html(),
+                        picture=self.figure if self.run.history.records else None)
 
     def _ipython_display_(self) -> None:
-        self._panel.shown(display_live(self._repr_mimebundle_))
+        self._panel.displayed(display_snapshot(self._repr_mimebundle_))
 
     def __repr__(self) -> str:
         return f"RunDashboard({self.run!r})"
 
 
 class _Panel:
-    """The widgets of one run: made once, whoever looks at them."""
+    """The widgets of one run, shared by all its dashboards."""
 
     def __init__(self, run: BackgroundRun) -> None:
         import ipywidgets as widgets
@@ -106,124 +110,106 @@ class _Panel:
         self.content: Callable[[], str] = str
         self._lock, self._last, self._drawn = threading.RLock(), -math.inf, ""
         self._displays: list[Callable[[], None]] = []
-        self.note = widgets.HTML()
-        self.page = widgets.HTML()
+        self.note, self.page = widgets.HTML(), widgets.HTML()
         self.buttons = {name: widgets.Button(description=text, icon=icon, tooltip=tip, button_style=style,
                                              layout=widgets.Layout(width="110px"))
-                        for name, text, icon, tip, style in (
-                            ("start", "Start", "play", "Begin, or go on until the last round", "success"),
-                            ("pause", "Pause", "pause", "Pause after the round that is being worked on", ""),
-                            ("step", "Step", "step-forward", "One round, then pause", ""),
-                            ("stop", "Stop", "stop", "End after the round that is being worked on; what is finished "
-                             "stays", "danger"))}
+                        for name, (text, icon, tip, style, _) in _BUTTONS.items()}
         for name, button in self.buttons.items():
             button.on_click(self._clicked(getattr(run, name)))
         self.box = widgets.VBox([widgets.HBox([*self.buttons.values(), self.note]), self.page])
         run.on_change(self.refresh)
 
-    def shown(self, update: Callable[[], None]) -> None:
-        """A place of the notebook that shows it; its static picture is renewed when the run rests."""
+    def displayed(self, update: Callable[[], None]) -> None:
+        """Remembers a display in the notebook; its static copy is renewed when the run pauses or ends."""
         self._displays = [*self._displays[-3:], update]
 
     def refresh(self) -> None:
-        """Brings the widgets up to date, at most every so often; at once when the run's state has changed."""
+        """Updates the widgets: at once when the run's state has changed, else at most every `_INTERVAL`."""
         with self._lock:
             state, now = self.run.state, time.monotonic()
-            if state == self._drawn == "running" and now - self._last < _LEAST:
+            if state == self._drawn == "running" and now - self._last < _INTERVAL:
                 return
-            rests = state != self._drawn and (self.run.ended or state == "paused")
+            rests, changed = state in ("paused", *ENDED), state != self._drawn
             self._drawn, self._last = state, now
             self.page.value = self.content()
             for name, button in self.buttons.items():
-                button.disabled = state not in _WHEN[name]
+                button.disabled = state not in _BUTTONS[name][-1]
             self.buttons["start"].description = "Start" if state == "ready" else "Go on"
-            if rests or self._waited(state):
+            # In the main thread, as from `wait()`, the output belongs to the current cell.
+            if rests and (changed or threading.current_thread() is threading.main_thread()):
                 for update in self._displays:
                     update()
-
-    def _waited(self, state: str) -> bool:
-        """Whether the notebook's own thread tells it, as `wait()` does: then what is sent belongs to that cell."""
-        return threading.current_thread() is threading.main_thread() and state in ("paused", *_ENDS)
 
     def _clicked(self, act: Callable[[], object]) -> Callable[[object], None]:
         def handle(button: object) -> None:
             try:
                 act()
                 self.note.value = ""
-            except Exception as error:  # where a button was clicked there is no cell to show it
-                self.note.value = f'<span style="color:#B3261E">{escape(str(error))}</span>'
+            except Exception as error:  # a button has no cell to show it
+                self.note.value = f'<span style="color:{RED}">{escape(str(error))}</span>'
 
         return handle
 
 
-_ENDS = ("stopped", "finished", "failed")
-#: In which states a button can be pressed.
-_WHEN = {"start": ("ready", "paused", "pausing"), "pause": ("running",), "step": ("ready", "paused"),
-         "stop": ("running", "pausing", "paused")}
+#: Method of the run -> label, icon, tooltip and style of its button, and the states in which it is enabled.
+_BUTTONS = {
+    "start": ("Start", "play", "Begin, or continue until the last round", "success", ("ready", "paused", "pausing")),
+    "pause": ("Pause", "pause", "Pause after the current round", "", ("running",)),
+    "step": ("Step", "step-forward", "One round, then pause", "", ("ready", "paused")),
+    "stop": ("Stop", "stop", "End after the current round; finished rounds are kept", "danger",
+             ("running", "pausing", "paused")),
+}
 
 
 class _Page:
     """The content of the dashboard at one moment."""
 
     def __init__(self, run: BackgroundRun, budget: float | None, metric: str) -> None:
-        self.run, self.history, self.metric = run, run.history, metric
+        self.run, self.metric = run, metric
         self.records = list(run.history.records)
-        self.kept = dict(run.kept)
+        self.diagnostics = dict(run.diagnostics)
         self.budgets = _budgets(run, budget)
-        names = [site.name for site in run.sites]
-        self.sites = names
-        self.styles = colours_of(names)
+        self.sites = [site.name for site in run.sites]
+        self.styles: dict[str, Style] = {
+            name: (LINES[k % len(LINES)], _DASHES[k // len(LINES) % len(_DASHES)]) for k, name in enumerate(self.sites)}
         self.private = bool(run.privacy.units) or any(record["spent"] for record in self.records)
+        self.at_server = any("server" in record["spent"] for record in self.records)
 
     def html(self) -> str:
-        more = {name: ("#222222", "") for name in ("all", "server") if name not in self.styles and (
-            self._metric()[name] if name == "all" else any(name in record["spent"] for record in self.records))}
-        parts = [self._head(), f'<div style="margin:6px 0;font-size:12px">{legend({**self.styles, **more})}</div>',
-                 f'<div style="display:flex;flex-wrap:wrap">{"".join(self._charts())}</div>',
-                 self._table(), *self._notes()]
-        return f'<div style="font-family:sans-serif;color:#222;background:#fff;padding:8px">{"".join(parts)}</div>'
-
-    def _head(self) -> str:
         run, done = self.run, len(self.records)
-        share = 100 * done / max(self.history.rounds, 1)
-        words = {"pausing": "pausing after this round", "stopping": "stopping after this round"}.get(
-            run.state, run.state)
-        mean = sum(record["seconds"] for record in self.records) / done if done else math.nan
-        pace = f", {mean:.3g} s a round" if done else ""
-        failed = "" if run.error is None else (
-            f'<div style="color:#B3261E;white-space:pre-wrap"><b>{escape(type(run.error).__name__)}</b>: '
-            f"{escape(str(run.error))}</div>")
-        early = f"<div>{escape(self.history.stopped)}</div>" if self.history.stopped else ""
-        return (f'<div><b style="color:{_SIGNS[run.state]}">● {words}</b> — {done} of {self.history.rounds} rounds'
-                f'{pace}; {escape(self._technique())}</div><div style="background:#E4E4E4;height:6px;'
-                f'margin:5px 0"><div style="background:{_SIGNS[run.state]};height:6px;width:{share:.1f}%"></div></div>'
-                f"{early}{failed}")
+        further = {"all": bool(self._metric()["all"]), "server": self.at_server}
+        return render(
+            "dashboard.html", colour=_COLOURS[run.state], done=done, rounds=run.history.rounds,
+            state={"pausing": "pausing after this round", "stopping": "stopping after this round"}.get(
+                run.state, run.state),
+            pace=f"{sum(record['seconds'] for record in self.records) / max(done, 1):.3g}",
+            share=f"{100 * done / max(run.history.rounds, 1):.1f}", stopped=run.history.stopped, error=run.error,
+            technique="no privacy technique" if run.history.privacy == repr(Privacy()) else run.history.privacy,
+            styles=self.styles | {name: (INK, "") for name, shown in further.items()
+                                  if shown and name not in self.styles},
+            charts=[*((drawn, "") for drawn in self._charts()), *self._epsilons()],
+            columns=[name.format(metric=self.metric) for name in _COLUMNS],
+            rows=[self._row(name) for name in (*self.sites, *["server"] * self.at_server)] if done else [],
+            notes=self._notes())
 
-    def _technique(self) -> str:
-        return "no privacy technique" if self.history.privacy == repr(Privacy()) else self.history.privacy
+    def _chart(self, title: str, lines: Mapping[str, Points], **more: Any) -> str:
+        # For a long run the axis ends shortly after the finished rounds, or they would be squeezed to its beginning.
+        rounds = max(1, min(self.run.history.rounds, max(10, math.ceil(1.25 * len(self.records)))))
+        return chart(title, lines, styles=self.styles, rounds=rounds, **more)
 
     def _charts(self) -> list[str]:
-        # Of a long run the axis shows what is done and a little more, or its beginning would be a line at the edge.
-        rounds = max(1, min(self.history.rounds, max(10, math.ceil(1.25 * len(self.records)))))
-        metric = self._metric()
-        clipped = self._per_site(self._clipped)
-        home = " A guarantee keeps it at the site." if self.private else ""
-
-        def draw(title: str, lines: Mapping[str, Points], **more: Any) -> str:
-            return chart(title, lines, styles=self.styles, rounds=rounds, **more)
-
-        waiting = "" if self.records else "nothing yet"
+        reason = " A guarantee keeps it at the site." if self.private else ""
+        notes = ["nothing yet"] * 3 if not self.records else [
+            f"No site reports its loss.{reason}", "Not measured: give validate=SiteDice(sites=sites)",
+            "No technique of this run reports what it clipped."]
         return [
-            draw("Training loss", self._per_site(lambda r, site: r["sites"][site].get("loss")),
-                 note=waiting or f"No site reports its loss.{home}"),
-            draw(f"{self.metric} of held-out patients", metric, bottom=0, top=1 if self.metric == "Dice" else None,
-                 bold="all", note=waiting or "Not measured: give validate=SiteDice(sites=sites)"),
-            draw("Norm of the update that was sent", self._per_site(lambda r, site: r["sites"][site]["norm"]),
-                 bottom=0),
-            draw("Share that was clipped", clipped, bottom=0, top=1,
-                 note=waiting or "No technique of this run says what it clipped."),
-            draw("Bytes sent so far [MB]", self._bytes(), bottom=0),
-            *self._epsilons(draw),
+            self._chart("Training loss", self._per_site(lambda r, site: r["sites"][site].get("loss")), note=notes[0]),
+            self._chart(f"{self.metric} of held-out patients", self._metric(), bottom=0,
+                        top=1 if self.metric == "Dice" else None, bold="all", note=notes[1]),
+            self._chart("Norm of the update that was sent", self._per_site(lambda r, site: r["sites"][site]["norm"]),
+                        bottom=0),
+            self._chart("Share that was clipped", self._per_site(self._clipped), bottom=0, top=1, note=notes[2]),
+            self._chart("Bytes sent so far [MB]", self._bytes(), bottom=0),
         ]
 
     def _per_site(self, read: Callable[[dict[str, Any], str], float | None]) -> dict[str, Points]:
@@ -232,22 +218,22 @@ class _Page:
                        and (value := read(record, name)) is not None] for name in self.sites}
 
     def _metric(self) -> dict[str, Points]:
-        lines = {name: [(record["round"] + 1.0, record["metrics"][key]) for record in self.records
-                        if (key := f"{self.metric}, {name}") in record["metrics"]] for name in self.sites}
-        return lines | {"all": [(record["round"] + 1.0, record["metrics"][self.metric]) for record in self.records
-                                if self.metric in record["metrics"]]}
+        names = {name: f"{self.metric}, {name}" for name in self.sites} | {"all": self.metric}
+        return {name: [(record["round"] + 1.0, record["metrics"][key]) for record in self.records
+                       if key in record["metrics"]] for name, key in names.items()}
 
     def _clipped(self, record: dict[str, Any], site: str) -> float | None:
-        """Share of what the site clipped: patients' gradients, or its update as a whole (0 or 1)."""
-        numbers, kept = record["sites"][site], self.kept.get(record["round"], {}).get(site, {})
+        """Share that the site clipped: of its patients' gradients, or of its update as a whole (0 or 1)."""
+        numbers = record["sites"][site]
+        noted = self.diagnostics.get(record["round"], {}).get(site, {})
         if "clipped" in numbers:
             return float(numbers["clipped"])
         if "within_clip" in numbers:
             return float(numbers["within_clip"] < 0)
-        if "share beyond the clipping norm" in kept:
-            return kept["share beyond the clipping norm"]
-        if "norm after clipping" in kept:
-            return float(kept["norm after clipping"] < kept["norm before clipping"] * (1 - 1e-9))
+        if "share beyond the clipping norm" in noted:
+            return noted["share beyond the clipping norm"]
+        if "norm after clipping" in noted:
+            return float(noted["norm after clipping"] < noted["norm before clipping"] * (1 - 1e-9))
         return None
 
     def _bytes(self) -> dict[str, Points]:
@@ -260,74 +246,57 @@ class _Page:
             lines[name] = points
         return lines
 
-    def _epsilons(self, draw: Callable[..., str]) -> list[str]:
+    def _epsilons(self) -> list[tuple[str, str]]:
+        """A chart per unit with its terms, or one that says why there is no ε."""
         units: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        terms: dict[str, dict[str, None]] = {}
         for record in self.records:
             for site, entries in record["spent"].items():
-                for entry in entries:
-                    units.setdefault(entry["unit"], {}).setdefault(site, []).append(
-                        (record["round"] + 1.0, entry["epsilon"]))
+                for s in _spent(entries):
+                    units.setdefault(s.unit, {}).setdefault(site, []).append((record["round"] + 1.0, s.epsilon))
+                    words = f"δ = {s.delta:g}, per {s.unit}, {s.adjacency}, {s.accountant} accountant"
+                    terms.setdefault(s.unit, {})[words] = None
         if not units:
             note = ("nothing spent yet" if self.private else
-                    "No formal guarantee: nothing proves what the updates give away, so there is no ε.")
-            return [draw("ε spent", {}, note=note)]
-        out = []
-        for unit, lines in units.items():
-            terms = " · ".join(self._terms(unit))
-            limit = self.budgets.get(unit)
-            title = f"ε per {unit}" + ("" if limit is None else f", budget {limit:g}")
-            out.append(f'<div>{draw(title, lines, bottom=0, limit=limit, bold="server")}<div style="font-size:11px;'
-                       f'width:330px;margin:-6px 0 8px 6px">{escape(terms)}</div></div>')
-        return out
-
-    def _terms(self, unit: str) -> list[str]:
-        return list(dict.fromkeys(
-            f"δ = {s.delta:g}, per {s.unit}, {s.adjacency}, {s.accountant} accountant"
-            for record in self.records for entries in record["spent"].values()
-            for entry in entries if (s := Spent(**entry)).unit == unit))
-
-    def _table(self) -> str:
-        if not self.records:
-            return ""
-        head = ("site", "rounds", "loss", self.metric, "norm", "clipped", "MB sent", "ε spent of budget", "away")
-        shown = [*self.sites, *(["server"] if any("server" in r["spent"] for r in self.records) else [])]
-        rows = "".join("<tr>" + "".join(f'<td style="text-align:left;padding:1px 10px 1px 0">{cell}</td>'
-                                        for cell in self._row(name)) + "</tr>" for name in shown)
-        return ('<table style="border-collapse:collapse;font-size:12px"><tr>' + "".join(
-            f'<th style="text-align:left;padding:1px 10px 1px 0">{escape(name)}</th>' for name in head)
-            + f"</tr>{rows}</table>")
+                    "No formal guarantee: nothing bounds what the updates reveal, so there is no ε.")
+            return [(self._chart("ε spent", {}, note=note), "")]
+        budgets = {unit: f", budget {limit:g}" for unit, limit in self.budgets.items()}
+        return [(self._chart(f"ε per {unit}{budgets.get(unit, '')}", lines, bottom=0, limit=self.budgets.get(unit),
+                             bold="server"), " · ".join(terms[unit])) for unit, lines in units.items()]
 
     def _row(self, name: str) -> list[str]:
-        """The site's last known numbers."""
-        part = [record for record in self.records if name in record["sites"]]
-        last = part[-1]["sites"][name] if part else {}
-        dice = [r["metrics"][key] for r in self.records if (key := f"{self.metric}, {name}") in r["metrics"]]
-        clipped = self._clipped(part[-1], name) if part else None
-        away = [(r["round"], r["absent"][name]) for r in self.records if name in r.get("absent", {})]
-        return [escape(name), f"{len(part)}" if name in self.sites else "–", _number(last.get("loss")),
-                _number(dice[-1] if dice else None), _number(last.get("norm")),
+        """The last known numbers of a site."""
+        present = [record for record in self.records if name in record["sites"]]
+        last = present[-1]["sites"][name] if present else {}
+        scores = self._metric().get(name)
+        clipped = self._clipped(present[-1], name) if present else None
+        away = [(record["round"], record["absent"][name]) for record in self.records
+                if name in record.get("absent", {})]
+        spending = [f"{s}" + (f", of {self.budgets[s.unit]:g}" if s.unit in self.budgets else "")
+                    for s in next((_spent(record["spent"][name]) for record in reversed(self.records)
+                                   if name in record["spent"]), [])]
+        return [name, f"{len(present)}" if name in self.sites else "–", _number(last.get("loss")),
+                _number(scores[-1][1] if scores else None), _number(last.get("norm")),
                 "–" if clipped is None else f"{100 * clipped:.0f} %",
-                f"{sum(r['sites'][name]['bytes'] for r in part) / 1e6:.3f}" if part else "–",
-                escape("; ".join(self._spending(name))) or "–",
-                escape(f"{len(away)} of {len(self.records)} rounds, last round {away[-1][0] + 1}: {away[-1][1]}")
+                f"{sum(record['sites'][name]['bytes'] for record in present) / 1e6:.3f}" if present else "–",
+                "; ".join(spending) or "–",
+                f"{len(away)} of {len(self.records)} rounds, last round {away[-1][0] + 1}: {away[-1][1]}"
                 if away else ""]
-
-    def _spending(self, name: str) -> list[str]:
-        none: list[dict[str, Any]] = []
-        entries = next((r["spent"][name] for r in reversed(self.records) if name in r["spent"]), none)
-        return [f"{s}" + (f", of {limit:g}" if (limit := self.budgets.get(s.unit)) is not None else "")
-                for s in (Spent(**entry) for entry in entries)]
 
     def _notes(self) -> list[str]:
         notes = [_UNDER_GUARANTEE] if self.private else []
-        if any(numbers for sites in self.kept.values() for numbers in sites.values()) and any(
+        if any(numbers for sites in self.diagnostics.values() for numbers in sites.values()) and any(
                 self._per_site(self._clipped).values()):
-            notes.append(_AT_HOME)
-        return [f'<div style="font-size:11px;color:#555">{escape(note)}</div>' for note in notes]
+            notes.append(_AT_SITE)
+        return notes
+
+
+def _spent(entries: Iterable[dict[str, Any]]) -> list[Spent]:
+    return [Spent(**entry) for entry in entries]
 
 
 def _budgets(run: BackgroundRun, given: float | None) -> dict[str, float]:
-    """Unit -> the ε that the run may spend: the one given, or the smallest that a technique allows itself."""
+    """Unit -> the ε that the run may spend: the given one, or the smallest limit of its techniques."""
     if given is not None:
         return {"patient": given, "site": given}
     budgets: dict[str, float] = {}

@@ -1,9 +1,9 @@
-"""itkwidgets as a backend, fenced in: it hangs a notebook rather than fail, so all it needs is checked before.
+"""itkwidgets as a backend. It can hang a notebook instead of failing, so all its requirements are checked first.
 
-itkwidgets 1.0a55 is a thin shell: on import it takes over the kernel's queue of cells, and runs no further cell until
-its viewer answers from the browser. The viewer itself is not part of the package. It comes from an address in the
-internet that is written into itkwidgets, with parts from a CDN. Hence two conditions that can't be waived: a browser
-must be there, and somebody must have agreed to run that code beside the scans.
+On import, itkwidgets 1.0a55 takes over the kernel's queue of cells and runs no further cell until its viewer answers
+from the browser. The viewer is not part of the package: it is loaded from an internet address written into itkwidgets,
+with parts from a CDN. Hence two strict requirements: a browser is connected, and the user has agreed to run that code
+beside the scans.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from fedlab.core.errors import RunError
-from fedlab.view.presentation import Look, painted
-from fedlab.view.volumes import Case
+from fedlab.view.label_layers import Case
+from fedlab.view.view_settings import ViewSettings
 
 __all__ = ["ALLOWED", "ItkPanel", "require"]
 
-#: Environment variable that agrees to code from the internet.
+#: Environment variable by which a user agrees to run code from the internet.
 ALLOWED = "FEDLAB_ITK_FROM_INTERNET"
-_INSTEAD = "backend='niivue' shows the same from what is installed, backend='static' without a browser"
+_INSTEAD = "backend='niivue' shows the same from installed files, backend='static' without a browser"
 _EXTENSION = "imjoy-jupyterlab-extension"
-_PATIENCE = 3.0  # seconds to reach the viewer's address
+_TIMEOUT = 3.0  # seconds to reach the viewer's address
 
 
 def require() -> None:
     """Checks that itkwidgets can work here, without importing it.
 
     Raises:
-        RunError: it is not installed, no JupyterLab is at the other end, nobody agreed to code from the internet, or
-            the viewer's address can't be reached; with what to do.
+        RunError: it is not installed, no JupyterLab is connected, the user has not agreed to code from the internet,
+            or the viewer's address cannot be reached; with what to do.
     """
     spec = importlib.util.find_spec("itkwidgets")
     if spec is None or spec.origin is None:
         raise RunError("backend='itk' needs itkwidgets, which is not installed: pip install -e '.[itk]' in the "
                        f"checkout of fedlab; {_INSTEAD}")
     if not _asked_by_lab():
-        raise RunError("backend='itk' works in JupyterLab only: no browser at the other end could show its viewer, and "
-                       f"the notebook would wait for it for ever; {_INSTEAD}")
+        raise RunError("backend='itk' works in JupyterLab only: without a browser to show its viewer the notebook "
+                       f"would wait for it forever; {_INSTEAD}")
     host, port = _viewer_host(Path(spec.origin).parent)
     if os.environ.get(ALLOWED) != "1":
-        raise RunError(f"itkwidgets brings no viewer along: it would run code from {host} and a CDN beside the scans. "
-                       f"Where that is allowed, say so with os.environ['{ALLOWED}'] = '1'; {_INSTEAD}")
+        raise RunError(f"itkwidgets contains no viewer: it would run code from {host} and a CDN beside the scans. To "
+                       f"allow that, set os.environ['{ALLOWED}'] = '1'; {_INSTEAD}")
     if (file := _switched_off()) is not None:
-        raise RunError(f"JupyterLab's extension {_EXTENSION}, which itkwidgets talks through, is switched off in "
-                       f"{file}, since it asks a CDN for scripts at every start; where that is allowed, run 'jupyter "
-                       f"labextension enable {_EXTENSION}' and open JupyterLab anew; {_INSTEAD}")
+        raise RunError(f"JupyterLab's extension {_EXTENSION}, which itkwidgets needs, is disabled in {file}, because "
+                       "it requests scripts from a CDN at every start; to allow that, run 'jupyter labextension enable "
+                       f"{_EXTENSION}' and reopen JupyterLab; {_INSTEAD}")
     try:
-        socket.create_connection((host, port), timeout=_PATIENCE).close()
+        socket.create_connection((host, port), timeout=_TIMEOUT).close()
     except OSError as error:
-        raise RunError(f"itkwidgets' viewer can't be reached at {host} ({error}), and the notebook would wait for it "
-                       f"for ever: connect to the internet and try again; {_INSTEAD}") from error
+        raise RunError(f"the viewer of itkwidgets can't be reached at {host} ({error}), and the notebook would wait "
+                       f"for it forever: connect to the internet and try again; {_INSTEAD}") from error
 
 
 def _asked_by_lab() -> bool:
-    """Whether the cell that runs came from JupyterLab, which says which cell it is, unlike nbconvert and nbval."""
+    """Whether JupyterLab runs the current cell: it sends the id of the cell, unlike nbconvert and nbval."""
     if "IPython" not in sys.modules:
         return False
     kernel = getattr(sys.modules["IPython"].get_ipython(), "kernel", None)
@@ -72,7 +72,7 @@ def _asked_by_lab() -> bool:
 
 
 def _switched_off() -> Path | None:
-    """The file of JupyterLab's settings that disables the extension of itkwidgets; the user's own comes first."""
+    """The file of JupyterLab's settings that disables the extension of itkwidgets; the user's own settings win."""
     from jupyter_core.paths import jupyter_config_path
 
     for folder in map(Path, jupyter_config_path()):
@@ -86,40 +86,37 @@ def _switched_off() -> Path | None:
 
 
 def _viewer_host(package: Path) -> tuple[str, int]:
-    """Where the viewer comes from, as itkwidgets has it written down; read, not imported."""
+    """Host and port of the viewer, read from the source of itkwidgets without importing it."""
     text = (package / "viewer_config.py").read_text(encoding="utf-8")
     found = re.search(r"ITK_VIEWER_SRC\s*=\s*\(?\s*[\"']([^\"']+)[\"']", text)
     address = urlsplit(found.group(1)) if found else None
     if address is None or address.hostname is None:
-        raise RunError("this version of itkwidgets doesn't say where its viewer is: pip install -e '.[itk]' brings "
-                       f"the one that fedlab knows; {_INSTEAD}")
+        raise RunError("this version of itkwidgets does not name the address of its viewer: pip install -e '.[itk]' "
+                       f"installs the version that fedlab supports; {_INSTEAD}")
     return address.hostname, address.port or 443
 
 
 class ItkPanel:
-    """One modality with the labels over it in itkwidgets' own interface.
+    """One modality with labels over it in the interface of itkwidgets, which accepts no colour table from Python."""
 
-    Its colours and controls are its own: it takes no colour table from Python.
-    """
-
-    def __init__(self, case: Case, look: Look) -> None:
+    def __init__(self, case: Case, settings: ViewSettings) -> None:
         import itkwidgets
         from ngff_zarr import to_ngff_image
 
-        self.look = look
-        over = painted(case, look, look.layer)
-        # It counts in LPS, with the slowest axis first: x and y turn round, and their origin is the other corner.
+        self.settings = settings
+        overlay = settings.values(case, settings.layer)
+        # Its axes are LPS, slowest first: x and y are reversed, and the origin is the opposite corner.
         scale = dict(zip("xyz", case.patient.spacing_mm, strict=True))
         last = np.array([case.shape[0] - 1, case.shape[1] - 1, 0])
         corner = case.affine[:3, :3] @ last + case.affine[:3, 3]
         origin = dict(zip("xyz", (float(v) for v in corner * (-1, -1, 1)), strict=True))
 
-        def turned(array: Any) -> Any:
+        def lps(array: Any) -> Any:
             return to_ngff_image(np.ascontiguousarray(array[::-1, ::-1].T), dims=("z", "y", "x"), scale=scale,
                                  translation=origin, name=case.patient.id)
 
-        layers = {} if over is None else {"label_image": turned(over)}
-        self.widget = itkwidgets.view(image=turned(case.grey(look.modality)), **layers)
+        layers = {} if overlay is None else {"label_image": lps(overlay)}
+        self.widget = itkwidgets.view(image=lps(case.grey(settings.modality)), **layers)
 
     def close(self) -> None:
-        """Nothing to free here: itkwidgets keeps its viewers until the page is left."""
+        """Does nothing: itkwidgets keeps its viewers until the page is closed."""

@@ -1,4 +1,4 @@
-"""Tumours and brains as meshes and label maps that other programs open: 3D Slicer, ITK-SNAP, MeshLab, a 3-D printer."""
+"""Tumours and brains as meshes and label maps for other programs: 3D Slicer, ITK-SNAP, MeshLab, 3-D printers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlab.core.errors import DataError
+from fedlab.core.files import write_new
 from fedlab.core.types import Patient
-from fedlab.data.readers.nifti import Volume, write_label
-from fedlab.view.volumes import MEMBERS, REFERENCE, Case, Prediction, as_labels, make_case
+from fedlab.data.readers.nifti import write_label
+from fedlab.view.colours import REGION_LABELS
+from fedlab.view.label_layers import REFERENCE, Case, Prediction, as_labels, make_case, patient_grid
 
 __all__ = ["Surface", "export_labels", "surface"]
 
 Part: TypeAlias = Literal["WT", "TC", "ET", "NCR", "ED", "brain"]
-#: What a surface can be drawn around: the labels that belong to it; the brain is what the scan isn't 0 in.
-PARTS: dict[str, tuple[int, ...]] = {**MEMBERS, "NCR": (1,), "ED": (2,)}
-# 3D Slicer takes a mesh for LPS unless its header says otherwise (vtkMRMLModelStorageNode).
+#: Part of a tumour -> its labels.
+PARTS: dict[str, tuple[int, ...]] = {**REGION_LABELS, "NCR": (1,), "ED": (2,)}
+# 3D Slicer reads a mesh as LPS unless its header says otherwise (vtkMRMLModelStorageNode).
 _SPACE = "SPACE=RAS"
 
 
@@ -29,9 +31,9 @@ class Surface:
     """A closed triangle mesh in the scanner's coordinates.
 
     Attributes:
-        name: what it encloses, such as "WT of site-01-003".
+        name: of the enclosed part, such as "WT of site-01-003".
         vertices: float32, shape (V, 3), mm in RAS.
-        faces: int32, shape (F, 3), indices of vertices, counter-clockwise as seen from outside.
+        faces: int32, shape (F, 3), indices of vertices, counter-clockwise seen from outside.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Surface:
 
     @property
     def volume_ml(self) -> float:
-        """What it encloses in ml, by the divergence theorem."""
+        """Enclosed volume in ml, by the divergence theorem."""
         a, b, c = (self.vertices[self.faces[:, corner]].astype(np.float64) for corner in range(3))
         return abs(float(np.einsum("ij,ij->i", a, np.cross(b, c)).sum())) / 6000
 
@@ -51,23 +53,16 @@ class Surface:
         return (low[0], low[1], low[2]), (high[0], high[1], high[2])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a binary STL or PLY file, mm in RAS, which its header says too.
+        """Writes a binary STL or PLY file in mm and RAS, as its header states.
 
         Raises:
-            DataError: the name ends in neither .stl nor .ply, or the file exists already.
+            DataError: the name does not end in .stl or .ply, or the file exists already.
         """
-        path = Path(path)
         writers = {".stl": _stl, ".ply": _ply}
-        if path.suffix.lower() not in writers:
+        suffix = Path(path).suffix.lower()
+        if suffix not in writers:
             raise DataError(f"{path}: expected a name that ends in .stl or .ply")
-        data = writers[path.suffix.lower()](self)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with path.open("xb") as file:
-                file.write(data)
-        except FileExistsError as error:
-            raise DataError(f"{path} exists already and is not overwritten; choose another name") from error
-        return path
+        return write_new(path, writers[suffix](self), error=DataError)
 
     def __repr__(self) -> str:
         return f"<Surface of {self.name}: {len(self.faces):,} triangles around {self.volume_ml:.1f} ml>"
@@ -78,15 +73,15 @@ def surface(patient: Patient, prediction: Prediction | None = None, *, part: Par
     """The surface of a part of a tumour, or of the brain, by marching cubes (Lewiner et al. 2003).
 
     Args:
-        patient: whose scan gives the brain and the coordinates.
-        prediction: labels in any form that `show` takes; by default the patient's own label map.
+        patient: its scan defines the brain, the nonzero voxels, and the coordinates.
+        prediction: labels in any form that `show` accepts; by default the patient's own label map.
         part: "WT", "TC", "ET", "NCR", "ED" or "brain".
-        smooth_mm: standard deviation of a Gaussian that takes the steps off before; it also shrinks thin parts, so the
-            surface no longer encloses the volume of the labels.
+        smooth_mm: standard deviation of a Gaussian filter against the steps between voxels; it also shrinks thin
+            parts, so the surface no longer encloses the volume of the labels.
 
     Raises:
-        ValueError: there are no labels or they can't be used, nothing of `part` is in them, or `smooth_mm` is
-            negative or leaves nothing.
+        ValueError: no labels, invalid labels, labels without `part`, or a `smooth_mm` that is negative or leaves
+            nothing.
     """
     if part not in (*PARTS, "brain"):
         raise ValueError(f"part is one of {', '.join(PARTS)} or brain, got {part!r}")
@@ -105,7 +100,7 @@ def surface(patient: Patient, prediction: Prediction | None = None, *, part: Par
     if padded.max() <= 0.5:
         raise ValueError(f"smoothing by {smooth_mm} mm leaves nothing of the {part} of patient {patient.id}; "
                          "smooth less")
-    # "ascent" although the field falls outwards: skimage turns faces clockwise for "descent", as seen from outside.
+    # "ascent" although the field falls outwards: for "descent" skimage orders faces clockwise, seen from outside.
     points, faces, _, _ = marching_cubes(padded, level=0.5, gradient_direction="ascent", allow_degenerate=False)
     vertices = (points - 1) @ case.affine[:3, :3].T + case.affine[:3, 3]
     if np.linalg.det(case.affine[:3, :3]) < 0:
@@ -125,26 +120,24 @@ def _body(case: Case, layer: str | None, part: str) -> npt.NDArray[np.bool_]:
 
 
 def export_labels(path: str | os.PathLike[str], patient: Patient, prediction: Prediction | None = None) -> Path:
-    """Writes labels as a NIfTI file on the patient's grid, with the patient's affine.
+    """Writes labels as a NIfTI file with the patient's grid and affine.
 
-    Values are those of BraTS: 1, 2 and 4. For a scan read from disk, `fedlab evaluate` writes predictions on the grid
-    of the file itself.
+    The values are those of BraTS: 1, 2 and 4. For a scan read from disk, `fedlab evaluate` writes predictions on the
+    grid of the file itself.
 
     Args:
         path: a name that ends in .nii or .nii.gz.
-        patient: whose grid and affine are written.
-        prediction: labels in any form that `show` takes; by default the patient's own label map.
+        patient: defines grid and affine.
+        prediction: labels in any form that `show` accepts; by default the patient's own label map.
 
     Raises:
         DataError: the file exists already, or its name ends otherwise.
-        ValueError: there are no labels, or they can't be used.
+        ValueError: no labels, or invalid labels.
     """
     if prediction is None and patient.label is None:
         raise ValueError(f"patient {patient.id} has no label map; give a prediction")
     labels = as_labels(patient, patient.label if prediction is None else prediction)  # type: ignore[arg-type]
-    x, y, z = labels.shape
-    like = Volume(path=Path(path), shape=(x, y, z), affine=np.asarray(patient.affine, dtype=np.float64), codes=(1, 1))
-    return write_label(path, np.ascontiguousarray(labels), like=like)
+    return write_label(path, np.ascontiguousarray(labels), like=patient_grid(patient))
 
 
 def _stl(mesh: Surface) -> bytes:

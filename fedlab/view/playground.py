@@ -1,17 +1,14 @@
-"""Turn the knobs of a privacy technique and see what leaves a site, what an attacker makes of it, and what it costs."""
+"""Sliders for a privacy technique, with the update that leaves a site, an attack on it, and its privacy cost."""
 
 from __future__ import annotations
 
-import base64
 import copy
-import io
 import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +23,18 @@ from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.site_level import LocalGaussian, clip_update
 from fedlab.privacy.sparse.partial_sharing import PartialSharing
-from fedlab.view.style import Picture, styled
-from fedlab.view.widget_snapshot import display_live, live_bundle
+from fedlab.view.colours import BLUE, ORANGE
+from fedlab.view.page_templates import render
+from fedlab.view.slices import slice_image
+from fedlab.view.widget_snapshot import display_snapshot, snapshot
+
+if TYPE_CHECKING:
+    from fedlab.view.picture import Picture
 
 __all__ = ["Knobs", "PrivacyPlayground"]
 
-_WAIT = 0.5  # seconds that the knobs must rest before an attack begins
+_WAIT = 0.5  # seconds without a change before an attack begins
+_WIDTH, _HEIGHT, _BINS = 440, 130, 61  # of the histogram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +43,11 @@ class Knobs:
 
     Args:
         clip: clipping norm of the update, in the unit of the weights.
-        noise_multiplier: σ, standard deviation of the noise over `clip`; 0 for no noise.
+        noise_multiplier: σ, standard deviation of the noise divided by `clip`; 0 for no noise.
         fraction: share of the entries that is sent, the largest ones.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of range.
     """
 
     clip: float
@@ -60,7 +63,7 @@ class Knobs:
             raise ValueError(f"fraction is above 0 and at most 1, got {self.fraction!r}")
 
     def privacy(self, *, delta: float) -> Privacy:
-        """The techniques that do it, for `federate`; clipping without noise is none of them."""
+        """These settings as techniques for `federate`; clipping without noise is not a technique."""
         techniques: list[Privacy] = []
         if self.noise_multiplier > 0:
             techniques.append(LocalGaussian(clip=self.clip, noise_multiplier=self.noise_multiplier, delta=delta,
@@ -70,16 +73,15 @@ class Knobs:
         return sum(techniques[1:], start=techniques[0]) if techniques else Privacy()
 
     def protect(self, update: Update, *, delta: float, seed: int) -> Update:
-        """The update as it would leave the site, with what one such round spends."""
+        """The update as it would leave the site, with the privacy spent in one round."""
         state = SiteState()
-        ledger = Ledger.open(state, site=update.site, model=None, round=0, stream=str(seed))
+        Ledger.open(state, site=update.site, model=None, round=0, stream=str(seed))
         clipped = clip_update(update, self.clip)
         sent = self.privacy(delta=delta).protect(clipped, state, generator(seed, "playground"))
-        ledger = Ledger(state)
-        return replace(sent, spent=ledger.spent())
+        return replace(sent, spent=Ledger(state).spent())
 
     def spent(self, *, delta: float, rounds: int) -> Spent | None:
-        """What so many rounds spend per site, or None without noise: then nothing is proven."""
+        """Privacy that so many rounds spend per site; None without noise, since then nothing is proven."""
         if self.noise_multiplier == 0:
             return None
         # Two updates of a site, each clipped, differ by at most twice the clipping norm.
@@ -89,28 +91,28 @@ class Knobs:
 
 
 class PrivacyPlayground:
-    """Sliders for clipping norm, σ, fraction and ε over one real update: what is sent, and what it gives away.
+    """Sliders for clipping norm, σ, fraction and ε over one real update: what is sent, and what it reveals.
 
-    The update is one plain gradient step of a network on one patch around a tumour. It is clipped, noised and thinned
-    by `LocalGaussian` and `PartialSharing` as in a run; the accountant says what as many `rounds` of it cost; and a
-    gradient inversion (`fedlab.evidence.inversion`) really looks for the patch in what is sent, anew for every setting
-    of the knobs, in a thread, which takes seconds. It is the easiest case for an attacker: one patch, one
-    step, known labels. A reconstruction that fails proves nothing; the accountant's ε does.
+    The update is one plain gradient step of a network on one patch around a tumour. `LocalGaussian` and
+    `PartialSharing` clip, perturb and thin it as in a run; the accountant states the cost of `rounds` such rounds; and
+    a gradient inversion (`fedlab.evidence.inversion`) searches for the patch in what is sent, anew for every setting,
+    in a thread, within seconds. It is the easiest case for an adversary: one patch, one step, known labels. A failed
+    reconstruction proves nothing; the accountant's ε does.
 
     Args:
-        patient: with a label; a generated one by default, which takes a few seconds.
-        model: maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); a small `patch_net` with its first weights by
-            default. A large one takes long to attack.
+        patient: with a label; by default a generated one, which takes a few seconds.
+        model: maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); by default a small untrained `patch_net`. A large
+            one takes long to attack.
         crop: edge of the patch in voxels.
-        rounds: for how many rounds ε is said.
+        rounds: the number of rounds to which ε refers.
         delta: of the guarantee.
         steps: of an attack, at most.
         max_seconds: of an attack, at most.
         seed: of the patient, the network, the noise and the attack.
-        auto: attack by itself once the knobs rest; else on the button.
+        auto: attack automatically after a change; else on the button.
 
     Raises:
-        ValueError: a patient without a label or a tumour, or smaller than the patch; a number out of its range.
+        ValueError: a patient without a label or a tumour, or smaller than the patch; a number out of range.
     """
 
     def __init__(self, *, patient: Patient | None = None, model: nn.Module | None = None, crop: int = 16,
@@ -126,29 +128,29 @@ class PrivacyPlayground:
         self.patch, self.regions = _patch(self.patient, crop)
         self.update = one_step_update(self.model, self.patch, self.regions, site=self.patient.id)
         self._found: dict[Knobs, Inversion] = {}
-        self._live: tuple[Knobs, int, torch.Tensor] | None = None  # of an attack at work
+        self._progress: tuple[Knobs, int, torch.Tensor] | None = None  # of a running attack
         self._failed = ""
         self._silent = False
-        self._again: Callable[[], None] = lambda: None  # renews the static picture of the cell that shows it
+        self._renew: Callable[[], None] = lambda: None  # renews the static copy in the cell that displays it
         self._build(auto)
         self._changed()
 
     @property
     def knobs(self) -> Knobs:
-        """What the sliders say."""
+        """The present settings."""
         return Knobs(clip=float(self._clip.value), fraction=float(self._fraction.value),
                      noise_multiplier=float(self._sigma.value) if self._noise.value else 0.0)
 
     def set(self, *, clip: float | None = None, noise_multiplier: float | None = None, fraction: float | None = None,
             epsilon: float | None = None) -> PrivacyPlayground:
-        """Moves the sliders; what isn't given stays.
+        """Moves the sliders; settings that are not given stay.
 
         Args:
             clip, noise_multiplier, fraction: as in `Knobs`.
-            epsilon: of all rounds; sets the noise multiplier that it takes.
+            epsilon: of all rounds; sets the noise multiplier accordingly.
 
         Raises:
-            ValueError: a number out of its range, or both a noise multiplier and an ε.
+            ValueError: a number out of range, or both a noise multiplier and an ε.
         """
         if epsilon is not None and noise_multiplier is not None:
             raise ValueError("an ε and the noise multiplier determine each other: give one of them")
@@ -159,7 +161,7 @@ class PrivacyPlayground:
         with self._quiet():
             self._noise.value = sigma > 0
             for slider, value in ((self._clip, wanted.clip), (self._sigma, sigma)):
-                if value > 0:  # a slider that is too short would keep another value without a word
+                if value > 0:  # a slider silently keeps its value within its range
                     slider.min, slider.max = min(slider.min, math.log10(value)), max(slider.max, math.log10(value))
                     slider.value = value
             self._fraction.min = min(self._fraction.min, wanted.fraction)
@@ -168,10 +170,10 @@ class PrivacyPlayground:
         return self
 
     def reconstruct(self) -> Inversion:
-        """Attacks what is sent under the present knobs, here and now, and shows it.
+        """Attacks what is sent under the present settings, in this thread, and shows the result.
 
         Returns:
-            What the attack found; the same as the last time for the same knobs.
+            The result of the attack, cached per setting.
         """
         _Attack.cancel_any()
         knobs = self.knobs
@@ -182,18 +184,20 @@ class PrivacyPlayground:
 
     @property
     def widget(self) -> Any:
-        """The ipywidgets box that is shown."""
+        """The ipywidgets box, for use in an app."""
         return self._box
 
     def html(self) -> str:
-        """Knobs, update and reconstruction as they are now: one self-contained piece of HTML."""
+        """Update and reconstruction as they are now: self-contained HTML."""
         return f'<div style="font-family:sans-serif;background:#fff;color:#222">{self._facts()}{self._pictures()}</div>'
 
     def figure(self) -> Picture:
-        """The true patch and what the attack made of it, a column for each modality; only the patch before an attack.
+        """The true patch and its reconstruction, one column per modality; only the patch before an attack.
 
         Axial slices through the middle, the patient's right on the left.
         """
+        from fedlab.view.picture import Picture, styled
+
         found = self._found.get(self.knobs)
         rows = [("the patch", self.patch)] + ([("reconstruction", found.image)] if found is not None else [])
         with styled():
@@ -210,10 +214,10 @@ class PrivacyPlayground:
         return figure
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
-        return live_bundle(self.widget, text=repr(self), html=self.html(), picture=self.figure)
+        return snapshot(self.widget, text=repr(self), html=self.html(), picture=self.figure)
 
     def _ipython_display_(self) -> None:
-        self._again = display_live(self._repr_mimebundle_)
+        self._renew = display_snapshot(self._repr_mimebundle_)
 
     def __repr__(self) -> str:
         return f"<PrivacyPlayground of patient {self.patient.id}: {self.knobs!r}; {self._outcome()}>"
@@ -232,7 +236,7 @@ class PrivacyPlayground:
                                                description=f"ε of {self.rounds} rounds", **wide)
         self._fraction = widgets.FloatSlider(value=1.0, min=0.01, max=1.0, step=0.01, readout_format=".2f",
                                              description="fraction shared", **wide)
-        self._auto = widgets.Checkbox(value=auto, description="reconstruct by itself", indent=False)
+        self._auto = widgets.Checkbox(value=auto, description="reconstruct automatically", indent=False)
         self._button = widgets.Button(description="Reconstruct", icon="search", button_style="primary")
         self._facts_box, self._picture_box = widgets.HTML(), widgets.HTML()
         for slider, act in ((self._clip, self._changed), (self._fraction, self._changed), (self._noise, self._changed),
@@ -249,7 +253,7 @@ class PrivacyPlayground:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Sliders are moved by us, not by the user."""
+        """The program moves the sliders, not the user."""
         self._silent = True
         try:
             yield
@@ -267,7 +271,7 @@ class PrivacyPlayground:
         self._changed()
 
     def _sigma_for(self, epsilon: float) -> float:
-        """The smallest σ of the slider's range with which all rounds stay within ε.
+        """The smallest σ of the slider's range that keeps all rounds within ε.
 
         Raises:
             ValueError: `epsilon` is not a positive number.
@@ -282,7 +286,7 @@ class PrivacyPlayground:
         return high
 
     def _changed(self) -> None:
-        """After a knob has moved."""
+        """Updates everything after a setting has changed."""
         self._sent = self.knobs.protect(self.update, delta=self.delta, seed=self.seed)
         spent = self.knobs.spent(delta=self.delta, rounds=self.rounds)
         if spent is not None:
@@ -296,7 +300,7 @@ class PrivacyPlayground:
             self._show()
 
     def _begin(self) -> None:
-        self._live, self._failed = None, ""
+        self._progress, self._failed = None, ""
         if self.knobs not in self._found:
             _Attack.begin(self, self.knobs)
         self._show()
@@ -310,7 +314,7 @@ class PrivacyPlayground:
         self._picture_box.value = self._pictures()
 
     def _facts(self) -> str:
-        """What leaves the site, and what the accountant says of it."""
+        """The update that leaves the site, and its privacy cost."""
         knobs, sent = self.knobs, self._sent
         spent = knobs.spent(delta=self.delta, rounds=self.rounds)
         before, after = _flat(self.update), _flat(sent)
@@ -319,45 +323,42 @@ class PrivacyPlayground:
         norm = self.update.norm()
         clipped = f"clipped to {knobs.clip:.3g}" if norm > knobs.clip else f"within the clipping norm {knobs.clip:.3g}"
         noise = knobs.noise_multiplier * knobs.clip
-        rows = {"norm of the update": f"{norm:.3g}, {clipped}",
-                "noise": f"σ × clip = {noise:.3g} on each of {before.numel()} entries, of norm about "
-                         f"{noise * math.sqrt(before.numel()):.3g} in all" if noise else "none",
-                "what is sent": f"norm {sent.norm():.3g}, {100 * share:.0f} % of the entries, {sent.nbytes / 1e3:.1f} "
-                                f"of {self.update.nbytes / 1e3:.1f} kB; cosine with the true update {cosine:.3f}",
-                "accountant": f"{spent}, after {self.rounds} rounds" if spent is not None
-                              else "no noise, so no formal guarantee: there is no ε, whatever is clipped or left out",
-                "as code": repr(knobs.privacy(delta=self.delta)) if spent is not None or knobs.fraction < 1
-                           else "none of fedlab's techniques: clipping alone protects nothing"}
-        table = "".join(f'<tr><td style="padding-right:12px;white-space:nowrap"><b>{name}</b></td>'
-                        f"<td>{escape(text)}</td></tr>" for name, text in rows.items())
-        return (f'<table style="font-size:12px">{table}</table>{_histogram(before, after)}')
+        facts = {"norm of the update": f"{norm:.3g}, {clipped}",
+                 "noise": f"σ × clip = {noise:.3g} on each of {before.numel()} entries, of norm about "
+                          f"{noise * math.sqrt(before.numel()):.3g} in all" if noise else "none",
+                 "sent": f"norm {sent.norm():.3g}, {100 * share:.0f} % of the entries, {sent.nbytes / 1e3:.1f} "
+                         f"of {self.update.nbytes / 1e3:.1f} kB; cosine with the true update {cosine:.3f}",
+                 "accountant": f"{spent}, after {self.rounds} rounds" if spent is not None
+                               else "no noise, so no formal guarantee: there is no ε, whatever is clipped or left out",
+                 "as code": repr(knobs.privacy(delta=self.delta)) if spent is not None or knobs.fraction < 1
+                            else "none of fedlab's techniques: clipping alone protects nothing"}
+        edge = float(np.quantile(torch.cat([before, after]).abs().numpy(), 0.999)) or float(before.abs().max()) or 1.0
+        return render("playground_facts.html", facts=facts, width=_WIDTH, height=_HEIGHT,
+                      ends=[f"{value:.2g}" for value in (-edge, 0.0, edge)],
+                      histograms=[(_histogram(values, edge), colour, opacity) for values, colour, opacity in
+                                  ((after, ORANGE, 0.45), (before, BLUE, 0.35))])
 
     def _outcome(self) -> str:
         found = self._found.get(self.knobs)
         if found is None:
             return "no attack on these settings yet"
-        return (f"correlation with the true patch {found.correlation(self.patch):.2f} (1: the patch itself, 0: nothing "
-                f"of it) after {found.steps} steps in {found.seconds:.1f} s")
+        return (f"correlation with the true patch {found.correlation(self.patch):.2f} (1: the patch itself, 0: "
+                f"unrelated) after {found.steps} steps in {found.seconds:.1f} s")
 
     def _pictures(self) -> str:
-        found, live = self._found.get(self.knobs), self._live
-        shown, words = (found.image if found is not None else None), self._outcome()
-        if found is None and live is not None and live[0] == self.knobs:
-            words, shown = f"attack at work: step {live[1]} of {self.steps}", live[2]
-        rows = [_images("the patch", self.patch)]
-        if shown is not None:
-            rows.append(_images("what the attacker sees", shown))
-        failed = f'<div style="color:#B3261E">{escape(self._failed)}</div>' if self._failed else ""
-        return (f'<div style="font-size:12px;margin-top:6px"><b>Reconstruction</b>: {escape(words)}</div>{failed}'
-                f'<table style="font-size:11px"><tr><td></td>{"".join(f"<td>{m}</td>" for m in MODALITIES)}</tr>'
-                f'{"".join(rows)}</table><div style="font-size:11px;color:#555">Gradient inversion after Geiping et '
-                "al. 2020, the labels known; axial slices through the middle, each with its own grey scale, the "
-                "patient's right on the left. A reconstruction that fails proves nothing: another attack may "
-                "succeed.</div>")
+        found, progress = self._found.get(self.knobs), self._progress
+        outcome, volumes = self._outcome(), {"the patch": self.patch}
+        if found is not None:
+            volumes["what the attacker sees"] = found.image
+        elif progress is not None and progress[0] == self.knobs:
+            outcome = f"attack running: step {progress[1]} of {self.steps}"
+            volumes["what the attacker sees"] = progress[2]
+        return render("playground_images.html", outcome=outcome, failed=self._failed, modalities=MODALITIES,
+                      rows={name: _images(volume) for name, volume in volumes.items()})
 
 
 class _Attack(threading.Thread):
-    """The one attack at work in this process; the next one ends it."""
+    """The one running attack of this process; the next one ends it."""
 
     _guard = threading.Lock()
     _current: _Attack | None = None
@@ -392,18 +393,18 @@ class _Attack(threading.Thread):
         playground = self.playground
         try:
             found = playground._attack(self.knobs, self._on_step)
-        except Exception as error:  # in a thread there is no cell to show it
+        except Exception as error:  # a thread has no cell to show it
             playground._failed = f"{type(error).__name__}: {error}"
             playground._show()
             return
         if not self.cancelled.is_set():
             playground._found[self.knobs] = found
             playground._show()
-            playground._again()
+            playground._renew()
 
     def _on_step(self, taken: int, patch: torch.Tensor) -> bool:
         if taken % 20 == 0 and not self.cancelled.is_set():
-            self.playground._live = (self.knobs, taken, patch)
+            self.playground._progress = (self.knobs, taken, patch)
             self.playground._show()
         return not self.cancelled.is_set()
 
@@ -419,7 +420,7 @@ def _generated(seed: int) -> Patient:
 def _patch(patient: Patient, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A cube around the middle of the tumour, within the scan: image (4, c, c, c) and regions (3, c, c, c)."""
     if patient.label is None:
-        raise ValueError(f"patient {patient.id} has no label, from which training would compute an update")
+        raise ValueError(f"patient {patient.id} has no label, which training needs to compute an update")
     where = patient.label.nonzero()
     if len(where) == 0 or min(patient.label.shape) < crop:
         raise ValueError(f"expected a patient with a tumour and at least {crop} voxels along each axis; {patient.id} "
@@ -435,42 +436,24 @@ def _flat(update: Update) -> torch.Tensor:
 
 
 def _grey(channel: torch.Tensor) -> npt.NDArray[np.float64]:
-    """The middle axial slice between 0 and 1, rows downwards, the patient's right on the left."""
-    plane = channel[:, :, channel.shape[2] // 2].double().numpy()[::-1, ::-1].T
+    """The middle axial slice between 0 and 1."""
+    plane = slice_image(channel.double().numpy(), "axial", channel.shape[2] // 2)
     low, high = np.percentile(plane, (1, 99))
     grey: npt.NDArray[np.float64] = np.clip((plane - low) / max(high - low, 1e-9), 0, 1)
     return grey
 
 
-def _images(name: str, volume: torch.Tensor) -> str:
-    from matplotlib.image import imsave  # writes a file and touches no settings, so any thread may
+def _images(volume: torch.Tensor) -> list[str]:
+    """The middle slices of the modalities as PNG."""
+    from fedlab.view.picture import png_base64
 
-    cells = []
-    for modality, channel in zip(MODALITIES, volume, strict=True):
-        buffer = io.BytesIO()
-        imsave(buffer, _grey(channel), cmap="gray", vmin=0, vmax=1, format="png")
-        cells.append(f'<td><img alt="{escape(name)}, {modality}" width="130" height="130" style="image-rendering:'
-                     f'pixelated" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode("ascii")}">'
-                     "</td>")
-    return f'<tr><td style="width:90px">{escape(name)}</td>{"".join(cells)}</tr>'
+    return [png_base64(_grey(channel)) for channel in volume]
 
 
-def _histogram(before: torch.Tensor, after: torch.Tensor) -> str:
-    """How many entries have which value, before and after, on a logarithmic scale; as SVG."""
-    width, height, bins = 440, 130, 61
-    both = torch.cat([before, after]).abs().numpy()
-    edge = float(np.quantile(both, 0.999)) or float(both.max()) or 1.0
-    paths = []
-    for values, colour, fill in ((after, "#E08A00", 0.45), (before, "#0072B2", 0.35)):
-        counts, _ = np.histogram(values.clamp(-edge, edge).numpy(), bins=bins, range=(-edge, edge))
-        tall = np.log10(counts + 1) / math.log10(len(values) + 1) * (height - 34)
-        steps = "".join(f"H{k * width / bins:.1f}V{height - 16 - t:.1f}H{(k + 1) * width / bins:.1f}"
-                        for k, t in enumerate(tall))
-        paths.append(f'<path d="M0 {height - 16}{steps}V{height - 16}Z" fill="{colour}" fill-opacity="{fill}" '
-                     f'stroke="{colour}"/>')
-    text = "".join(f'<text x="{x}" y="{height - 3}" text-anchor="{side}">{value:.2g}</text>'
-                   for x, side, value in ((0, "start", -edge), (width / 2, "middle", 0.0), (width, "end", edge)))
-    return (f'<svg role="img" aria-label="values of the update before and after, from {-edge:.2g} to {edge:.2g}" '
-            f'width="{width}" height="{height}" font-family="sans-serif" font-size="10" style="background:#fff">'
-            f'<text x="0" y="11" fill="#0072B2">the update&#39;s entries</text><text x="110" y="11" fill="#B36E00">'
-            f"what is sent (number of entries, logarithmic)</text>{''.join(paths)}{text}</svg>")
+def _histogram(values: torch.Tensor, edge: float) -> str:
+    """Numbers of values between two edges, on a logarithmic scale, as an SVG path."""
+    counts, _ = np.histogram(values.clamp(-edge, edge).numpy(), bins=_BINS, range=(-edge, edge))
+    tall = np.log10(counts + 1) / math.log10(len(values) + 1) * (_HEIGHT - 34)
+    steps = "".join(f"H{k * _WIDTH / _BINS:.1f}V{_HEIGHT - 16 - t:.1f}H{(k + 1) * _WIDTH / _BINS:.1f}"
+                    for k, t in enumerate(tall))
+    return f"M0 {_HEIGHT - 16}{steps}V{_HEIGHT - 16}Z"

@@ -1,27 +1,27 @@
-"""One HTML page that says what was done and what came out: figures and all in a single file, nothing loaded."""
+"""One self-contained HTML page about a run: texts, tables and figures in a single file."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Number, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-import pandas as pd
-from matplotlib.figure import Figure
-
-from fedlab.core.errors import RunError
+from fedlab.core.files import write_new
 from fedlab.run.history import History
-from fedlab.view.privacy_figures import privacy_curves
+from fedlab.view.page_templates import render
+from fedlab.view.run_figures import privacy_curves
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["Section", "privacy_section", "save_figure", "write_report"]
 
-#: Rounds that a table shows before it leaves some out.
-_ROUNDS = 12
+_MOST_ROUNDS = 12  # of a table, before it leaves some out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,12 +29,15 @@ class Section:
     """A part of a report.
 
     Attributes:
-        title: its heading; without one it goes on with the section before it.
-        text: plain text; an empty line begins a new paragraph.
-        table: shown with its index, numbers to three digits after the point.
+        title: the heading; without one the section continues the one before it.
+        text: plain text; an empty line starts a new paragraph.
+        table: shown with its index, numbers with three decimals.
         figure: any matplotlib figure.
-        caption: one line under the figure or table, which says what is to be seen in it.
-        alt: the figure in words, for those who don't see it; the figure's own `alt`, or the caption, by default.
+        caption: one line under the figure or table.
+        alt: a description for readers who do not see the figure; by default the figure's own `alt`, or the caption.
+
+    Raises:
+        ValueError: a figure without a description.
     """
 
     title: str = ""
@@ -45,104 +48,82 @@ class Section:
     alt: str = ""
 
     def __post_init__(self) -> None:
-        if self.figure is not None and not self._seen():
-            raise ValueError("a figure needs words for those who don't see it: give caption= or alt=")
+        if self.figure is not None and not self.description:
+            raise ValueError("a figure needs a description for readers who do not see it: give caption= or alt=")
 
-    def _seen(self) -> str:
+    @property
+    def description(self) -> str:
+        """The figure in words."""
         return self.alt or getattr(self.figure, "alt", "") or self.caption
 
 
 def privacy_section(history: History, *, metric: str = "Dice", budget: float | None = None) -> Section:
-    """What a run guarantees: ε of each site after each round beside the model's metric, or that there is no guarantee.
+    """The guarantee of a run, with ε of each site after each round beside a metric of the model.
 
     Args:
         history: of the run.
-        metric: of the rounds, shown where it was taken.
-        budget: ε that no site was to exceed.
+        metric: of the rounds, shown where it was measured.
+        budget: ε that no site should exceed.
     """
     spent, rounds = history.spent(), history.table()
     technique = "" if history.privacy == "Privacy()" else f" Technique: {history.privacy}."
     if spent.empty:
-        return Section(title="Privacy", text=f"No formal guarantee: no ε can be stated for what left the sites."
+        return Section(title="Privacy", text="No formal guarantee: there is no ε for the updates that the sites sent."
                                              f"{technique}")
     names = [f"ε per {unit}, {site}" for _, site, unit in spent.index]
     wide = spent.assign(column=names).reset_index().pivot(index="round", columns="column", values="epsilon").ffill()
     wide.columns.name = None
     if metric in rounds:
         wide.insert(0, metric, rounds[metric].reindex(wide.index))
-    left = len(wide) > _ROUNDS
-    if left:
-        wide = wide.iloc[sorted({round(k * (len(wide) - 1) / (_ROUNDS - 1)) for k in range(_ROUNDS)})]
+    thinned = len(wide) > _MOST_ROUNDS
+    if thinned:
+        wide = wide.iloc[sorted({round(k * (len(wide) - 1) / (_MOST_ROUNDS - 1)) for k in range(_MOST_ROUNDS)})]
     stopped = f" The run ended early: {history.stopped}." if history.stopped else ""
-    text = (f"What the run guarantees: {history.guarantee()}. In the table, ε spent so far by each site after each "
-            f"round{', some rounds left out' if left else ''}.{technique}{stopped}")
+    text = (f"The run guarantees: {history.guarantee()}. The table shows the ε that each site has spent after each "
+            f"round{', with some rounds left out' if thinned else ''}.{technique}{stopped}")
     return Section(title="Privacy", text=text, table=wide.rename_axis("round"),
                    figure=privacy_curves(history, metric=metric, budget=budget),
-                   caption="Privacy spent by each site, and what the model had learned by then.")
+                   caption="Privacy spent by each site, and the accuracy of the model at that time.")
 
 
 def write_report(
     path: Path | str, *, title: str, lead: str, sections: Sequence[Section], results: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None, versions: Mapping[str, str] | None = None, notes: Sequence[str] = (),
 ) -> Path:
-    """Writes one self-contained page: no script, nothing loaded from anywhere, fit to be mailed and printed.
+    """Writes one self-contained page without scripts that loads nothing and can be mailed and printed.
 
     Args:
-        path: the new file, such as "report.html".
-        title: what the page is about.
-        lead: one paragraph in plain words: what was asked and what came out.
+        path: of the new file, such as "report.html".
+        title: of the page.
+        lead: one paragraph in plain words: the question and the result.
         sections: the parts of the page, in order.
-        results: what it is and its value, such as {"mean Dice, federated": "0.79"}; shown large under the lead.
-        settings: with what the run was made; mappings within are written out as "outer, inner".
-        versions: of the programs that made it.
-        notes: what a reader must know to judge it, such as limits and how empty regions count.
+        results: name -> value, such as {"mean Dice, federated": "0.79"}; shown large under the lead.
+        settings: of the run; nested mappings are printed as "outer, inner".
+        versions: of the programs used.
+        notes: what a reader must know to judge the results, such as limits and the treatment of empty regions.
 
     Returns:
-        The file's path.
+        The path of the file.
 
     Raises:
-        RunError: the file exists already; nothing is overwritten.
+        RunError: the file exists already.
     """
-    path = Path(path)
-    _refuse_existing(path)
-    page = _environment().get_template("report_page.html.j2").render(
-        title=title, lead=_paragraphs(lead), results=dict(results or {}), notes=list(notes),
-        sections=[_prepared(section, number) for number, section in enumerate(sections)],
-        settings=_flat(settings or {}), versions=dict(versions or {}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _new(path) as file:
-        file.write(page.encode("utf-8"))
-    return path
+    page = render("report_page.html", title=title, lead=_paragraphs(lead), results=dict(results or {}),
+                  notes=list(notes), sections=[_prepared(section, number) for number, section in enumerate(sections)],
+                  settings=_flat(settings or {}), versions=dict(versions or {}))
+    return write_new(path, page.encode())
 
 
 def save_figure(figure: Figure, path: Path | str, *, dpi: int = 200) -> Path:
-    """Writes a figure as PNG, `dpi` pixels an inch.
+    """Writes a figure as a PNG file with `dpi` pixels per inch.
 
     Raises:
-        ValueError: the file isn't called .png.
-        RunError: the file exists already; nothing is overwritten.
+        ValueError: the name does not end in .png.
+        RunError: the file exists already.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"figures are written as .png, got {path.name!r}")
-    _refuse_existing(path)
-    image = _png(figure, dpi)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _new(path) as file:
-        file.write(image)
-    return path
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise RunError(f"{path} exists already and is not overwritten: remove it, or give another path")
-
-
-def _new(path: Path) -> io.BufferedWriter:
-    try:
-        return path.open("xb")
-    except FileExistsError as error:  # made since the check before the work
-        raise RunError(f"{path} exists already and is not overwritten: remove it, or give another path") from error
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"figures are written as .png, got {Path(path).name!r}")
+    return write_new(path, _png(figure, dpi))
 
 
 def _png(figure: Figure, dpi: int) -> bytes:
@@ -151,13 +132,8 @@ def _png(figure: Figure, dpi: int) -> bytes:
     return buffer.getvalue()
 
 
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(loader=jinja2.PackageLoader("fedlab.view", ""), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-
-
 def _prepared(section: Section, number: int) -> dict[str, Any]:
-    """The values of a section as the template wants them."""
+    """The values of a section for the template."""
     shown: dict[str, Any] = {
         "id": f"part-{number + 1}", "title": section.title, "text": _paragraphs(section.text),
         "caption": section.caption, "table": None, "image": None,
@@ -165,9 +141,9 @@ def _prepared(section: Section, number: int) -> dict[str, Any]:
     if section.table is not None:
         shown["table"] = _table(section.table)
     if section.figure is not None:
-        width, height = (round(inches * 96) for inches in section.figure.get_size_inches())  # 96 CSS pixels an inch
+        width, height = (round(inches * 96) for inches in section.figure.get_size_inches())  # 96 CSS pixels per inch
         shown["image"] = {"data": base64.b64encode(_png(section.figure, dpi=150)).decode("ascii"), "width": width,
-                          "height": height, "alt": section._seen()}
+                          "height": height, "alt": section.description}
     return shown
 
 
@@ -182,25 +158,25 @@ def _table(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return not isinstance(value, (str, bool)) and pd.api.types.is_number(value)
+    return isinstance(value, Number) and not isinstance(value, bool)
 
 
 def _text(value: Any) -> str:
-    """A value as a reader wants it: three digits after the point, a dash for what wasn't measured."""
-    if value is None or value is pd.NaT or value is pd.NA:
+    """A value for readers: three decimals, a dash for a missing value, and digits in groups of three."""
+    import pandas as pd
+
+    if pd.api.types.is_scalar(value) and pd.isna(value):
         return "–"
-    if pd.api.types.is_float(value):
+    if isinstance(value, Real) and not isinstance(value, Integral):
         number = float(value)
-        if math.isnan(number):
-            return "–"
         return f"{number:.3f}" if 1e-3 <= abs(number) < 1e4 else f"{number:.3g}"
-    if pd.api.types.is_integer(value) and not isinstance(value, bool):
-        return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}") if abs(int(value)) >= 10_000 else str(value)
+    if isinstance(value, Integral) and abs(int(value)) >= 10_000:
+        return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
     return str(value)
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """Settings as they were given: exact numbers, mappings written out, sequences as lists."""
+    """Settings with exact numbers; nested mappings and sequences are written out."""
     flat: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,37 +1,38 @@
-"""Widgets that leave a picture behind where there is no kernel: in exported and in reopened notebooks."""
+"""Widgets with a static copy for exported and reopened notebooks, which have no kernel."""
 
 from __future__ import annotations
 
 import base64
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedlab.view.style import Picture
+if TYPE_CHECKING:
+    from fedlab.view.picture import Picture
 
-__all__ = ["display_live", "live_bundle"]
+__all__ = ["display_snapshot", "snapshot"]
 
 
-def live_bundle(widget: Any, *, text: str, html: str, picture: Callable[[], Picture] | None = None) -> dict[str, Any]:
-    """What a notebook is given to show: the live widget, and the same as it is now without a kernel.
+def snapshot(widget: Any, *, text: str, html: str, picture: Callable[[], Picture] | None = None) -> dict[str, Any]:
+    """The display data of a widget, with its present state as text, HTML and PNG.
 
     Args:
         widget: an ipywidgets widget.
         text: for terminals.
         html: self-contained, for notebooks without a kernel.
-        picture: draws a figure for what shows PNG only; not called in other threads than the main one, since
-            matplotlib's settings, which it changes for a moment, are the whole process's.
+        picture: draws a figure for converters that accept PNG only. Called in the main thread only, because
+            matplotlib's settings, which it changes for a moment, belong to the whole process.
     """
     bundle: dict[str, Any] = {"text/plain": text, "text/html": html}
     if picture is not None and threading.current_thread() is threading.main_thread():
         bundle["image/png"] = base64.b64encode(picture()._repr_png_()[0]).decode("ascii")
     view = widget._repr_mimebundle_()
-    live = view[0] if isinstance(view, tuple) else view
-    return bundle | {name: data for name, data in live.items() if name.startswith("application/")}
+    data = view[0] if isinstance(view, tuple) else view
+    return bundle | {name: value for name, value in data.items() if name.startswith("application/")}
 
 
-def display_live(make: Callable[[], dict[str, Any]]) -> Callable[[], None]:
-    """Displays a bundle in the running cell; what is returned puts a new one in its place, from any thread."""
+def display_snapshot(make: Callable[[], dict[str, Any]]) -> Callable[[], None]:
+    """Displays a bundle in the running cell; returns a function that renews it, from any thread."""
     from IPython.display import display
 
     handle: Any = display(make(), raw=True, display_id=True)  # type: ignore[no-untyped-call]

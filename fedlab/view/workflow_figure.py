@@ -1,35 +1,41 @@
-"""Who sends what to whom: a workflow drawn from its object, in the manner of figure 3 of Rieke et al. 2020."""
+"""The messages of a workflow, drawn from its object in the manner of figure 3 of Rieke et al. 2020."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING
 
 from fedlab.core.types import Site
 from fedlab.topologies.workflows import Topology, Tree
-from fedlab.view.style import Picture, styled
+from fedlab.view.colours import BLUE, INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from fedlab.view.picture import Picture
 
 __all__ = ["workflow_figure"]
 
-_SITE, _SERVER, _LAKE = "#0072B2", "#222222", "#C44E00"
+_LAKE = "#C44E00"
 Place = tuple[float, float]
 
 
 def workflow_figure(workflows: Topology | Mapping[str, Topology | None], sites: Sequence[Site]) -> Picture:
     """Draws one workflow, or several side by side.
 
-    Arrows are messages of a round, as the workflow itself lists them (`Topology.messages`): weights in all workflows
-    but the data lake, to which patients' scans go.
+    Arrows are the messages of a round as the workflow lists them (`Topology.messages`): weights in all workflows
+    except the data lake, to which the patients' scans are sent.
 
     Args:
-        workflows: a topology, or a name -> topology; None stands for the data lake in which all patients are pooled.
+        workflows: a topology, or name -> topology; None stands for the data lake in which all patients are pooled.
         sites: the sites of the run.
 
     Raises:
         ValueError: no workflow or no site.
     """
+    from fedlab.view.picture import Picture, styled
+
     drawn = workflows if isinstance(workflows, Mapping) else {type(workflows).__name__: workflows}
     if not drawn or not sites:
         raise ValueError(f"expected at least one workflow and one site, got {len(drawn)} and {len(sites)}")
@@ -59,7 +65,7 @@ def _draw(ax: Axes, title: str, topology: Topology | None, names: Sequence[str])
     for name, (x, y) in places.items():
         site = name in names
         ax.scatter(x, y, s=360, marker="o" if site else "s", zorder=3,
-                   color=_SITE if site else _LAKE if topology is None else _SERVER)
+                   color=BLUE if site else _LAKE if topology is None else INK)
         ax.annotate(name, (x, y), xytext=(0, -17), textcoords="offset points", ha="center", va="top", fontsize=7.5,
                     zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})
     ax.set(title=title, xlim=(-1.45, 1.45), ylim=(-1.55, 1.35), aspect="equal")
@@ -67,7 +73,7 @@ def _draw(ax: Axes, title: str, topology: Topology | None, names: Sequence[str])
 
 
 def _places(topology: Topology | None, names: Sequence[str], messages: Sequence[tuple[str, str]]) -> dict[str, Place]:
-    """Where everyone stands: sites on a circle around a server, or in rows below their regions."""
+    """Positions: sites on a circle around a server, or in rows below their regions."""
     if isinstance(topology, Tree):
         members = [(region, name) for region, own in topology.regions.items() for name in own if name in names]
         x = {name: -1.2 + 2.4 * (k + 0.5) / len(members) for k, (_, name) in enumerate(members)}
@@ -76,7 +82,7 @@ def _places(topology: Topology | None, names: Sequence[str], messages: Sequence[
         for k, region in enumerate(topology.regions):
             own = [x[name] for of, name in members if of == region]
             bow = 0.8 * math.sin(math.pi * (k + 0.5) / len(topology.regions)) - 0.2
-            lift = 0.0 if server or len(topology.regions) < 3 else bow  # so that arrows between regions are apart
+            lift = 0.0 if server or len(topology.regions) < 3 else bow  # keeps arrows between regions apart
             places[region] = (sum(own) / len(own) if own else 0.0, 0.1 + lift)
         return places | ({"server": (0.0, 1.1)} if server else {})
     angle = {name: math.pi / 2 - 2 * math.pi * k / len(names) for k, name in enumerate(names)}

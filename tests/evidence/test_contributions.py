@@ -25,7 +25,7 @@ from fedlab.run.federate import federate
 from fedlab.run.local import Local
 from fedlab.strategies import FedAvg
 from fedlab.topologies.workflows import ring
-from fedlab.view.contribution_figure import contributions_figure
+from fedlab.view.run_figures import contributions_figure
 from trainers import trainer
 
 SITES = ["a", "b", "c", "d"]

@@ -53,10 +53,10 @@ def test_every_namespace_has_a_stub() -> None:
 
 def test_every_package_says_what_lives_there() -> None:
     folder = Path(fedlab.__file__).parent
-    for path in sorted(folder.rglob("__init__.py")):
-        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-        assert "Read `" in text or path.parent == folder, f"{path.relative_to(folder)} does not say what to read first"
-        assert "import" in text.lower() or path.parent == folder, f"{path.relative_to(folder)} does not say what it may import"
+    for path in sorted(set(folder.rglob("__init__.py")) - {folder / "__init__.py"}):
+        text, place = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "", path.relative_to(folder)
+        assert "Read `" in text, f"{place} does not say what to read first"
+        assert "import" in text.lower(), f"{place} does not say what it may import"
 
 
 @pytest.mark.parametrize("stub", STUBS, ids=lambda stub: stub.parent.name)

@@ -18,10 +18,10 @@ from fedlab.core.weights import trainable, weights_sha256
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.run.federate import federate
+from fedlab.run.svg_charts import chart
 from fedlab.training.trainer import SiteTrainer
 from fedlab.view.background_run import BackgroundRun, SiteDice
 from fedlab.view.dashboard import RunDashboard
-from fedlab.view.svg_charts import chart
 from runs import wait_for
 from trainers import trainer
 
@@ -233,7 +233,7 @@ def test_the_page_shows_every_site_and_what_the_guarantee_costs():
         assert "δ = " in page[found.start():found.start() + 40]
     assert "No site reports its loss." in page and "Under the guarantee losses" in page  # the loss stays at home
     assert "a simulation holds" in page  # what was clipped is from the sites' own memory
-    assert {name for sites in run.kept.values() for name in sites} == {"site-0", "site-1"}
+    assert {name for sites in run.diagnostics.values() for name in sites} == {"site-0", "site-1"}
     dice = history.table()[["Dice", "Dice, site-0", "Dice, site-1"]]
     assert dice.notna().all().all() and f"{dice['Dice, site-1'].iloc[-1]:.3g}" in page
     by_hand = (dice["Dice, site-0"] + dice["Dice, site-1"]) / 2  # one held-out patient each
@@ -244,9 +244,9 @@ def test_clipping_norms_and_bytes_are_those_of_the_run():
     sites = blob_sites()
     run = BackgroundRun(trainer(), sites, rounds=2, privacy=private())
     history = run.start().wait(300)
-    clipped = [run.kept[r][s]["norm before clipping"] > 0.5 for r in (0, 1) for s in ("site-0", "site-1")]
+    clipped = [run.diagnostics[r][s]["norm before clipping"] > 0.5 for r in (0, 1) for s in ("site-0", "site-1")]
     assert any(clipped)
-    last = 100 * (run.kept[1]["site-0"]["norm before clipping"] > 0.5)
+    last = 100 * (run.diagnostics[1]["site-0"]["norm before clipping"] > 0.5)
     row = re.search(r"<tr><td[^>]*>site-0</td>.*?</tr>", RunDashboard(run).html()).group()
     sent = history.sites().xs("site-0", level="site")
     assert f"{last:.0f} %" in row and f"{sent['bytes'].sum() / 1e6:.3f}" in row
@@ -284,7 +284,7 @@ def test_a_view_that_fails_ends_no_run(caplog):
 
     run.on_change(broken)
     assert len(run.start().wait(300).records) == 2
-    assert "no longer told" in caplog.text
+    assert "no longer notified" in caplog.text
 
 
 def test_rounds_shorter_than_the_eye_are_not_all_drawn():
@@ -304,7 +304,7 @@ def test_site_dice_every_so_many_rounds():
     assert "site-0, site-1" in repr(look)
     with pytest.raises(ValueError, match="positive whole number"):
         SiteDice(sites=sites, every=0)
-    with pytest.raises(ValueError, match="nobody to take the Dice of"):
+    with pytest.raises(ValueError, match="no Dice to measure"):
         SiteDice(sites=[replace(sites[0], val=())])
 
 

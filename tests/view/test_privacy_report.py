@@ -7,8 +7,8 @@ from test_report import Page
 
 from fedlab.core.types import Round, ServerState, Spent
 from fedlab.run.history import History
-from fedlab.view.privacy_figures import privacy_curves
 from fedlab.view.report_page import privacy_section, write_report
+from fedlab.view.run_figures import privacy_curves
 
 
 def spent(epsilon: float, unit: str = "site") -> Spent:

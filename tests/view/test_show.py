@@ -20,10 +20,11 @@ from cohorts import blob_patient
 from fedlab.training.metrics import score
 from fedlab.view import itk
 from fedlab.view import viewer as show_module
+from fedlab.view.colours import LABEL_COLOURS
+from fedlab.view.label_layers import as_labels, make_case
 from fedlab.view.niivue import NiiVuePanel
-from fedlab.view.presentation import Look, picture
-from fedlab.view.slices import COLOURS
-from fedlab.view.volumes import as_labels, make_case
+from fedlab.view.static_view import draw_case
+from fedlab.view.view_settings import ViewSettings
 
 SHAPE = (20, 24, 16)
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -115,10 +116,10 @@ def test_error_map_by_hand(patient: fl.Patient) -> None:
 def test_left_and_right_are_not_swapped(patient: fl.Patient) -> None:
     """The tumour lies to the patient's right, front and top: on the left and the upper side of each picture."""
     case = make_case(patient, {})
-    drawn = picture(case, Look(layer="reference", crosshair=case.centre(), opacity=1.0))
+    drawn = draw_case(case, ViewSettings(layer="reference", crosshair=case.centre(), opacity=1.0))
     axial, coronal, sagittal = (np.asarray(image.get_array()) for image in drawn.axes[0].images[:3])
     for plane in (axial, coronal, sagittal):
-        rows, columns = np.nonzero(np.isclose(plane / 255, to_rgb(COLOURS[2]), atol=0.01).all(axis=2))
+        rows, columns = np.nonzero(np.isclose(plane / 255, to_rgb(LABEL_COLOURS[2]), atol=0.01).all(axis=2))
         assert rows.size and rows.mean() < plane.shape[0] / 2 and columns.mean() < plane.shape[1] / 2
     words = [text.get_text() for text in drawn.axes[0].texts]
     assert words.count("R") == 3 and words.count("L") == 3 and words.count("A") == words.count("P") == 1
@@ -128,9 +129,10 @@ def test_labels_and_opacity(patient: fl.Patient) -> None:
     case = make_case(patient, {})
 
     def coloured(**settings: Any) -> list[int]:
-        drawn = picture(case, Look(layer="reference", crosshair=case.centre(), view="axial", **settings))
+        drawn = draw_case(case, ViewSettings(layer="reference", crosshair=case.centre(), view="axial", **settings))
         shown = np.asarray(drawn.axes[0].images[0].get_array()) / 255
-        return [int(np.isclose(shown, to_rgb(COLOURS[value]), atol=0.01).all(axis=2).sum()) for value in (1, 2, 4)]
+        return [int(np.isclose(shown, to_rgb(LABEL_COLOURS[value]), atol=0.01).all(axis=2).sum())
+                for value in (1, 2, 4)]
 
     everything = coloured(opacity=1.0)
     assert all(everything)
@@ -159,7 +161,7 @@ def test_3d_shows_tumour_inside_the_brain(patient: fl.Patient) -> None:
     case = make_case(patient, {})
 
     def solid(**settings: Any) -> np.ndarray:
-        drawn = picture(case, Look(layer="reference", crosshair=case.centre(), view="3-D", **settings))
+        drawn = draw_case(case, ViewSettings(layer="reference", crosshair=case.centre(), view="3-D", **settings))
         return np.asarray(drawn.axes[0].images[0].get_array()) / 255
 
     whole, bare = solid(), solid(overlay="none")
@@ -237,7 +239,7 @@ def test_controls_change_what_is_shown(patient: fl.Patient, guess: torch.Tensor)
     assert over.opacity == 0.25 and scan.opacity == 1.0
     panel.controls["view"].value = "coronal"
     assert panel.canvas.opts.slice_type.name == "CORONAL"
-    assert (viewer.look.modality, viewer.look.view, viewer.look.opacity) == ("T2", "coronal", 0.25)
+    assert (viewer.settings.modality, viewer.settings.view, viewer.settings.opacity) == ("T2", "coronal", 0.25)
 
 
 def test_a_toggle_for_each_label(patient: fl.Patient) -> None:
@@ -249,7 +251,7 @@ def test_a_toggle_for_each_label(patient: fl.Patient) -> None:
 
     assert clear() == [0]
     panel.controls["ED"].value = False
-    assert clear() == [0, 2] and panel.look.labels == (1, 4)
+    assert clear() == [0, 2] and panel.settings.labels == (1, 4)
     panel.controls["NCR"].value = panel.controls["ET"].value = False
     assert clear() == [0, 1, 2, 4]
 
@@ -269,7 +271,7 @@ def test_sliders_and_crosshair_move_together(patient: fl.Patient) -> None:
         assert panel.controls["sagittal"].value == voxel + start[0]
         assert panel.controls["axial"].value == panel.controls["axial"].max
     assert panel.canvas.scene.crosshair_pos == before, "what came from the browser isn't sent back"
-    assert viewer.look.crosshair == (shape[0] - 1, shape[1] // 2, shape[2] - 1)
+    assert viewer.settings.crosshair == (shape[0] - 1, shape[1] // 2, shape[2] - 1)
 
 
 def test_kernel_keeps_no_copy_of_each_modality() -> None:
@@ -391,7 +393,7 @@ def test_empty_tumour(patient: fl.Patient) -> None:
     assert [fact.dice for fact in viewer.case.facts("b")] == [0.0, 0.0, 0.0]
     assert viewer._repr_mimebundle_()[0]["image/png"]
     only = fl.show(replace(patient, label=nothing))
-    assert only.look.crosshair == tuple(size // 2 for size in only.case.shape) and only._repr_mimebundle_()
+    assert only.settings.crosshair == tuple(size // 2 for size in only.case.shape) and only._repr_mimebundle_()
 
 
 def test_a_scan_of_zeros(patient: fl.Patient) -> None:
@@ -406,8 +408,8 @@ def test_nans(patient: fl.Patient) -> None:
     broken = replace(patient, image=image)
     with pytest.raises(ValueError, match="T1 of patient p-1 holds NaN or Inf in 3 voxels"):
         fl.show(broken, modality="T1")
-    assert fl.show(broken, modality="T2")._repr_mimebundle_(), "the other modalities can be looked at"
-    with pytest.raises(ValueError, match="prediction 'a' of patient p-1 holds NaN or Inf: has the training"):
+    assert fl.show(broken, modality="T2")._repr_mimebundle_(), "the other modalities can be shown"
+    with pytest.raises(ValueError, match="prediction 'a' of patient p-1 holds NaN or Inf: did the training"):
         fl.show(patient, {"a": torch.full((3, *SHAPE), torch.nan)})
 
 
@@ -430,7 +432,7 @@ def test_a_4d_file(patient: fl.Patient, tmp_path: Path) -> None:
 def test_values_that_are_no_labels(patient: fl.Patient) -> None:
     with pytest.raises(ValueError, match=r"holds the value 3; .*torch\.where\(labels == 3, 4, labels\)"):
         fl.show(patient, torch.where(patient.label == 4, 3, patient.label))
-    with pytest.raises(ValueError, match="holds values that are no labels"):
+    with pytest.raises(ValueError, match="holds invalid labels"):
         fl.show(patient, torch.rand(SHAPE))
     with pytest.raises(ValueError, match="logits need"):
         fl.show(patient, torch.randn(3, *SHAPE))
@@ -458,7 +460,7 @@ def test_choices_that_do_not_exist(patient: fl.Patient) -> None:
                             ({"crosshair": (0, 0, 16)}, "crosshair is a voxel of the grid")):
         with pytest.raises(ValueError, match=words):
             fl.show(patient, **settings)
-    with pytest.raises(ValueError, match="an arm can't be called 'reference'"):
+    with pytest.raises(ValueError, match="the arm name 'reference' is reserved"):
         fl.show(patient, {"reference": patient.label})
 
 

@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 
 from fedlab.core.types import Patient, Round, ServerState, Site
 from fedlab.run.history import History
-from fedlab.view.run_figures import cross_site_heatmap, curves, dice_by_arm, sites_figure
-from fedlab.view.slices import COLOURS, best_slice, compare, overlay, show_patient
-from fedlab.view.style import ARMS, Picture, arm_colours, arm_label
+from fedlab.view.colours import ARMS, LABEL_COLOURS, arm_colours, arm_label
+from fedlab.view.picture import Picture
+from fedlab.view.run_figures import cross_site_heatmap, curves, dice_by_arm
+from fedlab.view.site_figures import sites_figure
+from fedlab.view.slices import best_slice, compare, overlay, show_patient
 
 SHAPE = (30, 36, 24)
 
@@ -135,7 +137,7 @@ def test_each_label_is_filled_with_its_colour() -> None:
     grey = panel(none, 0)
     assert np.ptp(grey, axis=-1).max() < 0.02  # no label, no colour
     middle = grey[grey.shape[0] // 2, grey.shape[1] // 2]
-    for colour in COLOURS.values():
+    for colour in LABEL_COLOURS.values():
         mixed = 0.48 * np.array(to_rgb(colour)) + 0.52 * middle
         assert (np.abs(seen - mixed).max(axis=-1) < 0.02).sum() > 20, colour
 
@@ -289,5 +291,5 @@ def test_history_shows_its_curves_without_a_drawing_library() -> None:
     shown = history([2.0, 1.0], dice=[0.25, 0.5])._repr_html_()
     assert shown.count("<svg") == 2
     assert "Dice 0.500" in shown
-    assert "10.0,95.0 230.0,30.0" in shown  # Dice rises from the lower left to the upper right
+    assert "M46.0 166.0L330.0 35.8" in shown  # Dice rises from the lower left to the upper right
     assert "&lt;History: no round of 3 finished&gt;" in History(rounds=3)._repr_html_()

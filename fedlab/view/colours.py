@@ -1,0 +1,62 @@
+"""Colours and names of labels, regions, modalities and arms: one table for all figures, viewers and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+__all__ = ["ARMS", "BLUE", "ERRORS", "GREEN", "GREY", "INK", "LABEL_ABBREVIATIONS", "LABEL_COLOURS", "LABEL_NAMES",
+           "LINES", "MODALITY_COLOURS", "ORANGE", "RED", "REGION_COLOURS", "REGION_LABELS", "REGION_NAMES",
+           "arm_colours", "arm_label", "arm_of"]
+
+BLUE, ORANGE, GREEN, INK, RED, GREY = "#0072B2", "#E08A00", "#009E73", "#222222", "#B3261E", "#666666"
+#: Colours of lines (Okabe & Ito 2008, safe for the colour-blind), in an order in which neighbours differ.
+LINES = (BLUE, ORANGE, GREEN, "#CC79A7", "#444444", "#56B4E9", "#8C510A", "#6A51A3")
+
+#: BraTS label -> its colour. The usual red, green and a third colour, in tones that are safe for the colour-blind.
+LABEL_COLOURS: Mapping[int, str] = {1: "#E8432E", 2: "#12B886", 4: "#FFD43B"}
+#: BraTS label -> its name.
+LABEL_NAMES: Mapping[int, str] = {1: "necrotic / non-enhancing core", 2: "oedema", 4: "enhancing tumour"}
+#: BraTS label -> its abbreviation.
+LABEL_ABBREVIATIONS: Mapping[int, str] = {1: "NCR", 2: "ED", 4: "ET"}
+#: Value of an error map -> its colour and name; distinct from each other and from `LABEL_COLOURS`.
+ERRORS: Mapping[int, tuple[str, str]] = {
+    1: ("#F032E6", "false positive"), 2: ("#2F8CFF", "false negative"), 3: ("#D9D9D9", "both"),
+}
+#: Region -> its name, the largest first.
+REGION_NAMES: Mapping[str, str] = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
+#: Region -> the labels that belong to it.
+REGION_LABELS: Mapping[str, tuple[int, ...]] = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+#: Region -> its colour where regions are lines or dots.
+REGION_COLOURS: Mapping[str, str] = {"WT": "#56B4E9", "TC": "#D55E00", "ET": "#CC79A7"}
+#: Modality -> its colour where modalities are dots.
+MODALITY_COLOURS: Mapping[str, str] = {"FLAIR": BLUE, "T1": GREEN, "T1c": ORANGE, "T2": "#6A51A3"}
+
+#: Arm of a comparison -> its colour in every figure.
+ARMS: Mapping[str, str] = {"federated": BLUE, "centralised": "#444444", "local": ORANGE, "thresholding": "#9A9A9A"}
+_FURTHER = tuple(colour for colour in LINES if colour not in ARMS.values())
+_ARM_LABELS = {"local_own": "local, own patients", "local_others": "local, others' patients"}
+
+
+def arm_of(name: str) -> str:
+    """The arm of a run: "local" for "local_own" and "local: Bern"; for an unknown arm the name itself."""
+    return next((arm for arm in ARMS if name.lower().startswith(arm)), name)
+
+
+def arm_label(name: str) -> str:
+    """The name of an arm as figures and tables print it."""
+    return _ARM_LABELS.get(name, name)
+
+
+def arm_colours(names: Iterable[str]) -> dict[str, str]:
+    """One colour per name: that of its arm, or the next free colour for an arm that is not in `ARMS`.
+
+    Raises:
+        ValueError: more unknown arms than free colours.
+    """
+    names = list(names)
+    unknown = list(dict.fromkeys(arm for name in names if (arm := arm_of(name)) not in ARMS))
+    if len(unknown) > len(_FURTHER):
+        raise ValueError(f"at most {len(_FURTHER)} arms besides {', '.join(ARMS)} can be told apart by colour, got "
+                         f"{len(unknown)}: {', '.join(unknown)}; draw them in several figures")
+    colours = {**ARMS, **dict(zip(unknown, _FURTHER, strict=False))}
+    return {name: colours[arm_of(name)] for name in names}

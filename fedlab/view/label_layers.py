@@ -1,0 +1,293 @@
+"""A patient with layers of labels, the reference and the predictions of arms, cropped to the head for viewers."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlab.core.regions import regions_to_labels
+from fedlab.core.types import MODALITIES, REGIONS, Patient
+from fedlab.data.readers.nifti import Volume, read_volume, same_grid, to_ras
+from fedlab.view.colours import LABEL_COLOURS, REGION_LABELS
+
+__all__ = ["REFERENCE", "Case", "Prediction", "RegionFacts", "as_labels", "check_ras",
+           "grey_values", "largest_slice", "make_case", "patient_grid"]
+
+#: The forms of a prediction: labels (X, Y, Z), regions (3, X, Y, Z), a NIfTI image, or the path of one.
+Prediction: TypeAlias = torch.Tensor | npt.NDArray[Any] | nib.spatialimages.SpatialImage | str | os.PathLike[str]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Box: TypeAlias = tuple[slice, slice, slice]
+
+#: Name of the layer with the expert's labels.
+REFERENCE = "reference"
+_MARGIN = 2  # voxels around the head
+_SAMPLE = 200_000  # voxels from which percentiles are estimated
+
+
+class RegionFacts(NamedTuple):
+    """Volume and overlap of one region of a layer; NaN where there is no reference."""
+
+    region: str
+    ml: float
+    reference_ml: float
+    dice: float
+
+
+def as_labels(patient: Patient, prediction: Prediction, *, name: str = "prediction") -> Bytes:
+    """Converts a prediction in any of its forms to BraTS labels on the patient's grid.
+
+    Args:
+        patient: defines the grid.
+        prediction: label map of shape (X, Y, Z) with the values 0, 1, 2, 4; regions or their probabilities of shape
+            (3, X, Y, Z) in the order of `REGIONS`, thresholded at 0.5; a nibabel image or the path of a NIfTI file
+            with labels, whose affine must be the patient's.
+        name: of the prediction in error messages.
+
+    Returns:
+        uint8, shape (X, Y, Z). A uint8 array is returned as it is, not copied.
+
+    Raises:
+        ValueError: another shape or affine, invalid labels or probabilities, NaN, or an unreadable file
+            (`fedlab.core.DataError`).
+    """
+    array = _array(patient, prediction, name)
+    grid = tuple(patient.image.shape[1:])
+    regions = array.ndim == 4 and array.shape[0] == len(REGIONS)
+    if (array.shape[1:] if regions else array.shape) != grid:
+        raise ValueError(f"{name} of patient {patient.id} has shape {array.shape}; expected a label map of shape "
+                         f"{grid} or regions ({', '.join(REGIONS)}) of shape {(len(REGIONS), *grid)}: resample it to "
+                         "the patient's grid first")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} of patient {patient.id} holds NaN or Inf: did the training diverge?")
+    if not regions:
+        return _valid_labels(patient, array, name)
+    if array.dtype.kind == "f" and (array.min() < 0 or array.max() > 1):
+        raise ValueError(f"{name} of patient {patient.id} holds values from {array.min():g} to {array.max():g}; "
+                         "regions are 0/1 or probabilities: logits need .sigmoid()")
+    return regions_to_labels(torch.from_numpy(np.ascontiguousarray(array >= 0.5))).numpy()
+
+
+def _array(patient: Patient, prediction: Prediction, name: str) -> npt.NDArray[Any]:
+    if isinstance(prediction, torch.Tensor):
+        tensor = prediction.detach().cpu()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if isinstance(prediction, np.ndarray):
+        return prediction
+    if isinstance(prediction, (str, os.PathLike)):
+        stored = read_volume(prediction)
+        array, affine = to_ras(stored.array if stored.array is not None else np.empty(0), stored.affine)
+    elif isinstance(prediction, nib.spatialimages.SpatialImage):
+        if len(prediction.shape) != 3:
+            raise ValueError(f"{name} of patient {patient.id} is a {len(prediction.shape)}-D image of shape "
+                             f"{prediction.shape}; expected one 3-D label map: choose one volume, image.slicer[..., 0]")
+        array, affine = to_ras(np.asanyarray(prediction.dataobj), np.asarray(prediction.affine, dtype=np.float64))
+    else:
+        raise ValueError(f"{name} is a {type(prediction).__name__}; expected a tensor or array of labels (X, Y, Z) or "
+                         "regions (3, X, Y, Z), a nibabel image, or the path of a NIfTI file")
+    own, given = patient_grid(patient), _grid(array.shape, affine)
+    if own.shape == given.shape and not same_grid(own, given):
+        own_mm, given_mm = (", ".join(f"{mm:.1f}" for mm in grid.affine[:3, 3]) for grid in (own, given))
+        raise ValueError(f"{name} of patient {patient.id} lies elsewhere: its affine puts voxel (0, 0, 0) at "
+                         f"({given_mm}) mm, the patient's at ({own_mm}) mm (RAS); resample it to the patient's grid, "
+                         "or use the affine of the scan it was made from")
+    return array
+
+
+def patient_grid(patient: Patient) -> Volume:
+    """Shape and affine of a patient, without voxels."""
+    return _grid(tuple(patient.image.shape[1:]), np.asarray(patient.affine, dtype=np.float64))
+
+
+def _grid(shape: tuple[int, ...], affine: npt.NDArray[np.float64]) -> Volume:
+    x, y, z = shape
+    return Volume(path=Path(), shape=(x, y, z), affine=affine, codes=(1, 1))
+
+
+def _valid_labels(patient: Patient, array: npt.NDArray[Any], name: str) -> Bytes:
+    labels = array if array.dtype == np.uint8 else array.astype(np.uint8)
+    if labels is not array and not np.array_equal(labels, array):
+        raise ValueError(f"{name} of patient {patient.id} holds invalid labels, from {array.min():g} to "
+                         f"{array.max():g}; expected 0, 1, 2 and 4, or probabilities of regions of shape (3, X, Y, Z)")
+    invalid = sorted(set(np.flatnonzero(np.bincount(labels.ravel(), minlength=5)).tolist()) - {0, *LABEL_COLOURS})
+    if invalid:
+        hint = "; BraTS 2023 and later encode the enhancing tumour as 3: torch.where(labels == 3, 4, labels)" \
+            if invalid == [3] else ""
+        raise ValueError(f"{name} of patient {patient.id} holds the value{'s' * (len(invalid) > 1)} "
+                         f"{', '.join(map(str, invalid))}; labels are 1 (core), 2 (oedema) and 4 (enhancing){hint}")
+    return labels
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """One patient and layers of labels over it.
+
+    Attributes:
+        patient: the patient shown; its image is not copied.
+        layers: "reference" if the patient has labels, then the arms, in order: uint8, shape (x, y, z), cropped.
+        box: the part of the patient's grid that is shown: the head and all labels, with a margin.
+        affine: float64, shape (4, 4), voxel of the box -> mm in RAS.
+    """
+
+    patient: Patient
+    layers: Mapping[str, Bytes]
+    box: Box
+    affine: npt.NDArray[np.float64]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels of the box along x, y, z."""
+        x, y, z = (part.stop - part.start for part in self.box)
+        return x, y, z
+
+    def grey(self, modality: str) -> Bytes:
+        """A modality as grey values; see `grey_values`. Computed anew at every call."""
+        return grey_values(self.patient, modality, self.box)
+
+    def layer(self, name: str) -> Bytes:
+        """The labels of a layer.
+
+        Raises:
+            ValueError: there is no layer of this name.
+        """
+        if name not in self.layers:
+            known = ", ".join(self.layers) or "none: the patient has no label map and no prediction was given"
+            raise ValueError(f"there is no layer {name!r}; there are {known}")
+        return self.layers[name]
+
+    def scored(self, name: str | None) -> bool:
+        """Whether a layer is a prediction with a reference to compare it with."""
+        return name is not None and name != REFERENCE and REFERENCE in self.layers
+
+    def errors(self, layer: str, region: str = "WT") -> Bytes:
+        """The differences of a layer from the reference: 1 false positive, 2 false negative, 3 both, 0 neither.
+
+        Raises:
+            ValueError: an unknown layer or region, or no reference.
+        """
+        if REFERENCE not in self.layers:
+            raise ValueError(f"patient {self.patient.id} has no label map, so there is no error map")
+        if region not in REGION_LABELS:
+            raise ValueError(f"region is one of {', '.join(REGION_LABELS)}, got {region!r}")
+        guess, truth = (np.isin(self.layer(name), REGION_LABELS[region]) for name in (layer, REFERENCE))
+        return guess + np.uint8(2) * truth
+
+    def facts(self, layer: str) -> list[RegionFacts]:
+        """Volume of each region, and its Dice with the reference: 1 if both are empty, as in `evaluate`."""
+        voxel_ml = math.prod(self.patient.spacing_mm) / 1000
+        guess, truth = self.layer(layer), self.layers.get(REFERENCE)
+        # The number of voxels with each pair of labels gives all regions from one pass over the volume.
+        pairs = guess if truth is None else guess | truth << np.uint8(4)
+        counts = np.bincount(pairs.ravel(), minlength=256).reshape(16, 16)
+        facts = []
+        for region in REGIONS:
+            labels = list(REGION_LABELS[region])
+            size, known = int(counts[:, labels].sum()), int(counts[labels].sum())
+            both = int(counts[np.ix_(labels, labels)].sum())
+            dice = 2 * both / (size + known) if size + known else 1.0
+            reference = (math.nan, math.nan) if truth is None else (known * voxel_ml, dice)
+            facts.append(RegionFacts(region, size * voxel_ml, *reference))
+        return facts
+
+    def centre(self) -> tuple[int, int, int]:
+        """Voxel of the box where the planes with most tumour meet, in the first layer with tumour; else the middle."""
+        for labels in self.layers.values():
+            if labels.any():
+                x, y, z = (largest_slice(labels, axis) for axis in range(3))
+                return x, y, z
+        x, y, z = (size // 2 for size in self.shape)
+        return x, y, z
+
+
+def grey_values(patient: Patient, modality: str, box: Box = (slice(None), slice(None), slice(None))) -> Bytes:
+    """A modality within a box, scaled between two percentiles of its nonzero voxels to 10...255; 0 stays 0.
+
+    Raises:
+        ValueError: an unknown modality, or NaN in it.
+    """
+    if modality not in MODALITIES:
+        raise ValueError(f"modality is one of {', '.join(MODALITIES)}, got {modality!r}")
+    volume = patient.image[MODALITIES.index(modality)][box].detach().cpu().to(torch.float32, copy=True).numpy()
+    if invalid := int(np.count_nonzero(~np.isfinite(volume))):
+        raise ValueError(f"{modality} of patient {patient.id} holds NaN or Inf in {invalid:,} voxels and cannot be "
+                         "shown; fedlab data inspect reports what is wrong with a scan")
+    brain = volume != 0
+    inside = volume[brain]
+    if not inside.size:
+        return np.zeros(volume.shape, dtype=np.uint8)
+    low, high = np.percentile(inside[::max(1, inside.size // _SAMPLE)], (0.5, 99.7))
+    volume -= low
+    volume *= 245 / max(float(high - low), 1e-6)
+    np.clip(volume, 0, 245, out=volume)
+    volume += 10  # the brain stands out from the background
+    volume *= brain
+    return volume.astype(np.uint8)
+
+
+def largest_slice(labels: npt.NDArray[Any], axis: int) -> int:
+    """Index of the slice across `axis` with the largest labelled area; of several equal ones, the middle."""
+    area = np.count_nonzero(labels, axis=tuple(other for other in range(3) if other != axis))
+    best = np.flatnonzero(area == area.max())
+    return int(best[len(best) // 2])
+
+
+def check_ras(patient: Patient) -> None:
+    """Refuses a patient whose axes are not right, anterior, superior: left and right could be mistaken.
+
+    Raises:
+        ValueError: other axes.
+    """
+    codes = nib.orientations.aff2axcodes(patient.affine)
+    if codes != ("R", "A", "S"):
+        raise ValueError(f"the axes of patient {patient.id} point {', '.join(map(str, codes))}, but figures mark left "
+                         "and right for R, A, S; read the scan with fedlab.data.read_patient or reorient it")
+
+
+def make_case(patient: Patient, arms: Mapping[str, Prediction]) -> Case:
+    """Checks a patient and predictions, and crops them to the head.
+
+    Args:
+        patient: axes right, anterior, superior.
+        arms: name of an arm -> its prediction.
+
+    Raises:
+        ValueError: an image that is not four 3-D modalities, other axes, a label map of another shape, an arm named
+            "reference", or an invalid prediction (see `as_labels`).
+    """
+    if not isinstance(patient, Patient):
+        more = f" of {len(patient)} patients; fedlab.compare shows several" if isinstance(patient, Sequence) else ""
+        raise ValueError(f"expected one Patient, got a {type(patient).__name__}{more}")
+    if patient.image.ndim != 4 or patient.image.shape[0] != len(MODALITIES) or min(patient.image.shape) < 1:
+        raise ValueError(f"the image of patient {patient.id} has shape {tuple(patient.image.shape)}; expected "
+                         f"({len(MODALITIES)}, X, Y, Z): {', '.join(MODALITIES)}")
+    check_ras(patient)
+    if REFERENCE in arms:
+        raise ValueError(f"the arm name {REFERENCE!r} is reserved for the patient's own label map")
+    layers = {} if patient.label is None else {REFERENCE: as_labels(patient, patient.label, name="the label map")}
+    layers |= {name: as_labels(patient, labels, name=f"prediction {name!r}") for name, labels in arms.items()}
+    box = _head(patient, list(layers.values()))
+    affine = np.array(patient.affine, dtype=np.float64)
+    affine[:3, 3] += affine[:3, :3] @ np.array([part.start for part in box], dtype=np.float64)
+    return Case(patient=patient, layers={name: labels[box] for name, labels in layers.items()}, box=box, affine=affine)
+
+
+def _head(patient: Patient, layers: Sequence[Bytes]) -> Box:
+    """Bounds of all voxels that are nonzero in any modality or layer, with a margin; the whole grid if none is."""
+    used = (patient.image.detach() != 0).any(dim=0).cpu().numpy()
+    for labels in layers:
+        used |= labels != 0
+    if not used.any():
+        used[:] = True
+    spans = []
+    for axis, size in enumerate(used.shape):
+        inside = np.flatnonzero(used.any(axis=tuple(other for other in range(3) if other != axis)))
+        spans.append(slice(max(0, int(inside[0]) - _MARGIN), min(size, int(inside[-1]) + 1 + _MARGIN)))
+    return spans[0], spans[1], spans[2]

@@ -1,0 +1,38 @@
+"""HTML and Markdown from the jinja2 templates in the folder `templates`."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jinja2
+
+__all__ = ["render"]
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills a template. Values in HTML are escaped; those in Markdown need the filter `markdown`. A missing one raises.
+
+    Args:
+        template: name of the file without ".j2".
+        **values: the variables of the template.
+    """
+    return _environment().get_template(f"{template}.j2").render(**values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fedlab.view"), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+        autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",)))
+    environment.filters["markdown"] = _escape_markdown
+    return environment
+
+
+def _escape_markdown(text: object) -> str:
+    """One line of text without effect as Markdown, also in a table."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#!" else c for c in " ".join(str(text).split()))

@@ -1,0 +1,96 @@
+"""The figure class and the matplotlib settings of all figures. Import it inside functions: it loads matplotlib."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import MaxNLocator
+
+from fedlab.view.colours import INK
+
+__all__ = ["SHADES", "Picture", "blended", "over_rounds", "png_base64", "styled", "whole_ticks"]
+
+#: Colour map of heat maps.
+SHADES = LinearSegmentedColormap.from_list("fedlab", ["#F6F8FB", "#C9DDEE", "#6FA8D2", "#0072B2", "#003A66"])
+_STYLE: Any = {
+    "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10,
+    "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9.5, "figure.titlesize": 13,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlepad": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.linewidth": 0.8,
+    "axes.grid": False, "grid.color": "#E4E4E4", "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": "#555555",
+    "ytick.color": "#555555", "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "legend.frameon": False, "lines.linewidth": 2.0, "lines.solid_capstyle": "round",
+    "figure.facecolor": "white", "savefig.facecolor": "white",
+}
+
+
+class Picture(Figure):
+    """A matplotlib figure that a notebook shows as the value of a cell, once, with any backend.
+
+    It is not registered with pyplot, so no figure stays open.
+
+    Attributes:
+        alt: a description in one sentence, for readers who do not see the figure.
+    """
+
+    alt: str = ""
+
+    def _repr_png_(self, *, dpi: int = 160) -> tuple[bytes, dict[str, int]]:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=dpi)
+        width, height = (round(inches * 96) for inches in self.get_size_inches())
+        return buffer.getvalue(), {"width": width, "height": height}
+
+
+def styled() -> AbstractContextManager[None]:
+    """The matplotlib settings of our figures within a `with` block; the user's settings return after it."""
+    return rc_context(_STYLE)
+
+
+def whole_ticks(ax: Axes, most: int = 10) -> None:
+    """Ticks of the horizontal axis at whole numbers, at most `most` of them."""
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True))
+
+
+def over_rounds(ax: Axes, title: str) -> None:
+    """Title, grid and horizontal axis of a panel with values over rounds."""
+    ax.set_title(title)
+    ax.grid(axis="y")
+    ax.set_xlabel("rounds finished")
+    ax.margins(x=0.02)
+    whole_ticks(ax)
+
+
+def blended(grey: npt.NDArray[np.uint8], values: npt.NDArray[Any] | None,
+            colours: Mapping[int, tuple[str, float]]) -> npt.NDArray[np.uint8]:
+    """A grey image (rows, columns) as RGB with an overlay.
+
+    Args:
+        grey: from 0 to 255.
+        values: of the overlay, same shape; None for no overlay.
+        colours: value -> its colour and opacity; other values are transparent.
+    """
+    image = np.repeat(grey[..., None], 3, axis=2).astype(np.float32)
+    for value, (colour, opacity) in colours.items() if values is not None else ():
+        here = values == value
+        image[here] = (1 - opacity) * image[here] + opacity * 255 * np.asarray(to_rgb(colour), dtype=np.float32)
+    return np.rint(image).astype(np.uint8)
+
+
+def png_base64(image: npt.NDArray[Any]) -> str:
+    """An image as base64 PNG, a 2-D one in grey from 0 to 1. It changes no settings, so any thread may call it."""
+    buffer = io.BytesIO()
+    imsave(buffer, image, cmap="gray", vmin=0, vmax=1, format="png")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
