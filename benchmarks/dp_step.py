@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from common import write
-from fedlab.core.types import Patient, Site
+from fedlab.core.kit import Kit
+from fedlab.core.types import Patient, Site, SiteState
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.dp.gradients import MODES
 from fedlab.privacy.dp.validators import fix_private
 from fedlab.strategies import FedAvg
 from fedlab.training.networks import segresnet
-from fedlab.training.trainer import Kit, SiteTrainer
+from fedlab.training.trainer import SiteTrainer
 
 PATIENTS, SIDE, PAIRS = 8, 64, 2
 
@@ -44,12 +45,12 @@ def kit_of(gradients: str, precision: str) -> Kit:
     model = segresnet() if gradients in ("plain", "backward") else fix_private(segresnet(), gradients=gradients)
     trainer = SiteTrainer(model=model, steps=1, batch_size=PATIENTS, crop=(SIDE, SIDE, SIDE), augment=None,
                           precision=precision, device="cpu")
-    hospital, memory = site(), {}
-    kit = trainer.prepare(hospital, FedAvg().begin(trainer.initial()), memory=memory, seed=0)
+    hospital, state = site(), SiteState()
+    kit = trainer.prepare(hospital, FedAvg().begin(trainer.initial()), site_state=state, seed=0)
     kit.model.train()
     if gradients == "plain":
         return kit
-    return DPSGD(clip=1.0, noise_multiplier=1.0, sample_rate=1.0, gradients=gradients).equip(kit, hospital, memory)
+    return DPSGD(clip=1.0, noise_multiplier=1.0, sample_rate=1.0, gradients=gradients).equip(kit, hospital, state)
 
 
 def step(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float:

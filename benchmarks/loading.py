@@ -21,7 +21,7 @@ import torch
 from common import write
 from fedlab.apps.comparison import Job
 from fedlab.apps.comparison_data import Phantoms
-from fedlab.core.types import ServerState, Site
+from fedlab.core.types import ServerState, Site, SiteState
 from fedlab.data.phantom.cohort import make_cohort, write_brats
 from fedlab.data.readers.brats import find_patients, read_cohort
 from fedlab.training.trainer import SiteTrainer
@@ -60,13 +60,14 @@ def steps(trainer: SiteTrainer, site: Site) -> tuple[float, float]:
     state = ServerState(round=0, params=trainer.initial())
 
     def load() -> None:
-        for _ in trainer.prepare(site, state, memory={}, seed=0).loader:
+        for _ in trainer.prepare(site, state, site_state=SiteState(), seed=0).loader:
             pass
 
     def train() -> None:
-        trainer.fit(trainer.prepare(site, state, memory={}, seed=0), site, state, memory={}, seed=0)
+        own = SiteState()
+        trainer.fit(trainer.prepare(site, state, site_state=own, seed=0), site, state, site_state=own, seed=0)
 
-    prepare = seconds(lambda: trainer.prepare(site, state, memory={}, seed=0))
+    prepare = seconds(lambda: trainer.prepare(site, state, site_state=SiteState(), seed=0))
     return (seconds(load) - prepare) / STEPS, (seconds(train) - prepare) / STEPS
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from common import write
-from fedlab.core.types import Cohort, Memory, Update
+from fedlab.core.types import SiteState, Update
 from fedlab.core.weights import trainable
 from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.strategies import weighted_mean
@@ -39,38 +39,42 @@ class Clock:
         self._last = now
 
 
+class Messages:
+    """The exchanges of one round between sites in this process; counts the bytes of all messages."""
+
+    def __init__(self, technique: SecureAggregation, sites: Sequence[str]) -> None:
+        self.technique, self.names, self.sent_bytes = technique, tuple(sites), 0
+        self.states = {site: SiteState() for site in sites}
+
+    def send(self, step: str, inboxes: Mapping[str, Mapping[str, bytes]]) -> dict[str, Mapping[str, bytes]]:
+        sent = {site: self.technique.answer(step, site, inboxes.get(site, {}), self.states[site])
+                for site in self.names}
+        self.sent_bytes += sum(len(message) for box in sent.values() for message in box.values())
+        return sent
+
+
 def one_round(technique: SecureAggregation, updates: Mapping[str, Update], *, gone: Sequence[str] = ()
               ) -> tuple[Update, dict[str, list[float]], int]:
     """The unmasked mean, the seconds of every part, and the bytes of all messages but the updates."""
-    server: Memory = {}
-    memory: dict[str, Memory] = {site: {} for site in updates}
     arrived = tuple(site for site in updates if site not in gone)
-    tick, sent_bytes = Clock(), 0
-
-    def exchange(steps: Sequence[str], sites: Sequence[str], inboxes: Mapping[str, Mapping[str, bytes]]) -> None:
-        nonlocal sent_bytes
-        for step in steps:
-            sent = {site: technique.at_site(step, site, inboxes.get(site, {}), memory[site]) for site in sites}
-            sent_bytes += sum(len(message) for box in sent.values() for message in box.values())
-            inboxes = technique.at_server(step, sent, server, arrived if sites is arrived else ())
+    tick, messages = Clock(), Messages(technique, tuple(updates))
 
     def arriving() -> Iterator[Update]:
         for k, site in enumerate(arrived):
             tick("combine")
-            masked = technique.protect(updates[site], memory[site], torch.Generator().manual_seed(k))
+            masked = technique.mask(updates[site], messages.states[site], torch.Generator().manual_seed(k))
             tick("mask")
             yield masked
 
     tick(None)
-    exchange(technique.before, tuple(updates), {})
+    keys = technique.before(messages)
     tick("keys and shares")
     mean = weighted_mean(arriving())
     tick("combine")
-    exchange(technique.after, arrived, technique.at_server("trained", {}, server, arrived))
-    tick("agree and recover")
-    result = technique.unmask(mean, Cohort(0, arrived, len(updates), 1.0), server)
-    tick("unmask")
-    return result, tick.parts, sent_bytes
+    messages.names = arrived
+    result = technique.after(mean, keys, messages)
+    tick("agree, recover and unmask")
+    return result, tick.parts, messages.sent_bytes
 
 
 def summed(parts: Mapping[str, list[float]]) -> dict[str, float]:

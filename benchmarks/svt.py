@@ -24,11 +24,11 @@ import torch
 
 from common import write
 from fedlab.core.seeds import generator
-from fedlab.core.types import Update
+from fedlab.core.types import SiteState, Update
 from fedlab.data.phantom.cohort import make_cohort
 from fedlab.privacy.sparse.partial_sharing import SVT, SparseVector, composed_epsilon
 from fedlab.privacy.sparse.sparse_vector import LaplaceScales, sparse_vector_cost
-from fedlab.run.site_task import SiteTask, enrol
+from fedlab.run.site_task import SiteTask
 from fedlab.strategies import FedAvg
 from fedlab.training.networks import segresnet
 from fedlab.training.trainer import SiteTrainer
@@ -86,7 +86,7 @@ class Vendor:
 
 def ours(update: Update, technique: SVT, turn: int) -> dict[str, float]:
     wall, cpu = time.perf_counter(), time.process_time()
-    found = technique.protect(update, {}, generator(turn, "noise")).delta["w"]
+    found = technique.protect(update, SiteState(), generator(turn, "noise")).delta["w"]
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu,
             "shared": int(found.count_nonzero())}
 
@@ -156,10 +156,10 @@ def real_update() -> Update:
 
     (site,) = make_cohort(sites=1, patients=6, shape=(48, 64, 48), seed=0, progress=False, workers=1)
     trainer = SiteTrainer(model=segresnet(filters=8), lr=4e-3, steps=6)
-    task, state, memory = SiteTask(trainer=trainer, privacy=Privacy(), seed=0), FedAvg().begin(trainer.initial()), {}
-    enrol(memory)
-    first = task(site, state, memory)
-    return task(site, FedAvg().step(state, first), memory)
+    task, own = SiteTask(trainer=trainer, privacy=Privacy(), seed=0), SiteState()
+    state = FedAvg().begin(trainer.initial())
+    first = task(site, state, own)
+    return task(site, FedAvg().step(state, first), own)
 
 
 def utility(update: Update) -> list[dict[str, float]]:
@@ -167,7 +167,7 @@ def utility(update: Update) -> list[dict[str, float]]:
     true = torch.cat([t.flatten() for t in update.delta.values()]).double()
 
     def compare(technique: Any, **row: float) -> dict[str, float]:
-        sent = technique.protect(update, {}, generator(0, "noise")).delta.values()
+        sent = technique.protect(update, SiteState(), generator(0, "noise")).delta.values()
         flat = torch.cat([t.flatten() for t in sent]).double()
         cost = technique.cost(true.numel())
         return {**row, "ε of the round": cost.epsilon(), "cosine": float(flat @ true / flat.norm() / true.norm()),

@@ -63,7 +63,7 @@ def strategy_of(name: str, model: Any) -> tuple[Any, Any]:
         "FedYogi": lambda: fl.strategies.FedOpt(rule="yogi", server_lr=1e-2),
         "FedAdagrad": lambda: fl.strategies.FedOpt(rule="adagrad", server_lr=0.1),
         "server momentum": lambda: fl.strategies.FedOpt(rule="momentum", server_lr=0.3),
-        "SCAFFOLD, plain SGD": lambda: fl.strategies.SCAFFOLD(sites=SITES, steps=STEPS, lr=SGD_LR),
+        "SCAFFOLD, plain SGD": fl.strategies.SCAFFOLD,
         "median": fl.strategies.CoordinateMedian, "trimmed mean": lambda: fl.strategies.TrimmedMean(trim=0.2),
         "multi-Krum": lambda: fl.strategies.Krum(attackers=3, chosen=7),
         "geometric median": fl.strategies.GeometricMedian,
@@ -100,7 +100,6 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
     import torch
 
     import fedlab as fl
-    from fedlab.run.local import Local
 
     sites = fl.make_cohort(seed=seed, sites=SITES, patients=sum(SIZES), sizes=SIZES, shape=SHAPE,
                            spacing_mm=SPACING_MM, held_out=HELD_OUT, workers=0, progress=False)
@@ -128,14 +127,13 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
     if arm.workflow == "data lake":
         history = fl.centralised(trainer, sites, **settings)
         return row | {"mean": mean_dice(history.state.params, sites)}
-    engine = Local()
-    history = fl.federate(trainer, sites, strategy=strategy, privacy=privacy, engine=engine,
+    history = fl.federate(trainer, sites, strategy=strategy, privacy=privacy,
                           topology=topology_of(arm.workflow, [site.name for site in sites]), **settings)
     params = history.state.params
     row |= {"mean": mean_dice(params, sites), "megabytes": float(history.table()["bytes"].sum()) / 1e6}
     personal = strategy if arm.strategy == "Ditto" else privacy
     if personal is not None:
-        own = {site.name: personal.local(params, engine.memory[site.name]) for site in sites}
+        own = {site.name: personal.local(params, history.site_states[site.name]) for site in sites}
     else:
         own = dict(history.state.models) if arm.workflow.startswith("peers: ") else {}
     return row | ({"own": sum(mean_dice(own[s.name], [s]) for s in sites) / SITES} if own else {})
