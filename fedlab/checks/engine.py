@@ -18,8 +18,10 @@ from torch import nn
 from fedlab.checks.check_report import CheckReport, Finding
 from fedlab.checks.rehearsal import plain_descent
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
+from fedlab.core.kit import Kit
+from fedlab.core.protocols import Elsewhere, Engine
 from fedlab.core.seeds import derive, generator
-from fedlab.core.types import Memory, Patient, Round, Site, Tensors, Update
+from fedlab.core.types import Patient, Round, Site, SiteState, Tensors, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.dpsgd import DPSGD
@@ -27,11 +29,12 @@ from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
-from fedlab.run.local import Elsewhere, Engine, Local
+from fedlab.run.local import Local
 from fedlab.strategies.averaging import FedAvg
 from fedlab.strategies.client_drift import SCAFFOLD
-from fedlab.topologies.workflows import Gossip, ring
-from fedlab.training.trainer import Kit, SiteTrainer
+from fedlab.topologies.cyclic import ring
+from fedlab.topologies.gossip import Gossip
+from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["FailsAt", "Marks", "check_engine"]
 
@@ -48,7 +51,7 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
         "engine": it has what the loop asks of one.
         "bits": plain averaging with the optimiser's moments kept at the sites.
         "noise": DP-SGD whose noise comes from the run's seed, and the privacy spent.
-        "memory": SCAFFOLD's control variates, at the sites and at the server.
+        "site states": SCAFFOLD's control variates, at the sites and at the server.
         "personal layers": each site keeps its own.
         "exchange": secure aggregation's messages between the sites.
         "workflows": a ring and a gossip, in which sites begin with weights of their own.
@@ -57,8 +60,8 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
             stage, and the others go on.
         "failure ends the run": without rules of admission it is raised, with the user's own words.
         "withdrawal": a site whose budget is used up withdraws, and all of them end the run.
-        "isolation": no site ever sees the memory of another.
-        "again": a second run with the same engine is what it is with the same `Local`.
+        "isolation": no site ever sees the state of another.
+        "again": a second run with the same engine is bit-equal to the first, with kept moments.
         "resume": a run that is stopped and goes on with a new engine ends with the bits of the whole one.
         "untouched": patients, the trainer's first weights and what was handed on stay as they were.
 
@@ -81,10 +84,10 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
     stage = _stage(trainer, sites)
     with _made(engine_factory) as engine:
         subject = repr(engine)
-        needed = () if isinstance(engine, Elsewhere) else ("run", "exchange", "memory")
+        needed = () if isinstance(engine, Elsewhere) else ("train", "exchange")
         missing = [name for name in needed if not hasattr(engine, name)]
     findings = [_finding("engine", f"{subject} has no {' and no '.join(missing)}" if missing else None,
-                         f"has {', '.join(needed) or 'rounds, placed, memory'}", "see fedlab.run.Engine")]
+                         f"has {', '.join(needed) or 'rounds'}", "see fedlab.core.Engine")]
     if not missing:
         findings += [_safely(check, engine_factory, stage) for check in _CHECKS if check in chosen]
     report = CheckReport(subject, findings)
@@ -106,10 +109,8 @@ class FailsAt(Privacy):
                  round: int = 1) -> None:
         self.site, self.stage, self.round = site, stage, round
 
-    def equip(self, kit: Kit, site: Site, memory: Memory) -> Kit:
-        tried = memory.get("tries", {"rounds": torch.zeros((), dtype=torch.int64)})
-        memory["tries"] = {"rounds": tried["rounds"] + 1}
-        if self._here(site.name, memory):
+    def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
+        if self._here(site.name, state):
             if self.stage == "withdraws":
                 raise PrivacyBudgetExhausted("the budget of this check is used up")
             if self.stage == "equip":
@@ -118,13 +119,13 @@ class FailsAt(Privacy):
                 return replace(kit, backward=_breaks)
         return kit
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
-        if self.stage == "protect" and self._here(update.site, memory):
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+        if self.stage == "protect" and self._here(update.site, state):
             raise RuntimeError("on purpose, in protect")
         return update
 
-    def _here(self, site: str, memory: Memory) -> bool:
-        return self.site in (None, site) and int(memory["tries"]["rounds"]) == self.round + 1
+    def _here(self, site: str, state: SiteState) -> bool:
+        return self.site in (None, site) and state.updates == self.round
 
 
 def _breaks(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float:
@@ -132,7 +133,7 @@ def _breaks(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float:
 
 
 class Marks(Privacy):
-    """A technique that writes its site's name into the site's memory and refuses any other name there.
+    """A technique that writes its site's name into the site's state and refuses any other name there.
 
     Args:
         slow: a site that takes its time.
@@ -142,18 +143,16 @@ class Marks(Privacy):
     def __init__(self, *, slow: str | None = None, seconds: float = 0.0) -> None:
         self.slow, self.seconds = slow, seconds
 
-    def equip(self, kit: Kit, site: Site, memory: Memory) -> Kit:
+    def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
         if site.name == self.slow:
             time.sleep(self.seconds)
         return kit
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         name = torch.tensor(derive(0, update.site))
-        found = memory.setdefault("mark", {"name": name, "rounds": torch.zeros((), dtype=torch.int64)})
-        if found["name"] != name:
-            raise PrivacyError("the memory of another site")
-        found["rounds"] += 1  # in place, as a technique may
-        memory["_moment"] = {"name": name}
+        if state.own.setdefault("name", name) != name:
+            raise PrivacyError("the state of another site")
+        state.own["rounds"] = state.own.get("rounds", torch.zeros((), dtype=torch.int64)) + 1
         return update
 
 
@@ -176,12 +175,12 @@ class _Stage:
 
 @dataclass(kw_only=True)
 class _Outcome:
-    """What came of a run."""
+    """The outcome of a run."""
 
     rounds: list[Round] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
     error: FedlabError | None = None
-    memory: Mapping[str, Memory] = field(default_factory=dict)
+    states: Mapping[str, SiteState] = field(default_factory=dict)
     loose: frozenset[str] = frozenset()  # numbers that differ between two runs that are the same
 
 
@@ -217,18 +216,16 @@ def _made(factory: _Factory) -> Iterator[Engine | Elsewhere]:
 
 def _run(engine: Engine | Elsewhere, stage: _Stage, *, plain: bool = False, rounds: int = 2,
          **settings: Any) -> _Outcome:
-    # What masks make of an update is random.
-    masked = settings.get("privacy") is not None and settings["privacy"].masked
-    out = _Outcome(loose=frozenset({"seconds", "norm"} if masked else {"seconds"}))
+    # A masked update is random.
+    out = _Outcome(loose=frozenset({"seconds", "norm"} if "aggregation" in settings else {"seconds"}))
     try:
         for finished in each_round(stage.plain if plain else stage.trainer, stage.sites, engine=engine, rounds=rounds,
                                    **settings):
             out.rounds.append(finished)
             out.hashes.append(_hash(finished))
+            out.states = dict(finished.site_states)
     except FedlabError as error:
         out.error = error
-    out.memory = {site: {group: {name: t.clone() for name, t in slots.items()} for group, slots in groups.items()}
-                  for site, groups in engine.memory.items()}
     return out
 
 
@@ -242,7 +239,8 @@ def _hash(finished: Round) -> str:
     """Of all tensors of the server's state."""
     state = finished.state
     groups: dict[str, Tensors] = {"params": state.params, **{f"moments {k}": v for k, v in state.moments.items()},
-                                  **{f"memory {k}": v for k, v in state.memory.items()},
+                                  **{f"kept {k}": v for k, v in state.namespaces.items()},
+                                  "broadcast": state.broadcast,
                                   **{f"model {k}": v for k, v in state.models.items()}}
     return weights_sha256({f"{group}|{name}": t for group, slots in groups.items() for name, t in slots.items()})
 
@@ -256,7 +254,7 @@ def _unlike(ours: _Outcome, local: _Outcome) -> str | None:
     for mine, other in zip(ours.rounds, local.rounds, strict=True):
         where = f"in round {other.number} "
         if set(mine.sites) != set(other.sites) or set(mine.absent) != set(other.absent):
-            return where + (f"updates of {sorted(mine.sites)} came and {dict(mine.absent)} stayed away, on Local "
+            return where + (f"updates of {sorted(mine.sites)} were received, absent were {dict(mine.absent)}, on Local "
                             f"{sorted(other.sites)} and {dict(other.absent)}")
         for site, numbers in other.sites.items():
             told = {name for name in {**numbers, **mine.sites[site]} if name not in local.loose and not _same(
@@ -275,17 +273,19 @@ def _same(one: float | None, other: float | None) -> bool:
     return one == other or (one is not None and other is not None and math.isnan(one) and math.isnan(other))
 
 
-def _unlike_memory(ours: _Outcome, local: _Outcome) -> str | None:
-    """Where the memory of a site differs from that on `Local`, or None; memory elsewhere is not asked for."""
-    if not any(ours.memory.values()):
+def _unlike_states(ours: _Outcome, local: _Outcome) -> str | None:
+    """Where the state of a site differs from that on `Local`, or None; states elsewhere are not asked for."""
+    if not ours.states:
         return None
-    for site, groups in local.memory.items():
-        mine = ours.memory.get(site, {})
-        if odd := sorted(group for group in groups.keys() ^ mine.keys() if not group.startswith("_")):
-            return f"{site} remembers {', '.join(odd)} on one of the two only"
-        for group, slots in groups.items():
-            if not group.startswith("_") and weights_sha256(slots) != weights_sha256(mine[group]):
-                return f"{site} remembers another {group!r} than on Local"
+    for site, state in local.states.items():
+        mine = ours.states.get(site, SiteState())
+        if (state.enrolled, state.updates) != (mine.enrolled, mine.updates):
+            return f"{site} has sent {mine.updates} updates, on Local {state.updates}"
+        if odd := sorted(state.namespaces.keys() ^ mine.namespaces.keys()):
+            return f"{site} keeps {', '.join(odd)} on one of the two only"
+        for owner, slots in state.namespaces.items():
+            if weights_sha256(slots) != weights_sha256(mine.namespaces[owner]):
+                return f"{site} keeps other tensors for {owner!r} than on Local"
     return None
 
 
@@ -302,7 +302,7 @@ def _safely(check: str, factory: _Factory, stage: _Stage) -> Finding:
         return _CHECKS[check](factory, stage)
     except Exception as error:  # of the author's engine, whatever it raises
         return Finding(check=check, outcome="failed", what=f"{type(error).__name__}: {error}",
-                       remedy="see the message; what goes wrong at a site is a Failure or a Withdrawal from run()")
+                       remedy="see the message; what goes wrong at a site is a Failure or a Withdrawal from train()")
 
 
 def _settings(check: str, stage: _Stage) -> list[dict[str, Any]]:
@@ -313,13 +313,13 @@ def _settings(check: str, stage: _Stage) -> list[dict[str, Any]]:
     match check:
         case "noise":
             return [dict(privacy=DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-3, sample_rate=0.5))]
-        case "memory":
-            return [dict(strategy=SCAFFOLD(sites=count, steps=_STEPS, lr=_LR), plain=True, rounds=3)]
+        case "site states":
+            return [dict(strategy=SCAFFOLD(), plain=True, rounds=3)]
         case "personal layers":
             return [dict(privacy=PersonalLayers(names=[next(iter(stage.trainer.initial()))]))]
         case "exchange":
             return [dict(strategy=FedAvg(weights="uniform"),
-                         privacy=SecureAggregation(sites=count, clip=1.0, threshold=count))]
+                         aggregation=SecureAggregation(clip=1.0, threshold=count))]
         case "workflows":
             return [dict(topology=ring), dict(topology=Gossip(graph=nx.cycle_graph(count)))]
     return [{}]
@@ -329,7 +329,7 @@ def _equal(check: str, remedy: str, factory: _Factory, stage: _Stage) -> Finding
     wrong = None
     for settings in _settings(check, stage):
         ours, local = _both(factory, stage, **settings)
-        wrong = wrong or _unlike(ours, local) or _unlike_memory(ours, local)
+        wrong = wrong or _unlike(ours, local) or _unlike_states(ours, local)
     return _finding(check, wrong, "the same bits as on Local", remedy)
 
 
@@ -349,13 +349,13 @@ def _isolation(factory: _Factory, stage: _Stage) -> Finding:
     with _made(factory) as engine:
         out = _run(engine, stage, privacy=Marks())
     wrong = str(out.error) if out.error else None
-    marks = {site: groups["mark"] for site, groups in out.memory.items() if "mark" in groups}
+    marks = {site: state.of("privacy").own for site, state in out.states.items() if "privacy" in state.namespaces}
     odd = [site for site, mark in marks.items()
            if (int(mark["name"]), int(mark["rounds"])) != (derive(0, site), len(out.rounds))]
     if wrong is None and odd:
-        wrong = f"what {', '.join(odd)} left in memory is not what is there"
-    return _finding("isolation", wrong, "each site sees its own memory",
-                    "one memory for each site's name, handed to no other")
+        wrong = f"the state of {', '.join(odd)} is not what the site left there"
+    return _finding("isolation", wrong, "each site sees its own state",
+                    "take the state from states.working(site.name), and hand it to no other site")
 
 
 def _failure(factory: _Factory, stage: _Stage) -> Finding:
@@ -366,10 +366,10 @@ def _failure(factory: _Factory, stage: _Stage) -> Finding:
         said = ours.rounds[1].absent.get(name, "") if len(ours.rounds) > 1 else ""
         if ours.error is None and not (repr(name) in said and repr(where) in said):
             wrong = wrong or f"when {name} failed at stage {where!r} in round 1, what was said is {said!r}"
-        wrong = wrong or _unlike(ours, local) or _unlike_memory(ours, local)
+        wrong = wrong or _unlike(ours, local) or _unlike_states(ours, local)
     return _finding("failure", wrong, "a site that fails is one Failure with its name and the stage",
-                    "yield Failure(site.name, error) with the FedlabError that the task raised, keep what the site's "
-                    "memory became, and go on with the next site")
+                    "yield Failure(site.name, error) with the FedlabError that the task raised, inside "
+                    "states.working(site.name), and go on with the next site")
 
 
 def _failure_ends_the_run(factory: _Factory, stage: _Stage) -> Finding:
@@ -403,20 +403,19 @@ def _withdrawal(factory: _Factory, stage: _Stage) -> Finding:
 
 
 def _again(factory: _Factory, stage: _Stage) -> Finding:
-    wrong, local = None, Local()
+    wrong = None
     with _made(factory) as engine:
         for number in (1, 2):
             for seed, technique in enumerate((None, Marks())):
-                ours, theirs = (_run(used, stage, seed=seed, privacy=technique) for used in (engine, local))
-                unlike = _unlike(ours, theirs) or _unlike_memory(ours, theirs)
+                ours, theirs = (_run(used, stage, seed=seed, privacy=technique) for used in (engine, Local()))
+                unlike = _unlike(ours, theirs) or _unlike_states(ours, theirs)
                 wrong = wrong or (f"run {number}: {unlike}" if unlike else None)
-    return _finding("again", wrong, "what is left of a run is what Local leaves of it",
-                    "keep nothing of a run but the sites' memories: no task, state or weights of the run before")
+    return _finding("again", wrong, "a second run is bit-equal to the first",
+                    "keep nothing of a run: no task, state, weights or site states of the run before")
 
 
 def _resume(factory: _Factory, stage: _Stage) -> Finding:
-    settings: dict[str, Any] = dict(strategy=SCAFFOLD(sites=len(stage.sites), steps=_STEPS, lr=_LR), progress=False,
-                                    privacy=Marks())
+    settings: dict[str, Any] = dict(strategy=SCAFFOLD(), progress=False, privacy=Marks())
     whole = federate(stage.plain, stage.sites, rounds=3, **settings).state
     with tempfile.TemporaryDirectory() as folder:
         for rounds in (1, 3):
@@ -425,8 +424,8 @@ def _resume(factory: _Factory, stage: _Stage) -> Finding:
                                    checkpoint=Path(folder) / "run", **settings).state
     same = whole is not None and resumed is not None and weights_sha256(whole.params) == weights_sha256(resumed.params)
     return _finding("resume", None if same else "a run that went on with a new engine ends with other bits",
-                    "a run goes on with a new engine", "memory is an attribute that can be read and set: all that "
-                    "sites keep, as a checkpoint saves it")
+                    "a run goes on with a new engine", "what sites keep lies in the states that train() is "
+                    "given, and nowhere else")
 
 
 def _untouched(factory: _Factory, stage: _Stage) -> Finding:
@@ -442,13 +441,13 @@ def _untouched(factory: _Factory, stage: _Stage) -> Finding:
 
 _CHECKS: dict[str, _Check] = {
     **{check: partial(_equal, check, remedy) for check, remedy in {
-        "bits": "run task(site, state, memory) with this site's own memory and as many torch threads as Local has, and "
-                "send what it returns as it is",
-        "noise": "hand on the task's seed, and the ledger with the rest of the site's memory",
-        "memory": "hand on state.moments, and keep what the task leaves in the site's memory for its next round",
-        "personal layers": "keep what the task leaves in the site's memory for its next round",
-        "exchange": "exchange() asks task.privacy.at_site(step, site, inbox, memory) with the site's memory, groups "
-                    "that begin with '_' included, and run() goes on with that memory",
+        "bits": "run task(site, state, site_state) with this site's own state and as many torch threads as Local has, "
+                "and send what it returns as it is",
+        "noise": "hand on the task's seed, and the ledger with the rest of the site's state",
+        "site states": "hand on state.moments, and keep what the task leaves in the site's state for its next round",
+        "personal layers": "keep what the task leaves in the site's state for its next round",
+        "exchange": "exchange() asks task.aggregation.answer(step, site, inbox, states.with_secrets(site)), and "
+                    "train() goes on with those secrets",
         "workflows": "a site starts from state.at(site.name)",
     }.items()},
     "order": _order, "isolation": _isolation, "failure": _failure, "failure ends the run": _failure_ends_the_run,

@@ -19,6 +19,7 @@ import torch
 from fedlab.checks.check_report import Finding
 from fedlab.checks.rehearsal import Charge, Rehearsal, Script, Stage, plain_descent, rehearse
 from fedlab.core.types import Patient, Site, Tensors
+from fedlab.core.weights import load_weights
 from fedlab.privacy.accounting.mechanisms import Concentrated, Gaussian
 from fedlab.privacy.base import Privacy
 
@@ -78,6 +79,10 @@ class Claim:
         words = self.charges[0].terms.adjacency.lower()
         return "any two" not in words and "replace one" not in words
 
+    def of(self, technique: Privacy, stage: Stage) -> str:
+        """The name of the class whose claim it is."""
+        return type((*technique.layers, stage.aggregation)[self.layer]).__name__
+
     def output(self, seen: Rehearsal, number: int, site: str) -> Tensors:
         """What came out of the layer in a round."""
         if self.where == "training":
@@ -89,13 +94,13 @@ class Claim:
 
 
 def find_claims(technique: Privacy, seen: Rehearsal) -> list[Claim]:
-    """The claims of each layer in the first round of a rehearsal."""
-    layers, claims = technique._layers(), []
-    for place, layer in enumerate(layers):
+    """The claims of each layer, and of the aggregation after them, in the first round of a rehearsal."""
+    claims = []
+    for place in range(len(technique.layers) + 1):
         first = next((s for s in seen.steps if s.layer == place), None)
-        exchanges = bool(layer.before or layer.after)  # what such a site sends is hidden until the server has the sum
+        hidden = place == len(technique.layers)  # what an aggregation has masked is seen in the sum only
         for where, charges in (("training", seen.equipped.get(place, ())),
-                               ("server" if exchanges else "site", first.charged if first else ()),
+                               ("server" if hidden else "site", first.charged if first else ()),
                                ("server", seen.settled.get(place, ()))):
             if charges:
                 claims.append(Claim(layer=place, where=where, charges=charges))
@@ -125,13 +130,13 @@ def only(site: str, first: Tensors, like: Tensors) -> Script:
     return lambda name, number: first if name == site and number == 0 else nothing
 
 
-def check_claim(technique: Privacy, seeded: Privacy, stage: Stage, claim: Claim) -> Iterator[Finding]:
-    """Noise and sensitivity of a claim about updates; `seeded` is the technique with noise that repeats."""
+def check_claim(technique: Privacy, seeded: tuple[Privacy, Stage], stage: Stage, claim: Claim) -> Iterator[Finding]:
+    """Noise and sensitivity of a claim about updates; `seeded` are technique and stage with noise that repeats."""
     site, like = stage.sites[0].name, stage.like
     if claim.where == "site":
-        stage = replace(stage, sites=stage.sites[:1])  # nobody else has a part in it
+        stage = stage.alone()
     updates = adversarial(like)
-    layer = type(technique._layers()[claim.layer]).__name__
+    layer = claim.of(technique, stage)
     runs = [claim.output(rehearse(technique, stage, script=only(site, updates["nothing"], like), seed=seed), 0, site)
             for seed in range(_RUNS)]
     shared = _shared(claim, technique, stage, updates, site)
@@ -147,7 +152,8 @@ def check_claim(technique: Privacy, seeded: Privacy, stage: Stage, claim: Claim)
         return
     std = _std(runs)
     names = ("nothing", "large everywhere", "the opposite", "one huge entry", "tiny", "ordinary")
-    given = {name: [claim.output(rehearse(seeded, stage, script=only(site, updates[name], like), seed=seed), 0, site)
+    calm = seeded[1].alone() if claim.where == "site" else seeded[1]
+    given = {name: [claim.output(rehearse(seeded[0], calm, script=only(site, updates[name], like), seed=seed), 0, site)
                     for seed in (0, 1)] for name in names}
     pairs = [("nothing", name) for name in names[1:]] if claim.to_zero else combinations(names, 2)
     worst, which = max((_distance(one, other, std), pair) for pair in pairs
@@ -155,17 +161,17 @@ def check_claim(technique: Privacy, seeded: Privacy, stage: Stage, claim: Claim)
     yield _judged(worst, claim.mu, f"{layer}, updates {which[0]!r} and {which[1]!r}")
 
 
-def check_patients(technique: Privacy, seeded: Privacy, stage: Stage, claim: Claim) -> Iterator[Finding]:
+def check_patients(technique: Privacy, seeded: tuple[Privacy, Stage], stage: Stage, claim: Claim) -> Iterator[Finding]:
     """Sensitivity of a claim about patients: one of them is replaced by extreme ones, all else stays."""
-    alone = stage.sites if technique.before or technique.after else stage.sites[:1]
+    load_weights(stage.trainer.model, stage.like)  # the start of the trainer that is made from it
     trainer = replace(stage.trainer, optimiser=plain_descent, lr=1.0, steps=1, epochs=None, augment=None)
-    object.__setattr__(trainer, "_start", stage.trainer._start)
-    calm = replace(stage, trainer=trainer, sites=alone)
+    alone = stage.alone().sites
     site = alone[0].name
 
     def outputs(tried: Privacy, patient: Patient, seeds: Sequence[int]) -> list[Tensors]:
         first = Site(site, [patient, *list(alone[0].train)[1:]], alone[0].val)
-        changed = replace(calm, sites=[first, *alone[1:]])
+        aggregation = stage.aggregation if tried is technique else seeded[1].aggregation
+        changed = replace(stage, trainer=trainer, sites=[first, *alone[1:]], aggregation=aggregation)
         return [claim.output(rehearse(tried, changed, seed=seed), 0, site) for seed in seeds]
 
     usual = alone[0].train[0]
@@ -178,7 +184,7 @@ def check_patients(technique: Privacy, seeded: Privacy, stage: Stage, claim: Cla
         return
     yield Finding(check="noise", outcome="passed", what="every trained tensor gets noise")
     std = _std(runs)
-    given = {name: outputs(seeded, change(usual), range(4)) for name, change in _PATIENTS.items()}
+    given = {name: outputs(seeded[0], change(usual), range(4)) for name, change in _PATIENTS.items()}
     worst, which = max((_distance(one, other, std), pair) for pair in combinations(_PATIENTS, 2)
                        for one, other in zip(given[pair[0]], given[pair[1]], strict=True))
     if worst == 0:
@@ -187,16 +193,16 @@ def check_patients(technique: Privacy, seeded: Privacy, stage: Stage, claim: Cla
                       remedy="check with a higher sampling rate, which is otherwise no different")
         return
     # Replacing a patient is taking one away and adding another: twice what is charged for.
-    layer = type(technique._layers()[claim.layer]).__name__
+    layer = claim.of(technique, stage)
     yield _judged(worst / 2, claim.mu, f"{layer}, {which[0]} in place of {which[1]}")
 
 
 def check_whole(technique: Privacy, stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
     """What finally leaves, in this round and the next, tells no more of an update than was charged for."""
     site, like = stage.sites[0].name, stage.like
-    seen_at_server = bool(technique.before or technique.after) or any(c.where == "server" for c in claims)
+    seen_at_server = stage.aggregation.hides_updates or any(c.where == "server" for c in claims)
     if not seen_at_server:
-        stage = replace(stage, sites=stage.sites[:1])
+        stage = stage.alone()
     chi = Claim(layer=0, where="site", charges=tuple(c for claim in claims for c in claim.charges)).chi
     updates = adversarial(like)
     direction = {name: t / 1e4 for name, t in updates["large everywhere"].items()}
@@ -230,7 +236,7 @@ def check_broadcast(technique: Privacy, stage: Stage) -> Iterator[Finding]:
     updates = adversarial(like)
 
     def told(name: str, seed: int) -> Tensors:
-        return rehearse(technique, stage, script=only(site, updates[name], like), seed=seed).server.get("broadcast", {})
+        return rehearse(technique, stage, script=only(site, updates[name], like), seed=seed).broadcast
 
     usual, others = told("nothing", 0), [told("nothing", seed) for seed in (1, 2)]
     changed = {name: t for kind in ("large everywhere", "ordinary") for name, t in told(kind, 0).items()

@@ -2,75 +2,85 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fedlab.core.gate import check_update
+from fedlab.core.kit import Kit
+from fedlab.core.protocols import Exchange, Run, Strategy, Trainer
 from fedlab.core.seeds import generator
-from fedlab.core.types import Cohort, Memory, Patient, ServerState, Site, Tensors, Update
+from fedlab.core.types import Answer, Cohort, Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.privacy.accounting.ledger import Ledger, Terms
 from fedlab.privacy.accounting.mechanisms import RELEASES, Release
-from fedlab.privacy.base import Inboxes, Privacy, check_update
+from fedlab.privacy.aggregation import Aggregation
+from fedlab.privacy.base import Privacy
 from fedlab.run.federate import each_round
-from fedlab.run.local import Answer, Local
+from fedlab.run.local import Local
+from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
-from fedlab.strategies.averaging import FedAvg, Strategy
-from fedlab.training.trainer import Kit, SiteTrainer
+from fedlab.strategies.averaging import FedAvg
+from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["DECOY", "Charge", "Rehearsal", "Script", "Stage", "Step", "Watched", "make_stage", "plain_descent",
            "rehearse", "unlike_randomness"]
 
-#: A group of memory that belongs to nobody in the rehearsal.
-DECOY = "somebody else's"
-#: Groups of memory that belong to the task, the trainer and the server, and the decoy.
-_NOT_OURS = ("joined", "broadcast", "optimiser", DECOY)
-#: What a site's training shall give: of the site's name and the round, the change of the weights.
+#: A namespace that belongs to no part of the rehearsal.
+DECOY = "another technique"
+#: The update that a site's training shall give, from the site's name and the round.
 Script = Callable[[str, int], Tensors]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What rehearsals take place with.
+    """The parts of a rehearsal besides the technique.
 
     Attributes:
-        trainer: trains for real; one step a round.
+        trainer: trains for real; one step per round.
         sites: all of the same number of patients.
         strategy: combines the updates.
+        aggregation: adds them up.
     """
 
     trainer: SiteTrainer
     sites: Sequence[Site]
     strategy: Strategy
+    aggregation: Aggregation
 
     @property
     def like(self) -> Tensors:
         """Tensors with the names and shapes of an update."""
         return self.trainer.initial()
 
+    def alone(self) -> Stage:
+        """The stage with its first site only, unless updates are hidden in a sum of several."""
+        return self if self.aggregation.hides_updates else replace(self, sites=self.sites[:1])
+
 
 def make_stage(technique: Privacy, *, trainer: SiteTrainer | None, sites: Sequence[Site] | None,
-               strategy: Strategy | None) -> Stage:
-    """What was given, and for the rest a small SegResNet and sites of noise, as many as the technique asks for."""
-    layers = technique._layers()
+               strategy: Strategy | None, aggregation: Aggregation) -> Stage:
+    """The given parts, and for the rest a small SegResNet and sites of noise with patients enough for a `batch`."""
     if sites is None:
-        count = max((int(getattr(layer, "sites", 3)) for layer in layers), default=3)
-        batch = max((float(getattr(layer, "batch", None) or 0) for layer in layers), default=0.0)
+        wanted: Any = getattr(aggregation, "sites", None) or getattr(aggregation, "threshold", 0)
+        count = max(3, int(wanted))
+        batch = max((float(getattr(layer, "batch", None) or 0) for layer in technique.layers), default=0.0)
         sites = [Site(f"site-{number}", [_patient(number, k) for k in range(max(8, math.ceil(2 * batch)))])
                  for number in range(count)]
     if trainer is None:
         trainer = SiteTrainer(model=_network(), steps=1, lr=1.0, optimiser=plain_descent, batch_size=4,
                               crop=(8, 8, 8), augment=None, precision="fp32", device="cpu")
-    return Stage(trainer=trainer, sites=sites, strategy=strategy or FedAvg(weights="uniform"))
+    return Stage(trainer=trainer, sites=sites, strategy=strategy or FedAvg(weights="uniform"), aggregation=aggregation)
 
 
 def plain_descent(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """The update is the step's gradient times −lr: what enters it can be read from it."""
+    """Plain SGD: the update is the step's gradient times −lr."""
     return torch.optim.SGD(parameters, lr=lr)
 
 
@@ -93,15 +103,26 @@ def _patient(site: int, number: int) -> Patient:
     return Patient(f"s{site}p{number}", image + label.float(), label, np.eye(4))
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class _Scripted(SiteTrainer):
-    """Goes through all of a round but returns an update that was chosen beforehand."""
+@dataclass(frozen=True)
+class _Scripted:
+    """A trainer that goes through all of a round but returns an update that was chosen beforehand."""
 
+    stands_for: Trainer
     script: Script
 
-    def fit(self, kit: Kit, site: Site, state: ServerState, *, memory: Memory, seed: int) -> Update:
+    def fit(self, kit: Kit, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Update:
         return Update(site=site.name, delta=dict(self.script(site.name, state.round)), weight=float(len(site.train)),
                       steps=1, metrics={"loss": 0.5})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stands_for, name)
+
+
+class _SameNoise(list[Patient]):
+    """Patients that count as the same data whatever they are, so that two rehearsals meet the same noise."""
+
+    def content_sha256(self) -> str:
+        return "the patients of a rehearsal"
 
 
 class Charge(NamedTuple):
@@ -113,16 +134,16 @@ class Charge(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One layer's protect() at one site.
+    """One layer's protect(), or the aggregation's mask(), at one site.
 
     Attributes:
-        layer: its place in the technique.
+        layer: its place in the technique; the aggregation comes after the last.
         round: number of the round.
         site: name of the site.
         given: the tensors it got, copied.
-        returned: what it returned, whatever that is.
+        returned: the object that it returned.
         in_place: names of tensors of its input that it changed.
-        foreign: groups of memory that it changed though they are not its own.
+        foreign: namespaces that it changed though they are not its own, and non-tensors in its own.
         charged: what it entered into the ledger.
     """
 
@@ -138,22 +159,24 @@ class Step:
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """What was seen in a rehearsal.
+    """The observations of a rehearsal.
 
     Attributes:
-        steps: every call of protect(), in order.
+        round: number of the present round.
+        steps: every call of protect() and mask(), in order.
         trained: the update that training gave: round -> site -> tensors.
         equipped: layer -> what its equip() entered into the ledger of the first site in the first round.
         settled: layer -> what its release() entered into the server's ledger in the first round.
-        foreign: groups of memory changed by equip() though they are not the layer's own, or that hold no tensors.
-        sent: round -> site -> what left the site.
-        released: round -> layer -> what that layer's release() gave.
-        moved: round -> what the model was moved by.
-        memory: of the sites, at the end.
-        server: the server's memory at the end.
+        foreign: namespaces changed by equip() though they are not the layer's own, and non-tensors in its own.
+        sent: round -> site -> the update that left the site.
+        released: round -> layer -> the result of that layer's release(), or of the aggregation's after().
+        moved: round -> the update that moved the model.
+        states: of the sites.
+        broadcast: tensors that the server sends to the sites at the end.
         error: what ended the run early.
     """
 
+    round: int = 0
     steps: list[Step] = field(default_factory=list)
     trained: dict[int, dict[str, Tensors]] = field(default_factory=dict)
     equipped: dict[int, tuple[Charge, ...]] = field(default_factory=dict)
@@ -162,106 +185,136 @@ class Rehearsal:
     sent: dict[int, dict[str, Update]] = field(default_factory=dict)
     released: dict[int, dict[int, Update]] = field(default_factory=dict)
     moved: dict[int, Update] = field(default_factory=dict)
-    memory: dict[str, Memory] = field(default_factory=dict)
-    server: Memory = field(default_factory=dict)
+    states: Mapping[str, SiteState] = field(default_factory=dict)
+    broadcast: Tensors = field(default_factory=dict)
     error: Exception | None = None
+
+    def watch(self, place: int, update: Update, state: SiteState, owner: str, hook: Callable[[SiteState], Any]) -> Any:
+        """Calls protect() or mask() of a layer and notes what it does."""
+        before, given = _Before(state), {name: t.clone() for name, t in update.delta.items()}
+        out = hook(state.of(owner))
+        self.steps.append(Step(
+            layer=place, round=self.round, site=update.site, given=given, returned=out,
+            in_place=tuple(n for n, t in given.items() if n in update.delta and not _same(t, update.delta[n])),
+            foreign=before.foreign(state, owner), charged=before.charged(state)))
+        return out
+
+
+class _Before:
+    """A party's state before a hook."""
+
+    def __init__(self, state: SiteState | ServerState) -> None:
+        self._namespaces = {owner: {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in slots.items()}
+                            for owner, slots in state.namespaces.items()}
+        self._ledger = copy.deepcopy(state.ledger)
+
+    def charged(self, state: SiteState | ServerState) -> tuple[Charge, ...]:
+        """The entries that the ledger holds now and did not hold before."""
+        old = self._ledger.get("entries", [])
+        new = Ledger(state).note()["entries"]
+        return tuple(Charge(RELEASES[e["kind"]](**e["release"]), Terms(**e["terms"])) for e in new[len(old):])
+
+    def foreign(self, state: SiteState, owner: str) -> tuple[str, ...]:
+        """Owners whose namespace was changed by a hook of another one; and the hook's own, if it holds non-tensors."""
+        found = []
+        for other in {**self._namespaces, **state.namespaces}:
+            now, known = state.namespaces.get(other, {}), self._namespaces.get(other, {})
+            if other == owner:
+                odd = not all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in now.items())
+            else:
+                odd = now.keys() != known.keys() or not all(_same(t, now[name]) for name, t in known.items())
+            if odd:
+                found.append(other)
+        return tuple(found)
 
 
 class Watched(Privacy):
-    """A technique whose layers are called as `+` calls them, with an eye on what each does.
+    """A technique whose layers are called as `+` calls them, while each is watched.
 
     Args:
         technique: to be watched.
-        seen: what is seen is noted there.
+        seen: the observations are noted there.
         seed: of the noise at the server. The server's own depends on what it is added to, as it should; here two
             inputs must meet the same noise, so that nothing but them makes the difference.
-        checked: whether its check_run() is asked.
+        checked: whether its check() and check_site() are called.
     """
 
     def __init__(self, technique: Privacy, seen: Rehearsal, *, seed: int, checked: bool = True) -> None:
-        self.technique, self.seen, self.seed, self.checked = technique, seen, seed, checked
-        self.layers = technique._layers()
-        self.units, self.before, self.after = technique.units, technique.before, technique.after
-        self._owners: dict[tuple[str, str], int] = {}  # site and group -> layer
-        self._round = 0
+        self.stands_for, self.seen, self.seed, self.checked = technique, seen, seed, checked
+        self.units = technique.units
 
     @property
-    def works_at_server(self) -> bool:
-        return self.technique.works_at_server
+    def layers(self) -> tuple[Privacy, ...]:
+        return self.stands_for.layers
 
-    @property
-    def masked(self) -> bool:
-        return self.technique.masked
-
-    def check_run(self, *, trainer: SiteTrainer, sites: Sequence[Site], strategy: Strategy, rounds: int) -> None:
+    def check(self, run: Run) -> None:
         if self.checked:
-            self.technique.check_run(trainer=trainer, sites=sites, strategy=strategy, rounds=rounds)
+            self.stands_for.check(run)
 
-    def equip(self, kit: Kit, site: Site, memory: Memory) -> Kit:
+    def check_site(self, site: Site, run: Run) -> None:
+        if self.checked:
+            self.stands_for.check_site(site, run)
+
+    def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
         for place, layer in enumerate(self.layers):
-            before = _copied(memory)
-            kit = layer.equip(kit, site, memory)
-            self.seen.foreign.extend(self._foreign(site.name, place, before, memory))
-            self.seen.equipped.setdefault(place, _new_charges(before, memory))
+            before, owner = _Before(state), f"layer {place}"
+            kit = layer.equip(kit, site, state.of(owner))
+            self.seen.foreign.extend(before.foreign(state, owner))
+            self.seen.equipped.setdefault(place, before.charged(state))
         return kit
 
-    def protect(self, update: Update, memory: Memory, rng: torch.Generator) -> Update:
-        number = Ledger(memory).note()["round"] if self.units else None
-        number = len(self.seen.sent) - 1 if number is None else number
-        self.seen.trained.setdefault(number, {})[update.site] = dict(update.delta)
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+        self.seen.trained.setdefault(self.seen.round, {})[update.site] = dict(update.delta)
         for place, layer in enumerate(self.layers):
-            before, given = _copied(memory), {name: t.clone() for name, t in update.delta.items()}
-            out = layer.protect(update, memory, rng)
-            self.seen.steps.append(Step(
-                layer=place, round=number, site=update.site, given=given, returned=out,
-                in_place=tuple(n for n, t in given.items() if n in update.delta and not _same(t, update.delta[n])),
-                foreign=self._foreign(update.site, place, before, memory), charged=_new_charges(before, memory)))
-            update = out if place == len(self.layers) - 1 else check_update(out, like=update.delta, site=update.site)
+            given = update
+            out = self.seen.watch(place, given, state, f"layer {place}",
+                                  lambda own: layer.protect(given, own, rng))  # noqa: B023
+            update = out if place == len(self.layers) - 1 else check_update(out, like=given.delta, site=given.site)
         return update
 
-    def unmask(self, mean: Update, cohort: Cohort, memory: Memory) -> Update:
-        return self.technique.unmask(mean, cohort, memory)
-
-    def release(self, mean: Update, cohort: Cohort, memory: Memory, rng: torch.Generator) -> Update:
+    def release(self, mean: Update, cohort: Cohort, state: ServerState, rng: torch.Generator) -> Update:
         rng = generator(self.seed, "release", cohort.round)
         for place in reversed(range(len(self.layers))):
-            before = _copied(memory)
-            mean = self.layers[place].release(mean, cohort, memory, rng)
-            self.seen.settled.setdefault(place, _new_charges(before, memory))
+            before = _Before(state)
+            mean = self.layers[place].release(mean, cohort, state.of(f"layer {place}"), rng)
+            self.seen.settled.setdefault(place, before.charged(state))
             self.seen.released.setdefault(cohort.round, {})[place] = mean
-        self.seen.server = memory
+        self.seen.broadcast = state.broadcast
         return mean
 
-    def at_site(self, step: str, site: str, inbox: Mapping[str, bytes], memory: Memory) -> Mapping[str, bytes]:
-        known = set(memory)
-        answer = self.technique.at_site(step, site, inbox, memory)
-        talker = next(k for k, layer in enumerate(self.layers) if layer.before or layer.after)
-        self._owners.update({(site, group): talker for group in memory.keys() - known})
-        return answer
-
-    def at_server(self, step: str, sent: Inboxes, memory: Memory, arrived: Sequence[str]) -> Inboxes:
-        return self.technique.at_server(step, sent, memory, arrived)
-
     def __repr__(self) -> str:
-        return repr(self.technique)  # noise depends on it
+        return repr(self.stands_for)
 
-    def _foreign(self, site: str, place: int, before: Memory, memory: Memory) -> tuple[str, ...]:
-        """Groups that this layer changed though another made them, and groups that are no tensors by name."""
-        found = []
-        for group in {**before, **memory}:
-            tensors, known = memory.get(group, {}), before.get(group)
-            wrong = not isinstance(group, str) or "|" in group or not isinstance(tensors, dict) or not all(
-                isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items())
-            changed = wrong or known is None or known.keys() != tensors.keys() or any(
-                not _same(t, tensors[name]) for name, t in known.items())
-            if not changed:
-                continue
-            taken = group in _NOT_OURS  # of the others, a group belongs to the layer that first changes it
-            owner = None if taken else self._owners.setdefault((site, group), place)
-            shared = group in ("ledger", "diagnostics") and group in memory and not wrong
-            if wrong or (owner != place and not shared):
-                found.append(str(group))
-        return tuple(found)
+
+class _WatchedSum(Aggregation):
+    """An aggregation whose mask() and after() are watched, as the layer after the last one."""
+
+    def __init__(self, aggregation: Aggregation, seen: Rehearsal, place: int) -> None:
+        self.stands_for, self.seen, self.place = aggregation, seen, place
+        self.units = aggregation.units
+
+    def bind(self, run: Run) -> Aggregation:
+        return _WatchedSum(self.stands_for.bind(run), self.seen, self.place)
+
+    def mask(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+        out: Update = self.seen.watch(self.place, update, state, state.owner,
+                                      lambda own: self.stands_for.mask(update, own, rng))
+        return out
+
+    def after(self, mean: Update, keys: Any, exchange: Exchange) -> Update:
+        out = self.stands_for.after(mean, keys, exchange)
+        self.seen.released.setdefault(self.seen.round, {})[self.place] = out
+        return out
+
+    @property
+    def hides_updates(self) -> bool:  # type: ignore[override]
+        return self.stands_for.hides_updates
+
+    def before(self, exchange: Exchange) -> Any:
+        return self.stands_for.before(exchange)
+
+    def answer(self, step: str, site: str, inbox: Mapping[str, bytes], state: SiteState) -> Mapping[str, bytes]:
+        return self.stands_for.answer(step, site, inbox, state)
 
 
 class _Recorder(Local):
@@ -269,27 +322,28 @@ class _Recorder(Local):
 
     def __init__(self, seen: Rehearsal) -> None:
         super().__init__()
-        self.memory, self.seen = seen.memory, seen
+        self.seen = seen
 
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
+    def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
+        self.seen.round = state.round
         self.seen.sent.setdefault(state.round, {})
-        for answer in super().run(task, state, cohort):
+        for answer in super().train(task, state, cohort, states):
             if isinstance(answer, Update):
                 self.seen.sent[state.round][answer.site] = answer
             yield answer
 
 
 class _Standing:
-    """A strategy whose model stays where it is, so that only what sites remember tells one round from the next."""
+    """A strategy whose model stays where it is, so that only what sites keep tells one round from the next."""
 
     def __init__(self, strategy: Strategy, seen: Rehearsal) -> None:
-        self._strategy, self._seen = strategy, seen
+        self.stands_for, self._seen = strategy, seen
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._strategy, name)
+        return getattr(self.stands_for, name)
 
-    def __repr__(self) -> str:
-        return repr(self._strategy)
+    def bind(self, run: Run) -> _Standing:
+        return _Standing(self.stands_for.bind(run), self._seen)
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
         self._seen.moved[state.round] = mean
@@ -303,22 +357,24 @@ def rehearse(technique: Privacy, stage: Stage, *, script: Script | None = None, 
     Args:
         technique: not changed unless it changes itself.
         stage: see `Stage`.
-        script: what training gives; None to train.
-        rounds: how many; the model doesn't move.
+        script: the updates that training gives; None to train.
+        rounds: how many; the model does not move.
         seed: of the run.
-        checked: whether the technique's check_run() is asked first.
+        checked: whether the technique's check() and check_site() are called first.
         catch: whether an error is noted in the result instead of raised.
     """
     seen = Rehearsal()
-    seen.memory.update({site.name: {DECOY: {"x": torch.ones(2)}} for site in stage.sites})
-    trainer = stage.trainer
-    if script is not None:
-        settings = {f.name: getattr(trainer, f.name) for f in fields(SiteTrainer) if f.init}
-        trainer = _Scripted(**settings, script=script)
-        object.__setattr__(trainer, "_start", stage.trainer._start)
+    sites = [replace(site, train=_SameNoise(site.train)) for site in stage.sites]
+    states = SiteStates([site.name for site in sites])
+    for site in sites:
+        states.save(site.name, SiteState(enrolled=True, namespaces={DECOY: {"x": torch.ones(2)}}))
+    seen.states = states
+    trainer: Any = stage.trainer if script is None else _Scripted(stage.trainer, script)
+    standing: Any = _Standing(stage.strategy, seen)
     try:
-        for _ in each_round(trainer, stage.sites, strategy=_Standing(stage.strategy, seen), rounds=rounds, seed=seed,
-                            privacy=Watched(technique, seen, seed=seed, checked=checked), engine=_Recorder(seen)):
+        for _ in each_round(trainer, sites, strategy=standing, rounds=rounds, seed=seed, engine=_Recorder(seen),
+                            privacy=Watched(technique, seen, seed=seed, checked=checked), site_states=states,
+                            aggregation=_WatchedSum(stage.aggregation, seen, len(technique.layers))):
             pass
     except Exception as error:
         if not catch:
@@ -340,17 +396,6 @@ def unlike_randomness(number: int) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
-
-
-def _new_charges(before: Memory, after: Memory) -> tuple[Charge, ...]:
-    """What a ledger holds after a hook that it didn't hold before."""
-    old, new = ([] if "ledger" not in m else Ledger({"ledger": m["ledger"]}).note()["entries"] for m in (before, after))
-    return tuple(Charge(RELEASES[e["kind"]](**e["release"]), Terms(**e["terms"])) for e in new[len(old):])
-
-
-def _copied(memory: Memory) -> Memory:
-    return {group: {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in tensors.items()}
-            for group, tensors in memory.items()}
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -17,17 +17,16 @@ from torch import nn
 from fedlab.checks.check_report import CheckReport, Finding
 from fedlab.checks.rehearsal import plain_descent, unlike_randomness
 from fedlab.core.errors import FedlabError
+from fedlab.core.protocols import Strategy
 from fedlab.core.seeds import derive, generator
-from fedlab.core.types import Memory, Patient, ServerState, Site, Tensors, Update
+from fedlab.core.types import Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import weights_sha256
-from fedlab.run.federate import federate
-from fedlab.run.local import Local
-from fedlab.strategies.averaging import Strategy, TooFewUpdates
+from fedlab.run.federate import federate, make_run
+from fedlab.strategies.averaging import TooFewUpdates
 from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["check_strategy"]
 
-_TASKS = {"joined", "broadcast", "optimiser", "ledger", "diagnostics"}  # groups of memory of the task and the trainer
 #: Sums in float64 differ by less than this, whatever their order.
 _ROUNDING = 1e-9
 
@@ -51,7 +50,7 @@ def check_strategy(strategy: Strategy, *, trainer: SiteTrainer | None = None, si
         "not finite": NaN and infinite values never pass.
         "no update": is a clear error.
         "fits the run": three rounds of a small run end.
-        "memory": sites are left tensors in groups of the strategy's own.
+        "state": sites are left tensors by name, in the strategy's own namespace.
         "resume": a run stopped after two rounds ends with the bits of the whole one.
 
     The checks find mistakes; they prove nothing. Whether the strategy is the one of its paper only a comparison with
@@ -69,7 +68,7 @@ def check_strategy(strategy: Strategy, *, trainer: SiteTrainer | None = None, si
     Raises:
         ValueError: a check failed, and the message is the report; or `strategy` is no strategy.
     """
-    missing = [name for name in ("begin", "select", "equip", "combine", "step", "keep", "check_run", "sample")
+    missing = [name for name in ("begin", "select", "equip", "combine", "step", "remember", "bind", "sample")
                if not hasattr(strategy, name)]
     if missing or isinstance(strategy, type):
         raise ValueError(f"a strategy is an object with {', '.join(missing) or 'settings'}, got {strategy!r}; inherit "
@@ -96,12 +95,11 @@ class _Stage:
 
 def _stage(strategy: Strategy, trainer: SiteTrainer | None, sites: Sequence[Site] | None) -> _Stage:
     if sites is None:
-        count = getattr(strategy, "sites", None)
-        count = count if isinstance(count, int) else max(7, int(getattr(strategy, "needed", 0)))
+        count = getattr(strategy, "sites", None) or max(7, int(getattr(strategy, "needed", 0)))
         sites = [Site(f"site-{k}", [_patient(derive(k, "patient", number)) for number in range(1 + k % 2)])
                  for k in range(count)]
     if trainer is None:
-        steps, lr = getattr(strategy, "steps", 2), getattr(strategy, "lr", 0.1)
+        steps, lr = getattr(strategy, "steps", None) or 2, getattr(strategy, "lr", None) or 0.1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = nn.Sequential(nn.Conv3d(4, 2, 1), nn.GroupNorm(1, 2), nn.ReLU(), nn.Conv3d(2, 3, 1))
@@ -121,9 +119,10 @@ def _findings(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
     yield _settings(strategy)
     before = copy.deepcopy(vars(strategy))
     try:
-        yield from _round(strategy, stage)
+        bound = make_run(stage.trainer, stage.sites, strategy=strategy).strategy
+        yield from _round(bound, stage)
         for check in (_select, _order, _one, _weights, _uniform, _precision, _finite, _nothing):
-            yield from check(strategy, stage)
+            yield from check(bound, stage)
     except Exception as error:  # the author's code, whatever it raises
         yield Finding(check="fits the run", outcome="failed", what=f"{type(error).__name__}: {error}",
                       remedy="combine() takes an iterable of updates that may be walked once and returns an Update; "
@@ -133,8 +132,8 @@ def _findings(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
     changed = sorted(name for name, value in vars(strategy).items() if repr(before.get(name)) != repr(value))
     if changed:
         yield Finding(check="purity", outcome="failed", what=f"a round changes the strategy's {', '.join(changed)}",
-                      remedy="put what changes into ServerState.moments, at a site into its memory: a resumed run has "
-                             "nothing else")
+                      remedy="put what changes into ServerState.moments, at a site into site_state.own: a resumed run "
+                             "has nothing else")
 
 
 def _finding(check: str, wrong: str | None, right: str, remedy: str) -> Finding:
@@ -304,34 +303,32 @@ def _nothing(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
 
 def _run(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
     """Three rounds of a real run, whole and interrupted."""
-    def run(rounds: int, used: Strategy, folder: str | None = None) -> tuple[ServerState, dict[str, Memory]]:
-        engine = Local()
-        history = federate(stage.trainer, stage.sites, strategy=used, rounds=rounds, engine=engine, progress=False,
+    def run(rounds: int, used: Strategy, folder: str | None = None) -> tuple[ServerState, dict[str, SiteState]]:
+        history = federate(stage.trainer, stage.sites, strategy=used, rounds=rounds, progress=False,
                            checkpoint=None if folder is None else Path(folder) / "run")
-        return history.state or ServerState(round=0, params={}), engine.memory
+        return history.state or ServerState(round=0, params={}), dict(history.site_states)
 
     try:
-        whole, memory = run(3, copy.deepcopy(strategy))
+        whole, states = run(3, copy.deepcopy(strategy))
         with tempfile.TemporaryDirectory() as folder:
             run(2, copy.deepcopy(strategy), folder)
-            resumed, memory_resumed = run(3, copy.deepcopy(strategy), folder)
+            resumed, states_resumed = run(3, copy.deepcopy(strategy), folder)
     except Exception as error:  # the author's code, whatever it raises
         yield Finding(check="fits the run", outcome="failed", what=f"{type(error).__name__}: {error}",
                       remedy="see the message; give check_strategy() a trainer or sites that the strategy is for")
         return
     yield Finding(check="fits the run", outcome="passed", what="three rounds of a small run ended")
-    odd = sorted({str(group) for slots in memory.values() for group, tensors in slots.items() if group not in _TASKS
-                  and ("|" in group or not all(isinstance(t, torch.Tensor) for t in tensors.values()))})
-    own = sorted({group for slots in memory.values() for group in slots} - _TASKS)
-    yield _finding("memory", f"{', '.join(odd)} is no group of tensors by name" if odd else None,
-                   f"sites keep {', '.join(own)}" if own else "sites keep nothing for it",
-                   "use one group with a name of its own, without '|': memory['mine'] = {'clip': torch.tensor(1.0)}")
+    foreign = sorted({owner for state in states.values() for owner in state.namespaces} - {"optimiser", "strategy"})
+    own = sorted({name.partition("|")[0] for state in states.values() for name in state.namespaces.get("strategy", {})})
+    yield _finding("state", f"it writes for {', '.join(foreign)}" if foreign else None,
+                   f"sites keep {', '.join(own[:4])}" if own else "sites keep nothing for it",
+                   "write into site_state.own, as site_state.own['clip'] = torch.tensor(1.0)")
     same = _equal(_groups(whole), _groups(resumed)) and all(
-        _equal(slots, memory_resumed[site].get(group, {})) for site, groups in memory.items()
-        for group, slots in groups.items() if not group.startswith("_"))
+        _equal(slots, states_resumed[site].namespaces.get(owner, {})) for site, state in states.items()
+        for owner, slots in state.namespaces.items())
     yield _finding("resume", None if same else "a run stopped after two rounds ends with other bits than the whole one",
                    "a stopped run goes on to the same bits", "keep nothing in the strategy: put it into "
-                   "ServerState.moments, at a site into its memory")
+                   "ServerState.moments, at a site into site_state.own")
 
 
 def _begun(strategy: Strategy, stage: _Stage) -> ServerState:

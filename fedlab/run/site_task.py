@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
+
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.gate import check_update
 from fedlab.core.kit import Kit
@@ -118,6 +120,7 @@ class SiteTask:
 
             work.stage = "remember"
             self.strategy.remember(self.trainer, site, state, update, site_state.of("strategy"), seed)
+            _check_namespaces(site_state)
             # Time grows with patients, and with the patients drawn: under a guarantee it stays at the site too.
             return replace(update, seconds=0.0 if self.guarded else time.perf_counter() - started)
         except Exception as error:
@@ -155,6 +158,14 @@ def _with_spent(update: Update, ledger: Ledger, units: frozenset[str], what: str
         raise PrivacyError(f"{what} promises a guarantee per {' and per '.join(unpaid)} but entered nothing into the "
                            "ledger; charge it in equip() or protect()")
     return replace(update, spent=ledger.spent(), metrics={})
+
+
+def _check_namespaces(site_state: SiteState) -> None:
+    for owner, slots in site_state.namespaces.items():
+        odd = [name for name, t in slots.items() if not isinstance(name, str) or not isinstance(t, torch.Tensor)]
+        if odd:
+            raise TypeError(f"state.own of {owner!r} holds tensors by name, got {type(slots[odd[0]]).__name__} under "
+                            f"{odd[0]!r}; keep torch.tensor(...)")
 
 
 def _as_site_error(error: Exception, work: SiteWork) -> FedlabError:

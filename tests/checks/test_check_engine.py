@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from cohorts import blob_sites
 from fedlab.checks.engine import check_engine
 from fedlab.core.errors import FedlabError, SiteError
-from fedlab.core.types import Failure, Update, Withdrawal
+from fedlab.core.types import Failure, SiteState, Update, Withdrawal
 from fedlab.engines.processes import Processes
 from fedlab.faults.sites import Faulty
 from fedlab.run.local import Local
+from fedlab.run.site_states import SiteStates
 from trainers import trainer
 
-NAMES = ("engine", "bits", "noise", "memory", "personal layers", "exchange", "workflows", "order", "isolation",
+NAMES = ("engine", "bits", "noise", "site states", "personal layers", "exchange", "workflows", "order", "isolation",
          "failure", "failure ends the run", "withdrawal", "again", "resume", "untouched")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +44,7 @@ def test_what_is_no_check_and_what_is_no_engine_is_refused():
         check_engine(Local, only="bits")
     with pytest.raises(ValueError, match=r"only holds some of .*got \('speed',\)"):
         check_engine(Local, only=("speed",))
-    with pytest.raises(ValueError, match=r"failed  engine: .* has no run and no exchange and no memory"):
+    with pytest.raises(ValueError, match=r"failed  engine: .* has no train and no exchange"):
         check_engine(object)
 
 
@@ -50,96 +52,91 @@ def test_what_is_no_check_and_what_is_no_engine_is_refused():
 
 
 class Backwards(Local):
-    def run(self, task, state, cohort):
-        return super().run(task, state, cohort[::-1])
+    def train(self, task, state, cohort, states):
+        return super().train(task, state, cohort[::-1], states)
 
 
 class OtherSeed(Local):
-    def run(self, task, state, cohort):
-        return super().run(replace(task, seed=task.seed + 1), state, cohort)
+    def train(self, task, state, cohort, states):
+        return super().train(replace(task, seed=task.seed + 1), state, cohort, states)
 
 
 class ForgetsTheFirst(Local):
-    def run(self, task, state, cohort):
-        return super().run(task, state, cohort[1:])
+    def train(self, task, state, cohort, states):
+        return super().train(task, state, cohort[1:], states)
 
 
 class Half(Local):
     """Sends updates in half the precision."""
 
-    def run(self, task, state, cohort):
-        for answer in super().run(task, state, cohort):
+    def train(self, task, state, cohort, states):
+        for answer in super().train(task, state, cohort, states):
             yield answer.map(lambda t: t.half().float()) if isinstance(answer, Update) else answer
 
 
 class Chatty(Local):
     """Adds a number of its own."""
 
-    def run(self, task, state, cohort):
-        for answer in super().run(task, state, cohort):
+    def train(self, task, state, cohort, states):
+        for answer in super().train(task, state, cohort, states):
             yield replace(answer, metrics={**answer.metrics, "engine": 1.0}) if isinstance(answer, Update) else answer
 
 
 class NoMoments(Local):
-    def run(self, task, state, cohort):
-        return super().run(task, replace(state, moments={}), cohort)
+    def train(self, task, state, cohort, states):
+        return super().train(task, replace(state, moments={}), cohort, states)
 
 
 class NoMemory(Local):
-    """Every round begins with an empty memory, but for what privacy needs."""
+    """Every round begins with an empty state, but for what privacy needs."""
 
-    def run(self, task, state, cohort):
+    def train(self, task, state, cohort, states):
         for site in cohort:
-            memory = self.memory.setdefault(site.name, {})
-            for group in set(memory) - {"joined", "ledger"}:
-                del memory[group]
-            yield from super().run(task, state, [site])
+            known = states[site.name]
+            states.save(site.name, SiteState(enrolled=known.enrolled, updates=known.updates, ledger=known.ledger))
+            yield from super().train(task, state, [site], states)
 
 
-class LosesMoments(Local):
-    """Secrets of the moment don't reach the round."""
+class LosesSecrets(Local):
+    """The keys of the round do not reach the training."""
 
-    def run(self, task, state, cohort):
+    def train(self, task, state, cohort, states):
         for site in cohort:
-            memory = self.memory.setdefault(site.name, {})
-            for group in [group for group in memory if group.startswith("_")]:
-                del memory[group]
-            yield from super().run(task, state, [site])
+            states.with_secrets(site.name).secrets.clear()
+            yield from super().train(task, state, [site], states)
 
 
 class OneModel(Local):
-    def run(self, task, state, cohort):
-        return super().run(task, replace(state, models={}), cohort)
+    def train(self, task, state, cohort, states):
+        return super().train(task, replace(state, models={}), cohort, states)
 
 
 class OneMemory(Local):
-    """All sites share what they remember."""
+    """All sites share one state."""
 
-    def run(self, task, state, cohort):
-        shared = self.memory.setdefault(cohort[0].name, {})
-        for site in cohort:
-            self.memory[site.name] = shared
-        return super().run(task, state, cohort)
+    def train(self, task, state, cohort, states):
+        shared = SimpleNamespace(working=lambda site: states.working(cohort[0].name))
+        return super().train(task, state, cohort, shared)
 
 
 class Swallows(Local):
     """Nothing is said of a site that failed."""
 
-    def run(self, task, state, cohort):
-        return (answer for answer in super().run(task, state, cohort) if not isinstance(answer, Failure))
+    def train(self, task, state, cohort, states):
+        return (answer for answer in super().train(task, state, cohort, states) if not isinstance(answer, Failure))
 
 
 class StopsAtAFailure(Local):
-    def run(self, task, state, cohort):
-        for answer in super().run(task, state, cohort):
+    def train(self, task, state, cohort, states):
+        for answer in super().train(task, state, cohort, states):
             yield answer
             if isinstance(answer, Failure):
                 return
 
 
 class WrongStage(Local):
-    def run(self, task, state, cohort):
-        for answer in super().run(task, state, cohort):
+    def train(self, task, state, cohort, states):
+        for answer in super().train(task, state, cohort, states):
             if isinstance(answer, Failure) and isinstance(answer.error, SiteError):
                 yield Failure(answer.site, SiteError(answer.site, state.round, "reach", answer.error.reason))
             else:
@@ -147,24 +144,24 @@ class WrongStage(Local):
 
 
 class HidesTheReason(Local):
-    def run(self, task, state, cohort):
-        for answer in super().run(task, state, cohort):
+    def train(self, task, state, cohort, states):
+        for answer in super().train(task, state, cohort, states):
             yield Failure(answer.site, FedlabError("a worker failed")) if isinstance(answer, Failure) else answer
 
 
 class DeadAfterAFailure(Local):
     dead = False
 
-    def run(self, task, state, cohort):
-        for answer in super().run(task, state, cohort):
+    def train(self, task, state, cohort, states):
+        for answer in super().train(task, state, cohort, states):
             self.dead = self.dead or isinstance(answer, Failure)
             yield answer if not self.dead or isinstance(answer, Failure) else Failure(
                 answer.site, FedlabError("the worker is gone"))
 
 
 class BudgetIsFailure(Local):
-    def run(self, task, state, cohort):
-        for answer in super().run(task, state, cohort):
+    def train(self, task, state, cohort, states):
+        for answer in super().train(task, state, cohort, states):
             yield Failure(answer.site, FedlabError(answer.reason)) if isinstance(answer, Withdrawal) else answer
 
 
@@ -173,47 +170,49 @@ class FirstTask(Local):
 
     task = None
 
-    def run(self, task, state, cohort):
+    def train(self, task, state, cohort, states):
         self.task = self.task or task
-        return super().run(self.task, state, cohort)
+        return super().train(self.task, state, cohort, states)
 
 
-class StartsClean(Local):
-    """Unlike Local it forgets the sites when a run begins."""
+class KeepsTheLastRun(Local):
+    """A run begins with the moments that the run before it has left."""
 
-    def run(self, task, state, cohort):
-        if state.round == 0:
-            for memory in self.memory.values():
-                memory.pop("optimiser", None)
-        return super().run(task, state, cohort)
+    kept = None
+
+    def train(self, task, state, cohort, states):
+        for site in cohort:
+            if state.round == 0 and self.kept is not None:
+                states.save(site.name, self.kept[site.name])
+        self.kept = states
+        return super().train(task, state, cohort, states)
 
 
 class KeepsElsewhere(Local):
-    """What sites remember is in no attribute that a checkpoint could save."""
+    """What sites keep lies where no checkpoint saves it."""
 
     def __init__(self):
         super().__init__()
-        self.inner = Local()
+        self.own = None
 
-    def run(self, task, state, cohort):
-        return self.inner.run(task, state, cohort)
-
-    def exchange(self, task, step, inboxes, sites):
-        return self.inner.exchange(task, step, inboxes, sites)
+    def train(self, task, state, cohort, states):
+        if self.own is None or state.round == 0:
+            self.own = SiteStates([site.name for site in cohort])
+        return super().train(task, state, cohort, self.own)
 
 
 class ChangesPatients(Local):
-    def run(self, task, state, cohort):
+    def train(self, task, state, cohort, states):
         for site in cohort:
             site.train[0].image.clamp_(max=2.0)
-        return super().run(task, state, cohort)
+        return super().train(task, state, cohort, states)
 
 
 class ReusesTheUpdate(Local):
     """Hands the state's own tensors on and works in them."""
 
-    def run(self, task, state, cohort):
-        yield from super().run(task, state, cohort)
+    def train(self, task, state, cohort, states):
+        yield from super().train(task, state, cohort, states)
         for p in state.params.values():
             p.mul_(1 + 1e-6)
 
@@ -221,28 +220,29 @@ class ReusesTheUpdate(Local):
 class Tired(Local):
     """Breaks down without a word of its own."""
 
-    def run(self, task, state, cohort):
+    def train(self, task, state, cohort, states):
         raise ConnectionResetError("the server hung up")
 
 
 class Unordered(Local):
     """Whoever is first is handed on first."""
 
-    def run(self, task, state, cohort):
+    def train(self, task, state, cohort, states):
         found = []
-        for answer in super().run(task, state, cohort):
+        for answer in super().train(task, state, cohort, states):
             found.append((time.perf_counter(), answer))
         return iter([answer for _, answer in sorted(found, key=lambda pair: getattr(pair[1], "seconds", 0.0))])
 
 
 BROKEN = [
     (Backwards, "order"), (Unordered, "order"), (OtherSeed, "bits"), (OtherSeed, "noise"), (ForgetsTheFirst, "bits"),
-    (Half, "bits"), (Chatty, "bits"), (NoMemory, "bits"), (NoMoments, "memory"), (NoMemory, "personal layers"),
-    (LosesMoments, "exchange"), (OneModel, "workflows"), (OneMemory, "isolation"), (Swallows, "failure"),
+    (Half, "bits"), (Chatty, "bits"), (NoMemory, "bits"), (NoMoments, "site states"),
+    (NoMemory, "personal layers"),
+    (LosesSecrets, "exchange"), (OneModel, "workflows"), (OneMemory, "isolation"), (Swallows, "failure"),
     (StopsAtAFailure, "failure"), (WrongStage, "failure"), (HidesTheReason, "failure ends the run"),
     (DeadAfterAFailure, "failure ends the run"), (BudgetIsFailure, "withdrawal"), (FirstTask, "again"),
-    (StartsClean, "again"), (KeepsElsewhere, "resume"), (ChangesPatients, "untouched"), (ReusesTheUpdate, "untouched"),
-    (Tired, "bits")]
+    (KeepsTheLastRun, "again"), (KeepsElsewhere, "resume"), (ChangesPatients, "untouched"),
+    (ReusesTheUpdate, "untouched"), (Tired, "bits")]
 
 
 @pytest.mark.parametrize(("kind", "check"), BROKEN, ids=lambda value: getattr(value, "__name__", value))

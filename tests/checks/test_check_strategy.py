@@ -26,11 +26,11 @@ from fedlab.strategies import (
 from trainers import trainer
 
 NAMES = {"settings", "select", "shapes and dtypes", "purity", "determinism", "order", "one update", "weights",
-         "uniform mean", "precision", "not finite", "no update", "fits the run", "memory", "resume"}
+         "uniform mean", "precision", "not finite", "no update", "fits the run", "state", "resume"}
 GOOD = [
     FedAvg(), FedAvg(weights="uniform", sample=0.6, server_lr=0.5), FedAvg(weights="steps"), FedProx(mu=0.1),
     FedProx(mu=0.1, weights="uniform"), Ditto(lam=0.5), FedNova(), FedNova(weights="uniform"),
-    SCAFFOLD(sites=4, steps=2, lr=0.1), SCAFFOLD(sites=5, steps=1, lr=0.1, sample=0.6),
+    SCAFFOLD(), SCAFFOLD(sites=4, steps=2, lr=0.1), SCAFFOLD(sites=5, steps=1, lr=0.1, sample=0.6),
     *(FedOpt(rule=rule, server_lr=0.1) for rule in ("adam", "yogi", "adagrad", "momentum")),
     FedOpt(rule="adam", server_lr=0.1, weights="uniform"), CoordinateMedian(), TrimmedMean(trim=0.2),
     Krum(attackers=1), Krum(attackers=3, chosen=4), GeometricMedian(), GeometricMedian(weights="uniform"),
@@ -110,7 +110,7 @@ class Remembers(FedAvg):
 class RemembersAtTheSite(FedAvg):
     """A count of rounds that a resumed run doesn't have."""
 
-    def equip(self, kit, site, state, memory):
+    def equip(self, kit, site, state, site_state):
         object.__setattr__(self, "rounds", getattr(self, "rounds", 0) + 1)
         for group in kit.optimiser.param_groups:
             group["lr"] /= self.rounds
@@ -182,9 +182,9 @@ class PicksItself(FedAvg):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WritesBars(FedAvg):
-    def keep(self, trainer, site, state, update, memory, seed):
-        memory["a|b"] = {"x": torch.ones(1)}
+class WritesForOthers(FedAvg):
+    def remember(self, trainer, site, state, update, site_state, seed):
+        site_state.of("another").own["x"] = torch.ones(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class HidesASetting(FedAvg):
     (FirstOnly(), "order"), (Remembers(), "purity"), (RemembersAtTheSite(), "resume"), (HidesNaN(), "not finite"),
     (Counts(), "weights"), (Counts(), "uniform mean"), (FalseMedian(), "uniform mean"), (IgnoresWeights(), "weights"),
     (Draws(), "determinism"), (DropsATensor(), "fits the run"), (WidensTheModel(), "shapes and dtypes"),
-    (ForgetsTheRound(), "shapes and dtypes"), (PicksItself(), "select"), (WritesBars(), "memory"),
+    (ForgetsTheRound(), "shapes and dtypes"), (PicksItself(), "select"), (WritesForOthers(), "state"),
     (EmptyMean(), "no update"), (HidesASetting(secret=3), "settings")], ids=lambda v: str(v).partition("(")[0])
 def test_a_defect_is_named(strategy, check):
     report = check_strategy(strategy, raise_=False)

@@ -62,7 +62,7 @@ def test_techniques_of_fedlab_pass(technique):
     report = small(technique, raise_=True)
     assert report and not report.failed and report.warned == ()
     names = {finding.check for finding in report.findings}
-    assert {"fits the run", "shapes and names", "purity", "memory", "determinism", "fails closed", "ledger"} <= names
+    assert {"fits the run", "shapes and names", "purity", "state", "determinism", "fails closed", "ledger"} <= names
     if technique.units or isinstance(technique, CentralGaussian):
         assert {"noise", "sensitivity"} <= names
 
@@ -74,7 +74,7 @@ def test_what_warns_is_no_failure():
 
 
 def test_secure_aggregation_with_noise_passes():
-    technique = SecureAggregation(sites=3, clip=1.0, threshold=2, noise_multiplier=1.0, delta=1e-3)
+    technique = SecureAggregation(clip=1.0, threshold=2, noise_multiplier=1.0, delta=1e-3)
     report = small(technique, sites=3)
     assert report and not report.warned, str(report)
     assert {"noise", "sensitivity", "budget"} <= {finding.check for finding in report.findings}
@@ -91,16 +91,16 @@ class Gauss(Privacy):
     def __init__(self, *, clip=1.0, noise_multiplier=4.0, max_epsilon=None):
         self.clip, self.noise_multiplier, self.max_epsilon = clip, noise_multiplier, max_epsilon
 
-    def charge(self, memory):
-        Ledger(memory).charge(Gaussian(noise_multiplier=self.noise_multiplier / 2), terms=ONE,
+    def charge(self, state):
+        Ledger(state).charge(Gaussian(noise_multiplier=self.noise_multiplier / 2), terms=ONE,
                               max_epsilon=self.max_epsilon)
 
     def noisy(self, update, rng):
         std = self.noise_multiplier * self.clip
         return update.map(lambda t: t + std * torch.randn(t.shape, generator=rng))
 
-    def protect(self, update, memory, rng):
-        self.charge(memory)
+    def protect(self, update, state, rng):
+        self.charge(state)
         return self.noisy(clip_update(update, self.clip), rng)
 
 
@@ -109,32 +109,32 @@ def test_the_right_one_passes():
 
 
 class Nothing(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return None
 
 
 class DropsATensor(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return replace(update, delta=dict(list(update.delta.items())[1:]))
 
 
 class Flattens(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return update.map(lambda t: t.flatten())
 
 
 class WholeNumbers(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return update.map(lambda t: t.round().long())
 
 
 class InPlace(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return update.map(lambda t: t.mul_(0.5))
 
 
 class ChangesScans(Privacy):
-    def equip(self, kit, site, memory):
+    def equip(self, kit, site, state):
         site.train[0].image.add_(1.0)
         return kit
 
@@ -143,36 +143,35 @@ class Counts(Privacy):
     def __init__(self):
         self.rounds = 0
 
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         self.rounds += 1
         return update
 
 
 class Meddles(Privacy):
-    def protect(self, update, memory, rng):
-        for group in memory.values():
-            for name in group:
-                group[name] = torch.zeros(1)
+    def protect(self, update, state, rng):
+        for slots in state.namespaces.values():
+            for name in slots:
+                slots[name] = torch.zeros(1)
         return update
 
 
 class Forgets(Privacy):
-    def protect(self, update, memory, rng):
-        for group in list(memory):
-            if group not in ("joined", "ledger"):
-                del memory[group]
+    def protect(self, update, state, rng):
+        for owner in list(state.namespaces):
+            del state.namespaces[owner]
         return update
 
 
 class KeepsNumbers(Privacy):
-    def protect(self, update, memory, rng):
-        memory["mine"] = {"clip": 3.0}
+    def protect(self, update, state, rng):
+        state.own["clip"] = 3.0
         return update
 
 
 class BadName(Privacy):
-    def protect(self, update, memory, rng):
-        memory["a|b"] = {"clip": torch.tensor(3.0)}
+    def protect(self, update, state, rng):
+        state.own[3] = torch.tensor(3.0)
         return update
 
 
@@ -188,49 +187,49 @@ class NumpyNoise(Gauss):
 
 
 class HidesDamage(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return update.map(torch.nan_to_num)
 
 
 class SkipsDamage(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return update.map(lambda t: t.where(t.abs() <= 0.5, 0.0))
 
 
 class Unpaid(Gauss):
-    def charge(self, memory):
+    def charge(self, state):
         pass
 
 
 class PaidOnce(Gauss):
-    def charge(self, memory):
-        if "paid" not in memory:
-            super().charge(memory)
-        memory["paid"] = {"once": torch.ones(())}
+    def charge(self, state):
+        if "paid" not in state.own:
+            super().charge(state)
+        state.own["paid"] = torch.ones(())
 
 
 class NoBudget(Gauss):
-    def charge(self, memory):
-        Ledger(memory).charge(Gaussian(noise_multiplier=self.noise_multiplier / 2), terms=ONE)
+    def charge(self, state):
+        Ledger(state).charge(Gaussian(noise_multiplier=self.noise_multiplier / 2), terms=ONE)
 
 
 class PaysLate(Gauss):
     """Sends first: the budget is looked at in a place of no consequence."""
 
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         out = self.noisy(clip_update(update, self.clip), rng)
-        Ledger(memory).charge(Gaussian(noise_multiplier=self.noise_multiplier / 2), terms=ONE)
+        Ledger(state).charge(Gaussian(noise_multiplier=self.noise_multiplier / 2), terms=ONE)
         return out
 
 
 class ClipOnly(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return clip_update(update, 1.0)
 
 
 class SilentServer(ClipOnly):
-    def release(self, mean, cohort, memory, rng):
-        Ledger(memory).charge(Gaussian(noise_multiplier=1.0), terms=ONE)
+    def release(self, mean, cohort, state, rng):
+        Ledger(state).charge(Gaussian(noise_multiplier=1.0), terms=ONE)
         return mean.map(lambda t: t + torch.randn(t.shape, generator=rng, dtype=t.dtype))
 
 
@@ -262,41 +261,41 @@ class SameNoise(Gauss):
 class TooLittle(Gauss):
     """Sensitivity of any two updates is twice the clip, not the clip."""
 
-    def charge(self, memory):
-        Ledger(memory).charge(Gaussian(noise_multiplier=self.noise_multiplier), terms=ONE, max_epsilon=self.max_epsilon)
+    def charge(self, state):
+        Ledger(state).charge(Gaussian(noise_multiplier=self.noise_multiplier), terms=ONE, max_epsilon=self.max_epsilon)
 
 
 class NoClip(Gauss):
-    def protect(self, update, memory, rng):
-        self.charge(memory)
+    def protect(self, update, state, rng):
+        self.charge(state)
         return self.noisy(update, rng)
 
 
 class ClipsEachTensor(Gauss):
     """To the whole bound each: together they are √L times as long."""
 
-    def protect(self, update, memory, rng):
-        self.charge(memory)
+    def protect(self, update, state, rng):
+        self.charge(state)
         return self.noisy(update.map(lambda t: t * min(1.0, self.clip / max(float(t.norm()), 1e-30))), rng)
 
 
 class ClipsEntries(Gauss):
-    def protect(self, update, memory, rng):
-        self.charge(memory)
+    def protect(self, update, state, rng):
+        self.charge(state)
         return self.noisy(update.map(lambda t: t.clamp(-self.clip, self.clip)), rng)
 
 
 class ClipsAfter(Gauss):
-    def protect(self, update, memory, rng):
-        self.charge(memory)
+    def protect(self, update, state, rng):
+        self.charge(state)
         return clip_update(self.noisy(update, rng), self.clip)
 
 
 class LowersOnly(Gauss):
     """Scales everything to the clip, so that tiny updates are blown up: bounded, and right."""
 
-    def protect(self, update, memory, rng):
-        self.charge(memory)
+    def protect(self, update, state, rng):
+        self.charge(state)
         scale = self.clip / max(update.norm(), 1e-30)
         return self.noisy(update.map(lambda t: t * scale), rng)
 
@@ -304,25 +303,26 @@ class LowersOnly(Gauss):
 class Remembers(Gauss):
     """Error feedback on the wrong side of the noise: what was cut off is added to the next noisy update."""
 
-    def protect(self, update, memory, rng):
-        self.charge(memory)
+    def protect(self, update, state, rng):
+        self.charge(state)
         clipped = clip_update(update, self.clip)
         out = self.noisy(clipped, rng)
-        waiting = memory.get("rest", {})
-        memory["rest"] = {n: t - clipped.delta[n] for n, t in update.delta.items()}
+        waiting = dict(state.own)
+        state.own.update({n: t - clipped.delta[n] for n, t in update.delta.items()})
         return replace(out, delta={n: t + waiting.get(n, 0.0) for n, t in out.delta.items()})
 
 
 class Tells(Privacy):
     """Alone it is harmless; behind noise it sends what an earlier layer wrote down of the raw update."""
 
-    def protect(self, update, memory, rng):
-        return replace(update, delta={n: t + memory["raw"][n] for n, t in update.delta.items()})
+    def protect(self, update, state, rng):
+        raw = next(slots for slots in state.namespaces.values() if slots.keys() == update.delta.keys())
+        return replace(update, delta={n: t + raw[n] for n, t in update.delta.items()})
 
 
 class WritesDown(Privacy):
-    def protect(self, update, memory, rng):
-        memory["raw"] = {n: t.clone() for n, t in update.delta.items()}
+    def protect(self, update, state, rng):
+        state.own.update({n: t.clone() for n, t in update.delta.items()})
         return update
 
 
@@ -334,8 +334,8 @@ class LaplaceTooSmall(Privacy):
     def __init__(self, *, max_epsilon=None):
         self.max_epsilon = max_epsilon
 
-    def protect(self, update, memory, rng):
-        Ledger(memory).charge(Pure(epsilon=1.0), terms=ONE, max_epsilon=self.max_epsilon)
+    def protect(self, update, state, rng):
+        Ledger(state).charge(Pure(epsilon=1.0), terms=ONE, max_epsilon=self.max_epsilon)
         def noise(t):
             return 2.0 * (torch.empty(t.shape).exponential_(generator=rng) - torch.empty(t.shape).exponential_(
                 generator=rng))
@@ -345,18 +345,18 @@ class LaplaceTooSmall(Privacy):
 class Stretches(Privacy):
     """Between a clip and its noise: rounding up to whole steps lengthens the update."""
 
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return update.map(lambda t: torch.sign(t) * t.abs().clamp(min=0.2))
 
 
 class NoiseOnly(Gauss):
-    def protect(self, update, memory, rng):
-        self.charge(memory)
+    def protect(self, update, state, rng):
+        self.charge(state)
         return self.noisy(update, rng)
 
 
 class CentralUnclipped(CentralGaussian):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return replace(update, weight=1.0, metrics={})
 
 
@@ -366,33 +366,33 @@ ADAPTIVE = dict(clip=AdaptiveClip(start=1.0, bit_noise=2.0), noise_multiplier=1.
 class LessNoiseThanCharged(CentralGaussian):
     """Noise for half the sensitivity."""
 
-    def release(self, mean, cohort, memory, rng):
+    def release(self, mean, cohort, state, rng):
         half = CentralGaussian(clip=self.clip / 2, noise_multiplier=self.noise_multiplier, delta=self.delta)
-        return half.release(mean, cohort, memory, rng)
+        return half.release(mean, cohort, state, rng)
 
 
 class OwnClip(CentralGaussian):
     """Clips at the site to something longer than the norm that the server's noise is for."""
 
-    def protect(self, update, memory, rng):
-        return replace(super().protect(update, memory, rng), delta=clip_update(update, 3.0).delta)
+    def protect(self, update, state, rng):
+        return replace(super().protect(update, state, rng), delta=clip_update(update, 3.0).delta)
 
 
 class BareBits(CentralGaussian):
     """The clipping norm that the sites are sent follows the updates without any noise."""
 
-    def release(self, mean, cohort, memory, rng):
-        out = super().release(mean, cohort, memory, rng)
+    def release(self, mean, cohort, state, rng):
+        out = super().release(mean, cohort, state, rng)
         share = 0.5 + mean.metrics["within_clip"] * len(cohort) / cohort.sites
-        memory["broadcast"] = {"clipping norm": torch.tensor(self.clip.moved(1.0, share), dtype=torch.float64)}
+        state.broadcast["clipping norm"] = torch.tensor(self.clip.moved(1.0, share), dtype=torch.float64)
         return out
 
 
 class Unclipped(DPSGD):
     """Patients' gradients as they are, under the name of DP-SGD."""
 
-    def equip(self, kit, site, memory):
-        kit = super().equip(kit, site, memory)
+    def equip(self, kit, site, state):
+        kit = super().equip(kit, site, state)
         kit.optimiser.max_grad_norm = 1e9
         kit.optimiser.noise_multiplier = self.noise_multiplier * self.clip / 1e9
         return kit
@@ -401,8 +401,8 @@ class Unclipped(DPSGD):
 class CropsAsPatients(DPSGD):
     """Three times the gradient of each patient enters the sum."""
 
-    def equip(self, kit, site, memory):
-        kit = super().equip(kit, site, memory)
+    def equip(self, kit, site, state):
+        kit = super().equip(kit, site, state)
         whole, kit.loader = kit.loader, None
 
         class Thrice:
@@ -419,8 +419,8 @@ class CropsAsPatients(DPSGD):
 
 
 class NoiselessSteps(DPSGD):
-    def equip(self, kit, site, memory):
-        kit = super().equip(kit, site, memory)
+    def equip(self, kit, site, state):
+        kit = super().equip(kit, site, state)
         kit.optimiser.noise_multiplier = 0.0
         return kit
 
@@ -438,7 +438,7 @@ BROKEN = [
     ("shapes and names", Nothing()), ("shapes and names", DropsATensor()), ("shapes and names", Flattens()),
     ("shapes and names", WholeNumbers()),
     ("purity", InPlace()), (("purity", "determinism"), ChangesScans()), ("purity", Counts()),
-    ("memory", Meddles()), ("memory", Forgets()), ("memory", KeepsNumbers()), ("memory", BadName()),
+    ("state", Meddles()), ("state", Forgets()), ("state", KeepsNumbers()), ("state", BadName()),
     ("determinism", GlobalNoise()), ("determinism", NumpyNoise()),
     ("fails closed", HidesDamage()), ("fails closed", SkipsDamage()),
     ("ledger", Unpaid()), ("ledger", PaidOnce()), ("ledger", SilentServer()),
