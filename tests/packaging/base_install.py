@@ -31,7 +31,7 @@ def federated_run(sites: list[fl.Site], folder: Path) -> History:
     """Two rounds of DP-SGD with sparse updates, evaluated, written to tables and a checkpoint."""
     privacy = fl.DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=1) + TopK(keep=0.5)
     history = fl.federate(trainer(), sites, strategy=fl.FedAvg(weights="uniform"), privacy=privacy, rounds=2, seed=0,
-                          checkpoints=folder / "checkpoints", progress=False)
+                          checkpoint=folder / "checkpoint", progress=False)
     assert len(history.table()) == 2 and (history.spent()["epsilon"] > 0).all()
     return history
 
