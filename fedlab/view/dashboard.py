@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fedlab.core.types import Spent
@@ -237,14 +238,9 @@ class _Page:
         return None
 
     def _bytes(self) -> dict[str, Points]:
-        lines: dict[str, Points] = {}
-        for name in self.sites:
-            total, points = 0.0, []
-            for record in self.records:
-                total += record["sites"].get(name, {}).get("bytes", 0.0) / 1e6
-                points.append((record["round"] + 1.0, total))
-            lines[name] = points
-        return lines
+        rounds = [record["round"] + 1.0 for record in self.records]
+        return {name: list(zip(rounds, accumulate(record["sites"].get(name, {}).get("bytes", 0.0) / 1e6
+                                                  for record in self.records), strict=True)) for name in self.sites}
 
     def _epsilons(self) -> list[tuple[str, str]]:
         """A chart per unit with its terms, or one that says why there is no ε."""
