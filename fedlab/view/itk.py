@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from fedlab.core.errors import RunError
+from fedlab.core.extras import MissingExtra, install_command
 from fedlab.view.label_layers import Case
 from fedlab.view.view_settings import ViewSettings
 
@@ -42,8 +43,8 @@ def require() -> None:
     """
     spec = importlib.util.find_spec("itkwidgets")
     if spec is None or spec.origin is None:
-        raise RunError("backend='itk' needs itkwidgets, which is not installed: pip install -e '.[itk]' in the "
-                       f"checkout of fedlab; {_INSTEAD}")
+        raise MissingExtra("backend='itk' needs itkwidgets, which is not installed. Install it with: "
+                           f"{install_command('itk')}; {_INSTEAD}")
     if not _asked_by_lab():
         raise RunError("backend='itk' works in JupyterLab only: without a browser to show its viewer the notebook "
                        f"would wait for it forever; {_INSTEAD}")
@@ -91,8 +92,8 @@ def _viewer_host(package: Path) -> tuple[str, int]:
     found = re.search(r"ITK_VIEWER_SRC\s*=\s*\(?\s*[\"']([^\"']+)[\"']", text)
     address = urlsplit(found.group(1)) if found else None
     if address is None or address.hostname is None:
-        raise RunError("this version of itkwidgets does not name the address of its viewer: pip install -e '.[itk]' "
-                       f"installs the version that fedlab supports; {_INSTEAD}")
+        raise RunError("this version of itkwidgets does not name the address of its viewer. Install the version that "
+                       f"fedlab supports with: {install_command('itk')}; {_INSTEAD}")
     return address.hostname, address.port or 443
 
 

@@ -320,7 +320,7 @@ def test_a_missing_backend_says_the_command(patient: fl.Patient, monkeypatch: py
     with pytest.raises(ValueError, match="backend is one of 'auto', 'niivue', 'itk', 'static'"):
         fl.show(patient, backend="vtk")  # type: ignore[arg-type]
     monkeypatch.setattr(show_module, "_installed", lambda *names: False)
-    with pytest.raises(fl.core.RunError, match=r"pip install -e \."):
+    with pytest.raises(fl.core.RunError, match=r"pip install 'fedlab-workbench\[lab\]'"):
         fl.show(patient, backend="niivue")
 
 
@@ -346,7 +346,7 @@ def test_itk_refuses_instead_of_hanging(patient: fl.Patient, monkeypatch: pytest
     with pytest.raises(fl.core.RunError, match="can't be reached"):
         fl.show(patient, backend="itk")
     monkeypatch.setattr(itk.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(fl.core.RunError, match=r"pip install -e '\.\[itk\]'"):
+    with pytest.raises(fl.core.RunError, match=r"pip install 'fedlab-workbench\[itk\]'"):
         fl.show(patient, backend="itk")
     assert "itkwidgets" not in sys.modules, "its import alone takes over the notebook's cells"
 
