@@ -13,7 +13,6 @@ import json
 import os
 import re
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +23,7 @@ from fedlab.core.errors import RunError
 from fedlab.core.extras import MissingExtra, install_command
 from fedlab.view.label_layers import Case
 from fedlab.view.view_settings import ViewSettings
+from fedlab.view.widget_snapshot import running_kernel
 
 __all__ = ["ALLOWED", "ItkPanel", "require"]
 
@@ -65,9 +65,7 @@ def require() -> None:
 
 def _asked_by_lab() -> bool:
     """Whether JupyterLab runs the current cell: it sends the id of the cell, unlike nbconvert and nbval."""
-    if "IPython" not in sys.modules:
-        return False
-    kernel = getattr(sys.modules["IPython"].get_ipython(), "kernel", None)
+    kernel = running_kernel()
     request = kernel.get_parent() if kernel is not None else {}
     return "cellId" in (request or {}).get("metadata", {})
 

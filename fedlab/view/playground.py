@@ -358,38 +358,35 @@ class PrivacyPlayground:
 
 
 class _Attack(threading.Thread):
-    """The one running attack of this process; the next one ends it."""
+    """An attack in a thread. One at a time in this process: a new one cancels the running one."""
 
-    _guard = threading.Lock()
+    _running = threading.Lock()
     _current: _Attack | None = None
 
-    def __init__(self, playground: PrivacyPlayground, knobs: Knobs, before: _Attack | None) -> None:
+    def __init__(self, playground: PrivacyPlayground, knobs: Knobs) -> None:
         super().__init__(name="fedlab attack", daemon=True)
-        self.playground, self.knobs, self.before, self.cancelled = playground, knobs, before, threading.Event()
+        self.playground, self.knobs, self.cancelled = playground, knobs, threading.Event()
 
     @classmethod
     def begin(cls, playground: PrivacyPlayground, knobs: Knobs) -> None:
-        with cls._guard:
-            before = cls._current
-            if before is not None:
-                before.cancelled.set()
-            cls._current = cls(playground, knobs, before)
-            cls._current.start()
+        if cls._current is not None:
+            cls._current.cancelled.set()
+        cls._current = cls(playground, knobs)
+        cls._current.start()
 
     @classmethod
     def cancel_any(cls) -> None:
-        with cls._guard:
-            current, cls._current = cls._current, None
+        current, cls._current = cls._current, None
         if current is not None:
             current.cancelled.set()
             current.join()
 
     def run(self) -> None:
-        before, self.before = self.before, None
-        if before is not None:
-            before.join()
-        if self.cancelled.wait(_WAIT):
-            return
+        with self._running:
+            if not self.cancelled.wait(_WAIT):
+                self._attack()
+
+    def _attack(self) -> None:
         playground = self.playground
         try:
             found = playground._attack(self.knobs, self._on_step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -12,6 +11,7 @@ from fedlab.core.extras import MissingExtra, install_command
 from fedlab.core.types import MODALITIES, Patient
 from fedlab.view.label_layers import REFERENCE, Case, Prediction, make_case
 from fedlab.view.view_settings import View, ViewSettings
+from fedlab.view.widget_snapshot import running_kernel
 
 if TYPE_CHECKING:
     from fedlab.view.picture import Picture
@@ -183,8 +183,4 @@ def _installed(*names: str) -> bool:
 
 
 def _in_notebook() -> bool:
-    """Whether this is the kernel of a notebook, where widgets can be shown."""
-    if "IPython" not in sys.modules:
-        return False
-    shell = sys.modules["IPython"].get_ipython()
-    return shell is not None and getattr(shell, "kernel", None) is not None
+    return running_kernel() is not None
