@@ -133,7 +133,7 @@ class MLflowTracker:
 
 @dataclass(kw_only=True, eq=False)
 class TensorBoardTracker:
-    """Writes every round for TensorBoard (`pip install 'fedlab-workbench[tracking]'`, then `tensorboard --logdir FOLDER`).
+    """Writes every round for TensorBoard (`pip install 'fedlab-workbench[tracking]'`; `tensorboard --logdir FOLDER`).
 
     Args:
         folder: of the event files; new, or that of this very run. Rounds that are run again replace themselves.
