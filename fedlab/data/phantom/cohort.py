@@ -28,7 +28,7 @@ from fedlab.core.seeds import derive
 from fedlab.core.types import Patient, Site
 from fedlab.core.workers import start_workers
 from fedlab.data.cache import load, path_of, store
-from fedlab.data.intensity import normalise
+from fedlab.data.brain import normalise
 from fedlab.data.phantom.anatomy import (
     BRAIN_MM,
     CENTRE_MM,
