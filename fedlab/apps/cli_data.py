@@ -62,7 +62,7 @@ def add_data(commands: Any) -> None:
 
 
 def _phantom(options: argparse.Namespace) -> None:
-    from fedlab.data.phantom.cohort import write_brats
+    from fedlab.data.phantom.generator import write_brats
 
     write_brats(options.out, sites=options.sites, patients=options.patients, shape=options.shape,
                 spacing_mm=options.spacing, seed=options.seed)

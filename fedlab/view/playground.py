@@ -408,7 +408,7 @@ class _Attack(threading.Thread):
 
 def _generated(seed: int) -> Patient:
     """A generated patient, as in the tutorials."""
-    from fedlab.data.phantom.cohort import make_cohort
+    from fedlab.data.phantom.generator import make_cohort
 
     sites = make_cohort(sizes=[1], held_out=0, shape=(48, 64, 48), seed=seed, workers=0, progress=False)
     return sites[0].train[0]

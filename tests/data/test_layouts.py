@@ -14,7 +14,7 @@ from fedlab.apps.cli import main
 from fedlab.apps.comparison_data import Folder
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions
-from fedlab.data.phantom.cohort import write_brats
+from fedlab.data.phantom.generator import write_brats
 from fedlab.data.readers.brats import find_patients, read_cohort, read_patient, read_sites, to_native
 from fedlab.data.readers.conventions import CONVENTIONS, count_values, detect_convention, to_internal
 from fedlab.data.readers.layouts import LAYOUTS, list_patients
@@ -205,7 +205,8 @@ def test_tables_of_paths_with_problems(tmp_path):
 
     head, *rows = good.splitlines()
     refused("\n".join([head, *rows, rows[0]]), r"P1: line 4 of paths\.csv is a second row .*\[two-folders\]")
-    refused("\n".join([head, rows[0].replace("t1 of 0", "none")]), r"T1: scans/none\.nii\.gz is not a file, .*\[no-file\]")
+    refused("\n".join([head, rows[0].replace("t1 of 0", "none")]),
+            r"T1: scans/none\.nii\.gz is not a file, .*\[no-file\]")
     refused("\n".join([head, rows[0].replace("t1 of 0", "flair of 0")]), r"FLAIR and T1 are one file.*\[two-files\]")
     refused("\n".join([head, rows[0].replace("P1", "../P1")]), r"without / or .*\[unusable\]")
     refused("\n".join([head, "P1,a,,c,d,,"]), r"gives no path for T1 \[missing-modality\]")

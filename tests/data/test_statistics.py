@@ -468,7 +468,7 @@ def test_wrong_landmarks_are_refused(landmarks) -> None:
 
 
 def test_harmonisation_brings_scanners_together(tmp_path: Path) -> None:
-    from fedlab.data.phantom.cohort import make_cohort
+    from fedlab.data.phantom.generator import make_cohort
 
     sites = make_cohort(sizes=[5, 5], held_out=0, shape=(32, 32, 32), spacing_mm=6.0, progress=False, workers=0,
                         cache=tmp_path)

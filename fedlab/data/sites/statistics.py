@@ -39,7 +39,7 @@ Counts = NDArray[np.int64]
 
 
 class Scanned(Protocol):
-    """What statistics need of a patient: `fedlab.core.types.Patient` and `fedlab.data.phantom.cohort.RawPatient` have it."""
+    """What statistics need of a patient: `fedlab.core.types.Patient` and `fedlab.data.phantom.generator.RawPatient` have it."""
 
     @property
     def id(self) -> str: ...
