@@ -120,7 +120,7 @@ $(PY):
 $(STAMP): pyproject.toml constraints.txt $(PY)
 	@echo "fedlab: installing the tested versions into $(VENV) (a few minutes the first time)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade
-	@$(PY) -m pip install -c constraints.txt -e '.[dev,itk,test]'
+	@$(PY) -m pip install -c constraints.txt -e '.[dev,itk,lab,test]'
 	@[ -e $(LABCONFIG)/page_config.json ] || { mkdir -p $(LABCONFIG); echo '$(QUIET)' > $(LABCONFIG)/page_config.json; }
 	@$(PY) -c 'import fedlab'
 	@pwd -P > $@

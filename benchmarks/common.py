@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fedlab.apps.comparison_results import versions
-from fedlab.data.phantom.cohort import GENERATOR
+from fedlab.data.phantom.generator import GENERATOR
 
 RESULTS = Path(__file__).parent / "results"
 

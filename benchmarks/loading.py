@@ -22,7 +22,7 @@ from common import write
 from fedlab.apps.comparison import Job
 from fedlab.apps.comparison_data import Phantoms
 from fedlab.core.types import ServerState, Site, SiteState
-from fedlab.data.phantom.cohort import make_cohort, write_brats
+from fedlab.data.phantom.generator import make_cohort, write_brats
 from fedlab.data.readers.brats import find_patients, read_cohort
 from fedlab.training.trainer import SiteTrainer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import write
 from fedlab.core.workers import available_cores
-from fedlab.data.phantom.cohort import make_cohort
+from fedlab.data.phantom.generator import make_cohort
 
 PATIENTS = 48
 

@@ -91,7 +91,7 @@ def sites_of(seed: int, cache: str) -> tuple[list[Any], list[Any]]:
 
 def kept(seed: int, folder: str) -> Path:
     """Where the pretrained weights of a seed are."""
-    from fedlab.data.phantom.cohort import GENERATOR
+    from fedlab.data.phantom.generator import GENERATOR
 
     return Path(folder) / f"{GENERATOR}-{PRETRAIN_STEPS}-{seed}.safetensors"
 

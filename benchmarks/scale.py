@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from common import write
 from fedlab.core.types import Patient, Round, Site
-from fedlab.data.phantom.cohort import make_cohort
+from fedlab.data.phantom.generator import make_cohort
 from fedlab.data.store import load_sites, save_sites
 from fedlab.run.federate import each_round
 from fedlab.run.round import star

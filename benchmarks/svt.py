@@ -25,7 +25,7 @@ import torch
 from common import write
 from fedlab.core.seeds import generator
 from fedlab.core.types import SiteState, Update
-from fedlab.data.phantom.cohort import make_cohort
+from fedlab.data.phantom.generator import make_cohort
 from fedlab.privacy.sparse.partial_sharing import SVT, SparseVector, composed_epsilon
 from fedlab.privacy.sparse.sparse_vector import LaplaceScales, sparse_vector_cost
 from fedlab.run.site_task import SiteTask

@@ -62,7 +62,7 @@ def add_data(commands: Any) -> None:
 
 
 def _phantom(options: argparse.Namespace) -> None:
-    from fedlab.data.phantom.cohort import write_brats
+    from fedlab.data.phantom.generator import write_brats
 
     write_brats(options.out, sites=options.sites, patients=options.patients, shape=options.shape,
                 spacing_mm=options.spacing, seed=options.seed)
@@ -70,16 +70,22 @@ def _phantom(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from fedlab.core.extras import MissingExtra
     from fedlab.data.readers.inspection import inspect_folder
 
     page = None if options.json and options.html is None else new_path(options.html, "inspect", ".html")
     if page is not None:
         _refuse_existing(page, "--html")
+        try:
+            from fedlab.view.inspection_page import write_page
+        except MissingExtra as error:
+            if options.html is not None:
+                raise
+            print(f"fedlab: no page is written: {error}", file=sys.stderr)
+            page = None
     found = inspect_folder(options.folder, layout=options.layout, label_convention=options.label_convention)
     print(json.dumps(found.as_json(), indent=1, allow_nan=False) if options.json else found)
     if page is not None:
-        from fedlab.view.inspection_page import write_page
-
         print(f"\npage: {write_page(page, found)}", file=sys.stderr if options.json else sys.stdout)
     return 3 if found.broken else 0
 

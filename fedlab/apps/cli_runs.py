@@ -108,6 +108,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _begin(options: argparse.Namespace, name: str, source: Any, **settings: Any) -> None:
+    import fedlab.apps.comparison_results  # noqa: F401  # needs the extra lab: refused before a folder is made
     from fedlab.apps.comparison import Job, open_job
 
     job = Job(source=source, seed=options.seed, keep=options.keep, contributions=options.contributions, **settings,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedlab.core.types import Site
 from fedlab.core.workers import Workers
 from fedlab.data.phantom.anatomy import Grid
-from fedlab.data.phantom.cohort import make_cohort
+from fedlab.data.phantom.generator import make_cohort
 from fedlab.data.readers.brats import read_sites
 
 __all__ = ["Folder", "Phantoms"]
@@ -15,7 +15,7 @@ __all__ = ["Folder", "Phantoms"]
 
 @dataclass(frozen=True, kw_only=True)
 class Phantoms:
-    """Generated patients as the data of a job; see `fedlab.data.phantom.cohort.make_cohort`.
+    """Generated patients as the data of a job; see `fedlab.data.phantom.generator.make_cohort`.
 
     Args:
         sites: number of sites.

@@ -1,7 +1,8 @@
 """Patients from folders or from a generator, and how they are distributed over sites.
 
-Read `readers/brats` first for own data and `phantom/cohort` for generated data. `sites` holds partitions, statistics,
-fingerprints and harmonisation; `cards` describes a data set. May import `privacy` and the packages below it.
+Read `readers/brats` first for own data and `phantom/generator` for generated data. `sites` holds partitions,
+statistics, fingerprints and harmonisation; `cards` describes a data set. May import `privacy` and the packages below
+it.
 """
 
 import lazy_loader

@@ -1,5 +1,5 @@
 from .cards.card import DataCard, card_template, fill_card, read_card
-from .phantom.cohort import make_cohort, write_brats
+from .phantom.generator import make_cohort, write_brats
 from .readers.brats import read_cohort, read_patient, read_sites
 from .readers.inspection import inspect_folder
 from .readers.patient_folder import PatientFolder

@@ -279,7 +279,7 @@ def site_contributions(
 
 def dice_on(model: torch.nn.Module, patients: Sequence[Any], *, precision: str = "auto",
             ) -> Callable[[Tensors], float]:
-    """A utility: mean Dice over regions of these patients or sites' held-out patients; see `fedlab.training.metrics.evaluate`.
+    """A utility: mean Dice over regions of patients or of sites' held-out patients; see `training.metrics.evaluate`.
 
     The model itself is left as it is.
     """

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.core.errors import RunError
+from fedlab.core.extras import install_command
 from fedlab.core.types import Round
 
 __all__ = ["CsvTracker", "MLflowTracker", "TensorBoardTracker"]
@@ -68,7 +69,7 @@ class CsvTracker:
 
 @dataclass(kw_only=True, eq=False)
 class MLflowTracker:
-    """Logs every round to MLflow (`pip install -e '.[tracking]'`).
+    """Logs every round to MLflow (`pip install 'fedlab-workbench[tracking]'`).
 
     Metrics are called as in the history, those of a site "site/name" with the site's name in front. Names of sites and
     what the server learns of them are sent to the tracking server: point `uri` at one of yours.
@@ -112,7 +113,7 @@ class MLflowTracker:
         try:
             from mlflow import MlflowClient
         except ImportError as error:
-            raise ImportError("MLflowTracker needs MLflow: python -m pip install -e '.[tracking]'") from error
+            raise ImportError(f"MLflowTracker needs MLflow: {install_command('tracking')}") from error
         client, path = MlflowClient(tracking_uri=self.uri), Path(self.run_file)
         if path.exists():
             if number == 0:
@@ -132,7 +133,7 @@ class MLflowTracker:
 
 @dataclass(kw_only=True, eq=False)
 class TensorBoardTracker:
-    """Writes every round for TensorBoard (`pip install -e '.[tracking]'`, then `tensorboard --logdir FOLDER`).
+    """Writes every round for TensorBoard (`pip install 'fedlab-workbench[tracking]'`; `tensorboard --logdir FOLDER`).
 
     Args:
         folder: of the event files; new, or that of this very run. Rounds that are run again replace themselves.
@@ -156,7 +157,7 @@ class TensorBoardTracker:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
-            raise ImportError("TensorBoardTracker needs TensorBoard: python -m pip install -e '.[tracking]'") from error
+            raise ImportError(f"TensorBoardTracker needs TensorBoard: {install_command('tracking')}") from error
         if number == 0 and any(Path(self.folder).glob("events.out.tfevents.*")):
             raise RunError(f"{self.folder} holds the events of an earlier run; choose another folder for this one")
         writer: Any = SummaryWriter

@@ -342,8 +342,8 @@ class SiteDice:
             return {}
         scored = [replace(site, val=list(site.val[:self.patients])) for site in self.sites if len(site.val)]
         table = evaluate(model, scored, precision=self.precision)
-        each = {f"Dice, {site.name}": float(summary(table[table["site"] == site.name])["dice"]["mean"])
-                for site in scored}
+        each = {f"Dice, {site}": float(summary(rows)["dice"]["mean"])
+                for site, rows in table.groupby("site", sort=False)}
         return {"Dice": float(summary(table)["dice"]["mean"]), **each}
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fedlab.core.types import Spent
@@ -27,11 +28,6 @@ _COLOURS = {"ready": GREY, "running": GREEN, "pausing": ORANGE, "paused": ORANGE
             "finished": BLUE, "failed": RED}
 _DASHES = ("", "5 3", "2 2")
 _INTERVAL = 0.3  # least seconds between two refreshes
-_UNDER_GUARANTEE = ("Under the guarantee losses and other numbers of the training stay at the sites. The Dice of "
-                    "held-out patients, where it is measured, is outside the guarantee.")
-_AT_SITE = ("The share that was clipped is read from the state of the sites, which a simulation holds; in a deployment "
-            "these numbers never leave the site.")
-_COLUMNS = ("site", "rounds", "loss", "{metric}", "norm", "clipped", "MB sent", "ε spent of budget", "away")
 
 
 class RunDashboard:
@@ -188,9 +184,11 @@ class _Page:
             styles=self.styles | {name: (INK, "") for name, shown in further.items()
                                   if shown and name not in self.styles},
             charts=[*((drawn, "") for drawn in self._charts()), *self._epsilons()],
-            columns=[name.format(metric=self.metric) for name in _COLUMNS],
+            metric=self.metric,
             rows=[self._row(name) for name in (*self.sites, *["server"] * self.at_server)] if done else [],
-            notes=self._notes())
+            private=self.private, diagnostics=any(
+                numbers for sites in self.diagnostics.values() for numbers in sites.values()) and any(
+                self._per_site(self._clipped).values()))
 
     def _chart(self, title: str, lines: Mapping[str, Points], **more: Any) -> str:
         # For a long run the axis ends shortly after the finished rounds, or they would be squeezed to its beginning.
@@ -237,14 +235,9 @@ class _Page:
         return None
 
     def _bytes(self) -> dict[str, Points]:
-        lines: dict[str, Points] = {}
-        for name in self.sites:
-            total, points = 0.0, []
-            for record in self.records:
-                total += record["sites"].get(name, {}).get("bytes", 0.0) / 1e6
-                points.append((record["round"] + 1.0, total))
-            lines[name] = points
-        return lines
+        rounds = [record["round"] + 1.0 for record in self.records]
+        return {name: list(zip(rounds, accumulate(record["sites"].get(name, {}).get("bytes", 0.0) / 1e6
+                                                  for record in self.records), strict=True)) for name in self.sites}
 
     def _epsilons(self) -> list[tuple[str, str]]:
         """A chart per unit with its terms, or one that says why there is no ε."""
@@ -282,13 +275,6 @@ class _Page:
                 "; ".join(spending) or "–",
                 f"{len(away)} of {len(self.records)} rounds, last round {away[-1][0] + 1}: {away[-1][1]}"
                 if away else ""]
-
-    def _notes(self) -> list[str]:
-        notes = [_UNDER_GUARANTEE] if self.private else []
-        if any(numbers for sites in self.diagnostics.values() for numbers in sites.values()) and any(
-                self._per_site(self._clipped).values()):
-            notes.append(_AT_SITE)
-        return notes
 
 
 def _spent(entries: Iterable[dict[str, Any]]) -> list[Spent]:

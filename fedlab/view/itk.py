@@ -13,7 +13,6 @@ import json
 import os
 import re
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,8 +20,10 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from fedlab.core.errors import RunError
+from fedlab.core.extras import MissingExtra, install_command
 from fedlab.view.label_layers import Case
 from fedlab.view.view_settings import ViewSettings
+from fedlab.view.widget_snapshot import running_kernel
 
 __all__ = ["ALLOWED", "ItkPanel", "require"]
 
@@ -42,8 +43,8 @@ def require() -> None:
     """
     spec = importlib.util.find_spec("itkwidgets")
     if spec is None or spec.origin is None:
-        raise RunError("backend='itk' needs itkwidgets, which is not installed: pip install -e '.[itk]' in the "
-                       f"checkout of fedlab; {_INSTEAD}")
+        raise MissingExtra("backend='itk' needs itkwidgets, which is not installed. Install it with: "
+                           f"{install_command('itk')}; {_INSTEAD}")
     if not _asked_by_lab():
         raise RunError("backend='itk' works in JupyterLab only: without a browser to show its viewer the notebook "
                        f"would wait for it forever; {_INSTEAD}")
@@ -64,9 +65,7 @@ def require() -> None:
 
 def _asked_by_lab() -> bool:
     """Whether JupyterLab runs the current cell: it sends the id of the cell, unlike nbconvert and nbval."""
-    if "IPython" not in sys.modules:
-        return False
-    kernel = getattr(sys.modules["IPython"].get_ipython(), "kernel", None)
+    kernel = running_kernel()
     request = kernel.get_parent() if kernel is not None else {}
     return "cellId" in (request or {}).get("metadata", {})
 
@@ -91,8 +90,8 @@ def _viewer_host(package: Path) -> tuple[str, int]:
     found = re.search(r"ITK_VIEWER_SRC\s*=\s*\(?\s*[\"']([^\"']+)[\"']", text)
     address = urlsplit(found.group(1)) if found else None
     if address is None or address.hostname is None:
-        raise RunError("this version of itkwidgets does not name the address of its viewer: pip install -e '.[itk]' "
-                       f"installs the version that fedlab supports; {_INSTEAD}")
+        raise RunError("this version of itkwidgets does not name the address of its viewer. Install the version that "
+                       f"fedlab supports with: {install_command('itk')}; {_INSTEAD}")
     return address.hostname, address.port or 443
 
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedlab.view.colours import INK
 
-__all__ = ["SHADES", "Picture", "blended", "over_rounds", "png_base64", "styled", "whole_ticks"]
+__all__ = ["SHADES", "Picture", "blended", "figure_png", "over_rounds", "png_base64", "styled", "whole_ticks"]
 
 #: Colour map of heat maps.
 SHADES = LinearSegmentedColormap.from_list("fedlab", ["#F6F8FB", "#C9DDEE", "#6FA8D2", "#0072B2", "#003A66"])
@@ -48,10 +48,15 @@ class Picture(Figure):
     alt: str = ""
 
     def _repr_png_(self, *, dpi: int = 160) -> tuple[bytes, dict[str, int]]:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=dpi)
-        width, height = (round(inches * 96) for inches in self.get_size_inches())
-        return buffer.getvalue(), {"width": width, "height": height}
+        return figure_png(self, dpi)
+
+
+def figure_png(figure: Figure, dpi: int) -> tuple[bytes, dict[str, int]]:
+    """A figure as PNG, and its width and height in CSS pixels, 96 per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    width, height = (round(inches * 96) for inches in figure.get_size_inches())
+    return buffer.getvalue(), {"width": width, "height": height}
 
 
 def styled() -> AbstractContextManager[None]:

@@ -227,22 +227,21 @@ class PrivacyPlayground:
 
         norm = self.update.norm()
         wide = {"style": {"description_width": "150px"}, "layout": widgets.Layout(width="440px")}
-        self._clip = widgets.FloatLogSlider(value=norm, base=10, min=math.log10(norm) - 2, max=math.log10(norm) + 1,
-                                            step=0.05, description="clipping norm", readout_format=".3g", **wide)
-        self._noise = widgets.Checkbox(value=False, description="add noise", indent=False)
-        self._sigma = widgets.FloatLogSlider(value=1e-2, base=10, min=-5, max=3, step=0.05, readout_format=".3g",
-                                             description="noise multiplier σ", **wide)
-        self._epsilon = widgets.FloatLogSlider(value=1e3, base=10, min=-2, max=12, step=0.05, readout_format=".3g",
-                                               description=f"ε of {self.rounds} rounds", **wide)
+        self._clip, self._sigma, self._epsilon = (
+            widgets.FloatLogSlider(value=value, min=low, max=high, step=0.05, readout_format=".3g", description=name,
+                                   **wide)
+            for name, value, low, high in (("clipping norm", norm, math.log10(norm) - 2, math.log10(norm) + 1),
+                                           ("noise multiplier σ", 1e-2, -5, 3),
+                                           (f"ε of {self.rounds} rounds", 1e3, -2, 12)))
         self._fraction = widgets.FloatSlider(value=1.0, min=0.01, max=1.0, step=0.01, readout_format=".2f",
                                              description="fraction shared", **wide)
+        self._noise = widgets.Checkbox(value=False, description="add noise", indent=False)
         self._auto = widgets.Checkbox(value=auto, description="reconstruct automatically", indent=False)
         self._button = widgets.Button(description="Reconstruct", icon="search", button_style="primary")
         self._facts_box, self._picture_box = widgets.HTML(), widgets.HTML()
-        for slider, act in ((self._clip, self._changed), (self._fraction, self._changed), (self._noise, self._changed),
-                            (self._sigma, self._sigma_moved), (self._epsilon, self._epsilon_moved)):
-            slider.observe(self._observer(act), names="value")
-        self._auto.observe(self._observer(self._changed), names="value")
+        moved = {self._sigma: self._sigma_moved, self._epsilon: self._epsilon_moved}
+        for control in (self._clip, self._sigma, self._epsilon, self._fraction, self._noise, self._auto):
+            control.observe(self._observer(moved.get(control, self._changed)), names="value")
         self._button.on_click(lambda button: self._begin())
         knobs = widgets.VBox([self._clip, widgets.HBox([self._sigma, self._noise]), self._epsilon, self._fraction,
                               widgets.HBox([self._button, self._auto])])
@@ -349,47 +348,44 @@ class PrivacyPlayground:
         found, progress = self._found.get(self.knobs), self._progress
         outcome, volumes = self._outcome(), {"the patch": self.patch}
         if found is not None:
-            volumes["what the attacker sees"] = found.image
+            volumes["reconstruction"] = found.image
         elif progress is not None and progress[0] == self.knobs:
             outcome = f"attack running: step {progress[1]} of {self.steps}"
-            volumes["what the attacker sees"] = progress[2]
+            volumes["reconstruction"] = progress[2]
         return render("playground_images.html", outcome=outcome, failed=self._failed, modalities=MODALITIES,
                       rows={name: _images(volume) for name, volume in volumes.items()})
 
 
 class _Attack(threading.Thread):
-    """The one running attack of this process; the next one ends it."""
+    """An attack in a thread. One at a time in this process: a new one cancels the running one."""
 
-    _guard = threading.Lock()
+    _running = threading.Lock()
     _current: _Attack | None = None
 
-    def __init__(self, playground: PrivacyPlayground, knobs: Knobs, before: _Attack | None) -> None:
+    def __init__(self, playground: PrivacyPlayground, knobs: Knobs) -> None:
         super().__init__(name="fedlab attack", daemon=True)
-        self.playground, self.knobs, self.before, self.cancelled = playground, knobs, before, threading.Event()
+        self.playground, self.knobs, self.cancelled = playground, knobs, threading.Event()
 
     @classmethod
     def begin(cls, playground: PrivacyPlayground, knobs: Knobs) -> None:
-        with cls._guard:
-            before = cls._current
-            if before is not None:
-                before.cancelled.set()
-            cls._current = cls(playground, knobs, before)
-            cls._current.start()
+        if cls._current is not None:
+            cls._current.cancelled.set()
+        cls._current = cls(playground, knobs)
+        cls._current.start()
 
     @classmethod
     def cancel_any(cls) -> None:
-        with cls._guard:
-            current, cls._current = cls._current, None
+        current, cls._current = cls._current, None
         if current is not None:
             current.cancelled.set()
             current.join()
 
     def run(self) -> None:
-        before, self.before = self.before, None
-        if before is not None:
-            before.join()
-        if self.cancelled.wait(_WAIT):
-            return
+        with self._running:
+            if not self.cancelled.wait(_WAIT):
+                self._attack()
+
+    def _attack(self) -> None:
         playground = self.playground
         try:
             found = playground._attack(self.knobs, self._on_step)
@@ -411,7 +407,7 @@ class _Attack(threading.Thread):
 
 def _generated(seed: int) -> Patient:
     """A generated patient, as in the tutorials."""
-    from fedlab.data.phantom.cohort import make_cohort
+    from fedlab.data.phantom.generator import make_cohort
 
     sites = make_cohort(sizes=[1], held_out=0, shape=(48, 64, 48), seed=seed, workers=0, progress=False)
     return sites[0].train[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Number, Real
@@ -121,19 +120,17 @@ def save_figure(figure: Figure, path: Path | str, *, dpi: int = 200) -> Path:
         ValueError: the name does not end in .png.
         RunError: the file exists already.
     """
+    from fedlab.view.picture import figure_png
+
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"figures are written as .png, got {Path(path).name!r}")
-    return write_new(path, _png(figure, dpi))
-
-
-def _png(figure: Figure, dpi: int) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
+    return write_new(path, figure_png(figure, dpi)[0])
 
 
 def _prepared(section: Section, number: int) -> dict[str, Any]:
     """The values of a section for the template."""
+    from fedlab.view.picture import figure_png
+
     shown: dict[str, Any] = {
         "id": f"part-{number + 1}", "title": section.title, "text": _paragraphs(section.text),
         "caption": section.caption, "table": None, "image": None,
@@ -141,9 +138,8 @@ def _prepared(section: Section, number: int) -> dict[str, Any]:
     if section.table is not None:
         shown["table"] = _table(section.table)
     if section.figure is not None:
-        width, height = (round(inches * 96) for inches in section.figure.get_size_inches())  # 96 CSS pixels per inch
-        shown["image"] = {"data": base64.b64encode(_png(section.figure, dpi=150)).decode("ascii"), "width": width,
-                          "height": height, "alt": section.description}
+        png, size = figure_png(section.figure, dpi=150)
+        shown["image"] = {"data": base64.b64encode(png).decode("ascii"), **size, "alt": section.description}
     return shown
 
 

@@ -57,9 +57,8 @@ def curves(histories: Mapping[str, History], *, metric: str = "Dice") -> Picture
                 models = kinds.count(arm_of(name))
                 label = f"{arm_of(name)} ({models} models)" if models > 1 else arm_label(name)
                 values = table[column].dropna() if column in table else table.iloc[:0, 0]
-                line, = ax.plot(values.index + 1, values, color=colours[name], label=label,
-                                linewidth=1.2 if models > 1 else 2.2, alpha=0.75 if models > 1 else 1.0,
-                                marker="o" if len(values) < 16 else "", markersize=3.5, zorder=2 if models > 1 else 3)
+                line = _line(ax, values, colours[name], strong=models == 1, label=label,
+                             alpha=0.75 if models > 1 else 1.0)
                 lines.setdefault(label, line)
             over_rounds(ax, title)
             if column == metric:
@@ -69,6 +68,13 @@ def curves(histories: Mapping[str, History], *, metric: str = "Dice") -> Picture
     figure.alt = " ".join([f"{' and '.join(title for _, title in panels)} over the rounds.", *(
         f"{arm_label(name)} ends at {values.iloc[-1]:.2f}." for name, values in last.items() if len(values))])
     return figure
+
+
+def _line(ax: Axes, values: pd.Series[float], colour: str, *, strong: bool = True, **more: Any) -> Any:
+    """Values by round, with dots if there are few."""
+    line, = ax.plot(values.index + 1, values, color=colour, linewidth=2.2 if strong else 1.2, markersize=3.5,
+                    marker="o" if len(values) < 16 else "", zorder=3 if strong else 2, **more)
+    return line
 
 
 def privacy_curves(history: History, *, metric: str = "Dice", budget: float | None = None) -> Picture:
@@ -103,7 +109,7 @@ def privacy_curves(history: History, *, metric: str = "Dice", budget: float | No
             sentences.append(_spending(ax, of_unit, str(unit), budget))
         if shown:
             values = table[metric].dropna()
-            axes[-1].plot(values.index + 1, values, color=INK, linewidth=2.2, marker="o", markersize=3.5)
+            _line(axes[-1], values, INK)
             axes[-1].set_ylim(bottom=0)
             over_rounds(axes[-1], f"{metric} of the model")
             sentences.append(f"{metric} ends at {values.iloc[-1]:.2f}.")
@@ -120,9 +126,8 @@ def _spending(ax: Axes, spent: pd.DataFrame, unit: str, budget: float | None) ->
     worst = str(last.idxmax())
     for site in wide:
         strong = site == worst
-        ax.plot(wide.index + 1, wide[site], color=BLUE if strong else "#9DB9CE", linewidth=2.4 if strong else 1.2,
-                marker="o" if len(wide) < 16 else "", markersize=3.5, zorder=3 if strong else 2,
-                label=f"{site}, most" if strong and wide.shape[1] > 1 else str(site) if strong else "other sites")
+        _line(ax, wide[site], BLUE if strong else "#9DB9CE", strong=strong,
+              label=f"{site}, most" if strong and wide.shape[1] > 1 else str(site) if strong else "other sites")
     if budget is not None:
         ax.axhline(budget, color=RED, linewidth=1.4, linestyle="--", label=f"budget {budget:g}")
     handles, labels = ax.get_legend_handles_labels()

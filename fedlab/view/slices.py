@@ -99,9 +99,9 @@ def overlay(ax: Axes, patient: Patient, label: LabelMap | None, *, modality: str
     if index is None:
         index = _index(patient, plane, [label, outline, patient.label])
     width, height = _view([patient], plane) if view is None else view
-    grey = slice_image(grey_values(patient, modality), plane, index)
+    (y, x), _ = _brain_frame(patient, plane)
     across, up = _spacing(patient, plane)
-    left, right, top, bottom = _bounds(patient, plane)
+    grey = slice_image(grey_values(patient, modality), plane, index)
 
     def contours(mask: npt.NDArray[np.bool_]) -> tuple[Any, Any, Any]:
         """Positions in mm and the mask with an empty rim, so that contours close at the edge."""
@@ -111,15 +111,13 @@ def overlay(ax: Axes, patient: Patient, label: LabelMap | None, *, modality: str
     with styled():
         ax.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="bilinear", aspect="equal",
                   extent=(-across / 2, (grey.shape[1] - 0.5) * across, (grey.shape[0] - 0.5) * up, -up / 2))
-        for value, colour in LABEL_COLOURS.items():
-            mask = slice_image(_numpy(label) == value, plane, index) if label is not None else np.zeros((1, 1), bool)
-            if mask.any():
+        for value, colour in LABEL_COLOURS.items() if label is not None else ():
+            if (mask := slice_image(_numpy(label) == value, plane, index)).any():
                 ax.contourf(*contours(mask), levels=[0.5, 1.5], colors=[colour], alpha=0.48)
                 ax.contour(*contours(mask), levels=[0.5], colors=[colour], linewidths=1.1)
         if outline is not None and (mask := slice_image(_numpy(outline) > 0, plane, index)).any():
             line = ax.contour(*contours(mask), levels=[0.5], colors=["white"], linewidths=1.0)
             line.set_path_effects([withStroke(linewidth=2.0, foreground=(0, 0, 0, 0.55))])
-        x, y = (left + right) / 2, (top + bottom) / 2
         ax.set(xlim=(x - width / 2, x + width / 2), ylim=(y + height / 2, y - height / 2), xticks=[], yticks=[],
                facecolor="black")
         ax.spines[:].set_visible(False)
@@ -234,7 +232,7 @@ def _axis(plane: str) -> int:
     return AXES[plane]
 
 
-def _numpy(label: LabelMap) -> npt.NDArray[Any]:
+def _numpy(label: LabelMap | None) -> npt.NDArray[Any]:
     return label.detach().cpu().numpy() if isinstance(label, torch.Tensor) else np.asarray(label)
 
 
@@ -267,22 +265,18 @@ def _spacing(patient: Patient, plane: Plane) -> tuple[float, float]:
     return across, up
 
 
-def _bounds(patient: Patient, plane: Plane) -> tuple[float, float, float, float]:
-    """Left, right, top and bottom in mm of the brain in all slices together; of the grid for an empty scan."""
+def _brain_frame(patient: Patient, plane: Plane) -> npt.NDArray[np.float64]:
+    """Centre and size of the brain in all slices together, in mm down and across; of the grid for an empty scan."""
     seen = np.asarray(_brain(patient).any(axis=_axis(plane)))[::-1, ::-1].T
-    edges: list[float] = []
-    for axis, size in zip((0, 1), _spacing(patient, plane), strict=True):
-        inside = np.flatnonzero(seen.any(axis=axis))
-        first, last = (inside[0], inside[-1]) if len(inside) else (0, seen.shape[1 - axis] - 1)
-        edges += [(first - 0.5) * size, (last + 0.5) * size]
-    return edges[0], edges[1], edges[2], edges[3]
+    pixels = np.argwhere(seen if seen.any() else ~seen)
+    first, last = pixels.min(axis=0), pixels.max(axis=0)
+    return np.multiply([(first + last) / 2, last - first + 1], _spacing(patient, plane)[::-1], dtype=np.float64)
 
 
 def _view(patients: Sequence[Patient], plane: Plane) -> View:
     """Width and height in mm that show each of the brains whole, with a margin."""
-    bounds = [_bounds(patient, plane) for patient in patients]
-    return (1.08 * max(right - left for left, right, _, _ in bounds),
-            1.08 * max(bottom - top for _, _, top, bottom in bounds))
+    height, width = 1.08 * np.max([_brain_frame(patient, plane)[1] for patient in patients], axis=0)
+    return float(width), float(height)
 
 
 def _dice(patient: Patient, label: LabelMap) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from fedlab.core.errors import RunError
+from fedlab.core.extras import MissingExtra, install_command
 from fedlab.core.types import MODALITIES, Patient
 from fedlab.view.label_layers import REFERENCE, Case, Prediction, make_case
 from fedlab.view.view_settings import View, ViewSettings
+from fedlab.view.widget_snapshot import running_kernel
 
 if TYPE_CHECKING:
     from fedlab.view.picture import Picture
@@ -169,8 +169,8 @@ def _usable(backend: str) -> str:
     if backend == "auto":
         return "niivue" if _in_notebook() and _installed("ipyniivue", "ipywidgets") else "static"
     if backend == "niivue" and not _installed("ipyniivue", "ipywidgets"):
-        raise RunError("backend='niivue' needs ipyniivue and ipywidgets, which are not installed: run pip install -e . "
-                       "in the checkout of fedlab, or use backend='static'")
+        raise MissingExtra("backend='niivue' needs ipyniivue and ipywidgets, which are not installed. Install them "
+                           f"with: {install_command('lab')}, or use backend='static'")
     if backend == "itk":
         from fedlab.view.itk import require
 
@@ -183,8 +183,4 @@ def _installed(*names: str) -> bool:
 
 
 def _in_notebook() -> bool:
-    """Whether this is the kernel of a notebook, where widgets can be shown."""
-    if "IPython" not in sys.modules:
-        return False
-    shell = sys.modules["IPython"].get_ipython()
-    return shell is not None and getattr(shell, "kernel", None) is not None
+    return running_kernel() is not None

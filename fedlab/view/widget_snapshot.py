@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedlab.view.picture import Picture
 
-__all__ = ["display_snapshot", "snapshot"]
+__all__ = ["display_snapshot", "running_kernel", "snapshot"]
+
+
+def running_kernel() -> Any:
+    """The kernel of the notebook that runs this process; None elsewhere."""
+    return getattr(sys.modules["IPython"].get_ipython(), "kernel", None) if "IPython" in sys.modules else None
 
 
 def snapshot(widget: Any, *, text: str, html: str, picture: Callable[[], Picture] | None = None) -> dict[str, Any]:

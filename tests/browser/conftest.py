@@ -1,4 +1,4 @@
-"""What the tests in a browser share: a JupyterLab, a Chromium, and a folder for what they saw."""
+"""Fixtures of the browser tests: a JupyterLab, a Chromium, and a folder for screenshots and timings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lab import CHROMIUM, Lab, Seen, Visit, chromium, require_chromium
 
 @pytest.fixture(scope="session")
 def seen(repository: Path) -> Seen:
-    """Where this run keeps what it saw; what an earlier run kept is gone."""
+    """Screenshots and timings of this run; those of an earlier run are deleted."""
     return Seen(repository / "runs" / "browser")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium. A module's, since Playwright's event loop must be gone before other tests start theirs."""
+    """Chromium, per module, since Playwright's event loop must end before other tests start theirs."""
     require_chromium(CHROMIUM, ci=bool(os.environ.get("CI")))
     with chromium() as started:
         yield started
@@ -29,13 +29,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def notebooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that JupyterLab is opened on."""
+    """The root folder of JupyterLab."""
     return tmp_path_factory.mktemp("notebooks")
 
 
 @pytest.fixture(scope="module")
 def jupyter(browser: Any, notebooks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """JupyterLab on an empty folder; every process of it is gone at the end."""
+    """JupyterLab on an empty folder; all its processes are ended afterwards."""
     lab = Lab(tmp_path_factory.mktemp("lab"), notebooks)
     try:
         lab.wait()
@@ -48,7 +48,7 @@ def jupyter(browser: Any, notebooks: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def visit(browser: Any, jupyter: Lab, notebooks: Path, seen: Seen, request: pytest.FixtureRequest,
           ) -> Iterator[Callable[..., Visit]]:
-    """Opens a notebook in JupyterLab; a screenshot of the end is kept whatever happens."""
+    """Opens a notebook in JupyterLab; a screenshot of the end is always kept."""
     opened: list[Visit] = []
 
     def open_notebook(notebook: Any) -> Visit:

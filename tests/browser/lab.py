@@ -1,4 +1,4 @@
-"""JupyterLab and Chromium for tests: both of this machine alone, both ended by their process ids."""
+"""JupyterLab and Chromium for tests, without a network; both are ended by their process ids."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
     "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",  # WebGL without a GPU
 ]
-#: What JupyterLab would otherwise ask, or ask other machines about.
+#: Switches off questions to the user and to other machines.
 SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
             "docmanager-extension/plugin": {"autosave": False},
             "notebook-extension/tracker": {"recordTiming": True}}
-#: itkwidgets' extension asks a CDN for scripts whenever JupyterLab opens, used or not. It has no part in these tests.
+#: The extension of itkwidgets requests scripts from a CDN whenever JupyterLab opens, used or not.
 DISABLED = {"disabledExtensions": {"imjoy-jupyterlab-extension": True}}
-#: The state of an error in any output of the notebook on screen.
+#: Selector of an error in any output of the notebook.
 ERRORS = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
 
 Pixels = npt.NDArray[np.float32]
 
 
 class Lab:
-    """A JupyterLab on notebooks of a folder, on a free port of this machine.
+    """A JupyterLab on a folder of notebooks, on a free port of this machine.
 
     Attributes:
-        url: where it listens.
-        token: what a visitor must know.
+        url: of the server.
+        token: for access.
     """
 
     def __init__(self, folder: Path, notebooks: Path) -> None:
@@ -67,19 +67,19 @@ class Lab:
             cwd=notebooks, env=_environment(folder), stdout=self._log, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float = 300) -> None:
-        """Waits until it answers."""
+        """Waits until the server answers."""
         def answers() -> bool:
             if self._process.poll() is not None:
-                raise RuntimeError(f"JupyterLab ended at its start:\n{self._said()}")
+                raise RuntimeError(f"JupyterLab ended during its start:\n{self._log_tail()}")
             try:
                 return bool(self.ask("/api/status"))
             except OSError:
                 return False
 
-        wait_for(answers, seconds=seconds, why=lambda: f"JupyterLab doesn't answer:\n{self._said()}")
+        wait_for(answers, seconds=seconds, why=lambda: f"JupyterLab does not answer:\n{self._log_tail()}")
 
     def ask(self, path: str, *, method: str = "GET") -> Any:
-        """What its REST interface answers, None where that is nothing."""
+        """The answer of its REST interface, None if it is empty."""
         request = urllib.request.Request(self.url + path, method=method,
                                          headers={"Authorization": f"token {self.token}"})
         with urllib.request.urlopen(request, timeout=20) as answer:
@@ -91,7 +91,7 @@ class Lab:
             self.ask(f"/api/sessions/{session['id']}", method="DELETE")
 
     def stop(self) -> list[int]:
-        """Ends it and all that it started; the ids of those that had to be killed, kernels that wouldn't go."""
+        """Ends the server and its children; returns the ids of those that had to be killed."""
         server = psutil.Process(self._process.pid)
         family = [*server.children(recursive=True), server]
         server.terminate()
@@ -102,17 +102,17 @@ class Lab:
         self._log.close()
         return [process.pid for process in left]
 
-    def _said(self) -> str:
+    def _log_tail(self) -> str:
         return (self._folder / "lab.log").read_text("utf-8", "replace")[-3000:]
 
 
 class Visit:
-    """A notebook open in a browser, and what the browser did and said meanwhile.
+    """A notebook open in a browser, with the requests and errors of the page.
 
     Attributes:
         page: Playwright's page.
-        foreign: addresses on other machines that the page asked for; none was answered.
-        errors: what the browser's console reported as an error.
+        foreign: addresses on other machines that the page requested; all were blocked.
+        errors: reported by the browser's console.
     """
 
     def __init__(self, browser: Any, lab: Lab, name: str) -> None:
@@ -136,7 +136,7 @@ class Visit:
         self.page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
 
     def run_all(self) -> None:
-        """Starts the command Run All Cells; `finished` says when it is through."""
+        """Starts the command Run All Cells; `finished` reports its end."""
         self.started = time.monotonic()
         self.page.evaluate("""() => {
             window.allCells = 'running';
@@ -145,7 +145,7 @@ class Visit:
         }""")
 
     def finished(self) -> bool:
-        """Whether all cells ran; fails at once where one ended in an error."""
+        """Whether all cells have run; fails at once if one ended in an error."""
         self.no_errors_in_cells()
         state = self.page.evaluate("() => window.allCells")
         assert state in ("running", "finished"), f"Run All Cells: {state}"
@@ -157,7 +157,7 @@ class Visit:
         assert shown.count() == 0, f"a cell shows an error:\n{shown.first.inner_text()}"
 
     def cell(self, name: str) -> Any:
-        """The cell of that id, scrolled to, as Playwright's locator: JupyterLab doesn't draw what is out of sight."""
+        """Playwright's locator of the cell with this id, scrolled into view: JupyterLab draws visible cells only."""
         order = self.page.evaluate("""name => window.jupyterapp.shell.currentWidget.content.widgets
             .findIndex(cell => cell.model.id === name)""", name)
         assert order >= 0, f"the notebook has no cell {name}"
@@ -166,21 +166,21 @@ class Visit:
         return cell
 
     def image(self, name: str) -> Pixels | None:
-        """The first picture (PNG) in the output of a cell; None as long as there is none."""
+        """The first picture (PNG) in the output of a cell; None until there is one."""
         found = self.cell(name).locator(".jp-OutputArea-output img")
         if not found.count():
             return None
         return pixels(base64.b64decode(found.first.get_attribute("src").partition("base64,")[2]))
 
     def began(self, name: str) -> float | None:
-        """When the kernel began with a cell, in seconds of the clock (`time.time`); None as long as it hasn't."""
+        """Time at which the kernel began a cell, in seconds (`time.time`); None before."""
         said = self.page.evaluate("""name => window.jupyterapp.shell.currentWidget.content.widgets
             .find(cell => cell.model.id === name).model.getMetadata('execution')?.['iopub.execute_input']""", name)
         return None if said is None else datetime.fromisoformat(said).timestamp()
 
     def check_quiet(self) -> None:
-        """Fails where the page asked another machine for something, or the console reported an error."""
-        assert self.foreign == [], f"the page asked other machines: {self.foreign}"
+        """Fails if the page sent a request to another machine, or the console reported an error."""
+        assert self.foreign == [], f"the page sent requests to other machines: {self.foreign}"
         assert self.errors == [], "the browser's console reports errors:\n" + "\n".join(self.errors)
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ class Seen:
         (self._folder / f"{name}.png").write_bytes(png)
 
     def time(self, what: str, seconds: float) -> None:
-        """Prints and keeps how long something took."""
+        """Prints and keeps a duration."""
         file = self._folder / "timings.json"
         times = json.loads(file.read_text("utf-8")) if file.exists() else {}
         times[what] = round(seconds, 2)
@@ -229,26 +229,26 @@ def pixels(png: bytes) -> Pixels:
 
 
 def coloured(picture: Pixels) -> int:
-    """How many pixels have the colour of a tumour: red, green or yellow, not grey, nor blue as the crosshair is."""
+    """Number of pixels in a colour of the tumour: red, green or yellow, not grey, nor blue like the crosshair."""
     red, green, blue = np.moveaxis(picture, -1, 0)
     return int(((np.ptp(picture, axis=-1) > 0.2) & (blue <= np.maximum(red, green))).sum())
 
 
 def grey(picture: Pixels) -> int:
-    """How many pixels are grey: neither coloured, nor black, nor white."""
+    """Number of grey pixels: neither coloured, nor black, nor white."""
     level = picture.mean(axis=-1)
     return int(((np.ptp(picture, axis=-1) < 0.05) & (level > 0.1) & (level < 0.9)).sum())
 
 
 def differing(one: Pixels, other: Pixels) -> int:
-    """How many pixels of two pictures of one size differ visibly; all of them where the sizes differ."""
+    """Number of pixels that differ visibly between two pictures; all of them if the sizes differ."""
     if one.shape != other.shape:
         return one[..., 0].size
     return int((np.abs(one - other).max(axis=-1) > 0.1).sum())
 
 
 def wait_for(what: Callable[[], object], *, seconds: float, why: str | Callable[[], str]) -> None:
-    """Waits until `what` is true and fails with `why` where it doesn't become so."""
+    """Waits until `what` is true; fails with `why` after `seconds`."""
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, f"waited {seconds:g} s: {why() if callable(why) else why}"
@@ -259,7 +259,7 @@ def with_parameters(source: Path, **parameters: object) -> Any:
     """A notebook with some of its parameters changed, as papermill would.
 
     Raises:
-        KeyError: the notebook has no such parameter.
+        KeyError: unknown parameter.
     """
     notebook = nbformat.read(source, as_version=nbformat.NO_CONVERT)
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
@@ -272,7 +272,7 @@ def with_parameters(source: Path, **parameters: object) -> Any:
 
 
 def require_chromium(program: str | None, *, ci: bool) -> None:
-    """Skips the running test where there is no Chromium, and says why; fails it in continuous integration."""
+    """Skips the current test without Chromium, with the reason; fails it in continuous integration."""
     if program is None:
         why = "no Chromium here (Debian: apt-get install chromium)"
         pytest.fail(f"{why}; continuous integration must not skip the browser") if ci else pytest.skip(why)
@@ -280,7 +280,7 @@ def require_chromium(program: str | None, *, ci: bool) -> None:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """Debian's Chromium, without a screen, a GPU and a network."""
+    """Debian's Chromium, without a screen, a GPU or a network."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -296,7 +296,7 @@ def _free_port() -> int:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The environment of a JupyterLab that reads and writes no settings but those in `folder`."""
+    """The environment of a JupyterLab that reads and writes settings in `folder` only."""
     settings = folder / "settings"
     for name, values in SETTINGS.items():
         file = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"

@@ -1,4 +1,4 @@
-"""The means of the tests in a browser: what they measure with, and how Chromium gets here."""
+"""The tools of the browser tests: their measurements, and the installation of Chromium."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_without_chromium_tests_are_skipped_but_not_in_ci() -> None:
 
 
 @pytest.mark.parametrize("colour", COLOURS.values(), ids=COLOURS)
-def test_a_tumour_is_told_from_a_brain(colour: tuple[float, float, float]) -> None:
+def test_a_tumour_is_distinguished_from_a_brain(colour: tuple[float, float, float]) -> None:
     brain = np.zeros((60, 60, 3), np.float32)
     brain[5:55, 5:55] = 0.5
     assert coloured(brain) == 0 and grey(brain) == 2500
@@ -34,7 +34,7 @@ def test_a_tumour_is_told_from_a_brain(colour: tuple[float, float, float]) -> No
     assert differing(brain, tumour) == 400 and differing(brain, brain) == 0
 
 
-def test_what_has_no_tumour() -> None:
+def test_pictures_without_a_tumour() -> None:
     blank = np.zeros((60, 60, 3), np.float32)
     assert coloured(blank) == grey(blank) == 0 == coloured(1 - blank) == grey(1 - blank)
     crosshair = blank.copy()
@@ -44,7 +44,7 @@ def test_what_has_no_tumour() -> None:
 
 
 def make_chromium(repository: Path, folder: Path, **programs: str) -> subprocess.CompletedProcess[str]:
-    """`make chromium` on a machine that has these programs, shell scripts, and few others."""
+    """Runs `make chromium` with these programs, given as shell scripts, and few others."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(repository / name, folder)
     (folder / "bin").mkdir()
@@ -68,24 +68,24 @@ def test_make_installs_chromium_for_root(repository: Path, tmp_path: Path) -> No
     assert (tmp_path / "apt.log").read_text().splitlines() == ["update", "install -y --no-install-recommends chromium"]
 
 
-def test_make_installs_chromium_with_sudo_that_asks_nothing(repository: Path, tmp_path: Path) -> None:
+def test_make_installs_chromium_with_sudo_without_password(repository: Path, tmp_path: Path) -> None:
     done = make_chromium(repository, tmp_path, id="echo 1000", sudo='[ "$1" = -n ] && shift && "$@"', apt_get=APT,
                          true="exit 0")
     assert done.returncode == 0 and "install" in (tmp_path / "apt.log").read_text(), done
 
 
-def test_make_goes_on_without_chromium(repository: Path, tmp_path: Path) -> None:
+def test_make_continues_without_chromium(repository: Path, tmp_path: Path) -> None:
     done = make_chromium(repository, tmp_path, id="echo 1000", sudo="exit 1", apt_get=APT)
     assert done.returncode == 0 and "are skipped" in done.stdout, done
     assert not (tmp_path / "apt.log").exists()
 
 
-def test_make_goes_on_when_chromium_cannot_be_installed(repository: Path, tmp_path: Path) -> None:
+def test_make_continues_when_chromium_cannot_be_installed(repository: Path, tmp_path: Path) -> None:
     done = make_chromium(repository, tmp_path, id="echo 0", apt_get="exit 100")
     assert done.returncode == 0 and "that failed" in done.stdout, done
 
 
-def test_make_leaves_a_chromium_that_is_there(repository: Path, tmp_path: Path) -> None:
+def test_make_keeps_an_installed_chromium(repository: Path, tmp_path: Path) -> None:
     done = make_chromium(repository, tmp_path, id="echo 0", apt_get=APT, chromium="exit 0")
     assert done.returncode == 0 and done.stdout == "", done
     assert not (tmp_path / "apt.log").exists()

@@ -1,7 +1,6 @@
-"""Notebooks in JupyterLab, in a real browser, without a network: what a reader sees after Run All Cells.
+"""Notebooks in JupyterLab, in a real browser, without a network, as displayed after Run All Cells.
 
-That the tumour is on screen is shown by a difference: its colours are there with the overlay and gone without it, while
-the brain stays.
+The tumour is on screen if its colours are present with the overlay and absent without it, while the brain stays.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from lab import Pixels, Seen, Visit, coloured, differing, grey, pixels, wait_for, with_parameters
 
-#: Seconds after which something doesn't come any more; a machine that others use too may need a part of them.
+#: Seconds until a test fails; a shared machine may need a part of them.
 PATIENCE = 600
 
 DASHBOARD = """
@@ -32,21 +31,21 @@ def test_first_federated_run(visit: Callable[..., Visit], repository: Path, seen
                                      sizes=(4, 3, 3), held_out=1, rounds=2, steps=1))
     notebook.run_all()
     wait_for(lambda: notebook.finished() or notebook.image("patients-figure") is not None, seconds=PATIENCE,
-             why="the patients aren't shown")
+             why="the patients are not shown")
     seen.time("01: Run All to the first tumour", time.monotonic() - notebook.started)
-    wait_for(notebook.finished, seconds=PATIENCE, why="the notebook isn't through")
+    wait_for(notebook.finished, seconds=PATIENCE, why="the notebook has not finished")
     seen.time("01: Run All to the end", time.monotonic() - notebook.started)
 
     patient = notebook.image("patients-figure")
     assert patient is not None
-    height, width = patient.shape[:2]  # three panels above three; the reference is the second of those below
+    height, width = patient.shape[:2]  # two rows of three panels; the reference is the second of the lower row
     without, reference = patient[:height // 2 - 20], patient[height // 2 + 20:-150, width // 3:2 * width // 3]
     assert grey(without) > 1000 and grey(reference) > 1000, "there is no brain"
-    assert coloured(reference) > 100 and coloured(without) < 20, "the tumour is in the reference's panel only"
+    assert coloured(reference) > 100 and coloured(without) < 20, "the tumour is in the panel of the reference only"
 
     bar = notebook.cell("federate").locator(".jupyter-widgets:has(.progress-bar-success)")
     wait_for(lambda: bar.count() and "2/2" in bar.first.inner_text(), seconds=30,
-             why="the progress bar isn't a live widget that came to its end")
+             why="the progress bar is not a widget that has reached its end")
     notebook.check_quiet()
 
 
@@ -60,27 +59,27 @@ def test_predictions_in_3d(visit: Callable[..., Visit], repository: Path, seen: 
     began = notebook.began("show")
     assert began is not None
     seen.time("06: the viewer's cell to its first picture", time.time() - began)
-    wait_for(notebook.finished, seconds=PATIENCE, why="the notebook isn't through")
+    wait_for(notebook.finished, seconds=PATIENCE, why="the notebook has not finished")
     seen.time("06: Run All to the end", time.monotonic() - notebook.started)
 
     cell = notebook.cell("show")
     choose(cell, "arm", "reference")
-    wait_for(lambda: coloured(shot(notebook)) > 100, seconds=120, why="the tumour's colours aren't there")
+    wait_for(lambda: coloured(shot(notebook)) > 100, seconds=120, why="the colours of the tumour are missing")
     reference = keep(seen, notebook, "06-reference")
     drag(notebook, cell, "opacity", 0.0)
-    wait_for(lambda: coloured(shot(notebook)) < 20, seconds=120, why="the tumour doesn't go with its opacity")
+    wait_for(lambda: coloured(shot(notebook)) < 20, seconds=120, why="the tumour stays at opacity 0")
     bare = keep(seen, notebook, "06-without-overlay")
-    assert grey(bare) > 1000 and differing(reference, bare) > 100, "only the tumour went"
+    assert grey(bare) > 1000 and differing(reference, bare) > 100, "only the tumour disappears"
     drag(notebook, cell, "opacity", 1.0)
-    wait_for(lambda: coloured(shot(notebook)) > 100, seconds=120, why="the tumour doesn't come back")
+    wait_for(lambda: coloured(shot(notebook)) > 100, seconds=120, why="the tumour does not reappear")
 
     full = settled(notebook)
     drag(notebook, cell, "axial", 0.15)
-    wait_for(lambda: differing(full, shot(notebook)) > 500, seconds=120, why="another slice, and the same picture")
+    wait_for(lambda: differing(full, shot(notebook)) > 500, seconds=120, why="another slice gives the same picture")
     keep(seen, notebook, "06-other-slice")
     before = settled(notebook)
     choose(cell, "arm", "federated")
-    wait_for(lambda: differing(before, shot(notebook)) > 100, seconds=120, why="another arm, and the same overlay")
+    wait_for(lambda: differing(before, shot(notebook)) > 100, seconds=120, why="another arm gives the same overlay")
     keep(seen, notebook, "06-federated")
     seen.keep("06-controls", cell.screenshot())
     notebook.check_quiet()
@@ -91,11 +90,11 @@ def test_dashboard(visit: Callable[..., Visit], seen: Seen) -> None:
     python = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     notebook = visit(new_notebook(cells=cells, metadata=python))
     notebook.run_all()
-    wait_for(notebook.finished, seconds=PATIENCE, why="the dashboard doesn't come")
+    wait_for(notebook.finished, seconds=PATIENCE, why="the dashboard is not displayed")
     cell = notebook.cell("dashboard")
 
     def state(word: str) -> int | None:
-        """Rounds finished where the dashboard says it is in that state, else None."""
+        """Rounds finished if the dashboard is in this state, else None."""
         found = re.search(rf"● {word} — (\d+) of 500 rounds", cell.inner_text())
         return int(found[1]) if found else None
 
@@ -103,64 +102,64 @@ def test_dashboard(visit: Callable[..., Visit], seen: Seen) -> None:
         cell.locator("button").filter(has_text=button).click()
 
     def sent() -> list[str]:
-        """The megabytes that each site has sent, from the table."""
+        """Megabytes sent per site, from the table."""
         rows = cell.locator("table tr").all()
         return [row.locator("td").nth(6).inner_text() for row in rows[1:]]
 
-    wait_for(lambda: state("ready") == 0, seconds=30, why="the dashboard isn't drawn")
+    wait_for(lambda: state("ready") == 0, seconds=30, why="the dashboard is not drawn")
     press("Start")
-    wait_for(lambda: (state("running") or 0) >= 2, seconds=PATIENCE, why="the rounds don't go on by themselves")
+    wait_for(lambda: (state("running") or 0) >= 2, seconds=PATIENCE, why="the rounds do not continue")
     press("Pause")
-    wait_for(lambda: state("paused") is not None, seconds=120, why="it doesn't pause")
+    wait_for(lambda: state("paused") is not None, seconds=120, why="it does not pause")
     paused, bytes_then = state("paused"), sent()
     assert paused is not None and len(bytes_then) == 2
     time.sleep(2)
-    assert state("paused") == paused, "a paused run goes on"
+    assert state("paused") == paused, "a paused run continues"
     press("Step")
-    wait_for(lambda: state("paused") == paused + 1, seconds=120, why="a step isn't one round")
-    assert all(float(now) > float(then) for now, then in zip(sent(), bytes_then, strict=True)), "no number moved"
-    assert cell.locator("svg").count() >= 5, "the curves are there"
+    wait_for(lambda: state("paused") == paused + 1, seconds=120, why="a step is not one round")
+    assert all(float(now) > float(then) for now, then in zip(sent(), bytes_then, strict=True)), "no number has changed"
+    assert cell.locator("svg").count() >= 5, "curves are missing"
     seen.keep("dashboard-paused", cell.screenshot())
     press("Go on")
-    wait_for(lambda: (state("running") or 0) > paused + 1, seconds=120, why="it doesn't go on")
+    wait_for(lambda: (state("running") or 0) > paused + 1, seconds=120, why="it does not continue")
     press("Stop")
-    wait_for(lambda: state("stopped") is not None, seconds=120, why="it doesn't stop")
-    assert cell.locator("button").filter(has_text="Go on").is_disabled(), "a stopped run can't be gone on with"
+    wait_for(lambda: state("stopped") is not None, seconds=120, why="it does not stop")
+    assert cell.locator("button").filter(has_text="Go on").is_disabled(), "a stopped run can be continued"
     notebook.no_errors_in_cells()
     notebook.check_quiet()
 
 
 def shot(notebook: Visit) -> Pixels:
-    """The viewer's canvas as it is on screen."""
+    """The viewer's canvas as displayed."""
     return pixels(notebook.cell("show").locator("canvas").first.screenshot())
 
 
 def settled(notebook: Visit) -> Pixels:
-    """The canvas once it no longer changes by itself."""
+    """The canvas once it no longer changes."""
     shots = [shot(notebook)]
 
     def still() -> bool:
         shots.append(shot(notebook))
         return differing(shots[-1], shots[-2]) == 0
 
-    wait_for(still, seconds=120, why="the picture never rests")
+    wait_for(still, seconds=120, why="the picture keeps changing")
     return shots[-1]
 
 
 def keep(seen: Seen, notebook: Visit, name: str) -> Pixels:
-    """Keeps a screenshot of the canvas, once it rests, and returns it."""
+    """Keeps a screenshot of the settled canvas, and returns it."""
     picture = settled(notebook)
     seen.keep(name, notebook.cell("show").locator("canvas").first.screenshot())
     return picture
 
 
 def choose(cell: Any, control: str, option: str) -> None:
-    """Picks from a drop-down list of that description."""
+    """Selects an option of the drop-down list with this description."""
     cell.locator(".widget-dropdown").filter(has_text=control).locator("select").first.select_option(label=option)
 
 
 def drag(notebook: Visit, cell: Any, control: str, share: float) -> None:
-    """Drags the handle of a slider of that description to a share of its length, with the mouse."""
+    """Drags the handle of the slider with this description to a share of its length, with the mouse."""
     slider = cell.locator(".widget-slider").filter(has_text=control).first
     slider.scroll_into_view_if_needed()
     track, handle = slider.locator(".noUi-base").bounding_box(), slider.locator(".noUi-handle").bounding_box()

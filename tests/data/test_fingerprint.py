@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from fedlab.core.errors import DataError
 from fedlab.core.types import Patient, Site
-from fedlab.data.phantom.cohort import make_cohort
+from fedlab.data.phantom.generator import make_cohort
 from fedlab.data.sites.fingerprint import (
     LENGTH,
     THRESHOLD,

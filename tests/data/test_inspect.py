@@ -166,7 +166,7 @@ def test_every_kind_of_dirt_is_a_finding_of_its_patient_and_stops_nothing(tmp_pa
     if severity == "error":
         with pytest.raises(DataError, match=rf"\[{code}\]"):
             read_cohort(folder, progress=False)
-        with pytest.warns(UserWarning, match="going on without 1 patients"):
+        with pytest.warns(UserWarning, match="continuing without 1 patients"):
             assert read_cohort(folder, progress=False, broken="skip").ids == ("good 1",)
     elif code == "no-label":
         assert read_cohort(folder, progress=False).ids == ("bad one é", "good 1")
@@ -287,7 +287,7 @@ def test_names_that_steer_a_terminal_are_printed_harmlessly(tmp_path):
 
 
 def test_findings_carry_known_codes():
-    with pytest.raises(ValueError, match="a finding's code is one of"):
+    with pytest.raises(ValueError, match="a finding's code must be one of"):
         Finding(patient="P1", code="mine", message="")
     assert {code for code, _, _ in DIRT.values()} <= set(CODES)
 
@@ -330,9 +330,9 @@ def test_the_command_prints_json_and_nothing_else(tmp_path, clean, capsys, monke
 
 
 def test_the_command_says_what_it_cannot_do(tmp_path, clean, capsys):
-    for arguments, reason in [((tmp_path / "none",), "is not a folder"), ((tmp_path,), "holds no patient folder"),
-                              ((clean, "--layout", "mine"), "layout is one of"),
-                              ((clean, "--label-convention", "mine"), "label_convention is one of")]:
+    for arguments, reason in [((tmp_path / "none",), "is not a folder"), ((tmp_path,), "contains no patient folder"),
+                              ((clean, "--layout", "mine"), "layout must be one of"),
+                              ((clean, "--label-convention", "mine"), "label_convention must be one of")]:
         status, out, err = run(capsys, *arguments, "--json")
         assert status == 1 and out == "" and reason in err
     with pytest.raises(SystemExit) as end:

@@ -14,7 +14,7 @@ from fedlab.apps.cli import main
 from fedlab.apps.comparison_data import Folder
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions
-from fedlab.data.phantom.cohort import write_brats
+from fedlab.data.phantom.generator import write_brats
 from fedlab.data.readers.brats import find_patients, read_cohort, read_patient, read_sites, to_native
 from fedlab.data.readers.conventions import CONVENTIONS, count_values, detect_convention, to_internal
 from fedlab.data.readers.layouts import LAYOUTS, list_patients
@@ -129,7 +129,7 @@ def test_damaged_dataset_json(tmp_path):
             find_patients(tmp_path)
 
     refused("no T1c among", modality={"0": "FLAIR", "1": "T1w", "2": "T2w"})
-    refused("two volumes are called T1", modality={"0": "T1", "1": "T1w", "2": "T2w"})
+    refused("two volumes are named T1", modality={"0": "T1", "1": "T1w", "2": "T2w"})
     refused("expected 'modality' such as", modality=["FLAIR"])
     refused("holds 4 volumes; expected 5|no known|among the modalities|channels",
             modality={**told["modality"], "9": "t1gd"} | {"2": "DWI"})
@@ -138,8 +138,8 @@ def test_damaged_dataset_json(tmp_path):
     refused(r"\[outside\]", training=[{"image": "../../secret/BRATS_001.nii.gz"}])
     refused("another patient's id", training=[{"image": "imagesTr/BRATS_001.nii.gz", "label": "labelsTr/B.nii.gz"}])
     refused("lists it twice", training=told["training"] * 2)
-    refused("isn't there", training=[*told["training"], {"image": "imagesTr/none.nii.gz"}])
-    refused("isn't understood", labels={"0": "background", "1": "lesion"})
+    refused("which is missing", training=[*told["training"], {"image": "imagesTr/none.nii.gz"}])
+    refused("is not recognised", labels={"0": "background", "1": "lesion"})
     for text in ("{", "[" * 100_000, "\xff", "3"):
         path.write_text(text, encoding="latin-1")
         with pytest.raises(DataError, match=r"dataset\.json"):
@@ -156,23 +156,23 @@ def test_a_4_d_file_with_too_few_volumes(tmp_path):
 
 def test_a_folder_in_a_folder_and_folders_side_by_side(tmp_path):
     write_layout(tmp_path / "zip" / "inner", "brats2021", [ball()])
-    assert "only sub-folder inner" in list_patients(tmp_path / "zip").reason
+    assert "only subfolder inner" in list_patients(tmp_path / "zip").reason
     write_layout(tmp_path / "other", "brats2023", [ball()])
-    with pytest.raises(DataError, match=r"name one of the folders in it that do: other, zip/inner"):
+    with pytest.raises(DataError, match=r"give one of its subfolders that do: other, zip/inner"):
         list_patients(tmp_path)
-    with pytest.raises(DataError, match="it is one patient's folder; name the one above"):
+    with pytest.raises(DataError, match="it is one patient's folder; give the folder above it"):
         list_patients(tmp_path / "other" / "P1")
 
 
 def test_what_is_no_layout_is_said(tmp_path):
     save(ball().label, ball().affine, tmp_path / "a" / "P1" / "scan.nii.gz")
-    with pytest.raises(DataError, match=r"follow no layout: scan\.nii\.gz.* write a table of paths"):
+    with pytest.raises(DataError, match=r"match no layout: scan\.nii\.gz.* write a table of paths"):
         list_patients(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"layout is one of 'brats2018', .* got 'mine'"):
+    with pytest.raises(ValueError, match=r"layout must be one of 'brats2018', .* got 'mine'"):
         list_patients(tmp_path / "a", layout="mine")
     write_layout(tmp_path / "b", "brats2021", [ball("P1")])
     write_layout(tmp_path / "b", "brats2023", [ball("P2")])
-    with pytest.raises(DataError, match=r"as many patients .* say layout="):
+    with pytest.raises(DataError, match=r"as many patients .* pass layout="):
         list_patients(tmp_path / "b")
     assert list_patients(tmp_path / "b", layout="brats2023").layout == "brats2023"
 
@@ -182,7 +182,7 @@ def test_a_stray_patient_of_another_layout_is_a_finding(tmp_path):
     write_layout(tmp_path, "brats2023", [ball("P3")])
     with pytest.raises(DataError, match=r"P3: P3-seg\.nii\.gz is named as in BraTS 2023.*\[other-layout\]"):
         find_patients(tmp_path)
-    with pytest.warns(UserWarning, match="going on without 1 patients"):
+    with pytest.warns(UserWarning, match="continuing without 1 patients"):
         assert list(find_patients(tmp_path, broken="skip")) == ["P1", "P2"]
 
 
@@ -205,14 +205,15 @@ def test_tables_of_paths_with_problems(tmp_path):
 
     head, *rows = good.splitlines()
     refused("\n".join([head, *rows, rows[0]]), r"P1: line 4 of paths\.csv is a second row .*\[two-folders\]")
-    refused("\n".join([head, rows[0].replace("t1 of 0", "none")]), r"T1: scans/none\.nii\.gz is no file, .*\[no-file\]")
+    refused("\n".join([head, rows[0].replace("t1 of 0", "none")]),
+            r"T1: scans/none\.nii\.gz is not a file, .*\[no-file\]")
     refused("\n".join([head, rows[0].replace("t1 of 0", "flair of 0")]), r"FLAIR and T1 are one file.*\[two-files\]")
     refused("\n".join([head, rows[0].replace("P1", "../P1")]), r"without / or .*\[unusable\]")
     refused("\n".join([head, "P1,a,,c,d,,"]), r"gives no path for T1 \[missing-modality\]")
     refused(head.replace("t1c", "dwi") + "\n" + rows[0], "no column T1c")
-    refused(head, "no row below its heading")
-    refused("", "names no column")
-    refused(head + ",flair\n", "two columns are called flair")
+    refused(head, "no row below its header")
+    refused("", "contains no column name")
+    refused(head + ",flair\n", "two columns are named flair")
     refused(head + "\n" + rows[0] + ",more\n", "more cells")
     refused('"' + good, "cannot be read as a CSV")
     table.write_text(good)
@@ -288,10 +289,10 @@ def test_conventions_that_can_be_told(values, layout, expected):
     ([(1, 2, 4)], "brats2023", ("brats2021", "brats2024")), ([(1, 2, 3)], "msd", ("brats2023", "msd")),
 ])
 def test_an_ambiguous_convention_is_an_error_that_names_the_option(values, layout, named):
-    with pytest.raises(DataError, match=r"say label_convention=.* \(--label-convention on") as caught:
+    with pytest.raises(DataError, match=r"pass label_convention=.* \(--label-convention on") as caught:
         detect(values, layout)
     assert caught.value.code == "label-convention"
-    assert all(repr(name) in str(caught.value).rsplit("say ", 1)[1] for name in named)
+    assert all(repr(name) in str(caught.value).rsplit("pass ", 1)[1] for name in named)
 
 
 @pytest.mark.parametrize(("labels", "expected"), [

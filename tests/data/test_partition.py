@@ -199,7 +199,7 @@ def test_apply_fills_the_sites() -> None:
         partition.apply(patients[:5])
     with pytest.raises(DataError, match="are at no site: other"):
         partition.apply([*patients, blob_patient("other", seed=0)])
-    with pytest.raises(DataError, match="p000 is there twice"):
+    with pytest.raises(DataError, match="p000 is given twice"):
         partition.apply([*patients, patients[0]])
 
 
@@ -217,7 +217,7 @@ def test_a_saved_partition_comes_back_and_a_changed_one_is_refused(tmp_path: Pat
         Partition.load(tmp_path / "changed.json")
     for text in ("", "[]", "{}", '{"format": "fedlab-partition-1", "sites": 3}', '{"format": 1}'):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(DataError, match="holds no partition"):
+        with pytest.raises(DataError, match="contains no partition"):
             Partition.load(tmp_path / "bad.json")
 
 
@@ -238,11 +238,11 @@ def test_it_shows_itself() -> None:
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: by_dirichlet_size(ids(5), sites=3, alpha=1.0), "need 6, got 5"),
     (lambda: by_dirichlet_size(ids(5), sites=0, alpha=1.0), "0 sites"),
-    (lambda: by_dirichlet_size(ids(9), sites=3, alpha=0.0), "alpha lies between"),
-    (lambda: by_quantity(ids(9), sites=3, skew=-1.0), "skew lies between"),
+    (lambda: by_dirichlet_size(ids(9), sites=3, alpha=0.0), "alpha must be between"),
+    (lambda: by_quantity(ids(9), sites=3, skew=-1.0), "skew must be between"),
     (lambda: by_dirichlet_type(dict.fromkeys(ids(3), "x"), sites=2, alpha=1.0), "need 4, got 3"),
-    (lambda: by_scanner(dict.fromkeys(ids(3), "x"), skew=2.0), "skew is a share"),
-    (lambda: by_quantity(["a", "a", "b", "c"], sites=2, skew=1.0), "a would be dealt twice"),
+    (lambda: by_scanner(dict.fromkeys(ids(3), "x"), skew=2.0), "skew must be a share"),
+    (lambda: by_quantity(["a", "a", "b", "c"], sites=2, skew=1.0), "a would be assigned twice"),
     (lambda: by_quantity(ids(4), sites=2, skew=1.0, same=[frozenset({"p000", "p001"}), frozenset({"p001", "p002"})]),
      "in two groups"),
 ])

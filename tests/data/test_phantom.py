@@ -21,16 +21,6 @@ from fedlab.core.errors import DataError
 from fedlab.core.types import Site
 from fedlab.data.cache import path_of
 from fedlab.data.phantom.anatomy import Grid, draw_warp, jacobian, smooth_fields
-from fedlab.data.phantom.cohort import (
-    FETS_SIZES,
-    RawPatient,
-    SiteProfile,
-    cohort_sizes,
-    generate_patient,
-    make_cohort,
-    site_profiles,
-    write_brats,
-)
 from fedlab.data.phantom.contrast import (
     TISSUES,
     GradientEcho,
@@ -40,6 +30,16 @@ from fedlab.data.phantom.contrast import (
     SpinEcho,
     draw_tissues,
     enhance,
+)
+from fedlab.data.phantom.generator import (
+    FETS_SIZES,
+    RawPatient,
+    SiteProfile,
+    generate_patient,
+    make_cohort,
+    site_profiles,
+    site_sizes,
+    write_brats,
 )
 from fedlab.data.phantom.tumour import Growth, Population, draw_growth, grow, mass_effect
 
@@ -293,15 +293,15 @@ def test_images_are_normalised_over_the_brain(default_cohort: list[Site]):
 
 
 def test_sizes_follow_the_real_profile():
-    sizes = cohort_sizes(13, 285)
+    sizes = site_sizes(13, 285)
     assert sum(sizes) == 285 and len(sizes) == 13
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 10 * sizes[-1] and min(sizes) >= 2
-    assert cohort_sizes(17, sum(FETS_SIZES))[0] == pytest.approx(129, rel=0.12)
-    assert sum(cohort_sizes(40, 500)) == 500
-    assert cohort_sizes(3, 6) == [2, 2, 2]
+    assert site_sizes(17, sum(FETS_SIZES))[0] == pytest.approx(129, rel=0.12)
+    assert sum(site_sizes(40, 500)) == 500
+    assert site_sizes(3, 6) == [2, 2, 2]
     with pytest.raises(ValueError, match="need 26 patients"):
-        cohort_sizes(13, 20)
+        site_sizes(13, 20)
 
 
 def test_held_out_counts_and_fractions(cache: Path):
@@ -317,7 +317,7 @@ def test_held_out_counts_and_fractions(cache: Path):
         make_cohort(sizes=[2, 3], held_out=2, cache=cache, **COARSE)
     with pytest.raises(ValueError, match="fraction below 1"):
         make_cohort(sizes=[2], held_out=1.5, cache=cache, **COARSE)
-    with pytest.raises(ValueError, match="one profile for each site"):
+    with pytest.raises(ValueError, match="one profile per site"):
         make_cohort(sizes=[2, 2], profiles=site_profiles(3), cache=cache, **COARSE)
     with pytest.raises(ValueError, match="cut the brain off"):
         make_cohort(sizes=[2], cache=cache, shape=(32, 32, 32), spacing_mm=3.0, progress=False)

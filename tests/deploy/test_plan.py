@@ -260,7 +260,7 @@ HOSTILE = [
     {"make": "fedlab.run.checkpoint:os", "with": {}},
     {"make": "fedlab.run.checkpoint:shutil.rmtree", "with": {"path": "x"}}, {"name": "fedlab.run.checkpoint:shutil"},
     {"make": "fedlab.data.fetch:fetch", "with": {"name": "msd-brain", "out": "x"}},
-    {"make": "fedlab.data.phantom.cohort:write_brats", "with": {"out": "x"}},
+    {"make": "fedlab.data.phantom.generator:write_brats", "with": {"out": "x"}},
     {"make": "fedlab.apps.cli:main", "with": {}},
     {"make": "fedlab.training.networks:load_model", "with": {"path": "/etc/passwd"}},
     {"make": "fedlab.training.networks:save_model", "with": {}}, {"name": "fedlab.training.networks:save_model"},

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from fedlab.topologies.workflows import ring
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,6 @@ from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.run.federate import federate
 from fedlab.run.local import Local
 from fedlab.strategies import FedAvg
-from fedlab.topologies.workflows import ring
 from fedlab.view.run_figures import contributions_figure
 from trainers import trainer
 

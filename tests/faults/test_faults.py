@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fedlab.topologies.workflows import Buffered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +38,6 @@ from fedlab.run.federate import each_round, federate
 from fedlab.run.history import History
 from fedlab.run.local import Local
 from fedlab.strategies import FedAvg
-from fedlab.topologies.workflows import Buffered
 from fedlab.training.trainer import SiteTrainer
 from trainers import trainer
 

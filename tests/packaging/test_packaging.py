@@ -25,7 +25,7 @@ import fedlab
 #: What the person who asked for fedlab named.
 NAMED = {"jupyterlab", "ipywidgets", "torch", "monai", "nibabel", "itkwidgets", "opacus", "pytest", "nbval"}
 #: Extras that are in the conda environment.
-IN_CONDA = ("itk", "test")
+IN_CONDA = ("lab", "itk", "test")
 
 
 @pytest.fixture(scope="module")

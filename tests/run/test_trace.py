@@ -7,6 +7,7 @@ import hashlib
 import json
 
 import pytest
+from fedlab.topologies.workflows import Gossip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,6 @@ from fedlab.run.admission import Admission
 from fedlab.run.federate import federate
 from fedlab.run.local import Local
 from fedlab.run.trace import verify
-from fedlab.topologies.workflows import Gossip
 from trainers import trainer
 
 

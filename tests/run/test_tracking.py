@@ -74,7 +74,7 @@ def test_a_run_tells_several_trackers(tmp_path):
     (lambda folder: TensorBoardTracker(folder=folder / "events"), "torch.utils.tensorboard.writer")])
 def test_a_missing_tracker_names_the_command(tracker, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[tracking\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'fedlab-workbench\[tracking\]'"):
         tracker(tmp_path)(finished(0))
     assert not any(tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fedlab.topologies.workflows import Buffered, Tree
 from torch import nn
 
 from cohorts import TinyNet, blob_sites
@@ -33,7 +34,6 @@ from fedlab.strategies import (
     NormBound,
     TrimmedMean,
 )
-from fedlab.topologies.workflows import Buffered, Tree
 from fedlab.training.networks import segresnet
 from fedlab.training.trainer import DiceBCE, PolyDecay
 from trainers import batches, plain_sgd, trainer

@@ -10,6 +10,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from fedlab.topologies.workflows import Buffered, Gossip, Ring, Tree, ring, star
 
 from cohorts import blob_sites
 from fedlab import SecureAggregation
@@ -19,7 +20,6 @@ from fedlab.privacy import CentralGaussian, LocalGaussian
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
 from fedlab.strategies import FedAvg
-from fedlab.topologies.workflows import Buffered, Gossip, Ring, Tree, ring, star
 from trainers import trainer
 
 NAMES = ("a", "b", "c", "d")

@@ -1,4 +1,4 @@
-"""A run in the background gives the bits of the same run in front; its dashboard shows it and drives it."""
+"""A background run gives bit-equal weights to `federate`; its dashboard displays and controls it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from trainers import trainer
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    """A test that ends leaves no run under way and no thread of one."""
+    """A test leaves no run under way and no thread of a run."""
     yield
     if (left := BackgroundRun.under_way()) is not None:
         left.stop()
         wait_for(lambda: left.ended, seconds=20, why="the run does not stop")
-    wait_for(lambda: not of_runs(), seconds=5, why="a thread of a run is left")
+    wait_for(lambda: not of_runs(), seconds=5, why="a thread of a run remains")
 
 
 def of_runs() -> list[threading.Thread]:
@@ -55,7 +55,7 @@ def private() -> LocalGaussian:
 
 
 class Slow(Privacy):
-    """Holds a round up until it is let go."""
+    """Delays a round until `go` is set."""
 
     def __init__(self):
         self.go = threading.Event()
@@ -107,8 +107,8 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_to_equal_bits(tmp_path):
     with pytest.raises(RunError, match="make a new BackgroundRun"):
         first.start()
     second = BackgroundRun(trainer(), sites, rounds=4, checkpoint=str(tmp_path / "run"))
-    live = second.step().wait()
-    assert [record["round"] for record in live.records] == [0, 1, 2]  # what was saved is shown too
+    resumed = second.step().wait()
+    assert [record["round"] for record in resumed.records] == [0, 1, 2]  # saved rounds are shown too
     done = second.start().wait(300)
     assert bits(done) == bits(whole) and done.table()["loss"].tolist() == whole.table()["loss"].tolist()
 
@@ -119,7 +119,7 @@ def test_the_trainers_own_model_is_free_while_the_run_works():
     run = BackgroundRun(one, sites, rounds=2, privacy=slow).start()
     with torch.no_grad():
         for parameter in one.model.parameters():
-            parameter.fill_(7.0)  # what a user may do to it reaches nothing
+            parameter.fill_(7.0)  # has no effect on the run
     slow.go.set()
     assert bits(run.wait(300)) == bits(whole)
 
@@ -146,7 +146,7 @@ def test_making_it_again_is_the_same_run_and_another_is_refused():
     slow.go.set()
     history = again.wait(300)
     assert first.history is history and len(history.records) == 3
-    fresh = made()  # after the end it is a new run, from the first weights
+    fresh = made()  # after the end it is a new run, from the initial weights
     assert fresh.state == "ready" and bits(fresh.start().wait(300)) == bits(history)
 
 
@@ -176,7 +176,7 @@ def test_wait_says_what_it_cannot_do_and_an_interrupt_leaves_the_run():
     with pytest.raises(TimeoutError, match="still running"):
         run.wait(0.05)
     import _thread
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with "&"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in processes started with "&"
     try:
         threading.Timer(0.3, _thread.interrupt_main).start()
         with pytest.raises(KeyboardInterrupt):
@@ -213,9 +213,9 @@ def test_buttons_drive_the_run_and_say_when_they_can_be_pressed():
     assert "2 of 5 rounds" in box.children[1].value
     stop.click()
     wait_for(lambda: run.ended, seconds=20, why="stop has no effect")
-    wait_for(lambda: all(b.disabled for b in (start, pause, step, stop)), seconds=5, why="buttons are left enabled")
+    wait_for(lambda: all(b.disabled for b in (start, pause, step, stop)), seconds=5, why="buttons stay enabled")
     assert len(run.history.records) == 2
-    start.click()  # as from a page that has not been told yet
+    start.click()  # as from a page that is not up to date
     assert "the run is stopped" in note.value
 
 
@@ -231,8 +231,8 @@ def test_the_page_shows_every_site_and_what_the_guarantee_costs():
     assert "ε per site, budget 5" in page and "δ = 0.1, per site, any two updates of a site, rdp accountant" in page
     for found in re.finditer(r"ε = ", page):
         assert "δ = " in page[found.start():found.start() + 40]
-    assert "No site reports its loss." in page and "Under the guarantee losses" in page  # the loss stays at home
-    assert "a simulation holds" in page  # what was clipped is from the sites' own memory
+    assert "No site reports its loss." in page and "Under the guarantee losses" in page  # the loss stays at the site
+    assert "a simulation holds" in page  # the share clipped is read from the state of the sites
     assert {name for sites in run.diagnostics.values() for name in sites} == {"site-0", "site-1"}
     dice = history.table()[["Dice", "Dice, site-0", "Dice, site-1"]]
     assert dice.notna().all().all() and f"{dice['Dice, site-1'].iloc[-1]:.3g}" in page
@@ -298,10 +298,10 @@ def test_rounds_shorter_than_the_eye_are_not_all_drawn():
 
 def test_site_dice_every_so_many_rounds():
     sites = blob_sites()
-    look = SiteDice(sites=sites, every=2, patients=1)
+    dice = SiteDice(sites=sites, every=2, patients=1)
     model = trainer().model
-    assert look(model, 0) == {} and set(look(model, 1)) == {"Dice", "Dice, site-0", "Dice, site-1"}
-    assert "site-0, site-1" in repr(look)
+    assert dice(model, 0) == {} and set(dice(model, 1)) == {"Dice", "Dice, site-0", "Dice, site-1"}
+    assert "site-0, site-1" in repr(dice)
     with pytest.raises(ValueError, match="positive whole number"):
         SiteDice(sites=sites, every=0)
     with pytest.raises(ValueError, match="no Dice to measure"):

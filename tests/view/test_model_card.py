@@ -1,4 +1,4 @@
-"""The model card says what the run knows, and leaves open what only people know."""
+"""The model card states the facts of the run, and marks as open what only people know."""
 
 from __future__ import annotations
 

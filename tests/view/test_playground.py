@@ -1,4 +1,4 @@
-"""The attack really finds the patch where nothing hides it, and doesn't under noise; the knobs say what is so."""
+"""The attack finds the patch in an unprotected update, and not under noise; the sliders state the true settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runs import wait_for
 
 
 def smooth_patient(*, size: int = 12, seed: int = 0) -> Patient:
-    """A scan with structure: soft waves, other ones in each channel, and a brighter tumour."""
+    """A scan with structure: smooth waves, different in each channel, and a brighter tumour."""
     rng = torch.Generator().manual_seed(seed)
     axes = torch.meshgrid(*[torch.linspace(0, 1, size)] * 3, indexing="ij")
     image = torch.stack([sum(torch.sin(float(2 * math.pi * torch.rand((), generator=rng))
@@ -41,7 +41,7 @@ def patient() -> Patient:
 def playground(patient):
     made = PrivacyPlayground(patient=patient, model=patch_net(width=8), crop=12, steps=80, rounds=10, auto=False)
     yield made
-    wait_for(lambda: not attacks(), seconds=20, why="an attack is left at work")
+    wait_for(lambda: not attacks(), seconds=20, why="an attack still runs")
 
 
 def attacks() -> list[threading.Thread]:
@@ -67,7 +67,7 @@ def test_without_noise_the_patch_is_found_and_under_strong_noise_it_is_not(playg
     noisy = playground.set(clip=norm, noise_multiplier=1.0).reconstruct()
     truth = playground.patch
     assert bare.correlation(truth) > 0.4 and bare.distance < 0.1
-    assert clipped.correlation(truth) == pytest.approx(bare.correlation(truth), abs=0.02)  # only the length changes
+    assert clipped.correlation(truth) == pytest.approx(bare.correlation(truth), abs=0.02)  # only the norm changes
     assert abs(noisy.correlation(truth)) < 0.15 and noisy.distance > 0.5
     assert bare.steps == clipped.steps == noisy.steps == 80
     assert f"{noisy.correlation(truth):.2f}" in playground.html()
@@ -119,7 +119,7 @@ def test_what_is_sent_is_what_the_techniques_of_a_run_send(playground):
     noise = torch.cat([(a - b).flatten() for a, b in zip(
         Knobs(clip=norm / 2, noise_multiplier=0.5).protect(playground.update, delta=0.01, seed=0).delta.values(),
         clipped.delta.values(), strict=True)])
-    # Some 2800 draws: their deviation is within 5 % of σ but for one seed in ten thousand.
+    # About 2800 draws: for all but one seed in ten thousand their deviation is within 5 % of σ.
     assert float(noise.std()) == pytest.approx(0.5 * norm / 2, rel=0.06)
 
 
@@ -147,7 +147,7 @@ def test_epsilon_and_sigma_follow_each_other(playground):
     assert playground._epsilon.value == pytest.approx(playground.knobs.spent(delta=0.01, rounds=10).epsilon)
     far = Knobs(clip=1e6 * playground.update.norm(), noise_multiplier=1e4, fraction=0.001)
     playground.set(clip=far.clip, noise_multiplier=far.noise_multiplier, fraction=far.fraction)
-    assert playground.knobs == far  # beyond the sliders' first ends
+    assert playground.knobs == far  # beyond the initial range of the sliders
     with pytest.raises(ValueError, match="give one of them"):
         playground.set(epsilon=1.0, noise_multiplier=1.0)
 
@@ -159,7 +159,7 @@ def test_moving_a_knob_changes_what_is_shown_and_starts_an_attack_anew(patient):
     made._clip.value = made.update.norm() / 3
     assert made._facts_box.value != first and f"clipped to {made._clip.value:.3g}" in made._facts_box.value
     wait_for(lambda: not attacks(), seconds=30, why="the attack does not end")
-    assert list(made._found) == [made.knobs]  # the one that was overtaken left nothing
+    assert list(made._found) == [made.knobs]  # the cancelled attack left no result
     assert "correlation with the true patch" in made._picture_box.value
     assert made._picture_box.value.count("data:image/png") == 8
     made._fraction.value = 0.5

@@ -1,4 +1,4 @@
-"""What a run spent is drawn and written beside what it learned, and never without what it means."""
+"""Privacy spent is drawn and printed beside the accuracy, always with its definition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def spent(epsilon: float, unit: str = "site") -> Spent:
 
 
 def history(*, rounds: int = 4, units: tuple[str, ...] = ("site",), private: bool = True) -> History:
-    """Site b spends twice as much as site a and stays away in the last round."""
+    """Site b spends twice as much as site a and is absent in the last round."""
     made = History(rounds=rounds, privacy="LocalGaussian(clip=1.0)" if private else "Privacy()")
     for number in range(rounds):
         sites = ("a", "b") if number < rounds - 1 else ("a",)
@@ -36,7 +36,7 @@ def test_every_site_is_drawn_with_the_budget_and_what_the_epsilon_means():
     figure = privacy_curves(history(), budget=9.0)
     left, right = figure.axes
     drawn = lines(left)
-    assert drawn["b, most"] == [2.0, 4.0, 6.0, 6.0]  # what is spent stays spent
+    assert drawn["b, most"] == [2.0, 4.0, 6.0, 6.0]  # spending never decreases
     assert drawn["other sites"] == [1.0, 2.0, 3.0, 4.0] and drawn["budget 9"] == [9.0, 9.0]
     for words in ("δ = 0.001", "any two updates of a site", "rdp accountant"):
         assert words in left.get_xlabel() and words in figure.alt

@@ -18,7 +18,7 @@ from fedlab.view.run_figures import cross_site_heatmap
 
 
 class Page(HTMLParser):
-    """What a browser would see: the tags with their attributes, and the text."""
+    """The page as a browser reads it: the tags with their attributes, and the text."""
 
     VOID = frozenset({"meta", "img", "br", "link", "hr"})
 
@@ -81,7 +81,7 @@ def test_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
     assert style is not None and "url(" not in style[1] and "@import" not in style[1]
     policy = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
-    assert "https://doi.org/10.1000/x" in page.text  # an address may stand as text
+    assert "https://doi.org/10.1000/x" in page.text  # an address is allowed as text
 
 
 def test_the_page_is_well_formed_and_says_everything(tmp_path: Path) -> None:

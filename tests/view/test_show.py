@@ -1,4 +1,4 @@
-"""`fedlab.show`: what reaches the screen, beside it and the browser; and what can't be shown is refused in words."""
+"""`fedlab.show`: the picture, the controls and the data for the browser; invalid input is refused with a reason."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def panel_of(viewer: fl.view.Viewer) -> NiiVuePanel:
 
 
 def sent(layer: Any) -> nib.Nifti1Image:
-    """The volume as the browser gets it."""
+    """The volume as the browser receives it."""
     return nib.Nifti1Image.from_bytes(layer.data)
 
 
@@ -83,7 +83,7 @@ def test_cropped_to_the_head_where_it_lies(patient: fl.Patient) -> None:
     assert (grey[2:16, 2:19, 2:14] >= 10).all() and grey.max() == 255 and not grey[0].any()
 
 
-def test_looking_changes_nothing(patient: fl.Patient, guess: torch.Tensor) -> None:
+def test_viewing_changes_nothing(patient: fl.Patient, guess: torch.Tensor) -> None:
     before = patient.image.clone(), patient.label.clone(), guess.clone()
     viewer = fl.show(patient, {"a": guess}, overlay="errors WT", backend="niivue")
     viewer._repr_mimebundle_()
@@ -167,7 +167,7 @@ def test_3d_shows_tumour_inside_the_brain(patient: fl.Patient) -> None:
     whole, bare = solid(), solid(overlay="none")
     assert (np.ptp(bare, axis=2) < 1e-6).all(), "the brain alone is grey"
     assert (bare > 0).any() and (np.ptp(whole, axis=2) > 0.1).sum() > 50
-    assert np.abs(whole - solid(labels=(1, 4))).max() > 0.05, "without oedema the core is seen better"
+    assert np.abs(whole - solid(labels=(1, 4))).max() > 0.05, "without oedema the core is more visible"
 
 
 # The interactive backend
@@ -288,7 +288,7 @@ def test_kernel_keeps_no_copy_of_each_modality() -> None:
     assert grown < 1.5 * 64**3, f"{grown} bytes stay, more than one volume of bytes"
     panel.canvas.volumes[0].set_state({"chunk_img_0": {"chunk_index": 0, "total_chunks": 1, "data_type": "uint8",
                                                        "chunk": memoryview(bytes(64**3))}})
-    assert panel.canvas.volumes[0].img is None, "the browser's copy isn't kept either"
+    assert panel.canvas.volumes[0].img is None, "the browser's copy is not kept either"
 
 
 def test_close_frees_the_widgets(patient: fl.Patient) -> None:
@@ -313,14 +313,14 @@ def test_importing_fedlab_loads_no_viewer() -> None:
     assert said.stdout.strip() == "[]"
 
 
-# Backends that can't be had
+# Unavailable backends
 
 
 def test_a_missing_backend_says_the_command(patient: fl.Patient, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend is one of 'auto', 'niivue', 'itk', 'static'"):
         fl.show(patient, backend="vtk")  # type: ignore[arg-type]
     monkeypatch.setattr(show_module, "_installed", lambda *names: False)
-    with pytest.raises(fl.core.RunError, match=r"pip install -e \."):
+    with pytest.raises(fl.core.RunError, match=r"pip install 'fedlab-workbench\[lab\]'"):
         fl.show(patient, backend="niivue")
 
 
@@ -346,7 +346,7 @@ def test_itk_refuses_instead_of_hanging(patient: fl.Patient, monkeypatch: pytest
     with pytest.raises(fl.core.RunError, match="can't be reached"):
         fl.show(patient, backend="itk")
     monkeypatch.setattr(itk.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(fl.core.RunError, match=r"pip install -e '\.\[itk\]'"):
+    with pytest.raises(fl.core.RunError, match=r"pip install 'fedlab-workbench\[itk\]'"):
         fl.show(patient, backend="itk")
     assert "itkwidgets" not in sys.modules, "its import alone takes over the notebook's cells"
 
@@ -465,7 +465,7 @@ def test_choices_that_do_not_exist(patient: fl.Patient) -> None:
 
 
 def test_real_scan_at_full_resolution(real_scans: Path) -> None:
-    """A patient of 1 mm: the head alone goes to the browser, in bytes."""
+    """A patient at 1 mm: only the head is sent to the browser, as bytes."""
     patient = fl.read_cohort(real_scans / "brats2021_1mm", progress=False)[0]
     viewer = fl.show(patient, {"a": torch.roll(patient.label, 3, 0)}, backend="niivue")
     size = sum(len(volume.data) for volume in panel_of(viewer).canvas.volumes)

@@ -1,4 +1,4 @@
-"""Surfaces and exported labels, read back by other programs' libraries: nibabel, SimpleITK, and by hand."""
+"""Surfaces and exported labels, read back by nibabel, by SimpleITK and by hand."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OBLIQUE = np.array([[2.0, 0.0, 0.0, -30.0], [0.0, 1.5, 0.0, 12.0], [0.0, 0.0, 3.
 
 @pytest.fixture
 def patient() -> fl.Patient:
-    """A block of oedema around a core, off the middle, on voxels of three sizes."""
+    """A block of oedema around a core, off the centre, with anisotropic voxels."""
     return replace(blob_patient("p", seed=3, shape=(20, 18, 16)), affine=OBLIQUE)
 
 
 def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Corners (F, 3, 3) and normals of a binary STL file, by its published layout."""
+    """Corners (F, 3, 3) and normals of a binary STL file, by the published layout."""
     data = path.read_bytes()
     count = int.from_bytes(data[80:84], "little")
     assert len(data) == 84 + 50 * count
@@ -33,7 +33,7 @@ def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def signed_ml(corners: np.ndarray) -> float:
-    """Positive only where every face turns counter-clockwise as seen from outside."""
+    """Positive only if every face is counter-clockwise seen from outside."""
     return float(np.einsum("ij,ij->i", corners[:, 0], np.cross(corners[:, 1], corners[:, 2])).sum()) / 6000
 
 
@@ -47,7 +47,7 @@ def test_encloses_the_labels_where_they_lie(patient: fl.Patient, part: str, labe
     assert np.allclose(low, places.min(axis=0) - half, atol=1e-3)
     assert np.allclose(high, places.max(axis=0) + half, atol=1e-3)
     exact = inside.sum() * np.prod(patient.spacing_mm) / 1000
-    assert 0.75 * exact < mesh.volume_ml < exact, "marching cubes cut off the corners of voxels, and no more"
+    assert 0.75 * exact < mesh.volume_ml < exact, "marching cubes cut off the corners of voxels only"
 
 
 def test_closed_and_turned_outwards(patient: fl.Patient) -> None:
@@ -85,8 +85,8 @@ def test_stl_in_mm_ras(patient: fl.Patient, tmp_path: Path) -> None:
     assert signed_ml(corners) == pytest.approx(mesh.volume_ml)
     across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     assert np.allclose(normals, across / np.linalg.norm(across, axis=1, keepdims=True), atol=1e-5)
-    assert b"SPACE=RAS" in path.read_bytes()[:80], "3D Slicer would take it for LPS"
-    assert not path.read_bytes().startswith(b"solid"), "readers take a file that starts so for text"
+    assert b"SPACE=RAS" in path.read_bytes()[:80], "3D Slicer would read it as LPS"
+    assert not path.read_bytes().startswith(b"solid"), "readers take a file with this start for text"
 
 
 def test_ply_in_mm_ras(patient: fl.Patient, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_refuses_what_has_no_surface(patient: fl.Patient, tmp_path: Path) -> Non
 
 
 def test_labels_lie_where_the_scan_does(patient: fl.Patient, tmp_path: Path) -> None:
-    """By nibabel, which counts in RAS, and by SimpleITK, which counts in LPS, as 3D Slicer and ITK-SNAP read it."""
+    """Read by nibabel in RAS, and by SimpleITK in LPS, as 3D Slicer and ITK-SNAP do."""
     guess = torch.roll(patient.label, 2, 0)
     path = fl.view.export_labels(tmp_path / "pred.nii.gz", patient, fl.core.labels_to_regions(guess) * 0.9)
     seen = nib.load(path)

@@ -1,7 +1,8 @@
-"""Slices show the right side, the right slice and the right colours; curves show the numbers they are given."""
+"""Slices show the correct side, slice and colours; curves show the given numbers."""
 
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+import fedlab.view
 from fedlab.core.types import Patient, Round, ServerState, Site
 from fedlab.run.history import History
 from fedlab.view.colours import ARMS, LABEL_COLOURS, arm_colours, arm_label
@@ -27,7 +29,7 @@ SHAPE = (30, 36, 24)
 
 def patient(name: str = "p-1", *, labelled: bool = True, spacing: tuple[float, float, float] = (2.0, 2.0, 2.0),
             bright: tuple[int, int, int] = (22, 10, 18)) -> Patient:
-    """A brain that is dark but for a bright cube around `bright`: by default to the right, behind and above."""
+    """A dark brain with a bright cube around `bright`: by default right, posterior and superior."""
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij"))
     brain = torch.from_numpy((grid**2).sum(axis=0) < 0.8)
     x, y, z = bright
@@ -57,7 +59,7 @@ def panel(figure: Figure, number: int) -> np.ndarray:
 
 
 def centre(mask: np.ndarray) -> tuple[float, float]:
-    """Where a mask lies in a picture: 0 is the top or left edge, 1 the bottom or right one."""
+    """Centre of a mask in a picture: 0 is the top or left edge, 1 the bottom or right one."""
     rows, columns = np.nonzero(mask)
     return rows.mean() / mask.shape[0], columns.mean() / mask.shape[1]
 
@@ -208,7 +210,7 @@ def test_curves_draw_the_numbers_of_the_rounds_in_the_arms_colours() -> None:
     assert list(dice.lines[0].get_ydata()) == [0.1, 0.5, 0.75]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["federated", "local (2 models)"]
     assert "federated ends at 0.75" in figure.alt
-    assert len(curves({"federated": history([1.0])}).axes) == 1  # no Dice, no panel of it
+    assert len(curves({"federated": history([1.0])}).axes) == 1  # no panel without Dice
     with pytest.raises(ValueError, match="none of the histories"):
         curves({"federated": History(rounds=3)})
 
@@ -241,7 +243,7 @@ def scores() -> pd.DataFrame:
     rows = [("federated", "a", "p1", "WT", 0.8), ("federated", "a", "p2", "WT", 0.6),
             ("federated", "a", "p1", "ET", np.nan), ("federated", "a", "p2", "ET", 0.4),
             ("local_others", "a", "p1", "WT", 0.5), ("local_others", "a", "p1", "WT", 0.3),
-            ("local_others", "b", "p1", "WT", 0.1)]  # another patient of the same name, at another site
+            ("local_others", "b", "p1", "WT", 0.1)]  # another patient with the same id, at another site
     return pd.DataFrame(rows, columns=["arm", "site", "patient", "region", "dice"])
 
 
@@ -280,6 +282,15 @@ def test_figures_show_themselves_in_notebooks_and_leave_nothing_behind() -> None
     code = ("import sys, fedlab.view.slices, fedlab.view.run_figures, fedlab.view.report_page; "
             "sys.exit(bool({'matplotlib.pyplot', 'monai'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_modules_load_matplotlib_and_jupyter_only_inside_functions() -> None:
+    """Except the two whose classes derive from those of matplotlib and ipywidgets, which no other module loads."""
+    names = sorted({module.name for module in pkgutil.iter_modules(fedlab.view.__path__)} - {"picture", "niivue"})
+    code = (f"import sys, importlib; [importlib.import_module(f'fedlab.view.{{name}}') for name in {names!r}]; "
+            "print({'matplotlib', 'pandas', 'IPython', 'ipywidgets', 'ipyniivue', 'jinja2'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert len(names) > 15 and done.stdout == "set()\n"
 
 
 def test_same_input_same_picture() -> None:

@@ -1,4 +1,4 @@
-"""The drawing of a workflow shows what its object sends."""
+"""The drawing of a workflow shows the messages of its object."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_an_arrow_for_each_message_and_a_name_for_each_place(topology):
     shown = {a.get_text() for a in ax.texts} - {""}
     assert shown == set(NAMES) | {end for pair in sent for end in pair}
     places = [tuple(mark.get_offsets()[0]) for mark in ax.collections]
-    assert len(set(places)) == len(shown)  # nobody stands on another
+    assert len(set(places)) == len(shown)  # no two places coincide
     assert topology.messages(NAMES) == sent
 
 

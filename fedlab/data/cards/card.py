@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fedlab.core.errors import DataError
+from fedlab.core.extras import need
 from fedlab.data.cards.croissant import croissant
 from fedlab.data.cards.schema import FIELDS, MARK, is_open, problems, read_front_matter, split_sections
 
@@ -291,6 +292,7 @@ def _cell(value: Any) -> str:
 
 def _markdown_html(text: str) -> str:
     """Markdown as HTML in which nothing of the text runs, is loaded or leads out of http(s)."""
+    need("lab", "mistune", what="a data card in a notebook")
     import mistune
 
     class Plain(mistune.HTMLRenderer):

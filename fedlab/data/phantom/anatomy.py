@@ -1,6 +1,6 @@
 """Normal head anatomy: the MNI152 tissue maps, deformed smoothly and differently for every patient.
 
-The maps are the ICBM 2009a symmetric template (Fonov et al. 2011) that nilearn ships inside its package.
+The maps are the ICBM 2009a symmetric template (Fonov et al. 2011), which is part of the nilearn package.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
-__all__ = ["ATLAS_CHANNELS", "Grid", "Warp", "build_atlas", "centred", "draw_tissue", "draw_warp", "jacobian",
-           "read_at", "sample_atlas", "smooth_fields"]
+from fedlab.data.brain import bounding_box
 
-#: Middle of the template's brain [mm, MNI], put in the middle of every grid.
+__all__ = ["ATLAS_CHANNELS", "Grid", "Warp", "build_atlas", "centred", "coordinates", "draw_tissue", "draw_warp",
+           "jacobian", "sample", "sample_atlas", "smooth_fields"]
+
+#: Centre of the template's brain [mm, MNI], placed at the centre of every grid.
 CENTRE_MM = (0.0, -16.5, 5.5)
 #: Extent of the template's brain [mm].
 BRAIN_MM = (145.0, 182.0, 156.0)
-#: Channels of the atlas: tissue fractions, then weights of regions, then two distances scaled to [0, 1].
+#: Channels of the atlas: tissue fractions, weights of regions, two distances scaled to [0, 1], and residual detail.
 ATLAS_CHANNELS = ("white", "grey", "csf", "brain", "deep_grey", "ventricle", "depth", "near_ventricle", "detail")
 #: Depth below the brain's surface at which the channel "depth" reaches 1 [mm].
 DEPTH_MM = 50.0
@@ -49,15 +50,15 @@ class Grid:
 
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
-            raise ValueError(f"shape is three positive voxel counts, got {self.shape}")
+            raise ValueError(f"shape must be three positive voxel counts, got {self.shape}")
         if not 1.0 <= self.spacing_mm <= 8.0:
-            raise ValueError(f"spacing_mm lies between 1 and 8 mm, got {self.spacing_mm}")
+            raise ValueError(f"spacing_mm must be between 1 and 8 mm, got {self.spacing_mm}")
         extent = [n * self.spacing_mm for n in self.shape]
         if any(e < 0.86 * b for e, b in zip(extent, BRAIN_MM, strict=True)):
             need = [math.ceil(0.86 * b / self.spacing_mm) for b in BRAIN_MM]
             raise ValueError(
-                f"{self.shape} voxels of {self.spacing_mm:g} mm cover {'x'.join(f'{e:g}' for e in extent)} mm and cut "
-                f"the brain off; use at least {tuple(need)} voxels or a larger spacing_mm"
+                f"{self.shape} voxels of {self.spacing_mm:g} mm cover {'x'.join(f'{e:g}' for e in extent)} mm, which "
+                f"would cut the brain off; use at least {tuple(need)} voxels or a larger spacing_mm"
             )
 
     @property
@@ -69,10 +70,13 @@ class Grid:
 
     def coordinates(self, factor: int = 1) -> torch.Tensor:
         """Positions relative to `CENTRE_MM` [mm], shape (3, X, Y, Z); voxels `factor` times as large."""
-        h = self.spacing_mm * factor
-        counts = [max(2, math.ceil(n / factor)) for n in self.shape]
-        axes = [(torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * h for n in counts]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        return coordinates([max(2, math.ceil(n / factor)) for n in self.shape], self.spacing_mm * factor)
+
+
+def coordinates(shape: Sequence[int], spacing_mm: float) -> torch.Tensor:
+    """Positions of a grid's voxels relative to its centre [mm], shape (3, X, Y, Z)."""
+    axes = [(torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * spacing_mm for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 @lru_cache(maxsize=64)
@@ -92,7 +96,7 @@ def smooth_fields(
     """Smooth random fields with mean 0 and standard deviation about 1, shape (count, X, Y, Z).
 
     Args:
-        rng: where the randomness comes from.
+        rng: random numbers.
         count: number of independent fields.
         shape: voxels along X, Y, Z.
         spacing_mm: voxel edge [mm].
@@ -112,18 +116,19 @@ def build_atlas(*, spacing_mm: float) -> tuple[torch.Tensor, NDArray[np.float64]
     """The atlas, smoothed for voxels of `spacing_mm` and sampled on a grid 1.5 times finer.
 
     Returns:
-        uint8, shape (channels, X, Y, Z), 255 standing for 1, channels as in `ATLAS_CHANNELS`; and its
+        uint8, shape (channels, X, Y, Z), where 255 represents 1, channels as in `ATLAS_CHANNELS`; and its
         voxel index -> mm affine, shape (4, 4).
     """
     from nilearn import datasets
+    from scipy import ndimage
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images = [load(resolution=1) for load in (datasets.load_mni152_wm_template, datasets.load_mni152_gm_template,
                                                   datasets.load_mni152_template)]
     white, grey, t1 = (np.asarray(image.dataobj, dtype=np.float32) for image in images)
-    box = tuple(slice(at.min(), at.max() + 1) for at in np.nonzero(t1 > 0.05))
-    margin = 4  # the template ends inside the brain stem, so its own border will not do
+    box = bounding_box(t1 > 0.05)
+    margin = 4  # the template ends inside the brain stem, so its border must not be that of the atlas
     origin = images[0].affine[:3, 3] + [side.start - margin for side in box]
     white, grey, t1 = (np.pad(m[box], margin) for m in (white, grey, t1))
     brain = t1 > 0.05
@@ -133,11 +138,11 @@ def build_atlas(*, spacing_mm: float) -> tuple[torch.Tensor, NDArray[np.float64]
     maps = [white, grey, csf, brain.astype(np.float32), *_regions(grey, csf, brain, origin)]
     maps.append(_detail(t1, white, grey, csf, brain))
     step = spacing_mm / 1.5
-    # Blurred by a third of a voxel: enough against aliasing, since the fine grid is interpolated once more.
+    # A blur of a third of a voxel prevents aliasing, since the fine grid is interpolated once more.
     fine = torch.from_numpy(np.stack([ndimage.gaussian_filter(m, 0.3 * spacing_mm, truncate=3) for m in maps]))
     counts = [math.floor((n - 1) / step) + 1 for n in brain.shape]
-    at = [torch.arange(n) * (2 * step / (size - 1)) - 1 for n, size in zip(counts, brain.shape, strict=True)]
-    where = torch.stack(torch.meshgrid(*at, indexing="ij")).flip(0).permute(1, 2, 3, 0)[None]
+    axes = [torch.arange(n) * (2 * step / (size - 1)) - 1 for n, size in zip(counts, brain.shape, strict=True)]
+    where = torch.stack(torch.meshgrid(*axes, indexing="ij")).flip(0).permute(1, 2, 3, 0)[None]
     out = torch.nn.functional.grid_sample(fine[None], where, align_corners=True)[0]
     affine = np.diag([step, step, step, 1.0])
     affine[:3, 3] = origin
@@ -148,6 +153,8 @@ def _regions(
     grey: NDArray[np.float32], csf: NDArray[np.float32], brain: NDArray[np.bool_], origin: NDArray[np.float64]
 ) -> list[NDArray[np.float32]]:
     """Deep grey nuclei, ventricles, depth below the surface and nearness to the ventricles, each in [0, 1]."""
+    from scipy import ndimage
+
     depth = _distance(brain)
     x, y, z = np.meshgrid(*[np.arange(n) + o for n, o in zip(brain.shape, origin, strict=True)], indexing="ij",
                           sparse=True)
@@ -163,7 +170,9 @@ def _regions(
 
 
 def _distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Distance to the nearest voxel outside the mask [mm]; measured at 2 mm, which is eight times as fast."""
+    """Distance to the nearest voxel outside the mask [mm], computed on a grid of 2 mm, which is eight times as fast."""
+    from scipy import ndimage
+
     distance = ndimage.distance_transform_edt(mask[::2, ::2, ::2]).astype(np.float32) * 2
     size = torch.Size(mask.shape)
     return torch.nn.functional.interpolate(torch.from_numpy(distance)[None, None], size=size, mode="trilinear",
@@ -174,7 +183,7 @@ def _detail(
     t1: NDArray[np.float32], white: NDArray[np.float32], grey: NDArray[np.float32], csf: NDArray[np.float32],
     brain: NDArray[np.bool_],
 ) -> NDArray[np.float32]:
-    """What of the T1 template the three tissues do not explain (nuclei, tracts, brain stem); 0.5 is nothing."""
+    """The part of the T1 template that the three tissues do not explain (nuclei, tracts, brain stem); 0.5 is none."""
     design = np.stack([m[brain] for m in (white, grey, csf)], axis=1).astype(np.float64)
     weights = np.linalg.lstsq(design[::17], t1[brain][::17].astype(np.float64), rcond=None)[0]
     out = np.full(t1.shape, 0.5, np.float32)
@@ -188,10 +197,10 @@ class Warp:
 
     Attributes:
         grid: the patient's grid.
-        flow: displacement [mm] on the grid of doubled voxels, shape (3, X/2, Y/2, Z/2).
-        linear: shape (3, 3), applied after the flow (rotation, scale, shear).
-        shift: translation in mm, shape (3,).
-        middle: where the patient's grid has its middle, in mm, shape (3,).
+        flow: displacement [mm] on the grid of voxels twice as large, shape (3, X/2, Y/2, Z/2).
+        linear: rotation and scale, shape (3, 3), applied after the flow.
+        shift: translation [mm], shape (3,).
+        middle: position of the centre of the patient's grid [mm], shape (3,).
     """
 
     grid: Grid
@@ -201,15 +210,15 @@ class Warp:
     middle: torch.Tensor
 
     def __call__(self, points: torch.Tensor) -> torch.Tensor:
-        """Positions in the template for positions in the patient; both (3, X, Y, Z) in mm from `CENTRE_MM`."""
+        """Positions in the template of positions in the patient; both (3, X, Y, Z) in mm from `CENTRE_MM`."""
         points = points + self.middle.view(3, 1, 1, 1)
-        moved = points + read_at(self.flow, points, self.grid.spacing_mm * 2)
+        moved = points + sample(self.flow, points, self.grid.spacing_mm * 2)
         turned: torch.Tensor = torch.tensordot(self.linear, moved, dims=1)
         return turned + self.shift.view(3, 1, 1, 1)
 
 
-def read_at(volume: torch.Tensor, points: torch.Tensor, spacing_mm: float) -> torch.Tensor:
-    """A volume (C, X, Y, Z) centred on the origin, read at points (3, ...) in mm; the edge goes on outside."""
+def sample(volume: torch.Tensor, points: torch.Tensor, spacing_mm: float) -> torch.Tensor:
+    """A volume (C, X, Y, Z) centred on the origin, interpolated at points (3, ...) in mm; outside, the border value."""
     half = torch.tensor([(n - 1) / 2 * spacing_mm for n in volume.shape[1:]]).view(3, 1, 1, 1)
     where = (points / half).flip(0).permute(1, 2, 3, 0)[None]
     return torch.nn.functional.grid_sample(volume[None], where, align_corners=True, padding_mode="border")[0]
@@ -219,7 +228,7 @@ def draw_warp(rng: np.random.Generator, grid: Grid, *, brain_scale: float = 0.92
     """A random head: an affine map and a flow of a stationary velocity field (Arsigny et al. 2006).
 
     Args:
-        rng: where the randomness comes from.
+        rng: random numbers.
         grid: the patient's grid.
         brain_scale: mean size of a brain along an axis, relative to the (large) template.
     """
@@ -233,7 +242,7 @@ def draw_warp(rng: np.random.Generator, grid: Grid, *, brain_scale: float = 0.92
     flow = velocity / 32
     while True:
         for _ in range(5):  # scaling and squaring: five doublings undo the division by 32
-            flow = flow + read_at(flow, points + flow, h)
+            flow = flow + sample(flow, points + flow, h)
         if jacobian(points + flow, h).min() > 0.1:
             break
         velocity = velocity / 2
@@ -242,7 +251,7 @@ def draw_warp(rng: np.random.Generator, grid: Grid, *, brain_scale: float = 0.92
 
 
 def centred(warp: Warp, atlas: torch.Tensor, affine: NDArray[np.float64]) -> Warp:
-    """The same head in the middle of its grid, so that nothing of the brain is cut off."""
+    """The same head at the centre of its grid, so that no part of the brain is cut off."""
     points = warp.grid.coordinates(2)
     inside = points[:, sample_atlas(atlas, affine, warp(points), ("brain",))["brain"] > 0.02]
     return replace(warp, middle=(inside.min(1).values + inside.max(1).values) / 2)
@@ -260,7 +269,7 @@ def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def jacobian(positions: torch.Tensor, spacing_mm: float) -> torch.Tensor:
-    """Determinant of the Jacobian of a map given by its values (3, X, Y, Z) [mm]; positive where nothing folds."""
+    """Determinant of the Jacobian of a map given by its values (3, X, Y, Z) [mm]; positive where it does not fold."""
     gx, gy, gz = torch.gradient(positions, spacing=spacing_mm, dim=(1, 2, 3))
     determinant: torch.Tensor = (gx * torch.linalg.cross(gy, gz, dim=0)).sum(0)
     return determinant
@@ -269,7 +278,7 @@ def jacobian(positions: torch.Tensor, spacing_mm: float) -> torch.Tensor:
 def sample_atlas(
     atlas: torch.Tensor, affine: NDArray[np.float64], positions: torch.Tensor, channels: Sequence[str] = ATLAS_CHANNELS
 ) -> dict[str, torch.Tensor]:
-    """Maps of an atlas in float32 at positions (3, X, Y, Z) in mm from `CENTRE_MM`, by name."""
+    """Channels of an atlas in float32 at positions (3, X, Y, Z) in mm from `CENTRE_MM`, by name."""
     origin = torch.tensor([c - affine[i, 3] for i, c in enumerate(CENTRE_MM)], dtype=torch.float32)
     where = (positions.flatten(1) + origin.view(3, 1)) / float(affine[0, 0])
     which = [ATLAS_CHANNELS.index(name) for name in channels]
@@ -279,7 +288,7 @@ def sample_atlas(
 
 
 def _trilinear(volume: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """A volume (C, X, Y, Z) read at voxel positions (3, N), as (C, N); the edge goes on outside.
+    """A volume (C, X, Y, Z) interpolated at voxel positions (3, N), as (C, N); outside, the border value.
 
     For many channels stored together this is three times as fast as torch's `grid_sample` on a CPU.
     """
@@ -302,33 +311,33 @@ def draw_tissue(
     rng: np.random.Generator, maps: dict[str, torch.Tensor], positions: torch.Tensor, grid: Grid, *, rim: float,
     scalp: float, lesions: float,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A patient's normal tissue, with all that resembles a tumour in real scans and is none.
+    """A patient's normal tissue, including structures that resemble a tumour in real scans.
 
     Args:
-        rng: where the randomness comes from.
+        rng: random numbers.
         maps: the atlas at `positions`; `maps["ventricle"]` is widened in place.
         positions: in the template, shape (3, X, Y, Z) [mm].
         grid: the patient's grid.
-        rim: how much of the meninges the brain extraction leaves, in [0, 1].
-        scalp: how much of that is fat, in [0, 1].
-        lesions: how many white-matter lesions the site's patients have on average, in [0, 1].
+        rim: share of the meninges that brain extraction leaves, in [0, 1].
+        scalp: share of fat in what it leaves, in [0, 1].
+        lesions: mean amount of white-matter lesions in the site's patients, in [0, 1].
 
     Returns:
         Tissue -> fraction of each voxel, shape (X, Y, Z), summing to 1 in the brain; and the brain, bool.
     """
     shape, h = grid.shape, grid.spacing_mm
     fold = smooth_fields(rng, 3, shape, h, max(5.0, h))
-    # The template is a mean of many heads: its blurred cortex becomes definite again, differently in each patient.
+    # The template is a mean of many heads: its blurred cortex is sharpened, differently in each patient.
     sharp, atrophy = float(rng.uniform(1.5, 2.2)), float(np.clip(rng.normal(0.5, 0.6), -0.5, 2.0))
     logits = torch.stack([torch.log(maps[t] + 2e-3) for t in ("white", "grey", "csf")]) * sharp + 0.7 * fold
     logits[2] += atrophy
-    # Ventricles grow with age: all that lies within some millimetres of them becomes fluid.
+    # Ventricles grow with age: everything within some millimetres of them becomes fluid.
     widened = math.exp(-min(5.0, abs(float(rng.normal(0, 2.0)))) / NEAR_MM)
     maps["ventricle"] = torch.maximum(maps["ventricle"], torch.sigmoid(25 * (maps["near_ventricle"] - widened)))
     white, grey, csf = torch.softmax(logits, dim=0) * (1 - maps["ventricle"])
     csf = csf + maps["ventricle"]
     rough = smooth_fields(rng, 6, shape, h, 18.0)
-    # Brain extraction is never perfect: it leaves a little too much here and cuts into the cortex there.
+    # Brain extraction is imperfect: it leaves too much in some places and cuts into the cortex in others.
     cut = float(rng.uniform(0.0, 2.5)) + 1.2 * rough[0].clamp(-2, 2)
     brain = (maps["brain"] > 0.5) & (maps["depth"] * DEPTH_MM > cut)
     deep = grey * (maps["deep_grey"] / (maps["grey"] + 1e-3)).clamp(0, 1)
@@ -338,11 +347,11 @@ def draw_tissue(
     spots = smooth_fields(rng, 1, shape, h, max(9.0, h))[0]
     score = 2.5 * maps["near_ventricle"] + 0.9 * spots + 0.4 * rough[2] - 2.6 + 0.45 * load
     lesion = white * torch.sigmoid(5 * score)
-    # Some have an old scar as well: an infarct or gliosis, white and grey matter alike.
+    # Some patients have an old scar, an infarct or gliosis, in white and grey matter.
     scar = torch.sigmoid(6 * (rough[2] + 0.3 * spots - float(rng.uniform(2.7, 5.8))))
     lesion = lesion + (white - lesion) * scar
     scarred = grey * scar
-    # Two smooth fields vanish together along winding curves: vessels.
+    # Two smooth fields are both 0 along winding curves, which serve as vessels.
     tube = torch.exp(-(rough[3].square() + rough[4].square()) / (2 * float(rng.uniform(0.07, 0.15)) ** 2))
     shallow = (1 - maps["depth"] * 3).clamp(0, 1)
     blood = tube * (0.15 + 0.85 * torch.maximum(csf, 0.7 * shallow)) * float(rng.uniform(0.3, 0.9))

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats.qmc import LatinHypercube
 
 from fedlab.data.phantom.anatomy import smooth_fields
 
@@ -23,7 +22,7 @@ __all__ = ["TISSUES", "GradientEcho", "InversionRecovery", "Relaxation", "Scanne
 
 
 class Relaxation(NamedTuple):
-    """What a tissue brings to an image: proton density relative to water, T1 and T2 [ms]."""
+    """The properties of a tissue: proton density relative to water, T1 and T2 [ms]."""
 
     pd: float
     t1: float
@@ -34,11 +33,11 @@ class Relaxation(NamedTuple):
         return Relaxation(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
 
 
-#: Tissue -> relaxation at 1.5 T and at 3 T. White and grey matter and fluid: within what Wansapura et al. 1999,
+#: Tissue -> relaxation at 1.5 T and at 3 T. White and grey matter and fluid: in the range that Wansapura et al. 1999,
 #: Stanisz et al. 2005 and Rooney et al. 2007 measured. Methods disagree: white matter at 3 T has a T1 of 600 to
-#: 1100 ms in the literature (Asslaender 2024), which is one reason to vary all of it. Deep grey: iron shortens T2
+#: 1100 ms in the literature (Asslaender 2024), which is one reason to vary all values. Deep grey: iron shortens T2
 #: (Gelman et al. 1999). Blood: Stanisz et al. 2005, its T2 shortened by flow. Fat: de Bazelaire et al. 2004, its T2
-#: lengthened by trains of echoes. Oedema and tumour: of the size that Bottomley et al. 1987 and Oh et al. 2005 report.
+#: lengthened by echo trains. Oedema and tumour: of the magnitude that Bottomley et al. 1987 and Oh et al. 2005 report.
 #: Blood products: methaemoglobin (Bradley 1993).
 TISSUES: Mapping[str, tuple[Relaxation, Relaxation]] = {
     "white": (Relaxation(0.70, 660, 76), Relaxation(0.70, 900, 74)),
@@ -56,7 +55,7 @@ TISSUES: Mapping[str, tuple[Relaxation, Relaxation]] = {
     "cyst": (Relaxation(0.99, 2900, 850), Relaxation(0.99, 3200, 800)),
     "blood_products": (Relaxation(0.85, 480, 75), Relaxation(0.85, 560, 65)),
 }
-# How much T1 and T2 vary between patients, where it isn't 8 %. More of fluid's T1 and FLAIR would not suppress it.
+# Variation of T1 and T2 between patients where it is not 8 %. With a larger one, FLAIR would not suppress fluid.
 _SPREAD = {"csf": 0.02, "solid": 0.15, "enhancing": 0.15, "necrosis": 0.15, "cyst": 0.15, "oedema_fluid": 0.15}
 #: Relaxivities of a gadolinium chelate in plasma at 37 °C [1/(mM s)] at 1.5 T and 3 T: between those of gadobutrol
 #: and of weaker chelates (Rohrer et al. 2005; Szomolanyi et al. 2019).
@@ -123,8 +122,8 @@ class Scanner:
         slice_mm: slice thickness of FLAIR, T1, T1c and T2.
         slice_axis: 0 sagittal, 1 coronal, 2 axial, for FLAIR, T1, T1c and T2.
         dose: contrast agent relative to a single dose (0.1 mmol/kg).
-        rim: how much of the meninges the site's brain extraction leaves, in [0, 1].
-        scalp: how much of what it leaves is fat of scalp and orbits, in [0, 1].
+        rim: share of the meninges that the site's brain extraction leaves, in [0, 1].
+        scalp: share of fat of scalp and orbits in what it leaves, in [0, 1].
 
     Raises:
         ValueError: a value outside its range.
@@ -145,17 +144,17 @@ class Scanner:
 
     def __post_init__(self) -> None:
         if self.field_t not in (1.5, 3.0):
-            raise ValueError(f"field_t is 1.5 or 3.0 tesla, got {self.field_t}")
+            raise ValueError(f"field_t must be 1.5 or 3.0 tesla, got {self.field_t}")
         if not 0.0 <= self.noise <= 0.06:
-            raise ValueError(f"noise lies between 0 and 0.06 of the white-matter signal, got {self.noise}")
+            raise ValueError(f"noise must be between 0 and 0.06 of the white-matter signal, got {self.noise}")
         if not 0.0 <= self.bias <= 0.5 or not 0.0 < self.dose <= 3.0 or not (
                 0.0 <= self.rim <= 1.0 and 0.0 <= self.scalp <= 1.0):
-            raise ValueError("bias lies in [0, 0.5], dose in (0, 3], rim and scalp in [0, 1]; "
+            raise ValueError("bias must be in [0, 0.5], dose in (0, 3], rim and scalp in [0, 1]; "
                              f"got {self.bias}, {self.dose}, {self.rim}, {self.scalp}")
         if len(self.slice_mm) != 4 or not all(0.0 < s <= 10.0 for s in self.slice_mm):
-            raise ValueError(f"slice_mm is four thicknesses up to 10 mm, got {self.slice_mm}")
+            raise ValueError(f"slice_mm must be four thicknesses up to 10 mm, got {self.slice_mm}")
         if len(self.slice_axis) != 4 or not all(a in (0, 1, 2) for a in self.slice_axis):
-            raise ValueError(f"slice_axis is four of 0, 1, 2, got {self.slice_axis}")
+            raise ValueError(f"slice_axis must be four of 0, 1, 2, got {self.slice_axis}")
 
     @property
     def sequences(self) -> tuple[Sequence, Sequence, Sequence, Sequence]:
@@ -164,15 +163,17 @@ class Scanner:
 
 
 def draw_scanners(sites: int, rng: np.random.Generator) -> list[Scanner]:
-    """Plausible scanners, one a site: fields, protocols and coils as they vary between hospitals.
+    """Plausible scanners, one per site: fields, protocols and coils as they vary between hospitals.
 
-    Each setting's range is divided evenly among the sites (a Latin hypercube), so that even a few sites differ from
-    each other in all of them.
+    The range of each setting is divided evenly among the sites (a Latin hypercube), so that even a few sites differ in
+    every setting.
 
     Args:
-        sites: how many.
-        rng: where the randomness comes from.
+        sites: number of sites.
+        rng: random numbers.
     """
+    from scipy.stats.qmc import LatinHypercube
+
     return [_scanner(*map(float, share)) for share in LatinHypercube(d=24, rng=rng).random(sites)]
 
 
@@ -182,61 +183,64 @@ def _scanner(
     flair_mm: float, t1_mm: float, t2_mm: float, bias: float, noise: float, dose: float, rim: float,
     scalp: float,
 ) -> Scanner:
-    """A scanner from where each setting lies in its range, 0 to 1."""
-    repeat = _at(tr, 7000, 11000)
-    null = 4200 * math.log(2 / (1 + math.exp(-repeat / 4200)))  # the inversion time at which fluid vanishes
+    """A scanner from the position of each setting in its range, 0 to 1."""
+    repeat = _pick(tr, 7000, 11000)
+    null = 4200 * math.log(2 / (1 + math.exp(-repeat / 4200)))  # the inversion time that suppresses fluid
     t1: Sequence
     if kind < 1 / 3:
-        t1 = SpinEcho(tr_ms=_at(t1_tr, 400, 780), te_ms=_at(t1_te, 8, 18))
+        t1 = SpinEcho(tr_ms=_pick(t1_tr, 400, 780), te_ms=_pick(t1_te, 8, 18))
     elif kind < 2 / 3:
-        t1 = GradientEcho(tr_ms=_at(t1_tr, 8, 30), te_ms=_at(t1_te, 2, 5), flip_deg=_at(t1_more, 14, 32))
+        t1 = GradientEcho(tr_ms=_pick(t1_tr, 8, 30), te_ms=_pick(t1_te, 2, 5), flip_deg=_pick(t1_more, 14, 32))
     else:
-        t1 = InversionRecovery(tr_ms=_at(t1_tr, 1900, 2500), te_ms=_at(t1_te, 3, 10), ti_ms=_at(t1_more, 780, 1080))
+        t1 = InversionRecovery(tr_ms=_pick(t1_tr, 1900, 2500), te_ms=_pick(t1_te, 3, 10),
+                               ti_ms=_pick(t1_more, 780, 1080))
     t1c: Sequence = t1
     if own < 0.4:
-        t1c = GradientEcho(tr_ms=_at(t1c_tr, 8, 25), te_ms=_at(t1c_te, 2, 4), flip_deg=_at(t1c_flip, 14, 32))
-    thick = _at(t1_mm, 2.5, 5.5)
-    t1c_thick = 1.0 if thin < 0.65 else thick  # a spin echo is rarely that thin without contrast agent
+        t1c = GradientEcho(tr_ms=_pick(t1c_tr, 8, 25), te_ms=_pick(t1c_te, 2, 4), flip_deg=_pick(t1c_flip, 14, 32))
+    thick = _pick(t1_mm, 2.5, 5.5)
+    t1c_thick = 1.0 if thin < 0.65 else thick  # without contrast agent a spin echo is rarely that thin
     return Scanner(
         field_t=1.5 if field < 0.45 else 3.0,
-        flair=InversionRecovery(tr_ms=repeat, te_ms=_at(te, 80, 150), ti_ms=round(null * _at(ti, 0.93, 1.03, 3), 1)),
-        t1=t1, t1c=t1c, t2=SpinEcho(tr_ms=_at(t2_tr, 3000, 6500), te_ms=_at(t2_te, 72, 125)),
-        bias=_at(bias, 0.03, 0.12, 3),
-        noise=round(math.exp(_at(noise, math.log(0.01), math.log(0.035), 4)), 4),
-        slice_mm=(_at(flair_mm, 2.5, 5.5), thick if kind < 1 / 3 else t1c_thick, t1c_thick, _at(t2_mm, 2.5, 5.5)),
+        flair=InversionRecovery(tr_ms=repeat, te_ms=_pick(te, 80, 150),
+                                ti_ms=round(null * _pick(ti, 0.93, 1.03, 3), 1)),
+        t1=t1, t1c=t1c, t2=SpinEcho(tr_ms=_pick(t2_tr, 3000, 6500), te_ms=_pick(t2_te, 72, 125)),
+        bias=_pick(bias, 0.03, 0.12, 3),
+        noise=round(math.exp(_pick(noise, math.log(0.01), math.log(0.035), 4)), 4),
+        slice_mm=(_pick(flair_mm, 2.5, 5.5), thick if kind < 1 / 3 else t1c_thick, t1c_thick, _pick(t2_mm, 2.5, 5.5)),
         slice_axis=(1 if turned > 0.9 else 2, 0 if turned < 0.25 else 2, 2, 2),
-        dose=_at(dose, 0.7, 1.4, 2),
-        rim=_at(rim, 0.1, 0.9, 2),
-        scalp=_at(scalp, 0.0, 1.0, 2),
+        dose=_pick(dose, 0.7, 1.4, 2),
+        rim=_pick(rim, 0.1, 0.9, 2),
+        scalp=_pick(scalp, 0.0, 1.0, 2),
     )
 
 
-def _at(share: float, low: float, high: float, digits: int = 1) -> float:
+def _pick(share: float, low: float, high: float, digits: int = 1) -> float:
+    """The value at a share of a range."""
     return round(low + share * (high - low), digits)
 
 
 def jitter(rng: np.random.Generator, sequence: Sequence, amount: float = 0.03) -> Sequence:
-    """The sequence as it was run for one patient: times and angle a few per cent off."""
+    """The sequence as run for one patient: times and angle deviate by a few per cent."""
     return replace(sequence, **{f.name: getattr(sequence, f.name) * math.exp(amount * rng.standard_normal())
                                 for f in fields(sequence)})
 
 
 def draw_tissues(rng: np.random.Generator, field_t: float) -> dict[str, Relaxation]:
-    """One patient's tissues at a field strength: proton density 2 %, T1 and T2 8 to 15 % (fluid 2 %) from the table.
+    """One patient's tissues at a field strength, varied around `TISSUES`: density 2 %, T1 and T2 8 to 15 % (fluid 2 %).
 
     "oedema" lies 0.6 to 0.85 of the way from white matter to free oedema fluid; "core" and "core_b" are two mixtures
     of solid non-enhancing tumour, necrosis, cyst and blood products; "lesion" is a white-matter hyperintensity.
     """
-    at = 0 if field_t == 1.5 else 1
+    column = 0 if field_t == 1.5 else 1
     out: dict[str, Relaxation] = {}
     for name, pair in TISSUES.items():
         wide = _SPREAD.get(name, 0.08)
-        pd, t1, t2 = pair[at]
+        pd, t1, t2 = pair[column]
         out[name] = Relaxation(min(1.0, pd * math.exp(0.02 * rng.standard_normal())),
                                t1 * math.exp(wide * rng.standard_normal()), t2 * math.exp(wide * rng.standard_normal()))
     out["oedema"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.6, 0.85)))
     out["lesion"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.3, 0.6)))
-    # Cellular tumour holds less free water than oedema: some of it hardly differs from grey matter but in shape.
+    # Cellular tumour contains less free water than oedema: some of it hardly differs in intensity from grey matter.
     out["solid"] = out["grey"].towards(out["solid"], float(rng.uniform(0.4, 1.0)))
     out["enhancing"] = out["grey"].towards(out["enhancing"], float(rng.uniform(0.0, 0.6)))
     kinds = ("solid", "necrosis", "cyst", "blood_products")
@@ -247,21 +251,21 @@ def draw_tissues(rng: np.random.Generator, field_t: float) -> dict[str, Relaxati
 
 
 def enhance(tissue: Relaxation, concentration_mm: float, field_t: float) -> Relaxation:
-    """The tissue with contrast agent: 1/T1 and 1/T2 grow by relaxivity times concentration [mM]."""
-    at = 0 if field_t == 1.5 else 1
-    return Relaxation(tissue.pd, 1 / (1 / tissue.t1 + R1[at] * concentration_mm / 1000),
-                      1 / (1 / tissue.t2 + R2[at] * concentration_mm / 1000))
+    """The tissue with contrast agent: 1/T1 and 1/T2 increase by relaxivity times concentration [mM]."""
+    column = 0 if field_t == 1.5 else 1
+    return Relaxation(tissue.pd, 1 / (1 / tissue.t1 + R1[column] * concentration_mm / 1000),
+                      1 / (1 / tissue.t2 + R2[column] * concentration_mm / 1000))
 
 
 def acquire(
     rng: np.random.Generator, fractions: Mapping[str, torch.Tensor], scanner: Scanner, spacing_mm: float,
     detail: torch.Tensor,
 ) -> torch.Tensor:
-    """The four images of one patient, float32 and positive, shape (4, X, Y, Z), order of `fedlab.core.types.MODALITIES`.
+    """The four images of one patient in the order of `fedlab.core.types.MODALITIES`, float32, positive, (4, X, Y, Z).
 
     Args:
-        rng: where the randomness comes from.
-        fractions: tissue -> fraction of each voxel, shape (X, Y, Z); a name of `draw_tissues`' result.
+        rng: random numbers.
+        fractions: tissue, named as by `draw_tissues` -> fraction of each voxel, shape (X, Y, Z).
         scanner: the site's scanner.
         spacing_mm: voxel edge.
         detail: relative T1 contrast of nuclei and tracts, shape (X, Y, Z), 0 for none.
@@ -288,12 +292,12 @@ def acquire(
     strength = float(rng.uniform(0.01, 0.035))
     signs = torch.tensor([1.0, -0.6, -0.6, 1.0])
     smear = float(rng.uniform(1.5, 3.5)) / spacing_mm
-    share = [0.06, 0.5, 0.4, -0.2]  # how much of the T1 template's own detail each contrast shows
+    share = [0.06, 0.5, 0.4, -0.2]  # of the T1 template's own detail in each contrast
     for c in range(4):
         relative = signs[c] * texture[0] + 0.5 * texture[1 if c in (0, 3) else 2]
         image[c] *= 1 + strength * relative + share[c] * detail
         image[c] *= torch.exp(scanner.bias * (0.8 * slow[0] + 0.6 * slow[min(c + 1, 3)]))
-        for axis in range(3):  # across the slices their thickness, within them what registration smears
+        for axis in range(3):  # slice thickness across the slices, blur by registration within them
             across = scanner.slice_mm[c] / spacing_mm if axis == scanner.slice_axis[c] else 1.0
             image[c] = _thick(image[c], max(across, smear), axis)
     image *= 1 - float(rng.uniform(0, 0.9)) * (1 - _soft_edge(brain))
@@ -303,7 +307,7 @@ def acquire(
 
 
 def _soft_edge(brain: torch.Tensor) -> torch.Tensor:
-    """1 inside and about a half at the border: what interpolation leaves of a scan that is 0 outside the brain."""
+    """1 inside and about a half at the border, as after interpolation of a scan that is 0 outside the brain."""
     return torch.nn.functional.avg_pool3d((brain > 0).float()[None, None], 3, 1, 1)[0, 0]
 
 
@@ -322,22 +326,22 @@ def _unevenness(
     rng: np.random.Generator, image: torch.Tensor, table: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
     names: list[str], fractions: Mapping[str, torch.Tensor], spacing_mm: float,
 ) -> None:
-    """Oedema thins out, the rim enhances in patches, fluid is not always suppressed on FLAIR. In place."""
+    """Uneven oedema, patchy enhancement of the rim, and fluid not fully suppressed on FLAIR. In place."""
     field = smooth_fields(rng, 3, image.shape[1:], spacing_mm, 10.0)
     column = {name: i for i, name in enumerate(names)}
     gain = torch.from_numpy(table[:, column["oedema"]] - table[:, column["white"]])
     image += gain.view(4, 1, 1, 1) * (fractions["oedema"] * (0.12 * field[0]).clamp(-0.25, 0.25))
-    # Moving fluid escapes the inversion here and there: cisterns and ventricles shine up on FLAIR.
+    # Moving fluid partly escapes the inversion: cisterns and ventricles can be bright on FLAIR.
     fluid = float(rng.uniform(0.0, 1.3)) * (0.9 * (field[1] - 0.5)).clamp(0, 1.3)
     image[0] += fractions["csf"] * fluid
-    # Cortex differs from lobe to lobe on FLAIR, brightest in the limbic system.
+    # The cortex differs between lobes on FLAIR and is brightest in the limbic system.
     image[0] *= 1 + fractions["grey"] * (float(rng.uniform(0.0, 0.15)) * field[2])
     uptake = float(table[2, column["enhancing"]]) - 1.0
     image[2] += max(uptake, 0.0) * fractions["enhancing"] * (0.25 * field[1]).clamp(-0.3, 0.6)
 
 
 def _thick(image: torch.Tensor, voxels: float, axis: int) -> torch.Tensor:
-    """Averages over a slice of `voxels` voxels' thickness along an axis; nothing for slices within a voxel."""
+    """The mean over a slice of `voxels` voxels' thickness along an axis; unchanged for slices within a voxel."""
     if voxels <= 1.0:
         return image
     half = (voxels - 1) / 2

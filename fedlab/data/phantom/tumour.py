@@ -1,8 +1,8 @@
 """Gliomas grown by reaction and diffusion in a patient's own anatomy.
 
-Tumour cells diffuse faster in white than in grey matter and not at all through fluid or bone, and divide until
-the tissue is full: dc/dt = div(D grad c) + rho c (1 - c), the Fisher-Kolmogorov equation (Swanson et al. 2000;
-Harpold et al. 2007). The parameters are drawn in the ranges estimated from patients there: D up to 0.9 mm²/day in
+Tumour cells diffuse faster in white than in grey matter, not at all through fluid or bone, and divide until the
+tissue is full: dc/dt = div(D grad c) + rho c (1 - c), the Fisher-Kolmogorov equation (Swanson et al. 2000; Harpold et
+al. 2007). The parameters are drawn from the ranges that these papers estimate from patients: D up to 0.9 mm²/day in
 white matter, rho 0.003 to 0.08 per day.
 """
 
@@ -15,29 +15,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlab.data.phantom.anatomy import read_at, smooth_fields
+from fedlab.data.phantom.anatomy import coordinates, sample, smooth_fields
 
 __all__ = ["GROWTH_MM", "Growth", "Population", "Tumour", "draw_growth", "grow", "mass_effect", "segment"]
 
-#: Voxel edge [mm] of the grid on which tumours grow, whatever grid the patient has.
+#: Voxel edge [mm] of the grid on which tumours grow, independent of the patient's grid.
 GROWTH_MM = 3.0
 _BOX = 40  # voxels along an edge of the box around the seed: 120 mm
 _MAX_STEPS = 140
-_NOTHING = math.log(1e-6)  # logarithm of the odds where there is no tumour
+_NO_TUMOUR = math.log(1e-6)  # logarithm of the odds where there is no tumour
 #: Diffusion in white matter relative to grey matter.
 WHITE_TO_GREY = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Population:
-    """Which patients a site has.
+    """The distribution of a site's patients.
 
     Args:
         low_grade: share of patients without any enhancing tumour.
         multifocal: share of patients with more than one focus.
-        median_ml: median volume of the whole tumour [ml]; the 285 patients of BraTS 2018 have about 90.
-        spread: standard deviation of the logarithm of that volume; volumes stay within 10 to 250 ml.
-        lesions: white-matter lesions of another kind, from 0 (the young) to 1 (the old).
+        median_ml: median volume of the whole tumour [ml]; about 90 among the 285 patients of BraTS 2018.
+        spread: standard deviation of the logarithm of that volume; volumes are limited to 10 to 250 ml.
+        lesions: amount of other white-matter lesions, from 0 (young patients) to 1 (old patients).
 
     Raises:
         ValueError: a share outside [0, 1], a median outside 10 to 250 ml or a negative spread.
@@ -52,11 +52,10 @@ class Population:
     def __post_init__(self) -> None:
         for name in ("low_grade", "multifocal", "lesions"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} lies between 0 and 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if not 10.0 <= self.median_ml <= 250.0 or not self.spread >= 0.0:
-            raise ValueError(
-                f"median_ml lies between 10 and 250 ml and spread is not negative, got {self.median_ml}, {self.spread}"
-            )
+            raise ValueError("median_ml must be between 10 and 250 ml and spread not negative, "
+                             f"got {self.median_ml}, {self.spread}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class Growth:
         necrotic_share: necrotic or non-enhancing part as a share of the core; 1 for low grade.
         foci: number of seeds.
         push: strength of the mass effect, in [0, 0.7].
-        roughness: how much the borders wander off the density's level sets.
+        roughness: deviation of the borders from the level sets of the density.
         edge: softness of the borders, in units of the logarithm of the odds of the density.
     """
 
@@ -114,7 +113,7 @@ class Tumour:
 def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
     """The parameters of one patient's tumour.
 
-    The length of invasion sqrt(D / rho) is drawn first (3 to 9 mm) since the shape depends on it, then rho.
+    The length of invasion sqrt(D / rho) is drawn first (3 to 9 mm), since the shape depends on it, then rho.
     """
     volume = float(np.clip(population.median_ml * math.exp(population.spread * rng.standard_normal()), 10.0, 250.0))
     low_grade = bool(rng.random() < population.low_grade)
@@ -125,9 +124,9 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
     if low_grade:
         necrotic = 1.0
     elif kind < 0.25:
-        necrotic = float(rng.uniform(0.0, 0.15))  # nearly all of it enhances
+        necrotic = float(rng.uniform(0.0, 0.15))  # nearly all of the core enhances
     elif kind < 0.4:
-        necrotic = float(rng.uniform(0.6, 0.85))  # large necrotic or non-enhancing core, thin or patchy rim
+        necrotic = float(rng.uniform(0.6, 0.85))  # thin or patchy enhancing rim
     else:
         necrotic = float(rng.beta(4.0, 5.0))
     length = float(np.clip(math.exp(rng.normal(math.log(5.0), 0.3)), 3.0, 9.0))
@@ -146,23 +145,23 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
 
 
 def mass_effect(points: torch.Tensor, centre: torch.Tensor, growth: Growth) -> torch.Tensor:
-    """Where tissue that is now at `points` was before the tumour pushed it away.
+    """The original positions of tissue that the tumour has displaced to `points`.
 
-    The map moves points towards the seed by a share `push` that fades like a Gaussian, so it never folds
-    for a push below 1.
+    The map moves points towards the seed by a share `push` with a Gaussian decay, so it does not fold for a push
+    below 1.
 
     Args:
         points: shape (3, X, Y, Z) [mm].
         centre: the seed, shape (3,) [mm].
-        growth: gives the push and the tumour's size.
+        growth: the push and the tumour's size.
     """
     offset = points - centre.view(3, 1, 1, 1)
     reach = max(12.0, 0.9 * growth.radius_mm)
     return points - growth.push * torch.exp(-offset.square().sum(0) / (2 * reach**2)) * offset
 
 
-def _pass(diffusion: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """Harmonic mean of the diffusivities on both sides of each face: nothing crosses a face next to zero."""
+def _face_diffusion(diffusion: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """Harmonic mean of the diffusivities on both sides of each face, 0 if one of them is 0."""
     a = np.take(diffusion, range(_BOX - 1), axis)
     b = np.take(diffusion, range(1, _BOX), axis)
     return np.asarray(2 * a * b / (a + b + 1e-12), dtype=np.float32)
@@ -174,30 +173,29 @@ def grow(
 ) -> torch.Tensor:
     """Logarithm of the odds of the tumour's density, log(c / (1 - c)), float32, on the patient's grid.
 
-    Explicit steps in a box of 120 mm at 3 mm, stopped when the visible part (c > 0.16, Swanson et al. 2000) has
-    the drawn volume.
+    Explicit steps in a box of 120 mm at 3 mm, until the visible part (c > 0.16, Swanson et al. 2000) reaches the
+    drawn volume.
 
     Args:
-        rng: where the randomness comes from.
+        rng: random numbers.
         white, grey: tissue fractions, shape (X, Y, Z).
         growth: the drawn parameters.
         spacing_mm: voxel edge of the patient's grid.
         centre: the first seed, shape (3,) [mm] from the grid's centre.
     """
-    axis = (torch.arange(_BOX, dtype=torch.float32) - (_BOX - 1) / 2) * GROWTH_MM
-    local = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    local = coordinates((_BOX, _BOX, _BOX), GROWTH_MM)
     half = torch.tensor([(n - 1) / 2 * spacing_mm for n in white.shape]).view(3, 1, 1, 1)
     where = local + centre.view(3, 1, 1, 1)
-    tissue = (read_at(torch.stack((white, grey)), where, spacing_mm) * ((where.abs() <= half).all(0))).numpy()
+    tissue = (sample(torch.stack((white, grey)), where, spacing_mm) * ((where.abs() <= half).all(0))).numpy()
     mixed = smooth_fields(rng, 2, local.shape[1:], GROWTH_MM, 14.0).numpy()
     solid = tissue.sum(0) > 0.4
     diffusion = growth.diffusion * (tissue[0] + tissue[1] / WHITE_TO_GREY) * np.exp(0.5 * mixed[0]) * solid
     rate = growth.proliferation * np.exp(0.35 * mixed[1]) * solid
     dt = 0.5 / (growth.proliferation)
-    # The explicit scheme explodes above 1/6; where diffusion was drawn too fast for the step it is cut.
+    # The explicit scheme is unstable above 1/6: faster diffusion is limited.
     dt = min(dt, GROWTH_MM**2 / 6 / growth.diffusion)
     number = np.minimum(diffusion * dt / GROWTH_MM**2, 1 / 6).astype(np.float32)
-    faces = [_pass(number, a) for a in range(3)]
+    faces = [_face_diffusion(number, a) for a in range(3)]
     density = _seeds(rng, local.numpy(), tissue[0] * solid, growth)
     gain = (rate * dt).astype(np.float32)
     wanted = growth.volume_ml * 1000 / GROWTH_MM**3
@@ -215,18 +213,17 @@ def grow(
             break
     density = np.clip(density, 1e-6, 1 - 1e-6)
     odds = torch.from_numpy(np.log(density / (1 - density)))
-    for a in range(3):  # the value at the box's border goes on outside of it: nothing may be there
-        odds.select(a, 0).fill_(_NOTHING)
-        odds.select(a, _BOX - 1).fill_(_NOTHING)
-    full = torch.stack(torch.meshgrid(*[(torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * spacing_mm
-                                        for n in white.shape], indexing="ij"))
-    return read_at(odds[None], full - centre.view(3, 1, 1, 1), GROWTH_MM)[0]
+    for a in range(3):  # outside the box the border value is used: there must be no tumour there
+        odds.select(a, 0).fill_(_NO_TUMOUR)
+        odds.select(a, _BOX - 1).fill_(_NO_TUMOUR)
+    points = coordinates(white.shape, spacing_mm) - centre.view(3, 1, 1, 1)
+    return sample(odds[None], points, GROWTH_MM)[0]
 
 
 def _seeds(
     rng: np.random.Generator, local: NDArray[np.float32], white: NDArray[np.float32], growth: Growth
 ) -> NDArray[np.float32]:
-    """The density at the start: a small ball at the centre of the box and, if multifocal, others in white matter."""
+    """The initial density: a small ball at the centre of the box and, if multifocal, others in white matter."""
     places = [np.zeros(3, np.float32)]
     distance = np.sqrt((local**2).sum(0))
     low, high = 0.9 * growth.radius_mm, min(1.8 * growth.radius_mm + 8, 54.0)
@@ -241,8 +238,8 @@ def _seeds(
     return np.asarray(start, dtype=np.float32)
 
 
-def _top(score: NDArray[np.float32], count: int) -> float:
-    """The threshold above which `count` voxels lie; infinite for none."""
+def _threshold(score: NDArray[np.float32], count: int) -> float:
+    """The threshold that `count` voxels reach; infinite for no voxel."""
     if count < 1:
         return math.inf
     count = min(count, score.size)
@@ -252,12 +249,12 @@ def _top(score: NDArray[np.float32], count: int) -> float:
 def segment(
     rng: np.random.Generator, odds: torch.Tensor, tissue: dict[str, torch.Tensor], growth: Growth, spacing_mm: float
 ) -> Tumour:
-    """Whole tumour, core and necrosis where the density passes thresholds that wander smoothly through space.
+    """Whole tumour, core and necrosis where the density, varied smoothly in space, exceeds thresholds.
 
     The thresholds are those that give the drawn volumes.
 
     Args:
-        rng: where the randomness comes from.
+        rng: random numbers.
         odds: from `grow`, shape (X, Y, Z).
         tissue: fractions by name: "white", "csf", "brain", "ventricle".
         growth: the drawn parameters.
@@ -274,28 +271,28 @@ def segment(
     necrosis = core + rough * (0.8 * coarse[2] + 0.5 * fine[2])
     allowed = (tissue["brain"] > 0.5) & (tissue["ventricle"] < 0.5) & (base > -4.0)
     voxels = max(1, round(growth.volume_ml * 1000 / spacing_mm**3))
-    whole_at = _top(edema[allowed].numpy(), voxels)
-    inside = allowed & (edema >= whole_at)
+    whole_cut = _threshold(edema[allowed].numpy(), voxels)
+    inside = allowed & (edema >= whole_cut)
     present = int(inside.sum())
     count = max(1, round(present * growth.core_share))
-    core_at = _top(core[inside].numpy(), count)
-    in_core = inside & (core >= core_at)
-    necrosis_at = _top(necrosis[in_core].numpy(), round(int(in_core.sum()) * growth.necrotic_share))
+    core_cut = _threshold(core[inside].numpy(), count)
+    in_core = inside & (core >= core_cut)
+    necrosis_cut = _threshold(necrosis[in_core].numpy(), round(int(in_core.sum()) * growth.necrotic_share))
     label = torch.zeros(shape, dtype=torch.uint8)
     label[inside] = 2
     label[in_core] = 4
-    label[in_core & (necrosis >= necrosis_at)] = 1
+    label[in_core & (necrosis >= necrosis_cut)] = 1
     if growth.low_grade:
         label[in_core] = 1
-    whole = torch.sigmoid((edema - whole_at) / growth.edge) * (tissue["ventricle"] < 0.5)
-    tumour = torch.minimum(torch.sigmoid((core - core_at) / growth.edge), whole)
-    dead = torch.minimum(torch.sigmoid((necrosis - necrosis_at) / (1.3 * growth.edge)), tumour)
+    whole = torch.sigmoid((edema - whole_cut) / growth.edge) * (tissue["ventricle"] < 0.5)
+    tumour = torch.minimum(torch.sigmoid((core - core_cut) / growth.edge), whole)
+    dead = torch.minimum(torch.sigmoid((necrosis - necrosis_cut) / (1.3 * growth.edge)), tumour)
     dead = tumour if growth.low_grade else dead
     return Tumour(label, whole - tumour, dead, tumour - dead)
 
 
 def _fill(odds: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
-    """Sulci that a tumour has swallowed take the mean of the tissue around them."""
+    """Sulci inside the tumour take the mean of the surrounding tissue."""
     weight = (1 - free).clamp(0.02, 1)[None, None]
     total = torch.nn.functional.avg_pool3d(weight * odds, 3, 1, 1, count_include_pad=False)
     mean = (total / torch.nn.functional.avg_pool3d(weight, 3, 1, 1, count_include_pad=False))[0, 0]

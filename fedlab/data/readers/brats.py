@@ -1,14 +1,15 @@
-"""Real scans in folders of every BraTS layout and its relatives: found, checked, put on a common grid.
+"""Real scans in folders of every BraTS layout and its relatives: found, checked, and put on a common grid.
 
-The layout is told from names (`fedlab.data.readers.layouts`), the meaning of labels from layout, description or values
-(`fedlab.data.readers.conventions`); what is wrong with a patient is found on reading (`fedlab.data.readers.scan`).
+The layout is determined from names (`fedlab.data.readers.layouts`), the meaning of labels from the layout, a
+description or the values (`fedlab.data.readers.conventions`); defects of a patient are found on reading
+(`fedlab.data.readers.scan`).
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +23,19 @@ from fedlab.core.errors import DataError
 from fedlab.core.types import Patient, Site
 from fedlab.core.workers import available_cores
 from fedlab.data.readers.conventions import CONVENTIONS, Convention, detect_convention, file_values, wrong_values
-from fedlab.data.readers.findings import Broken, Finding, settle
+from fedlab.data.readers.findings import Broken, Finding, usable, without_errors
 from fedlab.data.readers.layouts import LAYOUTS, list_patients
 from fedlab.data.readers.patient_files import Listing, PatientFiles
-from fedlab.data.readers.patient_folder import Grid, PatientFolder, prepare_patient
-from fedlab.data.readers.scan import check_headers, look, read_label, read_patient, save_prediction, to_native
+from fedlab.data.readers.patient_folder import PatientFolder, prepare_patient
+from fedlab.data.readers.scan import (
+    Grid,
+    check_headers,
+    examine,
+    read_label,
+    read_patient,
+    save_prediction,
+    to_native,
+)
 from fedlab.data.sites.partition import read_partitioning, split_patients
 
 __all__ = ["CONVENTIONS", "LAYOUTS", "Finding", "PatientFiles", "PatientFolder", "check_sites", "find_patients",
@@ -38,76 +47,71 @@ _Out = TypeVar("_Out")
 
 def find_patients(folder: str | os.PathLike[str], *, layout: str | None = None, label_convention: str | None = None,
                   broken: Broken = "raise") -> dict[str, PatientFiles]:
-    """The patients of a folder, or of a table of paths, in the order of their ids.
+    """The patients of a folder, or of a table of paths, sorted by id.
 
     Names, headers and label values are checked here, the other voxels when they are read.
 
     Args:
-        folder: in one of `LAYOUTS`, or a CSV table of paths.
-        layout: one of `LAYOUTS`; None finds out.
-        label_convention: one of `CONVENTIONS`; None finds out, or refuses where it can't be told.
-        broken: "raise" stops at problems, all of them listed at once; "skip" leaves those patients out and warns.
+        folder: a folder in one of `LAYOUTS`, or a CSV table of paths.
+        layout: one of `LAYOUTS`; None detects it.
+        label_convention: one of `CONVENTIONS`; None detects it and refuses an ambiguous one.
+        broken: "raise" stops at problems and lists all of them; "skip" leaves those patients out and warns.
 
     Raises:
-        DataError: no such folder, no patient in it, a layout or a label convention that can't be told, or patients
-            with problems.
+        DataError: there is no such folder, it contains no patient, its layout or label convention cannot be
+            detected, or patients have problems.
         ValueError: unknown options.
     """
     found = _survey(folder, layout=layout, label_convention=label_convention, progress=False)
-    return settle(found.files, found.findings, broken=broken, where=folder)
+    return usable(found.files, found.findings, broken=broken, where=folder)
 
 
 def read_cohort(folder: str | os.PathLike[str], *, layout: str | None = None, label_convention: str | None = None,
                 spacing_mm: float | None = None, shape: tuple[int, int, int] | None = None,
                 dtype: torch.dtype = torch.float16, broken: Broken = "raise", examine: bool = True,
                 cache: str | os.PathLike[str] | None = None, progress: bool = True) -> PatientFolder:
-    """The patients of a folder in any layout; says which layout and label convention it took, and why.
+    """The patients of a folder in any layout; reports the layout and label convention, and the reasons for them.
 
-    A patient is read, resampled and normalised when it is asked for; `found[0]` and `for patient in found` work.
+    A patient is read, resampled and normalised on access; `found[0]` and `for patient in found` work.
 
     Args:
-        folder: in one of `LAYOUTS`, or a CSV table of paths.
-        layout: one of `LAYOUTS`; None finds out.
-        label_convention: one of `CONVENTIONS`; None finds out, or refuses where it can't be told.
+        folder, layout, label_convention, broken: as in `find_patients`.
         spacing_mm: edge of the voxels in mm; None keeps each scan's own.
         shape: voxels of the grid; None takes for each patient the smallest multiples of 16 that hold the brain.
         dtype: of the images.
-        broken: "raise" stops at problems, all of them listed at once; "skip" goes on without those patients.
-        examine: whether to look at every voxel of every patient now, so that all problems are known at once;
-            without, problems of voxels show when the patient is read.
-        cache: a folder that keeps patients as they are after reading, resampling and normalising, so that the next
-            time costs a copy from disk. It then holds patients' images: treat it like the scans. None keeps nothing.
-        progress: say layout and convention on standard error, and show a bar where it takes long.
+        examine: whether to check every voxel of every patient now, so that all problems are known at once;
+            otherwise, problems of voxels appear when the patient is read.
+        cache: a folder that stores patients after reading, resampling and normalising, so that the next access is a
+            copy from disk. It then holds patients' images: protect it like the scans. None stores nothing.
+        progress: whether to print layout and convention on standard error, and to show a bar if it takes long.
 
     Raises:
-        DataError: no such folder, no patient in it, a layout or a label convention that can't be told, or patients
-            with problems.
-        ValueError: options out of range.
+        DataError, ValueError: as in `find_patients`.
     """
     grid = Grid(spacing_mm=spacing_mm, shape=shape, dtype=dtype)
     found = _survey(folder, layout=layout, label_convention=label_convention, progress=progress)
     store = None if cache is None else Path(cache)
     findings = list(found.findings)
     if examine:
-        sound = _without_errors(found.files, findings)
-        check = partial(_examine, grid=grid, cache=store)
+        sound = list(without_errors(found.files, findings).values())
+        check = partial(_check_voxels, grid=grid, cache=store)
         for problems in in_parallel(check, sound, "reading patients", progress):
             findings += problems
-    good = settle(found.files, _once(findings), broken=broken, where=folder)
+    good = usable(found.files, _once(findings), broken=broken, where=folder)
     return PatientFolder(folder=found.listing.folder, layout=found.listing.layout, reason=found.listing.reason,
                          convention=found.convention, files=good, findings=tuple(_once(findings)), grid=grid,
                          cache=store)
 
 
-def _examine(files: PatientFiles, *, grid: Grid, cache: Path | None) -> list[Finding]:
+def _check_voxels(files: PatientFiles, *, grid: Grid, cache: Path | None) -> list[Finding]:
     if cache is None and grid.shape is None:
-        return look(files, labels=files.label_convention).findings
+        return examine(files, labels=files.label_convention).findings
     return prepare_patient(files, grid=grid, cache=cache)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Survey:
-    """What names, headers and label values say about a folder."""
+    """What names, headers and label values tell about a folder."""
 
     listing: Listing
     convention: Convention
@@ -120,52 +124,46 @@ def _survey(folder: str | os.PathLike[str], *, layout: str | None, label_convent
     """Everything about a folder that can be known without reading its images.
 
     Args:
-        only: patients of interest; None for all.
+        only: the ids of the patients to consider; None for all.
     """
     listing = list_patients(folder, layout=layout)
     wanted = {name: files for name, files in listing.files.items() if only is None or name in only}
     findings = [f for f in listing.findings if only is None or f.patient in only]
-    sound = _without_errors(wanted, findings)
+    sound = list(without_errors(wanted, findings).values())
     checks = in_parallel(partial(_check_quickly, values=label_convention is None), sound, "checking files", progress)
-    values = {}
-    for files, (problems, seen) in zip(sound, checks, strict=True):
+    values: dict[str, frozenset[float]] = {}
+    for files, (problems, own) in zip(sound, checks, strict=True):
         findings += problems
-        if seen is not None:
-            values[files.id] = seen
+        if own is not None:
+            values[files.id] = own
     try:
         convention = detect_convention(values, layout=listing.layout, described=listing.described,
                                        stated=label_convention)
     except DataError as error:
         raise DataError(f"{folder}: {error}", code=error.code) from error
     if convention.name is not None:
-        findings += [Finding(patient=files.id, code="label-values", message=f"{files.label.name} {problem}")
+        findings += [Finding(files.id, "label-values", f"{files.label.name} {problem}")
                      for files in sound if files.id in values and files.label is not None
                      and (problem := wrong_values(values[files.id], convention.name))]
     if progress:
-        labels = f"label convention {convention.name} ({convention.reason})" if convention.name else convention.reason
-        print(f"fedlab: {folder}: layout {listing.layout} ({listing.reason}); {labels}", file=sys.stderr)
-    known = {name: replace(found, label_convention=convention.name) for name, found in wanted.items()}
+        print(f"fedlab: {folder}: layout {listing.layout} ({listing.reason}); {convention}", file=sys.stderr)
+    known = {name: replace(files, label_convention=convention.name) for name, files in wanted.items()}
     return _Survey(listing=listing, convention=convention, files=known, findings=findings)
 
 
 def _check_quickly(files: PatientFiles, *, values: bool) -> tuple[list[Finding], frozenset[float] | None]:
-    """Findings of the headers, and the values in the label map."""
+    """Findings about the headers, and the values in the label map."""
     findings = check_headers(files)
     if not values or files.label is None or any(f.severity == "error" for f in findings):
         return findings, None
     try:
         return findings, file_values(files.label)
     except DataError as error:
-        return [*findings, Finding(patient=files.id, code=error.code, message=str(error))], None
-
-
-def _without_errors(files: dict[str, PatientFiles], findings: Iterable[Finding]) -> list[PatientFiles]:
-    bad = {f.patient for f in findings if f.severity == "error"}
-    return [found for name, found in files.items() if name not in bad]
+        return [*findings, Finding(files.id, error.code, str(error))], None
 
 
 def _once(findings: Iterable[Finding]) -> list[Finding]:
-    """Each finding once: headers are looked at before and with the voxels."""
+    """Each finding once: headers are checked before and with the voxels."""
     return list(dict.fromkeys(findings))
 
 
@@ -173,42 +171,37 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
                shape: tuple[int, int, int] | None = None, held_out: float = 0.2, seed: int = 0,
                layout: str | None = None, label_convention: str | None = None, broken: Broken = "raise",
                cache: str | os.PathLike[str] | None = None, progress: bool = True) -> list[Site]:
-    """Read a folder and its institution table into sites, in memory (float16, one grid for all).
+    """Reads a folder and its institution table into sites, in memory (float16, one grid for all).
 
     Args:
-        folder: see `find_patients`.
+        folder, layout, label_convention, broken: as in `find_patients`.
         table: see `read_partitioning`; patients in the folder but not in the table are left out with a warning.
         spacing_mm: edge of the voxels in mm.
         shape: voxels of the common grid; None takes the smallest multiples of 16 that hold every brain.
         held_out: fraction or number of patients a site holds out, see `split_patients`. A site with one
             patient trains on it and holds none out.
         seed: of the split.
-        layout: one of `LAYOUTS`; None finds out.
-        label_convention: one of `CONVENTIONS`; None finds out, or refuses where it can't be told.
-        broken: "raise" stops at problems, all of them listed at once; "skip" goes on without those patients.
-        cache: see `read_cohort`.
-        progress: say layout and convention on standard error, and show a progress bar.
+        cache, progress: as in `read_cohort`.
 
     Returns:
         Sites in the order of the table's numbers or names; sites without a usable patient are left out.
 
     Raises:
-        DataError: folder or table can't be used, or patients have problems.
+        DataError: folder or table cannot be used, or patients have problems.
         ValueError: options out of range.
     """
     folder = Path(folder)
     partition = read_partitioning(table)
-    wanted = [patient for members in partition.values() for patient in members]
-    found, findings = _choose(folder, wanted, table, layout, label_convention, progress)
+    found, findings = _choose(folder, partition, table, layout, label_convention, progress)
     read = partial(prepare_patient, grid=Grid(spacing_mm=spacing_mm, shape=shape, dtype=torch.float16),
                    cache=None if cache is None else Path(cache))
     patients: dict[str, Patient] = {}
-    sound = _without_errors(found, findings)
+    sound = list(without_errors(found, findings).values())
     for files, (patient, problems) in zip(sound, in_parallel(read, sound, "reading patients", progress), strict=True):
         findings += problems
         if patient is not None:
             patients[files.id] = patient
-    good = settle(found, _once(findings), broken=broken, where=folder)
+    good = usable(found, _once(findings), broken=broken, where=folder)
     common = shape or tuple(max(patients[name].image.shape[axis] for name in good) for axis in (1, 2, 3))
     sites = []
     for name, members in partition.items():
@@ -221,60 +214,59 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
 
 def check_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *, layout: str | None = None,
                 label_convention: str | None = None, broken: Broken = "raise") -> None:
-    """Whether `read_sites` can use a folder and its table, as far as names, headers and label values tell.
+    """Checks whether `read_sites` can use a folder and its table, from names, headers and label values.
 
     Args:
         folder, table, layout, label_convention, broken: as in `read_sites`.
 
     Raises:
-        DataError: folder or table can't be used, or patients have problems.
+        DataError: folder or table cannot be used, or patients have problems.
         ValueError: unknown options.
     """
-    members = read_partitioning(table).values()
-    found, findings = _choose(Path(folder), [patient for ids in members for patient in ids], table, layout,
-                              label_convention, progress=False)
+    found, findings = _choose(Path(folder), read_partitioning(table), table, layout, label_convention, progress=False)
     errors = [f for f in findings if f.severity == "error"]
-    if broken == "raise" or not _without_errors(found, errors):
-        settle(found, _once(errors), broken=broken, where=folder)
+    if broken == "raise" or not without_errors(found, errors):
+        usable(found, _once(errors), broken=broken, where=folder)
 
 
-def _choose(folder: Path, wanted: Sequence[str], table: str | os.PathLike[str], layout: str | None,
+def _choose(folder: Path, partition: Mapping[str, Sequence[str]], table: str | os.PathLike[str], layout: str | None,
             label_convention: str | None, progress: bool) -> tuple[dict[str, PatientFiles], list[Finding]]:
-    """The files of the patients in the table, by id, and what is wrong with folder or table."""
-    asked, name = set(wanted), Path(table).name
-    survey = _survey(folder, layout=layout, label_convention=label_convention, progress=progress, only=asked)
+    """The files of the patients in the table, by id, and findings about folder and table."""
+    wanted = dict.fromkeys(patient for members in partition.values() for patient in members)
+    name = Path(table).name
+    survey = _survey(folder, layout=layout, label_convention=label_convention, progress=progress, only=wanted)
     findings = survey.findings
-    findings += [Finding(patient=patient, code="not-in-table", severity="warning", message=f"has scans but no row in "
-                         f"{name}; left out") for patient in survey.listing.files if patient not in asked]
-    told = {f.patient for f in findings}
+    findings += [Finding(patient, "not-in-table", f"has scans but no row in {name}; left out", "warning")
+                 for patient in survey.listing.files if patient not in wanted]
+    reported = {f.patient for f in findings}
     found = {}
     for patient in wanted:
         files = survey.files.get(patient)
-        if files is None and patient not in told:
-            findings.append(Finding(patient=patient, code="no-folder", message=f"stands in {name} but has no scans in "
-                                    f"{folder}"))
-        elif files is not None and files.label is None:
-            findings.append(Finding(patient=patient, code="no-label", message="has no label map to learn from"))
-        elif files is not None:
+        if files is None:
+            if patient not in reported:
+                findings.append(Finding(patient, "no-folder", f"is in {name} but has no scans in {folder}"))
+        elif files.label is None:
+            findings.append(Finding(patient, "no-label", "has no label map to learn from"))
+        else:
             found[patient] = files
     return found, findings
 
 
 def in_parallel(work: Callable[[_In], _Out], items: Sequence[_In], what: str, progress: bool) -> list[_Out]:
-    """Does `work` on every item in threads, results in the order of the items; a bar shows after three seconds."""
+    """Applies `work` to every item in threads, results in the order of the items; a bar appears after three seconds."""
     from tqdm.auto import tqdm
 
-    # Inflating and averaging run outside Python's lock; a patient of 240 x 240 x 155 voxels takes up to 0.5 GB.
+    # Decompression and averaging release Python's lock; a patient of 240 x 240 x 155 voxels takes up to 0.5 GB.
     pool = ThreadPoolExecutor(min(available_cores(), 8))
     try:
         return list(tqdm(pool.map(work, items), total=len(items), desc=what, unit="patient", delay=3,
                          disable=not progress))
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C doesn't wait for every patient
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all patients
 
 
 def _pad(patient: Patient, shape: Sequence[int]) -> Patient:
-    """The same patient in the centre of a larger grid."""
+    """The same patient at the centre of a larger grid."""
     before = [(m - n) // 2 for m, n in zip(shape, patient.image.shape[1:], strict=True)]
     after = [m - n - b for m, n, b in zip(shape, patient.image.shape[1:], before, strict=True)]
     if not any(before + after):

@@ -1,8 +1,8 @@
-"""What the numbers in a label map mean: every convention in use outside, one inside.
+"""The meaning of the values in a label map: several conventions in files, one inside fedlab.
 
-Inside fedlab 1 is necrotic or non-enhancing core, 2 oedema, 4 enhancing tumour, as in BraTS 2017 to 2021. The same
-numbers mean other things elsewhere, so a convention is stated, or follows from the layout, from a description beside
-the labels, or from values that allow no other reading. Anything else is an error, never a guess.
+Inside fedlab 1 is necrotic or non-enhancing core, 2 oedema, 4 enhancing tumour, as in BraTS 2017 to 2021. Other data
+sets use the same values with other meanings. A convention is therefore stated, or it follows from the layout, from a
+description beside the labels, or from values that permit a single reading. Anything else is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -32,54 +32,60 @@ CONVENTIONS: Mapping[str, Mapping[int, int]] = {
 #: The convention that a layout was published with.
 _OF_LAYOUT = {"brats2018": "brats2021", "brats2019": "brats2021", "brats2020": "brats2021", "brats2021": "brats2021",
               "fets": "brats2021", "brats2023": "brats2023"}
-_WHOLE = 1e-3  # labels stored as floats may be off by their rounding
+_TOLERANCE = 1e-3  # of labels stored as floats
+_MEANINGS = {0: "no tumour", 1: "core", 2: "oedema", 4: "enhancing"}
+#: Words in a description, in the order in which they are tried -> label inside fedlab.
+_WORDS = ((r"background|cavity", 0), (r"o?edema|hyperintensit|snfh", 2), (r"non.?enhanc|necro|\bnet|\bncr|\bnetc", 1),
+          (r"enhanc|\bet\b", 4))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """A label convention and why it is the one.
+    """A label convention and the reason for it.
 
     Attributes:
-        name: one of `CONVENTIONS`; None where nobody is labelled.
+        name: one of `CONVENTIONS`; None where no patient has a label map.
         reason: in words.
     """
 
     name: str | None
     reason: str
 
+    def __str__(self) -> str:
+        return f"label convention {self.name} ({self.reason})" if self.name else self.reason
+
 
 def check_convention(name: str | None) -> None:
-    """Refuses a convention that isn't known.
+    """Refuses an unknown convention.
 
     Raises:
         ValueError: `name` is neither None nor in `CONVENTIONS`.
     """
     if name is not None and name not in CONVENTIONS:
-        raise ValueError(f"label_convention is one of {', '.join(map(repr, CONVENTIONS))}, got {name!r}")
+        raise ValueError(f"label_convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {name!r}")
 
 
 def count_values(array: np.ndarray) -> dict[float, int]:
-    """How many voxels have which value; of more than 64 values the smallest 64 are given."""
+    """Number of voxels by value; of more than 64 values the smallest 64 are given."""
+    is_whole = array.dtype.kind in "ui"
     if array.dtype.kind == "f":
         whole = np.rint(array)
         with np.errstate(invalid="ignore"):
-            near = bool((np.abs(array - whole) < _WHOLE).all())  # False where anything is NaN or Inf
-        array = whole if near else array
+            is_whole = bool((np.abs(array - whole) < _TOLERANCE).all())  # False where anything is NaN or Inf
+        array = whole if is_whole else array
     low, high = array.min(), array.max()
-    if array.dtype.kind in "ui" or near:
-        if float(high) - float(low) < 65536:
-            counts = np.bincount((array.ravel(order="K") - low).astype(np.intp, copy=False))
-            found = np.flatnonzero(counts)[:64]
-            return {float(low) + float(step): int(counts[step]) for step in found}
+    if is_whole and float(high) - float(low) < 65536:
+        counts = np.bincount((array.ravel(order="K") - low).astype(np.intp, copy=False))
+        return {float(low) + float(step): int(counts[step]) for step in np.flatnonzero(counts)[:64]}
     values, numbers = np.unique(array, return_counts=True)
     return {float(value): int(number) for value, number in zip(values[:64], numbers[:64], strict=True)}
 
 
 def file_values(path: Path) -> frozenset[float]:
-    """The values in a label file; files that didn't change are read once.
+    """The values in a label file; an unchanged file is read once.
 
     Raises:
-        DataError: the file can't be read.
+        DataError: the file cannot be read.
     """
     try:
         state = path.stat()
@@ -94,42 +100,42 @@ def _file_values(path: Path, size: int, changed: int) -> frozenset[float]:
 
 
 def wrong_values(values: Collection[float], convention: str) -> str:
-    """What is wrong with the values of a label map under a convention, in words; "" where nothing is."""
+    """Why the values of a label map do not follow a convention, in words; "" if they do."""
     known = CONVENTIONS[convention]
-    strange = sorted(value for value in values if value not in known)
-    if not strange:
+    unknown = sorted(value for value in values if value not in known)
+    if not unknown:
         return ""
-    others = _fitting(values)
-    hint = (f"if they follow another convention, say {_say(others)}"
-            if others else f"label_convention knows {', '.join(map(repr, CONVENTIONS))} and none of them has these")
-    shown = ", ".join(f"{value:g}" for value in strange[:6])
-    return f"holds the values {shown}; convention {convention!r} knows {', '.join(map(str, known))}; {hint}"
+    fitting = _fitting(values)
+    hint = (f"if they follow another convention, pass {_option(fitting)}"
+            if fitting else f"none of the conventions {', '.join(map(repr, CONVENTIONS))} has these values")
+    shown = ", ".join(f"{value:g}" for value in unknown[:6])
+    return f"holds the values {shown}; convention {convention!r} has {', '.join(map(str, known))}; {hint}"
 
 
 def to_internal(array: np.ndarray, convention: str) -> np.ndarray:
-    """A label map in fedlab's values, uint8, same shape; values the convention doesn't know become 0.
+    """A label map in fedlab's values, uint8, same shape; unknown values become 0.
 
     Check them first with `wrong_values`.
     """
     label = np.zeros_like(array, dtype=np.uint8)
     for value, inside in CONVENTIONS[convention].items():
         if inside:
-            here = np.abs(array - value) < _WHOLE if array.dtype.kind == "f" else array == value
+            here = np.abs(array - value) < _TOLERANCE if array.dtype.kind == "f" else array == value
             np.copyto(label, inside, where=here)
     return label
 
 
 def detect_convention(values: Mapping[str, Collection[float]], *, layout: str,
                       described: Mapping[int, str] | None = None, stated: str | None = None) -> Convention:
-    """The label convention of a cohort, with the reason.
+    """The label convention of a folder, with the reason.
 
-    A few patients with other values don't change it: they are reported one by one when they are read.
+    A few patients with other values do not change it; they are reported individually when they are read.
 
     Args:
         values: the values in each labelled patient's label map.
-        layout: as `fedlab.data.readers.layouts` names it.
-        described: what a description beside the labels (dataset.json) says each value is.
-        stated: the convention the user states; it is taken as it is.
+        layout: one of `fedlab.data.readers.layouts.LAYOUTS`.
+        described: meaning of each value according to dataset.json.
+        stated: the convention that the user states; it is taken as given.
 
     Raises:
         DataError: more than one convention is possible, or none; the message names the option to set.
@@ -141,57 +147,51 @@ def detect_convention(values: Mapping[str, Collection[float]], *, layout: str,
     if not values:
         return Convention(name=None, reason="no patient has a label map")
     if described is not None:
-        name = _from_description(described)
-        return _confirm(name, values, "dataset.json says " + ", ".join(
+        return _confirm(_from_description(described), values, "dataset.json says " + ", ".join(
             f"{value} is {text}" for value, text in sorted(described.items())))
     if layout in _OF_LAYOUT:
-        return _confirm(_OF_LAYOUT[layout], values, f"layout {layout} comes with it")
+        return _confirm(_OF_LAYOUT[layout], values, f"layout {layout} uses it")
     return _from_values(values)
 
 
 def _confirm(name: str, values: Mapping[str, Collection[float]], why: str) -> Convention:
-    """The expected convention, unless the patients whose labels tell conventions apart speak against it."""
-    telling = {patient: seen for patient, seen in values.items() if set(seen) - {0.0, 1.0, 2.0} and _fitting(seen)}
-    against = [patient for patient, seen in telling.items() if wrong_values(seen, name)]
+    """The expected convention, unless most patients whose values distinguish conventions contradict it."""
+    telling = {patient: own for patient, own in values.items() if set(own) - {0.0, 1.0, 2.0} and _fitting(own)}
+    against = [patient for patient, own in telling.items() if wrong_values(own, name)]
     shown = _shown(set().union(*values.values()))
     if not against or 2 * len(against) < len(telling):
         return Convention(name=name, reason=f"{why}; the values are {shown}")
     fitting = _fitting(set().union(*(values[patient] for patient in against)))
     raise DataError(f"label convention {name!r} was expected ({why}), but {len(against)} of the {len(telling)} label "
-                    f"maps that could tell ({', '.join(against[:3])}{', …' if len(against) > 3 else ''}) hold other "
-                    f"values: {shown}. {_ask(fitting)}", code="label-convention")
+                    f"maps that distinguish conventions ({', '.join(against[:3])}{', …' if len(against) > 3 else ''}) "
+                    f"hold other values: {shown}. {_ask(fitting)}", code="label-convention")
 
 
 def _from_values(values: Mapping[str, Collection[float]]) -> Convention:
-    """The one reading that the values allow: patients whose values no convention has are left out of the count."""
-    sound = {patient: seen for patient, seen in values.items() if _fitting(seen)}
-    seen = set().union(*sound.values()) - {0.0}
+    """The only reading that the values permit; patients whose values fit no convention are not considered."""
+    sound = [own for own in values.values() if _fitting(own)]
     if not sound:
         raise DataError(f"no label convention has the values {_shown(set().union(*values.values()))}; {_ask([])}",
                         code="label-convention")
-    fitting = _fitting(seen)
-    # With 4 but nowhere 3, "after treatment" would mean that nobody's tumour enhances.
-    fitting = [name for name in fitting if name != "brats2024" or 3.0 in seen or 4.0 not in seen]
-    readings = {tuple(CONVENTIONS[name][int(value)] for value in sorted(seen)) for name in fitting}
+    present = set().union(*sound) - {0.0}
+    # With 4 but without 3, "brats2024" would mean that no patient's tumour enhances.
+    fitting = [name for name in _fitting(present) if name != "brats2024" or 3.0 in present or 4.0 not in present]
+    readings = {tuple(CONVENTIONS[name][int(value)] for value in sorted(present)) for name in fitting}
     if len(readings) == 1:
-        return Convention(name=fitting[0], reason=f"the values are {_shown(seen)}, which can be read in one way only")
-    raise DataError(f"the label values {_shown(seen)} alone don't say what they mean: "
-                    f"{'; '.join(_meaning(name, seen) for name in fitting) or 'no convention has all of them'}. "
-                    f"{_ask(fitting)}", code="label-convention")
-
-
-_WORDS = ((0, r"background|cavity"), (2, r"o?edema|hyperintensit|snfh"), (1, r"non.?enhanc|necro|\bnet|\bncr|\bnetc"),
-          (4, r"enhanc|\bet\b"))
+        return Convention(name=fitting[0], reason=f"the values are {_shown(present)}, which permit one reading only")
+    meanings = [f"{name!r} reads " + ", ".join(f"{value:g} {_MEANINGS[CONVENTIONS[name][int(value)]]}"
+                                               for value in sorted(present)) for name in fitting]
+    raise DataError(f"the label values {_shown(present)} alone do not determine their meaning: "
+                    f"{'; '.join(meanings) or 'no convention has all of them'}. {_ask(fitting)}",
+                    code="label-convention")
 
 
 def _from_description(described: Mapping[int, str]) -> str:
     meaning: dict[int, int] = {}
     for value, text in described.items():
-        kind = next((kind for kind, words in _WORDS if re.search(words, text.lower())), None)
-        if value == 0:
-            kind = 0
+        kind = 0 if value == 0 else next((kind for words, kind in _WORDS if re.search(words, text.lower())), None)
         if kind is None:
-            raise DataError(f"dataset.json calls label {value} {text!r}, which isn't understood. {_ask(CONVENTIONS)}",
+            raise DataError(f"dataset.json names label {value} {text!r}, which is not recognised. {_ask(CONVENTIONS)}",
                             code="label-convention")
         meaning[value] = kind
     for name, known in CONVENTIONS.items():
@@ -205,17 +205,12 @@ def _fitting(values: Collection[float]) -> list[str]:
     return [name for name, table in CONVENTIONS.items() if all(value in table for value in values)]
 
 
-def _meaning(name: str, seen: Collection[float]) -> str:
-    words = {0: "no tumour", 1: "core", 2: "oedema", 4: "enhancing"}
-    return f"{name!r} reads " + ", ".join(f"{value:g} {words[CONVENTIONS[name][int(value)]]}" for value in sorted(seen))
-
-
-def _say(names: Collection[str]) -> str:
+def _option(names: Collection[str]) -> str:
     return f"label_convention={' or '.join(map(repr, names))} (--label-convention on the command line)"
 
 
 def _ask(names: Collection[str]) -> str:
-    return f"Find out which one they follow and say {_say(names or CONVENTIONS)}"
+    return f"Find out which convention they follow and pass {_option(names or CONVENTIONS)}"
 
 
 def _shown(values: Collection[float]) -> str:

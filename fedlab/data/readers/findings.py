@@ -1,4 +1,4 @@
-"""What is wrong, or odd, with a patient's files: stable codes, and what follows from them."""
+"""Defects and oddities of patients' files: stable codes, and their consequences."""
 
 from __future__ import annotations
 
@@ -10,60 +10,60 @@ from typing import Literal, TypeVar
 
 from fedlab.core.errors import DataError
 
-__all__ = ["CODES", "Broken", "Finding", "Severity", "listing", "settle"]
+__all__ = ["CODES", "Broken", "Finding", "Severity", "bullets", "usable", "without_errors"]
 
 Severity = Literal["error", "warning"]
-#: What becomes of patients with errors.
+#: How patients with errors are handled.
 Broken = Literal["raise", "skip"]
-_Kept = TypeVar("_Kept")
+_T = TypeVar("_T")
 
-#: Every code, with what it means. The names don't change; new ones may come.
+#: Every code with its meaning. Codes are stable; new ones may be added.
 CODES: Mapping[str, str] = {
-    "missing-modality": "one of FLAIR, T1, T1c, T2 isn't there",
-    "no-label": "there is no expert's label map",
+    "missing-modality": "FLAIR, T1, T1c or T2 is missing",
+    "no-label": "there is no expert label map",
     "two-files": "two files claim to be the same modality",
-    "two-folders": "two folders or rows carry the same patient's id",
-    "foreign-file": "a file is named with another patient's id",
-    "unknown-file": "a file's name says nothing that the layout knows",
-    "other-layout": "the files are named as in another layout than the other patients'",
-    "no-file": "a file can't be opened: missing, a folder, a link that leads nowhere or in a circle",
+    "two-folders": "two folders or rows carry the same patient id",
+    "foreign-file": "a file name carries another patient's id",
+    "unknown-file": "a file name has no ending of the layout",
+    "other-layout": "the files are named as in another layout than those of the other patients",
+    "no-file": "a file cannot be opened: missing, a folder, or a broken or circular link",
     "no-folder": "a table names a patient who has no scans",
-    "not-in-table": "a patient has scans but stands in no row of the table",
+    "not-in-table": "a patient has scans but no row in the table",
     "outside": "a path leads out of the data set's folder",
     "truncated": "a file ends too early",
-    "corrupt": "a compressed file doesn't unpack, or its checksum is wrong",
-    "not-nifti": "a file is no NIfTI file",
-    "wrong-header": "a header makes no sense for a brain scan",
+    "corrupt": "a compressed file cannot be unpacked, or its checksum is wrong",
+    "not-nifti": "a file is not a NIfTI file",
+    "wrong-header": "a header is invalid for a brain scan",
     "oversized": "a header claims more voxels than the file can hold or than are read",
     "affines-differ": "sform and qform of a header disagree",
-    "channels": "a 4-D file holds another number of volumes than there are modalities",
-    "grids-differ": "the files of a patient don't lie on one grid",
+    "channels": "a 4-D file does not hold one volume per modality",
+    "grids-differ": "the files of a patient lie on different grids",
     "not-finite": "some voxels are NaN or Inf",
     "blank": "every voxel of a volume has the same value",
     "empty-brain": "no voxel of any modality has a signal",
-    "background": "the background isn't 0",
-    "cut-off": "a part of the brain is 0 in one modality alone",
+    "background": "the background is not 0",
+    "cut-off": "a part of the brain is 0 in one modality only",
     "saturated": "many voxels share the largest value",
     "label-values": "the label map holds values outside its convention",
-    "label-convention": "which label convention is used can't be told",
+    "label-convention": "the label convention cannot be determined",
     "label-outside": "labelled voxels lie where every modality is 0",
     "no-tumour": "the label map is empty",
-    "no-enhancing": "the tumour doesn't enhance; legal, but Dice of ET then rests on a rule",
+    "no-enhancing": "the tumour does not enhance; valid, but the Dice of ET then follows the rule for empty regions",
     "cavity": "a resection cavity counts as no tumour",
-    "too-large": "the brain doesn't fit into the grid asked for",
-    "unusable": "something else",
+    "too-large": "the brain does not fit into the requested grid",
+    "unusable": "any other defect",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or odd, with one patient's files.
+    """One defect or oddity of one patient's files.
 
     Attributes:
         patient: the pseudonym.
         code: one of `CODES`.
-        message: what was found, in words, with the file's name.
-        severity: "error": the patient can't be used; "warning": the patient can, but look.
+        message: a description with the file's name.
+        severity: "error": the patient cannot be used; "warning": the patient can be used but should be checked.
 
     Raises:
         ValueError: an unknown code.
@@ -76,50 +76,51 @@ class Finding:
 
     def __post_init__(self) -> None:
         if self.code not in CODES:
-            raise ValueError(f"a finding's code is one of {', '.join(CODES)}, got {self.code!r}")
+            raise ValueError(f"a finding's code must be one of {', '.join(CODES)}, got {self.code!r}")
 
     def __str__(self) -> str:
         return f"{self.patient}: {self.message} [{self.code}]"
 
 
-def settle(found: Mapping[str, _Kept], findings: Sequence[Finding], *, broken: Broken,
-           where: str | os.PathLike[str]) -> dict[str, _Kept]:
-    """The patients without errors; raises or warns about the others, everything listed at once.
+def without_errors(found: Mapping[str, _T], findings: Iterable[Finding]) -> dict[str, _T]:
+    """The entries of the patients without errors."""
+    bad = {f.patient for f in findings if f.severity == "error"}
+    return {patient: entry for patient, entry in found.items() if patient not in bad}
+
+
+def usable(found: Mapping[str, _T], findings: Sequence[Finding], *, broken: Broken,
+           where: str | os.PathLike[str]) -> dict[str, _T]:
+    """The entries of the patients without errors; raises or warns about the others in one message.
 
     Args:
-        found: what there is, by patient.
-        findings: about any of them, or about patients who aren't in `found`.
-        broken: "raise" stops at errors; "skip" goes on without those patients and warns.
+        found: entries by patient.
+        findings: about these patients, or about patients not in `found`.
+        broken: "raise" stops at errors; "skip" continues without the affected patients and warns.
         where: the folder, for the message.
 
     Raises:
         DataError: there are errors and `broken` is "raise", or no patient is left.
-        ValueError: `broken` is neither.
+        ValueError: an invalid `broken`.
     """
-    check_broken(broken)
+    if broken not in ("raise", "skip"):
+        raise ValueError(f"broken must be 'raise' or 'skip', got {broken!r}")
     errors = [f for f in findings if f.severity == "error"]
-    odd = [f for f in findings if f.severity == "warning"]
+    oddities = [f for f in findings if f.severity == "warning"]
     bad = {f.patient for f in errors}
-    good = {name: kept for name, kept in found.items() if name not in bad}
+    good = without_errors(found, errors)
     if errors and broken == "raise":
-        raise DataError(f"{where}: problems with {len(bad)} of {len(good) + len(bad)} patients:\n{listing(errors)}\n"
-                        f"Mend them, or say broken='skip' (--skip-broken) to go on without these patients",
+        raise DataError(f"{where}: problems with {len(bad)} of {len(good) + len(bad)} patients:\n{bullets(errors)}\n"
+                        f"Repair the files, or pass broken='skip' (--skip-broken) to continue without these patients",
                         code=errors[0].code)
     if not good:
-        raise DataError(f"{where}: no usable patient:\n{listing(errors)}")
+        raise DataError(f"{where}: no usable patient:\n{bullets(errors)}")
     if errors:
-        warnings.warn(f"{where}: going on without {len(bad)} patients:\n{listing(errors)}", stacklevel=3)
-    if odd:
-        warnings.warn(f"{where}:\n{listing(odd)}", stacklevel=3)
+        warnings.warn(f"{where}: continuing without {len(bad)} patients:\n{bullets(errors)}", stacklevel=3)
+    if oddities:
+        warnings.warn(f"{where}:\n{bullets(oddities)}", stacklevel=3)
     return good
 
 
-def check_broken(broken: str) -> None:
-    """Refuses anything but "raise" and "skip"."""
-    if broken not in ("raise", "skip"):
-        raise ValueError(f"broken is 'raise' or 'skip', got {broken!r}")
-
-
-def listing(items: Iterable[object]) -> str:
-    """One line an item, for an error's text."""
+def bullets(items: Iterable[object]) -> str:
+    """One line per item, for the text of an error."""
     return "\n".join(f"  - {item}" for item in items)

@@ -1,4 +1,4 @@
-"""How a folder of scans is laid out: every published layout of BraTS and its relatives is told from names alone.
+"""The layout of a folder of scans, determined from names alone: every published layout of BraTS and its relatives.
 
 BraTS 2018 to 2021 (Bakas et al. 2017; Baid et al. 2021, arXiv:2107.02314), FeTS (Pati et al. 2021, arXiv:2105.05874),
 BraTS 2023 and later, Medical Segmentation Decathlon (Antonelli et al. 2022), and tables of paths for anything else.
@@ -17,12 +17,19 @@ from fedlab.core.errors import DataError
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.decathlon import list_msd, looks_like_msd
 from fedlab.data.readers.findings import Finding
-from fedlab.data.readers.patient_files import Listing, PatientFiles, is_nifti, leads_back, leads_nowhere, sound_id
+from fedlab.data.readers.patient_files import (
+    Listing,
+    PatientFiles,
+    is_broken_link,
+    is_circular_link,
+    is_nifti,
+    is_valid_id,
+)
 from fedlab.data.readers.tables import find_path_table, list_table, merge_columns
 
 __all__ = ["LAYOUTS", "list_patients"]
 
-#: Every layout, with what it looks like.
+#: Every layout with its description.
 LAYOUTS: Mapping[str, str] = {
     "brats2018": "HGG/ and LGG/ with <ID>/<ID>_flair.nii.gz, _t1, _t1ce, _t2, _seg",
     "brats2019": "as brats2018, with name_mapping.csv",
@@ -31,7 +38,7 @@ LAYOUTS: Mapping[str, str] = {
     "brats2023": "<ID>/<ID>-t2f.nii.gz, -t1n, -t1c, -t2w, -seg (BraTS 2023 and later)",
     "fets": "as brats2021, with partitioning_*.csv",
     "msd": "imagesTr/, labelsTr/ and dataset.json, four modalities in one 4-D file",
-    "table": "a CSV file with the columns patient, flair, t1, t1c, t2, label, where the paths are",
+    "table": "a CSV file of paths with the columns patient, flair, t1, t1c, t2, label",
 }
 _SUFFIXES: Mapping[str, Mapping[str, str]] = {
     "_": {"flair": "FLAIR", "t1": "T1", "t1ce": "T1c", "t2": "T2", "seg": "label"},
@@ -43,37 +50,37 @@ _GRADES = ("HGG", "LGG")
 
 
 def list_patients(folder: str | os.PathLike[str], *, layout: str | None = None) -> Listing:
-    """The patients of a folder, or of a table of paths, by their names alone; the layout is found, or stated.
+    """The patients of a folder, or of a table of paths, by names alone.
 
-    Where the folder holds nothing but one folder that holds the patients, that one is read.
+    Where the folder contains nothing but one folder that holds the patients, that one is read.
 
     Args:
         folder: a folder in one of `LAYOUTS`, or a CSV file.
-        layout: one of `LAYOUTS`, where it is known or can't be told.
+        layout: one of `LAYOUTS`; None detects it.
 
     Raises:
-        DataError: there is no such folder or no patient in it, or its layout can't be told.
+        DataError: there is no such folder, it contains no patient, or its layout cannot be detected.
         ValueError: an unknown layout.
     """
     if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"layout is one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     folder = Path(folder)
     if folder.suffix.lower() == ".csv" and folder.is_file():
         return list_table(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; expected one that holds a folder for each patient")
+        raise DataError(f"{folder} is not a folder; expected a folder with one subfolder per patient")
     try:
         root = _innermost(folder)
         listing = _list(root, layout)
     except OSError as error:
         raise DataError(f"{folder} cannot be listed ({error})") from error
-    deeper = "" if root == folder else f" (in its only sub-folder {root.relative_to(folder)})"
-    told = f"stated; {listing.reason}" if layout else listing.reason
-    return replace(listing, reason=told + deeper)
+    deeper = "" if root == folder else f" (in its only subfolder {root.relative_to(folder)})"
+    reason = f"stated; {listing.reason}" if layout else listing.reason
+    return replace(listing, reason=reason + deeper)
 
 
 def _innermost(folder: Path) -> Path:
-    """The folder itself, or the only folder in it, where nothing but that is in it; three deep at most."""
+    """The folder itself, or the only folder in it where it contains nothing else; at most three levels down."""
     inner = folder
     for _ in range(4):
         if looks_like_msd(inner) or any(inner.glob("*.csv")) or _homes(inner):
@@ -89,9 +96,8 @@ def _list(root: Path, layout: str | None) -> Listing:
     if layout == "msd":
         return list_msd(root)
     if layout == "table":
-        table = find_path_table(root)
-        if table is None:
-            raise DataError(f"{root} holds no CSV file with the columns patient, flair, t1, t1c and t2")
+        if (table := find_path_table(root)) is None:
+            raise DataError(f"{root} contains no CSV file with the columns patient, flair, t1, t1c and t2")
         return list_table(table)
     homes = _homes(root)
     marks = Counter(home.mark for home in homes if home.mark)
@@ -101,29 +107,38 @@ def _list(root: Path, layout: str | None) -> Listing:
         if (table := find_path_table(root)) is not None:
             return list_table(table)
     if not homes:
-        raise DataError(_nothing(root))
+        raise DataError(_no_patients(root))
     if layout is None and len(marks) == 2 and marks["_"] == marks["-"]:
-        raise DataError(f"{root}: as many patients are named as in BraTS 2021 (_t1ce) as in BraTS 2023 (-t1c); say "
+        raise DataError(f"{root}: as many patients are named as in BraTS 2021 (_t1ce) as in BraTS 2023 (-t1c); pass "
                         f"layout='brats2021' or 'brats2023' (--layout on the command line)")
     if layout is not None:
         mark = "-" if layout == "brats2023" else "_"
     elif marks:
         mark = marks.most_common(1)[0][0]
     else:
-        seen = ", ".join(path.name for home in homes[:2] for path in home.scans[:3])
-        raise DataError(f"{root}: {len(homes)} folders hold scans, but their names follow no layout: {seen}. Expected "
-                        f"{'; '.join(LAYOUTS.values())}. For anything else write a table of paths and give that")
+        examples = ", ".join(path.name for home in homes[:2] for path in home.scans[:3])
+        raise DataError(f"{root}: {len(homes)} folders contain scans, but the names match no layout: {examples}. "
+                        f"Expected {'; '.join(LAYOUTS.values())}. For any other layout write a table of paths")
     return _list_homes(root, homes, mark, layout)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Home:
-    """One patient's folder: its grade where it lies in HGG/ or LGG/, its scans, and how most of them are named."""
+    """The folder of one patient.
+
+    Attributes:
+        path: the folder.
+        grade: "HGG" or "LGG" where it lies in a folder of that name, else "".
+        scans: its NIfTI files.
+        mark: "_" or "-", the separator of most of their names; "" where none matches.
+        links: broken or circular links in it, or the folder itself if it is one.
+        error: why it cannot be listed.
+    """
 
     path: Path
     grade: str
-    scans: tuple[Path, ...]
-    mark: str
+    scans: tuple[Path, ...] = ()
+    mark: str = ""
     links: tuple[Path, ...] = ()
     error: str = ""
 
@@ -133,41 +148,43 @@ class _Home:
 
 
 def _homes(root: Path) -> list[_Home]:
-    """Every folder below `root`, or below its HGG/ and LGG/, that holds scans, or is called as those that do."""
+    """The folders below `root`, or below its HGG/ and LGG/, that contain scans or are named like those that do."""
     found = []
     for entry in sorted(root.iterdir()):
         if entry.name.upper() in _GRADES and _is_visible_folder(entry):
-            found += [_look(inner, entry.name.upper()) for inner in sorted(entry.iterdir()) if _may_be_home(inner)]
+            found += [_read_home(inner, entry.name.upper()) for inner in sorted(entry.iterdir()) if _may_be_home(inner)]
         elif _may_be_home(entry):
-            found.append(_look(entry, ""))
-    pattern = {_shape_of(home.id) for home in found if home.scans}
-    return [home for home in found if home.scans or (pattern and (home.error or home.links or
-                                                                  _shape_of(home.id) in pattern))]
+            found.append(_read_home(entry, ""))
+    patterns = {_pattern(home.id) for home in found if home.scans}
+    return [home for home in found if home.scans or (patterns and (home.error or home.links or
+                                                                   _pattern(home.id) in patterns))]
 
 
 def _is_visible_folder(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith((".", "__")) and not leads_back(entry)
+    return entry.is_dir() and not entry.name.startswith((".", "__")) and not is_circular_link(entry)
+
+
+def _is_bad_link(entry: Path) -> bool:
+    return is_broken_link(entry) or is_circular_link(entry)
 
 
 def _may_be_home(entry: Path) -> bool:
-    if leads_nowhere(entry) or leads_back(entry):
-        return not is_nifti(entry)
-    return _is_visible_folder(entry)
+    return not is_nifti(entry) if _is_bad_link(entry) else _is_visible_folder(entry)
 
 
-def _shape_of(name: str) -> str:
+def _pattern(name: str) -> str:
     return re.sub(r"\d", "0", name)
 
 
-def _look(path: Path, grade: str) -> _Home:
-    if leads_nowhere(path) or leads_back(path):
-        return _Home(path=path, grade=grade, scans=(), mark="", links=(path,))
+def _read_home(path: Path, grade: str) -> _Home:
+    if _is_bad_link(path):
+        return _Home(path=path, grade=grade, links=(path,))
     try:
         inside = sorted(path.iterdir())
     except OSError as error:
-        return _Home(path=path, grade=grade, scans=(), mark="", error=f"cannot be listed ({error.strerror})")
+        return _Home(path=path, grade=grade, error=f"cannot be listed ({error.strerror})")
     scans = tuple(entry for entry in inside if is_nifti(entry))
-    links = tuple(entry for entry in inside if not is_nifti(entry) and (leads_nowhere(entry) or leads_back(entry)))
+    links = tuple(entry for entry in inside if not is_nifti(entry) and _is_bad_link(entry))
     marks = Counter(mark for entry in scans for mark, name in _NAMES.items() if name.fullmatch(entry.name))
     return _Home(path=path, grade=grade, scans=scans, mark=marks.most_common(1)[0][0] if marks else "",
                  links=links if scans else ())
@@ -178,19 +195,19 @@ def _list_homes(root: Path, homes: Sequence[_Home], mark: str, stated: str | Non
     findings: list[Finding] = []
     for home in homes:
         if home.id in files:
-            findings.append(Finding(patient=home.id, code="two-folders", message=f"{home.path.relative_to(root)} is a "
-                                    f"second folder for this patient"))
+            findings.append(Finding(home.id, "two-folders",
+                                    f"{home.path.relative_to(root)} is a second folder for this patient"))
             continue
         named, problems = _name_files(home, mark)
         findings += problems
-        if home.scans:  # an empty folder or a dead link is no patient, but stands among the findings
+        if home.scans:  # an empty folder or a broken link is a finding, not a patient
             files[home.id] = named
     layout, reason, tables = _year(root, homes, mark)
     if stated is not None and stated != layout:
         layout, reason = stated, f"{reason}, like {layout}"
-    said = merge_columns(tables, files)
+    columns = merge_columns(tables, files)
     graded = {home.id: {"grade": home.grade} for home in homes if home.grade}
-    files = {name: replace(found, layout=layout, columns={**said[name], **graded.get(name, {})})
+    files = {name: replace(found, layout=layout, columns={**columns[name], **graded.get(name, {})})
              for name, found in sorted(files.items())}
     return Listing(folder=root, layout=layout, reason=reason, files=files, findings=tuple(findings))
 
@@ -201,51 +218,48 @@ def _year(root: Path, homes: Sequence[_Home], mark: str) -> tuple[str, str, list
     if mark == "-":
         return "brats2023", f"{count} with files named -t1n, -t1c, -t2w, -t2f", []
     graded = any(home.grade for home in homes)
-    places = [root, *(root / name for name in _GRADES)]
-    mapping = [path for place in places for path in sorted(place.glob("name_mapping*.csv"))]
+    mapping = [path for folder in (root, *(root / name for name in _GRADES))
+               for path in sorted(folder.glob("name_mapping*.csv"))]
     partition = sorted(root.glob("partitioning_*.csv"))
-    further = sorted(root.glob("survival*.csv"))
-    tables = [*mapping, *partition, *further]
-    where = "in HGG/ and LGG/ " if graded else ""
-    why = f"{count} {where}with files named _flair, _t1, _t1ce, _t2"
+    tables = [*mapping, *partition, *sorted(root.glob("survival*.csv"))]
+    reason = f"{count} {'in HGG/ and LGG/ ' if graded else ''}with files named _flair, _t1, _t1ce, _t2"
     if partition:
-        return "fets", f"{why}, and {' and '.join(path.name for path in partition)}", tables
+        return "fets", f"{reason}, and {' and '.join(path.name for path in partition)}", tables
     years = Counter(found[1] for home in homes if (found := re.match(r"brats(?:20)?(18|19|20|21)_", home.id.lower())))
     year = years.most_common(1)[0][0] if years else ""
     if mapping:
-        why += f", and {mapping[0].name}"
-    if graded:
-        return f"brats20{year if year in ('18', '19', '20') else '19' if mapping else '18'}", why, tables
-    if year in ("18", "19", "20"):
-        return f"brats20{year}", why, tables
-    return "brats2020" if mapping else "brats2021", why, tables
+        reason += f", and {mapping[0].name}"
+    if year not in ("18", "19", "20"):
+        year = ("19" if mapping else "18") if graded else ("20" if mapping else "21")
+    return f"brats20{year}", reason, tables
 
 
 def _name_files(home: _Home, mark: str) -> tuple[PatientFiles, list[Finding]]:
-    """Sort one patient's files by their names; what is doubtful is left out and found fault with."""
-    findings = [Finding(patient=home.id, code="no-file", severity="error" if path == home.path else "warning",
-                        message=f"{path.name} is a link that leads " + ("back to a folder it lies in; left aside"
-                        if leads_back(path) else "nowhere or in a circle")) for path in home.links]
+    """One patient's files by their names; ambiguous files become findings and are left out."""
+    findings: list[Finding] = []
+    for path in home.links:
+        kind = "link to a folder that contains it; ignored" if is_circular_link(path) else "broken or circular link"
+        findings.append(Finding(home.id, "no-file", f"{path.name} is a {kind}",
+                                "error" if path == home.path else "warning"))
     if home.error:
-        findings.append(Finding(patient=home.id, code="no-file", message=home.error))
+        findings.append(Finding(home.id, "no-file", home.error))
     if home.links == (home.path,) or home.error:
         return PatientFiles(id=home.id, images={}), findings
     kinds: dict[str, list[Path]] = {}
     for path in home.scans:
         match, other = (_NAMES[key].fullmatch(path.name) for key in (mark, "-" if mark == "_" else "_"))
         if match is None and other is not None and other["id"] == home.id:
-            findings.append(Finding(patient=home.id, code="other-layout", message=f"{path.name} is named as in "
+            findings.append(Finding(home.id, "other-layout", f"{path.name} is named as in "
                                     f"{'BraTS 2023' if mark == '_' else 'BraTS 2018 to 2021'}, unlike most files here; "
-                                    f"labels mean other things there"))
+                                    f"label values have other meanings there"))
         elif match is None:
-            findings.append(Finding(patient=home.id, code="unknown-file", severity="warning", message=f"{path.name} is "
-                                    f"left aside: it ends in none of {_endings(mark)}; rename it if it is one of them"))
+            endings = ", ".join(mark + suffix for suffix in _SUFFIXES[mark])
+            findings.append(Finding(home.id, "unknown-file", f"{path.name} is ignored: its name has none of the "
+                                    f"endings {endings}; rename it if it is one of them", "warning"))
         elif match["id"] != home.id:
-            findings.append(Finding(patient=home.id, code="foreign-file",
-                                    message=f"{path.name} carries another patient's id"))
+            findings.append(Finding(home.id, "foreign-file", f"{path.name} carries another patient's id"))
         elif not os.path.isfile(path):
-            findings.append(Finding(patient=home.id, code="no-file",
-                                    message=f"{path.name} is a folder or a link that leads nowhere or in a circle"))
+            findings.append(Finding(home.id, "no-file", f"{path.name} is a folder, or a broken or circular link"))
         else:
             kinds.setdefault(_SUFFIXES[mark][match["kind"].lower()], []).append(path)
     findings += _gaps(home, kinds, mark)
@@ -254,36 +268,28 @@ def _name_files(home: _Home, mark: str) -> tuple[PatientFiles, list[Finding]]:
 
 
 def _gaps(home: _Home, kinds: Mapping[str, Sequence[Path]], mark: str) -> list[Finding]:
-    """What is missing or there twice."""
-    findings = []
-    for kind, paths in kinds.items():
-        if len(paths) > 1:
-            names = " and ".join(path.name for path in paths)
-            findings.append(Finding(patient=home.id, code="two-files",
-                                    message=f"{names} both claim to be the {kind}; keep one"))
-    for modality in MODALITIES:
-        if modality not in kinds:
-            suffix = next(suffix for suffix, name in _SUFFIXES[mark].items() if name == modality)
-            findings.append(Finding(patient=home.id, code="missing-modality",
-                                    message=f"no {modality}: {home.id}{mark}{suffix}.nii.gz"))
-    if not sound_id(home.id):
-        findings.append(Finding(patient=home.id, code="unusable", message="a folder's name is printable and has no \\"))
+    """Missing and duplicate files, and an invalid id."""
+    findings = [Finding(home.id, "two-files", f"{' and '.join(path.name for path in paths)} both claim to be the "
+                        f"{kind}; keep one") for kind, paths in kinds.items() if len(paths) > 1]
+    findings += [Finding(home.id, "missing-modality", f"no {modality}: {home.id}{mark}{suffix}.nii.gz")
+                 for modality in MODALITIES if modality not in kinds
+                 for suffix, name in _SUFFIXES[mark].items() if name == modality]
+    if not is_valid_id(home.id):
+        findings.append(Finding(home.id, "unusable", "a folder name must be printable and contain no \\"))
     return findings
 
 
-def _endings(mark: str) -> str:
-    return ", ".join(mark + suffix for suffix in _SUFFIXES[mark])
-
-
-def _nothing(root: Path) -> str:
-    inside = sorted(entry.name for entry in root.iterdir())
-    folders = [_innermost(entry) for entry in sorted(root.iterdir()) if _is_visible_folder(entry)]
-    like = [str(entry.relative_to(root)) for entry in folders if looks_like_msd(entry) or
+def _no_patients(root: Path) -> str:
+    """Why a folder holds no patients, for the text of an error."""
+    entries = sorted(root.iterdir())
+    candidates = [_innermost(entry) for entry in entries if _is_visible_folder(entry)]
+    like = [str(entry.relative_to(root)) for entry in candidates if looks_like_msd(entry) or
             any(home.mark for home in _homes(entry))]
     if like:
-        return f"{root} holds no patients itself; name one of the folders in it that do: {', '.join(like)}"
-    own = next((name for name in inside for pattern in _NAMES.values() if pattern.fullmatch(name)), None)
-    if own is not None:
-        return f"{root} holds no patient folder but scans such as {own}: it is one patient's folder; name the one above"
-    return (f"{root} holds no patient folder; expected {'; '.join(LAYOUTS.values())}; found "
-            f"{', '.join(inside[:5]) or 'nothing'}")
+        return f"{root} contains no patients itself; give one of its subfolders that do: {', '.join(like)}"
+    names = [entry.name for entry in entries]
+    scan = next((name for name in names for pattern in _NAMES.values() if pattern.fullmatch(name)), None)
+    if scan is not None:
+        return f"{root} contains scans such as {scan}: it is one patient's folder; give the folder above it"
+    return (f"{root} contains no patient folder; expected {'; '.join(LAYOUTS.values())}; found "
+            f"{', '.join(names[:5]) or 'nothing'}")

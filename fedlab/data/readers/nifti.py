@@ -1,4 +1,4 @@
-"""NIfTI volumes from outside: what a header claims is checked before it is believed, and grids map both ways."""
+"""NIfTI files from outside: a header's claims are checked before they are used, and grids are mapped both ways."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fedlab.core.errors import DataError
+from fedlab.core.files import write_new
 
 __all__ = ["MAX_VOXELS", "Volume", "axis_weights", "from_ras", "read_volume", "resample", "same_grid",
            "to_ras", "write_label"]
@@ -25,7 +26,7 @@ __all__ = ["MAX_VOXELS", "Volume", "axis_weights", "from_ras", "read_volume", "r
 MAX_VOXELS = 2**26
 _CHUNK = 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
-_SILENT = logging.getLogger(f"{__name__}.silent")  # nibabel would print what it mends in a header
+_SILENT = logging.getLogger(f"{__name__}.silent")  # nibabel would print what it repairs in a header
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
 _HEADER_BYTES: dict[int, Any] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
@@ -33,17 +34,17 @@ _HEADER_BYTES: dict[int, Any] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Volume:
-    """One 3-D volume, or several on one grid, as they are stored.
+    """One 3-D volume, or several on one grid, as stored.
 
     Attributes:
-        path: the file it came from.
+        path: the file.
         shape: voxels along the three stored axes in space.
         affine: float64, shape (4, 4), stored voxel index -> mm in RAS.
         codes: the header's sform and qform codes.
-        array: the voxels in stored order, shape (X, Y, Z), or (X, Y, Z, channels) for a series; None where only
+        array: the voxels in stored order, shape (X, Y, Z), or (X, Y, Z, channels) for a 4-D file; None where only
             the header was read.
-        channels: how many volumes a 4-D file holds, 0 for a 3-D file.
-        notes: oddities that don't stop the reading.
+        channels: number of volumes in a 4-D file, 0 for a 3-D file.
+        notes: oddities that do not prevent reading.
     """
 
     path: Path
@@ -62,23 +63,23 @@ class Volume:
 
 
 def read_volume(path: str | os.PathLike[str], *, voxels: bool = True, series: bool = False) -> Volume:
-    """Read a NIfTI-1 or NIfTI-2 file; whether it is compressed is seen from its bytes, not from its name.
+    """Reads a NIfTI-1 or NIfTI-2 file; compression is detected from its bytes, not from its name.
 
-    Memory is asked for only after the header's claims agree with the size of the file, and a compressed
-    file is read to its end, so that its checksum counts.
+    Memory is allocated only after the header's claims agree with the file size, and a compressed file is read to its
+    end so that its checksum is verified.
 
     Args:
         path: a `.nii` or `.nii.gz` file.
-        voxels: False reads the header alone.
-        series: whether a 4-D file, several volumes on one grid, is welcome.
+        voxels: False reads only the header.
+        series: whether a 4-D file, several volumes on one grid, is accepted.
 
     Raises:
-        DataError: the file is missing, truncated or corrupt, or its header makes no sense for a brain scan; its
-            `code` says which.
+        DataError: the file is missing, truncated or corrupt, or its header is invalid for a brain scan; its `code`
+            tells which.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # a pipe would wait for ever
-        raise DataError(f"{path.name}: is no file, or a link that leads nowhere or in a circle", code="no-file")
+    if not os.path.isfile(path):  # a pipe would block forever
+        raise DataError(f"{path.name}: not a file, or a broken or circular link", code="no-file")
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == _GZIP_MAGIC
@@ -88,42 +89,35 @@ def read_volume(path: str | os.PathLike[str], *, voxels: bool = True, series: bo
     except DataError:
         raise
     except (OSError, EOFError, zlib.error) as error:
-        code = _code_of(error)
+        code = "truncated" if isinstance(error, EOFError) else \
+            "corrupt" if isinstance(error, (gzip.BadGzipFile, zlib.error)) else "no-file"
         raise DataError(f"{path.name}: cannot be read ({error}); copy it again from its source", code=code) from error
     except (ValueError, ArithmeticError, KeyError, nib.filebasedimages.ImageFileError,
             nib.spatialimages.HeaderDataError) as error:
-        raise DataError(f"{path.name}: not a sound NIfTI file ({error})", code="wrong-header") from error
-
-
-def _code_of(error: Exception) -> str:
-    if isinstance(error, EOFError):
-        return "truncated"
-    if isinstance(error, (gzip.BadGzipFile, zlib.error)):
-        return "corrupt"
-    return "no-file"
+        raise DataError(f"{path.name}: not a valid NIfTI file ({error})", code="wrong-header") from error
 
 
 def _read_stream(stream: IO[bytes], path: Path, packed: bool, voxels: bool, series: bool) -> Volume:
     head = stream.read(max(_HEADER_BYTES))
     header = _parse_header(head, path)
     shape = _shape(header, path, series)
+    grid = shape[0], shape[1], shape[2]
     dtype = header.get_data_dtype()
     if dtype.kind not in "uif" or dtype.itemsize > 8:
         raise DataError(f"{path.name}: voxels of type {dtype} are not grey values; expected integers or floats of at "
                         f"most 64 bits", code="wrong-header")
     place, claimed = float(header["vox_offset"]), math.prod(shape) * dtype.itemsize
-    if not 0 < place <= 16 * _CHUNK:  # NaN isn't either
-        raise DataError(f"{path.name}: the header puts the voxels at byte {place:g}; expected 352 or a little more",
+    if not 0 < place <= 16 * _CHUNK:  # also refuses NaN
+        raise DataError(f"{path.name}: the header places the voxels at byte {place:g}; expected 352 or slightly more",
                         code="wrong-header")
-    offset = int(place)
-    size = path.stat().st_size
-    # deflate cannot shrink data more than about 1032-fold
+    offset, size = int(place), path.stat().st_size
+    # deflate compresses by a factor of at most about 1032
     if offset + claimed > (1032 * size if packed else size):
         raise DataError(f"{path.name}: the header claims {claimed:,} bytes of voxels, more than this file of "
                         f"{size:,} bytes can hold; it is truncated or its header is wrong", code="oversized")
-    affine, codes, notes = _geometry(header, (shape[0], shape[1], shape[2]), path)
+    affine, codes, notes = _geometry(header, grid, path)
     array = _read_voxels(stream, head, header, offset, claimed, shape, path) if voxels else None
-    return Volume(path=path, shape=(shape[0], shape[1], shape[2]), affine=affine, codes=codes, array=array,
+    return Volume(path=path, shape=grid, affine=affine, codes=codes, array=array,
                   channels=shape[3] if len(shape) == 4 else 0, notes=notes)
 
 
@@ -157,20 +151,20 @@ def _geometry(header: Any, shape: tuple[int, int, int],
               path: Path) -> tuple[np.ndarray, tuple[int, int], tuple[str, ...]]:
     codes = int(header["sform_code"]), int(header["qform_code"])
     if min(codes) < 0 or max(codes) == 0:
-        raise DataError(f"{path.name}: the header says neither by sform nor by qform how the patient lies "
-                        f"(codes {codes[0]} and {codes[1]}); left and right would be a guess: write an affine into it",
-                        code="wrong-header")
+        raise DataError(f"{path.name}: neither sform nor qform of the header states the patient's orientation (codes "
+                        f"{codes[0]} and {codes[1]}); left and right would be a guess: write an affine into the "
+                        f"header", code="wrong-header")
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
     if not np.isfinite(affine).all():
         raise DataError(f"{path.name}: the affine holds NaN or Inf", code="wrong-header")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if spacing.min() < 0.05 or spacing.max() > 30:
-        raise DataError(f"{path.name}: voxels of {_sizes(spacing)} mm; expected 0.05 to 30 mm (is the header in mm?)",
-                        code="wrong-header")
+        raise DataError(f"{path.name}: voxels of {' x '.join(f'{s:g}' for s in spacing)} mm; expected 0.05 to 30 mm "
+                        f"(is the header in mm?)", code="wrong-header")
     axes = affine[:3, :3] / spacing
     if np.abs(axes.T @ axes - np.eye(3)).max() > 0.02:
-        raise DataError(f"{path.name}: the axes of its affine are not perpendicular; resample it to a straight grid",
-                        code="wrong-header")
+        raise DataError(f"{path.name}: the axes of its affine are not perpendicular; resample it to a rectangular "
+                        f"grid", code="wrong-header")
     notes: tuple[str, ...] = ()
     if min(codes) > 0 and _corner_distance(header.get_qform(), affine, shape) > 1.0:
         notes = (f"{path.name}: sform and qform disagree by more than 1 mm; the sform is used",)
@@ -179,13 +173,13 @@ def _geometry(header: Any, shape: tuple[int, int, int],
 
 def _corner_distance(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
     """Largest distance in mm between the corners of one grid under two affines."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1)
-    corners = np.vstack((corners, np.ones(corners.shape[1])))
-    return float(np.linalg.norm(((np.asarray(one) - other) @ corners)[:3], axis=0).max())
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1).T
+    apart = nib.affines.apply_affine(np.asarray(one) - other, corners)
+    return float(np.linalg.norm(apart, axis=1).max())
 
 
 def same_grid(one: Volume, other: Volume) -> bool:
-    """Whether two volumes lie on the same voxels, corners within 0.1 mm."""
+    """Whether two volumes have the same voxel grid, corners within 0.1 mm."""
     return one.shape == other.shape and _corner_distance(one.affine, other.affine, one.shape) < 0.1
 
 
@@ -193,7 +187,7 @@ def _read_voxels(stream: IO[bytes], head: bytes, header: Any, offset: int, claim
                  shape: tuple[int, ...], path: Path) -> np.ndarray:
     if offset > len(head):
         head += stream.read(offset - len(head))
-    data = np.empty(claimed, dtype=np.uint8)  # memory is really taken only as it is filled
+    data = np.empty(claimed, dtype=np.uint8)  # the system provides the memory only as it is filled
     start = np.frombuffer(head[offset:offset + claimed], dtype=np.uint8)
     data[:start.size], found = start, start.size
     while found < claimed and (chunk := stream.read(min(4 * _CHUNK, claimed - found))):
@@ -203,10 +197,10 @@ def _read_voxels(stream: IO[bytes], head: bytes, header: Any, offset: int, claim
         raise DataError(f"{path.name}: truncated: {claimed:,} bytes of voxels expected, {found:,} found",
                         code="truncated")
     trailing = 0
-    while chunk := stream.read(_CHUNK):  # only at its end does gzip compare the checksum
+    while chunk := stream.read(_CHUNK):  # gzip verifies the checksum only at its end
         trailing += len(chunk)
         if trailing > 16 * _CHUNK:
-            raise DataError(f"{path.name}: goes on for more than 16 MiB after its voxels; its header is wrong",
+            raise DataError(f"{path.name}: more than 16 MiB follow its voxels; its header is wrong",
                             code="wrong-header")
     array: np.ndarray = data.view(header.get_data_dtype()).reshape(shape, order="F")
     if not array.dtype.isnative:
@@ -214,7 +208,7 @@ def _read_voxels(stream: IO[bytes], head: bytes, header: Any, offset: int, claim
     slope, inter = header.get_slope_inter()
     if slope is None or (slope, inter) == (1.0, 0.0):
         return array
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported as NaN or Inf
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow is reported as NaN or Inf
         scaled: np.ndarray = array.astype(np.float32)
         scaled *= np.float32(slope)
         scaled += np.float32(inter)
@@ -222,14 +216,14 @@ def _read_voxels(stream: IO[bytes], head: bytes, header: Any, offset: int, claim
 
 
 def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flip and swap axes until they point right, anterior, superior as nearly as they can.
+    """Flips and swaps axes so that they point right, anterior, superior as nearly as possible.
 
     Args:
         array: shape (X, Y, Z), stored order.
         affine: stored voxel index -> mm in RAS.
 
     Returns:
-        The array and the affine that go together.
+        The reoriented array and its affine.
     """
     stored = nib.orientations.io_orientation(affine)
     turned = nib.orientations.apply_orientation(array, stored)
@@ -237,21 +231,21 @@ def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def from_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Undo `to_ras`: an array with RAS axes in the stored order that `affine` describes."""
+    """The inverse of `to_ras`: an array with RAS axes in the stored order that `affine` describes."""
     identity = np.array([[0, 1], [1, 1], [2, 1]])
     back = nib.orientations.ornt_transform(identity, nib.orientations.io_orientation(affine))
     return np.ascontiguousarray(nib.orientations.apply_orientation(array, back))
 
 
 def axis_weights(source: int, target: int, *, scale: float, offset: float) -> torch.Tensor:
-    """How much every source voxel counts for every target voxel along one axis.
+    """The weight of every source voxel in every target voxel along one axis.
 
     In units of source voxels, source voxel j covers [j, j + 1] and target voxel i covers
-    [offset + i * scale, offset + (i + 1) * scale]. Coarser targets take the mean over what they cover, so
-    nothing aliases; finer ones interpolate linearly. A grid shifted by whole voxels is copied exactly.
+    [offset + i * scale, offset + (i + 1) * scale]. Coarser targets are the mean over the interval they cover, which
+    avoids aliasing; finer ones are interpolated linearly. A grid shifted by whole voxels is copied exactly.
 
     Returns:
-        float32, shape (target, source); rows sum to 1, or to 0 where the source has nothing.
+        float32, shape (target, source); rows sum to 1, or to 0 outside the source.
     """
     low = offset + scale * torch.arange(target, dtype=torch.float64)[:, None]
     voxel = torch.arange(source, dtype=torch.float64)[None]
@@ -267,7 +261,7 @@ def axis_weights(source: int, target: int, *, scale: float, offset: float) -> to
 
 
 def resample(volume: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Apply one weight matrix per axis.
+    """Applies one weight matrix per axis.
 
     Args:
         volume: shape (C, X, Y, Z).
@@ -277,7 +271,7 @@ def resample(volume: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Ten
         float32, shape (C, X', Y', Z').
     """
     spans = []
-    for matrix in weights:  # what no target voxel looks at is cut away first
+    for matrix in weights:  # source voxels without weight are removed first
         used = matrix.any(dim=0).nonzero().flatten()
         spans.append(slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1))
     x, y, z = (matrix[:, span] for matrix, span in zip(weights, spans, strict=True))
@@ -287,7 +281,7 @@ def resample(volume: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Ten
 
 
 def write_label(path: str | os.PathLike[str], label: np.ndarray, *, like: Volume) -> Path:
-    """Write a uint8 label map, shape (X, Y, Z) in stored order, with the geometry of `like`.
+    """Writes a uint8 label map, shape (X, Y, Z) in stored order, with the geometry of `like`.
 
     Raises:
         DataError: the file exists already, its name ends neither in .nii nor in .nii.gz, or the shape differs.
@@ -301,14 +295,4 @@ def write_label(path: str | os.PathLike[str], label: np.ndarray, *, like: Volume
     image.set_sform(like.affine, code=like.codes[0])
     image.set_qform(like.affine, code=like.codes[1])
     data = image.to_bytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("xb") as file:
-            file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-    except FileExistsError as error:
-        raise DataError(f"{path} exists already and is not overwritten; choose another name or folder") from error
-    return path
-
-
-def _sizes(spacing: Sequence[float] | np.ndarray) -> str:
-    return " x ".join(f"{float(s):g}" for s in spacing)
+    return write_new(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data, error=DataError)

@@ -1,4 +1,4 @@
-"""A folder's patients as a sequence: each is read when it is asked for, and what never changes can be kept."""
+"""The patients of a folder as a sequence: each is read on access, and the prepared patients can be cached."""
 
 from __future__ import annotations
 
@@ -17,52 +17,33 @@ from fedlab.core.types import MODALITIES, Patient
 from fedlab.core.workers import available_cores
 from fedlab.data.cache import load, store
 from fedlab.data.readers.conventions import Convention
-from fedlab.data.readers.findings import Finding, listing, settle
+from fedlab.data.readers.findings import Finding, bullets, usable
 from fedlab.data.readers.patient_files import PatientFiles
-from fedlab.data.readers.scan import on_grid, read_scan
+from fedlab.data.readers.scan import Grid, on_grid, read_scan
 
 if TYPE_CHECKING:
     import pandas as pd
     from monai.data import CacheDataset
 
-__all__ = ["Grid", "PatientFolder", "prepare_patient"]
+__all__ = ["PatientFolder", "prepare_patient"]
 
 #: Changes whenever the same files would give other patients; part of every cache key.
 READER = "fedlab-reader-2"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The voxels that patients are put on; see `fedlab.data.readers.scan.read_patient`.
-
-    Raises:
-        ValueError: a voxel size or a shape that is none.
-    """
-
-    spacing_mm: float | None = None
-    shape: tuple[int, int, int] | None = None
-    dtype: torch.dtype = torch.float16
-
-    def __post_init__(self) -> None:
-        if self.spacing_mm is not None and not 0.1 <= self.spacing_mm <= 20:
-            raise ValueError(f"spacing_mm lies between 0.1 and 20 mm, got {self.spacing_mm}")
-        if self.shape is not None and (len(self.shape) != 3 or min(self.shape) < 1):
-            raise ValueError(f"shape is three positive voxel counts, got {self.shape}")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PatientFolder(Sequence[Patient]):
-    """The patients of a folder, in the order of their ids; reading happens on access.
+    """The patients of a folder, sorted by id; each is read on access.
 
     Attributes:
         folder: where they are.
         layout: one of `fedlab.data.readers.layouts.LAYOUTS`.
         reason: why it is that layout.
-        convention: the label convention and why it is the one.
+        convention: the label convention and the reason for it.
         files: by patient.
-        findings: what is wrong or odd, of patients left out too.
-        grid: the voxels that patients are put on.
-        cache: the folder that keeps prepared patients, or None.
+        findings: about all patients, those left out included.
+        grid: the voxels that patients are resampled to.
+        cache: the folder that stores prepared patients, or None.
     """
 
     folder: Path
@@ -96,40 +77,40 @@ class PatientFolder(Sequence[Patient]):
         """One patient by id.
 
         Raises:
-            KeyError: nobody is called so.
-            DataError: the files can't be used.
+            KeyError: an unknown id.
+            DataError: the files cannot be used.
         """
         found, findings = prepare_patient(self.files[patient], grid=self.grid, cache=self.cache)
         if found is None:
-            settle({}, findings, broken="raise", where=self.folder)
-            raise DataError(f"{patient}: could not be read")  # only with an error, which settle has raised
+            usable({}, findings, broken="raise", where=self.folder)
+            raise DataError(f"{patient}: could not be read")  # only with an error, which `usable` has raised
         return found
 
     def subset(self, patients: Sequence[str]) -> PatientFolder:
         """The same folder with these patients only, in this order.
 
         Raises:
-            KeyError: nobody is called so.
+            KeyError: an unknown id.
         """
         return replace(self, files={patient: self.files[patient] for patient in patients})
 
     def dataset(self, *random: Callable[[Any], Any], keep: float = 1.0) -> CacheDataset:
-        """A MONAI dataset: reading, resampling and normalising once, kept in memory; random transforms on each access.
+        """A MONAI dataset that reads, resamples and normalises once, and applies random transforms on each access.
 
         Items are {"image": float32 (4, X, Y, Z), "label": regions (3, X, Y, Z) as float32, "tumour": uint8
-        (1, X, Y, Z), "patient": id}, the labels only where an expert drew them.
+        (1, X, Y, Z), "patient": id}; label and tumour are present only for labelled patients.
 
         Args:
-            random: MONAI transforms over such items, for example `RandCropByPosNegLabeld(("image", "label"),
+            random: MONAI transforms of such items, for example `RandCropByPosNegLabeld(("image", "label"),
                 label_key="tumour", ...)`.
-            keep: share of the patients that is kept in memory.
+            keep: share of the patients kept in memory.
 
         Raises:
-            ValueError: `keep` isn't between 0 and 1.
+            ValueError: `keep` is not between 0 and 1.
         """
         if not 0 <= keep <= 1:
-            raise ValueError(f"keep is a share between 0 and 1, got {keep}")
-        from monai.data import CacheDataset  # seconds to import
+            raise ValueError(f"keep must be a share between 0 and 1, got {keep}")
+        from monai.data import CacheDataset  # takes seconds to import
         from monai.transforms import Compose, Lambda
 
         return CacheDataset(list(self.ids), Compose([Lambda(self._item), *random]), cache_rate=keep,
@@ -143,7 +124,7 @@ class PatientFolder(Sequence[Patient]):
         return item
 
     def table(self) -> pd.DataFrame:
-        """One row a patient: whether labelled, what tables say, and how many findings."""
+        """One row per patient: whether labelled, the columns of tables, and the number of findings."""
         import pandas as pd
 
         rows = [{"labelled": found.label is not None, **found.columns,
@@ -151,11 +132,9 @@ class PatientFolder(Sequence[Patient]):
         return pd.DataFrame(rows, index=pd.Index(self.files, name="patient"))
 
     def __repr__(self) -> str:
-        labels = f"label convention {self.convention.name} ({self.convention.reason})" if self.convention.name \
-            else self.convention.reason
-        told = (f"<PatientFolder of {len(self)} patients in {self.folder}: layout {self.layout} ({self.reason}); "
-                f"{labels}>")
-        return told + (f"\n{listing(self.findings)}" if self.findings else "")
+        head = (f"<PatientFolder of {len(self)} patients in {self.folder}: layout {self.layout} ({self.reason}); "
+                f"{self.convention}>")
+        return head + (f"\n{bullets(self.findings)}" if self.findings else "")
 
     def _repr_html_(self) -> str:
         head, *rest = repr(self).strip("<>").splitlines()
@@ -163,29 +142,29 @@ class PatientFolder(Sequence[Patient]):
 
 
 def prepare_patient(files: PatientFiles, *, grid: Grid, cache: Path | None) -> tuple[Patient | None, list[Finding]]:
-    """A patient on the grid wanted, from the cache where the files haven't changed; None where there are errors."""
+    """A patient on the requested grid, from the cache if the files have not changed; None if there are errors."""
     settings = None if cache is None else _settings(files, grid)
-    if cache is not None and settings is not None and (kept := load(cache, settings)) is not None:
-        told = json.loads(bytes(kept["findings"].numpy()).decode())
-        return (Patient(files.id, kept["image"], kept.get("label"), kept["affine"].numpy()),
-                [Finding(**finding) for finding in told])
+    if cache is not None and settings is not None and (cached := load(cache, settings)) is not None:
+        entries = json.loads(bytes(cached["findings"].numpy()).decode())
+        return (Patient(files.id, cached["image"], cached.get("label"), cached["affine"].numpy()),
+                [Finding(**entry) for entry in entries])
     scan, findings = read_scan(files)
     if scan is None:
         return None, findings
     try:
-        patient = on_grid(files.id, scan, spacing_mm=grid.spacing_mm, shape=grid.shape, dtype=grid.dtype)
+        patient = on_grid(files.id, scan, grid)
     except DataError as error:
-        return None, [*findings, Finding(patient=files.id, code=error.code, message=str(error))]
+        return None, [*findings, Finding(files.id, error.code, str(error))]
     if cache is not None and settings is not None:
-        told = json.dumps([vars(finding) for finding in findings]).encode()
+        entries = json.dumps([vars(finding) for finding in findings]).encode()
         tensors = {"image": patient.image.contiguous(), "affine": torch.from_numpy(patient.affine.copy()),
-                   "findings": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
+                   "findings": torch.frombuffer(bytearray(entries), dtype=torch.uint8)}
         store(cache, settings, tensors | ({} if patient.label is None else {"label": patient.label.contiguous()}))
     return patient, findings
 
 
 def _settings(files: PatientFiles, grid: Grid) -> str | None:
-    """Everything that decides a prepared patient; None where a file can't be looked at."""
+    """Everything that determines a prepared patient; None if a file's state cannot be read."""
     named = {modality: files.images[modality] for modality in MODALITIES if modality in files.images}
     try:
         states = {name: [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]

@@ -1,4 +1,4 @@
-"""CSV tables beside scans: what they say about patients, and tables of paths in place of a layout."""
+"""CSV tables beside scans: what they state about patients, and tables of paths in place of a layout."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import csv
 import os
 import re
 from collections.abc import Collection, Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 from fedlab.core.errors import DataError
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.findings import Finding
-from fedlab.data.readers.patient_files import Listing, PatientFiles, sound_id
+from fedlab.data.readers.patient_files import Listing, PatientFiles, is_valid_id
 
 __all__ = ["find_path_table", "list_table", "merge_columns", "read_table"]
 
@@ -27,70 +28,70 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Heading and rows of a CSV table in UTF-8, each row with its line number; cells are stripped, "" where empty.
+    """Column names and rows of a CSV table in UTF-8, each row with its line number; cells are stripped, "" if empty.
+
+    Unnamed columns and rows without content are skipped.
 
     Raises:
-        DataError: it can't be read, has no heading, or two columns carry one name.
+        DataError: the table cannot be read, has no header, repeats a column name, or a row has too many cells.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise DataError(f"{path}: {path.stat().st_size:,} bytes are too many for a table of patients")
         with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            heading = [name.strip() for name in next(lines, [])]
-            rows = [(lines.line_num, row) for row in lines if any(cell.strip() for cell in row)]
+            reader = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as a CSV table in UTF-8 ({error})") from error
-    named = [name for name in heading if name]
-    if not named:
-        raise DataError(f"{path}: the first line names no column")
-    if double := sorted({name for name in named if named.count(name) > 1}):
-        raise DataError(f"{path}: two columns are called {', '.join(double)}; rename one")
-    if longer := [line for line, row in rows if len(row) > len(heading)]:
-        raise DataError(f"{path}: line {longer[0]} has more cells than the heading has columns")
-    return heading, [(line, {name: cell.strip() for name, cell in
-                             zip(heading, [*row, *[""] * (len(heading) - len(row))], strict=True) if name})
+    columns = [name for name in header if name]
+    if not columns:
+        raise DataError(f"{path}: the first line contains no column name")
+    if double := sorted({name for name in columns if columns.count(name) > 1}):
+        raise DataError(f"{path}: two columns are named {', '.join(double)}; rename one")
+    if longer := [line for line, row in rows if len(row) > len(header)]:
+        raise DataError(f"{path}: line {longer[0]} has more cells than the header has columns")
+    return columns, [(line, {name: cell.strip() for name, cell in zip_longest(header, row, fillvalue="") if name})
                      for line, row in rows]
 
 
 def merge_columns(tables: Collection[Path], patients: Collection[str]) -> dict[str, dict[str, str]]:
-    """What tables say about patients: cells by column name, by patient; the patient's column is found by its values.
+    """What tables state about patients: for each patient, cells by column name.
 
-    The grade becomes "grade"; a column of the site in a partitioning table is called as the file.
+    The column with the patients' ids is found by its values. The column of the grade is named "grade", the column
+    of the site in a partitioning table is named after the file.
 
     Raises:
-        DataError: a table can't be read.
+        DataError: a table cannot be read.
     """
     known = set(patients)
-    said: dict[str, dict[str, str]] = {name: {} for name in known}
+    merged: dict[str, dict[str, str]] = {name: {} for name in known}
     for path in sorted(tables):
-        heading, rows = read_table(path)
-        hits = {name: sum(row.get(name) in known for _, row in rows) for name in heading if name}
-        column = max(hits, key=lambda name: hits[name])
-        if not hits[column]:
-            continue
+        columns, rows = read_table(path)
+        hits = {name: sum(row[name] in known for _, row in rows) for name in columns}
+        id_column = max(hits, key=lambda name: hits[name])
         for _, row in rows:
-            if row[column] in known:
-                cells = {_call(name, path): cell for name, cell in row.items() if name != column and cell}
-                said[row[column]] |= cells
-    return said
+            if row[id_column] in known:
+                merged[row[id_column]] |= {_column_name(name, path): cell for name, cell in row.items()
+                                           if name != id_column and cell}
+    return merged
 
 
-def _call(column: str, path: Path) -> str:
+def _column_name(column: str, path: Path) -> str:
     if column.lower() == "grade":
         return "grade"
     return path.stem if column.lower() == "partition_id" else column
 
 
-def _meaning(heading: Collection[str]) -> dict[str, str]:
-    """Which column is the patient, which a modality's path."""
-    plain = {name: re.sub(r"[\W_]|path$|file$", "", re.sub(r"[\W_]", "", name.lower())) for name in heading}
-    return {kind: next(name for name in heading if plain[name] in names) for kind, names in _NAMES.items()
-            if any(plain[name] in names for name in heading)}
+def _meaning(columns: Collection[str]) -> dict[str, str]:
+    """The column of the patient and the column of each modality's path."""
+    plain = {name: re.sub(r"[\W_]|path$|file$", "", re.sub(r"[\W_]", "", name.lower())) for name in columns}
+    return {kind: next(name for name in columns if plain[name] in names) for kind, names in _NAMES.items()
+            if any(plain[name] in names for name in columns)}
 
 
 def find_path_table(folder: Path) -> Path | None:
-    """The one CSV file in a folder that gives paths for patients; None where there is none.
+    """The only CSV file in a folder that gives paths for patients; None without one.
 
     Raises:
         DataError: there are several.
@@ -98,43 +99,42 @@ def find_path_table(folder: Path) -> Path | None:
     found = []
     for path in sorted(folder.glob("*.csv")):
         try:
-            heading = read_table(path)[0]
+            meaning = _meaning(read_table(path)[0])
         except DataError:
-            continue  # a table that can't be read gives no paths; where it is asked for by name its error shows
-        meaning = _meaning([name for name in heading if name])
+            continue  # an unreadable table gives no paths; its error is shown if it is requested by name
         if "patient" in meaning and sum(name in meaning for name in MODALITIES) >= 2:
             found.append(path)
     if len(found) > 1:
-        raise DataError(f"{folder} holds several tables of paths: {', '.join(path.name for path in found)}; give the "
-                        f"path of one of them in place of the folder")
+        raise DataError(f"{folder} contains several tables of paths: {', '.join(path.name for path in found)}; give "
+                        f"the path of one of them in place of the folder")
     return found[0] if found else None
 
 
 def list_table(path: Path) -> Listing:
-    """The patients of a table of paths: one row a patient, columns patient, flair, t1, t1c, t2 and perhaps label.
+    """The patients of a table of paths: one row per patient, columns patient, flair, t1, t1c, t2 and optionally label.
 
     Paths are relative to the table's folder, or absolute. Other columns are kept.
 
     Raises:
-        DataError: the table can't be read, lacks a column, or has no row.
+        DataError: the table cannot be read, lacks a column, or has no row.
     """
-    heading, rows = read_table(path)
-    meaning = _meaning([name for name in heading if name])
+    columns, rows = read_table(path)
+    meaning = _meaning(columns)
     if missing := [name for name in ("patient", *MODALITIES) if name not in meaning]:
-        raise DataError(f"{path}: no column {' and '.join(missing)}; expected patient, flair, t1, t1c, t2 and perhaps "
-                        f"label, found {', '.join(name for name in heading if name)}")
+        raise DataError(f"{path}: no column {' and '.join(missing)}; expected patient, flair, t1, t1c, t2 and "
+                        f"optionally label, found {', '.join(columns)}")
     if not rows:
-        raise DataError(f"{path}: no row below its heading; expected one a patient")
+        raise DataError(f"{path}: no row below its header; expected one row per patient")
     files: dict[str, PatientFiles] = {}
     findings: list[Finding] = []
     for line, row in rows:
         patient = row[meaning["patient"]]
-        if not sound_id(patient):
-            findings.append(Finding(patient=patient or f"line {line}", code="unusable", message=f"line {line} of "
-                                    f"{path.name}: a patient's name is printable, without / or \\, and not empty"))
+        if not is_valid_id(patient):
+            findings.append(Finding(patient or f"line {line}", "unusable", f"line {line} of {path.name}: a patient id "
+                                    f"must be printable, not empty, and without / or \\"))
         elif patient in files:
-            findings.append(Finding(patient=patient, code="two-folders",
-                                    message=f"line {line} of {path.name} is a second row for this patient"))
+            findings.append(Finding(patient, "two-folders", f"line {line} of {path.name} is a second row for this "
+                                    f"patient"))
         else:
             files[patient], problems = _row_files(patient, row, meaning, path)
             findings += problems
@@ -150,17 +150,14 @@ def _row_files(patient: str, row: Mapping[str, str], meaning: Mapping[str, str],
         cell = row.get(meaning.get(kind, ""), "")
         if not cell:
             if kind != "label":
-                findings.append(Finding(patient=patient, code="missing-modality",
-                                        message=f"{table.name} gives no path for {kind}"))
-            continue
-        paths[kind] = table.parent / cell
-        if not os.path.isfile(paths[kind]):
-            findings.append(Finding(patient=patient, code="no-file", message=f"{kind}: {cell} is no file, or a link "
-                                    f"that leads nowhere"))
-            del paths[kind]
+                findings.append(Finding(patient, "missing-modality", f"{table.name} gives no path for {kind}"))
+        elif not os.path.isfile(table.parent / cell):
+            findings.append(Finding(patient, "no-file", f"{kind}: {cell} is not a file, or a broken link"))
+        else:
+            paths[kind] = table.parent / cell
     for path in {p for p in paths.values() if list(paths.values()).count(p) > 1}:
         both = " and ".join(kind for kind, p in paths.items() if p == path)
-        findings.append(Finding(patient=patient, code="two-files", message=f"{both} are one file, {path.name}"))
+        findings.append(Finding(patient, "two-files", f"{both} are one file, {path.name}"))
     label = paths.pop("label", None)
     used = set(meaning.values())
     columns = {name: cell for name, cell in row.items() if name not in used and cell}

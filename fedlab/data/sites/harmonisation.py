@@ -1,4 +1,4 @@
-"""Intensities on one scale across sites, fitted from what the sites told and nothing else."""
+"""Intensities on one scale across sites, fitted from the sites' statistics only."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Harmonisation:
-    """Maps each patient's percentiles onto common landmarks, straight between them (Nyúl, Udupa & Zhang 2000).
+    """Maps each patient's percentiles onto common landmarks, linearly between them (Nyúl, Udupa & Zhang 2000).
 
-    Percentiles are taken over the brain, tumour included, so a very large tumour bends its own scale a little. Beyond
-    the outermost landmarks the slope of the outermost piece goes on (https://doi.org/10.1109/42.836373).
+    Percentiles are taken over the brain, tumour included, so a very large tumour slightly changes its own scale. Beyond
+    the outermost landmarks the slope of the outermost piece applies (https://doi.org/10.1109/42.836373).
 
     Attributes:
         percentiles: from 0 to 100, ascending.
-        landmarks: by modality, the intensity each percentile is mapped to, ascending.
+        landmarks: by modality, the intensity that each percentile is mapped to, ascending.
 
     Raises:
-        ValueError: landmarks that don't ascend, or don't fit the percentiles.
+        ValueError: landmarks that do not ascend, or do not match the percentiles.
     """
 
     percentiles: tuple[float, ...]
@@ -41,15 +41,15 @@ class Harmonisation:
     def __post_init__(self) -> None:
         for name, marks in {"percentiles": self.percentiles, **self.landmarks}.items():
             if len(marks) != len(self.percentiles) or len(marks) < 2 or not all(map(math.isfinite, marks)):
-                raise ValueError(f"{name}: as many finite landmarks as percentiles and at least two, got {marks}")
+                raise ValueError(f"{name}: expected as many finite landmarks as percentiles, at least two, got {marks}")
             if not all(a < b for a, b in itertools.pairwise(marks)):
                 raise ValueError(f"{name} must ascend, got {marks}; with noise, raise epsilon or use fewer bins")
 
     def __call__(self, patient: Patient) -> Patient:
-        """The patient with harmonised intensities, the same data type, 0 outside the brain; the label untouched.
+        """The patient with harmonised intensities: same data type, 0 outside the brain, label unchanged.
 
         Raises:
-            DataError: a modality has one value throughout the brain.
+            DataError: a modality is constant in the brain.
         """
         image = patient.image.to(torch.float32, copy=True)
         brain = (image != 0).any(dim=0)
@@ -59,12 +59,12 @@ class Harmonisation:
             own = np.percentile(values, self.percentiles)
             rising = np.concatenate(([True], np.diff(own) > 0))  # saturated images have equal percentiles
             if rising.sum() < 2:
-                raise DataError(f"the {name} of patient {patient.id} has one value throughout; nothing to harmonise")
+                raise DataError(f"the {name} of patient {patient.id} is constant; nothing to harmonise")
             channel[brain] = torch.from_numpy(_piecewise(values, own[rising], np.asarray(marks)[rising])).float()
         return replace(patient, image=image.to(patient.image.dtype))
 
     def site(self, site: Site) -> Site:
-        """The site with all its patients harmonised, in memory."""
+        """The site with all patients harmonised, in memory."""
         return replace(site, train=[self(patient) for patient in site.train], val=[self(p) for p in site.val])
 
     def _repr_html_(self) -> str:
@@ -78,25 +78,25 @@ class Harmonisation:
 def fit_harmonisation(statistics: Sequence[SiteStatistics]) -> Harmonisation:
     """The mean landmarks of all patients of all sites, from the sites' statistics.
 
-    Each site tells the mean over its patients of every percentile; the mean of those, sites weighing as their
-    patients, is the common scale. Where
-    statistics carry noise, landmarks are read from noisy histograms and cost no further privacy.
+    Each site releases the mean of every percentile over its patients; their mean over sites, weighted by patients, is
+    the common scale. If statistics carry noise, landmarks are computed from noisy histograms at no further privacy
+    cost.
 
     Raises:
-        ValueError: no site told its intensities, or their landmarks don't ascend.
+        ValueError: no site released its intensities, or their landmarks do not ascend.
     """
     pooled = combine(statistics)
-    told = {name: spread.quantiles for name, spread in pooled.intensity.items() if spread.quantiles}
-    if not told:
-        raise ValueError("no site told the quantiles of its intensities, so there is nothing to fit; were there too "
-                         "few patients, or too much noise?")
-    levels = next(iter(told.values()))
+    released = {name: spread.quantiles for name, spread in pooled.intensity.items() if spread.quantiles}
+    if not released:
+        raise ValueError("no site released the quantiles of its intensities, so there is nothing to fit; check for too "
+                         "few patients or too much noise")
+    levels = next(iter(released.values()))
     return Harmonisation(percentiles=tuple(100 * q for q, _ in levels),
-                         landmarks={name: tuple(value for _, value in marks) for name, marks in told.items()})
+                         landmarks={name: tuple(value for _, value in marks) for name, marks in released.items()})
 
 
 def _piecewise(values: Floats, own: Floats, marks: Floats) -> Floats:
-    """Straight from landmark to landmark, and on with the outermost slopes."""
+    """Piecewise linear interpolation, with the outermost slopes beyond the landmarks."""
     mapped: Floats = np.interp(values, own, marks)
     below, above = values < own[0], values > own[-1]
     mapped[below] = marks[0] + (values[below] - own[0]) * (marks[1] - marks[0]) / (own[1] - own[0])

@@ -1,4 +1,4 @@
-"""How much sites differ, seen from their statistics alone."""
+"""Differences between sites, computed from their statistics only."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Heterogeneity:
-    """Distances between sites. Made by `heterogeneity`.
+    """Distances between sites. Created by `heterogeneity`.
 
-    Two small sites differ by chance alone, and bins that a small site had to merge blur the distances of its volumes;
-    compare with what a partition at random of the same sizes gives.
+    Small sites differ by chance alone, and merged bins of a small site blur the distances of its volumes; compare with
+    a random partition of the same sizes.
 
     Attributes:
-        statistics: of each site, as they were told.
-        wasserstein: by quantity ("FLAIR", "WT volume" ...), the earth mover's distance between each two sites, shape
-            (sites, sites), in the unit of the images or in ml; NaN where a site withheld it.
+        statistics: of each site.
+        wasserstein: by quantity ("FLAIR", "WT volume" ...), the earth mover's distance between each pair of sites,
+            shape (sites, sites), in the unit of the images or in ml; NaN if a site withholds it.
         jensen_shannon: likewise, the Jensen-Shannon distance between 0 and 1 (Endres & Schindelin 2003).
         shift: by quantity, the earth mover's distance of each site from all others together, shape (sites,).
     """
@@ -43,18 +43,18 @@ class Heterogeneity:
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, in the order of the matrices."""
-        return tuple(told.site for told in self.statistics)
+        return tuple(own.site for own in self.statistics)
 
     def table(self) -> pd.DataFrame:
-        """A row a site: patients, median volumes in ml, and the shift of each quantity; NaN where withheld."""
+        """One row per site: patients, median volumes in ml, and the shift of each quantity; NaN if withheld."""
         import pandas as pd
 
         rows = {}
-        for number, told in enumerate(self.statistics):
+        for number, own in enumerate(self.statistics):
             medians = {f"{region} median [ml]": dict(volumes.quantiles).get(0.5)
-                       for region, volumes in told.volumes_ml.items()}
+                       for region, volumes in own.volumes_ml.items()}
             shifts = {f"{quantity} shift": values[number] for quantity, values in self.shift.items()}
-            rows[told.site] = {"patients": told.patients, **medians, **shifts}
+            rows[own.site] = {"patients": own.patients, **medians, **shifts}
         return pd.DataFrame.from_dict(rows, orient="index").astype(float).rename_axis("site")
 
     def __repr__(self) -> str:
@@ -68,45 +68,49 @@ class Heterogeneity:
 
 
 def heterogeneity(statistics: Sequence[SiteStatistics]) -> Heterogeneity:
-    """Compares sites by what they told; sites that withheld everything stay in the tables as NaN.
+    """Compares sites by their statistics; a site that withholds everything is NaN in the tables.
 
     Raises:
         ValueError: fewer than two sites, or two of the same name.
     """
     if len(statistics) < 2:
-        raise ValueError(f"two sites or more can be compared, got the statistics of {len(statistics)}")
+        raise ValueError(f"expected the statistics of at least two sites, got {len(statistics)}")
     combine(statistics)  # refuses a site named twice
-    told: dict[str, list[Distribution | None]] = {}
-    for kind, label in (("intensity", "{}"), ("volumes_ml", "{} volume")):
-        for name in dict.fromkeys(name for each in statistics for name in getattr(each, kind)):
-            told[label.format(name)] = [getattr(each, kind).get(name) for each in statistics]
+    own = [_by_quantity(each) for each in statistics]
+    names = dict.fromkeys(name for each in own for name in each)
+    spreads = {name: [each.get(name) for each in own]
+               for name in sorted(names, key=lambda name: name.endswith(" volume"))}  # intensities first
     return Heterogeneity(
         statistics=tuple(statistics),
-        wasserstein={name: _pairwise(parts, wasserstein) for name, parts in told.items()},
-        jensen_shannon={name: _pairwise(parts, jensen_shannon) for name, parts in told.items()},
-        shift=_shifts(statistics, told))
+        wasserstein={name: _pairwise(parts, wasserstein) for name, parts in spreads.items()},
+        jensen_shannon={name: _pairwise(parts, jensen_shannon) for name, parts in spreads.items()},
+        shift=_shifts(statistics, spreads))
+
+
+def _by_quantity(statistics: SiteStatistics) -> dict[str, Distribution]:
+    return {**statistics.intensity, **{f"{name} volume": volumes for name, volumes in statistics.volumes_ml.items()}}
 
 
 def wasserstein(one: Distribution, other: Distribution) -> float:
-    """Earth mover's distance: the area between the cumulated shares, in the unit of the edges."""
+    """Earth mover's distance: the area between the cumulative shares, in the unit of the edges."""
     edges = np.array(sorted({*one.edges, *other.edges}))
     gap = np.concatenate(([0.0], np.cumsum(one.shares(edges.tolist()) - other.shares(edges.tolist()))))
     left, right = gap[:-1], gap[1:]
     both = np.abs(left) + np.abs(right)
-    # Where the curves cross within a bin, the area is that of two triangles.
+    # If the curves cross within a bin, the area is that of two triangles.
     area = np.where(left * right < 0, (left**2 + right**2) / np.where(both > 0, 2 * both, 1.0), both / 2)
     return float(area @ np.diff(edges))
 
 
 def jensen_shannon(one: Distribution, other: Distribution) -> float:
-    """Square root of the Jensen-Shannon divergence to base 2: 0 for the same shares, 1 where nothing overlaps."""
+    """Square root of the Jensen-Shannon divergence to base 2: 0 for equal shares, 1 without overlap."""
     from scipy.special import rel_entr
 
     edges = sorted({*one.edges, *other.edges})
     left, right = one.shares(edges), other.shares(edges)
     middle = (left + right) / 2
     divergence = float((rel_entr(left, middle) + rel_entr(right, middle)).sum()) / 2 / math.log(2)
-    return math.sqrt(min(max(divergence, 0.0), 1.0))  # rounding may leave either end
+    return math.sqrt(min(max(divergence, 0.0), 1.0))  # rounding may exceed either end
 
 
 def _pairwise(parts: Sequence[Distribution | None], measure: Callable[[Distribution, Distribution], float]) -> Matrix:
@@ -118,14 +122,13 @@ def _pairwise(parts: Sequence[Distribution | None], measure: Callable[[Distribut
     return matrix
 
 
-def _shifts(statistics: Sequence[SiteStatistics], told: Mapping[str, Sequence[Distribution | None]]) \
+def _shifts(statistics: Sequence[SiteStatistics], spreads: Mapping[str, Sequence[Distribution | None]]) \
         -> dict[str, NDArray[np.float64]]:
     """Each site against all others together."""
-    shift = {name: np.full(len(statistics), np.nan) for name in told}
+    shift = {name: np.full(len(statistics), np.nan) for name in spreads}
     for number in range(len(statistics)):
-        rest = combine([*statistics[:number], *statistics[number + 1:]])
-        others = {**rest.intensity, **{f"{name} volume": volumes for name, volumes in rest.volumes_ml.items()}}
-        for name, parts in told.items():
+        others = _by_quantity(combine([*statistics[:number], *statistics[number + 1:]]))
+        for name, parts in spreads.items():
             own = parts[number]
             if own is not None and name in others:
                 shift[name][number] = wasserstein(own, others[name])

@@ -1,8 +1,8 @@
-"""What a site may tell about its patients without showing one, and what that adds up to across sites.
+"""What a site may release about its patients without showing one, and the sum over sites.
 
-Three things leave a site: how many patients it has, histograms, and a few numbers about them. A value that fewer than
-a minimum number of patients stand behind is withheld. That keeps a patient out of sight, but it proves nothing: two
-releases that differ by one patient differ by that patient. Laplace noise with a stated ε does prove something.
+Three kinds of values leave a site: its number of patients, histograms, and a few numbers about them. A value of fewer
+than a minimum number of patients is withheld. That hides individual patients but proves nothing: two releases that
+differ by one patient differ by that patient's contribution. Laplace noise with a stated ε gives a proof.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedlab.privacy.noise.laplace import noisy
 __all__ = ["ADJACENCY", "PARTS", "PERCENTILES", "QUANTILES", "RAW", "Distribution", "Domain", "SiteStatistics",
            "combine", "contributions", "site_statistics"]
 
-#: Which two sites the ε of noised statistics compares.
+#: The two sites that the ε of noised statistics compares.
 ADJACENCY = "add or remove one patient"
 #: One patient is counted in this many whole parts, so that a share of a patient is a whole number.
 PARTS = 2**16
@@ -39,7 +39,7 @@ Counts = NDArray[np.int64]
 
 
 class Scanned(Protocol):
-    """What statistics need of a patient: `fedlab.core.types.Patient` and `fedlab.data.phantom.cohort.RawPatient` have it."""
+    """The properties of a patient that statistics need, for example of a `fedlab.core.types.Patient`."""
 
     @property
     def id(self) -> str: ...
@@ -53,31 +53,31 @@ class Scanned(Protocol):
 
 def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 5, epsilon: float | None = None,
                     charge: Callable[[Spent], object] | None = None, seed: int | None = None) -> SiteStatistics:
-    """What a site tells about all its patients, to train on and held out.
+    """Statistics of all patients of a site, training and held-out.
 
     Without noise, every released value has at least `minimum` patients behind it: neighbouring bins are merged until
-    at least that many patients have something in each, rare voxel sizes go under "other", quantiles need that many
-    patients on either side, and numbers are rounded to three digits. This is no guarantee against someone who knows
-    the other patients, or who sees the statistics before and after one patient came.
+    at least that many patients contribute to each, rare voxel sizes are counted as "other", quantiles need that many
+    patients around them, and numbers are rounded to three digits. This is no guarantee against an adversary who knows
+    the other patients, or who sees the statistics before and after a patient joins.
 
     With `epsilon`, the release is ε-differentially private with δ = 0; the unit is the patient, and two sites are
-    adjacent if one has one patient more, all else equal. The proof: what `contributions` counts of a patient is a
-    set of Q vectors of non-negative whole parts that sum to at most `PARTS` each, so a patient changes all counts
-    together by at most Q · PARTS (L1). Laplace noise of scale Q · PARTS / ε is added to every count, exactly
-    (`fedlab.privacy.noise.laplace`), and everything else is computed from the noisy counts. The bins must not depend on the
-    data, so a `domain` without `spacings` or `shapes` leaves those out, and the split isn't told. The same person
-    under two ids is two patients here. Every call spends its ε anew.
+    adjacent if one has one patient more, all else equal. The proof: the `contributions` of a patient are Q vectors of
+    non-negative whole parts that sum to at most `PARTS` each, so a patient changes all counts together by at most
+    Q · PARTS (L1). Laplace noise of scale Q · PARTS / ε is added to every count, exactly
+    (`fedlab.privacy.noise.laplace`), and everything else is computed from the noisy counts. The bins must not depend
+    on the data: a `domain` without `spacings` or `shapes` leaves those out, and the split is not released. One person
+    under two ids counts as two patients. Every call spends its ε again.
 
     Args:
-        site: whose patients; each is looked at once.
+        site: the site; each of its patients is read once.
         domain: what is counted in which bins; by default `Domain()`, which suits z-scored images.
-        minimum: patients behind every value; 1 withholds nothing.
+        minimum: smallest number of patients behind every value; 1 withholds nothing.
         epsilon: of all the statistics together; None adds no noise.
-        charge: called with what is about to be spent before anything is drawn, so that it enters the site's ledger:
-            `LedgerFile(folder, site.name).charging(delta=...)` of `fedlab.privacy.accounting.ledger_file`, or `Ledger.charging`.
-            If it raises, nothing is released.
-        seed: of the noise, to repeat an experiment. None takes the operating system's entropy: whoever knows the
-            seed can take the noise off again.
+        charge: called with the privacy to be spent before any noise is drawn, to enter it in the site's ledger:
+            `LedgerFile(folder, site.name).charging(delta=...)` of `fedlab.privacy.accounting.ledger_file`, or
+            `Ledger.charging`. If it raises, nothing is released.
+        seed: of the noise, to repeat an experiment. None uses the operating system's entropy: an adversary who knows
+            the seed can remove the noise.
 
     Raises:
         ValueError: `minimum` below 1, or `epsilon` not above 0.
@@ -85,14 +85,14 @@ def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 
     """
     domain = domain or Domain()
     if minimum < 1:
-        raise ValueError(f"minimum is a number of patients from 1 on, got {minimum}")
+        raise ValueError(f"minimum must be a number of patients of at least 1, got {minimum}")
     if epsilon is not None and not (0 < epsilon < math.inf):
-        raise ValueError(f"epsilon is above 0 and finite, or None for no noise, got {epsilon}")
+        raise ValueError(f"epsilon must be above 0 and finite, or None for no noise, got {epsilon}")
     if epsilon is None:
         if seed is not None or charge is not None:
-            raise ValueError("seed and charge belong to noise; say epsilon=, or leave them out")
-        looks = [_look(patient, domain) for patient in _patients(site)]
-        return _exact(site.name, looks, domain, minimum, len(site.val))
+            raise ValueError("seed and charge belong to noise; pass epsilon=, or leave them out")
+        summaries = [_summarise(patient, domain) for patient in _patients(site)]
+        return _exact(site.name, summaries, domain, minimum, len(site.val))
     sums = {name: np.zeros(size, dtype=np.int64) for name, size in _sizes(domain).items()}
     for patient in _patients(site):
         for name, counts in contributions(patient, domain=domain).items():
@@ -110,24 +110,24 @@ def contributions(patient: Scanned, *, domain: Domain) -> dict[str, Counts]:
     """What one patient adds to the counts that noise is added to.
 
     Returns:
-        A vector of whole parts for each thing counted, none negative, each summing to at most `PARTS`: the patient
-        itself; its voxels' intensities by modality as shares of all its brain voxels, rounded down; its volume by
-        region (nothing where there is no label); and, where the domain names them, its voxel size and shape.
+        One vector of non-negative whole parts per quantity, each summing to at most `PARTS`: the patient itself; its
+        voxels' intensities by modality as shares of all its brain voxels, rounded down; its volume by region (zeros
+        without a label); and, if the domain names them, its voxel size and shape.
 
     Raises:
         DataError: the image holds NaN or Inf, or its brain is empty.
     """
-    look = _look(patient, domain)
-    parts = {name: counts * PARTS // counts.sum() for name, counts in look.counts.items()}
+    summary = _summarise(patient, domain)
+    parts = {name: counts * PARTS // counts.sum() for name, counts in summary.counts.items()}
     parts["patients"] = np.array([PARTS], dtype=np.int64)
-    for name, known, value in (("spacing", domain.spacings, look.spacing), ("shape", domain.shapes, look.shape)):
+    for name, known, value in (("spacing", domain.spacings, summary.spacing), ("shape", domain.shapes, summary.shape)):
         if known is not None:
             parts[name] = PARTS * np.array([value == each for each in known] + [value not in known], dtype=np.int64)
     return {name: parts.get(name, np.zeros(size, dtype=np.int64)) for name, size in _sizes(domain).items()}
 
 
 def _sizes(domain: Domain) -> dict[str, int]:
-    """The bins of everything that noise is added to: Q names."""
+    """The number of bins of everything that noise is added to: Q names."""
     return {
         "patients": 1,
         **{f"intensity {name}": len(domain.intensity) - 1 for name in domain.modalities},
@@ -138,14 +138,14 @@ def _sizes(domain: Domain) -> dict[str, int]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Look:
-    """What is taken from one patient; it stays at the site.
+class _Summary:
+    """The measurements of one patient; they do not leave the site.
 
     Attributes:
         counts: by "intensity <modality>" voxels in each bin; by "volume <region>" 1 in the bin of the volume.
         moments: by modality, the mean of its intensities and of their squares.
         landmarks: by modality, its percentiles.
-        volumes: by region in ml; empty where there is no label.
+        volumes: by region in ml; empty without a label.
     """
 
     counts: dict[str, Counts]
@@ -157,16 +157,16 @@ class _Look:
 
 
 def _patients(site: Site) -> Iterator[Scanned]:
-    seen: set[str] = set()
+    listed: set[str] = set()
     for patients in (site.train, site.val):
         for patient in patients:
-            if patient.id in seen:
+            if patient.id in listed:
                 raise DataError(f"site {site.name} lists patient {patient.id} twice; a patient counts once")
-            seen.add(patient.id)
+            listed.add(patient.id)
             yield patient
 
 
-def _look(patient: Scanned, domain: Domain) -> _Look:
+def _summarise(patient: Scanned, domain: Domain) -> _Summary:
     image = patient.image.float()
     brain = (image != 0).any(dim=0)
     if not brain.any():
@@ -175,7 +175,7 @@ def _look(patient: Scanned, domain: Domain) -> _Look:
     for name in domain.modalities:
         values = image[MODALITIES.index(name)][brain].numpy().astype(np.float64)
         if not np.isfinite(values).all():
-            raise DataError(f"the {name} of patient {patient.id} holds NaN or Inf; mend it or leave the patient out")
+            raise DataError(f"the {name} of patient {patient.id} holds NaN or Inf; repair it or leave the patient out")
         counts[f"intensity {name}"] = _histogram(values, domain.intensity)
         moments[name] = float(values.mean()), float(np.square(values).mean())
         landmarks[name] = np.percentile(values, PERCENTILES)
@@ -185,44 +185,45 @@ def _look(patient: Scanned, domain: Domain) -> _Look:
         millilitres = labels_to_regions(patient.label).flatten(1).sum(1).numpy() * float(spacing.prod()) / 1000
         volumes = {name: float(millilitres[REGIONS.index(name)]) for name in domain.regions}
         counts |= {f"volume {name}": _histogram(np.array([v]), domain.volume_ml) for name, v in volumes.items()}
-    return _Look(counts=counts, moments=moments, landmarks=landmarks, volumes=volumes,
-                 spacing="x".join(f"{round(float(s), 2):g}" for s in spacing), shape="x".join(map(str, brain.shape)))
+    return _Summary(counts=counts, moments=moments, landmarks=landmarks, volumes=volumes,
+                    spacing="x".join(f"{round(float(s), 2):g}" for s in spacing), shape="x".join(map(str, brain.shape)))
 
 
 def _histogram(values: NDArray[np.float64], edges: Sequence[float]) -> Counts:
-    """How many values lie in each bin, the outer ones open."""
+    """Number of values in each bin; the outer bins are open."""
     return np.bincount(np.searchsorted(edges[1:-1], values, side="right"), minlength=len(edges) - 1).astype(np.int64)
 
 
-def _exact(site: str, looks: Sequence[_Look], domain: Domain, minimum: int, held_out: int) -> SiteStatistics:
-    """Statistics without noise; nothing that fewer than `minimum` patients stand behind."""
-    if len(looks) < minimum:
+def _exact(site: str, summaries: Sequence[_Summary], domain: Domain, minimum: int, held_out: int) -> SiteStatistics:
+    """Statistics without noise; values of fewer than `minimum` patients are withheld."""
+    patients = len(summaries)
+    if patients < minimum:
         return SiteStatistics(site=site, patients=None, minimum=minimum,
                               withheld=(f"everything: there are fewer than {minimum} patients",))
     withheld = []
-    split: tuple[int | None, int | None] = len(looks) - held_out, held_out
-    if any(0 < part < minimum for part in (len(looks) - held_out, held_out)):
-        split = None, None
+    train = patients - held_out
+    hide_split = any(0 < part < minimum for part in (train, held_out))
+    if hide_split:
         withheld.append(f"the split: fewer than {minimum} patients in a part of it")
     intensity = {}
     for name in domain.modalities:
-        told = _merged([look.counts[f"intensity {name}"] for look in looks], domain.intensity, minimum)
-        mean, square = np.mean([look.moments[name] for look in looks], axis=0)
-        marks = np.mean([look.landmarks[name] for look in looks], axis=0)
-        intensity[name] = Distribution(
-            **told, mean=_rounded(mean), sd=_rounded(math.sqrt(max(square - mean**2, 0.0))),
+        bins = _merged([summary.counts[f"intensity {name}"] for summary in summaries], domain.intensity, minimum)
+        mean, square = np.mean([summary.moments[name] for summary in summaries], axis=0)
+        marks = np.mean([summary.landmarks[name] for summary in summaries], axis=0)
+        intensity[name] = replace(
+            bins, mean=_rounded(mean), sd=_deviation(mean, square),
             quantiles=tuple((p / 100, _rounded(mark)) for p, mark in zip(PERCENTILES, marks, strict=True)))
-    labelled = [look for look in looks if look.volumes]
+    labelled = [summary.volumes for summary in summaries if summary.volumes]
     volumes = {}
-    if len(labelled) < minimum or 0 < len(looks) - len(labelled) < minimum:
+    if len(labelled) < minimum or 0 < patients - len(labelled) < minimum:
         withheld.append(f"volumes: fewer than {minimum} patients with, or without, a label")
     else:
-        volumes = {name: _volumes([look.volumes[name] for look in labelled], domain, minimum)
-                   for name in domain.regions}
+        volumes = {name: _volumes([own[name] for own in labelled], domain, minimum) for name in domain.regions}
     return SiteStatistics(
-        site=site, patients=len(looks), train=split[0], held_out=split[1], intensity=intensity, volumes_ml=volumes,
-        spacing_mm=_named((look.spacing for look in looks), domain.spacings, minimum),
-        shape=_named((look.shape for look in looks), domain.shapes, minimum), minimum=minimum, withheld=tuple(withheld))
+        site=site, patients=patients, train=None if hide_split else train, held_out=None if hide_split else held_out,
+        intensity=intensity, volumes_ml=volumes, minimum=minimum, withheld=tuple(withheld),
+        spacing_mm=_named((summary.spacing for summary in summaries), domain.spacings, minimum),
+        shape=_named((summary.shape for summary in summaries), domain.shapes, minimum))
 
 
 def _volumes(values: Sequence[float], domain: Domain, minimum: int) -> Distribution:
@@ -233,12 +234,12 @@ def _volumes(values: Sequence[float], domain: Domain, minimum: int) -> Distribut
         first = round(q * (len(ordered) - 1) - (minimum - 1) / 2)
         if first >= 0 and first + minimum <= len(ordered):
             quantiles.append((q, _rounded(ordered[first:first + minimum].mean())))
-    told = _merged([_histogram(np.array([v]), domain.volume_ml) for v in values], domain.volume_ml, minimum)
-    return Distribution(**told, mean=_rounded(ordered.mean()), sd=_rounded(ordered.std()), quantiles=tuple(quantiles))
+    bins = _merged([_histogram(np.array([v]), domain.volume_ml) for v in values], domain.volume_ml, minimum)
+    return replace(bins, mean=_rounded(ordered.mean()), sd=_rounded(ordered.std()), quantiles=tuple(quantiles))
 
 
-def _merged(counted: Sequence[Counts], edges: Sequence[float], minimum: int) -> dict[str, Any]:
-    """Edges and patients, neighbouring bins merged until at least `minimum` patients have something in each."""
+def _merged(counted: Sequence[Counts], edges: Sequence[float], minimum: int) -> Distribution:
+    """Patients by bin, neighbouring bins merged until at least `minimum` patients contribute to each."""
     table = np.array([counts / counts.sum() for counts in counted])
     kept, counts = [edges[0]], []
     pending = np.zeros(len(table))
@@ -248,10 +249,10 @@ def _merged(counted: Sequence[Counts], edges: Sequence[float], minimum: int) -> 
             kept.append(edge)
             counts.append(pending.sum())
             pending = np.zeros(len(table))
-    if kept[-1] != edges[-1]:  # too few at the upper end: they go to the bin below
+    if kept[-1] != edges[-1]:  # too few patients at the upper end belong to the bin below
         kept[-1] = edges[-1]
         counts[-1] += pending.sum()
-    return {"edges": tuple(kept), "counts": tuple(round(float(count), 3) for count in counts)}
+    return Distribution(edges=tuple(kept), counts=tuple(round(float(count), 3) for count in counts))
 
 
 def _named(values: Iterator[str], known: Sequence[str] | None, minimum: int) -> dict[str, float]:
@@ -259,22 +260,22 @@ def _named(values: Iterator[str], known: Sequence[str] | None, minimum: int) -> 
     counts = Counter(value if known is None or value in known else _OTHER for value in values)
     rare = counts.pop(_OTHER, 0) + sum(count for count in counts.values() if count < minimum)
     kept = [(name, count) for name, count in counts.most_common() if count >= minimum]
-    while kept and 0 < rare < minimum:  # or the total would give the few away
+    while kept and 0 < rare < minimum:  # otherwise the total would reveal the few
         rare += kept.pop()[1]
     return {**{name: float(count) for name, count in kept}, **({_OTHER: float(rare)} if rare else {})}
 
 
 def _noised(site: str, counts: Mapping[str, NDArray[np.float64]], domain: Domain, minimum: int,
             spent: Spent) -> SiteStatistics:
-    """Statistics computed from noisy counts alone."""
+    """Statistics computed from noisy counts only."""
     patients = float(counts["patients"][0])
     if patients < minimum:
         return SiteStatistics(site=site, patients=None, minimum=minimum, spent=(spent,),
                               withheld=(f"everything: there seem to be fewer than {minimum} patients",))
-    withheld = ["the split, and the exact values behind means and quantiles: all is read from the noisy counts"]
-    withheld += [f"{name}: the domain doesn't say beforehand which there are"
+    withheld = ["the split, and exact values of means and quantiles: all values are computed from the noisy counts"]
+    withheld += [f"{name}: the domain does not list them in advance"
                  for name, known in (("voxel sizes", domain.spacings), ("shapes", domain.shapes)) if known is None]
-    told: dict[str, dict[str, Distribution]] = {"intensity": {}, "volume": {}}
+    released: dict[str, dict[str, Distribution]] = {"intensity": {}, "volume": {}}
     for kind, names, edges, levels in (("intensity", domain.modalities, domain.intensity, PERCENTILES),
                                        ("volume", domain.regions, domain.volume_ml, np.multiply(QUANTILES, 100))):
         for name in names:
@@ -283,57 +284,56 @@ def _noised(site: str, counts: Mapping[str, NDArray[np.float64]], domain: Domain
                 table = table + (patients - table.sum()) / len(table)
             bare = Distribution(edges=edges, counts=tuple(table.tolist()))
             if bare.total <= 0:
-                withheld.append(f"{kind} {name}: the noise outweighs it")
+                withheld.append(f"{kind} {name}: the noise exceeds it")
                 continue
-            told[kind][name] = _described(bare, [float(level) / 100 for level in levels])
+            released[kind][name] = _described(bare, [float(level) / 100 for level in levels])
     categories = [dict(zip((*(known or ()), _OTHER), counts[name].tolist(), strict=True)) if known is not None else {}
                   for name, known in (("spacing", domain.spacings), ("shape", domain.shapes))]
-    return SiteStatistics(site=site, patients=patients, intensity=told["intensity"], volumes_ml=told["volume"],
+    return SiteStatistics(site=site, patients=patients, intensity=released["intensity"], volumes_ml=released["volume"],
                           spacing_mm=categories[0], shape=categories[1], minimum=minimum, spent=(spent,),
                           withheld=tuple(withheld))
 
 
 def _described(bare: Distribution, levels: Sequence[float]) -> Distribution:
-    """The distribution with mean, standard deviation and quantiles read from its bins."""
+    """The distribution with mean, standard deviation and quantiles computed from its bins."""
     middle, shares = (np.array(bare.edges[1:]) + np.array(bare.edges[:-1])) / 2, bare.shares()
     mean = float(shares @ middle)
-    return Distribution(edges=bare.edges, counts=bare.counts, mean=_rounded(mean),
-                        sd=_rounded(math.sqrt(float(shares @ np.square(middle - mean)))),
-                        quantiles=tuple((q, _rounded(bare.quantile(q))) for q in levels))
+    return replace(bare, mean=_rounded(mean), sd=_rounded(math.sqrt(float(shares @ np.square(middle - mean)))),
+                   quantiles=tuple((q, _rounded(bare.quantile(q))) for q in levels))
 
 
 def combine(statistics: Sequence[SiteStatistics], *, name: str = "all sites") -> SiteStatistics:
-    """What several sites told, as one, at the server.
+    """The statistics of several sites as one, at the server.
 
-    Counts add up, and each patient weighs the same in means and quantiles. Where sites told in different bins, a
-    bin's patients are taken to be spread evenly over it. What a site withheld is missing in the sums.
+    Counts are added, and every patient has equal weight in means and quantiles. If sites use different bins, the
+    patients of a bin are assumed to be spread evenly over it. Values that a site withholds are missing in the sums.
 
-    The ε of the whole is the largest of the sites' if all of them added noise and no patient is at two sites:
-    a patient is in one site's statistics only (parallel composition). Where a site told without noise there is none.
+    The ε of the result is the largest of the sites' if all of them added noise and no patient is at two sites:
+    a patient is in one site's statistics only (parallel composition). If a site added no noise there is none.
 
     Raises:
         ValueError: no statistics, or two of the same site.
     """
     if not statistics:
         raise ValueError("there are no statistics to combine")
-    if twice := [site for site, count in Counter(told.site for told in statistics).items() if count > 1]:
+    if twice := [site for site, count in Counter(own.site for own in statistics).items() if count > 1]:
         raise ValueError(f"{', '.join(twice)} would be counted twice; give the statistics of each site once")
-    silent = [told.site for told in statistics if told.patients is None]
-    known = [told for told in statistics if told.patients is not None]
-    guaranteed = all(told.spent for told in statistics)
+    silent = [own.site for own in statistics if own.patients is None]
+    known = [own for own in statistics if own.patients is not None]
+    guaranteed = all(own.spent for own in statistics)
     return SiteStatistics(
-        site=name, patients=_added([told.patients for told in known]), train=_added([told.train for told in known]),
-        held_out=_added([told.held_out for told in known]),
-        intensity=_pooled([told.intensity for told in known], per_patient=True),
-        volumes_ml=_pooled([told.volumes_ml for told in known], per_patient=False),
-        spacing_mm=_tallied([told.spacing_mm for told in known]),
-        shape=_tallied([told.shape for told in known]), minimum=min(told.minimum for told in statistics),
-        spent=max((told.spent for told in statistics), key=lambda spent: spent[0].epsilon) if guaranteed else (),
+        site=name, patients=_added([own.patients for own in known]), train=_added([own.train for own in known]),
+        held_out=_added([own.held_out for own in known]),
+        intensity=_pooled([own.intensity for own in known], per_patient=True),
+        volumes_ml=_pooled([own.volumes_ml for own in known], per_patient=False),
+        spacing_mm=_tallied([own.spacing_mm for own in known]),
+        shape=_tallied([own.shape for own in known]), minimum=min(own.minimum for own in statistics),
+        spent=max((own.spent for own in statistics), key=lambda spent: spent[0].epsilon) if guaranteed else (),
         withheld=(f"the patients of {', '.join(silent)}",) if silent else ())
 
 
 def _added(numbers: Sequence[float | None]) -> float | None:
-    """The sum, or None where one of the numbers is withheld."""
+    """The sum, or None if one of the numbers is withheld."""
     known = [number for number in numbers if number is not None]
     return math.fsum(known) if known and len(known) == len(numbers) else None
 
@@ -344,10 +344,11 @@ def _tallied(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _pooled(tables: Sequence[Mapping[str, Distribution]], *, per_patient: bool) -> dict[str, Distribution]:
-    """Distributions by name, over the sites that told one.
+    """Distributions by name, over the sites that release them.
 
     Args:
-        per_patient: the quantiles are means over patients, so they can be averaged; else they are read from the bins.
+        per_patient: the quantiles are means over patients and can be averaged; otherwise they are computed from the
+            bins.
     """
     pooled = {}
     for name in dict.fromkeys(name for table in tables for name in table):
@@ -364,7 +365,7 @@ def _pooled(tables: Sequence[Mapping[str, Distribution]], *, per_patient: bool) 
 
 
 def _added_up(parts: Sequence[Distribution]) -> Distribution:
-    """One distribution in the bins of all, with the moments of all, or none where a part has none."""
+    """One distribution in the bins of all parts, with their joint moments unless a part has none."""
     edges = sorted({edge for part in parts for edge in part.edges})
     counts = np.sum([part.total * part.shares(edges) for part in parts], axis=0)
     moments = [(p.mean, p.mean**2 + p.sd**2) for p in parts if p.mean is not None and p.sd is not None]
@@ -372,9 +373,14 @@ def _added_up(parts: Sequence[Distribution]) -> Distribution:
     if len(moments) < len(parts):
         return bare
     mean, square = np.average(moments, axis=0, weights=[part.total for part in parts])
-    return replace(bare, mean=_rounded(mean), sd=_rounded(math.sqrt(max(square - mean**2, 0.0))))
+    return replace(bare, mean=_rounded(mean), sd=_deviation(mean, square))
+
+
+def _deviation(mean: float, square: float) -> float:
+    """The standard deviation of values with this mean and this mean of squares."""
+    return _rounded(math.sqrt(max(square - mean**2, 0.0)))
 
 
 def _rounded(value: float) -> float:
-    """Three digits: no more than any use here needs."""
+    """Three digits, which suffice for every use here."""
     return round(float(f"{value:.3g}"), 3) + 0.0  # not -0.0

@@ -5,11 +5,12 @@ from __future__ import annotations
 from importlib import metadata
 
 from fedlab.core.errors import RunError
+from fedlab.core.extras import install_command
 
 __all__ = ["INSTALL", "need_nvflare"]
 
 #: The command that brings NVFLARE, for an environment without the extra `itk`.
-INSTALL = "pip install 'fedlab-workbench[nvflare]'"
+INSTALL = install_command("nvflare")
 
 
 def need_nvflare() -> None:

@@ -1,7 +1,8 @@
-"""A cohort that needs no download: gliomas in real human anatomy, scanned at very different sites.
+"""Generated patients that need no download: gliomas in real human anatomy, scanned at very different sites.
 
 Every patient is the MNI152 anatomy deformed (`fedlab.data.phantom.anatomy`), with a tumour grown in it
-(`fedlab.data.phantom.tumour`), seen by the site's scanner (`fedlab.data.phantom.contrast`). Same seed, site and number: same patient.
+(`fedlab.data.phantom.tumour`), imaged by the site's scanner (`fedlab.data.phantom.contrast`). The same seed, site and
+number give the same patient.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from fedlab.core.errors import DataError
 from fedlab.core.seeds import derive
 from fedlab.core.types import Patient, Site
 from fedlab.core.workers import start_workers
+from fedlab.data.brain import bounding_box, normalise
 from fedlab.data.cache import load, path_of, store
-from fedlab.data.intensity import normalise
 from fedlab.data.phantom.anatomy import (
     BRAIN_MM,
     CENTRE_MM,
@@ -42,9 +43,10 @@ from fedlab.data.phantom.anatomy import (
 )
 from fedlab.data.phantom.contrast import Scanner, acquire, draw_scanners
 from fedlab.data.phantom.tumour import Population, Tumour, draw_growth, grow, mass_effect, segment
+from fedlab.data.sites.partition import sizes_from_shares
 
-__all__ = ["FETS_SIZES", "RawPatient", "SiteProfile", "cohort_sizes", "generate_patient", "make_cohort",
-           "site_profiles", "write_brats"]
+__all__ = ["FETS_SIZES", "RawPatient", "SiteProfile", "generate_patient", "make_cohort", "site_profiles", "site_sizes",
+           "write_brats"]
 
 #: Changes whenever the same settings would give other patients; part of every cache key.
 GENERATOR = "fedlab-phantom-35"
@@ -55,11 +57,11 @@ _FILES = ("flair", "t1", "t1ce", "t2")
 
 @dataclass(frozen=True, kw_only=True)
 class SiteProfile:
-    """What makes a site different: its scanner and its patients.
+    """What distinguishes a site: its scanner and its patients.
 
     Args:
         scanner: field strength, pulse sequences, coil, slices, noise.
-        population: which tumours come there.
+        population: distribution of the tumours.
     """
 
     scanner: Scanner
@@ -68,7 +70,7 @@ class SiteProfile:
 
 @dataclass(frozen=True, eq=False)
 class RawPatient:
-    """A generated patient as a scanner and an expert would deliver it.
+    """A generated patient as delivered by a scanner and an expert.
 
     Attributes:
         id: "<site>-<number>".
@@ -83,7 +85,7 @@ class RawPatient:
     affine: NDArray[np.float64]
 
     def prepared(self) -> Patient:
-        """Ready for a network: z-scored over the brain, float16."""
+        """The patient for a network: z-scored over the brain, float16."""
         with _one_thread():
             image = normalise(self.image.float(), self.image[0] > 0).half()
         return Patient(self.id, image, self.label, self.affine)
@@ -91,7 +93,7 @@ class RawPatient:
 
 @dataclass(frozen=True, kw_only=True)
 class _Order:
-    """Everything that decides one patient."""
+    """Everything that determines one patient."""
 
     seed: int
     site: str
@@ -115,7 +117,7 @@ def site_profiles(sites: int, seed: int = 0) -> list[SiteProfile]:
         ValueError: `sites` below 1.
     """
     if sites < 1:
-        raise ValueError(f"a cohort has at least one site, got {sites}")
+        raise ValueError(f"sites must be at least 1, got {sites}")
     rng = np.random.default_rng(derive(seed, "profiles", sites))
     lesions = (rng.permutation(sites) + rng.random(sites)) / sites
     return [
@@ -129,13 +131,13 @@ def site_profiles(sites: int, seed: int = 0) -> list[SiteProfile]:
     ]
 
 
-def cohort_sizes(sites: int, patients: int, at_least: int = 2) -> list[int]:
-    """Patients per site, very unequal: the profile of FeTS 2021 scaled to `patients`, largest site first.
+def site_sizes(sites: int, patients: int, at_least: int = 2) -> list[int]:
+    """Very unequal numbers of patients per site: the profile of FeTS 2021 scaled to `patients`, largest site first.
 
     Args:
         sites: number of sites.
         patients: their sum.
-        at_least: smallest site.
+        at_least: patients of the smallest site.
 
     Raises:
         ValueError: fewer than `at_least` patients per site.
@@ -144,29 +146,25 @@ def cohort_sizes(sites: int, patients: int, at_least: int = 2) -> list[int]:
         raise ValueError(f"{sites} sites of at least {at_least} patients need {sites * at_least} patients, "
                          f"got {patients}; lower sites or held_out, or raise patients")
     known = np.sort(np.array(FETS_SIZES, float))[::-1]
-    wanted = np.exp(np.interp(np.linspace(0, len(known) - 1, sites), np.arange(len(known)), np.log(known)))
-    share = wanted / wanted.sum() * (patients - sites * at_least)
-    sizes = np.floor(share).astype(int)
-    for extra in np.argsort(sizes - share, kind="stable")[: patients - sites * at_least - int(sizes.sum())]:
-        sizes[extra] += 1
-    return [int(n) + at_least for n in sizes]
+    shares = np.exp(np.interp(np.linspace(0, len(known) - 1, sites), np.arange(len(known)), np.log(known)))
+    return sizes_from_shares(shares, patients, at_least)
 
 
 def generate_patient(
     *, seed: int, site: str, index: int, profile: SiteProfile, grid: Grid, cache: Path | None = None
 ) -> RawPatient:
-    """One patient, the same bits for the same arguments.
+    """One patient, bit-equal for equal arguments.
 
     Args:
-        seed: of the cohort.
+        seed: of all patients.
         site: name of the site.
         index: number of the patient at the site, from 0.
         profile: scanner and tumour population.
         grid: voxel grid.
-        cache: folder that keeps the resampled template; see `make_cohort`.
+        cache: folder that stores the resampled template; see `make_cohort`.
 
     Raises:
-        DataError: no tumour grew, which the parameters' ranges should exclude.
+        DataError: no tumour grew, which the ranges of the parameters should exclude.
     """
     order = _Order(seed=seed, site=site, index=index, profile=profile, grid=grid)
     rng = np.random.default_rng(derive(seed, "patient", site, index))
@@ -197,13 +195,13 @@ def generate_patient(
 
 
 def _crop(grid: Grid, maps: Mapping[str, torch.Tensor]) -> Grid:
-    """The smallest grid with the same middle that holds the brain: half the voxels, half the work."""
+    """The smallest grid with the same centre that holds the brain: half the voxels, half the work."""
     inside = (maps["brain"] > 0.02).nonzero()
     shape = []
     for axis, n in enumerate(grid.shape):
         middle = (maps["brain"].shape[axis] - 1) / 2
         reach = 2 * float((inside[:, axis] - middle).abs().max()) + 3
-        # Never less than a grid may have; an even number of voxels goes, so that the middle stays.
+        # Not smaller than a grid may be; an even number of voxels is removed, so that the centre stays.
         need = max(2 * reach, 0.87 * BRAIN_MM[axis] / grid.spacing_mm + 1)
         shape.append(n - 2 * max(0, math.floor((n - need) / 2)))
     return Grid(shape=_triple(shape), spacing_mm=grid.spacing_mm)
@@ -218,8 +216,8 @@ def _seed_point(
     good = torch.nonzero((maps["white"] > 0.45) & (maps["depth"] > 0.12) & cerebrum)
     if not len(good):
         raise DataError(f"no white matter to seed a tumour in on {grid}")
-    at = good[int(rng.integers(len(good)))]
-    return grid.coordinates(2)[:, at[0], at[1], at[2]]
+    chosen = good[int(rng.integers(len(good)))]
+    return grid.coordinates(2)[:, chosen[0], chosen[1], chosen[2]]
 
 
 def _with_tumour(
@@ -251,39 +249,39 @@ def make_cohort(
     workers: Executor | int | None = None,
     progress: bool = True,
 ) -> list[Site]:
-    """A cohort of generated patients at sites of very unequal size.
+    """Sites of very unequal size with generated patients.
 
     Args:
         sites: number of sites.
-        patients: number of patients in all, held-out ones included.
+        patients: total number of patients, held-out patients included.
         shape: voxels along X, Y, Z.
-        spacing_mm: voxel edge; 64 voxels of 3 mm hold every brain whole.
-        seed: same seed, same cohort.
-        held_out: patients of each site never trained on: a count, or a fraction of the site's patients
+        spacing_mm: voxel edge; 64 voxels of 3 mm hold every brain completely.
+        seed: the same seed gives the same patients.
+        held_out: patients of each site that are never trained on: a count, or a fraction of the site's patients
             (rounded; at least one, unless it is 0).
-        sizes: patients per site, instead of `sites` and `patients`; by default the profile of FeTS 2021 scaled.
+        sizes: patients per site, in place of `sites` and `patients`; by default the scaled profile of FeTS 2021.
         profiles: scanner and population per site; by default drawn by `site_profiles`.
-        cache: folder for generated patients; by default $FEDLAB_CACHE or `.fedlab-cache` where you are. Whatever
-            does not match its settings and checksum is generated anew.
+        cache: folder for generated patients; by default $FEDLAB_CACHE or `.fedlab-cache` in the current folder. A
+            file that does not match its settings and checksum is generated anew.
         workers: an executor, or a number of processes to start; 0 generates in this process. By default one
-            process for each core.
+            process per core.
         progress: whether to show a progress bar.
 
     Returns:
         Sites "site-01", "site-02", ... with z-scored float16 images and uint8 labels.
 
     Raises:
-        ValueError: numbers that do not fit each other.
+        ValueError: settings that contradict each other.
     """
     sizes = _sizes(sites, patients, held_out, sizes)
-    kept = [_held_out(size, held_out, number) for number, size in enumerate(sizes, 1)]
-    orders = _orders(sizes, profiles, Grid(shape=_triple(shape), spacing_mm=float(spacing_mm)), seed)
+    held = [_held_out(size, held_out, number) for number, size in enumerate(sizes, 1)]
+    orders = _orders(sizes, profiles, shape, spacing_mm, seed)
     raw = _generate(orders, _folder(cache), workers, progress)
-    cohort: list[Site] = []
-    for number, (size, held) in enumerate(zip(sizes, kept, strict=True), 1):
+    made: list[Site] = []
+    for number, (size, count) in enumerate(zip(sizes, held, strict=True), 1):
         prepared = [next(raw).prepared() for _ in range(size)]
-        cohort.append(Site(f"site-{number:02d}", prepared[held:], prepared[:held]))
-    return cohort
+        made.append(Site(f"site-{number:02d}", prepared[count:], prepared[:count]))
+    return made
 
 
 def write_brats(
@@ -300,26 +298,25 @@ def write_brats(
     workers: Executor | int | None = None,
     progress: bool = True,
 ) -> Path:
-    """The cohort of `make_cohort` as a folder in the layout of BraTS 2021, axes stored left, posterior, superior.
+    """The patients of `make_cohort` as a folder in the layout of BraTS 2021, stored axes left, posterior, superior.
 
     Writes `<ID>/<ID>_{flair,t1,t1ce,t2,seg}.nii.gz` (int16 intensities, uint8 labels) and `partitioning.csv` with
     the columns Partition_ID (number of the site, from 1) and Subject_ID.
 
     Args:
-        out: a folder that does not exist yet, or an empty one. The rest as in `make_cohort`.
+        out: a folder that does not exist yet, or an empty one. All others as in `make_cohort`.
 
     Returns:
         The folder.
 
     Raises:
-        DataError: `out` holds something already.
-        ValueError: numbers that do not fit each other.
+        DataError: `out` is not empty.
+        ValueError: settings that contradict each other.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not empty; nothing is overwritten, choose another folder")
-    sizes = _sizes(sites, patients, 0, sizes)
-    orders = _orders(sizes, profiles, Grid(shape=_triple(shape), spacing_mm=float(spacing_mm)), seed)
+    orders = _orders(_sizes(sites, patients, 0, sizes), profiles, shape, spacing_mm, seed)
     rows = []
     for order, raw in zip(orders, _generate(orders, _folder(cache), workers, progress), strict=True):
         _write_patient(out / raw.id, raw)
@@ -344,23 +341,24 @@ def _write_patient(folder: Path, raw: RawPatient) -> None:
 def _sizes(sites: int, patients: int, held_out: int | float, sizes: Sequence[int] | None) -> Sequence[int]:
     if sizes is not None:
         return sizes
-    return cohort_sizes(sites, patients, at_least=max(2, held_out + 1) if isinstance(held_out, int) else 2)
+    return site_sizes(sites, patients, at_least=max(2, held_out + 1) if isinstance(held_out, int) else 2)
 
 
 def _orders(
-    sizes: Sequence[int], profiles: Sequence[SiteProfile] | None, grid: Grid, seed: int
+    sizes: Sequence[int], profiles: Sequence[SiteProfile] | None, shape: Sequence[int], spacing_mm: float, seed: int
 ) -> list[_Order]:
+    grid = Grid(shape=_triple(shape), spacing_mm=float(spacing_mm))
     if profiles is None:
         profiles = site_profiles(len(sizes), seed)
     if len(profiles) != len(sizes):
-        raise ValueError(f"one profile for each site: {len(sizes)} sites, {len(profiles)} profiles")
+        raise ValueError(f"expected one profile per site, got {len(sizes)} sites and {len(profiles)} profiles")
     return [_Order(seed=seed, site=f"site-{number:02d}", index=index, profile=profile, grid=grid)
             for number, (size, profile) in enumerate(zip(sizes, profiles, strict=True), 1) for index in range(size)]
 
 
 def _triple(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) != 3:
-        raise ValueError(f"shape is three voxel counts, got {tuple(shape)}")
+        raise ValueError(f"shape must be three voxel counts, got {tuple(shape)}")
     x, y, z = (int(n) for n in shape)
     return x, y, z
 
@@ -373,7 +371,7 @@ def _held_out(size: int, held_out: int | float, number: int) -> int:
     elif 0.0 <= held_out < 1.0:
         count = min(size - 1, max(1, round(size * held_out))) if held_out else 0
     else:
-        raise ValueError(f"held_out is a count or a fraction below 1, got {held_out}")
+        raise ValueError(f"held_out must be a count or a fraction below 1, got {held_out}")
     if not 0 <= count < size:
         raise ValueError(f"site {number} has {size} patients: {count} held out would leave none to train on")
     return count
@@ -382,25 +380,21 @@ def _held_out(size: int, held_out: int | float, number: int) -> int:
 def _generate(
     orders: Sequence[_Order], cache: Path, workers: Executor | int | None, progress: bool
 ) -> Iterator[RawPatient]:
-    """The ordered patients in order, from the cache where it can be trusted."""
+    """The ordered patients in order, from the cache where it is valid."""
     cache.mkdir(parents=True, exist_ok=True)
     missing = [order for order in orders if not path_of(cache, order.settings).exists()]
-    if not missing:
-        pass
-    elif isinstance(workers, Executor):
-        _fill_cache(missing, cache, workers, progress)
-    elif workers == 0:
-        _fill_cache(missing, cache, None, progress)
-    else:
+    if missing and workers != 0 and not isinstance(workers, Executor):
         with start_workers(workers) as pool:
             _fill_cache(missing, cache, pool, progress)
+    elif missing:
+        _fill_cache(missing, cache, workers if isinstance(workers, Executor) else None, progress)
     for order in orders:
         raw = _recall(order, cache)
-        if raw is None:  # damaged or not ours, which `load` has warned of
+        if raw is None:  # an invalid file, of which `load` has warned
             _make(order, cache)
             raw = _recall(order, cache)
         if raw is None:
-            raise DataError(f"patient {order.id} cannot be kept in {cache}; does another program write there?")
+            raise DataError(f"patient {order.id} cannot be stored in {cache}; does another program write there?")
         yield raw
 
 
@@ -419,18 +413,17 @@ def _fill_cache(orders: Sequence[_Order], cache: Path, pool: Executor | None, pr
                 future.result()
                 bar.update()
         finally:
-            for future in futures:  # after an error or Ctrl-C nobody wants the rest
+            for future in futures:  # after an error or Ctrl-C the remaining patients are not needed
                 future.cancel()
 
 
 def _make(order: _Order, cache: Path) -> None:
     raw = generate_patient(seed=order.seed, site=order.site, index=order.index, profile=order.profile,
                            grid=order.grid, cache=cache)
-    where = torch.nonzero(raw.image[0])
-    low, high = where.min(0).values, where.max(0).values + 1
-    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    box = bounding_box((raw.image[0] != 0).numpy())
     store(cache, order.settings, {"image": raw.image[(slice(None), *box)].contiguous(),
-                                  "label": raw.label[box].contiguous(), "corner": low})
+                                  "label": raw.label[box].contiguous(),
+                                  "corner": torch.tensor([side.start for side in box])})
 
 
 def _recall(order: _Order, cache: Path) -> RawPatient | None:
@@ -454,7 +447,7 @@ def _atlas(spacing_mm: float, cache: Path) -> tuple[torch.Tensor, NDArray[np.flo
         atlas, affine = build_atlas(spacing_mm=spacing_mm)
         tensors = {"atlas": atlas, "affine": torch.from_numpy(affine)}
         store(cache, settings, tensors)
-    # The channels of a voxel side by side in memory: they are read together.
+    # The channels of a voxel are adjacent in memory, since they are read together.
     table = (tensors["atlas"].permute(1, 2, 3, 0).float() / 255).contiguous()
     return table.permute(3, 0, 1, 2), tensors["affine"].numpy()
 
@@ -470,7 +463,7 @@ def _folder(cache: Path | str | None) -> Path:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The same bits whatever the number of torch threads."""
+    """One torch thread, so that the results do not depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,10 +1,21 @@
-"""Intensities as a network is given them."""
+"""The extent of a brain and its intensities as a network receives them."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-__all__ = ["normalise"]
+__all__ = ["bounding_box", "normalise"]
+
+
+def bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The smallest box that holds all set voxels of a mask, which must not be empty: one slice per axis."""
+    box = []
+    for axis in range(mask.ndim):
+        used = np.flatnonzero(mask.any(axis=tuple({*range(mask.ndim)} - {axis})))
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    return tuple(box)
 
 
 def normalise(image: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,35 @@
+"""What an extra of the installation brings, and the error that names the command where it is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from fedlab.core.errors import RunError
+
+__all__ = ["MissingExtra", "install_command", "need"]
+
+
+class MissingExtra(RunError, ImportError):
+    """A package of an extra is not installed; the message names the command that installs it."""
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra to the installation, such as "lab"."""
+    return f"pip install 'fedlab-workbench[{extra}]'"
+
+
+def need(extra: str, *modules: str, what: str) -> None:
+    """Checks that top-level modules of an extra can be imported, without importing them.
+
+    Args:
+        extra: the name of the extra in pyproject.toml.
+        modules: their names.
+        what: the part of fedlab that needs them, for the message.
+
+    Raises:
+        MissingExtra: one of them is not installed.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtra(f"{what} needs {', '.join(missing)}: not installed here. Install with: "
+                           f"{install_command(extra)}")
