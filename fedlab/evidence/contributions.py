@@ -24,15 +24,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedlab.core.errors import PrivacyError, RunError
+from fedlab.core.gate import check_update
+from fedlab.core.protocols import Engine, Strategy
 from fedlab.core.seeds import generator
-from fedlab.core.types import ServerState, Site, Tensors, Update
+from fedlab.core.types import Answer, ServerState, Site, Tensors, Update
 from fedlab.core.weights import weights_sha256
-from fedlab.privacy.base import check_update
 from fedlab.run.history import History
-from fedlab.run.local import Answer, Engine
+from fedlab.run.recipe import recipe_sha256
+from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
-from fedlab.run.wrapped import Around
-from fedlab.strategies.averaging import FedAvg, Strategy, TooFewUpdates
+from fedlab.run.wrapped import Wrapped
+from fedlab.strategies.averaging import FedAvg, TooFewUpdates
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,7 +143,7 @@ def _exact(worth: _Remembered, player: str, others: Sequence[str]) -> float:
     return total
 
 
-class KeepUpdates(Around):
+class KeepUpdates(Wrapped):
     """An engine that keeps every update that arrives, one file a site and round.
 
     They are what the server sees anyway, so a guarantee given at the sites covers the files as well. Where noise is
@@ -157,8 +159,8 @@ class KeepUpdates(Around):
         self.engine, self.folder = engine, Path(folder)
         self._round: tuple[int, str] | None = None
 
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
-        """What comes of the task at each site, kept and handed on.
+    def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
+        """The answer of each site, kept and handed on.
 
         Raises:
             PrivacyError: no single update may be kept under the technique of this run.
@@ -168,23 +170,24 @@ class KeepUpdates(Around):
         self._begin(task, state)
         folder = self.folder / f"round-{state.round:04d}"
         folder.mkdir(exist_ok=True)
-        for answer in self.engine.run(task, state, cohort):
-            if isinstance(answer, Update) and _usable(answer, state):  # what the server will turn away is not kept
+        for answer in self.engine.train(task, state, cohort, states):
+            if isinstance(answer, Update) and _usable(answer, state):  # an update that the server refuses is not kept
                 _write(folder / f"{quote(answer.site, safe='')}.safetensors", answer.delta,
                        {"weight": answer.weight, "steps": answer.steps})
             yield answer
 
     def _begin(self, task: SiteTask, state: ServerState) -> None:
-        if task.privacy.masked or task.privacy.works_at_server:
-            raise PrivacyError(f"{task.privacy!r} lets nobody keep single updates: its guarantee covers their mean "
-                               "only; leave KeepUpdates out")
+        if task.aggregation.hides_updates or task.privacy.works_at_server:
+            what = task.aggregation if task.aggregation.hides_updates else task.privacy
+            raise PrivacyError(f"single updates cannot be kept under {what!r}: its guarantee covers their mean only; "
+                               "leave KeepUpdates out")
         here = weights_sha256(state.params)
         if state.models or (self._round is not None and self._round[0] == state.round and self._round[1] != here):
             raise ValueError("models without a site are put together for topology=star only, where all sites of a "
                              "round start from one model")
         self._round = state.round, here
-        note = {"format": _FORMAT, "trainer": repr(task.trainer), "strategy": repr(task.strategy),
-                "privacy": repr(task.privacy), "seed": task.seed}
+        note = {"format": _FORMAT, "seed": task.seed,
+                "recipe_sha256": recipe_sha256([task.trainer, task.strategy, task.privacy])}
         path = self.folder / "run.json"
         if path.is_file():
             if json.loads(path.read_text(encoding="utf-8")) != note:
