@@ -86,7 +86,7 @@ class Dies(Privacy):
     def __init__(self, *, site, how, folder, round=1):
         self.site, self.how, self.round, self.folder = site, how, round, folder
 
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         once = Path(self.folder, "has died")
         if update.site == self.site and int(memory["joined"]["updates"]) == self.round and not once.exists():
             assert in_a_worker()
@@ -101,7 +101,7 @@ class Waits(Privacy):
     def __init__(self, *, folder, site):
         self.folder, self.site = folder, site
 
-    def equip(self, kit, site, memory):
+    def equip(self, kit, site, state):
         if site.name == self.site and not Path(self.folder, site.name).exists():
             Path(self.folder, site.name).write_text(str(os.getpid()))
             time.sleep(60)
@@ -114,7 +114,7 @@ class Tells(Privacy):
     def __init__(self, *, what):
         self.what = what
 
-    def equip(self, kit, site, memory):
+    def equip(self, kit, site, state):
         raise ValueError(str({"threads": torch.get_num_threads(), "worker": in_a_worker(),
                               "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}[self.what]))
 
@@ -171,12 +171,12 @@ def test_a_technique_strategy_and_model_of_a_notebook_cell(fresh):
         FACTOR = 0.5
 
         class Shrinks(Privacy):
-            def protect(self, update, memory, rng):
+            def protect(self, update, state, rng):
                 return update.map(lambda t: t * FACTOR)
 
         @dataclass(frozen=True, kw_only=True)
         class Slower(FedAvg):
-            def equip(self, kit, site, state, memory):
+            def equip(self, kit, site, state, site_state):
                 for group in kit.optimiser.param_groups:
                     group["lr"] /= 2
                 return kit
@@ -264,12 +264,12 @@ class Foreign(FedlabError):
 
 
 class RaisesForeign(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         raise Foreign(number=7)
 
 
 class KeepsALock(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         memory["lock"] = {"x": threading.Lock()}
         return update
 

@@ -30,7 +30,7 @@ from fedlab.faults.sites import (
     Straggler,
 )
 from fedlab.privacy.accounting.ledger import Ledger
-from fedlab.privacy.base import check_update
+from fedlab.core.gate import check_update
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate

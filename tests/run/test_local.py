@@ -27,7 +27,7 @@ class Explodes(Privacy):
     def __init__(self, *, site, words="a voxel of Anna's scan"):
         self.site, self.words = site, words
 
-    def equip(self, kit, site, memory):
+    def equip(self, kit, site, state):
         tried = memory.setdefault("tries", {"rounds": torch.zeros((), dtype=torch.int64)})["rounds"]
         tried += 1
         if site.name == self.site and tried == 2:
