@@ -26,10 +26,11 @@ class Explodes(Privacy):
 
     def __init__(self, *, site, words="a voxel of Anna's scan"):
         self.site, self.words = site, words
+        self._rounds = 0
 
     def equip(self, kit, site, state):
-        tried = state.own["tried"] = state.own.get("tried", torch.tensor(0)) + 1
-        if site.name == self.site and tried == 2:
+        self._rounds += site.name == self.site
+        if site.name == self.site and self._rounds == 2:
             steps, backward = [], kit.backward
 
             def breaks(kit, image, target):
