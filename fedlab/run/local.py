@@ -12,7 +12,7 @@ from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.run.failed_site import FailedSite
 from fedlab.run.site_states import SiteStates
-from fedlab.run.site_task import SiteTask
+from fedlab.run.site_task import SiteTask, SiteWork
 
 __all__ = ["Local", "answer_of", "exchange_here", "with_ledger"]
 
@@ -42,8 +42,14 @@ class Local:
             yield answer
 
     def _work(self, task: SiteTask, state: ServerState, site: Site, states: SiteStates) -> Update:
-        with states.working(site.name) as site_state, with_ledger(self.ledgers, site.name, site_state, engine="Local"):
-            return task(site, state, site_state)
+        with states.working(site.name) as site_state:
+            try:
+                with with_ledger(self.ledgers, site.name, site_state, engine="Local"):
+                    return task(site, state, site_state)
+            except FedlabError as error:
+                if error.work is None:  # it failed at its ledger's file
+                    error.work = SiteWork(site, state, site_state, task.trainer, task.guarded)
+                raise
 
     def exchange(self, task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
                  states: SiteStates) -> tuple[Messages, list[Failure]]:

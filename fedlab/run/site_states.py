@@ -72,7 +72,7 @@ class SiteStates(Mapping[str, SiteState]):
         try:
             yield state
         except BaseException:
-            if state.ledger != before.ledger:
+            if state.ledger != before.ledger and self.folder.is_dir():  # it goes with the run
                 before.ledger = state.ledger
                 self.save(site, before)
             raise

@@ -34,7 +34,7 @@ class SiteWork:
         site, state, site_state: the site, the server's state that it was shown, and its own.
         trainer: of the run.
         stage: what the site is doing, as in `SiteError`.
-        kit: model, optimiser, loader and loss, as the techniques have wrapped them; None before "equip".
+        kit: model, optimiser, loader and loss, as the techniques have wrapped them so far; None before "equip".
         guarded: whether a guarantee covers the run, so that no text about patients is shown.
     """
 
@@ -93,9 +93,9 @@ class SiteTask:
             ledger, stream = self._open_ledger(units, site, state, site_state, seed)
 
             work.stage = "equip"
-            kit = self.trainer.prepare(site, state, site_state=site_state.of("optimiser"), seed=seed)
+            kit = work.kit = self.trainer.prepare(site, state, site_state=site_state.of("optimiser"), seed=seed)
             kit.seed = stream  # of whatever a technique draws
-            kit = self.strategy.equip(kit, site, state, site_state.of("strategy"))
+            kit = work.kit = self.strategy.equip(kit, site, state, site_state.of("strategy"))
             kit = work.kit = privacy.equip(kit, site, site_state.of("privacy"))
 
             work.stage = "fit"

@@ -33,7 +33,8 @@ from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Local
-from fedlab.strategies import FedAvg
+from fedlab.run.site_states import SiteStates
+from fedlab.strategies.averaging import FedAvg
 from fedlab.training.networks import segresnet
 from folders import write_patient
 from runs import wait_for
@@ -47,16 +48,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def engine():
+def processes():
     with Processes(workers=2) as made:
         yield made
-
-
-@pytest.fixture
-def fresh(engine):
-    """The engine of this module without anything that sites remember."""
-    engine.memory = {}
-    return engine
 
 
 def run(engine, sites=(3, 2, 1), **settings):
@@ -86,9 +80,9 @@ class Dies(Privacy):
     def __init__(self, *, site, how, folder, round=1):
         self.site, self.how, self.round, self.folder = site, how, round, folder
 
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         once = Path(self.folder, "has died")
-        if update.site == self.site and int(memory["joined"]["updates"]) == self.round and not once.exists():
+        if update.site == self.site and state.updates == self.round and not once.exists():
             assert in_a_worker()
             once.touch()
             os._exit(3) if self.how == "exit" else os.kill(os.getpid(), getattr(signal, self.how))
@@ -101,7 +95,7 @@ class Waits(Privacy):
     def __init__(self, *, folder, site):
         self.folder, self.site = folder, site
 
-    def equip(self, kit, site, memory):
+    def equip(self, kit, site, state):
         if site.name == self.site and not Path(self.folder, site.name).exists():
             Path(self.folder, site.name).write_text(str(os.getpid()))
             time.sleep(60)
@@ -114,29 +108,30 @@ class Tells(Privacy):
     def __init__(self, *, what):
         self.what = what
 
-    def equip(self, kit, site, memory):
+    def equip(self, kit, site, state):
         raise ValueError(str({"threads": torch.get_num_threads(), "worker": in_a_worker(),
                               "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}[self.what]))
 
 
-def test_the_same_bits_metrics_and_memory_as_local(fresh):
-    local = Local()
-    ours, theirs = run(fresh, rounds=3), run(local, rounds=3)
+def test_the_same_bits_metrics_and_site_states_as_local(processes):
+    ours, theirs = run(processes, rounds=3), run(Local(), rounds=3)
     assert bits(ours) == bits(theirs)
     assert [record["sites"] for record in ours.records] != []
     for one, other in zip(ours.records, theirs.records, strict=True):
         assert list(one["sites"]) == list(other["sites"]) == ["site-0", "site-1", "site-2"]
         assert all(one["sites"][site]["loss"] == other["sites"][site]["loss"] for site in one["sites"])
-    assert fresh.memory.keys() == local.memory.keys()
-    for site, groups in local.memory.items():
-        assert {g: weights_sha256(t) for g, t in groups.items()} == {
-            g: weights_sha256(t) for g, t in fresh.memory[site].items()}
-    assert len(pids(fresh)) == 2 and os.getpid() not in pids(fresh)
+    assert ours.site_states.keys() == theirs.site_states.keys()
+    for site, state in theirs.site_states.items():
+        mine = ours.site_states[site]
+        assert {g: weights_sha256(t) for g, t in state.namespaces.items()} == {
+            g: weights_sha256(t) for g, t in mine.namespaces.items()}
+        assert (state.enrolled, state.updates) == (mine.enrolled, mine.updates) == (True, 3)
+    assert len(pids(processes)) == 2 and os.getpid() not in pids(processes)
 
 
-def test_another_number_of_threads_gives_other_bits_so_workers_have_those_of_their_parent(fresh):
+def test_another_number_of_threads_gives_other_bits_so_workers_have_those_of_their_parent(processes):
     def deep(engine):
-        made = trainer(model=segresnet(), steps=1, batch_size=1)
+        made = trainer(model=segresnet(), steps=3, batch_size=1)  # the first gradients may agree to the bit
         return weights_sha256(federate(made, blob_sites((1, 1)), engine=engine, rounds=1, progress=False).state.params)
 
     one = deep(Local())
@@ -144,12 +139,11 @@ def test_another_number_of_threads_gives_other_bits_so_workers_have_those_of_the
     try:
         two = deep(Local())
         assert one != two  # or this test would show nothing
-        assert deep(fresh) == two
+        assert deep(processes) == two
         with Processes(workers=1, threads=1) as other:
             assert deep(other) == one
-        fresh.memory = {}
         with pytest.raises(SiteError, match="ValueError: 2"):
-            run(fresh, privacy=Tells(what="threads"))
+            run(processes, privacy=Tells(what="threads"))
     finally:
         torch.set_num_threads(1)
 
@@ -160,7 +154,7 @@ def test_as_many_workers_as_there_are_cores_for_their_threads(monkeypatch):
     assert Processes(workers=3)._count(8) == 3
 
 
-def test_a_technique_strategy_and_model_of_a_notebook_cell(fresh):
+def test_a_technique_strategy_and_model_of_a_notebook_cell(processes):
     cell: dict[str, object] = {"__name__": "__main__"}
     exec(textwrap.dedent("""
         from dataclasses import dataclass
@@ -171,12 +165,12 @@ def test_a_technique_strategy_and_model_of_a_notebook_cell(fresh):
         FACTOR = 0.5
 
         class Shrinks(Privacy):
-            def protect(self, update, memory, rng):
+            def protect(self, update, state, rng):
                 return update.map(lambda t: t * FACTOR)
 
         @dataclass(frozen=True, kw_only=True)
         class Slower(FedAvg):
-            def equip(self, kit, site, state, memory):
+            def equip(self, kit, site, state, site_state):
                 for group in kit.optimiser.param_groups:
                     group["lr"] /= 2
                 return kit
@@ -187,35 +181,35 @@ def test_a_technique_strategy_and_model_of_a_notebook_cell(fresh):
         """), cell)
     settings = {"privacy": cell["Shrinks"](), "strategy": cell["Slower"](), "rounds": 2, "progress": False}
     ours, theirs = (federate(trainer(model=cell["Net"](), optimiser=lambda p, lr: torch.optim.SGD(p, lr)),
-                             blob_sites((2, 1)), engine=engine, **settings) for engine in (fresh, Local()))
+                             blob_sites((2, 1)), engine=engine, **settings) for engine in (processes, Local()))
     assert bits(ours) == bits(theirs)
     cell["FACTOR"] = 0.25  # as after running the cell again
-    assert bits(run(fresh, **settings)) != bits(theirs)
+    assert bits(run(processes, **settings)) != bits(theirs)
 
 
 @pytest.mark.parametrize(("how", "said"), [
     ("SIGKILL", r"killed \(SIGKILL\).*take fewer workers"), ("SIGSEGV", r"crashed \(SIGSEGV\); engine=Local\(\)"),
     ("exit", r"ended itself \(exit code 3\); look for sys.exit")])
-def test_a_worker_that_dies_is_one_failed_site(fresh, how, said, tmp_path):
-    before = pids(fresh)
-    ours = run(fresh, rounds=3, privacy=Dies(site="site-1", how=how, folder=str(tmp_path)),
+def test_a_worker_that_dies_is_one_failed_site(processes, how, said, tmp_path):
+    before = pids(processes)
+    ours = run(processes, rounds=3, privacy=Dies(site="site-1", how=how, folder=str(tmp_path)),
                admission=Admission(min_sites=1))
     assert [list(record["sites"]) for record in ours.records] == [
         ["site-0", "site-1", "site-2"], ["site-0", "site-2"], ["site-0", "site-1", "site-2"]]
     reason = ours.records[1]["absent"]["site-1"]
     assert reason.startswith("site 'site-1' failed in round 1 at stage 'reach': its worker process")
-    assert re.search(said, reason) and len(pids(fresh)) == 2 and pids(fresh) != before
+    assert re.search(said, reason) and len(pids(processes)) == 2 and pids(processes) != before
 
 
-def test_a_killed_site_goes_on_from_its_memory_before_the_round(fresh, tmp_path):
+def test_a_killed_site_goes_on_from_its_state_before_the_round(processes, tmp_path):
     """As one that was not reached in that round."""
-    ours = run(fresh, rounds=3, privacy=Dies(site="site-1", how="SIGKILL", folder=str(tmp_path)),
+    ours = run(processes, rounds=3, privacy=Dies(site="site-1", how="SIGKILL", folder=str(tmp_path)),
                admission=Admission(min_sites=1))
     away = Faulty(engine=Local(), faults=[DropOut(sites=("site-1",), rounds=(1,))])
     assert bits(ours) == bits(run(away, rounds=3, admission=Admission(min_sites=1)))
 
 
-def test_a_worker_killed_from_outside_in_the_middle_of_training(fresh, tmp_path):
+def test_a_worker_killed_from_outside_in_the_middle_of_training(processes, tmp_path):
     def kill():
         wait_for((tmp_path / "site-1").is_file, seconds=60, why="site-1 doesn't begin")
         wait_for((tmp_path / "site-1").read_text, seconds=60, why="site-1 doesn't say where")
@@ -223,25 +217,24 @@ def test_a_worker_killed_from_outside_in_the_middle_of_training(fresh, tmp_path)
 
     killer = threading.Thread(target=kill)
     killer.start()
-    ours = run(fresh, privacy=Waits(folder=str(tmp_path), site="site-1"), admission=Admission(min_sites=2))
+    ours = run(processes, privacy=Waits(folder=str(tmp_path), site="site-1"), admission=Admission(min_sites=2))
     killer.join()
     assert [sorted(record["sites"]) for record in ours.records] == [
         ["site-0", "site-2"], ["site-0", "site-1", "site-2"]]
     assert "SIGKILL" in ours.records[0]["absent"]["site-1"]
 
 
-def test_without_rules_of_admission_a_dead_worker_ends_the_run_and_the_engine_is_of_use(fresh, tmp_path):
+def test_without_rules_of_admission_a_dead_worker_ends_the_run_and_the_engine_is_of_use(processes, tmp_path):
     with pytest.raises(SiteError, match=r"site-2.*round 0.*SIGKILL") as caught:
-        run(fresh, privacy=Dies(site="site-2", how="SIGKILL", round=0, folder=str(tmp_path)))
+        run(processes, privacy=Dies(site="site-2", how="SIGKILL", round=0, folder=str(tmp_path)))
     assert caught.value.stage == "reach"
-    fresh.memory = {}
-    assert bits(run(fresh)) == bits(run(Local()))
+    assert bits(run(processes)) == bits(run(Local()))
 
 
-def test_a_worker_that_died_between_rounds_costs_nothing(fresh):
-    rounds = each_round(trainer(), blob_sites((2, 1)), engine=fresh, rounds=2)
+def test_a_worker_that_died_between_rounds_costs_nothing(processes):
+    rounds = each_round(trainer(), blob_sites((2, 1)), engine=processes, rounds=2)
     next(rounds)
-    before = pids(fresh)
+    before = pids(processes)
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(map(alive, before)), seconds=60, why="a killed process is still there")
@@ -249,9 +242,9 @@ def test_a_worker_that_died_between_rounds_costs_nothing(fresh):
     assert last.absent == {} and weights_sha256(last.state.params) == bits(run(Local(), (2, 1)))
 
 
-def test_the_user_s_own_exception_is_there_with_where_it_came_from(fresh):
+def test_the_user_s_own_exception_is_there_with_where_it_came_from(processes):
     with pytest.raises(SiteError, match="failed in round 0 at stage 'equip': ValueError: True") as caught:
-        run(fresh, privacy=Tells(what="worker"))
+        run(processes, privacy=Tells(what="worker"))
     text = str(caught.value.__cause__)
     assert "in equip" in text and "test_processes.py" in text and "ValueError: True" in text
 
@@ -264,13 +257,13 @@ class Foreign(FedlabError):
 
 
 class RaisesForeign(Privacy):
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         raise Foreign(number=7)
 
 
 class KeepsALock(Privacy):
-    def protect(self, update, memory, rng):
-        memory["lock"] = {"x": threading.Lock()}
+    def protect(self, update, state, rng):
+        state.own["x"] = threading.Lock()
         return update
 
 
@@ -292,22 +285,21 @@ def _only_here():
     return OnlyHere()
 
 
-def test_what_cannot_travel_is_said(fresh):
+def test_what_cannot_travel_is_said(processes):
     with pytest.raises(ValueError, match=r"trainer, strategy or technique can't be sent .*lock.*engine=Local\(\)"):
-        run(fresh, privacy=HasALock())
+        run(processes, privacy=HasALock())
     locked = replace(blob_sites((1,))[0], card=threading.Lock())
     with pytest.raises(ValueError, match="the patients of site-0 can't be sent to a worker process"):
-        run(fresh, [locked])
-    with pytest.raises(SiteError, match=r"site-0.*'keep'.*what the site sends or remembers can't leave its process"):
-        run(fresh, privacy=KeepsALock())
+        run(processes, [locked])
+    with pytest.raises(SiteError, match=r"site-0.*'remember'.*what the site sends or remembers can't leave its process"):
+        run(processes, privacy=KeepsALock())
     with pytest.raises(FedlabError, match="can't make sense of what it was sent") as caught:
-        run(fresh, privacy=OnlyHere())
+        run(processes, privacy=OnlyHere())
     assert "ImportError: no module of that name" in str(caught.value.__cause__)
     with pytest.raises(FedlabError, match="number 7") as caught:
-        run(fresh, privacy=RaisesForeign())
+        run(processes, privacy=RaisesForeign())
     assert type(caught.value) is FedlabError
-    fresh.memory = {}
-    assert bits(run(fresh)) == bits(run(Local()))
+    assert bits(run(processes)) == bits(run(Local()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,9 +326,9 @@ def waiting():
     return [ticket for ticket in gc.get_objects() if type(ticket) is pool.Ticket and ticket.answer is not None]
 
 
-def test_updates_wait_for_their_turn_and_no_more_than_there_are_workers(fresh):
+def test_updates_wait_for_their_turn_and_no_more_than_there_are_workers(processes):
     seen = []
-    for engine in (fresh, Local()):
+    for engine in (processes, Local()):
         SEEN.clear()
         done = run(engine, (1,) * 7, rounds=1, strategy=Counts(), privacy=Marks(slow="site-0", seconds=1.0))
         assert list(done.records[0]["sites"]) == [f"site-{k}" for k in range(7)] and len(SEEN) == 7
@@ -345,56 +337,52 @@ def test_updates_wait_for_their_turn_and_no_more_than_there_are_workers(fresh):
     assert in_hand <= local_in_hand and 1 <= in_waiting <= 2
 
 
-def test_no_file_descriptor_and_no_memory_is_left_of_a_round(fresh):
+def test_no_file_descriptor_and_no_memory_is_left_of_a_round(processes):
     counts = []
-    for _ in each_round(trainer(), blob_sites((2, 1, 1)), engine=fresh, rounds=8):
+    for _ in each_round(trainer(), blob_sites((2, 1, 1)), engine=processes, rounds=8):
         gc.collect()
         counts.append(len(os.listdir("/proc/self/fd")))
     assert max(counts[2:]) <= counts[1]
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("fedlab")]
 
 
-def test_patients_travel_once_and_again_only_where_they_changed(fresh, monkeypatch):
+def test_patients_travel_once_and_again_only_where_they_changed(processes, monkeypatch):
     sent = []
     packed = pool._parcel
     monkeypatch.setattr(pool, "_parcel", lambda thing, what: sent.append(thing) or packed(thing, what))
     sites = blob_sites((2, 1))
-    run(fresh, sites, rounds=3)
+    run(processes, sites, rounds=3)
     assert sum(isinstance(thing, Site) for thing in sent) == 2
     sites[0].train.append(blob_patient("new", seed=77))
-    local = Local()
-    fresh.memory = {}
-    assert bits(run(fresh, sites)) == bits(run(local, sites))
+    assert bits(run(processes, sites)) == bits(run(Local(), sites))
     assert [thing.name for thing in sent if isinstance(thing, Site)] == ["site-0", "site-1", "site-0"]
     del sites
     sent.clear()
     gc.collect()
-    assert len(fresh._pool._sites) == 0
+    assert len(processes._pool._sites) == 0
 
 
-def test_patients_of_a_folder_are_read_by_the_workers(fresh, tmp_path):
+def test_patients_of_a_folder_are_read_by_the_workers(processes, tmp_path):
     for number in range(3):
         write_patient(tmp_path, f"P{number}", seed=number)
     folder = read_cohort(tmp_path, progress=False)
     sites = [Site("a", folder[:2]), Site("b", folder[2:])]
     assert isinstance(sites[0].train, PatientFolder) and pool._parcel(sites[0], "a").size == 0
-    assert bits(run(fresh, sites)) == bits(run(Local(), sites))
+    assert bits(run(processes, sites)) == bits(run(Local(), sites))
 
 
-def test_faults_and_checkpoints_work_with_it(fresh, tmp_path):
+def test_faults_and_checkpoints_work_with_it(processes, tmp_path):
     def faulty(engine):
         return Faulty(engine=engine, faults=[DropOut(probability=0.4), PoisonedLabels(sites=("site-1",))], seed=3)
 
     settings = {"rounds": 4, "admission": Admission(min_sites=1)}
     whole = bits(run(faulty(Local()), **settings))
-    assert bits(run(faulty(fresh), **settings)) == whole
-    fresh.memory = {}
-    run(faulty(fresh), rounds=2, admission=Admission(min_sites=1), checkpoint=tmp_path / "run")
-    fresh.memory = {}
-    assert bits(run(faulty(fresh), **settings, checkpoint=tmp_path / "run")) == whole
+    assert bits(run(faulty(processes), **settings)) == whole
+    run(faulty(processes), rounds=2, admission=Admission(min_sites=1), checkpoint=tmp_path / "run")
+    assert bits(run(faulty(processes), **settings, checkpoint=tmp_path / "run")) == whole
 
 
-def test_ledgers_are_kept_in_files_before_an_update_is_handed_on(fresh, tmp_path):
+def test_ledgers_are_kept_in_files_before_an_update_is_handed_on(processes, tmp_path):
     technique = LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=1e-3)
     strategy = FedAvg(weights="uniform")
     spent = []
@@ -408,22 +396,28 @@ def test_ledgers_are_kept_in_files_before_an_update_is_handed_on(fresh, tmp_path
     (tmp_path / "ours" / "site-1.ledger.json").unlink()
     with pytest.raises(PrivacyError, match=r"the ledger of site-1 was kept in .* which is missing"):
         run(ours, privacy=technique, strategy=strategy)
-    fresh.memory = {"site-0": {group: dict(slots) for group, slots in ours.memory["site-0"].items()}}
+    parts = dict(privacy=technique, strategy=strategy, rounds=2)
+    first = next(each_round(trainer(), blob_sites((1,)), engine=Local(ledgers=tmp_path / "begun"), **parts))
     with pytest.raises(PrivacyError, match=r"say Processes\(ledgers=…\) with its folder"):
-        run(fresh, (1,), privacy=technique, strategy=strategy)
+        next(each_round(trainer(), blob_sites((1,)), engine=processes, state=first.state,
+                        site_states=first.site_states, **parts))
     ours.close()
 
 
 def test_a_ledger_is_not_charged_for_an_update_that_nobody_took(tmp_path):
     """Of a site that had run ahead when the run ended."""
+    technique = LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=1e-3) + Dies(
+        site="site-0", how="exit", round=0, folder=str(tmp_path))
+    states = SiteStates(["site-0", "site-1", "site-2"])
     with Processes(workers=2, ledgers=tmp_path) as engine, pytest.raises(SiteError):
-        run(engine, privacy=LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=1e-3)
-            + Dies(site="site-0", how="exit", round=0, folder=str(tmp_path)), strategy=FedAvg(weights="uniform"))
+        next(each_round(trainer(), blob_sites((3, 2, 1)), engine=engine, privacy=technique, site_states=states,
+                        strategy=FedAvg(weights="uniform")))
     assert not list(tmp_path.glob("*.json"))
-    assert {group for site in ("site-1", "site-2") for group in engine.memory.get(site, {})} <= {"joined"}
+    for state in states.values():
+        assert state.enrolled and not state.updates and not state.ledger and not state.namespaces
 
 
-def test_devices_are_given_in_turn(fresh, monkeypatch):
+def test_devices_are_given_in_turn(processes, monkeypatch):
     with Processes(workers=1, devices=("cpu",)) as engine:
         assert bits(run(engine)) == bits(run(Local()))
         with pytest.raises(SiteError, match=r"ValueError: $"):  # no GPU is shown to it
@@ -460,6 +454,6 @@ def test_elsewhere_than_on_linux_it_refuses(monkeypatch):
         Processes()
 
 
-def test_no_process_of_a_test_is_left(engine):
-    engine.close()
+def test_no_process_of_a_test_is_left(processes):
+    processes.close()
     assert [child for child in multiprocessing.active_children() if child.name.startswith("fedlab-site")] == []

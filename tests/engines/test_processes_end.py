@@ -37,7 +37,7 @@ def test_a_notebook_s_own_cell_and_nothing_left_when_its_kernel_ends(tmp_path):
         from fedlab.core import weights_sha256
         from fedlab.engines import Processes
         class Mine(Privacy):
-            def protect(self, update, memory, rng):
+            def protect(self, update, state, rng):
                 return update.map(lambda t: t * 0.5)
         trainer = SiteTrainer(model=TinyNet(), lr=1e-2, steps=1, crop=(16, 16, 16), augment=None, precision="fp32")
         engine = Processes(workers=2)

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedlab.topologies.workflows import Buffered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cohorts import blob_sites
 from fedlab.core.errors import FedlabError, PrivacyError, SiteError
-from fedlab.core.types import Round, Spent, Update
+from fedlab.core.gate import check_update
+from fedlab.core.types import Round, SiteState, Spent, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.evidence.contributions import KeepUpdates
 from fedlab.faults.sites import (
@@ -29,15 +29,17 @@ from fedlab.faults.sites import (
     Scale,
     SignFlip,
     Straggler,
+    _FaultyTrainer,
 )
 from fedlab.privacy.accounting.ledger import Ledger
-from fedlab.privacy.base import check_update
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
 from fedlab.run.history import History
 from fedlab.run.local import Local
-from fedlab.strategies import FedAvg
+from fedlab.run.recipe import recipe
+from fedlab.strategies.averaging import FedAvg
+from fedlab.topologies.buffered import Buffered
 from fedlab.training.trainer import SiteTrainer
 from trainers import trainer
 
@@ -76,9 +78,9 @@ EXCLUDED = [
     (Corrupt(how="missing", sites=(BAD,), rounds=(1,)), "other tensors"),
     (Corrupt(how="weight", sites=(BAD,), rounds=(1,)), "weight nan"),
     (Corrupt(how="overflow", sites=(BAD,), rounds=(1,)), "its norm is"),
-    (Corrupt(how="sender", sites=(BAD,), rounds=(1,)), "nothing under its name; an update of 'elsewhere' came"),
+    (Corrupt(how="sender", sites=(BAD,), rounds=(1,)), "nothing under its name; an update of 'elsewhere' was received"),
     (Corrupt(how="garbage", sites=(BAD,), rounds=(1,)), "other tensors"),
-    (Corrupt(how="no update", sites=(BAD,), rounds=(1,)), "something that is no update came"),
+    (Corrupt(how="no update", sites=(BAD,), rounds=(1,)), "an object that is no update was received"),
 ]
 
 
@@ -126,8 +128,8 @@ def test_sign_flip_and_scale_by_hand():
         kept = sent.setdefault(name, {})
 
         class Watch(Faulty):
-            def run(self, task, state, cohort, kept=kept):
-                for answer in super().run(task, state, cohort):
+            def train(self, task, state, cohort, states, kept=kept):
+                for answer in super().train(task, state, cohort, states):
                     kept[answer.site] = answer
                     yield answer
 
@@ -185,10 +187,10 @@ def test_a_site_that_joins_late_is_new_to_its_ledger_and_a_lost_ledger_is_not(tm
 
     engine = Faulty(engine=Local(), faults=[late])
     rounds = each_round(trainer(), blob_sites((2, 2, 1)), rounds=4, privacy=privacy, engine=engine, admission=rules())
-    next(rounds)
-    assert int(engine.memory["site-2"]["joined"]["updates"]) == 0 and not Ledger(engine.memory["site-2"]).spent()
-    engine.memory["site-1"].clear()  # this one has released something, and lost the memory of it
-    assert "no memory of the rounds before" in next(rounds).absent["site-1"]
+    states = next(rounds).site_states
+    assert states["site-2"].updates == 0 and not Ledger(states["site-2"]).spent()
+    states.save("site-1", SiteState())  # this one has released something, and lost its record of it
+    assert "no state from the rounds before" in next(rounds).absent["site-1"]
 
 
 ALL = [DropOut(probability=0.4), Replay(probability=0.5, sites=("site-0",)), Crash(probability=0.3),
@@ -219,7 +221,7 @@ def test_a_replay_survives_a_resume(tmp_path):
 def test_a_round_with_too_few_updates_leaves_the_model():
     lonely = DropOut(sites=("site-0", "site-1"), rounds=(1,))
     history = run(lonely, admission=rules(min_sites=2))
-    assert "round was void: 1 updates came, the round needs 2" in history.records[1]["absent"]["site-2"]
+    assert "round was void: 1 updates were received, the round needs 2" in history.records[1]["absent"]["site-2"]
     states = [finished.state for finished in each_round(
         trainer(), blob_sites((2, 2, 1)), rounds=2, admission=rules(min_sites=2),
         engine=Faulty(engine=Local(), faults=[lonely]))]
@@ -254,7 +256,8 @@ def test_a_sabotaged_trainer_prints_like_the_honest_one_and_leaves_it_alone():
     engine = Faulty(engine=Local(), faults=[Crash(rounds=(0,), sites=("site-0",))])
     finished = next(each_round(honest, blob_sites(), engine=engine, admission=rules()))
     assert set(finished.absent) == {"site-0"} and repr(honest) == before and "fit" not in vars(honest)
-    assert repr(engine._sabotaged(honest)) == before
+    faulty = _FaultyTrainer(stands_for=honest, striking=((Crash(), 0),))
+    assert repr(faulty) == before and recipe(faulty) == recipe(honest)
 
 
 class Unspeakable:
@@ -312,10 +315,7 @@ def test_garbage_in_an_update_is_a_privacy_error_or_harmless(changes):
     lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names if name != "delta"})))
 def test_garbage_never_ends_a_run_with_rules(changes):
     class Garbled:
-        def __init__(self):
-            self.memory = {}
-
-        def run(self, task, state, cohort):
+        def train(self, task, state, cohort, states):
             for site in cohort:
                 honest = Update(site=site.name, delta={n: torch.zeros_like(p) for n, p in state.params.items()},
                                 weight=1.0, round=state.round)

@@ -26,11 +26,11 @@ class Explodes(Privacy):
 
     def __init__(self, *, site, words="a voxel of Anna's scan"):
         self.site, self.words = site, words
+        self._rounds = 0
 
-    def equip(self, kit, site, memory):
-        tried = memory.setdefault("tries", {"rounds": torch.zeros((), dtype=torch.int64)})["rounds"]
-        tried += 1
-        if site.name == self.site and tried == 2:
+    def equip(self, kit, site, state):
+        self._rounds += site.name == self.site
+        if site.name == self.site and self._rounds == 2:
             steps, backward = [], kit.backward
 
             def breaks(kit, image, target):
@@ -58,7 +58,7 @@ def test_what_a_failing_site_was_working_with():
     assert "in breaks" in failed.traceback and "Anna" in failed.traceback
     image, target = failed.batch
     assert image.shape == (2, 4, 16, 16, 16) and target.shape == (2, 3, 16, 16, 16)
-    assert failed.state.round == 1 and {"joined", "optimiser"} <= failed.memory.keys()
+    assert failed.state.round == 1 and failed.site_state.enrolled and "optimiser" in failed.site_state.namespaces
     # One step away from where its round began, whatever became of the model since.
     began, now = weights_sha256(failed.state.params), weights_sha256(failed.weights)
     assert now not in (began, weights_sha256(trainable(made.model)))
@@ -67,12 +67,12 @@ def test_what_a_failing_site_was_working_with():
     assert kit is failed.kit and torch.isfinite(kit.loss(image, target))
 
 
-def test_its_memory_is_that_of_the_failure():
+def test_its_state_is_that_of_the_failure():
     engine = Local(debug=True)
-    run(engine, trainer(), privacy=FailsAt(site="site-1", stage="protect", round=1), rounds=4)
+    history = run(engine, trainer(), privacy=FailsAt(site="site-1", stage="protect", round=1), rounds=4)
     assert engine.failed["site-1"].round == 1
-    later = engine.memory["site-1"]["optimiser"]
-    assert weights_sha256(engine.failed["site-1"].memory["optimiser"]) != weights_sha256(later)
+    later = history.site_states["site-1"].of("optimiser").own
+    assert weights_sha256(engine.failed["site-1"].site_state.of("optimiser").own) != weights_sha256(later)
 
 
 def test_the_last_failure_of_each_site_is_kept():

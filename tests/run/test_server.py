@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from cohorts import TinyNet, blob_sites
 from fedlab.core.errors import PrivacyError, RunError
+from fedlab.core.gate import check_update
 from fedlab.core.types import Spent, Update
 from fedlab.core.weights import weights_sha256
-from fedlab.privacy.base import Privacy, check_update
+from fedlab.privacy.base import Privacy
 from fedlab.run.federate import each_round, federate
 from fedlab.strategies import FedAvg, weighted_mean
 from trainers import trainer
@@ -85,7 +86,7 @@ class Broken(Privacy):
     def __init__(self, spoil):
         self.spoil = spoil
 
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         return self.spoil(update)
 
 
@@ -115,9 +116,9 @@ def test_a_technique_that_fails_sends_nothing(spoil, message, stacked):
 def test_an_engine_cannot_smuggle_an_update_past_the_server():
     class Rogue:
         def __init__(self, made):
-            self.made, self.memory = made, {}
+            self.made = made
 
-        def run(self, task, state, cohort):
+        def train(self, task, state, cohort, states):
             yield self.made(state)
 
     def poisoned(state):
@@ -128,7 +129,7 @@ def test_an_engine_cannot_smuggle_an_update_past_the_server():
 
     with pytest.raises(PrivacyError, match="NaN"):
         next(each_round(trainer(), blob_sites(), engine=Rogue(poisoned)))
-    with pytest.raises(ValueError, match="'elsewhere' came"):
+    with pytest.raises(ValueError, match="received an update of 'elsewhere'"):
         next(each_round(trainer(), blob_sites(), engine=Rogue(foreign)))
 
 
@@ -139,15 +140,15 @@ def test_hooks_run_in_order_at_the_site_and_in_reverse_at_the_server():
         def __init__(self, name):
             self.name = name
 
-        def equip(self, kit, site, memory):
+        def equip(self, kit, site, state):
             calls.append(f"equip {self.name}")
             return kit
 
-        def protect(self, update, memory, rng):
+        def protect(self, update, state, rng):
             calls.append(f"protect {self.name}")
             return update
 
-        def release(self, mean, cohort, memory, rng):
+        def release(self, mean, cohort, state, rng):
             calls.append(f"release {self.name} {len(cohort)}")
             return mean
 
@@ -160,7 +161,7 @@ def test_hooks_run_in_order_at_the_site_and_in_reverse_at_the_server():
 
 def test_release_changes_the_mean_before_the_model_moves():
     class Nothing(Privacy):
-        def release(self, mean, cohort, memory, rng):
+        def release(self, mean, cohort, state, rng):
             return mean.map(torch.zeros_like)
 
     one = trainer()
@@ -202,7 +203,7 @@ def test_an_interrupted_run_resumes_to_equal_bits(tmp_path):
 def test_a_checkpoint_refuses_other_runs_and_damage(tmp_path):
     sites, folder = blob_sites(), tmp_path / "run"
     federate(trainer(), sites, rounds=1, checkpoint=folder, progress=False)
-    with pytest.raises(RunError, match="seed differ"):
+    with pytest.raises(RunError, match="seed: 0 there, 1 here"):
         federate(trainer(), sites, rounds=1, checkpoint=folder, seed=1, progress=False)
     with pytest.raises(RunError, match="start_sha256"):
         federate(trainer(model=TinyNet(seed=9)), sites, rounds=1, checkpoint=folder, progress=False)
@@ -213,7 +214,7 @@ def test_a_checkpoint_refuses_other_runs_and_damage(tmp_path):
     note = folder / "round-0001" / "round.json"
     content = json.loads(note.read_text())
     note.write_text(json.dumps(content | {"state_sha256": "0" * 64}))
-    with pytest.raises(RunError, match="does not hold what was written"):
+    with pytest.raises(RunError, match="its content is not what was written"):
         federate(trainer(), sites, rounds=2, checkpoint=folder, progress=False)
     (folder / "round-0001" / "state.safetensors").write_bytes(b"not tensors")
     with pytest.raises(RunError, match="damaged"):

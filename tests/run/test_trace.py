@@ -7,7 +7,6 @@ import hashlib
 import json
 
 import pytest
-from fedlab.topologies.workflows import Gossip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,6 +24,7 @@ from fedlab.run.admission import Admission
 from fedlab.run.federate import federate
 from fedlab.run.local import Local
 from fedlab.run.trace import verify
+from fedlab.topologies.gossip import Gossip
 from trainers import trainer
 
 
@@ -197,10 +197,10 @@ def test_a_round_that_is_traced_but_not_saved_is_run_again(tmp_path, monkeypatch
 
     saved = Checkpoint.save
 
-    def fails(self, state, memory, records):
+    def fails(self, state, states, records):
         if state.round == 2:
             raise Killed  # after the trace was written, before the checkpoint was
-        saved(self, state, memory, records)
+        saved(self, state, states, records)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Checkpoint, "save", fails)

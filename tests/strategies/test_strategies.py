@@ -311,7 +311,7 @@ def test_no_update_at_all(strategy):
 
 
 def test_krum_needs_enough_updates_and_sites():
-    with pytest.raises(TooFewUpdates, match="needs 5 updates, 4 came"):
+    with pytest.raises(TooFewUpdates, match="needs 5 updates, it received 4"):
         Krum(attackers=1).combine(made([[1, 1, 1]] * 4))
     with pytest.raises(ValueError, match="needs 5 updates, the run has 2 sites"):
         each_round(trainer(), blob_sites(), strategy=Krum(attackers=1))
@@ -353,29 +353,30 @@ def test_strategies_print_as_the_code_that_makes_them_and_can_be_keys(strategy):
 
 
 CENTRAL = CentralGaussian(clip=1.0, noise_multiplier=1.0, delta=1e-3)
-SECURE = SecureAggregation(sites=2, clip=1.0, threshold=2)
+SECURE = SecureAggregation(clip=1.0, threshold=2)
 
 
-@pytest.mark.parametrize("privacy", [CENTRAL, SECURE], ids=["noise", "masks"])
+@pytest.mark.parametrize("hidden", [{"privacy": CENTRAL}, {"aggregation": SECURE}], ids=["noise", "masks"])
 @pytest.mark.parametrize("strategy", [
     CoordinateMedian(), TrimmedMean(trim=0.25), TrimmedMean(trim=0.0), GeometricMedian(weights="uniform"),
     NormBound(bound=1.0, weights="uniform"), FedNova(weights="uniform"), FedAvg(), FedProx(mu=0.1), Ditto(lam=0.1),
     FedOpt(rule="adam", server_lr=0.1), FedAvg(weights="steps")], ids=repr)
-def test_noise_and_masks_at_the_server_refuse_all_but_a_uniform_mean(strategy, privacy):
+def test_noise_and_masks_at_the_server_refuse_all_but_a_uniform_mean(strategy, hidden):
     with pytest.raises(ValueError, match=r"FedAvg\(weights='uniform'\)"):
-        each_round(trainer(optimiser=plain_sgd), blob_sites(), strategy=strategy, privacy=privacy)
+        each_round(trainer(optimiser=plain_sgd), blob_sites(), strategy=strategy, **hidden)
 
 
-@pytest.mark.parametrize("privacy", [CENTRAL, SecureAggregation(sites=5, clip=1.0, threshold=4)], ids=repr)
-def test_noise_and_masks_at_the_server_refuse_krum(privacy):
+@pytest.mark.parametrize("hidden", [
+    {"privacy": CENTRAL}, {"aggregation": SecureAggregation(clip=1.0, threshold=4)}], ids=repr)
+def test_noise_and_masks_at_the_server_refuse_krum(hidden):
     with pytest.raises(ValueError, match=r"FedAvg\(weights='uniform'\)"):
-        each_round(trainer(), blob_sites((1,) * 5), strategy=Krum(attackers=1), privacy=privacy)
+        each_round(trainer(), blob_sites((1,) * 5), strategy=Krum(attackers=1), **hidden)
 
 
 @pytest.mark.parametrize("strategy", [
     FedProx(mu=0.1, weights="uniform"), Ditto(lam=0.1, weights="uniform"),
     FedOpt(rule="yogi", server_lr=0.1, weights="uniform")], ids=repr)
 def test_they_work_with_a_uniform_mean(strategy):
-    for privacy in (CENTRAL, SECURE):
-        finished = list(each_round(trainer(steps=1), blob_sites(), strategy=strategy, privacy=privacy, rounds=2))
+    for hidden in ({"privacy": CENTRAL}, {"aggregation": SECURE}):
+        finished = list(each_round(trainer(steps=1), blob_sites(), strategy=strategy, rounds=2, **hidden))
         assert finished[-1].state.round == 2 and len(finished[-1].sites) == 2

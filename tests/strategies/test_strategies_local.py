@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedlab.topologies.workflows import Buffered, Tree
 from torch import nn
 
 from cohorts import TinyNet, blob_sites
 from fedlab.core.seeds import generator
-from fedlab.core.types import Spent, Update
+from fedlab.core.types import SiteState, Spent, Update
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.privacy.compression import TopK
 from fedlab.privacy.dp.dpsgd import DPSGD
@@ -20,7 +19,6 @@ from fedlab.privacy.personal_layers import PersonalLayers, norms
 from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.run.baselines import local_only
 from fedlab.run.federate import each_round, federate
-from fedlab.run.local import Local
 from fedlab.strategies import (
     SCAFFOLD,
     CoordinateMedian,
@@ -34,6 +32,8 @@ from fedlab.strategies import (
     NormBound,
     TrimmedMean,
 )
+from fedlab.topologies.buffered import Buffered
+from fedlab.topologies.tree import Tree
 from fedlab.training.networks import segresnet
 from fedlab.training.trainer import DiceBCE, PolyDecay
 from trainers import batches, plain_sgd, trainer
@@ -129,13 +129,12 @@ def test_the_pull_works_with_noise_and_charges_the_ledger():
 
 def test_personal_layers_are_pulled_to_the_site_s_own():
     sites, mu = blob_sites((1,)), 2.0
-    engine, technique = Local(), PersonalLayers(names=["last.*"])
-    history = federate(sgd(), sites, strategy=FedProx(mu=mu), privacy=technique, engine=engine, rounds=2,
-                       progress=False)
+    technique = PersonalLayers(names=["last.*"])
+    history = federate(sgd(), sites, strategy=FedProx(mu=mu), privacy=technique, rounds=2, progress=False)
     params = trainer().initial()
     for _ in range(2):
         params = descend(params, sites[0].train[0], lambda name, p, begin=params: mu * (p - begin[name]))
-    close(technique.local(history.state.params, engine.memory["site-0"]), params)
+    close(technique.local(history.state.params, history.site_states["site-0"]), params)
 
 
 # SCAFFOLD
@@ -151,8 +150,7 @@ def unlike_sites():
 def test_scaffold_is_algorithm_1_with_option_ii(sample, server_lr):
     sites, rounds = unlike_sites(), 4
     strategy = SCAFFOLD(sites=4, steps=STEPS, lr=LR, sample=sample, server_lr=server_lr)
-    engine = Local()
-    run = each_round(sgd(), sites, strategy=strategy, rounds=rounds, engine=engine, seed=7)
+    run = each_round(sgd(), sites, strategy=strategy, rounds=rounds, seed=7)
 
     x = trainer().initial()
     c = {name: torch.zeros_like(p) for name, p in x.items()}
@@ -175,7 +173,7 @@ def test_scaffold_is_algorithm_1_with_option_ii(sample, server_lr):
         close(finished.state.params, x)
         close(finished.state.moments["control variate"], c, atol=1e-5)
         for site in sites:
-            kept = engine.memory[site.name].get("control variate", {name: torch.zeros_like(p) for name, p in x.items()})
+            kept = finished.site_states[site.name].of("strategy").own or {n: torch.zeros_like(p) for n, p in x.items()}
             close(kept, own[site.name], atol=1e-5)
         mean = {name: sum(own[site.name][name] for site in sites) / len(sites) for name in x}
         close(finished.state.moments["control variate"], mean, atol=1e-5)
@@ -209,10 +207,10 @@ def test_scaffold_follows_a_falling_learning_rate():
 
 
 def test_a_site_s_control_comes_from_what_it_sent():
-    engine, technique = Local(), LocalGaussian(clip=0.01, noise_multiplier=1.0, delta=1e-2)
+    technique = LocalGaussian(clip=0.01, noise_multiplier=1.0, delta=1e-2)
     history = federate(sgd(), blob_sites((1, 1)), strategy=SCAFFOLD(sites=2, steps=STEPS, lr=LR), privacy=technique,
-                       rounds=1, engine=engine, progress=False)
-    controls = [engine.memory[f"site-{k}"]["control variate"] for k in (0, 1)]
+                       rounds=1, progress=False)
+    controls = [history.site_states[f"site-{k}"].of("strategy").own for k in (0, 1)]
     mean = {name: (controls[0][name] + controls[1][name]) / 2 for name in controls[0]}
     close(history.state.moments["control variate"], mean)  # of the noisy updates: nothing else is known to both
 
@@ -239,7 +237,7 @@ def test_noise_at_the_server_also_hides_how_many_came():
     ({"optimiser": trainer().optimiser}, {}, r"optimiser=torch\.optim\.SGD"),
     ({"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, {}, "moments"),
     ({"steps": None, "epochs": 1}, {}, "steps= in place of epochs=1"),
-    ({}, {"sites": 3}, r"SCAFFOLD\(sites=2, steps=3, lr=0\.2\)"), ({}, {"steps": 2}, "not for this run"),
+    ({}, {"sites": 3}, r"this run, which has \{'sites': 2, 'steps': 3, 'lr': 0\.2\}"), ({}, {"steps": 2}, "not for this run"),
     ({}, {"lr": 0.1}, "not for this run")])
 def test_scaffold_refuses_what_it_is_not_made_for(changes, strategy, match):
     wrong = SCAFFOLD(**({"sites": 2, "steps": STEPS, "lr": LR} | strategy))
@@ -249,10 +247,10 @@ def test_scaffold_refuses_what_it_is_not_made_for(changes, strategy, match):
 
 def test_scaffold_refuses_masks_and_workflows_without_one_server():
     strategy, sites = SCAFFOLD(sites=3, steps=STEPS, lr=LR), blob_sites((1, 1, 1))
-    for technique in (SecureAggregation(sites=3, clip=1.0, threshold=2),
-                      SecureAggregation(sites=3, clip=1.0, threshold=2, noise_multiplier=1.0, delta=1e-3)):
+    for hidden in (SecureAggregation(clip=1.0, threshold=2),
+                   SecureAggregation(clip=1.0, threshold=2, noise_multiplier=1.0, delta=1e-3)):
         with pytest.raises(ValueError, match="hidden by"):
-            each_round(sgd(), sites, strategy=strategy, privacy=technique)
+            each_round(sgd(), sites, strategy=strategy, aggregation=hidden)
     for topology in (Tree(regions={"a": ["site-0"], "b": ["site-1", "site-2"]}), Buffered(size=2)):
         for one in (strategy, FedNova()):
             with pytest.raises(ValueError, match="at one server"):
@@ -264,14 +262,28 @@ def test_scaffold_refuses_masks_and_workflows_without_one_server():
 
 @pytest.mark.parametrize("strategy,changes,match", [
     (FedNova(), {"optimiser": trainer().optimiser}, "is another"),
-    (FedNova(), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, "momentum=0"),
-    (FedNova(momentum=0.9), {}, r"momentum=0\.9"),
+    (FedNova(momentum=0.0), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, r"momentum 0\.9"),
+    (FedNova(), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, "momentum='restart'"),
+    (FedNova(momentum=0.9), {}, r"momentum=0\.9\) is not for this run"),
     (FedNova(momentum=0.9), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, "momentum='restart'"),
     (FedNova(momentum=0.9), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
                              "momentum": "restart"}, "no Nesterov")])
 def test_fednova_refuses_optimisers_whose_path_it_does_not_know(strategy, changes, match):
     with pytest.raises(ValueError, match=match):
         each_round(sgd(**changes), blob_sites(), strategy=strategy)
+
+
+def test_strategies_read_their_settings_from_the_run():
+    """Number of sites, steps, learning rate and momentum: to the bit as where they are given."""
+    heavy = {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), "momentum": "restart"}
+    for given, read, changes in ((SCAFFOLD(sites=2, steps=STEPS, lr=LR), SCAFFOLD(), {}),
+                                 (FedNova(momentum=0.0), FedNova(), {}),
+                                 (FedNova(momentum=0.9), FedNova(), {"steps": None, "epochs": 2, **heavy})):
+        ours, theirs = (federate(sgd(**changes), blob_sites((1, 2)), strategy=s, rounds=2, progress=False)
+                        for s in (read, given))
+        assert weights_sha256(ours.state.params) == weights_sha256(theirs.state.params)
+    with pytest.raises(ValueError, match="not bound to a run"):
+        SCAFFOLD()._travel(0)
 
 
 def test_fednova_is_fedavg_with_equal_steps_only():
@@ -285,40 +297,38 @@ def test_fednova_is_fedavg_with_equal_steps_only():
 
 
 def test_ditto_trains_each_site_s_own_model_towards_the_global_one():
-    sites, lam, engine = blob_sites((1, 1)), 2.0, Local()
+    sites, lam = blob_sites((1, 1)), 2.0
     strategy = Ditto(lam=lam)
-    run = each_round(sgd(), sites, strategy=strategy, rounds=3, engine=engine)
+    run = each_round(sgd(), sites, strategy=strategy, rounds=3)
     shared = trainer().initial()
     own = {site.name: shared for site in sites}
     for finished in run:
         for site in sites:
             own[site.name] = descend(own[site.name], site.train[0],
                                      lambda name, p, shared=shared: lam * (p - shared[name]))
-            found = strategy.local(finished.state.params, engine.memory[site.name])
+            found = strategy.local(finished.state.params, finished.site_states[site.name])
             close(found, own[site.name])
             assert list(found) == list(finished.state.params)
         shared = finished.state.params
     assert different(own["site-0"], own["site-1"]) > 1e-3
-    assert strategy.local(shared, {}) == dict(shared)
+    assert strategy.local(shared, SiteState()) == dict(shared)
 
 
 @pytest.mark.parametrize("momentum", ["keep", "restart"])
 def test_without_a_pull_ditto_is_training_alone_to_the_bit(momentum):
-    sites, engine = blob_sites((2, 3)), Local()
-    history = federate(trainer(momentum=momentum), sites, strategy=Ditto(lam=0.0), rounds=3, engine=engine,
-                       progress=False)
+    sites = blob_sites((2, 3))
+    history = federate(trainer(momentum=momentum), sites, strategy=Ditto(lam=0.0), rounds=3, progress=False)
     alone = local_only(trainer(momentum=momentum), sites, rounds=3, progress=False)
     for site in sites:
-        own = Ditto(lam=0.0).local(history.state.params, engine.memory[site.name])
+        own = Ditto(lam=0.0).local(history.state.params, history.site_states[site.name])
         assert weights_sha256(own) == weights_sha256(alone[site.name].state.params)
 
 
 def test_a_strong_pull_holds_ditto_at_the_global_model():
-    sites, engine = blob_sites((1, 1)), Local()
-    run = each_round(sgd(), sites, strategy=Ditto(lam=1 / LR), rounds=2, engine=engine)  # each step ends at the target
+    sites, strategy = blob_sites((1, 1)), Ditto(lam=1 / LR)  # each step ends at the target
+    run = each_round(sgd(), sites, strategy=strategy, rounds=2)
     first = next(run)
-    next(run)
-    own = engine.memory["site-0"]["ditto"]
+    own = strategy.local(first.state.params, next(run).site_states["site-0"])
     step = gradient(first.state.params, sites[0].train[0])
     assert different(own, first.state.params) <= LR * max(float(g.abs().max()) for g in step.values()) * 1.5
 
@@ -327,10 +337,9 @@ def test_ditto_works_with_privacy_and_nothing_of_it_leaves():
     technique = DPSGD(clip=0.5, noise_multiplier=1.0, delta=1e-2, batch=1)
     runs = {}
     for strategy in (FedAvg(), Ditto(lam=0.5), Ditto(lam=0.0)):
-        engine = Local()
-        runs[repr(strategy)] = federate(sgd(), blob_sites((2, 2)), strategy=strategy, privacy=technique, rounds=1,
-                                        engine=engine, progress=False)
-        assert ("ditto" in engine.memory["site-0"]) is isinstance(strategy, Ditto)
+        history = federate(sgd(), blob_sites((2, 2)), strategy=strategy, privacy=technique, rounds=1, progress=False)
+        runs[repr(strategy)] = history
+        assert bool(history.site_states["site-0"].of("strategy").own) is isinstance(strategy, Ditto)
     assert len({run.guarantee() for run in runs.values()}) == 1
     with pytest.raises(ValueError, match="without PersonalLayers"):
         each_round(trainer(), blob_sites(), strategy=Ditto(lam=1.0),
@@ -349,12 +358,12 @@ def test_fedbn_keeps_the_norms_at_the_sites():
         def forward(self, image):
             return self.last(torch.relu(self.norm(self.first(image))))
 
-    model, engine = Normed(), Local()
+    model = Normed()
     assert norms(model) == ["norm.weight", "norm.bias"]
     history = federate(trainer(model=model), blob_sites(), privacy=PersonalLayers(names=norms(model)), rounds=2,
-                       engine=engine, progress=False)
+                       progress=False)
     assert history.state.params["norm.weight"].equal(torch.ones(6))
-    kept = [engine.memory[f"site-{k}"]["personal layers"]["norm.weight"] for k in (0, 1)]
+    kept = [history.site_states[f"site-{k}"].of("privacy").own["norm.weight"] for k in (0, 1)]
     assert not kept[0].equal(kept[1]) and not kept[0].equal(torch.ones(6))
     names = norms(segresnet())
     assert len(names) == 2 * sum("GroupNorm" in type(m).__name__ for m in segresnet().modules())
@@ -378,13 +387,12 @@ def test_a_run_stopped_after_two_rounds_goes_on_to_the_same_bits(strategy, tmp_p
     sites = blob_sites((1, 2, 1, 1, 1))
 
     def run(rounds, **more):
-        engine = Local()
         one = sgd(steps=2, crop=(8, 8, 8), momentum="restart" if isinstance(strategy, FedNova) else "keep")
         if not isinstance(strategy, SCAFFOLD | FedNova):
             one = trainer(steps=2, crop=(8, 8, 8), batch_size=1)
-        history = federate(one, sites, strategy=strategy, rounds=rounds, engine=engine, progress=False, **more)
-        groups = {f"{site}|{group}|{name}": t for site, memory in engine.memory.items()
-                  for group, slots in memory.items() for name, t in slots.items()}
+        history = federate(one, sites, strategy=strategy, rounds=rounds, progress=False, **more)
+        groups = {f"{site}|{group}|{name}": t for site, state in history.site_states.items()
+                  for group, slots in state.namespaces.items() for name, t in slots.items()}
         moments = {f"{group}|{name}": t for group, slots in history.state.moments.items() for name, t in slots.items()}
         return weights_sha256(history.state.params), weights_sha256(moments), weights_sha256(groups), groups
 
@@ -394,4 +402,4 @@ def test_a_run_stopped_after_two_rounds_goes_on_to_the_same_bits(strategy, tmp_p
     assert stopped[0] != whole[0]
     assert resumed[:3] == whole[:3]
     if isinstance(strategy, Ditto | SCAFFOLD):
-        assert any("ditto|" in key or "control variate|" in key for key in whole[3])
+        assert any("|strategy|" in key for key in whole[3])

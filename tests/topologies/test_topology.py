@@ -10,39 +10,59 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from fedlab.topologies.workflows import Buffered, Gossip, Ring, Tree, ring, star
 
 from cohorts import blob_sites
-from fedlab import SecureAggregation
+from fedlab.core.protocols import Run
 from fedlab.core.types import ServerState, Site, Update
 from fedlab.core.weights import weights_sha256
-from fedlab.privacy import CentralGaussian, LocalGaussian
+from fedlab.privacy.aggregation import Aggregation
+from fedlab.privacy.base import Privacy
+from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
+from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
-from fedlab.strategies import FedAvg
+from fedlab.run.round import Star, star
+from fedlab.strategies.averaging import FedAvg
+from fedlab.topologies.buffered import Buffered
+from fedlab.topologies.cyclic import Ring, ring
+from fedlab.topologies.gossip import Gossip
+from fedlab.topologies.tree import Tree
 from trainers import trainer
 
 NAMES = ("a", "b", "c", "d")
 HALVES = Tree(regions={"north": ("site-0", "site-1"), "south": ("site-2", "site-3")})
 SITES = blob_sites((3, 2, 2, 1))
-MASKED = SecureAggregation(sites=4, clip=1.0, threshold=3)
+MASKED = SecureAggregation(clip=1.0, threshold=3)
 
 
-def play(topology, *, steps=1, absent=(), strategy=None, names=NAMES, release=lambda mean: mean):
-    """A run without networks: site k pulls its weight a quarter of the way towards k, and counts k + 1 patients."""
-    strategy = strategy or FedAvg()
-    sites = [Site(name=name, train=[None]) for name in names]  # type: ignore[list-item]
+class Pulls:
+    """An engine without networks: site k pulls its weight a share of the way towards k, and counts k + 1 patients."""
 
-    def train(state, cohort):
+    def __init__(self, *, share=1 / 4, absent=()):
+        self.share, self.absent = share, absent
+
+    def train(self, task, state, cohort, states):
         for site in cohort:
-            if site.name not in absent:
-                k, own = names.index(site.name), state.at(site.name)
-                yield Update(site=site.name, delta={"w": (k - own.params["w"]) / 4}, weight=k + 1.0, steps=1)
+            if site.name not in self.absent:
+                k, own = NAMES.index(site.name), state.at(site.name)
+                yield Update(site=site.name, delta={"w": (k - own.params["w"]) * self.share}, weight=k + 1.0, steps=1,
+                             round=state.round)
 
-    topology.check_run(sites=sites, strategy=strategy)
-    states = [strategy.begin({"w": torch.tensor([8.0], dtype=torch.float64)})]
+
+def small_run(topology, engine):
+    """A run of four sites without patients."""
+    return Run(trainer=trainer(), sites=tuple(Site(name=name, train=[]) for name in NAMES), strategy=FedAvg(),
+               privacy=Privacy(), aggregation=Aggregation(), topology=topology, engine=engine, admission=None,
+               rounds=10, seed=0)
+
+
+def play(topology, *, steps=1, absent=()):
+    """The states of a run without networks."""
+    run = small_run(topology, Pulls(absent=absent))
+    topology.check(run)
+    states = [run.strategy.begin({"w": torch.tensor([8.0], dtype=torch.float64)})]
     for _ in range(steps):
-        states.append(topology(states[-1], sites, sites=sites, strategy=strategy, train=train, release=release))
+        states.append(topology(run, states[-1]).state)
     return states
 
 
@@ -82,15 +102,11 @@ def test_a_mixing_matrix_is_doubly_stochastic_and_symmetric(graph, present):
 def test_gossip_keeps_the_mean_and_brings_models_together():
     apart = play(Gossip(graph=nx.cycle_graph(4)), steps=1)[-1]
     still = ServerState(round=1, params=apart.params, models=apart.models)
-    topology, sites = Gossip(graph=nx.cycle_graph(4)), [Site(name=n, train=[]) for n in NAMES]
-
-    def silent(state, cohort):
-        for site in cohort:
-            yield Update(site=site.name, delta={"w": torch.zeros(1, dtype=torch.float64)}, weight=1.0)
-
+    topology = Gossip(graph=nx.cycle_graph(4))
+    silent = small_run(topology, Pulls(share=0.0))
     distances = [topology.metrics(still)["consensus distance"]]
     for _ in range(5):
-        still = topology(still, sites, sites=sites, strategy=FedAvg(), train=silent, release=lambda mean: mean)
+        still = topology(silent, still).state
         distances.append(topology.metrics(still)["consensus distance"])
         assert still.params["w"].item() == pytest.approx(apart.params["w"].item())
     # the second eigenvalue of a cycle of four with thirds is 1/3
@@ -209,17 +225,17 @@ def test_workflows_refuse_wrong_settings(make, message):
     (dict(topology=Gossip(graph=nx.path_graph(3))), "nodes are the sites' names"),
     (dict(topology=Tree(regions={"n": ("site-0", "elsewhere")})), "these differ"),
     (dict(topology=Buffered(size=5)), "a buffer of 5 updates from 4 sites"),
-    (dict(topology=Buffered(size=1, seconds={"x": 2.0})), "aren't there"),
+    (dict(topology=Buffered(size=1, seconds={"x": 2.0})), "times of unknown sites"),
     (dict(topology=Buffered(size=1), strategy=FedAvg(sample=0.5)), "sample at 1"),
     (dict(topology=ring, strategy=FedAvg(server_lr=0.5)), "no server"),
     (dict(topology=Gossip(graph=nx.path_graph(4)), strategy=FedAvg(server_lr=0.5)), "peers have no server"),
     (dict(topology=ring, privacy=CentralGaussian(clip=1.0, noise_multiplier=1.0, delta=0.01),
           strategy=FedAvg(weights="uniform")), "use topology=star"),
-    (dict(topology=HALVES, privacy=MASKED, strategy=FedAvg(weights="uniform")), "use topology=star"),
+    (dict(topology=HALVES, aggregation=MASKED, strategy=FedAvg(weights="uniform")), "use topology=star"),
     (dict(privacy=CentralGaussian(clip=1.0, noise_multiplier=1.0, delta=0.01), strategy=FedAvg(weights="uniform"),
           admission=Admission(min_sites=2)), "how many sites took part"),
-    (dict(privacy=MASKED, strategy=FedAvg(weights="uniform"), admission=Admission(max_norm=1.0)),
-     "max_norm can't be checked"),
+    (dict(aggregation=MASKED, strategy=FedAvg(weights="uniform"), admission=Admission(max_norm=1.0)),
+     "max_norm cannot be checked"),
 ])
 def test_parts_that_do_not_work_together_are_refused_before_training(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -227,7 +243,7 @@ def test_parts_that_do_not_work_together_are_refused_before_training(settings, m
 
 
 def test_workflows_print_as_code():
-    known = dict(Star=type(star), Ring=Ring, Tree=Tree, Gossip=Gossip, Buffered=Buffered,
+    known = dict(Star=Star, Ring=Ring, Tree=Tree, Gossip=Gossip, Buffered=Buffered,
                  networkx=SimpleNamespace(Graph=nx.Graph))
     for topology in (star, ring, Gossip(graph=nx.cycle_graph(4)), HALVES, Buffered(size=2)):
         assert repr(eval(repr(topology), known)) == repr(topology)

@@ -27,7 +27,8 @@ class LedgerFile:
     of one of them lowers nothing. Only if all of them are put back to an earlier state, nobody can tell.
 
     A folder outlives a run: what later runs of the same site release is added to what earlier ones did, as it must be
-    while they train on the same patients.
+    while they train on the same patients. An empty file beside the ledger says that there is one, so that a later run
+    notices its loss.
 
     Args:
         folder: where the ledgers are kept, made if missing; several sites may share it.
@@ -37,6 +38,7 @@ class LedgerFile:
     def __init__(self, folder: Path | str, site: str) -> None:
         self.site = site
         self.path = Path(folder) / f"{quote(site, safe='')}.ledger.json"
+        self._begun = self.path.with_suffix(".begun")
 
     @contextmanager
     def kept(self, state: HasLedger) -> Iterator[None]:
@@ -95,9 +97,9 @@ class LedgerFile:
         if self.path.is_file():
             known = self.read()
             Ledger(state).merge(known)
-        elif state.ledger and Ledger(state).note()["in_file"]:
+        elif self._begun.exists() or (state.ledger and Ledger(state).note()["in_file"]):
             raise PrivacyError(f"the ledger of {self.site} was kept in {self.path}, which is missing; restore it: "
-                               "rounds since this copy may be noted there only")
+                               "without it the privacy spent is unknown")
 
     def save(self, state: HasLedger) -> None:
         """Writes the ledger of a state, if it has one, over the file."""
@@ -108,6 +110,7 @@ class LedgerFile:
         note = ledger.note()
         text = json.dumps({"sha256": _checksum(note), "ledger": note}, indent=1, ensure_ascii=False)
         write_whole(self.path, (text + "\n").encode())
+        self._begun.touch()
 
     def read(self) -> Ledger:
         """What the file says, as a ledger of its own; changing it changes no file.
