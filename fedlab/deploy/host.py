@@ -1,4 +1,4 @@
-"""What runs at a site: its own patients, policy, ledger and memory. A server talks to it in bytes and plain text."""
+"""What runs at a site: its patients, policy, ledger and state. A server exchanges bytes and plain text with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,15 +21,16 @@ from fedlab.deploy.messages import limit_for, pack_answer, unpack_state, unpack_
 from fedlab.deploy.plan import Plan
 from fedlab.deploy.policy import SitePolicy
 from fedlab.deploy.settings import read_settings, read_site
-from fedlab.deploy.snapshots import SiteMemory
+from fedlab.deploy.snapshots import SiteSnapshots
 from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.accounting.ledger_file import LedgerFile
+from fedlab.run.federate import check_sites, make_run
 from fedlab.run.site_task import SiteTask
 
-__all__ = ["SiteHost"]
+__all__ = ["LARGEST_NOTE", "SiteHost"]
 
-#: Largest message of an exchange between sites, and of all that one site gets in a step.
-_LARGEST_NOTE, _LARGEST_INBOX = 2**20, 2**26
+#: Largest message of an exchange between sites, and of all messages to one site in a step.
+LARGEST_NOTE, _LARGEST_INBOX = 2**20, 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +41,14 @@ class _Run:
     plan: Plan
     task: SiteTask
     start: Tensors
-    memory: SiteMemory
+    snapshots: SiteSnapshots
 
 
 class SiteHost:
-    """A site at work: begins a run that its policy allows, trains in its rounds, and keeps its ledger and memory.
+    """A site at work: begins a run that its policy allows, trains in its rounds, and keeps its ledger and state.
 
-    The folder belongs to one process at a time. In it lie `ledger/`, `memory/` and `site.log`, which says in plain
-    words what was asked and answered, and why something failed: that is told here and not to the server.
+    The folder belongs to one process at a time. It holds `ledger/`, `states/` and `site.log`, which records in plain
+    words what was asked and answered, and why something failed; these reasons stay at the site.
 
     Args:
         site: its patients.
@@ -73,11 +74,11 @@ class SiteHost:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise RunError(f"another process is using the site's folder {self.folder}; stop it first: two would spend "
-                           "one budget and overwrite each other's memory") from error
+                           "one budget and overwrite each other's state") from error
 
     @classmethod
     def open(cls, folder: Path | str, *, progress: bool = True) -> SiteHost:
-        """The site of a folder that `fedlab site init` has made; reads and prepares its patients.
+        """The site of a folder made by `fedlab site init`; reads and prepares its patients.
 
         Args:
             folder: with site.toml in it.
@@ -85,8 +86,8 @@ class SiteHost:
 
         Raises:
             RunError: no site's folder, or one in use.
-            DataError: its patients can't be used.
-            ValueError: a setting of site.toml that is none.
+            DataError: its patients cannot be used.
+            ValueError: an invalid setting in site.toml.
         """
         settings = read_settings(folder)
         host = cls(site=Site(name=settings.name, train=[]), folder=folder, policy=settings.policy)
@@ -99,19 +100,19 @@ class SiteHost:
         return host
 
     def about(self) -> dict[str, Any]:
-        """What the site tells a server before a run: its name, its number of patients to train on, fedlab's version."""
+        """What a server learns of the site before a run: its name, number of training patients, fedlab's version."""
         return {"site": self.site.name, "patients": len(self.site.train), "fedlab": version("fedlab-workbench")}
 
     def begin(self, plan_json: str, start: bytes) -> None:
-        """Takes part in a run from now on, if policy and plan allow. Asked again for the same run it changes nothing.
+        """Takes part in a run from now on, if policy and plan allow it; repeated for the same run it changes nothing.
 
         Args:
             plan_json: of `Plan.to_json`.
             start: the first weights, of `fedlab.deploy.messages.pack_weights`.
 
         Raises:
-            PrivacyError: the policy of this site refuses, or the plan needs something that isn't approved.
-            FedlabError: no plan, other weights than it names, or parts that don't work together here.
+            PrivacyError: the policy of this site refuses, or the plan needs something that is not approved.
+            FedlabError: no plan, other weights than it names, or parts that do not work together here.
         """
         try:
             plan = Plan.from_json(plan_json)
@@ -125,13 +126,13 @@ class SiteHost:
         except Exception as error:
             self._log(f"could not begin a run: {type(error).__name__}: {error}")
             raise self._told(error, None) from error
-        memory = SiteMemory(self.folder / "memory" / plan.run, site=self.site.name, run=plan.run)
-        self._run = _Run(name=plan.run, plan=plan, task=task, start=first, memory=memory)
+        snapshots = SiteSnapshots(self.folder / "states" / plan.run, site=self.site.name, run=plan.run)
+        self._run = _Run(name=plan.run, plan=plan, task=task, start=first, snapshots=snapshots)
         self._log(f"begins run {plan.run}: {plan.rounds} rounds of {len(plan.sites)} sites, {task.privacy!r}, "
-                  f"{task.strategy!r}, {task.trainer!r}")
+                  f"{task.aggregation!r}, {task.strategy!r}, {task.trainer!r}")
 
     def train(self, run: str, state: bytes) -> bytes:
-        """This site's answer in a round, packed. What goes wrong is a Failure in it, never an exception.
+        """This site's answer in a round, packed; a failure is returned in it, never raised.
 
         Args:
             run: name of the run that was begun.
@@ -140,11 +141,11 @@ class SiteHost:
         round = None
         try:
             now = self._begun(run)
-            got = unpack_state(state, limit=4 * limit_for(now.start))
-            round = got.round
-            self._check_state(got, now)
+            shown = unpack_state(state, limit=4 * limit_for(now.start))
+            round = shown.round
+            _check_state(shown, now)
             self._log(f"round {round}: training")
-            packed = self._work(now, got, hashlib.sha256(state).hexdigest())
+            packed = self._work(now, shown, hashlib.sha256(state).hexdigest())
             self._log(f"round {round}: answered with {len(packed)} bytes")
             return packed
         except PrivacyBudgetExhausted as error:
@@ -155,40 +156,38 @@ class SiteHost:
             return pack_answer(Failure(self.site.name, self._told(error, round)))
 
     def exchange(self, run: str, step: str, inbox: Mapping[str, bytes]) -> dict[str, bytes]:
-        """This site's part in an exchange of messages between the sites; see `Privacy.at_site`.
+        """This site's part in an exchange of messages between the sites; see `Aggregation.answer`.
 
         Args:
             run: name of the run that was begun.
-            step: one that the run's technique has.
+            step: one of the run's aggregation.
             inbox: messages to this site, by sender.
 
         Returns:
             Messages of this site, by recipient.
 
         Raises:
-            FedlabError: a step that there isn't, messages that are none, or what the technique refuses.
+            FedlabError: an unknown step, invalid messages, or a refusal by the aggregation.
         """
         try:
             now = self._begun(run)
-            privacy = now.task.privacy
-            if step not in (*privacy.before, *privacy.after):
-                raise PrivacyError(f"the run's technique has no step {str(step)[:40]!r}")
+            aggregation = now.task.aggregation
+            if step not in aggregation.steps:
+                raise PrivacyError(f"the run's aggregation has no step {str(step)[:40]!r}")
             _check_inbox(inbox, {*now.plan.sites, "server"})
-            memory = now.memory.between()
-            sent = privacy.at_site(step, self.site.name, dict(inbox), memory)
-            now.memory.keep_between(memory, before_training=step in privacy.before)
+            sent = aggregation.answer(step, self.site.name, dict(inbox), now.snapshots.with_secrets())
             return {str(name): bytes(message) for name, message in sent.items()}
         except Exception as error:
             self._log(f"exchange {str(step)[:40]!r} failed: {type(error).__name__}: {error}")
             raise self._told(error, None) from error
 
     def spent(self) -> tuple[Spent, ...]:
-        """What this site's ledger on disk says, of all runs."""
+        """The privacy spent in all runs, by this site's ledger on disk."""
         file = LedgerFile(self.folder / "ledger", self.site.name)
         return file.read().spent() if file.path.is_file() else ()
 
     def close(self) -> None:
-        """Lets another process use the folder."""
+        """Releases the folder for other processes."""
         self._run = None
         self._lock.release()
 
@@ -202,34 +201,29 @@ class SiteHost:
         return f"<SiteHost of {self.site!r} in {self.folder}>"
 
     def _task(self, plan: Plan, start: Tensors) -> SiteTask:
-        """What the plan has this site do, after everything was looked at that can be known now."""
-        approve = partial(self.policy.approve, techniques=self.techniques)
-        load = partial(self.policy.load, techniques=self.techniques)
-        task = plan.task(start, approve=approve, load=load)
-        topology = plan.make_topology(approve=approve, load=load)
-        self.policy.check_plan(plan, task.privacy.at(self.site.name), site=self.site.name)
-        # The patients of other sites aren't known here: each is taken to be like this one.
-        sites = [self.site if name == self.site.name else replace(self.site, name=name) for name in plan.sites]
-        topology.check_run(sites=sites, strategy=task.strategy)
-        task.strategy.check_run(trainer=task.trainer, sites=sites, privacy=task.privacy)
-        here = task.privacy.at(self.site.name)
-        here.check_run(trainer=task.trainer, sites=sites, strategy=task.strategy, rounds=plan.rounds)
+        """The site's task in a run, after all checks that are possible before the first round."""
+        parts = plan.parts(start, approve=partial(self.policy.approve, techniques=self.techniques),
+                           load=partial(self.policy.load, techniques=self.techniques))
+        self.policy.check_plan(plan, parts["privacy"], parts["aggregation"], site=self.site.name)
+        run = make_run(**parts)
+        check_sites(run, [self.site])
+        task: SiteTask = run.task
         return task
 
     def _work(self, now: _Run, state: ServerState, digest: str) -> bytes:
         """Trains, and packs the update once the ledger on disk accounts for it."""
         self._count(now, state.round, digest, enter=False)
-        memory = now.memory.before(state.round)
-        with LedgerFile(self.folder / "ledger", self.site.name).kept(memory):
-            update = now.task(self.site, state, memory)
-            self.policy.check_spent(Ledger(memory).spent() if "ledger" in memory else ())
+        site_state = now.snapshots.before(state.round)
+        with LedgerFile(self.folder / "ledger", self.site.name).kept(site_state):
+            update = now.task(self.site, state, site_state)
+            self.policy.check_spent(Ledger(site_state).spent() if site_state.ledger else ())
             packed = pack_answer(update)
             self._count(now, state.round, digest, enter=True)
-        now.memory.keep(memory, state.round)
+        now.snapshots.save(site_state, state.round)
         return packed
 
     def _count(self, now: _Run, round: int, digest: str, *, enter: bool) -> None:
-        """Counts the models that this site has answered: one that is asked for again counts once."""
+        """Counts the models that this site has answered; a repeated request counts once."""
         path = self.folder / "ledger" / "answers.json"
         try:
             known: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -242,11 +236,11 @@ class SiteHost:
         if mark in own:
             return
         own.append(mark)
-        for name, most, came in (("max_rounds", self.policy.max_rounds, len(own)),
-                                 ("max_updates", self.policy.max_updates, sum(map(len, known.values())))):
-            if most is not None and came > most:
+        for name, most, count in (("max_rounds", self.policy.max_rounds, len(own)),
+                                  ("max_updates", self.policy.max_updates, sum(map(len, known.values())))):
+            if most is not None and count > most:
                 raise PrivacyBudgetExhausted(f"{name}: {self.site.name} answers at most {most} models, "
-                                             f"this would be number {came}")
+                                             f"this would be number {count}")
         if enter:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(known).encode())
@@ -256,30 +250,20 @@ class SiteHost:
             raise RunError(f"{self.site.name} has not begun run {str(run)[:64]!r}; send its plan first")
         return self._run
 
-    def _check_state(self, state: ServerState, now: _Run) -> None:
-        """Refuses a state of another model, of a round that the plan doesn't have, or with NaN in it."""
-        if state.round >= now.plan.rounds:
-            raise PrivacyError(f"round {state.round} was asked for, the plan has {now.plan.rounds}")
-        for what, group in (("params", state.params), *state.moments.items()):
-            if _shapes(group) != _shapes(now.start, floats=what != "params") and _shapes(group) != _shapes(now.start):
-                raise PrivacyError(f"the tensors {what!r} that came are not those of the run's model")
-            if not all(bool(torch.isfinite(t).all()) for t in group.values()):
-                raise PrivacyError(f"the tensors {what!r} that came hold NaN or infinite values")
-
     def _told(self, error: Exception, round: int | None) -> FedlabError:
-        """The error as the server is told: the whole text stays in this site's log."""
+        """The error as the server receives it; the whole text stays in this site's log."""
         if isinstance(error, PrivacyError):
             return type(error)(str(error).replace(str(self.folder), "the site's folder"))
-        privacy = None if self._run is None else self._run.task.privacy
-        guarded = privacy is not None and bool(privacy.at(self.site.name).units or privacy.works_at_server)
+        guarded = self._run is not None and self._run.task.guarded
         stage = error.stage if isinstance(error, SiteError) else "begin" if round is None else "keep"
+        text = f"{type(error).__name__}; the text of the error stays in the site's log"
         if self.policy.tell_errors and not guarded:
-            return error if isinstance(error, FedlabError) else SiteError(
-                self.site.name, round or 0, stage, f"{type(error).__name__}: {error}")
-        if isinstance(error, RunError):
+            if isinstance(error, FedlabError):
+                return error
+            text = f"{type(error).__name__}: {error}"
+        elif isinstance(error, RunError):
             return error  # about the run's name or the site's folder
-        return SiteError(self.site.name, round or 0, stage, f"{type(error).__name__}; the text of the error stays in "
-                                                            "the site's log")
+        return SiteError(self.site.name, round or 0, stage, text)
 
     def _log(self, text: str) -> None:
         line = " ".join(text.split())
@@ -287,14 +271,22 @@ class SiteHost:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.site.name}: {line}\n")
 
 
-def _shapes(tensors: Tensors, *, floats: bool = False) -> dict[str, object]:
-    return {name: (t.shape, torch.float64 if floats else t.dtype) for name, t in tensors.items()}
+def _check_state(state: ServerState, now: _Run) -> None:
+    """Refuses a state of another model, of a round that the plan does not have, or with NaN in it."""
+    if state.round >= now.plan.rounds:
+        raise PrivacyError(f"round {state.round} was asked for, the plan has {now.plan.rounds}")
+    own = {name: (t.shape, t.dtype) for name, t in now.start.items()}
+    doubles = {name: (t.shape, torch.float64) for name, t in now.start.items()}
+    for what, group in (("params", state.params), *state.moments.items()):
+        shapes = {name: (t.shape, t.dtype) for name, t in group.items()}
+        if shapes != own and (what == "params" or shapes != doubles):
+            raise PrivacyError(f"the tensors {what!r} of the state are not those of the run's model")
+        if not all(bool(torch.isfinite(t).all()) for t in group.values()):
+            raise PrivacyError(f"the tensors {what!r} of the state hold NaN or infinite values")
 
 
 def _check_inbox(inbox: object, names: set[str]) -> None:
     if not isinstance(inbox, Mapping) or not all(
-            isinstance(name, str) and name in names and isinstance(message, bytes) and len(message) <= _LARGEST_NOTE
+            isinstance(name, str) and name in names and isinstance(message, bytes) and len(message) <= LARGEST_NOTE
             for name, message in inbox.items()) or sum(map(len, inbox.values())) > _LARGEST_INBOX:
-        raise PrivacyError("the messages that came are not short ones of the run's sites, by their names")
-
-
+        raise PrivacyError("an inbox holds short messages of the run's sites, by their names; this one does not")

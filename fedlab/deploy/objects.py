@@ -1,9 +1,8 @@
-"""Objects as plain data, and back: what a server sends to sites in place of objects.
+"""Objects as plain data and back: what a server sends to sites in place of objects.
 
-An object travels as the call that makes it, a function or class as its module and name. Nothing is pickled. Whoever
-makes an object of what came looks at all of it first: every module that it names must be approved and every name have
-a place in a run (a technique, a strategy, a topology, admission rules, a trainer or what it is made of) before the
-first module is imported.
+An object travels as the call that makes it, a function or class as its module and name; nothing is pickled. Before the
+first module is imported the whole plan is checked: every module that it names must be approved, and every name must
+have a place in a run (a technique, a strategy, an aggregation, a topology, admission rules, a trainer or a part of it).
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import partial, reduce
 from numbers import Number
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
@@ -25,15 +25,15 @@ import torch
 from torch import nn
 
 from fedlab.core.errors import FedlabError, PrivacyError
+from fedlab.core.protocols import Topology
+from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy, importable
+from fedlab.run.recipe import Json
 from fedlab.strategies.averaging import FedAvg
-from fedlab.topologies.workflows import Topology
 
-__all__ = ["Approve", "Json", "Load", "built", "check_plain", "describe", "follows", "make"]
+__all__ = ["Approve", "Load", "built", "check_plain", "describe", "follows", "make"]
 
-#: What JSON can say.
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
-#: Raises `PrivacyError` for a module that isn't approved.
+#: Raises `PrivacyError` for a module that is not approved.
 Approve = Callable[[str], None]
 #: Imports a module by its name.
 Load = Callable[[str], ModuleType]
@@ -42,11 +42,12 @@ _Made = TypeVar("_Made")
 
 _NAME = re.compile(r"(?P<module>[A-Za-z]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z]\w*)", re.ASCII)
 _DEEPEST, _MOST, _LONGEST = 20, 20_000, 1_000_000
-#: What of fedlab itself a plan may call or name besides techniques, strategies and topologies.
+#: What a plan may name of fedlab besides techniques, aggregations, strategies and topologies.
 _OWN = frozenset({
-    "fedlab.run.admission:Admission", "fedlab.evidence.inversion:patch_net", "fedlab.training.networks:segresnet",
-    "fedlab.privacy.dp.site_level:AdaptiveClip", "fedlab.training.trainer:DiceBCE", "fedlab.training.trainer:PolyDecay",
-    "fedlab.training.trainer:SiteTrainer", "fedlab.training.trainer:adamw", "fedlab.training.trainer:augmentation",
+    "fedlab.evidence.inversion:patch_net", "fedlab.privacy.dp.site_level:AdaptiveClip",
+    "fedlab.run.admission:Admission", "fedlab.run.round:Star", "fedlab.training.networks:segresnet",
+    "fedlab.training.trainer:DiceBCE", "fedlab.training.trainer:PolyDecay", "fedlab.training.trainer:SiteTrainer",
+    "fedlab.training.trainer:adamw", "fedlab.training.trainer:augmentation",
 })
 #: Losses, networks and transforms that compute and do nothing else: no files, no downloads, no code as text.
 _LIBRARIES = {
@@ -70,37 +71,37 @@ _LIBRARIES = {
 
 
 def built(factory: Callable[..., _Made], **settings: Any) -> _Made:
-    """Calls `factory(**settings)` and notes on what it makes how it was made, so that it can travel in a plan.
+    """Calls `factory(**settings)` and notes on the result how it was made, so that it can travel in a plan.
 
     For networks, losses and transforms: `SiteTrainer(model=built(UNet, spatial_dims=3, ...), ...)`. Models of
-    `segresnet` and transforms of `augmentation` note it themselves.
+    `segresnet` and transforms of `augmentation` carry the note already.
 
     Args:
         factory: a function or class that other processes can import.
-        settings: its keyword arguments, of plain values; a seed, where it draws first weights.
+        settings: its keyword arguments, plain values; a seed, where it draws the first weights.
 
     Raises:
-        ValueError: a factory or a setting that can't travel, or an object that can't carry the note.
+        ValueError: a factory or a setting that cannot travel, or a result that cannot carry the note.
     """
     describe(factory), describe(settings)
     made = factory(**settings)
     try:
         made.__dict__["_built"] = (factory, settings)
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"a {type(made).__name__} has no attributes, so it can't carry a note of how it was made; "
-                         "write a class whose constructor arguments are attributes of the same name") from error
+        raise ValueError(f"a {type(made).__name__} has no attributes to note in how it was made; write a class that "
+                         "keeps each constructor argument in an attribute of the same name") from error
     return made
 
 
 def describe(value: Any) -> Json:
-    """An object as plain data from which `make` makes one that prints the same.
+    """An object as plain data, from which `make` makes an equal one.
 
-    Plain values and containers; functions and classes of modules; dataclasses; objects whose constructor arguments are
-    attributes of the same name; what `built` made; `functools.partial` of such with keyword arguments; techniques
-    joined by `+`; undirected networkx graphs.
+    Accepted are plain values and containers; functions and classes of modules; dataclasses; objects that keep their
+    constructor arguments in attributes of the same name; results of `built`; `functools.partial` of these with keyword
+    arguments; techniques joined by `+`; undirected networkx graphs.
 
     Raises:
-        ValueError: something that can't travel; says what and what to do.
+        ValueError: something that cannot travel, with the remedy.
         PrivacyError: a technique that is defined in a notebook, a script or a function.
     """
     return _described(value, depth=0)
@@ -108,26 +109,28 @@ def describe(value: Any) -> Json:
 
 def _described(value: Any, *, depth: int) -> Json:
     if depth > _DEEPEST:
-        raise ValueError(f"settings are nested more than {_DEEPEST} deep, or hold themselves; they can't travel")
+        raise ValueError(f"settings that are nested more than {_DEEPEST} deep, or contain themselves, cannot travel")
     inner = partial(_described, depth=depth + 1)
     match value:
         case None | bool() | str():
             return value
         case int() if type(value) is int:
             if not -2**63 <= value < 2**63:
-                raise ValueError(f"whole numbers of a plan are of 64 bits, got {str(value)[:40]}")
+                raise ValueError(f"a plan carries whole numbers of 64 bits, got {str(value)[:40]}")
             return value
         case float() if type(value) is float:
-            return _number(value)
+            if math.isnan(value):
+                raise ValueError("a plan does not carry NaN; give a number")
+            return value if math.isfinite(value) else {"number": "inf" if value > 0 else "-inf"}
         case list() if type(value) is list:
             return [inner(item) for item in value]
         case tuple() if type(value) is tuple:
             return {"tuple": [inner(item) for item in value]}
-        case Mapping() if type(value) is dict:
+        case dict() if type(value) is dict:
             return {"dict": [[inner(key), inner(item)] for key, item in value.items()]}
         case partial():
             if value.args:
-                raise ValueError(f"{value!r} has arguments by position; a plan names them: partial(function, name=…)")
+                raise ValueError(f"{value!r} has arguments by position; name them: partial(function, name=…)")
             return {"partial": _name_of(value.func), "with": {k: inner(v) for k, v in value.keywords.items()}}
         case FunctionType() | type():
             return {"name": _name_of(value)}
@@ -137,108 +140,82 @@ def _described(value: Any, *, depth: int) -> Json:
 def _described_object(value: Any, inner: Callable[[Any], Json]) -> Json:
     if isinstance(value, Privacy):
         importable(value)
-        if len(value._layers()) > 1:
-            return {"sum": [inner(layer) for layer in value._layers()]}
+        if len(value.layers) > 1:
+            return {"sum": [inner(layer) for layer in value.layers]}
     if isinstance(value, Number | np.generic):
-        raise ValueError(f"a plan carries plain numbers, got {value!r} ({type(value).__name__}); say "
+        raise ValueError(f"a plan carries plain numbers, got {value!r} ({type(value).__name__}); convert it with "
                          "float(...) or int(...)")
-    if _is_graph(value):
-        return _described_graph(value, inner)
-    note = getattr(value, "__dict__", {}).get("_built")
-    if note is not None:
-        factory, settings = note
-        return {"make": _name_of(factory), "with": {name: inner(item) for name, item in settings.items()}}
-    if type(value).__name__ == "SegResNet" and isinstance(value.__dict__.get("settings"), dict):
-        given = {name: inner(item) for name, item in value.__dict__["settings"].items()}
-        return {"make": "fedlab.training.networks:segresnet", "with": given}
-    return {"make": _name_of(type(value)), "with": {name: inner(item) for name, item in _settings(value).items()}}
+    networkx = sys.modules.get("networkx")  # imported wherever there is a graph
+    if networkx is not None and isinstance(value, networkx.Graph):
+        if value.is_directed() or value.is_multigraph():
+            raise ValueError(f"a plan carries plain undirected graphs, got {value!r}")
+        edges: list[Json] = [[inner(a), inner(b)] for a, b in value.edges]
+        return {"graph": {"nodes": [inner(node) for node in value], "edges": edges}}
+    factory, settings = getattr(value, "__dict__", {}).get("_built") or (type(value), _settings(value))
+    return {"make": _name_of(factory), "with": {name: inner(item) for name, item in settings.items()}}
 
 
 def _settings(value: Any) -> dict[str, Any]:
-    """What the constructor of an object was given, read from attributes of the same name."""
+    """The constructor arguments of an object, read from attributes of the same names."""
     cls = type(value)
     if is_dataclass(cls):
         return {f.name: getattr(value, f.name) for f in fields(cls) if f.init}
     if cls.__module__.partition(".")[0] in {*sys.stdlib_module_names, "numpy"} or isinstance(value, torch.Tensor):
         raise ValueError(f"a plan carries plain values and parts of a run, no {cls.__name__}: {str(value)[:80]}; "
-                         "say it in text or numbers")
+                         "express it in text or numbers")
     remedy = (f"make it with fedlab.deploy.built({cls.__name__}, name=value, …), which notes how it was made, or keep "
-              "each constructor argument as an attribute of the same name")
+              "each constructor argument in an attribute of the same name")
     try:
         wanted = inspect.signature(cls).parameters
     except (TypeError, ValueError) as error:
-        raise ValueError(f"nobody can tell how a {cls.__name__} was made; {remedy}") from error
+        raise ValueError(f"it is unknown how a {cls.__name__} was made; {remedy}") from error
     own = getattr(value, "__dict__", {})
     known = {**own.get("_modules", {}), **own.get("_parameters", {}), **own} if isinstance(value, nn.Module) else own
-    out = {}
     for name, parameter in wanted.items():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise ValueError(f"a plan gives every argument its name, which {cls.__name__}({parameter}) doesn't allow; "
-                             f"{remedy}")
+            raise ValueError(f"a plan names every argument, which {cls.__name__}({parameter}) does not allow; {remedy}")
         if name not in known:
-            raise ValueError(f"a {cls.__name__} has an argument but no attribute {name!r}, so nobody can tell how "
-                             f"it was made; {remedy}")
-        out[name] = known[name]
+            raise ValueError(f"a {cls.__name__} has an argument but no attribute {name!r}, so it is unknown how it was "
+                             f"made; {remedy}")
     if isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters()) and not wanted:
-        raise ValueError(f"nobody can tell how this {cls.__name__} was made; {remedy}")
-    return out
+        raise ValueError(f"it is unknown how this {cls.__name__} was made; {remedy}")
+    return {name: known[name] for name in wanted}
 
 
 def _name_of(value: Any) -> str:
     """Module and name of a class or function, if another process can import it from there."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
     full = f"{module}:{name}"
-    shown = name or repr(value)[:80]
-    if module == "__main__" or _NAME.fullmatch(full) is None or getattr(sys.modules.get(module or ""), name,
+    if module == "__main__" or _NAME.fullmatch(full) is None or getattr(sys.modules.get(module), name,
                                                                         None) is not value:
         kind = "a class" if isinstance(value, type) else "a function"
         raise ValueError(
-            f"{shown} is {kind} of a notebook, a script or another function, or has a name with an underscore before "
-            "it, from where other sites can't import it: write it into a file (in a notebook: fedlab export technique, "
-            f"or %%writefile as the first line of its cell), have that file approved at every site, and import "
-            f"{name.rpartition('.')[2] or 'it'} from there")
+            f"{name or repr(value)[:80]} is {kind} of a notebook, a script or another function, or its name begins "
+            "with an underscore, so other sites cannot import it: write it into a file (in a notebook: fedlab export "
+            "technique, or %%writefile as the first line of its cell), have that file approved at every site, and "
+            f"import {name.rpartition('.')[2] or 'it'} from there")
     return full
 
 
-def _number(value: float) -> Json:
-    if math.isfinite(value):
-        return value
-    if math.isnan(value):
-        raise ValueError("NaN is no setting; a plan doesn't carry it")
-    return {"number": "inf" if value > 0 else "-inf"}
-
-
-def _is_graph(value: Any) -> bool:
-    networkx = sys.modules.get("networkx")  # whoever holds a graph has imported it
-    return networkx is not None and isinstance(value, networkx.Graph)
-
-
-def _described_graph(graph: Any, inner: Callable[[Any], Json]) -> Json:
-    if graph.is_directed() or graph.is_multigraph():
-        raise ValueError(f"a plan carries plain undirected graphs, got {graph!r}")
-    edges: list[Json] = [[inner(a), inner(b)] for a, b in graph.edges]
-    return {"graph": {"nodes": [inner(node) for node in graph], "edges": edges}}
-
-
 def make(plan: Json, *, approve: Approve, load: Load = importlib.import_module) -> Any:
-    """The object that plain data of `describe` says.
+    """The object that plain data of `describe` stand for.
 
     Args:
-        plan: what came.
+        plan: the plain data.
         approve: called with the name of every module in the plan before the first is imported; raises `PrivacyError`
             for one that this process must not import.
         load: imports an approved module.
 
     Raises:
-        PrivacyError: a module that isn't approved, or something that a plan must not name or call.
-        ValueError: no such plan, or settings that don't fit.
+        PrivacyError: a module that is not approved, or a name that has no place in a plan.
+        ValueError: invalid plain data, or settings that do not fit.
     """
     check_plain(plan, approve)
     return _make(plan, load)
 
 
 def check_plain(plan: Json, approve: Approve) -> None:
-    """Looks at the whole plan, and asks for approval of every module in it, before anything is imported."""
+    """Checks the whole plan, and asks for approval of every module in it, before anything is imported."""
     left, seen = [(plan, 0)], 0
     while left:
         value, depth = left.pop()
@@ -285,16 +262,16 @@ def _parts_of(value: Mapping[str, Json], approve: Approve) -> list[Json]:
             if bad:
                 raise ValueError(f"a plan's settings have plain names, got {str(bad[0])[:80]!r}")
             return list(settings.values())
-    raise ValueError(f"a plan has no part like {str(sorted(map(str, value)))[:200]}; it was made by another version of "
+    raise ValueError(f"unknown part of a plan: {str(sorted(map(str, value)))[:200]}; it was made by another version of "
                      "fedlab, or by hand")
 
 
 def _check_name(full: str, approve: Approve) -> None:
-    """Whether a plan may name this, as far as names tell."""
+    """Refuses what a plan must not name, as far as names tell."""
     found = _NAME.fullmatch(full) if len(full) <= 300 else None
     if found is None or "__" in full:
-        raise PrivacyError(f"a plan names what it needs as module:name, without dots in the name or underscores before "
-                           f"it; {full[:120]!r} is refused")
+        raise PrivacyError("a plan gives names as module:name, without dots in the name or underscores before it; "
+                           f"{full[:120]!r} is refused")
     if not _has_place(found["module"], found["name"]):
         raise PrivacyError(_no_place(full))
     approve(found["module"])
@@ -318,33 +295,32 @@ def _make(plan: Json, load: Load) -> Any:
         case {"graph": {"nodes": list() as nodes, "edges": list() as edges}}:
             return _made_graph(list(map(inner, nodes)), list(map(inner, edges)))
         case {"sum": list() as items}:
-            return _made_sum(list(map(inner, items)))
+            layers = list(map(inner, items))
+            if not all(isinstance(layer, Privacy) for layer in layers):
+                raise ValueError(f"only techniques are joined by +, got {layers!r}"[:300])
+            return reduce(operator.add, layers)
         case {"partial": str() as name, "with": dict() as settings}:
             target = _found(name, load)
             return partial(target, **_fitting(name, target, {k: inner(v) for k, v in settings.items()}, whole=False))
         case {"make": str() as name, "with": dict() as settings}:
             target = _found(name, load)
             return _called(name, target, _fitting(name, target, {k: inner(v) for k, v in settings.items()}, whole=True))
-    raise ValueError(f"a plan has no part like {str(plan)[:80]!r}")  # `check_plain` lets none through
+    raise ValueError(f"unknown part of a plan: {str(plan)[:80]!r}")  # `check_plain` lets none through
 
 
 def _called(name: str, target: Any, given: dict[str, Any]) -> Any:
+    """The result of a call, with the note of how it was made where its attributes may not show it."""
     try:
         made = target(**given)
     except FedlabError:
         raise
     except Exception as error:
-        raise ValueError(f"{name} can't be made with {str(given)[:200]}: {error}") from error
-    return _noted(made, target, given)
-
-
-def _noted(made: Any, target: Any, given: dict[str, Any]) -> Any:
-    """With the note of how it was made, where it wouldn't say itself."""
+        raise ValueError(f"{name} cannot be made with {str(given)[:200]}: {error}") from error
     own = getattr(made, "__dict__", None)
-    told = own is None or "_built" in own or (isinstance(made, nn.Module) and "settings" in own)
-    if not told and (type(made) is not target or target.__module__.partition(".")[0] in ("monai", "torch")
-                     or isinstance(made, nn.Module)):
-        made.__dict__["_built"] = (target, given)
+    of_library = target.__module__.partition(".")[0] in ("monai", "torch")
+    if own is not None and "_built" not in own and (
+            type(made) is not target or of_library or isinstance(made, nn.Module)):
+        own["_built"] = (target, given)
     return made
 
 
@@ -353,7 +329,7 @@ def _made_dict(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
         raise ValueError("the keys of a dictionary in a plan are plain values")
     out = dict(pairs)
     if len(out) != len(pairs):
-        raise ValueError("a key stands twice in a dictionary of a plan")
+        raise ValueError("a dictionary of a plan has the same key twice")
     return out
 
 
@@ -369,22 +345,13 @@ def _made_graph(nodes: Sequence[Any], edges: Sequence[Any]) -> Any:
     return graph
 
 
-def _made_sum(layers: Sequence[Any]) -> Any:
-    if not all(isinstance(layer, Privacy) for layer in layers):
-        raise ValueError(f"only techniques are joined by +, got {layers!r}"[:300])
-    total = layers[0]
-    for layer in layers[1:]:
-        total = total + layer
-    return total
-
-
 def _found(full: str, load: Load) -> Any:
     """The class or function of that name; its module has been approved."""
     module_name, _, name = full.partition(":")
     try:
         module = load(module_name)
     except ImportError as error:
-        raise PrivacyError(f"this site can't import {module_name} ({error}); install or approve it here") from error
+        raise PrivacyError(f"this site cannot import {module_name} ({error}); install or approve it here") from error
     found = vars(module).get(name)
     if not isinstance(found, type | FunctionType) or found.__module__ != module_name or found.__qualname__ != name:
         raise PrivacyError(f"{full} is no class or function that {module_name} defines; a plan names things where they "
@@ -395,11 +362,11 @@ def _found(full: str, load: Load) -> Any:
 
 
 def _has_place(module: str, name: str) -> bool:
-    """Whether a plan may name this, as far as names tell; what lies outside of the three packages, the site decides."""
+    """Whether a plan may name this, as far as names tell; outside of the three packages the site decides."""
     match module.partition(".")[0]:
         case "fedlab":
-            return f"{module}:{name}" in _OWN or module == "fedlab.topologies.workflows" or module.startswith(
-                ("fedlab.privacy.", "fedlab.strategies."))
+            return f"{module}:{name}" in _OWN or module.startswith(
+                ("fedlab.privacy.", "fedlab.strategies.", "fedlab.topologies."))
         case "torch":
             return module.startswith("torch.optim.") or name in _LIBRARIES.get(module, ())
         case "monai":
@@ -408,21 +375,22 @@ def _has_place(module: str, name: str) -> bool:
 
 
 def _is_of_a_kind(found: Any, full: str) -> bool:
-    """Whether what was found under a name that a plan may name is of a kind that has a place in it."""
+    """Whether the object found under an accepted name is of a kind that has a place in a plan."""
     module, _, name = full.partition(":")
     package = module.partition(".")[0]
     if package not in ("fedlab", "torch", "monai") or full in _OWN or name in _LIBRARIES.get(module, ()):
         return True
-    if package == "fedlab":
-        return isinstance(found, type) and (issubclass(found, Privacy | FedAvg) or (
-            module == "fedlab.topologies.workflows" and follows(found, Topology)))
-    return isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
+    if not isinstance(found, type):
+        return False
+    if module.startswith("fedlab.topologies."):
+        return follows(found, Topology)
+    return issubclass(found, Privacy | FedAvg | Aggregation if package == "fedlab" else torch.optim.Optimizer)
 
 
 def _no_place(full: str) -> str:
-    return (f"{full} has no place in a plan: of fedlab it names techniques, strategies, topologies and what trainers "
-            "are made of, of torch and MONAI optimisers and a list of losses, networks and transforms; wrap anything "
-            "else in a function of a file that the site approves")
+    return (f"{full} has no place in a plan: of fedlab it names techniques, aggregations, strategies, topologies and "
+            "parts of trainers, of torch and MONAI optimisers and a list of losses, networks and transforms; wrap "
+            "anything else in a function of a file that the site approves")
 
 
 def follows(found: type, protocol: type) -> bool:

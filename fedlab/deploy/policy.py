@@ -1,4 +1,4 @@
-"""What a site allows: a policy that lies at the site and that no server can loosen."""
+"""What a site allows: a policy that is stored at the site and that no server can relax."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.types import Spent
 from fedlab.deploy.plan import Plan
+from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
 
 __all__ = ["Budget", "Required", "SitePolicy"]
@@ -23,13 +24,14 @@ __all__ = ["Budget", "Required", "SitePolicy"]
 
 @dataclass(frozen=True, kw_only=True)
 class Required:
-    """A technique that a site insists on, and the settings that it must have there.
+    """A technique, or a way of aggregation, that a site requires, and limits of its settings.
 
     Args:
-        technique: a name that fedlab exports, such as "DPSGD", or "module:Class" of an approved file.
-        least: settings that must be at least so large, by name, such as {"noise_multiplier": 0.8}.
-        most: settings that must be at most so large, such as {"clip": 1.0, "delta": 1e-3}.
-        exactly: settings that must be just so, such as {"secure_mode": True}.
+        technique: the name of a class of `fedlab.privacy`, such as "DPSGD" or "SecureAggregation", or "module:Class" of
+            an approved file.
+        least: lower limits of settings, by name, such as {"noise_multiplier": 0.8}.
+        most: upper limits of settings, such as {"clip": 1.0, "delta": 1e-3}.
+        exactly: settings with a fixed value, such as {"secure_mode": True}.
 
     Raises:
         ValueError: a limit that is no number.
@@ -42,9 +44,9 @@ class Required:
 
     def __post_init__(self) -> None:
         if not isinstance(self.technique, str) or not self.technique:
-            raise ValueError(f"a required technique is named by its class, such as 'DPSGD', got {self.technique!r}")
+            raise ValueError(f"technique is the name of a class, such as 'DPSGD', got {self.technique!r}")
         for name, limit in (*self.least.items(), *self.most.items()):
-            if isinstance(limit, bool) or not isinstance(limit, int | float) or not math.isfinite(limit):
+            if not _number(limit) or not math.isfinite(limit):
                 raise ValueError(f"the limit of {self.technique}'s {name} is a number, got {limit!r}")
 
     @classmethod
@@ -61,19 +63,20 @@ class Required:
                          and name != "max_epsilon"},
                    exactly={name: limit for name, limit in rest.items() if not name.startswith(("min_", "max_"))})
 
-    def check(self, privacy: Privacy) -> None:
-        """Raises `PrivacyError` where no layer of `privacy` is this technique with these settings."""
-        own = [layer for layer in privacy._layers() if self._is(type(layer))]
+    def check(self, privacy: Privacy, aggregation: Aggregation) -> None:
+        """Raises `PrivacyError` unless a technique or the aggregation is the required one, within its limits."""
+        own = [part for part in (*privacy.layers, aggregation) if self._is(type(part))]
         if not own:
-            raise PrivacyError(f"this site insists on {self.technique}, the plan protects with {privacy!r}")
-        for layer in own:
+            raise PrivacyError(f"this site insists on {self.technique}, the plan protects with {privacy!r} and "
+                               f"{aggregation!r}")
+        for part in own:
             for name, limit, relation in (*((n, v, "at least") for n, v in self.least.items()),
                                           *((n, v, "at most") for n, v in self.most.items()),
                                           *((n, v, "exactly") for n, v in self.exactly.items())):
-                came = getattr(layer, name, None)
-                if not _holds(came, limit, relation):
+                value = getattr(part, name, None)
+                if not _holds(value, limit, relation):
                     raise PrivacyError(f"this site insists on {self.technique} with {name} of {relation} {limit!r}, "
-                                       f"the plan has {came!r}")
+                                       f"the plan has {value!r}")
 
     def _is(self, cls: type) -> bool:
         if ":" in self.technique:
@@ -87,10 +90,10 @@ class Budget:
 
     Args:
         epsilon: not to be exceeded.
-        delta: with which ε is stated, at most.
+        delta: the largest δ at which ε is stated.
 
     Raises:
-        ValueError: a budget that is none.
+        ValueError: an invalid budget.
     """
 
     epsilon: float
@@ -104,19 +107,19 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class SitePolicy:
-    """What a site allows of a run that comes from a server. By default it demands nothing but code that it knows.
+    """What a site allows of a run that a server proposes. By default it requires only that all code is known to it.
 
     Args:
         require: techniques that every run must protect this site with.
         budgets: the most privacy to spend, by unit ("patient", "site"). A unit with a budget must be protected.
         max_rounds: most rounds of a run, and most different models that this site answers in one run.
-        max_updates: most updates that this site ever sends, of all runs.
-        secure_mode: whether noise must come from the operating system in every technique that can draw it from there.
+        max_updates: most updates that this site ever sends, over all runs.
+        secure_mode: whether noise must come from the operating system wherever a technique can draw it from there.
         min_sites: fewest sites that a run must have.
         approved: technique files in the site's folder `techniques/`, module name to SHA-256 of the file.
         installed: names of installed modules beyond fedlab, torch and MONAI that a plan may name.
         tell_errors: whether the text of errors may leave this site, where no guarantee forbids it: it can quote file
-            names, values or pseudonyms. Without it the server is told the kind and the stage.
+            names, values or pseudonyms. Otherwise the server receives the kind of the error and the stage.
 
     Raises:
         ValueError: a setting out of its range.
@@ -133,12 +136,11 @@ class SitePolicy:
     tell_errors: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rounds", "max_updates"):
+        for name in ("max_rounds", "max_updates", "min_sites"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if (value is not None or name == "min_sites") and (
+                    isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is a positive whole number, got {value!r}")
-        if isinstance(self.min_sites, bool) or not isinstance(self.min_sites, int) or self.min_sites < 1:
-            raise ValueError(f"min_sites is a positive whole number, got {self.min_sites!r}")
         for name in ("secure_mode", "tell_errors"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is true or false, got {getattr(self, name)!r}")
@@ -149,15 +151,15 @@ class SitePolicy:
                 raise ValueError(f"approved files are a module name and a SHA-256 of 64 hexadecimal digits, got "
                                  f"{module!r} = {digest!r}")
 
-    def check_plan(self, plan: Plan, privacy: Privacy, *, site: str) -> None:
+    def check_plan(self, plan: Plan, privacy: Privacy, aggregation: Aggregation, *, site: str) -> None:
         """Whether this site takes part in a run.
 
         Raises:
-            PrivacyError: it doesn't; says which rule, what came and what is allowed.
+            PrivacyError: it does not; with the rule, the plan's setting and the allowed one.
         """
         if site not in plan.sites:
             raise PrivacyError(f"the plan names the sites {list(plan.sites)[:20]}, this one is {site!r}")
-        privacy = privacy.at(site)  # techniques for other sites don't protect this one
+        privacy = privacy.at(site)  # techniques for other sites do not protect this one
         if len(plan.sites) < self.min_sites:
             raise PrivacyError(f"min_sites: this site takes part in runs of at least {self.min_sites} sites, the plan "
                                f"has {len(plan.sites)}")
@@ -165,33 +167,33 @@ class SitePolicy:
             raise PrivacyError(f"max_rounds: this site takes part in at most {self.max_rounds} rounds of a run, the "
                                f"plan has {plan.rounds}")
         for required in self.require:
-            required.check(privacy)
-        if self.secure_mode:
-            for layer in privacy._layers():
-                drawn = getattr(layer, "noise_multiplier", 1)
-                if getattr(layer, "secure_mode", True) is not True and drawn:
-                    raise PrivacyError(f"secure_mode: this site takes noise from the operating system only, which "
-                                       f"{type(layer).__name__}(secure_mode=True) does; the plan has {layer!r}")
+            required.check(privacy, aggregation)
+        parts: tuple[Privacy | Aggregation, ...] = (*privacy.layers, aggregation)
+        for part in parts if self.secure_mode else ():
+            if getattr(part, "secure_mode", True) is not True and getattr(part, "noise_multiplier", True):
+                raise PrivacyError(f"secure_mode: this site takes noise from the operating system only, which "
+                                   f"{type(part).__name__}(secure_mode=True) does; the plan has {part!r}")
         for unit, budget in self.budgets.items():
-            if unit not in privacy.units:
+            if unit not in privacy.units | aggregation.units:
                 raise PrivacyError(f"budget: this site spends at most ε = {budget.epsilon:g} per {unit}, and "
-                                   f"{privacy!r} gives no guarantee per {unit}: it would spend without end")
-            stated = [d for layer in privacy._layers() if unit in layer.units
-                      and (d := getattr(layer, "delta", None)) is not None]
+                                   f"{privacy!r} with {aggregation!r} gives no guarantee per {unit}: the loss would "
+                                   "have no bound")
+            stated = [delta for part in parts if unit in part.units
+                      and (delta := getattr(part, "delta", None)) is not None]
             if any(delta > budget.delta for delta in stated):
                 raise PrivacyError(f"budget: this site states ε per {unit} at δ of at most {budget.delta:g}, the plan "
                                    f"has {max(stated):g}")
 
     def check_spent(self, spent: Sequence[Spent]) -> None:
-        """Before an update leaves: whether what this site's ledger now says is within its budgets.
+        """Before an update leaves: whether this site's ledger is within its budgets.
 
         Raises:
             PrivacyBudgetExhausted: it is not; the update must not leave.
-            PrivacyError: the ledger says nothing about a unit that has a budget.
+            PrivacyError: the ledger has no statement about a unit that has a budget.
         """
-        known = {one.unit: one for one in spent}
+        known: dict[str, Spent] = {one.unit: one for one in spent}
         for unit, budget in self.budgets.items():
-            one = known.get(unit)  # type: ignore[call-overload]
+            one = known.get(unit)
             if one is None or not one.delta <= budget.delta:
                 raise PrivacyError(f"budget: this site's ledger says {one or 'nothing'} about the {unit}, where a "
                                    f"budget of ε = {budget.epsilon:g} at δ = {budget.delta:g} is set")
@@ -201,34 +203,34 @@ class SitePolicy:
                                              f"{one.epsilon:.4g} at δ = {one.delta:g}")
 
     def approve(self, module: str, *, techniques: Path) -> None:
-        """Refuses a module that a plan names and that this site doesn't know; nothing is imported.
+        """Refuses a module that a plan names and this site does not know; nothing is imported.
 
         Args:
             module: its name.
             techniques: the folder of approved files.
 
         Raises:
-            PrivacyError: the module is neither fedlab's nor approved, or its file isn't the approved one.
+            PrivacyError: the module is neither fedlab's nor approved, or its file is not the approved one.
         """
         if module.partition(".")[0] in ("fedlab", "torch", "monai") or module in self.installed:
-            return  # what of them a plan may name is decided in fedlab.deploy.objects
+            return  # what a plan may name of them is decided in fedlab.deploy.objects
         if module not in self.approved:
-            raise PrivacyError(f"the plan needs the module {module!r}, which this site has not approved; its people "
-                               "read the file and approve it with: fedlab site approve FOLDER FILE")
+            raise PrivacyError(f"the plan needs the module {module!r}, which this site has not approved; review the "
+                               "file and approve it at the site with: fedlab site approve FOLDER FILE")
         self._source(module, techniques)
 
     def load(self, module: str, *, techniques: Path) -> ModuleType:
         """Imports an approved module; a technique's file runs from the very bytes whose hash was compared.
 
         Raises:
-            PrivacyError: as `approve`, or the file can't be run.
-            ImportError: an installed module that isn't.
+            PrivacyError: as `approve`, or the file cannot be run.
+            ImportError: a module that is not installed.
         """
         self.approve(module, techniques=techniques)
         if module not in self.approved or module in sys.modules:
             return importlib.import_module(module)
         if importlib.util.find_spec(module) is not None:
-            raise PrivacyError(f"{module}.py is called like a module that is installed here; give the file another "
+            raise PrivacyError(f"{module}.py has the name of a module that is installed here; give the file another "
                                "name")
         path = Path(techniques) / f"{module}.py"
         made = ModuleType(module)
@@ -238,7 +240,7 @@ class SitePolicy:
             exec(compile(self._source(module, techniques), str(path), "exec"), vars(made))
         except Exception as error:
             del sys.modules[module]
-            raise PrivacyError(f"the approved file {path} can't be run: {type(error).__name__}: {error}") from error
+            raise PrivacyError(f"the approved file {path} cannot be run: {type(error).__name__}: {error}") from error
         return made
 
     def _source(self, module: str, techniques: Path) -> bytes:
@@ -249,22 +251,20 @@ class SitePolicy:
         try:
             source = path.read_bytes()
         except OSError as error:
-            raise PrivacyError(f"the approved file {path} can't be read ({error}); put it back") from error
+            raise PrivacyError(f"the approved file {path} cannot be read ({error}); put it back") from error
         found = hashlib.sha256(source).hexdigest()
         if found != self.approved[module]:
             raise PrivacyError(f"{path} has the SHA-256 {found}, approved is {self.approved[module]}: it was changed "
-                               "since; read it and approve it anew")
+                               "since; review it and approve it again")
         return source
 
 
-def _holds(came: Any, limit: Any, relation: str) -> bool:
-    """Whether a setting is within a limit; a setting that isn't there or is no number is not."""
+def _holds(value: Any, limit: Any, relation: str) -> bool:
+    """Whether a setting is within a limit; a missing setting or one that is no number is not."""
     if relation == "exactly":
-        return type(came) is type(limit) and bool(came == limit)
-    came = getattr(came, "start", came)  # of an AdaptiveClip
-    if not _number(came):
-        return False
-    return bool(came >= limit if relation == "at least" else came <= limit)
+        return type(value) is type(limit) and bool(value == limit)
+    value = getattr(value, "start", value)  # of an AdaptiveClip
+    return _number(value) and bool(value >= limit if relation == "at least" else value <= limit)
 
 
 def _number(value: Any) -> bool:

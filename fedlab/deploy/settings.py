@@ -1,10 +1,11 @@
-"""The file site.toml, in which a site says who it is, where its patients are and what it allows."""
+"""The file site.toml: a site's name, where its patients are, and what it allows."""
 
 from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,22 @@ from fedlab.deploy.policy import Budget, Required, SitePolicy
 __all__ = ["SiteSettings", "enter_approved", "read_settings", "read_site", "write_settings"]
 
 _FILE = "site.toml"
-_SITE = {"name", "data", "layout", "label_convention", "table", "partition", "spacing_mm", "shape", "held_out", "card",
-         "skip_broken"}
-_POLICY = {"require", "budget", "max_rounds", "max_updates", "secure_mode", "min_sites", "approved", "installed",
-           "tell_errors"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteSettings:
-    """What site.toml says.
+    """The content of site.toml.
 
     Attributes:
-        name: of the site; the server knows it by this name.
+        name: of the site, by which the server knows it.
         data: folder of scans or CSV table of paths, as in `fedlab.data.readers.brats.read_cohort`.
-        layout, label_convention: where they can't be found out.
-        table: institution table, if only some of the folder's patients are this site's; then
-        partition: names the site in the table (default its name).
-        spacing_mm, shape: of the grid that patients are put on; the same at every site of a run.
+        layout, label_convention: where they are not recognised.
+        table: institution table, if only some of the folder's patients are this site's.
+        partition: the site's name in the table (default: its name).
+        spacing_mm, shape: of the grid that patients are resampled to; the same at all sites of a run.
         held_out: share or number of patients that are never trained on.
         card: path of the data card, if there is one.
-        skip_broken: whether to go on without patients whose files have errors.
+        skip_broken: whether to leave out patients whose files have errors.
         policy: what the site allows.
     """
 
@@ -60,8 +57,8 @@ def read_settings(folder: Path | str) -> SiteSettings:
     """The settings of a site's folder. Paths in site.toml are relative to it.
 
     Raises:
-        RunError: there is no site.toml, or it is no TOML.
-        ValueError: a setting that is unknown, missing or none.
+        RunError: site.toml is missing or no TOML.
+        ValueError: an unknown, missing or invalid setting.
     """
     path = Path(folder) / _FILE
     try:
@@ -70,10 +67,11 @@ def read_settings(folder: Path | str) -> SiteSettings:
         raise RunError(f"{folder} is no site's folder: it has no {_FILE}; make one with: fedlab site init --data DIR "
                        "NAME") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RunError(f"{path} can't be read ({error})") from error
-    site, policy = _table(found, "site", _SITE, path), _table(found, "policy", _POLICY, path)
+        raise RunError(f"{path} cannot be read ({error})") from error
+    site = _table(found, "site", {f.name for f in fields(SiteSettings)} - {"policy"}, path)
+    policy = _table(found, "policy", {f.name for f in fields(SitePolicy)} - {"budgets"} | {"budget"}, path)
     if found:
-        raise ValueError(f"{path} has tables that a site doesn't have: {sorted(found)}; expected [site] and [policy]")
+        raise ValueError(f"{path} has unknown tables {sorted(found)}; expected [site] and [policy]")
     for key in ("name", "data"):
         if not isinstance(site.get(key), str) or not site[key]:
             raise ValueError(f"{path}: [site] needs {key} = \"…\"")
@@ -89,27 +87,25 @@ def read_settings(folder: Path | str) -> SiteSettings:
 
 
 def _policy(found: dict[str, Any]) -> SitePolicy:
-    budgets = {unit: Budget(epsilon=terms["max_epsilon"], delta=terms["delta"]) if isinstance(terms, dict) and
-               terms.keys() == {"max_epsilon", "delta"} else _no_budget(unit, terms)
-               for unit, terms in found.pop("budget", {}).items()}
+    budgets = {}
+    for unit, terms in found.pop("budget", {}).items():
+        if not isinstance(terms, dict) or terms.keys() != {"max_epsilon", "delta"}:
+            raise ValueError(f"[policy.budget.{unit}] has max_epsilon and delta and nothing else, got {terms!r}")
+        budgets[unit] = Budget(epsilon=terms["max_epsilon"], delta=terms["delta"])
     require = tuple(map(Required.read, found.pop("require", [])))
     return SitePolicy(**{**found, "installed": tuple(found.get("installed", ()))}, budgets=budgets, require=require)
-
-
-def _no_budget(unit: str, terms: object) -> Budget:
-    raise ValueError(f"a budget says max_epsilon and delta and nothing else, [policy.budget.{unit}] says {terms!r}")
 
 
 def _table(found: dict[str, Any], name: str, known: set[str], path: Path) -> dict[str, Any]:
     table = found.pop(name, {})
     if not isinstance(table, dict) or not table.keys() <= known:
-        raise ValueError(f"{path}: [{name}] knows {', '.join(sorted(known))}; it has "
-                         f"{sorted(table.keys() - known) if isinstance(table, dict) else table!r} besides")
+        odd = sorted(table.keys() - known) if isinstance(table, dict) else table
+        raise ValueError(f"{path}: [{name}] knows {', '.join(sorted(known))}; got {odd!r}")
     return table
 
 
 def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bool = True) -> Site:
-    """The site's patients, prepared; the held-out ones are drawn by the site's name and always the same.
+    """The site's patients, prepared; which are held out depends on the site's name only.
 
     Args:
         settings: of the site.
@@ -117,23 +113,21 @@ def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bo
         progress: show a bar.
 
     Raises:
-        DataError: the patients can't be used.
+        DataError: the patients cannot be used.
     """
     card = None if settings.card is None else read_card(settings.card)
-    broken: Any = "skip" if settings.skip_broken else "raise"
+    how: dict[str, Any] = {"broken": "skip" if settings.skip_broken else "raise", "cache": cache, "progress": progress,
+                           **{name: getattr(settings, name) for name in ("layout", "label_convention", "spacing_mm",
+                                                                         "shape")}}
     if settings.table is not None:
-        sites = read_sites(settings.data, settings.table, spacing_mm=settings.spacing_mm, shape=settings.shape,
-                           held_out=settings.held_out, layout=settings.layout, broken=broken, cache=cache,
-                           label_convention=settings.label_convention, progress=progress)
+        sites = read_sites(settings.data, settings.table, held_out=settings.held_out, **how)
         wanted = settings.partition or settings.name
         own = [site for site in sites if site.name == wanted]
         if not own:
-            raise ValueError(f"{settings.table} has no site {wanted!r}, only {[site.name for site in sites]}; say "
+            raise ValueError(f"{settings.table} has no site {wanted!r}, only {[site.name for site in sites]}; set "
                              "partition = \"…\"")
         return Site(name=settings.name, train=own[0].train, val=own[0].val, card=card)
-    found = read_cohort(settings.data, layout=settings.layout, label_convention=settings.label_convention,
-                        spacing_mm=settings.spacing_mm, shape=settings.shape, broken=broken, cache=cache,
-                        progress=progress)
+    found = read_cohort(settings.data, **how)
     labelled = [patient for patient in found.ids if found.files[patient].label is not None]
     train, val = split_patients(labelled, held_out=settings.held_out, seed=0, site=settings.name)
     return Site(name=settings.name, train=[found.read(patient) for patient in train],
@@ -141,20 +135,24 @@ def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bo
 
 
 def write_settings(folder: Path | str, *, name: str, data: Path | str, **given: Any) -> Path:
-    """Makes a site's folder with a site.toml that explains itself. See `fedlab.apps.cli_site`.
+    """Makes a site's folder with a commented site.toml. See `fedlab.apps.cli_site`.
 
     Raises:
-        RunError: the folder exists and isn't empty.
+        RunError: the folder exists and is not empty.
     """
+    import jinja2
+
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty and is left as it is; choose another folder")
     path = folder / _FILE
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "techniques").mkdir(exist_ok=True)
-    optional = "".join(f"{key} = {_toml(value)}\n" for key, value in given.items() if value is not None)
-    path.write_text(_TEMPLATE.format(name=_toml(name), data=_toml(str(Path(data).resolve())), optional=optional),
-                    encoding="utf-8")
+    template = jinja2.Template((files("fedlab.deploy") / "site.toml.j2").read_text(encoding="utf-8"),
+                               trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    path.write_text(template.render(
+        name=_toml(name), data=_toml(Path(data)),
+        given={key: _toml(value) for key, value in given.items() if value is not None}), encoding="utf-8")
     return path
 
 
@@ -162,7 +160,7 @@ def enter_approved(folder: Path | str, module: str, digest: str) -> None:
     """Enters a file's SHA-256 under [policy.approved] in site.toml and leaves the rest of its text as it is.
 
     Raises:
-        ValueError: the table can't be found, so it has to be entered by hand.
+        ValueError: there is no such table, so it has to be entered by hand.
     """
     path, line = Path(folder) / _FILE, f'{module} = "{digest}"'
     text = path.read_text(encoding="utf-8")
@@ -178,55 +176,11 @@ def enter_approved(folder: Path | str, module: str, digest: str) -> None:
         entered = False
     if not entered:
         write_whole(path, before)
-        raise ValueError(f"{path} is written in a way that this can't change; add to [policy.approved]: {line}")
+        raise ValueError(f"{path} has a form that this command cannot change; add to [policy.approved]: {line}")
 
 
 def _toml(value: Any) -> str:
-    """A string, number, boolean or list as TOML writes it, which is as JSON does."""
+    """A string, number, boolean or list in TOML, which is the same as in JSON."""
     if isinstance(value, Path):
         value = str(value.resolve())
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
-
-
-_TEMPLATE = """\
-# This site in fedlab. Everything here is decided at the site: no server can change or loosen it.
-# Look at it with: fedlab site show FOLDER
-
-[site]
-name = {name}
-data = {data}
-{optional}# layout = "brats2021"            # where it can't be found out; see: fedlab data inspect --help
-# label_convention = "brats2021"
-# table = "partitioning.csv"       # if only some of the folder's patients are this site's, with
-# partition = "1"                  # this site's name in the table
-# spacing_mm = 3.0                 # voxels, the same at every site of a run
-# shape = [64, 64, 64]             # voxels of the grid; without it the smallest that holds every brain
-# held_out = 0.2                   # share, or number, of patients that are never trained on
-# card = "card.md"                 # this site's data card; see: fedlab data card --help
-# skip_broken = true               # go on without patients whose files have errors
-
-[policy]
-# Techniques that every run must protect this site with. min_… and max_… bound a setting, other names fix it.
-# require = ["SecureAggregation", {{technique = "DPSGD", min_noise_multiplier = 0.8, max_clip = 1.0}}]
-
-# Noise from the operating system only: without it whoever knows the seed of the run can take the noise off again.
-# secure_mode = true
-
-# max_rounds = 100                 # of one run
-# max_updates = 500                # that ever leave this site, of all runs
-# min_sites = 3                    # a sum over few sites hides little
-
-# Whether the text of errors may leave where no guarantee forbids it; it can quote file names or pseudonyms.
-# tell_errors = false
-
-# Modules beyond fedlab, torch and MONAI that are installed here and that a run may name.
-# installed = ["my_hospital.networks"]
-
-# The most privacy that this site spends, over all runs; read from its own ledger before an update leaves.
-# [policy.budget.patient]
-# max_epsilon = 8.0
-# delta = 1e-3
-
-# Technique files in techniques/, by SHA-256: written by fedlab site approve FOLDER FILE, after you have read the file.
-[policy.approved]
-"""

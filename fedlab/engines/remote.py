@@ -1,4 +1,4 @@
-"""Sites behind a transport: what the server asks of them, and what it makes of their answers."""
+"""Sites behind a transport: what the server asks of them, and how it reads their answers."""
 
 from __future__ import annotations
 
@@ -7,49 +7,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-
 from fedlab.core.errors import FedlabError, SiteError
-from fedlab.core.types import Answer, Failure, Memory, Patient, ServerState, Site
+from fedlab.core.protocols import Run, Strategy
+from fedlab.core.types import Answer, Failure, Messages, Round, ServerState, Site
+from fedlab.deploy.host import LARGEST_NOTE
 from fedlab.deploy.messages import limit_for, pack_state, pack_weights, unpack_answer
 from fedlab.deploy.plan import Plan
-from fedlab.privacy.base import Inboxes, PartialExchange
+from fedlab.run.federate import loop
+from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
-from fedlab.strategies.averaging import FedAvg, Strategy
+from fedlab.strategies.averaging import FedAvg
 
-__all__ = ["Ask", "Remote", "Unseen", "away"]
+__all__ = ["Ask", "Remote"]
 
-#: Calls a method of `SiteHost` at some sites, each with its own arguments, and yields (site, what came or an error) in
-#: any order, for every site once.
+#: Calls a method of `SiteHost` at some sites, each with its own arguments, and yields (site, result or exception) in
+#: any order, once per site.
 Ask = Callable[[Sequence[str], str, dict[str, tuple[Any, ...]]], Iterator[tuple[str, Any]]]
-
-_LARGEST_NOTE = 2**20
-
-
-class Unseen(list[Patient]):
-    """Stand-ins for patients whom this process knows nothing of."""
-
-
-def away(name: str, *, patients: int) -> Site:
-    """A site as a server sees it: a name and how many patients it trains on, without their scans.
-
-    Args:
-        name: of the site.
-        patients: plans are checked with it; a trace says that the server doesn't know.
-    """
-    blank = torch.empty(4, 0, 0, 0)
-    return Site(name=name, train=Unseen(Patient(f"{name}: patient {k}", blank, None, np.eye(4))
-                                        for k in range(patients)))
 
 
 class Remote:
-    """An engine whose sites are reached through a transport.
+    """An engine whose sites are reached through a transport; a run names them.
 
-    It begins the run at each site before its first round there and again after a failure, so that a site that was
-    started anew finds its way back. Answers may come in any order; they are handed on in that of the cohort, and one
-    that comes early waits in bytes, as it came. What a site's transport throws, or nothing at all, is that site's
-    `Failure`. The sites' memory stays with them.
+    It begins the run at each site before its first round there and again after a failure, so that a restarted site can
+    continue. Answers may arrive in any order; they are handed on in that of the cohort, and an early one waits in
+    packed form. An exception of the transport, or no answer at all, is a `Failure` of that site. The sites' states stay
+    at the sites.
 
     Args:
         plan: of the run.
@@ -61,60 +43,55 @@ class Remote:
 
     def __init__(self, *, plan: Plan, ask: Ask) -> None:
         self.plan, self.ask = plan, ask
-        self.memory: dict[str, Memory] = {}
         self.sent = self.received = 0
         self._ready: set[str] = set()
 
-    def run(self, task: SiteTask, state: ServerState, cohort: Sequence[Site]) -> Iterator[Answer]:
+    def rounds(self, run: Run, state: ServerState | None) -> Iterator[Round]:
+        """The rounds of a run, whose loop is in this process."""
+        return loop(replace(run, site_states=SiteStates()), state)
+
+    def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
+        """The answer of each site, in the order of the cohort; `states` is not used."""
         names = [site.name for site in cohort]
-        refused = self._begin(task, names, state.round)
-        args = self._states(task.strategy, state, [name for name in names if name not in refused])
-        limit = limit_for(state.params)
+        early: dict[str, Any] = self._begin(task, names, state.round)
+        args = self._states(task.strategy, state, [name for name in names if name not in early])
         asked = self._answers("train", args, state.round)
-        early: dict[str, Any] = dict(refused)
         for name in names:
             while name not in early:
-                sender, came = next(asked)  # every site that was asked comes once
-                early[sender] = came
-            yield self._read(name, early.pop(name), limit, state.round)
+                sender, answer = next(asked)  # every site that was asked occurs once
+                early[sender] = answer
+            yield self._read(name, early.pop(name), limit_for(state.params), state.round)
 
-    def exchange(self, task: SiteTask, step: str, inboxes: Inboxes, sites: Sequence[Site]) -> Inboxes:
+    def exchange(self, task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
+                 states: SiteStates) -> tuple[Messages, list[Failure]]:
+        """The messages of each site, and the sites that failed; `states` is not used."""
         names = [site.name for site in sites]
-        answers: dict[str, Any] = dict(self._begin(task, names, 0))
+        answers: dict[str, Any] = self._begin(task, names, 0)
         args = {name: (self.plan.run, step, dict(inboxes.get(name, {}))) for name in names if name not in answers}
-        for name, came in self._answers("exchange", args, 0):
-            answers[name] = came
+        answers.update(self._answers("exchange", args, 0))
         sent: dict[str, Mapping[str, bytes]] = {}
         failures = []
         for name in names:
             try:
                 sent[name] = _messages(name, answers[name], {*self.plan.sites, "server"})
-            except FedlabError as error:
-                failures.append(Failure(name, error))
             except Exception as error:
-                failures.append(Failure(name, SiteError(name, 0, "reach", f"{type(error).__name__}: {error}")))
-        if failures:
-            self._ready -= {failure.site for failure in failures}
-            raise PartialExchange(sent, failures)
-        return sent
+                failures.append(self._failure(name, error, 0))
+        return sent, failures
 
-    def _begin(self, task: SiteTask, names: Sequence[str], round: int) -> dict[str, Exception]:
-        """Begins the run at the sites where it isn't, and returns what refused."""
+    def _begin(self, task: SiteTask, names: Sequence[str], round: int) -> dict[str, Any]:
+        """Begins the run at the sites where it has not begun; returns the errors of those that refuse."""
         new = [name for name in names if name not in self._ready]
         if not new:
             return {}
         plan, start = self.plan.to_json(), pack_weights(task.trainer.initial())
-        refused = {}
-        for name, came in self._answers("begin", {name: (plan, start) for name in new}, round):
-            self.sent += len(start)
-            if isinstance(came, Exception):
-                refused[name] = came
-            else:
-                self._ready.add(name)
+        self.sent += len(start) * len(new)
+        answers = dict(self._answers("begin", {name: (plan, start) for name in new}, round))
+        refused = {name: answer for name, answer in answers.items() if isinstance(answer, Exception)}
+        self._ready |= answers.keys() - refused.keys()
         return refused
 
     def _states(self, strategy: Strategy, state: ServerState, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-        """What each site is shown of the state: one packing for all that see the same."""
+        """The part of the state that each site is shown, packed once for all that are shown the same."""
         wanted = state.moments if _reads_state(strategy) else {}
         moments = {name: slots for name, slots in wanted.items() if slots.keys() == state.params.keys()}
         shared = None if state.models else pack_state(replace(state, moments=moments))
@@ -126,39 +103,42 @@ class Remote:
         return args
 
     def _answers(self, method: str, args: dict[str, tuple[Any, ...]], round: int) -> Iterator[tuple[str, Any]]:
-        """What came from each of these sites, once: an error for those from which nothing came."""
+        """The answer of each of these sites, once; an error for those that did not answer."""
         waiting = dict.fromkeys(args)
         if not waiting:
             return
         why = "no answer came"
         try:
-            for name, came in self.ask(list(args), method, args):
+            for name, answer in self.ask(list(args), method, args):
                 if name not in waiting:
-                    warnings.warn(f"the transport brought an answer of {str(name)[:80]!r}, who was not waited for; "
-                                  "it is left out", stacklevel=2)
+                    warnings.warn(f"the transport brought an unexpected answer of {str(name)[:80]!r}; it is ignored",
+                                  stacklevel=2)
                     continue
                 del waiting[name]
-                yield name, came
+                yield name, answer
         except Exception as error:
             why = f"the transport failed: {type(error).__name__}: {error}"
         for name in waiting:
             yield name, SiteError(name, round, "reach", why)
 
-    def _read(self, name: str, came: Any, limit: int, round: int) -> Answer:
-        """The answer of a site, whatever came."""
+    def _read(self, name: str, answer: Any, limit: int, round: int) -> Answer:
+        """The answer of a site, whatever was received."""
         try:
-            if isinstance(came, Exception):
-                raise came
-            if isinstance(came, bytes | bytearray | memoryview):
-                self.received += len(came)
-            answer = unpack_answer(came, site=name, limit=limit)
-        except FedlabError as error:
-            answer = Failure(name, error)
+            if isinstance(answer, Exception):
+                raise answer
+            if isinstance(answer, bytes | bytearray | memoryview):
+                self.received += len(answer)
+            found = unpack_answer(answer, site=name, limit=limit)
         except Exception as error:
-            answer = Failure(name, SiteError(name, round, "reach", f"{type(error).__name__}: {error}"))
-        if isinstance(answer, Failure):
-            self._ready.discard(name)  # it may have been started anew
-        return answer
+            return self._failure(name, error, round)
+        return self._failure(name, found.error, round) if isinstance(found, Failure) else found
+
+    def _failure(self, name: str, error: Exception, round: int) -> Failure:
+        """The failure of a site, at which the run begins anew: the site may have been restarted."""
+        self._ready.discard(name)
+        if isinstance(error, FedlabError):
+            return Failure(name, error)
+        return Failure(name, SiteError(name, round, "reach", f"{type(error).__name__}: {error}"))
 
     def __repr__(self) -> str:
         return f"Remote({len(self.plan.sites)} sites)"
@@ -167,15 +147,15 @@ class Remote:
 def _reads_state(strategy: Strategy) -> bool:
     """Whether the strategy does something of its own at the sites, for which it may need the server's moments."""
     cls = type(strategy)
-    return (getattr(cls, "equip", None) is not FedAvg.equip) or (getattr(cls, "keep", None) is not FedAvg.keep)
+    return any(getattr(cls, hook, None) is not getattr(FedAvg, hook) for hook in ("equip", "remember"))
 
 
-def _messages(name: str, came: Any, known: set[str]) -> Mapping[str, bytes]:
+def _messages(name: str, answer: Any, known: set[str]) -> Mapping[str, bytes]:
     """A site's messages, by recipient."""
-    if isinstance(came, Exception):
-        raise came
-    if not isinstance(came, dict) or not all(
-            isinstance(to, str) and to in known and isinstance(message, bytes) and len(message) <= _LARGEST_NOTE
-            for to, message in came.items()):
+    if isinstance(answer, Exception):
+        raise answer
+    if not isinstance(answer, dict) or not all(
+            isinstance(to, str) and to in known and isinstance(message, bytes) and len(message) <= LARGEST_NOTE
+            for to, message in answer.items()):
         raise FedlabError(f"the message of {name} was refused: expected short messages to sites of the run, by name")
-    return came
+    return answer

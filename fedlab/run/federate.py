@@ -27,7 +27,7 @@ from fedlab.run.trace import Trace
 from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
-__all__ = ["check_sites", "each_round", "federate", "make_run", "run_recipe"]
+__all__ = ["check_sites", "each_round", "federate", "loop", "make_run", "run_recipe"]
 
 
 def make_run(
@@ -111,11 +111,12 @@ def _rounds(run: Run, state: ServerState | None, site_states: SiteStates | None)
     check_sites(run, run.sites)
     if site_states is None:
         site_states = SiteStates(run.names if state is None else ())
+    return loop(replace(run, site_states=site_states), state)
+
+
+def loop(run: Run, state: ServerState | None) -> Iterator[Round]:
+    """The rounds of a run that was checked, from a state on or from the beginning."""
     state = run.strategy.begin(run.trainer.initial()) if state is None else state
-    return _loop(replace(run, site_states=site_states), state)
-
-
-def _loop(run: Run, state: ServerState) -> Iterator[Round]:
     while state.round < run.rounds:
         finished = run.topology(run, state)
         state = finished.state

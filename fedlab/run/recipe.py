@@ -37,6 +37,8 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 #: Attributes of a torch module that are no settings: its tensors have a hash of their own, hooks come and go.
 _MODULE_STATE = frozenset(vars(nn.Module())) | {"training"}
+#: The note of how an object was made (`fedlab.deploy.objects.built`), which changes nothing that it computes.
+_NOTE = "_built"
 _PATIENTS: weakref.WeakKeyDictionary[Patient, str] = weakref.WeakKeyDictionary()
 
 
@@ -181,10 +183,10 @@ def _normal(source: str) -> str:
 
 def _module(module: nn.Module, above: tuple[int, ...]) -> Json:
     """A torch module: its class, settings and children; of its tensors those that are not trained."""
-    own = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE}
+    own = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE and name != _NOTE}
     fixed: dict[str, torch.Tensor] = dict(module.named_buffers(recurse=False))
     fixed |= {name: p for name, p in module.named_parameters(recurse=False) if not p.requires_grad}
-    trained: dict[str, Json] = {name: list(p.shape) for name, p in module.named_parameters(recurse=False)
+    trained: dict[str, Json] = {name: [str(p.dtype), *p.shape] for name, p in module.named_parameters(recurse=False)
                                 if p.requires_grad}
     return {"module": _recipe(type(module), above), "settings": {name: _recipe(v, above) for name, v in own.items()},
             "trained": trained, "fixed": weights_sha256(fixed) if fixed else "",
@@ -195,7 +197,7 @@ def _object(value: Any, above: tuple[int, ...]) -> Json:
     if is_dataclass(value):
         own = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
     elif hasattr(value, "__dict__"):
-        own = dict(vars(value))
+        own = {name: part for name, part in vars(value).items() if name != _NOTE}
     else:
         own = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
     if hasattr(value, "adj"):  # a networkx graph, whose nodes and edges are what counts

@@ -105,7 +105,7 @@ class SCAFFOLD(FedAvg):
             raise ValueError(f"SCAFFOLD needs the same number of steps at every site: say steps= in place of "
                              f"epochs={run.trainer.epochs}")
         found = {"sites": len(run.sites), "steps": run.trainer.steps, "lr": run.trainer.lr}
-        if any(getattr(self, name) not in (None, value) for name, value in found.items()):
+        if any(_differ(getattr(self, name), value, run.rounds) for name, value in found.items()):
             raise ValueError(f"{self!r} is not for this run, which has {found}; leave these settings out, they are "
                              "read from the run")
         if run.aggregation.hides_updates:
@@ -212,6 +212,13 @@ class Ditto(FedAvg):
             kit.close()
         own.update({_PERSONAL + name: t for name, t in moved(start.params, trained.delta, 1.0).items()})
         own.update({"optimiser|" + name: t for name, t in moments.own.items()})
+
+
+def _differ(given: Any, found: Any, rounds: int) -> bool:
+    """Whether a setting was given and is not that of the run; schedules are compared by their values in its rounds."""
+    if callable(given) and callable(found):
+        return any(given(round) != found(round) for round in range(rounds))
+    return given not in (None, found)
 
 
 def _part(own: Tensors, prefix: str) -> dict[str, torch.Tensor]:

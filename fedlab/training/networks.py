@@ -45,6 +45,7 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Mo
     # Training need not find out first that tumour is rare: every voxel begins near 0.1 (Lin et al. 2017, section 4.1).
     nn.init.constant_(model.conv_final[2].conv.bias, -2.0)
     model.__dict__["settings"] = {"filters": filters, "dropout": dropout, "seed": seed}
+    model.__dict__["_built"] = (segresnet, model.__dict__["settings"])  # see fedlab.deploy.objects.built
     return model
 
 

@@ -87,7 +87,7 @@ def augmentation(*, flips: Sequence[int] = (0, 1, 2)) -> Callable[[dict[str, tor
         mt.RandShiftIntensityd("image", offsets=0.1, prob=1.0, channel_wise=True),
     ])
     changes.__dict__["code"] = f"augmentation(flips={tuple(flips)})"
-    changes.__dict__["_built"] = (augmentation, {"flips": tuple(flips)})  # see fedlab.deploy.plan.built
+    changes.__dict__["_built"] = (augmentation, {"flips": tuple(flips)})  # see fedlab.deploy.objects.built
     return changes
 
 

@@ -29,6 +29,7 @@ from fedlab.deploy.plan import Plan, built, describe, make
 from fedlab.privacy import (
     SVT,
     AdaptiveClip,
+    Aggregation,
     AtSites,
     CentralGaussian,
     LocalGaussian,
@@ -40,7 +41,7 @@ from fedlab.privacy import (
     SparseVector,
     TopK,
 )
-from fedlab.run import Admission
+from fedlab.run import Admission, make_run
 from fedlab.strategies import (
     SCAFFOLD,
     CoordinateMedian,
@@ -79,7 +80,6 @@ TECHNIQUES = {
                      crops=st.integers(1, 4), secure_mode=secure),
     LocalGaussian: st.builds(LocalGaussian, clip=positive, noise_multiplier=positive, secure_mode=secure),
     CentralGaussian: st.builds(CentralGaussian, clip=positive | adaptive, noise_multiplier=st.floats(0.5, 100)),
-    SecureAggregation: st.builds(SecureAggregation, sites=st.just(4), threshold=st.integers(3, 4), clip=positive),
     SharePercentile: st.builds(SharePercentile, keep=share, bound=st.none() | positive),
     TopK: st.builds(TopK, keep=share), ScaledSign: st.builds(ScaledSign, error_feedback=st.booleans()),
     Quantise: st.builds(Quantise, bits=st.integers(2, 16)),
@@ -90,14 +90,19 @@ TECHNIQUES = {
         LocalGaussian, clip=positive, noise_multiplier=positive)),
     PersonalLayers: st.builds(PersonalLayers, names=st.lists(st.text(min_size=1), min_size=1, max_size=3)),
 }
+AGGREGATIONS = {
+    Aggregation: st.builds(Aggregation),
+    SecureAggregation: st.builds(SecureAggregation, sites=st.just(4) | st.none(), threshold=st.integers(3, 4),
+                                 clip=positive),
+}
 sample = st.floats(0.1, 1)
 STRATEGIES = {
     FedAvg: st.builds(FedAvg, weights=st.sampled_from(["patients", "steps", "uniform"]), server_lr=positive,
                       sample=sample),
     FedProx: st.builds(FedProx, mu=positive), Ditto: st.builds(Ditto, lam=positive),
-    FedNova: st.builds(FedNova, momentum=st.floats(0, 0.9)),
+    FedNova: st.builds(FedNova, momentum=st.floats(0, 0.9) | st.none()),
     FedOpt: st.builds(FedOpt, rule=st.sampled_from(["adam", "yogi", "adagrad", "momentum"]), server_lr=positive),
-    SCAFFOLD: st.builds(SCAFFOLD, sites=st.integers(1, 9), steps=st.integers(1, 9),
+    SCAFFOLD: st.builds(SCAFFOLD, sites=st.integers(1, 9) | st.none(), steps=st.integers(1, 9) | st.none(),
                         lr=positive | st.builds(PolyDecay, start=positive, rounds=st.integers(1, 99))),
     CoordinateMedian: st.builds(CoordinateMedian), TrimmedMean: st.builds(TrimmedMean, trim=st.floats(0, 0.4)),
     Krum: st.builds(Krum, attackers=st.integers(0, 3), chosen=st.integers(1, 3)),
@@ -105,7 +110,7 @@ STRATEGIES = {
 }
 graphs = st.builds(networkx.cycle_graph, st.integers(3, 6)) | st.just(networkx.Graph([("a", "b"), ("b", "c")]))
 TOPOLOGIES = [st.just(star), st.just(ring), st.builds(Gossip, graph=graphs),
-              st.builds(Tree, regions=st.just({"north": ["a", "b"], "south": ("c",)}), 
+              st.builds(Tree, regions=st.just({"north": ["a", "b"], "south": ("c",)}),
                         within=st.sampled_from([star, ring]), between=st.sampled_from([star, ring])),
               st.builds(Buffered, size=st.integers(1, 3), seconds=st.dictionaries(st.text(), positive, max_size=3))]
 
@@ -116,10 +121,12 @@ def test_the_lists_above_leave_nothing_out() -> None:
                 if isinstance(value := getattr(package, name), type)}
     assert {c for c in exported if issubclass(c, Privacy)} == TECHNIQUES.keys()
     assert {c for c in exported if issubclass(c, FedAvg)} == STRATEGIES.keys()
+    assert {c for c in exported if issubclass(c, Aggregation)} == AGGREGATIONS.keys()
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-@given(st.one_of(*TECHNIQUES.values(), *STRATEGIES.values(), *TOPOLOGIES, st.builds(Admission, max_norm=positive)))
+@given(st.one_of(*TECHNIQUES.values(), *AGGREGATIONS.values(), *STRATEGIES.values(), *TOPOLOGIES,
+                 st.builds(Admission, max_norm=positive)))
 def test_what_is_made_prints_as_what_was_described(value: Any) -> None:
     made = again(value)
     assert type(made) is type(value) and repr(made) == repr(value)
@@ -149,6 +156,11 @@ def trainer(**more: Any) -> SiteTrainer:
     return SiteTrainer(model=built(TinyNet, seed=1), **{"steps": 1, "crop": (8, 8, 8), **more})
 
 
+def task_of(plan: Plan, start: Any, *, approve: Any) -> Any:
+    """What runs at a site that binds the plan's parts to each other."""
+    return make_run(**plan.parts(start, approve=approve)).task
+
+
 def plan_of(train: SiteTrainer | None = None, **more: Any) -> Plan:
     return Plan.of(**{"trainer": train or trainer(), "strategy": FedAvg(), "privacy": Privacy(), "topology": star,
                       "admission": None, "rounds": 2, "seed": 0, "sites": ["a", "b"], **more})
@@ -163,7 +175,7 @@ def plan_of(train: SiteTrainer | None = None, **more: Any) -> Plan:
 def test_a_trainer_travels_with_what_it_is_made_of(more: dict[str, Any]) -> None:
     train = trainer(**more)
     plan = plan_of(train)
-    task = Plan.from_json(plan.to_json()).task(train.initial(), approve=approve_all)
+    task = task_of(Plan.from_json(plan.to_json()), train.initial(), approve=approve_all)
     assert weights_sha256(task.trainer.initial()) == weights_sha256(train.initial())
     if "loss" not in more and "transforms" not in str(more):  # those print their address
         assert repr(task.trainer) == repr(train)
@@ -178,10 +190,10 @@ def test_first_weights_are_those_of_the_trainer_and_not_those_that_the_factory_m
     plan = plan_of(train)
     assert plan.model == weights_sha256(train.initial()) != weights_sha256(SiteTrainer(
         model=segresnet(seed=3), steps=1).initial())
-    task = plan.task(train.initial(), approve=approve_all)
+    task = task_of(plan, train.initial(), approve=approve_all)
     assert weights_sha256(task.trainer.initial()) == plan.model
-    with pytest.raises(ValueError, match="not those that the plan begins with"):
-        plan.task({k: t + 1 for k, t in train.initial().items()}, approve=approve_all)
+    with pytest.raises(ValueError, match="not the weights that the plan begins with"):
+        task_of(plan, {k: t + 1 for k, t in train.initial().items()}, approve=approve_all)
 
 
 def test_a_run_is_named_by_all_of_its_plan() -> None:
@@ -190,8 +202,9 @@ def test_a_run_is_named_by_all_of_its_plan() -> None:
     others = [plan_of(seed=1), plan_of(rounds=3), plan_of(sites=["a", "c"]), plan_of(strategy=FedProx(mu=0.1)),
               plan_of(trainer(lr=0.5)), plan_of(privacy=TopK()), plan_of(topology=ring), plan_of(admission=Admission())]
     assert len({one.run, *(other.run for other in others)}) == 1 + len(others)
-    assert one.modules == ("cohorts", "fedlab.privacy.base", "fedlab.strategies.averaging",
-                           "fedlab.topologies.workflows", "fedlab.training.trainer")
+    assert one.modules == ("cohorts", "fedlab.privacy.aggregation", "fedlab.privacy.base", "fedlab.run.round",
+                           "fedlab.strategies.averaging",
+                           "fedlab.training.trainer")
 
 
 class InCell(Privacy):
@@ -242,11 +255,11 @@ def test_plans_that_would_be_made_differently_elsewhere_are_refused_at_the_serve
         plan_of(SiteTrainer(model=nn.Sequential(nn.Conv3d(4, 3, 1)), steps=1))
     changed = segresnet()
     changed.conv_final[2].conv = nn.Conv3d(8, 3, 3, padding=1)
-    with pytest.raises(ValueError, match="changed since it was made"):
+    with pytest.raises(ValueError, match="conv_final"):
         plan_of(SiteTrainer(model=changed, steps=1))
     frozen = segresnet()
     frozen.conv_final[2].conv.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match="conv_final"):
         plan_of(SiteTrainer(model=frozen, steps=1))
 
 
@@ -265,7 +278,7 @@ HOSTILE = [
     {"make": "fedlab.training.networks:load_model", "with": {"path": "/etc/passwd"}},
     {"make": "fedlab.training.networks:save_model", "with": {}}, {"name": "fedlab.training.networks:save_model"},
     {"make": "fedlab.privacy.accounting.ledger_file:LedgerFile", "with": {"folder": "x", "site": "y"}},
-    {"make": "fedlab.privacy.base:_Stack", "with": {}}, {"make": "fedlab.privacy.base:__builtins__", "with": {}},
+    {"make": "fedlab.privacy.base:_Sum", "with": {}}, {"make": "fedlab.privacy.base:__builtins__", "with": {}},
     {"make": "fedlab.privacy.base:Privacy.__init__", "with": {}},
     {"make": "fedlab.privacy.base:importable", "with": {}},
     {"make": "fedlab.privacy.base:PrivacyError", "with": {}}, {"make": "fedlab.privacy.base:Any", "with": {}},
@@ -345,13 +358,14 @@ def test_a_model_far_larger_than_its_weights_is_refused_before_it_takes_memory()
     note = json.loads(plan.to_json())
     note["trainer"]["with"]["model"]["with"]["filters"] = 8 * 4096  # some 20 million million weights
     with pytest.raises(ValueError, match="another model"):
-        Plan.from_json(json.dumps(note)).task(SiteTrainer(model=segresnet(), steps=1).initial(), approve=approve_all)
+        task_of(Plan.from_json(json.dumps(note)), SiteTrainer(model=segresnet(), steps=1).initial(),
+                approve=approve_all)
 
 
 @pytest.mark.parametrize(("where", "value", "words"), [
-    ("privacy", {"make": "fedlab.strategies.averaging:FedAvg", "with": {}}, "no technique"),
-    ("strategy", {"make": "fedlab.privacy.base:Privacy", "with": {}}, "strategy"), ("trainer", 3, "no SiteTrainer"),
-    ("trainer", {"make": "fedlab.training.networks:segresnet", "with": {}}, "no SiteTrainer"),
+    ("privacy", {"make": "fedlab.strategies.averaging:FedAvg", "with": {}}, "a privacy technique"),
+    ("strategy", {"make": "fedlab.privacy.base:Privacy", "with": {}}, "strategy"), ("trainer", 3, "a SiteTrainer"),
+    ("trainer", {"make": "fedlab.training.networks:segresnet", "with": {}}, "a SiteTrainer"),
     ("strategy", None, "strategy"),
     ("admission", {"name": "os:system"}, "not approved"),
 ])
@@ -363,7 +377,7 @@ def test_every_part_of_a_plan_is_of_its_kind(where: str, value: Any, words: str)
             raise PrivacyError("os is not approved")
 
     with pytest.raises((ValueError, PrivacyError), match=words):
-        Plan.from_json(json.dumps(note)).task(trainer().initial(), approve=approve)
+        task_of(Plan.from_json(json.dumps(note)), trainer().initial(), approve=approve)
 
 
 def changed(**more: Any) -> str:
@@ -371,7 +385,7 @@ def changed(**more: Any) -> str:
 
 
 @pytest.mark.parametrize("text", [
-    "", "null", "[]", "{}", "[" * 100_000, '{"a": NaN}', '{"format": "fedlab-plan-1", "format": "fedlab-plan-1"}',
+    "", "null", "[]", "{}", "[" * 100_000, '{"a": NaN}', '{"format": "fedlab-plan-2", "format": "fedlab-plan-2"}',
     changed(rounds=0), changed(rounds=True), changed(rounds=2**70), changed(rounds=1.5), changed(rounds="2"),
     changed(seed=None), changed(sites=[]), changed(sites=["a", "a"]), changed(sites=["\x1b[2J"]), changed(sites="ab"),
     changed(sites=[1]), changed(model="../" * 10), changed(model=None), changed(more=1),
@@ -390,7 +404,7 @@ def test_changed_plans_raise_nothing_but_what_says_so(data: st.DataObject) -> No
     for _ in range(data.draw(st.integers(1, 3))):
         text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 127))
     try:
-        Plan.from_json(text.decode()).task(START, approve=refuse_all)
+        task_of(Plan.from_json(text.decode()), START, approve=refuse_all)
     except (FedlabError, ValueError):
         pass
 
@@ -419,13 +433,13 @@ def test_another_process_makes_the_same_run_of_a_plan(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     (tmp_path / "start").write_bytes(pack_weights(train.initial()))
     code = ("from pathlib import Path\nfrom fedlab.deploy.plan import Plan\n"
-            "from fedlab.deploy.messages import unpack_weights\n"
+            "from fedlab.deploy.messages import unpack_weights\nfrom fedlab.run import make_run\n"
             "plan = Plan.from_json(Path('plan.json').read_text())\nok = lambda module: None\n"
-            "task = plan.task(unpack_weights(Path('start').read_bytes()), approve=ok)\n"
-            "print(plan.run, task, plan.make_topology(approve=ok), sep='\\n')")
+            "run = make_run(**plan.parts(unpack_weights(Path('start').read_bytes()), approve=ok))\n"
+            "print(plan.run, run.task, run.topology, sep='\\n')")
     told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
                           timeout=400)
-    here = plan.task(train.initial(), approve=approve_all)
+    here = task_of(plan, train.initial(), approve=approve_all)
     assert told.stdout.strip() == f"{plan.run}\n{here}\n{Gossip(graph=networkx.path_graph(2))}"
 
 

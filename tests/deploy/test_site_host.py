@@ -18,14 +18,14 @@ from cohorts import TinyNet, blob_sites
 from fedlab import DPSGD, FedAvg, FedlabError, Privacy, PrivacyError, SecureAggregation, SiteTrainer, Update
 from fedlab.core import ServerState, weights_sha256
 from fedlab.core.errors import RunError, SiteError
-from fedlab.core.types import Failure, Site, Withdrawal
+from fedlab.core.types import Failure, Site, SiteState, Withdrawal
 from fedlab.deploy.host import SiteHost
 from fedlab.deploy.messages import pack_state, pack_weights, unpack_answer
 from fedlab.deploy.plan import Plan, built
 from fedlab.deploy.policy import Budget, Required, SitePolicy
 from fedlab.deploy.settings import write_settings
-from fedlab.deploy.snapshots import SiteMemory
-from fedlab.privacy import LedgerFile, LocalGaussian, SharePercentile
+from fedlab.deploy.snapshots import SiteSnapshots
+from fedlab.privacy import Aggregation, LedgerFile, LocalGaussian, SharePercentile
 from fedlab.strategies import SCAFFOLD
 from fedlab.topologies import star
 from folders import write_patient
@@ -79,7 +79,9 @@ def required(technique: str, **limits: Any) -> SitePolicy:
     return SitePolicy(require=(Required(technique=technique, **limits),))
 
 
-SECURE = SecureAggregation(sites=2, clip=1.0, threshold=2)
+UNIFORM = FedAvg(weights="uniform")
+SECURE = SecureAggregation(clip=1.0, threshold=2)
+NOISY = SecureAggregation(clip=1.0, threshold=2, noise_multiplier=2.0, delta=0.1)
 REFUSED: dict[str, tuple[SitePolicy, dict[str, Any], str]] = {
     "technique": (required("DPSGD"), {}, r"insists on DPSGD, the plan protects with Privacy\(\)"),
     "other technique": (required("DPSGD"), {"privacy": SharePercentile()}, "insists on DPSGD"),
@@ -92,7 +94,13 @@ REFUSED: dict[str, tuple[SitePolicy, dict[str, Any], str]] = {
                    {"privacy": LocalGaussian(clip=1.0, noise_multiplier=3.0, delta=0.1)
                     + LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)}, "at least 2.0, the plan has 1.0"),
     "no noise": (required("SecureAggregation", least={"noise_multiplier": 0.1}),
-                 {"privacy": SECURE, "strategy": FedAvg(weights="uniform")}, "the plan has None"),
+                 {"aggregation": SECURE, "strategy": UNIFORM}, "the plan has None"),
+    "aggregation": (required("SecureAggregation"), {"privacy": DP}, "insists on SecureAggregation"),
+    "noise of the sum that repeats": (SitePolicy(secure_mode=True), {"aggregation": NOISY, "strategy": UNIFORM},
+                                      "secure_mode: .*SecureAggregation.secure_mode=True"),
+    "budget with a larger delta of the sum": (
+        SitePolicy(budgets={"site": Budget(epsilon=9.0, delta=0.01)}), {"aggregation": NOISY, "strategy": UNIFORM},
+        "δ of at most 0.01, the plan has 0.1"),
     "rounds": (SitePolicy(max_rounds=2), {}, "max_rounds: .* at most 2 rounds of a run, the plan has 3"),
     "sites": (SitePolicy(min_sites=3), {}, "min_sites: .* at least 3 sites, the plan has 2"),
     "noise that repeats": (SitePolicy(secure_mode=True), {"privacy": DP}, "secure_mode: .*operating system"),
@@ -115,7 +123,7 @@ def test_a_run_that_the_policy_does_not_allow_is_refused_with_the_rule(host: Any
         begin(one, plan)
     answer = ask(one, plan.run, 0)
     assert isinstance(answer, Failure) and "has not begun" in str(answer.error)
-    assert not (one.folder / "memory").exists() and not (one.folder / "ledger").exists()
+    assert not (one.folder / "states").exists() and not (one.folder / "ledger").exists()
     begin(host(SitePolicy(min_sites=1)), plan) if rule != "not its run" else None  # the rule alone has refused it
 
 
@@ -128,6 +136,12 @@ def test_a_run_within_the_policy_begins(host: Any) -> None:
     assert one.spent()[0].unit == "patient"
 
 
+def test_a_required_aggregation_and_a_budget_that_it_covers_let_a_run_begin(host: Any) -> None:
+    limits = Required(technique="SecureAggregation", least={"noise_multiplier": 2.0, "threshold": 2})
+    policy = SitePolicy(require=(limits,), budgets={"site": Budget(epsilon=9.0, delta=0.1)})
+    begin(host(policy), plan_of(aggregation=NOISY, strategy=UNIFORM))
+
+
 class Weak(DPSGD):
     """Its name in another module."""
 
@@ -138,13 +152,13 @@ Weak.__qualname__ = Weak.__name__ = "DPSGD"
 def test_a_technique_of_the_same_name_elsewhere_is_not_the_one_required() -> None:
     weak = Weak(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=2)
     with pytest.raises(PrivacyError, match="insists on DPSGD"):
-        Required(technique="DPSGD").check(weak)
-    Required(technique="test_site_host:DPSGD").check(weak)
+        Required(technique="DPSGD").check(weak, Aggregation())
+    Required(technique="test_site_host:DPSGD").check(weak, Aggregation())
 
 
 def test_files_run_only_while_they_are_what_was_approved(tmp_path: Path) -> None:
     source = b"from fedlab import Privacy\n\n\nclass Mine(Privacy):\n    def __init__(self, keep=0.5):\n" \
-             b"        self.keep = keep\n\n    def protect(self, update, memory, rng):\n" \
+             b"        self.keep = keep\n\n    def protect(self, update, state, rng):\n" \
              b"        return update.map(lambda t: t * self.keep)\n"
     digest = hashlib.sha256(source).hexdigest()
     note = json.loads(plan_of().to_json())
@@ -173,7 +187,7 @@ def test_a_file_must_not_stand_in_for_an_installed_module(tmp_path: Path) -> Non
     (tmp_path / "wave.py").write_bytes(b"class Wave: pass\n")
     policy = SitePolicy(approved={"wave": hashlib.sha256(b"class Wave: pass\n").hexdigest()})
     sys.modules.pop("wave", None)
-    with pytest.raises(PrivacyError, match="called like a module that is installed"):
+    with pytest.raises(PrivacyError, match="name of a module that is installed"):
         policy.load("wave", techniques=tmp_path)
 
 
@@ -194,7 +208,7 @@ def test_other_weights_than_the_plan_names_are_refused(host: Any) -> None:
     (ServerState(round=0, params={k: t.double() for k, t in START.items()}), "not those of the run's model"),
     (ServerState(round=0, params={k: t[..., :1] for k, t in START.items()}), "not those of the run's model"),
     (ServerState(round=0, params={k: t * torch.nan for k, t in START.items()}), "NaN"),
-    (ServerState(round=0, params=START, moments={"m": {"x": torch.zeros(1)}}), "'m' that came are not"),
+    (ServerState(round=0, params=START, moments={"m": {"x": torch.zeros(1)}}), "'m' of the state are not"),
 ])
 def test_states_of_another_model_or_round_are_refused_before_training(
         host: Any, state: ServerState, words: str) -> None:
@@ -227,7 +241,7 @@ def test_a_round_that_is_asked_again_gives_the_same_bits_and_counts_once(host: A
     assert other.spent[0].epsilon > first[2].spent[0].epsilon
 
 
-def test_the_ledger_never_goes_back_though_the_memory_does(host: Any, tmp_path: Path) -> None:
+def test_the_ledger_never_goes_back_though_the_state_does(host: Any, tmp_path: Path) -> None:
     plan = plan_of(privacy=DP)
     one = host()
     run = begin(one, plan)
@@ -245,13 +259,13 @@ def test_the_ledger_never_goes_back_though_the_memory_does(host: Any, tmp_path: 
     assert isinstance(refused, Failure) and "missing" in str(refused.error)
 
 
-def test_memory_that_is_lost_or_damaged_is_refused(host: Any, tmp_path: Path) -> None:
-    plan = plan_of(strategy=SCAFFOLD(sites=2, steps=1, lr=0.05))
+def test_a_state_that_is_lost_or_damaged_is_refused(host: Any, tmp_path: Path) -> None:
+    plan = plan_of(strategy=SCAFFOLD())
     one = host()
     run = begin(one, plan)
     ask(one, run, 0), ask(one, run, 1)
-    files = sorted((tmp_path / "site" / "memory" / run).glob("from-*"))
-    assert [f.name for f in files] == [f"from-00000{k}.safetensors" for k in range(3)]
+    files = sorted((tmp_path / "site" / "states" / run).glob("from-*"))
+    assert [f.name for f in files] == [f"from-00000{k}.state" for k in range(3)]
     whole = files[2].read_bytes()
     files[2].write_bytes(whole[:-3] + b"abc")
     assert "damaged" in str(ask(one, run, 2).error)
@@ -261,29 +275,40 @@ def test_memory_that_is_lost_or_damaged_is_refused(host: Any, tmp_path: Path) ->
         file.unlink()
     again = host()
     begin(again, plan)
-    assert "remembers nothing" in str(ask(again, run, 2).error)
+    assert "has no state of this run" in str(ask(again, run, 2).error)
 
 
 def test_secrets_of_the_moment_are_never_on_disk(tmp_path: Path) -> None:
-    memory = SiteMemory(tmp_path / "m", site="a", run="r")
-    now = memory.before(0)
-    now |= {"_secure": {"key": torch.full((8,), 77, dtype=torch.uint8)}, "kept": {"x": torch.ones(2)}}
-    memory.keep(now, 0)
-    assert "_secure" in memory.before(1) and "kept" in memory.before(1)
-    assert all(b"_secure" not in file.read_bytes() for file in (tmp_path / "m").iterdir())
-    other = SiteMemory(tmp_path / "m", site="a", run="r")
-    assert "_secure" not in other.before(1) and "kept" in other.before(1) and "kept" not in other.before(0)
+    snapshots = SiteSnapshots(tmp_path / "m", site="a", run="r")
+    now = snapshots.before(0)
+    now.secrets["secure"] = {"key": "M" * 8}
+    now.of("kept").own["x"] = torch.ones(2)
+    snapshots.save(now, 0)
+    assert "secure" in snapshots.before(1).secrets and "kept" in snapshots.before(1).namespaces
+    assert "secure" in snapshots.with_secrets().secrets
+    assert all(b"secure" not in file.read_bytes() for file in (tmp_path / "m").iterdir())
+    other = SiteSnapshots(tmp_path / "m", site="a", run="r")
+    assert "secure" not in other.before(1).secrets and "kept" in other.before(1).namespaces
+    assert "kept" not in other.before(0).namespaces
 
 
-def test_only_the_last_rounds_are_remembered_and_undone_ones_forgotten(tmp_path: Path) -> None:
-    memory = SiteMemory(tmp_path / "m", site="a", run="r")
+def test_only_the_last_rounds_are_kept_and_undone_ones_forgotten(tmp_path: Path) -> None:
+    snapshots = SiteSnapshots(tmp_path / "m", site="a", run="r")
+
+    def state(number: int) -> SiteState:
+        return SiteState(namespaces={"x": {"round": torch.tensor(number)}})
+
+    def kept(round: int) -> int:
+        return int(snapshots.before(round).namespaces["x"]["round"])
+
     for round in range(8):
-        memory.keep({"x": {"round": torch.tensor(round)}}, round)
-    assert int(memory.before(8)["x"]["round"]) == 7 and int(memory.before(5)["x"]["round"]) == 4
-    with pytest.raises(PrivacyError, match="remembers nothing of this run before round 4"):
-        memory.before(4)
-    memory.keep({"x": {"round": torch.tensor(50)}}, 5)
-    assert int(memory.before(9)["x"]["round"]) == 50  # rounds 6 and 7 haven't happened
+        snapshots.save(state(round), round)
+    assert kept(8) == 7 and kept(5) == 4
+    with pytest.raises(PrivacyError, match="no state of this run before round 4"):
+        snapshots.before(4)
+    snapshots.save(state(50), 5)
+    assert kept(9) == 50  # rounds 6 and 7 haven't happened
+    assert snapshots.before(0).enrolled and not snapshots.before(0).namespaces  # a run that starts, starts anew
 
 
 def test_two_processes_on_one_folder_are_refused(host: Any, tmp_path: Path) -> None:
@@ -330,7 +355,7 @@ class Clumsy(Privacy):
     def __init__(self, private: bool = False) -> None:
         self.private = private
 
-    def protect(self, update: Update, memory: Any, rng: Any) -> Update:
+    def protect(self, update: Update, state: Any, rng: Any) -> Update:
         raise KeyError("patient-Jane-Doe")
 
 
@@ -352,7 +377,7 @@ def test_the_text_of_errors_stays_in_the_sites_log(host: Any, tmp_path: Path) ->
 ])
 def test_exchanges_that_are_none_are_refused(host: Any, step: Any, inbox: Any) -> None:
     one = host()
-    run = begin(one, plan_of(privacy=SECURE, strategy=FedAvg(weights="uniform")))
+    run = begin(one, plan_of(aggregation=SECURE, strategy=UNIFORM))
     assert set(one.exchange(run, "keys", {})) == {"server"}
     with pytest.raises(PrivacyError):
         one.exchange(run, step, inbox)
@@ -366,7 +391,7 @@ def test_a_folder_made_by_init_opens_with_its_patients(tmp_path: Path) -> None:
     write_settings(tmp_path / "a", name="site-0", data=tmp_path / "scans", spacing_mm=1.0, shape=(32, 48, 32),
                    held_out=1)
     with SiteHost.open(tmp_path / "a", progress=False) as host:
-        assert host.about()["patients"] == 2 and len(host.site.val) == 1
+        assert len(host.site.train) == 2 and len(host.site.val) == 1
         first = [patient.id for patient in host.site.train]
         assert host.site.train[0].image.shape == (4, 32, 48, 32)
     assert list((tmp_path / "a" / "prepared").glob("*.safetensors"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,15 @@ from fedlab.deploy.host import SiteHost
 from fedlab.deploy.messages import pack_answer, unpack_state
 from fedlab.deploy.plan import Plan, built
 from fedlab.deploy.policy import Budget, Required, SitePolicy
-from fedlab.engines.remote import Remote, away
+from fedlab.engines.remote import Remote
 from fedlab.privacy import AtSites, LedgerFile, LocalGaussian, PersonalLayers, SharePercentile
-from fedlab.run import Admission, History
+from fedlab.run import Admission, History, SiteStates
 from fedlab.run.site_task import SiteTask
-from fedlab.strategies import SCAFFOLD, FedOpt
+from fedlab.strategies import SCAFFOLD, FedNova, FedOpt
 from fedlab.topologies import Gossip, ring, star
 from fedlab.training import augmentation
 
-POLICY = SitePolicy(installed=("cohorts",), tell_errors=True)
+POLICY = SitePolicy(installed=("cohorts", "test_remote"), tell_errors=True)
 SIZES = (3, 2, 4)
 
 
@@ -57,6 +57,7 @@ class Hosts:
         self.sites = {site.name: site for site in (blob_sites(SIZES) if sites is None else sites)}
         self.hosts: dict[str, SiteHost] = {}
         self.plan: tuple[str, bytes] = ("", b"")
+        self.engine: Remote | None = None
         self.calls: list[tuple[str, str]] = []
         self.trouble: Callable[[str, str], None] = lambda name, method: None
         for name in self.sites:
@@ -94,20 +95,20 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 def run(hosts: Hosts | None, *, rounds: int = 3, strategy: Any = None, privacy: Privacy | None = None,
-        topology: Any = star, admission: Any = None, checkpoint: Path | None = None, seed: int = 5,
-        settings: dict[str, Any] | None = None) -> History:
+        aggregation: Any = None, topology: Any = star, admission: Any = None, checkpoint: Path | None = None,
+        seed: int = 5, settings: dict[str, Any] | None = None, engine: Any = None) -> History:
     """The run by the hosts, or in this process where there are none."""
     train, strategy, privacy = trainer(**(settings or {})), strategy or FedAvg(), privacy or Privacy()
-    sites = blob_sites(SIZES)
+    sites: Any = blob_sites(SIZES)
     if hosts is None:
-        engine: Any = Local()
+        engine = Local()
     else:
-        plan = Plan.of(trainer=train, strategy=strategy, privacy=privacy, topology=topology, admission=admission,
-                       rounds=rounds, seed=seed, sites=sites)
-        engine = Remote(plan=plan, ask=hosts.ask)
-        sites = [away(site.name, patients=len(site.train)) for site in sites]
-    return federate(train, sites, strategy=strategy, privacy=privacy, topology=topology, admission=admission,
-                    rounds=rounds, seed=seed, engine=engine, checkpoint=checkpoint, progress=False)
+        plan = Plan.of(trainer=train, strategy=strategy, privacy=privacy, aggregation=aggregation, topology=topology,
+                       admission=admission, rounds=rounds, seed=seed, sites=sites)
+        engine = hosts.engine = engine or Remote(plan=plan, ask=hosts.ask)
+        sites = [site.name for site in sites]
+    return federate(train, sites, strategy=strategy, privacy=privacy, aggregation=aggregation, topology=topology,
+                    admission=admission, rounds=rounds, seed=seed, engine=engine, checkpoint=checkpoint, progress=False)
 
 
 @cache
@@ -121,21 +122,28 @@ def sha(history: History) -> str:
     return weights_sha256(history.state.params)
 
 
+def falling(round: int, *, start: float) -> float:
+    """A learning rate that halves every round."""
+    return start / 2**round
+
+
 DP = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=2)
 CASES = {
     "FedAvg": {},
     "FedAvg with moments kept": {"settings": {"optimiser": torch.optim.AdamW, "lr": 0.01, "augment": augmentation()}},
     "FedProx": {"strategy": FedProx(mu=0.5)},
     "FedOpt": {"strategy": FedOpt(rule="adam", server_lr=0.01)},
-    "SCAFFOLD": {"strategy": SCAFFOLD(sites=3, steps=2, lr=0.05)},
+    "SCAFFOLD": {"strategy": SCAFFOLD()},
+    "SCAFFOLD on a schedule": {"strategy": SCAFFOLD(), "settings": {"lr": partial(falling, start=0.05)}},
+    "FedNova": {"strategy": FedNova(), "settings": {"steps": None, "epochs": 1, "batch_size": 1}},
     "DPSGD": {"privacy": DP},
     "DPSGD at one site, sums hidden": {"strategy": FedAvg(weights="uniform"), "privacy": AtSites(
-        sites=("site-1",), technique=DP) + SecureAggregation(sites=3, clip=5.0, threshold=2)},
+        sites=("site-1",), technique=DP), "aggregation": SecureAggregation(clip=5.0, threshold=2)},
     "DPSGD + LocalGaussian": {"privacy": DP + LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)},
     "SharePercentile": {"privacy": SharePercentile(keep=0.3, error_feedback=True)},
     "PersonalLayers": {"privacy": PersonalLayers(names=["last.*"])},
     "SecureAggregation": {"strategy": FedAvg(weights="uniform"),
-                          "privacy": SecureAggregation(sites=3, clip=5.0, threshold=2)},
+                          "aggregation": SecureAggregation(clip=5.0, threshold=2)},
     "ring": {"topology": ring},
 }
 
@@ -145,6 +153,14 @@ def test_same_bits_as_in_one_process(hosts: Hosts, case: str) -> None:
     here, there = alone(case), run(hosts, **CASES[case])
     assert sha(here) == sha(there)
     assert [r["spent"] for r in here.records] == [r["spent"] for r in there.records]
+
+
+@pytest.mark.parametrize("case", ["FedAvg with moments kept", "SCAFFOLD", "DPSGD", "SecureAggregation"])
+def test_a_second_run_on_one_engine_starts_anew_and_gives_the_same_bits(hosts: Hosts, case: str) -> None:
+    settings = {**CASES[case], "rounds": 6}  # more than the snapshots that a site keeps
+    first, second = run(hosts, **settings), run(hosts, engine=hosts.engine, **settings)
+    assert sha(first) == sha(second)
+    assert not first.site_states  # what the sites keep is theirs
 
 
 def spent(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -243,7 +259,7 @@ def test_a_site_lost_in_an_exchange_of_secure_aggregation_does_not_end_the_run(h
         there = run(hosts, **case, admission=Admission(min_sites=2))
     assert lost == ["site-2"]
     assert sorted(there.records[0]["absent"]) == ([] if late else ["site-2"])
-    assert late == any("site-2 sent its update but fell out" in str(w.message) for w in told)
+    assert late == any("site-2 sent its update but left the exchange" in str(w.message) for w in told)
     assert [len(r["sites"]) for r in there.records] == [3 if late else 2, 3, 3]
     if late:  # its update is in the sum
         assert sha(there) == sha(alone("SecureAggregation"))
@@ -325,7 +341,7 @@ def test_nonsense_is_a_failure_of_who_sent_it(hosts: Hosts, came: Any) -> None:
 
 def test_answers_are_handed_on_in_the_order_of_the_cohort_as_soon_as_they_can_be(tmp_path: Path) -> None:
     train = trainer()
-    sites = [away(f"site-{k}", patients=1) for k in range(4)]
+    sites = [Site(name=f"site-{k}", train=()) for k in range(4)]
     plan = Plan.of(trainer=train, strategy=FedAvg(), privacy=Privacy(), topology=star, admission=None, rounds=1, seed=0,
                    sites=sites)
     handed: list[str] = []
@@ -340,8 +356,8 @@ def test_answers_are_handed_on_in_the_order_of_the_cohort_as_soon_as_they_can_be
     engine = Remote(plan=plan, ask=ask)
     answers = []
     with pytest.warns(UserWarning, match="from 'stranger'|of 'site-0'|of 'stranger'"):
-        for answer in engine.run(SiteTask(trainer=train, privacy=Privacy(), seed=0), ServerState(
-                round=0, params=train.initial()), sites):
+        for answer in engine.train(SiteTask(trainer=train, privacy=Privacy(), seed=0), ServerState(
+                round=0, params=train.initial()), sites, SiteStates()):
             handed.append(answer.site)
             answers.append(answer)
     assert handed == ["site-0", "site-1", "site-2", "site-3"]

@@ -15,19 +15,18 @@ from safetensors.torch import save
 
 from fedlab import FedlabError, PrivacyError, Update
 from fedlab.core import ServerState, SiteError, Spent, weights_sha256
-from fedlab.core.errors import DataError, PrivacyBudgetExhausted
-from fedlab.core.types import Failure, Withdrawal
+from fedlab.core.errors import DataError, PrivacyBudgetExhausted, RunError
+from fedlab.core.types import Failure, SiteState, Withdrawal
 from fedlab.deploy.messages import (
     limit_for,
     pack_answer,
-    pack_memory,
     pack_state,
     pack_weights,
     unpack_answer,
-    unpack_memory,
     unpack_state,
     unpack_weights,
 )
+from fedlab.run.site_states import pack_site_state, unpack_site_state
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16,
           torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -68,24 +67,28 @@ def test_updates_come_back_as_they_were(update: Update) -> None:
 @given(tensors, st.dictionaries(name, tensors, max_size=2), tensors, tensors, st.integers(0, 10**6))
 def test_states_come_back_without_what_is_the_servers_own(
         params: Any, moments: Any, broadcast: Any, secret: Any, round: int) -> None:
-    state = ServerState(round=round, params=params, moments=moments, memory={"broadcast": broadcast, "own": secret})
+    state = ServerState(round=round, params=params, moments=moments, broadcast=broadcast, namespaces={"own": secret})
     back = unpack_state(pack_state(state))
     assert back.round == round and same(back.params, params)
     assert all(same(back.moments.get(k, {}), v) for k, v in moments.items()) and back.moments.keys() <= moments.keys()
-    assert same(back.memory.get("broadcast", {}), broadcast) and "own" not in back.memory
+    assert same(back.broadcast, broadcast) and not back.namespaces
     with pytest.raises(ValueError, match=r"state\.at\(site\)"):
         pack_state(ServerState(round=0, params=params, models={"a": params}))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(name, tensors, max_size=4), st.text(max_size=9))
-def test_memory_comes_back_without_its_secrets(memory: Any, run: str) -> None:
-    data = pack_memory({**memory, "_secret": {"key": torch.ones(3)}}, site="a", run=run)
-    back = unpack_memory(data, site="a", run=run)
-    kept = {k: v for k, v in memory.items() if not k.startswith("_")}
-    assert back.keys() == kept.keys() and all(same(back[k], v) for k, v in kept.items())
-    with pytest.raises(FedlabError, match="disk of a"):
-        unpack_memory(data, site="a", run=run + "x")
+def test_site_states_come_back_without_their_secrets(namespaces: Any, run: str) -> None:
+    state = SiteState(enrolled=True, updates=2, namespaces=namespaces, diagnostics={"norm": torch.ones(3)},
+                      ledger={"entries": [1, "two"]}, secrets={"key": "secret"})
+    data = pack_site_state(state, site="a", run=run)
+    back = unpack_site_state(data, what="the file", site="a", run=run)
+    assert back.namespaces.keys() == namespaces.keys()
+    assert all(same(back.namespaces[k], v) for k, v in namespaces.items())
+    assert (back.enrolled, back.updates, back.ledger) == (True, 2, state.ledger)
+    assert same(back.diagnostics, state.diagnostics) and not back.secrets
+    with pytest.raises(RunError, match="the file is damaged"):
+        unpack_site_state(data, what="the file", site="a", run=run + "x")
 
 
 @settings(max_examples=100, deadline=None)
@@ -183,7 +186,7 @@ def test_the_undamaged_message_is_read_when_put_together_by_hand() -> None:
     spoilt(metrics=[]), spoilt(metrics={"loss": "x"}), spoilt(metrics={"loss": math.nan}), spoilt(spent=[[1, 2]]),
     spoilt(spent=[[1.0, 1e-5, "cat", "rdp", "x"]]), spoilt(spent="x"), spoilt(round=-1), spoilt(encoded="1"),
     spoilt(seconds=[]), spoilt(seconds=math.inf), spoilt(more=1), spoilt(weight="gone"), spoilt(kind="state"),
-    spoilt(kind="pickle"), spoilt(kind=["update"]), spoilt(format="fedlab-wire-0"),
+    spoilt(kind="pickle"), spoilt(kind=["update"]), spoilt(format="fedlab-message-0"),
     spoilt(site=["a"]), spoilt(tensors=[]),
     spoilt(tensors=[["delta", "", "w"]]), spoilt(tensors=[["delta", "", "w"], ["delta", "", "w"]]),
     spoilt(tensors=[["params", "", "w"], ["delta", "", "b"]]), spoilt(tensors=[["delta", "", "w"], ["delta", "", 3]]),
