@@ -125,7 +125,7 @@ class FailsAt(Privacy):
         return update
 
     def _here(self, site: str, state: SiteState) -> bool:
-        return self.site in (None, site) and state.updates == self.round
+        return self.site in (None, site) and state.round == self.round
 
 
 def _breaks(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float:

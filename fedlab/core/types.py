@@ -109,6 +109,7 @@ class SiteState:
     Attributes:
         enrolled: whether the site has belonged to the run from its first round, so that a lost state is noticed.
         updates: number of updates sent.
+        round: number of the present round.
         namespaces: owner -> name -> tensor.
         diagnostics: numbers for the site's own eyes, such as gradient norms; no guarantee covers them.
         ledger: the record of privacy spent, as plain values; `fedlab.privacy.accounting.ledger.Ledger` reads and writes
@@ -120,6 +121,7 @@ class SiteState:
 
     enrolled: bool = False
     updates: int = 0
+    round: int = 0
     namespaces: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     diagnostics: dict[str, torch.Tensor] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
@@ -138,7 +140,7 @@ class SiteState:
 
     def take_over(self, other: SiteState) -> None:
         """Becomes what the other state is, in place."""
-        self.enrolled, self.updates = other.enrolled, other.updates
+        self.enrolled, self.updates, self.round = other.enrolled, other.updates, other.round
         parts: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
             (self.namespaces, other.namespaces), (self.diagnostics, other.diagnostics), (self.ledger, other.ledger),
             (self.broadcast, other.broadcast), (self.secrets, other.secrets))

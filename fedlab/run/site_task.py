@@ -88,7 +88,7 @@ class SiteTask:
         work = SiteWork(site, state, site_state, self.trainer, self.guarded)
         started = time.perf_counter()
         try:
-            site_state.broadcast = dict(state.broadcast)
+            site_state.round, site_state.broadcast = state.round, dict(state.broadcast)
             units = privacy.units | self.aggregation.units
             ledger, stream = self._open_ledger(units, site, state, site_state, seed)
 

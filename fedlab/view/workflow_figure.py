@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from fedlab.core.protocols import Topology
 from fedlab.core.types import Site
-from fedlab.topologies.workflows import Topology, Tree
+from fedlab.topologies.tree import Tree
 from fedlab.view.colours import BLUE, INK
 
 if TYPE_CHECKING:

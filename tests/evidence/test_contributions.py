@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from fedlab.topologies.workflows import ring
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.run.federate import federate
 from fedlab.run.local import Local
 from fedlab.strategies import FedAvg
+from fedlab.topologies import ring
 from fedlab.view.run_figures import contributions_figure
 from trainers import trainer
 
@@ -166,7 +166,7 @@ def test_updates_of_another_run_are_refused(kept, tmp_path):
 
 def test_updates_that_nobody_may_keep_are_not_kept(tmp_path):
     privacy = CentralGaussian(clip=1.0, noise_multiplier=1.0, delta=1e-3)
-    with pytest.raises(PrivacyError, match="keep single updates"):
+    with pytest.raises(PrivacyError, match="single updates cannot be kept"):
         federate(trainer(), blob_sites(), rounds=1, strategy=FedAvg(weights="uniform"), privacy=privacy, progress=False,
                  engine=KeepUpdates(engine=Local(), folder=tmp_path / "updates"))
     assert not (tmp_path / "updates").exists()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedlab.core.protocols import Topology
 from fedlab.core.types import Site
 from fedlab.engines.remote import away
 from fedlab.run.site_task import SiteTask
-from fedlab.topologies.workflows import Topology
 
 __all__ = ["unseen_sites"]
 

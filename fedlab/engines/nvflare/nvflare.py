@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedlab.core.errors import RunError
+from fedlab.core.protocols import Topology
 from fedlab.core.types import Memory, Round, ServerState, Site
 from fedlab.core.weights import weights_sha256
 from fedlab.deploy.messages import pack_weights
@@ -16,9 +17,9 @@ from fedlab.engines.nvflare.saved_run import SavedRun
 from fedlab.engines.remote import away
 from fedlab.privacy.base import Privacy
 from fedlab.run.admission import Admission
+from fedlab.run.round import star
 from fedlab.run.site_task import SiteTask
 from fedlab.strategies.averaging import FedAvg, Strategy
-from fedlab.topologies.workflows import Topology, star
 from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["NVFlare"]
