@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedlab.apps.cli import main
 from fedlab.core.errors import RunError
+from fedlab.core.types import SiteState
 from fedlab.deploy.policy import Budget
 from fedlab.deploy.settings import _toml, read_settings
 from fedlab.deploy.technique_file import source_of
@@ -44,11 +45,11 @@ CELLS = ("import torch\nfrom fedlab import Privacy, federate\nimport os.path as 
          "class Share(Privacy):\n    broken = True", "%%html\n<b>class Share</b>", "this is not python",
          "@staticmethod\ndef unused(): ...",
          'class Share(Privacy):\n    """Only the largest."""\n\n    def __init__(self, keep=0.1, bound=BOUND):\n'
-         "        self.keep, self.bound = keep, bound\n\n    def protect(self, update, memory, rng):\n"
+         "        self.keep, self.bound = keep, bound\n\n    def protect(self, update, state, rng):\n"
          "        shorter = self.keep if cut_at(update, self.keep) > self.bound else 1.0\n"
          "        return update.map(lambda t: torch.mul(t, shorter))",
-         "class Uses(Privacy):\n    def protect(self, update, memory, rng):\n        return sites[0]",
-         "class Lost(Privacy):\n    def protect(self, update, memory, rng):\n        return nowhere(update)")
+         "class Uses(Privacy):\n    def protect(self, update, state, rng):\n        return sites[0]",
+         "class Lost(Privacy):\n    def protect(self, update, state, rng):\n        return nowhere(update)")
 
 
 def test_init_writes_settings_that_say_what_was_given(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -120,9 +121,9 @@ def test_show_prints_policy_and_what_was_spent_with_its_terms(folder: Path, caps
     assert main(["site", "show", str(folder)]) == 0
     told = capsys.readouterr().out
     assert "nothing was released" in told and "demands nothing" in told
-    memory: dict[str, Any] = {}
-    with LedgerFile(folder / "ledger", "a").kept(memory):
-        ledger = Ledger.open(memory, site="a", model="m", round=0, stream="s")
+    state = SiteState()
+    with LedgerFile(folder / "ledger", "a").kept(state):
+        ledger = Ledger.open(state, site="a", model="m", round=0, stream="s")
         ledger.charge(Gaussian(noise_multiplier=1.0, sample_rate=0.5, steps=3),
                       terms=Terms(unit="patient", delta=1e-3, adjacency="add or remove one patient"))
     with (folder / "site.toml").open("a", encoding="utf-8") as file:

@@ -60,7 +60,7 @@ class Slow(Privacy):
     def __init__(self):
         self.go = threading.Event()
 
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         assert self.go.wait(120)
         return update
 
@@ -71,9 +71,8 @@ class Slow(Privacy):
 class DropsOut(Privacy):
     """One site withdraws after the first round."""
 
-    def protect(self, update, memory, rng):
-        memory["seen"] = {"rounds": memory.get("seen", {}).get("rounds", torch.zeros(())) + 1}
-        if update.site == "site-1" and memory["seen"]["rounds"] > 1:
+    def protect(self, update, state, rng):
+        if update.site == "site-1" and state.round >= 1:
             raise PrivacyBudgetExhausted("<b>enough</b>")
         return update
 
@@ -152,7 +151,7 @@ def test_making_it_again_is_the_same_run_and_another_is_refused():
 
 def test_what_fails_is_shown_and_raised_by_wait():
     class Fails(Privacy):
-        def protect(self, update, memory, rng):
+        def protect(self, update, state, rng):
             raise OSError("the disk of <Bern> is full")
 
     run = BackgroundRun(trainer(), blob_sites(), rounds=2, privacy=Fails())
