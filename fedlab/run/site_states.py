@@ -25,6 +25,7 @@ from fedlab.core.types import SiteState
 __all__ = ["SiteStates", "pack_site_state", "unpack_site_state"]
 
 _FORMAT = "fedlab-site-state-1"
+_PREFIX = "fedlab-site-states-"
 
 
 class SiteStates(Mapping[str, SiteState]):
@@ -39,7 +40,8 @@ class SiteStates(Mapping[str, SiteState]):
 
     def __init__(self, names: Sequence[str] = (), *, folder: Path | str | None = None) -> None:
         if folder is None:
-            folder = tempfile.mkdtemp(prefix="fedlab-site-states-")
+            _remove_left_behind()
+            folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +132,18 @@ class SiteStates(Mapping[str, SiteState]):
 
     def __repr__(self) -> str:
         return f"<SiteStates of {len(self)} sites in {self.folder}>"
+
+
+def _remove_left_behind() -> None:
+    """Removes the temporary folders of processes that were killed, which could not do so themselves."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        try:
+            os.kill(int(owner), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # another user's process
 
 
 def _link(source: Path, target: Path) -> None:
