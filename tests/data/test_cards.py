@@ -32,7 +32,7 @@ GENERATED = CARDS / "generated.md"
 
 
 def changed(**fields: Any) -> str:
-    """The generated cohort's card with other fields; None takes a field out."""
+    """The generated patients' card with other fields; None takes a field out."""
     card = read_card(GENERATED)
     front = {name: value for name, value in {**card.metadata, **fields}.items() if value is not None}
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{card.body}\n"
@@ -119,10 +119,10 @@ def test_the_template_marks_all_that_only_people_know() -> None:
 
 def test_reads_a_card_and_shows_it() -> None:
     card = replace(site(1), card=read_card(GENERATED)).card
-    assert card.name == "fedlab generated glioma cohort"
-    assert card.summary.startswith("What `fedlab.make_cohort` and `fedlab data phantom` make")
-    assert repr(card) == "<DataCard 'fedlab generated glioma cohort': licence apache-2.0, complete>"
-    assert card._repr_markdown_().startswith("# The generated cohort")
+    assert card.name == "fedlab generated gliomas"
+    assert card.summary.startswith("The output of `fedlab.make_cohort` and `fedlab data phantom`:")
+    assert repr(card) == "<DataCard 'fedlab generated gliomas': licence apache-2.0, complete>"
+    assert card._repr_markdown_().startswith("# The generated patients")
     shown = card._repr_html_()
     assert "<h2>Known defects</h2>" in shown and "machine-generated" in shown
 
@@ -131,27 +131,27 @@ def test_reads_a_card_and_shows_it() -> None:
     ({"license": None}, "license: expected a text (Hugging Face's name of the licence, or other), got nothing"),
     ({"license": "GPL"}, "license: expected one of apache-2.0,"),
     ({"license": "other"}, "license_link: expected a text because license is 'other'"),
-    ({"pretty_name": 5}, "pretty_name: expected a text (what people call the data set), got the number 5; put it in"),
+    ({"pretty_name": 5}, "pretty_name: expected a text (common name of the data set), got the number 5; put it in"),
     ({"version": 1.0}, "version: expected a text (MAJOR.MINOR.PATCH), got the number 1.0; put it in quotes"),
     ({"pretty_name": "   "}, "pretty_name: expected a text"),
-    ({"pretty_name": ["a"]}, "pretty_name: expected a text (what people call the data set), got the list ['a']"),
-    ({"tags": "mri"}, "tags: expected a list of texts (words to find it by), got the text 'mri'"),
+    ({"pretty_name": ["a"]}, "pretty_name: expected a text (common name of the data set), got the list ['a']"),
+    ({"tags": "mri"}, "tags: expected a list of texts (search terms), got the text 'mri'"),
     ({"tags": []}, "tags: expected a list of texts"),
-    ({"tags": ["mri", 3]}, "tags[1]: expected a list of texts (words to find it by), got the number 3"),
+    ({"tags": ["mri", 3]}, "tags[1]: expected a list of texts (search terms), got the number 3"),
     ({"tags": ["x"] * 201}, "tags: expected at most 200 items, got 201"),
-    ({"tags": {"mri": 1}}, "tags: expected a list of texts (words to find it by), got the mapping {'mri': 1}"),
+    ({"tags": {"mri": 1}}, "tags: expected a list of texts (search terms), got the mapping {'mri': 1}"),
     ({"size_categories": ["many"]}, "size_categories[0]: expected one of n<1K,"),
     ({"date_published": "last week"}, "date_published: expected a date such as 2021-07-05"),
     ({"date_published": "2021-13"}, "date_published: expected a date such as 2021-07-05"),
-    ({"url": "javascript:alert(1)"}, "url: expected an address that begins with https:// or http://"),
+    ({"url": "javascript:alert(1)"}, "url: expected a URL that begins with https:// or http://"),
     ({"citation": "x" * 9000}, "citation: expected at most 8000 characters, got 9000"),
     ({"citation": "a\x07b"}, "citation: expected printable characters"),
     ({"splits": [{"name": "all"}]}, "splits[0]: expected a row with exactly name, patients, labelled, source"),
     ({"splits": [dict(name="a", patients=-1, labelled="x", source="y")]}, "splits[0].patients: expected a text, got"),
     ({"splits": [dict(name="a", patients=True, labelled="x", source="y")]}, "splits[0].patients: expected a text, got"),
-    ({"licence": "mit"}, "licence: there is no such field; did you mean license?"),
-    ({"rai:dataColection": "x"}, "rai:dataColection: there is no such field; did you mean rai:dataCollection?"),
-    ({"rai:dataBiases": None}, "rai:dataBiases: expected a list of texts (who and what is over- or"),
+    ({"licence": "mit"}, "licence: unknown field; did you mean license?"),
+    ({"rai:dataColection": "x"}, "rai:dataColection: unknown field; did you mean rai:dataCollection?"),
+    ({"rai:dataBiases": None}, "rai:dataBiases: expected a list of texts (over- or under-"),
 ])
 def test_says_which_field_what_was_expected_and_what_came(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError) as caught:
@@ -167,11 +167,11 @@ def test_lists_all_problems_at_once() -> None:
 
 
 @pytest.mark.parametrize("old, new, said", [
-    ("## Demographics", "## People", "section '## Demographics': expected it in the text, it isn't there"),
-    ("## Use\n", "## Demographics\n", "section '## Demographics': expected once, it is there 2 times"),
-    ("# The generated cohort", "The generated cohort", "text: expected a title ('# ...')"),
-    ("There are none. The 152 volunteers of the template were healthy adults [2].", "",
-     "section '## Demographics': expected something below it, got nothing"),
+    ("## Demographics", "## People", "section '## Demographics': expected in the text, but missing"),
+    ("## Use\n", "## Demographics\n", "section '## Demographics': expected once, found 2 times"),
+    ("# The generated patients", "The generated patients", "text: expected a title ('# ...')"),
+    ("None. The 152 volunteers of the template were healthy adults [2].", "",
+     "section '## Demographics': expected text below it, got nothing"),
 ])
 def test_says_what_the_text_lacks(old: str, new: str, said: str) -> None:
     text = GENERATED.read_text("utf-8")
@@ -212,22 +212,22 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
     ("---\npretty_name: x\n", "expected a front matter"),
     (front(BOMB), "anchors and aliases"),
     (front("a: &x 1"), "anchors and aliases"),
-    (front("a: !!python/object/apply:os.system ['true']"), "tags (!) are not read"),
-    (front("a: !!int ''"), "tags (!) are not read"),
-    (front("a: !!timestamp x"), "tags (!) are not read"),
+    (front("a: !!python/object/apply:os.system ['true']"), "tags (!) are not permitted"),
+    (front("a: !!int ''"), "tags (!) are not permitted"),
+    (front("a: !!timestamp x"), "tags (!) are not permitted"),
     (front("[" * 5000), "levels deep"),
     (front("a: " + "{b: " * 50 + "}" * 50), "levels deep"),
-    (front("license: mit\nlicense: other"), "'license' is there twice"),
-    (front("? [a, b]\n: c"), "a field's name is a text"),
+    (front("license: mit\nlicense: other"), "'license' occurs twice"),
+    (front("? [a, b]\n: c"), "a field's name must be a text"),
     (front("a: 2021-13-45"), "cannot be read as YAML"),
     (front("a: " + "9" * 5000), "cannot be read as YAML"),
     (front("a: [unclosed"), "cannot be read as YAML"),
     (front("a: \x00"), "cannot be read as YAML"),
     (front("just text"), "expected fields with values in the front matter"),
     (front("- a\n- b"), "expected fields with values in the front matter"),
-    (front("a: 1\n--- \nb: 2"), "there is no such field"),
+    (front("a: 1\n--- \nb: 2"), "unknown field"),
     (front("x: " + "y" * 70_000), "at most 64000 characters"),
-    (front("\n".join(f"f{n}: {n}" for n in range(900))), "900 of its fields are none of a data card"),
+    (front("\n".join(f"f{n}: {n}" for n in range(900))), "900 of its fields are unknown"),
     ("---\n" * 100_000, "at most"),
 ])
 def test_hostile_text_is_refused_clearly(text: str, said: str, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_data_set_is_fetched_checked_and_readable(tmp_path, archive, capsys, n
 def test_another_archive_than_promised_is_refused_and_leaves_nothing(tmp_path, archive, capsys):
     for checksum in ([], ["--md5", "0" * 32]):  # without --md5 it must be the published archive
         status, out, err = fetch(capsys, "msd-brain", "--out", tmp_path / "data", "--url", archive[0], *checksum)
-        assert status == 1 and "isn't the archive expected" in err and "licence:" in out
+        assert status == 1 and "is not the expected archive" in err and "licence:" in out
         assert not any(tmp_path.iterdir())
 
 
@@ -107,7 +107,7 @@ def test_an_archive_that_breaks_or_leads_out_is_refused(tmp_path, server, capsys
     for name, md5 in bad.items():
         status, _, err = fetch(capsys, "msd-brain", "--out", tmp_path / "in" / "data", "--url", f"{address}/{name}",
                                "--md5", md5)
-        assert status == 1 and "can't be unpacked" in err, name
+        assert status == 1 and "cannot be unpacked" in err, name
         assert not list(tmp_path.rglob("*.txt")) and not list((tmp_path / "in").iterdir())
 
 

@@ -84,7 +84,7 @@ def test_one_unit_more_is_hidden_by_the_noise() -> None:
 
 
 def test_a_scale_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="scale is above 0"):
+    with pytest.raises(ValueError, match="scale must be above 0"):
         discrete_laplace(scale=Fraction(0), rng=random.Random(0))
 
 
