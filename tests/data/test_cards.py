@@ -1,4 +1,4 @@
-"""Data cards: the ones we ship, reading what may be anybody's file, filling one for a site, and Croissant."""
+"""Data cards: the ones in the repository, reading files of unknown origin, filling one for a site, and Croissant."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def site(patients: int, *, held: int = 0, name: str = "st-elsewhere") -> Site:
     return Site(name=name, train=made[:patients], val=made[patients:])
 
 
-# The cards we ship
+# The cards in the repository
 
 
 def test_there_is_a_card_for_every_data_set_of_the_issue() -> None:
@@ -52,7 +52,7 @@ def test_there_is_a_card_for_every_data_set_of_the_issue() -> None:
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_every_card_is_in_order_and_survives_writing(path: Path, tmp_path: Path) -> None:
+def test_every_card_is_valid_and_survives_writing(path: Path, tmp_path: Path) -> None:
     card = read_card(path)
     assert read_card(card.save(tmp_path / "again.md")) == card
 
@@ -76,7 +76,7 @@ def test_every_source_is_cited_and_every_citation_has_a_source(path: Path) -> No
 
 @pytest.mark.parametrize("path", FINISHED, ids=lambda path: path.stem)
 def test_numbers_of_patients_agree_within_a_card(path: Path) -> None:
-    """What the front matter counts stands in the section on patients too."""
+    """The numbers of the front matter also occur in the section on patients."""
     card = read_card(path)
     said = card.section("Patients").replace(",", "")
     for split in card.metadata["splits"]:
@@ -107,7 +107,7 @@ def test_the_template_of_the_package_is_the_one_in_data_cards() -> None:
     assert card_template() == read_card(CARDS / "template.md")
 
 
-def test_the_template_marks_all_that_only_people_know() -> None:
+def test_the_template_marks_everything_that_only_people_know() -> None:
     template = card_template()
     assert {f"## {heading}" for heading in SECTIONS} <= set(template.open)
     known = {"language", "tags", "task_categories", "size_categories"}
@@ -153,7 +153,7 @@ def test_reads_a_card_and_shows_it() -> None:
     ({"rai:dataColection": "x"}, "rai:dataColection: unknown field; did you mean rai:dataCollection?"),
     ({"rai:dataBiases": None}, "rai:dataBiases: expected a list of texts (over- or under-"),
 ])
-def test_says_which_field_what_was_expected_and_what_came(fields: dict[str, Any], said: str) -> None:
+def test_errors_state_the_field_what_was_expected_and_what_was_given(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError) as caught:
         DataCard.parse(changed(**fields), where="mine.md")
     assert str(caught.value).startswith("mine.md: the data card has ")
@@ -173,14 +173,14 @@ def test_lists_all_problems_at_once() -> None:
     ("None. The 152 volunteers of the template were healthy adults [2].", "",
      "section '## Demographics': expected text below it, got nothing"),
 ])
-def test_says_what_the_text_lacks(old: str, new: str, said: str) -> None:
+def test_errors_state_what_the_text_lacks(old: str, new: str, said: str) -> None:
     text = GENERATED.read_text("utf-8")
     assert old in text
     with pytest.raises(DataError, match=re.escape(said)):
         DataCard.parse(text.replace(old, new, 1))
 
 
-def test_a_heading_in_a_listing_is_no_section() -> None:
+def test_a_heading_in_a_code_block_is_not_a_section() -> None:
     assert split_sections("# T\n\n~~~\n## no\n~~~\n\n## yes\nx") == [("", "# T\n\n~~~\n## no\n~~~"), ("yes", "x")]
 
 
@@ -194,7 +194,7 @@ def test_overwrites_nothing(tmp_path: Path) -> None:
         assert mine.read_text() == "mine"
 
 
-# What a file may try
+# Hostile files
 
 
 def front(text: str) -> str:
@@ -252,7 +252,7 @@ def test_a_small_file_stays_small_in_memory() -> None:
 def test_hostile_files_are_refused_clearly(tmp_path: Path) -> None:
     large, latin, folder, loop = (tmp_path / name for name in ("large.md", "latin.md", "folder.md", "loop.md"))
     with large.open("wb") as file:
-        file.truncate(5 * 2**30)  # sparse: 5 GB of nothing
+        file.truncate(5 * 2**30)  # sparse: 5 GB without content
     latin.write_bytes(b"---\npretty_name: M\xfcnchen\n---\n")
     folder.mkdir()
     loop.symlink_to(loop)
@@ -262,7 +262,7 @@ def test_hostile_files_are_refused_clearly(tmp_path: Path) -> None:
             read_card(path)
 
 
-def test_nothing_of_a_card_runs_or_is_loaded_when_it_is_shown() -> None:
+def test_showing_a_card_executes_and_loads_nothing() -> None:
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     card = DataCard.parse(changed(pretty_name=evil, tags=[evil]))
     added = (f"{evil}\n\n![p](https://tracker.example/p.png) [l](javascript:alert(3)) [d](data:text/html,x)\n\n"
@@ -298,7 +298,7 @@ def test_a_damaged_card_gives_a_card_or_a_data_error(data: st.DataObject) -> Non
 # Filling
 
 
-def test_fills_a_card_from_what_the_site_tells() -> None:
+def test_fills_a_card_from_the_sites_statistics() -> None:
     statistics = site_statistics(site(14, held=6), minimum=5)
     card = fill_card(card_template(), statistics)
     said = card.section("Patients")
@@ -339,7 +339,7 @@ def test_a_small_held_out_part_stays_suppressed() -> None:
         f"Patients: all 11, to train on {'withheld' if statistics.train is None else '9'}, held out withheld.")
 
 
-def test_noised_numbers_say_what_they_cost() -> None:
+def test_noised_numbers_state_their_cost() -> None:
     card = fill_card(card_template(), site_statistics(site(12), epsilon=2.0, seed=0))
     said = card.section("Patients")
     assert "Laplace noise" in said and "no formal guarantee" not in said
@@ -363,7 +363,7 @@ def test_a_hostile_site_name_stays_text() -> None:
 
 @pytest.fixture(scope="module")
 def validate() -> Callable[[dict[str, Any]], Any]:
-    """MLCommons' own reader, which checks; part of the extra 'test'."""
+    """The validating reader of MLCommons; part of the extra 'test'."""
     croissant = pytest.importorskip("mlcroissant", reason="mlcroissant is not installed: pip install -e '.[test]'")
     return lambda told: croissant.Dataset(told)
 
@@ -385,8 +385,8 @@ def test_croissant_of_every_card_validates(path: Path, tmp_path: Path, validate:
         assert {s.includes[0] for s in data.metadata.distribution} == {r["pattern"] for r in card.metadata["files"]}
 
 
-def test_every_rai_field_of_the_schema_is_one_that_croissant_knows(validate: Callable[..., Any]) -> None:
-    """A misspelt property would be ignored without a word."""
+def test_croissant_knows_every_rai_field_of_the_schema(validate: Callable[..., Any]) -> None:
+    """Croissant ignores a misspelt property silently."""
     from mlcroissant._src.core import constants
 
     known = {str(value).rsplit("/", 1)[1] for name, value in vars(constants).items()
@@ -410,7 +410,7 @@ def test_a_broken_croissant_does_not_validate(validate: Callable[..., Any]) -> N
         validate(told)
 
 
-def test_a_draft_leaves_out_what_is_open_and_says_so(validate: Callable[..., Any]) -> None:
+def test_a_draft_leaves_out_open_parts_and_lists_them(validate: Callable[..., Any]) -> None:
     card = fill_card(card_template(), site_statistics(site(8)))
     told = card.to_croissant(draft=True)
     assert MARK not in json.dumps(told)
@@ -429,7 +429,7 @@ def test_a_completed_card_of_a_hospital_becomes_croissant(validate: Callable[...
 
 
 def complete(card: DataCard) -> DataCard:
-    """The card as a hospital would hand it in."""
+    """The card as a hospital would complete it."""
     answers = {"text": "said", "texts": ["said"], "date": "2026-03", "url": "https://hospital.example/glioma"}
     kinds = {field.name: field for field in FIELDS}
     told = {name: answers[kinds[name].kind] for name in card.open if name in kinds and kinds[name].kind != "table"}
