@@ -89,7 +89,7 @@ def test_without_a_network_the_error_explains_the_manual_download(tmp_path, serv
             assert piece in err
         assert not any(tmp_path.iterdir())
     monkeypatch.setattr("fedlab.data.fetch._check_space", lambda *_: None)
-    status, out, err = fetch(capsys, "msd-brain", "--out", tmp_path / "data")  # the tests' own guard acts as the missing network
+    status, out, err = fetch(capsys, "msd-brain", "--out", tmp_path / "data")  # the tests block it
     assert status == 1 and "Task01_BrainTumour.tar" in out and "By hand" in err
 
 

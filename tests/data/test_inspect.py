@@ -1,4 +1,4 @@
-"""Inspection of a folder: every kind of defect is found, all at once, and stops nothing; sound scans are measured correctly."""
+"""Inspection of a folder: every defect is found, all at once, and stops nothing; sound scans are measured correctly."""
 
 from __future__ import annotations
 
