@@ -44,7 +44,7 @@ help:
 	@echo '                 alone and all data pooled; writes runs/<name>/report.html'
 	@echo '  make test      check style, types and import order, run every test and notebook'
 	@echo '  make lab       open JupyterLab on notebooks/'
-	@echo '  make gallery   run every notebook and write them and the reference as a site, runs/gallery/index.html'
+	@echo '  make gallery   run every notebook and write them, the pages and the reference as a site, runs/gallery/index.html'
 	@echo '  make install   create $(VENV) and install the tested versions into it'
 	@echo '  make flare     create $(FLARE), for runs across machines (notebook 08): NVFLARE beside the packages of $(VENV)'
 	@echo '  make lint      only the checks that need no running: style, types, import order'
@@ -83,7 +83,7 @@ lint: install
 	@$(VENV)/bin/lint-imports
 
 gallery: flare
-	@echo "fedlab: running the notebooks for the gallery"
+	@echo "fedlab: building the documentation site"
 	@$(PY) docs/gallery.py $(ARGS)
 
 # For the tests in a browser: installed where nobody has to be asked. Elsewhere they are skipped, in CI they fail.

@@ -1,10 +1,10 @@
-"""Builds the gallery: a static site of the executed notebooks and the API reference, for reading without a network.
+"""Builds the documentation site: notebooks, pages and the reference, with a search, for reading without a network.
 
-    python docs/gallery.py [--out runs/gallery] [NOTEBOOK ...]
+    python docs/gallery.py [--no-run] [--out runs/gallery] [NOTEBOOK ...]
 
-Every notebook runs in a kernel of its own, the one it names, with the parameters it is committed with. What a widget
-shows alive in JupyterLab is a picture here. At the end every link of the site is followed; a broken one makes this
-program fail.
+Every notebook runs in a kernel of its own, the one it names, with the parameters it is committed with. A live widget
+of JupyterLab is a picture here. With --no-run the notebooks are shown as they are committed, which takes seconds. At
+the end every link of the site is followed; a broken one makes this program fail.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,43 +27,23 @@ from nbconvert.preprocessors import ExtractOutputPreprocessor
 from pygments.formatters import HtmlFormatter
 
 from links import broken_links
+from pages import REPOSITORY, Page, Places, markdown_files, markdown_page, page_of, source_page
+from search import write_index
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-MARK = "gallery.css"  # the style sheet; the first file of a build, so that the next one knows the folder as its own
+MARK = "gallery.css"  # the style sheet; written first, so that the next build knows the folder as its own
 WIDGET = "application/vnd.jupyter.widget-view+json"
-#: What is shown of an output that comes in several forms, first choice first: a picture before a live widget.
+#: The form that is shown of an output, first choice first: a picture before a live widget.
 FORMS = ["image/png", "image/svg+xml", "image/jpeg", "text/html", "text/markdown", "text/plain"]
 #: Markdown that only MathJax could show; loading that takes another machine.
 TEX = re.compile(r"\$\$|\\begin\{|(?<![\w$\\])\$[^\s$][^$\n]*\$")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """A notebook on the site.
-
-    Attributes:
-        name: of its file, without the ending.
-        title: its first heading.
-        promise: its first paragraph, what the reader will do, as HTML.
-        body: the notebook, as HTML.
-        figure: the picture for the index, relative to the site; None where it has none.
-        seconds: how long it ran.
-    """
-
-    name: str
-    title: str
-    promise: str
-    body: str
-    figure: str | None
-    seconds: float
-
-
 def execute(notebook: Any, folder: Path, *, timeout_s: int = 900) -> float:
-    """Runs all cells of a notebook in `folder`, outputs into itself; how many seconds that took.
+    """Runs all cells of a notebook in `folder` and stores the outputs in it; returns the seconds that took.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: a cell failed; says which and how.
+        nbclient.exceptions.CellExecutionError: a cell failed; the message names the cell and the error.
     """
     started = time.monotonic()
     kernel = notebook.metadata.get("kernelspec", {}).get("name", "python3")
@@ -75,8 +54,7 @@ def execute(notebook: Any, folder: Path, *, timeout_s: int = 900) -> float:
 
 
 def without_live_widgets(notebook: Any) -> None:
-    """Removes what only lives with a kernel: the state of widgets, and outputs that are nothing else, as progress bars.
-    """
+    """Removes the state of widgets, and outputs that are only widgets, such as progress bars: they need a kernel."""
     notebook.metadata.pop("widgets", None)  # it holds all that the browser was sent: megabytes of scans
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -84,12 +62,13 @@ def without_live_widgets(notebook: Any) -> None:
                             if WIDGET not in output.get("data", {}) or set(output["data"]) & set(FORMS[:4])]
 
 
-def render(notebook: Any, name: str, out: Path, *, seconds: float) -> Page:
-    """Turns an executed notebook into a page; its pictures become files in `out`/`name`_files.
+def notebook_page(notebook: Any, path: Path, places: Places, *, seconds: float | None) -> Page:
+    """A notebook as a page; its pictures become files in a folder NAME_files of the site.
 
     Raises:
         ValueError: the notebook has no title, or TeX, which would have to be loaded from elsewhere.
     """
+    name = path.stem
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and (found := TEX.search(cell.source)):
             raise ValueError(f"{name}: the site loads no MathJax, so write {found[0]!r} without TeX, as in ε or x²")
@@ -99,95 +78,124 @@ def render(notebook: Any, name: str, out: Path, *, seconds: float) -> Page:
     exporter.register_preprocessor(ExtractOutputPreprocessor(enabled=True))
     body, resources = exporter.from_notebook_node(
         notebook, resources={"unique_key": name, "output_files_dir": f"{name}_files"})
-    for path, content in (resources["outputs"] or {}).items():
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        (out / path).write_bytes(content)
+    for file, content in (resources["outputs"] or {}).items():
+        (places.out / file).parent.mkdir(parents=True, exist_ok=True)
+        (places.out / file).write_bytes(content)
 
     soup = BeautifulSoup(body, "html.parser")
-    for link in soup.select('a[href*=".ipynb"]'):
-        link["href"] = str(link["href"]).replace(".ipynb", ".html")
-    for picture in soup.select("img"):
-        picture["loading"] = "lazy"
-        picture["alt"] = ""  # the text around a figure says what is to be seen
-    title, promise = soup.find("h1"), soup.find("p")
-    if title is None or promise is None:
-        raise ValueError(f"{name}: a notebook begins with a title and a paragraph that says what the reader will do")
+    places.localise(soup, path.resolve())
     pictures = soup.select("img")
-    return Page(name=name, title=_words(title), promise=promise.decode_contents(), body=str(soup),
-                figure=str(pictures[-1]["src"]) if pictures else None, seconds=seconds)
+    for picture in pictures:
+        picture["alt"] = ""  # the text around a figure says what it shows
+    return page_of(soup, kind="notebook", name=name, seconds=seconds,
+                   figure=str(pictures[-1]["src"]) if pictures else None)
 
 
-def write_reference(out: Path) -> None:
-    """Writes the reference of fedlab's public names into `out`: a page for the top and one per namespace."""
+def write_reference(out: Path) -> dict[str, str]:
+    """Writes the reference of fedlab's public names into `out`: a page for the top and one per namespace.
+
+    Returns:
+        Namespace -> the first sentence of its docstring.
+    """
     import pdoc
 
     import fedlab
 
-    for package in (fedlab, *(getattr(fedlab, name) for name in dir(fedlab))):
-        for name in getattr(package, "__all__", ()):
+    namespaces = {name: getattr(fedlab, name) for name in dir(fedlab) if hasattr(getattr(fedlab, name), "__path__")}
+    for package in (fedlab, *namespaces.values()):
+        for name in package.__all__:
             getattr(package, name)  # pdoc sees only names that are loaded, and takes a module of the same name for them
     footer = f"fedlab {fedlab.__version__}"
     pdoc.render.configure(docformat="google", search=False, show_source=False, footer_text=footer,
                           template_directory=TEMPLATES)
     pdoc.pdoc("fedlab", "!fedlab\\.apps", "!fedlab\\..+\\..+", output_directory=out)
+    return {name: str(package.__doc__).partition(".\n")[0] for name, package in namespaces.items()}
 
 
-def build(notebooks: Sequence[Path], out: Path) -> list[str]:
-    """Builds the site from notebooks, in their order; what is broken in it, a line each.
+def build(notebooks: Sequence[Path], out: Path, *, run: bool = True) -> list[str]:
+    """Builds the site from notebooks, in their order, and from the Markdown pages of the repository.
 
     Args:
         notebooks: files; none of them is changed.
-        out: a folder for the site; whatever an earlier build left there is gone.
+        out: a folder for the site; the files of an earlier build are removed.
+        run: whether to run the notebooks.
+
+    Returns:
+        The broken links of the site, one line each.
 
     Raises:
-        ValueError: the folder holds something else than a gallery.
+        ValueError: the folder is not empty and holds no gallery.
     """
     if out.exists() and not (out / MARK).exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds something else than a gallery; name another folder or remove it yourself")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     colours = HtmlFormatter(style="default").get_style_defs(".highlight")
-    (out / MARK).write_text((TEMPLATES / MARK).read_text("utf-8") + colours + "\n", "utf-8")
-    pages = []
-    for path in notebooks:
-        print(f"gallery: running {path.name}", end=" ", flush=True)
-        notebook = nbformat.read(path, as_version=4)
-        seconds = execute(notebook, path.resolve().parent)  # where its paths, as ../data_cards, lead
-        print(f"({seconds:.0f} s)", flush=True)
-        pages.append(render(notebook, path.stem, out, seconds=seconds))
-    write_pages(pages, out)
+    (out / MARK).write_text("\n".join([*((TEMPLATES / name).read_text("utf-8") for name in (MARK, "search.css")),
+                                       colours, ""]), "utf-8")
+    shutil.copyfile(TEMPLATES / "search.js", out / "search.js")
+
+    texts = markdown_files()
+    places = Places(out, {**{path.resolve(): f"{path.stem}.html" for path in notebooks},
+                          **{path: f"{name}.html" for path, (_, name) in texts.items()},
+                          REPOSITORY / "README.md": "index.html"})
+    pages = [_notebook(path, places, run=run) for path in notebooks]
+    pages += [markdown_page(path, kind, name, places) for path, (kind, name) in texts.items()]
     print("gallery: writing the reference", flush=True)
-    write_reference(out / "reference")
+    namespaces = write_reference(out / "reference")
+    write_pages(pages, places, namespaces)
+    kinds = {f"{page.name}.html": page.kind for page in pages}
+    kinds |= {f"reference/{name}.html": "reference" for name in ("fedlab", *(f"fedlab/{one}" for one in namespaces))}
+    print(f"gallery: {write_index(out, kinds)} entries in the search")
     return broken_links(out)
 
 
-def write_pages(pages: Sequence[Page], out: Path) -> None:
-    """Writes the index and a page for each notebook."""
+def _notebook(path: Path, places: Places, *, run: bool) -> Page:
+    notebook, seconds = nbformat.read(path, as_version=4), None
+    if run:
+        print(f"gallery: running {path.name}", end=" ", flush=True)
+        seconds = execute(notebook, path.resolve().parent)  # the folder that its relative paths start from
+        print(f"({seconds:.0f} s)", flush=True)
+    return notebook_page(notebook, path, places, seconds=seconds)
+
+
+def write_pages(pages: Sequence[Page], places: Places, namespaces: Mapping[str, str]) -> None:
+    """Writes the start page, a page for each notebook and Markdown file, and the source files that they link to."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    _write(out / "index.html", environment, "index.html.j2", {"pages": pages})
-    around = zip([None, *pages], pages, [*pages[1:], None], strict=False)
-    for before, page, after in around:
-        _write(out / f"{page.name}.html", environment, "notebook.html.j2",
-               {"pages": pages, "page": page, "before": before, "after": after})
+    notebooks = [page for page in pages if page.kind == "notebook"]
+    topics = [page for page in pages if page.kind == "page"]
+    common: dict[str, Any] = {"notebooks": notebooks, "topics": topics, "root": "", "page": None}
 
+    def write(name: str, template: str, **values: object) -> None:
+        file = places.out / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(environment.get_template(template).render(common | values), "utf-8")
 
-def _write(file: Path, environment: jinja2.Environment, template: str, values: Mapping[str, object]) -> None:
-    file.write_text(environment.get_template(template).render(values), "utf-8")
-
-
-def _words(heading: Any) -> str:
-    """The text of a heading without the sign that links to it."""
-    return str(heading.get_text()).rstrip("¶").strip()
+    readme = markdown_page(REPOSITORY / "README.md", "page", "README", places)
+    picture = BeautifulSoup(readme.body, "html.parser").select_one("img")
+    write("index.html", "index.html.j2", lead=readme.promise, picture=picture, namespaces=namespaces)
+    for series in (notebooks, topics):
+        for before, page, after in zip([None, *series], series, [*series[1:], None], strict=False):
+            write(f"{page.name}.html", "page.html.j2", page=page, before=before, after=after)
+    for page in pages:
+        if page.kind == "data card":
+            write(f"{page.name}.html", "page.html.j2", page=page, before=None, after=None)
+    for path, name in places.sources.items():
+        write(name, "source.html.j2", root="../" * name.count("/"), path=path.relative_to(REPOSITORY).as_posix(),
+              body=source_page(path))
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """The command line; 0 where the site is whole, 1 where a link in it is broken."""
-    parser = argparse.ArgumentParser(description="Build the static gallery of notebooks and the API reference.")
+    """The command line; 0 if every link of the site holds, 1 if one is broken."""
+    parser = argparse.ArgumentParser(description="Build the documentation site: notebooks, pages and API reference.")
     parser.add_argument("notebooks", nargs="*", type=Path, help="which notebooks; all in notebooks/ by default")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "gallery", help="the folder of the site")
+    parser.add_argument("--no-run", action="store_true",
+                        help="show the notebooks as they are committed, without outputs")
     chosen = parser.parse_args(None if arguments is None else list(arguments))
-    problems = build(chosen.notebooks or sorted((REPOSITORY / "notebooks").glob("*.ipynb")), chosen.out)
+    problems = build(chosen.notebooks or sorted((REPOSITORY / "notebooks").glob("*.ipynb")), chosen.out,
+                     run=not chosen.no_run)
     for problem in problems:
         print(f"gallery: {problem}", file=sys.stderr)
     if not problems:

@@ -1,4 +1,4 @@
-"""Follows every link of a static site without a network: what it loads must lie in it, where it points must exist.
+"""Follows every link of a static site without a network: all that it loads must be in it, all targets must exist.
 
     python docs/links.py FOLDER
 """
@@ -9,12 +9,11 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from bs4 import BeautifulSoup, Tag
-
-#: Attributes through which a page loads something while it is shown. Of `link` only what is no mere reference.
+#: Attributes through which a page loads something while it is shown. A `link` that is only a reference is left out.
 LOADS = {"img": ["src", "srcset"], "script": ["src"], "iframe": ["src"], "source": ["src", "srcset"], "audio": ["src"],
          "video": ["src", "poster"], "embed": ["src"], "object": ["data"], "input": ["src"], "track": ["src"],
          "image": ["href", "xlink:href"], "use": ["href", "xlink:href"], "link": ["href"], "form": ["action"]}
@@ -25,11 +24,44 @@ SCRIPT = re.compile(r"""(?:\bimport\b\s*\(?|\bfrom\b|\bfetch\(|\bimportScripts\(
                         \s*['"`]((?:(?:https?|wss?):)?//[^'"`]+)""", re.VERBOSE)
 
 
-def broken_links(site: Path) -> list[str]:
-    """What is wrong with the links of a site, one line each; empty where nothing is.
+class Contents(HTMLParser):
+    """The parts of a page that links concern.
 
-    Checked are pages (`.html`) and style sheets (`.css`). An `<a href>` to another machine is a citation and allowed;
-    it isn't followed.
+    Attributes:
+        tags: every tag with its attributes.
+        anchors: ids and names that a link can point to.
+        texts: the content of its `style` and `script` tags, under these names.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.anchors = {"top", ""}
+        self.texts: dict[str, list[str]] = {"style": [], "script": []}
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.tags.append((tag, found))
+        self.anchors |= {found.get("id", ""), found.get("name", "") if tag == "a" else ""}
+        if tag in self.texts:
+            self.texts[tag].append("")
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside in self.texts:
+            self.texts[self._inside][-1] += data
+
+
+def broken_links(site: Path) -> list[str]:
+    """The broken links of a site, one line each.
+
+    Checked are pages (`.html`) and style sheets (`.css`). An `<a href>` to another machine is a citation: it is
+    allowed and not followed.
 
     Args:
         site: the folder of the site.
@@ -38,8 +70,7 @@ def broken_links(site: Path) -> list[str]:
         ValueError: there is no page in that folder.
     """
     site = site.resolve()
-    _soup.cache_clear()  # of an earlier look at pages that may have changed
-    _anchors.cache_clear()
+    _contents.cache_clear()  # pages may have changed since the last call
     pages = sorted(site.rglob("*.html"))
     if not pages:
         raise ValueError(f"there is no page (.html) in {site}")
@@ -51,31 +82,30 @@ def broken_links(site: Path) -> list[str]:
 
 
 def _of_page(page: Path, site: Path) -> Iterator[str]:
-    soup = _soup(page)
-    if base := soup.select_one("base[href]"):
-        yield f"<base href={base['href']!r}> would turn every link of the page"
-    for tag in soup.select("a[href], area[href]"):
-        yield from _pointed_to(str(tag["href"]), page, site)
-    for name, attributes in LOADS.items():
-        for tag in soup.find_all(name):
-            for attribute in attributes:
-                for address in _addresses(tag, attribute):
-                    yield from _loaded(address, page, site)
-    for tag in soup.select("meta[http-equiv=refresh i]"):
-        yield from _pointed_to(str(tag.get("content", "")).partition("url=")[2].strip("'\" "), page, site)
-    styles = [tag.get_text() for tag in soup.select("style")] + [str(tag["style"]) for tag in soup.select("[style]")]
-    for address in (address for style in styles for address in _in_css(style)):
+    contents = _contents(page)
+    for tag, attributes in contents.tags:
+        if tag == "base" and "href" in attributes:
+            yield f"<base href={attributes['href']!r}> would turn every link of the page"
+        if tag in ("a", "area") and "href" in attributes:
+            yield from _pointed_to(attributes["href"], page, site)
+        for name in LOADS.get(tag, ()):
+            for address in _addresses(tag, attributes, name):
+                yield from _loaded(address, page, site)
+        if tag == "meta" and attributes.get("http-equiv", "").lower() == "refresh":
+            yield from _pointed_to(attributes.get("content", "").partition("url=")[2].strip("'\" "), page, site)
+        for address in _in_css(attributes.get("style", "")):
+            yield from _loaded(address, page, site)
+    for address in (address for text in contents.texts["style"] for address in _in_css(text)):
         yield from _loaded(address, page, site)
-    for tag in soup.select("script"):
-        for address in SCRIPT.findall(tag.get_text()):
-            yield f"a script loads {address} from another machine"
+    for address in (address for text in contents.texts["script"] for address in SCRIPT.findall(text)):
+        yield f"a script loads {address} from another machine"
 
 
-def _addresses(tag: Tag, attribute: str) -> list[str]:
-    value = str(tag.get(attribute) or "").strip()
-    if tag.name == "link" and {"canonical", "author", "license"} & set(tag.get("rel") or ()):
+def _addresses(tag: str, attributes: dict[str, str], name: str) -> list[str]:
+    value = attributes.get(name, "").strip()
+    if tag == "link" and {"canonical", "author", "license"} & set(attributes.get("rel", "").split()):
         return []
-    if attribute == "srcset":
+    if name == "srcset":
         return [part.split()[0] for part in value.split(",") if part.split()]
     return [value] if value else []
 
@@ -85,7 +115,7 @@ def _in_css(text: str) -> list[str]:
 
 
 def _loaded(address: str, page: Path, site: Path) -> Iterator[str]:
-    """What is wrong with an address whose content is loaded to show the page."""
+    """The problems of an address whose content is loaded to show the page."""
     if address.startswith("data:"):
         return
     if urlsplit(address).scheme or address.startswith("//"):
@@ -95,7 +125,7 @@ def _loaded(address: str, page: Path, site: Path) -> Iterator[str]:
 
 
 def _pointed_to(address: str, page: Path, site: Path) -> Iterator[str]:
-    """What is wrong with an address that a reader may go to."""
+    """The problems of an address that a reader may go to."""
     parts = urlsplit(address)
     if parts.scheme in ("http", "https"):
         if not parts.hostname or "." not in parts.hostname:
@@ -121,20 +151,13 @@ def _inside(address: str, page: Path, site: Path) -> Iterator[str]:
         yield f"{address} is a folder; name the page in it"
     elif not target.exists():
         yield f"{address} doesn't exist"
-    elif target.suffix == ".html" and not {parts.fragment, unquote(parts.fragment)} & {*_anchors(target), ""}:
+    elif target.suffix == ".html" and not {parts.fragment, unquote(parts.fragment)} & _contents(target).anchors:
         yield f"{address}: {target.name} has no such place"
 
 
 @cache
-def _anchors(page: Path) -> frozenset[str]:
-    soup = _soup(page)
-    return frozenset([*(str(tag["id"]) for tag in soup.select("[id]")),
-                      *(str(tag["name"]) for tag in soup.select("a[name]")), "top"])
-
-
-@cache
-def _soup(page: Path) -> BeautifulSoup:
-    return BeautifulSoup(page.read_text("utf-8"), "html.parser")
+def _contents(page: Path) -> Contents:
+    return Contents(page.read_text("utf-8"))
 
 
 if __name__ == "__main__":

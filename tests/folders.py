@@ -1,4 +1,4 @@
-"""Folders of scans in every layout, from balls for brains or from generated patients, and ways to damage them."""
+"""Folders of scans in every layout, with balls as brains or with generated patients, and functions that damage them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SHAPE = (30, 34, 26)
 OLD = {"FLAIR": "flair", "T1": "t1", "T1c": "t1ce", "T2": "t2", "label": "seg"}
 NEW = {"FLAIR": "t2f", "T1": "t1n", "T1c": "t1c", "T2": "t2w", "label": "seg"}
-#: How each convention writes fedlab's labels 1 core, 2 oedema, 4 enhancing.
+#: The values of fedlab's labels 1 core, 2 oedema, 4 enhancing in each convention.
 WRITTEN = {"brats2021": {1: 1, 2: 2, 4: 4}, "brats2023": {1: 1, 2: 2, 4: 3}, "brats2024": {1: 1, 2: 2, 4: 3},
            "msd": {1: 2, 2: 1, 4: 3}, "brats2013": {1: 1, 2: 2, 4: 4}}
 
 
 def brain_and_label(shape=SHAPE):
-    """A ball for a brain; a tumour in its right anterior superior part, if the axes are RAS."""
+    """A ball as a brain, with a tumour in its right anterior superior part on RAS axes."""
     axes = np.meshgrid(*[np.arange(n) - n / 2 + 0.5 for n in shape], indexing="ij")
     brain = sum((a / (0.42 * n)) ** 2 for a, n in zip(axes, shape, strict=True)) < 1
     away = sum((a - n / 8) ** 2 for a, n in zip(axes, shape, strict=True))
@@ -35,7 +35,7 @@ def brain_and_label(shape=SHAPE):
 
 
 def write_patient(folder, name="P1", *, affine=LPS, suffix=".nii.gz", label=True, seed=0, shape=SHAPE, dtype=np.int16):
-    """One BraTS 2021 patient whose axes are turned from RAS to those of `affine`."""
+    """One BraTS 2021 patient, stored with the axes of `affine`."""
     home = Path(folder) / name
     home.mkdir(parents=True)
     brain, tumour = brain_and_label(shape)
@@ -74,7 +74,7 @@ class Raw(NamedTuple):
 
 
 def ball(name="P1", *, affine=LPS, seed=0, shape=SHAPE):
-    """A ball for a brain, as `write_patient` writes it."""
+    """The patient that `write_patient` writes."""
     brain, tumour = brain_and_label(shape)
     rng = np.random.default_rng(seed)
     images = {modality: from_ras((brain * (rng.integers(100, 400, shape) + 300 * i + 500 * (tumour > 0)))
@@ -83,7 +83,7 @@ def ball(name="P1", *, affine=LPS, seed=0, shape=SHAPE):
 
 
 def load_raw(folder, name):
-    """A patient of a folder in the layout of BraTS 2021, as it is stored."""
+    """A patient of a folder in the layout of BraTS 2021, as stored."""
     volumes = {modality: nib.load(folder / name / f"{name}_{kind}.nii.gz") for modality, kind in OLD.items()}
     arrays = {modality: np.asanyarray(image.dataobj) for modality, image in volumes.items()}
     label = arrays.pop("label")
@@ -91,7 +91,7 @@ def load_raw(folder, name):
 
 
 def recode(label, convention):
-    """Labels 1/2/4 as a convention writes them."""
+    """Labels 1/2/4 in the values of a convention."""
     out = np.zeros_like(label)
     for inside, outside in WRITTEN[convention].items():
         out[label == inside] = outside
@@ -137,7 +137,7 @@ def write_msd(folder, raws, *, order=("FLAIR", "T1", "T1c", "T2"), convention="m
 
 
 def write_paths(folder, raws, *, convention="brats2021"):
-    """Files under names of no layout, and a table that says where they are."""
+    """Files with names of no layout, and a table of their paths."""
     rows = []
     for i, raw in enumerate(raws):
         places = {m: Path("scans") / f"{m.lower()} of {i}.nii.gz" for m in (*raw.images, "label")}

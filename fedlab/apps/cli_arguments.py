@@ -12,14 +12,14 @@ from typing import Any
 __all__ = ["add_command", "add_group", "add_layout", "add_reading", "new_path", "read_shape"]
 
 
-def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], *, help: str,
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None] | None = None, *, help: str,
                 about: str = "") -> argparse.ArgumentParser:
     """Adds a command to argparse's sub-parsers.
 
     Args:
         commands: what `add_subparsers` or `add_group` returns.
         name: the word that calls it.
-        run: does the work; returns the exit status, None for 0.
+        run: does the work; returns the exit status, None for 0. None for a command that has commands of its own.
         help: one line for the list of commands.
         about: the text at the top of its own help, laid out as it is printed.
     """
@@ -31,9 +31,7 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
 
 def add_group(commands: Any, name: str, *, help: str, about: str = "", metavar: str = "COMMAND") -> Any:
     """Adds a command that has commands of its own; returns argparse's sub-parsers for them."""
-    parser = commands.add_parser(name, help=help, description=inspect.cleandoc(about) or help,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    return parser.add_subparsers(required=True, metavar=metavar)
+    return add_command(commands, name, help=help, about=about).add_subparsers(required=True, metavar=metavar)
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -184,6 +183,7 @@ def _approve(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     from fedlab.core.errors import RunError
+    from fedlab.core.files import write_new
     from fedlab.deploy.technique_file import source_of
 
     target: Path = options.to
@@ -193,9 +193,7 @@ def _export(options: argparse.Namespace) -> None:
         raise RunError(f"{target} exists and is not overwritten; choose another name")
     source = source_of(options.notebook, options.name)
     report = _try_out(target.stem, source, options.name, options.call, check=not options.no_check)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("x", encoding="utf-8") as file:
-        file.write(source)
+    write_new(target, source.encode())
     print(f"{report.strip()}\n\nwritten: {target}\nsha256:  {hashlib.sha256(source.encode()).hexdigest()}\n\n"
           f"In the notebook, in place of the class: from {target.stem} import {options.name}\n"
           f"At each site: fedlab site approve FOLDER {target.name}")
@@ -208,9 +206,8 @@ def _try_out(module: str, source: str, name: str, call: str | None, *, check: bo
     code = _TRY.format(module=module, name=name, call=call or f"{name}()", check=check)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / f"{module}.py").write_text(source, encoding="utf-8")
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800, check=False,
-                               env={**os.environ, "PYTHONPATH": os.pathsep.join(
-                                   [folder, *filter(None, [os.environ.get("PYTHONPATH")])])})
+        found = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=1800,
+                               check=False)
     if found.returncode:
         last = "\n".join(found.stderr.strip().splitlines()[-25:])
         raise RunError(f"nothing was written: the file with {name} fails.\n{found.stdout}{last}")
@@ -219,6 +216,7 @@ def _try_out(module: str, source: str, name: str, call: str | None, *, check: bo
 
 _TRY = """\
 import sys
+sys.path.insert(0, sys.argv[1])
 import {module} as module
 from fedlab import Privacy, check_privacy
 found = module.{name}

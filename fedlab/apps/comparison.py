@@ -192,15 +192,12 @@ def sole_use(out: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(out / "run.lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(out / "run.lock").acquire(timeout=0)
     except Timeout as error:
         raise RunError(f"another process works in {out} right now; wait until it ends, or stop it first") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def run_job(job: Job, out: Path) -> Outcome:

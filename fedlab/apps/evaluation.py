@@ -71,10 +71,9 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | No
     }
     if result["labelled"]:
         means = summary(table)
-        names = (*REGIONS, "mean")
-        result |= {"dice": {name: round(float(means["dice"][name]), 4) for name in names},
-                   "hd95_mm": {name: round(float(means["hd95_mm"][name]), 2) for name in names},
-                   "empty_regions": means.attrs["rule"]}
+        result |= {key: {name: round(float(means[key][name]), digits) for name in (*REGIONS, "mean")}
+                   for key, digits in (("dice", 4), ("hd95_mm", 2))}
+        result["empty_regions"] = means.attrs["rule"]
     write_json(out / "summary.json", result)
     return result
 

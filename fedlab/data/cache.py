@@ -1,4 +1,4 @@
-"""Tensors on disk under a name made from what decides them; what cannot be trusted is not used."""
+"""A cache of tensors on disk, named after the settings that determine them; invalid files are not used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["load", "path_of", "store"]
 
 
 def path_of(cache: Path, settings: str) -> Path:
-    """Where the tensors for these settings are kept."""
+    """The file with the tensors for these settings."""
     return cache / f"{hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()}.safetensors"
 
 
@@ -32,7 +32,7 @@ def _checksum(settings: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def store(cache: Path, settings: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes a cache file in one step: other processes see all of it or nothing."""
+    """Writes a cache file in one step: other processes see the whole file or none."""
     cache.mkdir(parents=True, exist_ok=True)
     data = save(dict(tensors), metadata={"settings": settings, "checksum": _checksum(settings, tensors)})
     handle, name = tempfile.mkstemp(dir=cache, suffix=".part")
@@ -46,7 +46,7 @@ def store(cache: Path, settings: str, tensors: Mapping[str, torch.Tensor]) -> No
 
 
 def load(cache: Path, settings: str) -> dict[str, torch.Tensor] | None:
-    """The tensors stored for these settings; None, with a warning where a file is there that cannot be trusted."""
+    """The tensors stored for these settings; None without a file, or with a warning if the file is invalid."""
     path = path_of(cache, settings)
     if not path.exists():
         return None
@@ -58,6 +58,6 @@ def load(cache: Path, settings: str) -> dict[str, torch.Tensor] | None:
         warnings.warn(f"the cache file {path.name} cannot be read ({error}); it is generated anew", stacklevel=2)
         return None
     if metadata.get("settings") != settings or metadata.get("checksum") != _checksum(settings, tensors):
-        warnings.warn(f"the cache file {path.name} is damaged or not ours; it is generated anew", stacklevel=2)
+        warnings.warn(f"the cache file {path.name} is damaged or foreign; it is generated anew", stacklevel=2)
         return None
     return tensors

@@ -1,4 +1,4 @@
-"""Public data sets whose licence allows a download: licence and citation first, then MONAI's downloader, checksum."""
+"""Download of public data sets whose licence permits it: licence and citation, MONAI's downloader, checksum."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class PublicSet:
 
     Attributes:
         title: its name.
-        task: how MONAI's `DecathlonDataset` calls it; address and checksum are MONAI's.
-        folder: what the archive unpacks to.
-        gigabytes: free disk space needed, archive and scans together.
-        licence: under which it may be used.
-        citation: what a paper cites.
+        task: its name in MONAI's `DecathlonDataset`, which provides URL and checksum.
+        folder: the folder in the archive.
+        gigabytes: required disk space for archive and scans together.
+        licence: of the data.
+        citation: for a paper.
     """
 
     title: str
@@ -39,51 +39,52 @@ class PublicSet:
     citation: str
 
 
-#: What can be fetched, by name.
+#: The data sets that can be downloaded, by name.
 SETS: Mapping[str, PublicSet] = {
     "msd-brain": PublicSet(
         title="Medical Segmentation Decathlon, Task01_BrainTumour: 484 training and 266 test cases",
         task="Task01_BrainTumour", folder="Task01_BrainTumour", gigabytes=16,
-        licence="CC BY-SA 4.0: name the authors, say what you changed, share what you derive under the same licence",
+        licence="CC BY-SA 4.0: name the authors, state your changes, share derived works under the same licence",
         citation="Antonelli M. et al.: The Medical Segmentation Decathlon. Nature Communications 13, 4128 (2022). "
                  "doi:10.1038/s41467-022-30695-9"),
 }
-_ASK = ("BraTS and FeTS releases ask for registration and agreement to their terms, so nothing is downloaded for you: "
-        "get the archive from the challenge's own site, unpack it, and look at it with 'fedlab data inspect DIR'")
+_REGISTRATION = ("BraTS and FeTS releases require registration and agreement to their terms and are not downloaded: "
+                 "get the archive from the challenge's own site, unpack it, and check it with 'fedlab data inspect "
+                 "DIR'")
 _TIMEOUT_S = 60.0
 
 
 def fetch(name: str, out: Path, *, url: str | None = None, md5: str | None = None, progress: bool = True) -> Path:
-    """Downloads a data set into a new folder, compares its checksum and unpacks it.
+    """Downloads a data set into a new folder, verifies its checksum and unpacks it.
 
-    What it is, its licence and how to cite it are printed before anything is downloaded.
+    Title, licence and citation are printed before the download.
 
     Args:
-        name: one of `SETS`; MONAI's name of it does too.
-        out: a folder that doesn't exist yet, or an empty one.
-        url: another address of the same archive.
-        md5: its checksum, if it is another archive than MONAI's.
-        progress: show a bar.
+        name: one of `SETS`, or MONAI's name of it.
+        out: a folder that does not exist yet, or an empty one.
+        url: another URL of the same archive.
+        md5: its checksum, if the archive differs from MONAI's.
+        progress: whether to show a bar.
 
     Returns:
         The folder with the scans.
 
     Raises:
-        DataError: an unknown name, a folder in use, no network, too little space, or an archive that isn't the one
-            expected. Nothing of it is left behind.
+        DataError: an unknown name, a folder in use, no network, too little space, or an unexpected archive. No partial
+            files remain.
     """
     chosen = next((one for key, one in SETS.items() if name in (key, one.task)), None)
     if chosen is None:
-        raise DataError(f"{name!r} isn't among the data sets that can be fetched: {', '.join(SETS)}. {_ASK}")
+        raise DataError(f"{name!r} is not one of the data sets that can be fetched: {', '.join(SETS)}. {_REGISTRATION}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not empty; nothing is overwritten, choose another folder")
-    from monai.apps import DecathlonDataset  # seconds to import
+    from monai.apps import DecathlonDataset  # takes seconds to import
 
     address = url or DecathlonDataset.resource[chosen.task]
     checksum = (md5 or DecathlonDataset.md5[chosen.task]).lower()
     print(f"{chosen.title}\nlicence: {chosen.licence}\ncite: {chosen.citation}\nfrom: {address}", flush=True)
-    by_hand = (f"By hand: get {address} on a machine that has a network, compare its MD5 checksum with {checksum}, "
-               f"unpack it with 'tar xf', and look at it with 'fedlab data inspect {chosen.folder}'")
+    by_hand = (f"By hand: get {address} on a machine with a network, compare its MD5 checksum with {checksum}, unpack "
+               f"it with 'tar xf', and check it with 'fedlab data inspect {chosen.folder}'")
     if url is None:
         _check_space(out, chosen.gigabytes)
     parent = out.absolute().parent
@@ -101,7 +102,7 @@ def _check_space(out: Path, gigabytes: float) -> None:
     place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free / 1e9
     if free < gigabytes:
-        raise DataError(f"{place} has {free:.1f} GB free; archive and scans together take {gigabytes:g} GB")
+        raise DataError(f"{place} has {free:.1f} GB free; archive and scans together need {gigabytes:g} GB")
 
 
 def _download(address: str, checksum: str, scratch: Path, by_hand: str, progress: bool) -> Path:
@@ -114,34 +115,34 @@ def _download(address: str, checksum: str, scratch: Path, by_hand: str, progress
             download_url(address, archive, hash_val=checksum, hash_type="md5",
                          progress=progress and sys.stderr.isatty())
         except HashCheckError as error:
-            raise DataError(f"what came from {address} isn't the archive expected: its MD5 checksum is not {checksum}. "
-                            f"Try again, or ask who keeps that address. Nothing was unpacked") from error
+            raise DataError(f"the file from {address} is not the expected archive: its MD5 checksum is not {checksum}. "
+                            f"Try again, or contact the provider of this URL. Nothing was unpacked") from error
         except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSErrors
             reason = getattr(error, "reason", error)
             raise DataError(f"nothing could be downloaded from {address} ({reason}): there is no network, or the "
-                            f"address doesn't answer. {by_hand}") from error
+                            f"server does not answer. {by_hand}") from error
         if not archive.is_file():
             raise DataError(f"{scratch.parent} could not be written to")
         try:
             extractall(archive, unpacked, file_type="tar", has_base=False)
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:  # ValueError: a path that leads out
-            raise DataError(f"the archive from {address} can't be unpacked ({error})") from error
+        except (tarfile.TarError, OSError, ValueError, EOFError) as error:  # ValueError: a path outside
+            raise DataError(f"the archive from {address} cannot be unpacked ({error})") from error
     return unpacked
 
 
 @contextmanager
 def _downloading_in(folder: Path) -> Iterator[None]:
-    """MONAI's downloader as it is wanted here: its temporary files on the disk that was asked for, since the system's
-    may be too small; a server that says nothing counts as no network; and our messages in place of its log.
+    """Settings for MONAI's downloader: temporary files on the requested disk, since the system's may be too small; a
+    timeout for a server that does not answer; and fedlab's messages in place of MONAI's log.
     """
     log = logging.getLogger("monai.apps")
-    place, patience, level = tempfile.tempdir, socket.getdefaulttimeout(), log.level
+    temporary, timeout, level = tempfile.tempdir, socket.getdefaulttimeout(), log.level
     tempfile.tempdir = str(folder)
     socket.setdefaulttimeout(_TIMEOUT_S)
     log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        tempfile.tempdir = place
-        socket.setdefaulttimeout(patience)
+        tempfile.tempdir = temporary
+        socket.setdefaulttimeout(timeout)
         log.setLevel(level)

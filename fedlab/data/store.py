@@ -1,4 +1,4 @@
-"""Prepared sites on disk, memory-mapped, so that several processes train on one copy."""
+"""Prepared sites on disk, memory-mapped, so that several processes share one copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["load_sites", "save_sites"]
 
 
 def save_sites(sites: Sequence[Site], folder: Path) -> None:
-    """Writes one safetensors file per site into `folder`; a file appears only when it is complete."""
+    """Writes one safetensors file per site into `folder`; a file appears only once it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, site in enumerate(sites):
         tensors: dict[str, torch.Tensor] = {}
@@ -40,11 +40,11 @@ def load_sites(folder: Path) -> list[Site]:
     """The sites that `save_sites` wrote to `folder`, in the same order.
 
     Raises:
-        DataError: the folder holds none, or a damaged one.
+        DataError: the folder contains no prepared site, or a damaged one.
     """
     files = sorted(folder.glob("site-*.safetensors"))
     if not files:
-        raise DataError(f"{folder} holds no prepared site")
+        raise DataError(f"{folder} contains no prepared site")
     return [_load_site(file) for file in files]
 
 

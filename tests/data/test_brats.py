@@ -23,7 +23,7 @@ from fedlab.data.sites.partition import read_partitioning, split_patients
 from folders import LPS, brain_and_label, poke_header, rewrite, write_patient
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "brats_real"
-real = pytest.mark.skipif(not REAL.is_dir(), reason="the real scans are not here")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="the real scans are missing")
 
 
 def dice(one, other):
@@ -107,7 +107,7 @@ def test_images_are_z_scored_over_the_brain_and_dark_outside(tmp_path):
     expected = brain_and_label((60, 60, 50))[0].sum() / 8
     assert int(brain.sum()) == pytest.approx(expected, rel=0.03)
     healthy = patient.image[0][brain & (patient.label == 0)]
-    assert healthy.min() > -3  # the rim isn't dimmed by the empty background around it
+    assert healthy.min() > -3  # the empty background does not dim the rim
 
 
 def test_probabilities_map_back_too_and_threshold_counts(tmp_path):
@@ -122,7 +122,7 @@ def test_probabilities_map_back_too_and_threshold_counts(tmp_path):
     assert 0 < (strict > 0).sum() < (half > 0).sum()
 
 
-def test_shape_is_kept_the_brain_centred_and_never_cut(tmp_path):
+def test_the_shape_is_exact_and_the_brain_centred_and_never_cut(tmp_path):
     write_patient(tmp_path)
     files = find_patients(tmp_path)["P1"]
     patient = read_patient(files, shape=(40, 44, 48))
@@ -169,7 +169,7 @@ def test_predictions_are_written_on_the_scans_grid_and_never_over_a_file(tmp_pat
         save_prediction(tmp_path / "p.nii", label[1:], files=files)
 
 
-# --- what can be wrong with a folder
+# --- defects of a folder
 
 def test_every_problem_of_every_patient_is_listed_at_once(tmp_path):
     write_patient(tmp_path, "good")
@@ -191,7 +191,7 @@ def test_every_problem_of_every_patient_is_listed_at_once(tmp_path):
         assert list(find_patients(tmp_path, broken="skip")) == ["good"]
 
 
-def test_folders_that_hold_no_patients(tmp_path):
+def test_folders_without_patients(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         find_patients(tmp_path / "none")
     (tmp_path / "HGG" / "P1").mkdir(parents=True)
@@ -205,7 +205,7 @@ def test_folders_that_hold_no_patients(tmp_path):
         find_patients(tmp_path, broken="ignore")
 
 
-def test_links_that_lead_in_circles_and_odd_names(tmp_path):
+def test_circular_links_and_unusual_names(tmp_path):
     home = write_patient(tmp_path, "Žofie 1 é")
     (home / "notes.nii.gz").write_bytes(b"not a scan")
     with pytest.warns(UserWarning, match=r"notes\.nii\.gz is ignored"):
@@ -222,7 +222,7 @@ def test_links_that_lead_in_circles_and_odd_names(tmp_path):
 
 def flip_bits(path):
     data = bytearray(path.read_bytes())
-    data[-6] ^= 0xFF  # in the stored checksum: every voxel inflates without complaint
+    data[-6] ^= 0xFF  # in the stored checksum: every voxel is decompressed without an error
     path.write_bytes(data)
 
 
@@ -266,10 +266,10 @@ def test_an_uncompressed_file_is_checked_against_its_size(tmp_path):
         find_patients(tmp_path)
 
 
-def test_compression_is_seen_from_the_bytes(tmp_path):
+def test_compression_is_detected_from_the_bytes(tmp_path):
     home = write_patient(tmp_path)
     for path in home.iterdir():
-        path.write_bytes(gzip.decompress(path.read_bytes()))  # the name still says .gz
+        path.write_bytes(gzip.decompress(path.read_bytes()))  # the name still ends in .gz
     assert read_patient(find_patients(tmp_path)["P1"]).image.shape == (4, 32, 32, 32)
 
 
@@ -393,7 +393,7 @@ def test_read_sites(tmp_path):
     assert {tuple(p.image.shape) for p in patients.values()} == {(4, 32, 48, 32)}
     files = find_patients(folder)["P0"]
     back = to_native(patients["P0"].label, patient=patients["P0"], files=files)
-    assert np.array_equal(back, read_label(files)[0])  # padding to the common grid moved the affine along
+    assert np.array_equal(back, read_label(files)[0])  # padding to the common grid also changed the affine
 
 
 def test_read_sites_lists_problems_of_table_folder_and_voxels_together(tmp_path):

@@ -1,4 +1,4 @@
-"""Data cards: the ones we ship, reading what may be anybody's file, filling one for a site, and Croissant."""
+"""Data cards: the ones in the repository, reading files of unknown origin, filling one for a site, and Croissant."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GENERATED = CARDS / "generated.md"
 
 
 def changed(**fields: Any) -> str:
-    """The generated cohort's card with other fields; None takes a field out."""
+    """The generated patients' card with other fields; None takes a field out."""
     card = read_card(GENERATED)
     front = {name: value for name, value in {**card.metadata, **fields}.items() if value is not None}
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{card.body}\n"
@@ -43,7 +43,7 @@ def site(patients: int, *, held: int = 0, name: str = "st-elsewhere") -> Site:
     return Site(name=name, train=made[:patients], val=made[patients:])
 
 
-# The cards we ship
+# The cards in the repository
 
 
 def test_there_is_a_card_for_every_data_set_of_the_issue() -> None:
@@ -52,7 +52,7 @@ def test_there_is_a_card_for_every_data_set_of_the_issue() -> None:
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_every_card_is_in_order_and_survives_writing(path: Path, tmp_path: Path) -> None:
+def test_every_card_is_valid_and_survives_writing(path: Path, tmp_path: Path) -> None:
     card = read_card(path)
     assert read_card(card.save(tmp_path / "again.md")) == card
 
@@ -76,7 +76,7 @@ def test_every_source_is_cited_and_every_citation_has_a_source(path: Path) -> No
 
 @pytest.mark.parametrize("path", FINISHED, ids=lambda path: path.stem)
 def test_numbers_of_patients_agree_within_a_card(path: Path) -> None:
-    """What the front matter counts stands in the section on patients too."""
+    """The numbers of the front matter also occur in the section on patients."""
     card = read_card(path)
     said = card.section("Patients").replace(",", "")
     for split in card.metadata["splits"]:
@@ -107,7 +107,7 @@ def test_the_template_of_the_package_is_the_one_in_data_cards() -> None:
     assert card_template() == read_card(CARDS / "template.md")
 
 
-def test_the_template_marks_all_that_only_people_know() -> None:
+def test_the_template_marks_everything_that_only_people_know() -> None:
     template = card_template()
     assert {f"## {heading}" for heading in SECTIONS} <= set(template.open)
     known = {"language", "tags", "task_categories", "size_categories"}
@@ -119,10 +119,10 @@ def test_the_template_marks_all_that_only_people_know() -> None:
 
 def test_reads_a_card_and_shows_it() -> None:
     card = replace(site(1), card=read_card(GENERATED)).card
-    assert card.name == "fedlab generated glioma cohort"
-    assert card.summary.startswith("What `fedlab.make_cohort` and `fedlab data phantom` make")
-    assert repr(card) == "<DataCard 'fedlab generated glioma cohort': licence apache-2.0, complete>"
-    assert card._repr_markdown_().startswith("# The generated cohort")
+    assert card.name == "fedlab generated gliomas"
+    assert card.summary.startswith("The output of `fedlab.make_cohort` and `fedlab data phantom`:")
+    assert repr(card) == "<DataCard 'fedlab generated gliomas': licence apache-2.0, complete>"
+    assert card._repr_markdown_().startswith("# The generated patients")
     shown = card._repr_html_()
     assert "<h2>Known defects</h2>" in shown and "machine-generated" in shown
 
@@ -131,29 +131,29 @@ def test_reads_a_card_and_shows_it() -> None:
     ({"license": None}, "license: expected a text (Hugging Face's name of the licence, or other), got nothing"),
     ({"license": "GPL"}, "license: expected one of apache-2.0,"),
     ({"license": "other"}, "license_link: expected a text because license is 'other'"),
-    ({"pretty_name": 5}, "pretty_name: expected a text (what people call the data set), got the number 5; put it in"),
+    ({"pretty_name": 5}, "pretty_name: expected a text (common name of the data set), got the number 5; put it in"),
     ({"version": 1.0}, "version: expected a text (MAJOR.MINOR.PATCH), got the number 1.0; put it in quotes"),
     ({"pretty_name": "   "}, "pretty_name: expected a text"),
-    ({"pretty_name": ["a"]}, "pretty_name: expected a text (what people call the data set), got the list ['a']"),
-    ({"tags": "mri"}, "tags: expected a list of texts (words to find it by), got the text 'mri'"),
+    ({"pretty_name": ["a"]}, "pretty_name: expected a text (common name of the data set), got the list ['a']"),
+    ({"tags": "mri"}, "tags: expected a list of texts (search terms), got the text 'mri'"),
     ({"tags": []}, "tags: expected a list of texts"),
-    ({"tags": ["mri", 3]}, "tags[1]: expected a list of texts (words to find it by), got the number 3"),
+    ({"tags": ["mri", 3]}, "tags[1]: expected a list of texts (search terms), got the number 3"),
     ({"tags": ["x"] * 201}, "tags: expected at most 200 items, got 201"),
-    ({"tags": {"mri": 1}}, "tags: expected a list of texts (words to find it by), got the mapping {'mri': 1}"),
+    ({"tags": {"mri": 1}}, "tags: expected a list of texts (search terms), got the mapping {'mri': 1}"),
     ({"size_categories": ["many"]}, "size_categories[0]: expected one of n<1K,"),
     ({"date_published": "last week"}, "date_published: expected a date such as 2021-07-05"),
     ({"date_published": "2021-13"}, "date_published: expected a date such as 2021-07-05"),
-    ({"url": "javascript:alert(1)"}, "url: expected an address that begins with https:// or http://"),
+    ({"url": "javascript:alert(1)"}, "url: expected a URL that begins with https:// or http://"),
     ({"citation": "x" * 9000}, "citation: expected at most 8000 characters, got 9000"),
     ({"citation": "a\x07b"}, "citation: expected printable characters"),
     ({"splits": [{"name": "all"}]}, "splits[0]: expected a row with exactly name, patients, labelled, source"),
     ({"splits": [dict(name="a", patients=-1, labelled="x", source="y")]}, "splits[0].patients: expected a text, got"),
     ({"splits": [dict(name="a", patients=True, labelled="x", source="y")]}, "splits[0].patients: expected a text, got"),
-    ({"licence": "mit"}, "licence: there is no such field; did you mean license?"),
-    ({"rai:dataColection": "x"}, "rai:dataColection: there is no such field; did you mean rai:dataCollection?"),
-    ({"rai:dataBiases": None}, "rai:dataBiases: expected a list of texts (who and what is over- or"),
+    ({"licence": "mit"}, "licence: unknown field; did you mean license?"),
+    ({"rai:dataColection": "x"}, "rai:dataColection: unknown field; did you mean rai:dataCollection?"),
+    ({"rai:dataBiases": None}, "rai:dataBiases: expected a list of texts (over- or under-"),
 ])
-def test_says_which_field_what_was_expected_and_what_came(fields: dict[str, Any], said: str) -> None:
+def test_errors_state_the_field_what_was_expected_and_what_was_given(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError) as caught:
         DataCard.parse(changed(**fields), where="mine.md")
     assert str(caught.value).startswith("mine.md: the data card has ")
@@ -167,20 +167,20 @@ def test_lists_all_problems_at_once() -> None:
 
 
 @pytest.mark.parametrize("old, new, said", [
-    ("## Demographics", "## People", "section '## Demographics': expected it in the text, it isn't there"),
-    ("## Use\n", "## Demographics\n", "section '## Demographics': expected once, it is there 2 times"),
-    ("# The generated cohort", "The generated cohort", "text: expected a title ('# ...')"),
-    ("There are none. The 152 volunteers of the template were healthy adults [2].", "",
-     "section '## Demographics': expected something below it, got nothing"),
+    ("## Demographics", "## People", "section '## Demographics': expected in the text, but missing"),
+    ("## Use\n", "## Demographics\n", "section '## Demographics': expected once, found 2 times"),
+    ("# The generated patients", "The generated patients", "text: expected a title ('# ...')"),
+    ("None. The 152 volunteers of the template were healthy adults [2].", "",
+     "section '## Demographics': expected text below it, got nothing"),
 ])
-def test_says_what_the_text_lacks(old: str, new: str, said: str) -> None:
+def test_errors_state_what_the_text_lacks(old: str, new: str, said: str) -> None:
     text = GENERATED.read_text("utf-8")
     assert old in text
     with pytest.raises(DataError, match=re.escape(said)):
         DataCard.parse(text.replace(old, new, 1))
 
 
-def test_a_heading_in_a_listing_is_no_section() -> None:
+def test_a_heading_in_a_code_block_is_not_a_section() -> None:
     assert split_sections("# T\n\n~~~\n## no\n~~~\n\n## yes\nx") == [("", "# T\n\n~~~\n## no\n~~~"), ("yes", "x")]
 
 
@@ -194,7 +194,7 @@ def test_overwrites_nothing(tmp_path: Path) -> None:
         assert mine.read_text() == "mine"
 
 
-# What a file may try
+# Hostile files
 
 
 def front(text: str) -> str:
@@ -212,22 +212,22 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
     ("---\npretty_name: x\n", "expected a front matter"),
     (front(BOMB), "anchors and aliases"),
     (front("a: &x 1"), "anchors and aliases"),
-    (front("a: !!python/object/apply:os.system ['true']"), "tags (!) are not read"),
-    (front("a: !!int ''"), "tags (!) are not read"),
-    (front("a: !!timestamp x"), "tags (!) are not read"),
+    (front("a: !!python/object/apply:os.system ['true']"), "tags (!) are not permitted"),
+    (front("a: !!int ''"), "tags (!) are not permitted"),
+    (front("a: !!timestamp x"), "tags (!) are not permitted"),
     (front("[" * 5000), "levels deep"),
     (front("a: " + "{b: " * 50 + "}" * 50), "levels deep"),
-    (front("license: mit\nlicense: other"), "'license' is there twice"),
-    (front("? [a, b]\n: c"), "a field's name is a text"),
+    (front("license: mit\nlicense: other"), "'license' occurs twice"),
+    (front("? [a, b]\n: c"), "a field's name must be a text"),
     (front("a: 2021-13-45"), "cannot be read as YAML"),
     (front("a: " + "9" * 5000), "cannot be read as YAML"),
     (front("a: [unclosed"), "cannot be read as YAML"),
     (front("a: \x00"), "cannot be read as YAML"),
     (front("just text"), "expected fields with values in the front matter"),
     (front("- a\n- b"), "expected fields with values in the front matter"),
-    (front("a: 1\n--- \nb: 2"), "there is no such field"),
+    (front("a: 1\n--- \nb: 2"), "unknown field"),
     (front("x: " + "y" * 70_000), "at most 64000 characters"),
-    (front("\n".join(f"f{n}: {n}" for n in range(900))), "900 of its fields are none of a data card"),
+    (front("\n".join(f"f{n}: {n}" for n in range(900))), "900 of its fields are unknown"),
     ("---\n" * 100_000, "at most"),
 ])
 def test_hostile_text_is_refused_clearly(text: str, said: str, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_small_file_stays_small_in_memory() -> None:
 def test_hostile_files_are_refused_clearly(tmp_path: Path) -> None:
     large, latin, folder, loop = (tmp_path / name for name in ("large.md", "latin.md", "folder.md", "loop.md"))
     with large.open("wb") as file:
-        file.truncate(5 * 2**30)  # sparse: 5 GB of nothing
+        file.truncate(5 * 2**30)  # sparse: 5 GB without content
     latin.write_bytes(b"---\npretty_name: M\xfcnchen\n---\n")
     folder.mkdir()
     loop.symlink_to(loop)
@@ -262,7 +262,7 @@ def test_hostile_files_are_refused_clearly(tmp_path: Path) -> None:
             read_card(path)
 
 
-def test_nothing_of_a_card_runs_or_is_loaded_when_it_is_shown() -> None:
+def test_showing_a_card_executes_and_loads_nothing() -> None:
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     card = DataCard.parse(changed(pretty_name=evil, tags=[evil]))
     added = (f"{evil}\n\n![p](https://tracker.example/p.png) [l](javascript:alert(3)) [d](data:text/html,x)\n\n"
@@ -298,7 +298,7 @@ def test_a_damaged_card_gives_a_card_or_a_data_error(data: st.DataObject) -> Non
 # Filling
 
 
-def test_fills_a_card_from_what_the_site_tells() -> None:
+def test_fills_a_card_from_the_sites_statistics() -> None:
     statistics = site_statistics(site(14, held=6), minimum=5)
     card = fill_card(card_template(), statistics)
     said = card.section("Patients")
@@ -339,7 +339,7 @@ def test_a_small_held_out_part_stays_suppressed() -> None:
         f"Patients: all 11, to train on {'withheld' if statistics.train is None else '9'}, held out withheld.")
 
 
-def test_noised_numbers_say_what_they_cost() -> None:
+def test_noised_numbers_state_their_cost() -> None:
     card = fill_card(card_template(), site_statistics(site(12), epsilon=2.0, seed=0))
     said = card.section("Patients")
     assert "Laplace noise" in said and "no formal guarantee" not in said
@@ -363,7 +363,7 @@ def test_a_hostile_site_name_stays_text() -> None:
 
 @pytest.fixture(scope="module")
 def validate() -> Callable[[dict[str, Any]], Any]:
-    """MLCommons' own reader, which checks; part of the extra 'test'."""
+    """The validating reader of MLCommons; part of the extra 'test'."""
     croissant = pytest.importorskip("mlcroissant", reason="mlcroissant is not installed: pip install -e '.[test]'")
     return lambda told: croissant.Dataset(told)
 
@@ -385,8 +385,8 @@ def test_croissant_of_every_card_validates(path: Path, tmp_path: Path, validate:
         assert {s.includes[0] for s in data.metadata.distribution} == {r["pattern"] for r in card.metadata["files"]}
 
 
-def test_every_rai_field_of_the_schema_is_one_that_croissant_knows(validate: Callable[..., Any]) -> None:
-    """A misspelt property would be ignored without a word."""
+def test_croissant_knows_every_rai_field_of_the_schema(validate: Callable[..., Any]) -> None:
+    """Croissant ignores a misspelt property silently."""
     from mlcroissant._src.core import constants
 
     known = {str(value).rsplit("/", 1)[1] for name, value in vars(constants).items()
@@ -410,7 +410,7 @@ def test_a_broken_croissant_does_not_validate(validate: Callable[..., Any]) -> N
         validate(told)
 
 
-def test_a_draft_leaves_out_what_is_open_and_says_so(validate: Callable[..., Any]) -> None:
+def test_a_draft_leaves_out_open_parts_and_lists_them(validate: Callable[..., Any]) -> None:
     card = fill_card(card_template(), site_statistics(site(8)))
     told = card.to_croissant(draft=True)
     assert MARK not in json.dumps(told)
@@ -429,7 +429,7 @@ def test_a_completed_card_of_a_hospital_becomes_croissant(validate: Callable[...
 
 
 def complete(card: DataCard) -> DataCard:
-    """The card as a hospital would hand it in."""
+    """The card as a hospital would complete it."""
     answers = {"text": "said", "texts": ["said"], "date": "2026-03", "url": "https://hospital.example/glioma"}
     kinds = {field.name: field for field in FIELDS}
     told = {name: answers[kinds[name].kind] for name in card.open if name in kinds and kinds[name].kind != "table"}

@@ -1,4 +1,4 @@
-"""Downloads, from a file server on this machine: licence first, the right archive or nothing."""
+"""Downloads, from a file server on this machine: licence first, and either the expected archive or nothing."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def test_a_data_set_is_fetched_checked_and_readable(tmp_path, archive, capsys, n
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["data"]  # no archive, no scratch folder
 
 
-def test_another_archive_than_promised_is_refused_and_leaves_nothing(tmp_path, archive, capsys):
+def test_an_unexpected_archive_is_refused_and_leaves_nothing(tmp_path, archive, capsys):
     for checksum in ([], ["--md5", "0" * 32]):  # without --md5 it must be the published archive
         status, out, err = fetch(capsys, "msd-brain", "--out", tmp_path / "data", "--url", archive[0], *checksum)
-        assert status == 1 and "isn't the archive expected" in err and "licence:" in out
+        assert status == 1 and "is not the expected archive" in err and "licence:" in out
         assert not any(tmp_path.iterdir())
 
 
-def test_without_a_network_it_says_what_to_do_by_hand(tmp_path, server, capsys, monkeypatch):
+def test_without_a_network_the_error_explains_the_manual_download(tmp_path, server, capsys, monkeypatch):
     for url in ("http://127.0.0.1:9/brain.tar", f"{server[0]}/none.tar"):
         status, out, err = fetch(capsys, "msd-brain", "--out", tmp_path / "data", "--url", url)
         assert status == 1 and "licence:" in out
@@ -89,11 +89,11 @@ def test_without_a_network_it_says_what_to_do_by_hand(tmp_path, server, capsys, 
             assert piece in err
         assert not any(tmp_path.iterdir())
     monkeypatch.setattr("fedlab.data.fetch._check_space", lambda *_: None)
-    status, out, err = fetch(capsys, "msd-brain", "--out", tmp_path / "data")  # the tests' own guard is the network
+    status, out, err = fetch(capsys, "msd-brain", "--out", tmp_path / "data")  # the tests block it
     assert status == 1 and "Task01_BrainTumour.tar" in out and "By hand" in err
 
 
-def test_an_archive_that_breaks_or_leads_out_is_refused(tmp_path, server, capsys):
+def test_a_broken_archive_or_one_with_outside_paths_is_refused(tmp_path, server, capsys):
     address, folder = server
 
     def evil(tar):
@@ -107,7 +107,7 @@ def test_an_archive_that_breaks_or_leads_out_is_refused(tmp_path, server, capsys
     for name, md5 in bad.items():
         status, _, err = fetch(capsys, "msd-brain", "--out", tmp_path / "in" / "data", "--url", f"{address}/{name}",
                                "--md5", md5)
-        assert status == 1 and "can't be unpacked" in err, name
+        assert status == 1 and "cannot be unpacked" in err, name
         assert not list(tmp_path.rglob("*.txt")) and not list((tmp_path / "in").iterdir())
 
 
@@ -120,7 +120,7 @@ def test_nothing_is_overwritten_and_unknown_names_are_explained(tmp_path, archiv
     assert all(one.licence and one.citation for one in SETS.values())
 
 
-def test_too_little_space_is_said_before_the_download(tmp_path, capsys, monkeypatch):
+def test_too_little_space_is_reported_before_the_download(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 3e9}))
     status, _, err = fetch(capsys, "msd-brain", "--out", tmp_path / "data")
     assert status == 1 and "3.0 GB free" in err

@@ -1,4 +1,4 @@
-"""Fingerprints find a scan again however it was changed, and don't take two patients for one."""
+"""Fingerprints find a scan again after changes, and do not confuse two patients."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def altered(patient: Patient, image: np.ndarray, affine: np.ndarray | None = Non
 
 
 def positive(patient: Patient) -> np.ndarray:
-    """The image as a scanner would give it: above 0 in the brain."""
+    """The image as a scanner delivers it: above 0 in the brain."""
     image = patient.image.float().numpy().copy()
     brain = (image != 0).any(axis=0)
     image[:, brain] += 1 - image[:, brain].min(axis=1, keepdims=True)
     return image
 
 
-def test_its_length_is_as_promised(patients: list[Patient]) -> None:
+def test_the_length_is_as_documented(patients: list[Patient]) -> None:
     print_ = fingerprint(patients[0])
     assert LENGTH == len(print_.values) == 4 * len(WAVES) == 256
     assert max(map(abs, print_.values)) == 127
@@ -64,7 +64,7 @@ def test_its_length_is_as_promised(patients: list[Patient]) -> None:
                for wave in WAVES for order in itertools.permutations(range(3)))
 
 
-def test_every_orientation_is_the_same_to_it(patients: list[Patient]) -> None:
+def test_fingerprints_are_invariant_to_orientation(patients: list[Patient]) -> None:
     patient = patients[0]
     image, own = positive(patient), fingerprint(patient)
     for axes in itertools.permutations(range(3)):
@@ -73,7 +73,7 @@ def test_every_orientation_is_the_same_to_it(patients: list[Patient]) -> None:
             assert own.distance(fingerprint(altered(patient, turned))) < 1e-3, (axes, flips)
 
 
-def test_monotone_intensities_and_margins_are_the_same_to_it(patients: list[Patient]) -> None:
+def test_fingerprints_are_invariant_to_monotone_intensities_and_margins(patients: list[Patient]) -> None:
     patient = patients[1]
     image, own = positive(patient), fingerprint(patient)
     brain = (image != 0).any(axis=0)
@@ -99,11 +99,11 @@ def test_resampled_noisy_and_cut_scans_are_found(patients: list[Patient], spacin
         affine = patient.affine @ np.diag([1 / factor] * 3 + [1.0])
         apart = fingerprint(patient).distance(fingerprint(altered(patient, other, affine)))
         assert apart < THRESHOLD
-        # Voxels of the wrong size are a head of another size.
+        # A wrong voxel size means a head of another size.
         assert fingerprint(patient).distance(fingerprint(altered(patient, other))) > 2 * apart
 
 
-def test_different_patients_of_one_anatomy_are_told_apart(patients: list[Patient]) -> None:
+def test_different_patients_of_one_anatomy_are_distinguished(patients: list[Patient]) -> None:
     prints = [fingerprint(patient) for patient in patients]
     nearest = min(one.distance(other) for one, other in itertools.combinations(prints, 2))
     assert nearest > 1.2 * THRESHOLD
@@ -128,7 +128,7 @@ def test_duplicates_are_found_across_sites_and_splits(cohort: list[Site]) -> Non
             assert all(len(person & set(ids)) in (0, 2) for person in same)
 
 
-def test_what_is_sent_is_short_and_holds_no_image(cohort: list[Site]) -> None:
+def test_the_message_is_short_and_contains_no_image(cohort: list[Site]) -> None:
     sent = json.loads(write_fingerprints(fingerprint_site(cohort[0])))
     assert set(sent) == {"format", "patients"}
     assert all(set(each) == {"patient", "values"} and len(each["values"]) == LENGTH for each in sent["patients"])
@@ -150,7 +150,7 @@ def test_no_sites_no_duplicates() -> None:
         find_duplicates({}, threshold=1.5)
 
 
-def test_what_has_no_fingerprint_is_refused() -> None:
+def test_images_without_a_fingerprint_are_refused() -> None:
     blank = torch.zeros(4, 8, 8, 8)
     for image in (blank, blank + float("nan"), blank + 3.0):
         with pytest.raises(DataError, match="p1"):

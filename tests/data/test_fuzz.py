@@ -1,4 +1,4 @@
-"""Damaged input of every kind: only errors of our own, no hang, no memory. 560 cases, the same on every run."""
+"""Damaged input of every kind: only fedlab's own errors, no hang, bounded memory. 560 cases, the same on every run."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def fuzz(cases):
 
 @contextmanager
 def guarded():
-    """Ends a case that hangs; only project errors pass, warnings don't matter."""
+    """Stops a case that hangs; permits only fedlab's own errors and ignores warnings."""
     def late(*_):
-        raise TimeoutError("still at it")
+        raise TimeoutError("timed out")
 
     before = {number: signal.signal(number, late) for number in (signal.SIGALRM, signal.SIGPROF)}
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    signal.alarm(60 * SECONDS)  # waiting for something that never comes takes no processor time
+    signal.alarm(60 * SECONDS)  # a case that waits forever takes no processor time
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -64,7 +64,7 @@ def guarded():
 
 
 def peak_bytes():
-    """Largest memory of this process since the peak was last reset, None where Linux doesn't tell."""
+    """Largest memory of this process since the peak was last reset; None if the system does not provide it."""
     try:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):
@@ -74,9 +74,9 @@ def peak_bytes():
 
 @pytest.fixture(scope="module", autouse=True)
 def memory():
-    """The whole file takes less than 1 GB more than it began with."""
+    """All tests of this file together add less than 1 GB to the memory at their start."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         pass
     before = peak_bytes()
@@ -103,7 +103,7 @@ def copy_of(folder):
         yield Path(scratch) / "x"
 
 
-#: Numbers that break things, beside random ones.
+#: Critical numbers, in addition to random ones.
 NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 4, 5, 7, 127, 128, 255, 256, 352, 32767, -32768, 65535, 2**31 - 1, -2**31,
                            float("nan"), float("inf"), -float("inf"), 1e30, 1e-30]) | st.floats(width=32) \
     | st.integers(-2**31, 2**31 - 1)
@@ -113,7 +113,7 @@ FIELDS = ("sizeof_hdr", "dim", "datatype", "bitpix", "pixdim", "vox_offset", "sc
 
 
 def set_field(raw, name, place, value):
-    """A header field set to a value, cut to what its type holds."""
+    """Sets a header field to a value, truncated to its type."""
     dtype = nib.Nifti1Header.template_dtype[name]
     offset = nib.Nifti1Header.template_dtype.fields[name][1]
     unit = dtype.base
@@ -247,7 +247,7 @@ def test_institution_tables_and_name_mappings(base, text, rows, flips):
             merge_columns([path], ["P0", "P1"])
 
 
-def test_a_fuzzed_table_stops_a_run_with_a_reason(base, tmp_path):
+def test_a_damaged_table_stops_a_run_with_a_reason(base, tmp_path):
     write_table(tmp_path / "sites.csv", ["Partition_ID", "Subject_ID"], [["1", "P1"]])
     assert read_sites(base / "packed", tmp_path / "sites.csv", spacing_mm=1.0, progress=False)[0].train
     raw = bytearray((tmp_path / "sites.csv").read_bytes())

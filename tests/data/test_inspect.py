@@ -1,4 +1,4 @@
-"""Looking at a folder: every kind of dirt is found, all at once, and stops nothing; what is clean is measured right."""
+"""Inspection of a folder: every defect is found, all at once, and stops nothing; sound scans are measured correctly."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def blank_all(home):
         change(path, lambda a: a * 0)
 
 
-#: The dirt, the code it must get, how bad that is, and how it is made in the folder of the patient "bad one é".
-DIRT = {
+#: Each defect with its code, its severity, and a function that creates it in the folder of the patient "bad one é".
+DEFECTS = {
     "missing modality": ("missing-modality", "error", lambda home, f: f("t1ce").unlink()),
     "missing label": ("no-label", "warning", lambda home, f: f("seg").unlink()),
     "different grids": ("grids-differ", "error", lambda home, f: other_grid(f("t2"))),
@@ -135,26 +135,26 @@ DIRT = {
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """A good patient and the one to be spoilt, with a space and an accent in its name."""
+    """A sound patient and the one to be damaged, with a space and an accent in its name."""
     folder = tmp_path_factory.mktemp("with space é") / "scans"
     for i, name in enumerate(("bad one é", "good 1")):
         save_files(ball(name, seed=i, shape=BIG), folder / name)
     return folder
 
 
-def test_clean_folders_with_odd_names_have_no_findings(clean):
+def test_sound_folders_with_unusual_names_have_no_findings(clean):
     found = inspect(clean)
     assert [case.patient for case in found.cases] == ["bad one é", "good 1"]
     assert found.findings == () and found.broken == ()
 
 
-@pytest.mark.parametrize("dirt", DIRT)
-def test_every_kind_of_dirt_is_a_finding_of_its_patient_and_stops_nothing(tmp_path, clean, dirt):
-    code, severity, spoil = DIRT[dirt]
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_every_kind_of_defect_is_a_finding_of_its_patient_and_stops_nothing(tmp_path, clean, defect):
+    code, severity, damage = DEFECTS[defect]
     folder = tmp_path / "scans"
     shutil.copytree(clean, folder)
     home = folder / "bad one é"
-    spoil(home, lambda kind: home / f"bad one é_{kind}.nii.gz")
+    damage(home, lambda kind: home / f"bad one é_{kind}.nii.gz")
     found = inspect(folder)
     bad, *good = found.cases
     assert bad.patient == "bad one é" and (severity, code) in {(f.severity, f.code) for f in bad.findings}, bad.findings
@@ -280,16 +280,16 @@ def test_the_page_is_one_file_that_escapes_what_it_shows(tmp_path):
         write_page(tmp_path / "t.html", found)
 
 
-def test_names_that_steer_a_terminal_are_printed_harmlessly(tmp_path):
+def test_control_characters_in_names_are_replaced(tmp_path):
     write_layout(tmp_path, "brats2021", [ball("P1")])
     (tmp_path / "P1" / "a\x1b[2J.nii.gz").write_bytes(b"")
     assert "\x1b" not in str(inspect(tmp_path))
 
 
-def test_findings_carry_known_codes():
+def test_findings_have_known_codes():
     with pytest.raises(ValueError, match="a finding's code must be one of"):
         Finding(patient="P1", code="mine", message="")
-    assert {code for code, _, _ in DIRT.values()} <= set(CODES)
+    assert {code for code, _, _ in DEFECTS.values()} <= set(CODES)
 
 
 # --- the command
@@ -329,7 +329,7 @@ def test_the_command_prints_json_and_nothing_else(tmp_path, clean, capsys, monke
     assert broken["findings"][0]["severity"] == "error" and broken["findings"][0]["code"] == "not-nifti"
 
 
-def test_the_command_says_what_it_cannot_do(tmp_path, clean, capsys):
+def test_the_command_reports_errors(tmp_path, clean, capsys):
     for arguments, reason in [((tmp_path / "none",), "is not a folder"), ((tmp_path,), "contains no patient folder"),
                               ((clean, "--layout", "mine"), "layout must be one of"),
                               ((clean, "--label-convention", "mine"), "label_convention must be one of")]:
@@ -360,7 +360,7 @@ def test_real_scans_against_nibabel(real_scans):
             assert [f.code for f in case.findings] == expected
 
 
-def test_a_real_patient_spoilt_in_the_decathlons_layout(tmp_path, real_scans):
+def test_a_damaged_real_patient_in_the_decathlons_layout(tmp_path, real_scans):
     source = real_scans / "msd" / "Task01_BrainTumour"
     shutil.copytree(source, tmp_path / "data")
     path = tmp_path / "data" / "imagesTr" / "BRATS_001.nii.gz"

@@ -1,4 +1,4 @@
-"""Every layout and label convention gives the same patients; what can't be told is an error that says what to do."""
+"""Every layout and label convention gives the same patients; an ambiguous one is an error that states what to do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = {"brats2018": "Brats18_2013_{}_1", "brats2019": "BraTS19_CBICA_{}_1", "bra
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
-    """Two generated patients as they are stored."""
+    """Two generated patients as stored."""
     base = tmp_path_factory.mktemp("phantoms")
     write_brats(base / "scans", sites=1, patients=2, shape=(48, 64, 48), cache=tmp_path_factory.getbasetemp() / "cache",
                 workers=0, progress=False)
@@ -83,7 +83,7 @@ def test_sites_and_predictions_work_in_every_layout(tmp_path, layout):
     assert np.array_equal(to_native(exact.label, patient=exact, files=files), raws[0].label)
 
 
-def test_tables_tell_grade_partition_and_anything_else(tmp_path):
+def test_tables_give_grade_partition_and_any_other_column(tmp_path):
     raws = [ball(f"P{i}") for i in range(3)]
     for layout in ("brats2018", "brats2019", "brats2020"):
         table = read(write_layout(tmp_path / layout, layout, raws), examine=False).table()
@@ -94,7 +94,7 @@ def test_tables_tell_grade_partition_and_anything_else(tmp_path):
     assert table["hospital"].tolist() == ["south", "north", "north"]
 
 
-def test_years_are_told_by_ids_and_tables(tmp_path):
+def test_the_year_follows_from_ids_and_tables(tmp_path):
     for name, layout, expected in [("Brats18_CBICA_AAB_1", "brats2018", "brats2018"),
                                    ("BraTS19_CBICA_AAB_1", "brats2018", "brats2019"),
                                    ("BraTS20_Training_001", "brats2021", "brats2020"),
@@ -164,7 +164,7 @@ def test_a_folder_in_a_folder_and_folders_side_by_side(tmp_path):
         list_patients(tmp_path / "other" / "P1")
 
 
-def test_what_is_no_layout_is_said(tmp_path):
+def test_unknown_and_mixed_layouts_are_errors(tmp_path):
     save(ball().label, ball().affine, tmp_path / "a" / "P1" / "scan.nii.gz")
     with pytest.raises(DataError, match=r"match no layout: scan\.nii\.gz.* write a table of paths"):
         list_patients(tmp_path / "a")
@@ -234,7 +234,7 @@ def test_absolute_paths_and_other_headings(tmp_path):
 
 # --- label conventions
 
-def test_every_convention_means_the_same_inside():
+def test_every_convention_maps_to_the_same_internal_labels():
     inside = np.array([0, 1, 1, 2, 4, 0], dtype=np.uint8)
     outside = {"brats2021": [0, 1, 1, 2, 4, 0], "brats2023": [0, 1, 1, 2, 3, 0], "brats2024": [0, 1, 1, 2, 3, 4],
                "msd": [0, 2, 2, 1, 3, 0], "brats2013": [0, 1, 3, 2, 4, 0]}
@@ -252,7 +252,7 @@ def test_a_stated_convention_is_taken(tmp_path, convention):
     raw = ball("P1")
     want = read(write_layout(tmp_path / "plain", "brats2021", [raw]))[0].label
     stored = recode(raw.label, convention)
-    if convention == "brats2013":  # some of the core is called non-enhancing
+    if convention == "brats2013":  # part of the core is non-enhancing
         stored[(stored == 1) & (np.arange(stored.size).reshape(stored.shape) % 2 == 0)] = 3
     if convention == "brats2024":
         stored[(raw.label == 0) & (raw.images["T1"] > 350)] = 4
@@ -275,7 +275,7 @@ def detect(values, layout="table", **options):
     ([(1, 2, 4, 7)], "brats2020", "brats2021"), ([(1, 2, 3)], "brats2023", "brats2023"),
     ([(1, 2)], "brats2023", "brats2023"), ([(1, 2, 3)] * 3 + [(1, 2, 4)], "brats2023", "brats2023"),
 ])
-def test_conventions_that_can_be_told(values, layout, expected):
+def test_unambiguous_conventions_are_detected(values, layout, expected):
     found = detect(values, layout)
     assert found.name == expected and "value" in found.reason
 
@@ -309,7 +309,7 @@ def test_a_description_beside_the_labels_decides(labels, expected):
         detect([(1, 2)], "msd", described={0: "background", 1: "enhancing", 2: "edema"})
 
 
-def test_nobody_labelled_needs_no_convention(tmp_path):
+def test_patients_without_labels_need_no_convention(tmp_path):
     write_layout(tmp_path, "brats2021", [ball("P1")._replace(label=None)])
     cohort = read(tmp_path)
     assert cohort.convention.name is None and cohort[0].label is None
@@ -333,7 +333,7 @@ def test_ambiguous_labels_stop_run_and_evaluate_until_they_are_stated(tmp_path, 
     assert (sites[0].train[0].label == 4).any()
 
 
-# --- cohorts
+# --- patient folders
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
@@ -355,7 +355,7 @@ def test_types_and_orientations(tmp_path, dtype, codes):
     assert one.spacing_mm == pytest.approx(other.spacing_mm)
 
 
-def test_a_cohort_is_a_sequence_read_on_access(tmp_path):
+def test_a_folder_is_a_sequence_read_on_access(tmp_path):
     write_layout(tmp_path, "brats2021", [ball(f"P{i}", seed=i) for i in range(3)])
     cohort = read(tmp_path, spacing_mm=2.0, shape=(16, 32, 16), examine=False)
     assert len(cohort) == 3 and cohort[-1].id == "P2" and [p.id for p in cohort[1:]] == ["P1", "P2"]

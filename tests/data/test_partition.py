@@ -1,4 +1,4 @@
-"""Patients dealt to sites: everyone exactly once, no person at two places, the same again for the same seed."""
+"""Patients assigned to sites: each exactly once, no person at two places, reproducible with the seed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_ids_of_one_person_stay_together(data: st.DataObject, sites: int, seed: 
         at += size
     for name, make in makers(names, sites, seed, held_out=0.3, same=same).items():
         if name == "column":
-            continue  # a table's sites are given: see the next test
+            continue  # the sites of a table are given: see the next test
         partition = make()
         assert sorted(partition.patients) == names
         for person in same:
@@ -104,7 +104,7 @@ def test_a_patient_at_two_places_is_refused(train, held_out, same, message: str)
         Partition(train=train, held_out=held_out, same=same)
 
 
-def test_a_table_that_splits_a_person_is_refused_and_mended(tmp_path: Path) -> None:
+def test_a_table_that_splits_a_person_is_refused_and_can_be_repaired(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("Partition_ID", "Subject_ID"), (1, "a"), (1, "b"), (2, "c"), (2, "d"), (10, "e")])
@@ -142,14 +142,14 @@ def test_alpha_sets_how_mixed_the_types_are() -> None:
     kinds = {name: KINDS[number % 3] for number, name in enumerate(ids(240))}
 
     def purity(alpha: float) -> float:
-        """The share of the commonest kind at a site, mean over sites by patients."""
+        """The share of the most frequent type at a site, mean over sites weighted by patients."""
         partitions = [by_dirichlet_type(kinds, sites=4, alpha=alpha, seed=seed) for seed in range(10)]
         tops = [Counter(kinds[p] for p in (*partition.train[site], *partition.held_out[site])).most_common(1)[0][1]
                 for partition in partitions for site in partition.train]
         return sum(tops) / (10 * 240)
 
     assert purity(0.1) > 0.6
-    assert purity(1000.0) < 0.4  # a third, and what chance adds
+    assert purity(1000.0) < 0.4  # a third, plus chance
 
 
 def test_quantity_skew_orders_the_sites_and_keeps_the_smallest() -> None:
@@ -159,7 +159,7 @@ def test_quantity_skew_orders_the_sites_and_keeps_the_smallest() -> None:
     assert by_quantity(ids(120), sites=6, skew=0.0).table()["patients"].tolist() == [20] * 6
 
 
-def test_scanner_skew_goes_from_apart_to_mixed() -> None:
+def test_scanner_skew_ranges_from_separate_to_mixed() -> None:
     scanners = {name: f"scanner {number % 4}" for number, name in enumerate(ids(200))}
 
     def own(skew: float) -> float:
@@ -169,11 +169,11 @@ def test_scanner_skew_goes_from_apart_to_mixed() -> None:
         return float(np.mean([at[name] == scanner for name, scanner in scanners.items()]))
 
     assert own(1.0) == 1.0
-    assert own(0.5) == pytest.approx(0.5 + 0.5 / 4, abs=0.1)  # a quarter of those that move come home by chance
+    assert own(0.5) == pytest.approx(0.5 + 0.5 / 4, abs=0.1)  # a quarter of those that move return by chance
     assert own(0.0) == pytest.approx(0.25, abs=0.1)
 
 
-def test_tumour_types_tell_enhancement_and_thirds_of_volume() -> None:
+def test_tumour_types_state_enhancement_and_terciles_of_volume() -> None:
     patients = []
     for number in range(7):
         label = torch.zeros(16, 16, 16, dtype=torch.uint8)
@@ -221,14 +221,14 @@ def test_a_saved_partition_comes_back_and_a_changed_one_is_refused(tmp_path: Pat
             Partition.load(tmp_path / "bad.json")
 
 
-def test_the_id_stands_for_who_is_where() -> None:
+def test_the_id_identifies_the_assignment() -> None:
     one = Partition(train={"a": ("p1", "p2"), "b": ("p3",)}, held_out={"a": (), "b": ("p4",)})
     same = Partition(train={"b": ("p3",), "a": ("p2", "p1")}, held_out={"b": ("p4",), "a": ()}, how="another way")
     moved = Partition(train={"a": ("p1", "p2"), "b": ("p3", "p4")}, held_out={"a": (), "b": ()})
     assert one.id == same.id != moved.id
 
 
-def test_it_shows_itself() -> None:
+def test_a_partition_displays_itself() -> None:
     partition = Partition(train={"<b>": ("p1",)}, held_out={"<b>": ("p2",)})
     assert "patients  train  held out" in str(partition)
     assert partition.id in repr(partition)

@@ -1,4 +1,4 @@
-"""The generated cohort: anatomy, tumours, contrast, sites, cache and the BraTS layout."""
+"""The generated patients: anatomy, tumours, contrast, sites, cache and the BraTS layout."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_jacobian_of_a_scaling_is_its_determinant():
     grid = Grid(shape=(32, 32, 32), spacing_mm=6.0)
     doubled = grid.coordinates() * torch.tensor([2.0, 1.0, 0.5]).view(3, 1, 1, 1)
     assert torch.allclose(jacobian(doubled, 6.0), torch.ones(32, 32, 32), atol=1e-4)
-    assert float(jacobian(-grid.coordinates(), 6.0).max()) < 0  # a mirror image is seen
+    assert float(jacobian(-grid.coordinates(), 6.0).max()) < 0  # a mirror image is detected
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -107,7 +107,7 @@ def test_no_deformation_folds(seed: int):
     determinant = jacobian(positions, grid.spacing_mm)
     assert float(determinant.min()) > 0
     assert float(determinant.max()) < 8
-    assert float((positions - grid.coordinates()).abs().max()) > 5  # and something did move
+    assert float((positions - grid.coordinates()).abs().max()) > 5  # the map is not trivial
 
 
 def test_the_default_grid_holds_the_whole_brain(default_cohort: list[Site]):
@@ -147,7 +147,7 @@ def test_volumes_and_grades_resemble_brats():
     assert all(0.003 <= g.proliferation <= 0.08 and g.diffusion <= 0.9001 for g in drawn)
 
 
-def test_shares_of_a_population_are_obeyed(cache: Path):
+def test_shares_of_a_population_are_respected(cache: Path):
     scanner = Scanner()
     never = SiteProfile(scanner=scanner, population=Population(low_grade=0.0))
     always = SiteProfile(scanner=scanner, population=Population(low_grade=1.0))
@@ -173,12 +173,12 @@ def test_a_tumour_crosses_no_fluid_and_prefers_white_matter():
     assert into_white > into_grey > 0
 
 
-def test_fast_diffusion_is_cut_instead_of_exploding():
+def test_fast_diffusion_is_limited_for_stability():
     white = torch.ones(40, 40, 40)
     for diffusion, grown in ((0.1, True), (0.9, True), (100.0, False)):
         odds = grow(np.random.default_rng(1), white, white * 0, growth_of(diffusion=diffusion), 3.0, torch.zeros(3))
         assert bool(torch.isfinite(odds).all())
-        assert bool((odds > VISIBLE).any()) == grown  # diluted beyond what can be seen, but no NaN
+        assert bool((odds > VISIBLE).any()) == grown  # diluted below visibility, but no NaN
 
 
 def test_growth_stops_at_the_drawn_volume():
@@ -189,7 +189,7 @@ def test_growth_stops_at_the_drawn_volume():
         assert volume * 0.95 < grown < volume * 1.5
 
 
-# Contrast: every expected number is worked out by hand from the equation
+# Contrast: every expected number is computed by hand from the equation
 
 
 def test_spin_echo_by_hand():
@@ -228,7 +228,7 @@ def test_contrast_agent_by_hand():
 
 
 @pytest.mark.parametrize("field_t", [1.5, 3.0])
-def test_tissues_look_as_a_radiologist_knows_them(field_t: float):
+def test_tissues_have_the_usual_contrast(field_t: float):
     for seed in range(10):
         tissue = draw_tissues(np.random.default_rng(seed), field_t)
         scanner = Scanner(field_t=field_t)
@@ -275,9 +275,9 @@ def test_thresholding_does_not_solve_it(default_cohort: list[Site]):
         for channel in range(4):
             values = patient.image[channel].float().numpy()[brain]
             scores[channel, number] = [dice(values > level, whole) for level in levels]
-    assert scores.mean(1).max() < 0.7  # one threshold for all, the best modality, with hindsight
-    assert scores[0].max(1).mean() < 0.8  # nor does it with the best FLAIR threshold for each patient
-    assert scores[0].mean(0).max() > 0.45  # and yet there is something to see
+    assert scores.mean(1).max() < 0.7  # one threshold for all, the best modality, chosen in retrospect
+    assert scores[0].max(1).mean() < 0.8  # the best FLAIR threshold per patient
+    assert scores[0].mean(0).max() > 0.45  # but the tumour is visible
 
 
 def test_images_are_normalised_over_the_brain(default_cohort: list[Site]):
@@ -373,7 +373,7 @@ def test_damaged_and_foreign_cache_files_are_made_anew(fresh: Path):
             after = patients(make_cohort(**settings))
         assert all(torch.equal(a.image, b.image) for a, b in zip(before, after, strict=True)), name
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # and what was made anew is sound
+            warnings.simplefilter("error")  # the newly generated file is valid
             make_cohort(**settings)
 
 

@@ -1,4 +1,4 @@
-"""What a site tells: no more than it may, noise that is what it says, and sums that add up."""
+"""Statistics of a site: withheld values, the noise and its guarantee, and sums over sites."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_noise_has_the_right_probabilities() -> None:
 
 
 def test_one_unit_more_is_hidden_by_the_noise() -> None:
-    """The definition itself: no output is more than e^(1/scale) times as likely from a neighbouring count."""
+    """The definition itself: no output is more than e^(1/scale) times as likely for a neighbouring count."""
     scale, n = Fraction(2), 40_000
     rng = random.Random(3)
     draws = [np.bincount(np.clip(np.array(noisy([start] * n, scale=scale, rng=rng)) + 4, 0, 9), minlength=10)
@@ -80,11 +80,11 @@ def test_one_unit_more_is_hidden_by_the_noise() -> None:
     for here, there in (draws, draws[::-1]):
         slack = 4.5 * np.sqrt(here) + 4.5 * np.sqrt(math.exp(0.5) ** 2 * there)
         assert (here <= math.exp(0.5) * there + slack).all()
-    assert (draws[0] > math.exp(0.3) * draws[1] + 200).any()  # but is not hidden more than that
+    assert (draws[0] > math.exp(0.3) * draws[1] + 200).any()  # the bound is nearly reached
 
 
-def test_a_scale_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="scale is above 0"):
+def test_a_scale_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="scale must be above 0"):
         discrete_laplace(scale=Fraction(0), rng=random.Random(0))
 
 
@@ -94,7 +94,7 @@ def test_a_scale_of_nothing_is_refused() -> None:
 @given(image=hnp.arrays(np.float32, (4, 3, 3, 3), elements=st.floats(-2.0**100, 2.0**100, width=32)),
        label=st.none() | hnp.arrays(np.uint8, (3, 3, 3), elements=st.sampled_from([0, 1, 2, 4])),
        spacing=st.floats(0.1, 20))
-def test_no_patient_counts_for_more_than_declared(image, label, spacing: float) -> None:
+def test_no_patient_contributes_more_than_declared(image, label, spacing: float) -> None:
     """Adversarial images: the vectors are non-negative whole parts that sum to at most one patient each."""
     image[0, 0, 0, 0] = 1.0
     patient = Patient("p", torch.from_numpy(image), None if label is None else torch.from_numpy(label),
@@ -106,8 +106,8 @@ def test_no_patient_counts_for_more_than_declared(image, label, spacing: float) 
         assert counts.sum() <= PARTS, name
 
 
-def test_the_noise_covers_a_patient_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the noise off, what noise is added to changes by at most the declared Q · PARTS when any patient goes."""
+def test_the_noise_covers_the_removal_of_a_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise, the counts change by at most the declared Q · PARTS when any patient is removed."""
     seen: list[tuple[list[int], Fraction]] = []
 
     def no_noise(counts, *, scale, rng):
@@ -134,12 +134,12 @@ def test_the_noise_covers_a_patient_taken_away(monkeypatch: pytest.MonkeyPatch) 
     assert declared == 10 * PARTS
     changes = [np.abs(whole - counted([p for p in everyone if p is not gone])[0]).sum() for gone in everyone]
     assert max(changes) <= declared
-    assert max(changes) > 0.99 * declared  # and the declared sensitivity is no larger than needed
+    assert max(changes) > 0.99 * declared  # the declared sensitivity is not larger than needed
 
 
 # --- noised statistics ---------------------------------------------------------------------------------------------
 
-def test_noised_statistics_say_what_they_cost_and_the_ledger_hears_of_it_first() -> None:
+def test_noised_statistics_state_their_cost_and_charge_the_ledger_first() -> None:
     site = blob_site("a", 12)
     charged: list[Spent] = []
     told = site_statistics(site, domain=COARSE, epsilon=3.0, charge=charged.append, seed=0)
@@ -151,10 +151,10 @@ def test_noised_statistics_say_what_they_cost_and_the_ledger_hears_of_it_first()
     with pytest.raises(RuntimeError, match="no budget left"):
         site_statistics(site, epsilon=3.0, charge=empty)
     assert told.train is None and told.held_out is None
-    assert told.spacing_mm == {} and told.shape == {}  # the domain doesn't name them
+    assert told.spacing_mm == {} and told.shape == {}  # the domain does not name them
 
 
-def test_noise_is_seeded_or_new() -> None:
+def test_noise_is_seeded_or_fresh() -> None:
     site = blob_site("a", 8)
     settings_ = {"domain": NAMED, "epsilon": 50.0}
     assert site_statistics(site, seed=1, **settings_) == site_statistics(site, seed=1, **settings_)
@@ -172,7 +172,7 @@ def test_noised_counts_are_unbiased_with_the_declared_spread() -> None:
     assert np.std(counts) == pytest.approx(sd, rel=0.35)
 
 
-def test_with_many_patients_or_a_large_epsilon_the_noise_hardly_shows() -> None:
+def test_with_a_large_epsilon_the_noise_is_negligible() -> None:
     site = blob_site("a", 30)
     exact = site_statistics(site, domain=NAMED, minimum=1)
     close = site_statistics(site, domain=NAMED, epsilon=1e4, seed=0)
@@ -190,7 +190,7 @@ def test_too_few_patients_for_the_noise_are_withheld() -> None:
 
 # --- statistics without noise --------------------------------------------------------------------------------------
 
-def test_a_small_site_tells_nothing() -> None:
+def test_a_small_site_releases_nothing() -> None:
     told = site_statistics(blob_site("a", 3, held=1), minimum=5)
     assert told.patients is None and told.train is None
     assert not (told.intensity or told.volumes_ml or told.spacing_mm or told.shape)
@@ -199,7 +199,7 @@ def test_a_small_site_tells_nothing() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(5, 14), minimum=st.integers(1, 5), seed=st.integers(0, 1000))
-def test_enough_patients_stand_behind_every_bin(count: int, minimum: int, seed: int) -> None:
+def test_every_bin_has_enough_patients(count: int, minimum: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     patients = []
     for number in range(count):
@@ -232,10 +232,10 @@ def test_few_held_out_patients_hide_the_split() -> None:
 
 @pytest.mark.parametrize(("rare", "expected"), [
     (0, {"3x3x3": 6.0, "2x2x2": 7.0}),
-    (2, {"other": 15.0}),  # 2 alone would show as 15 - 13; with the smaller group they are 8, and 7 stay
+    (2, {"other": 15.0}),  # 2 alone would follow from 15 - 13; with the smaller group they are 8, and 7 remain
     (5, {"2x2x2": 7.0, "3x3x3": 6.0, "1x1x1": 5.0}),
 ])
-def test_rare_voxel_sizes_are_not_given_away_by_the_total(rare: int, expected: dict[str, float]) -> None:
+def test_the_total_does_not_reveal_rare_voxel_sizes(rare: int, expected: dict[str, float]) -> None:
     patients = []
     for size, count in ((3.0, 6), (2.0, 7), (1.0, rare)):
         patients += [replace(blob_patient(f"{size}-{n}", seed=n), affine=np.diag([size, size, size, 1]))
@@ -269,7 +269,7 @@ def test_moments_volumes_and_quantiles_are_those_of_the_patients() -> None:
     assert told.shape == {"16x16x16": 9.0} and told.spacing_mm == {"3x3x3": 9.0}
 
 
-def test_a_quantile_is_never_one_patients() -> None:
+def test_a_quantile_is_never_that_of_one_patient() -> None:
     patients = []
     for number in range(11):
         label = torch.zeros(16, 16, 16, dtype=torch.uint8)
@@ -347,7 +347,7 @@ def test_combined_statistics_are_those_of_all_patients() -> None:
     assert told.spent == ()
 
 
-def test_combining_keeps_track_of_silence_and_of_privacy() -> None:
+def test_combining_keeps_track_of_withheld_sites_and_of_privacy() -> None:
     one, two = blob_site("a", 8), blob_site("bb", 3)
     told = combine([site_statistics(one), site_statistics(two)])
     assert told.patients == 8 and "bb" in told.withheld[0]
@@ -380,7 +380,7 @@ def spread_of(values: np.ndarray, edges: np.ndarray) -> Distribution:
     return Distribution(edges=tuple(edges.tolist()), counts=tuple(np.histogram(values, edges)[0].tolist()))
 
 
-def test_distances_agree_with_what_is_known() -> None:
+def test_distances_agree_with_references() -> None:
     edges = np.linspace(0, 10, 101)
     rng = np.random.default_rng(0)
     a, b = rng.uniform(1, 4, 4000), rng.uniform(3, 7, 4000)
@@ -390,7 +390,7 @@ def test_distances_agree_with_what_is_known() -> None:
     apart = spread_of(rng.uniform(8, 9, 100), edges)
     assert jensen_shannon(one, apart) == pytest.approx(1.0)
     assert 0 < jensen_shannon(one, other) < 1
-    # Two bins that cross within one bin of the other's: half and half against all in the middle.
+    # Two bins that cross within one bin of the other's: half in each outer bin against all in the middle.
     left = Distribution(edges=(0.0, 1.0, 2.0, 3.0), counts=(1.0, 0.0, 1.0))
     right = Distribution(edges=(0.0, 3.0), counts=(2.0,))
     assert wasserstein(left, right) == pytest.approx(2 * (0.5 * 1 / 6 + 0.5 * 0.5 * 1 / 6))
@@ -408,7 +408,7 @@ def test_a_shifted_site_stands_out() -> None:
         heterogeneity([site_statistics(sites[0])])
 
 
-def test_figures_show_statistics_alone() -> None:
+def test_figures_need_only_statistics() -> None:
     sites = [blob_site("a", 8, held=2), blob_site("bb", 8, shift=0.5), blob_site("ccc", 3)]
     told = [site_statistics(site) for site in sites]
     report = heterogeneity(told)
@@ -427,7 +427,7 @@ def test_figures_show_statistics_alone() -> None:
         intensity_figure([told[2]])
 
 
-def test_html_escapes_what_comes_from_outside() -> None:
+def test_html_escapes_foreign_text() -> None:
     told = replace(site_statistics(blob_site("a", 8)), site="<script>", shape={"<b>": 8.0})
     assert "<script>" not in told._repr_html_() and "<b>" not in told._repr_html_()
     assert "<script>" not in heterogeneity([told, site_statistics(blob_site("a", 8))])._repr_html_()
@@ -445,7 +445,7 @@ def test_harmonisation_maps_percentiles_onto_the_landmarks() -> None:
     order = patient.image[1].flatten().argsort()
     assert (mapped.image[1].flatten()[order].diff() >= 0).all()  # monotone, beyond the landmarks too
     assert mapped.image[1].max() > 1 and mapped.image[1].min() < -1
-    assert torch.equal(patient.image, blob_patient("p", seed=0).image)  # the original is untouched
+    assert torch.equal(patient.image, blob_patient("p", seed=0).image)  # the original is unchanged
 
 
 def test_harmonisation_copes_with_saturation_and_background() -> None:

@@ -1,4 +1,4 @@
-"""Prepared sites come back from disk as they were, or not at all."""
+"""Prepared sites are restored from disk unchanged, or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def same(a, b):
 
 
 def odd_sites():
-    """Names and ids that a file system or a separator might trip over, a missing label, a crooked affine."""
+    """Names and ids with separators and special characters, a missing label, an oblique affine."""
     crooked = np.array([[0, 2.5, 0, -7], [-1.1, 0, 0.1, 1e-9], [0, 0, 3.3, 12], [0, 0, 0, 1]])
     patient = blob_patient("a|b/ü 1", seed=1)
     return [
@@ -37,7 +37,7 @@ def odd_sites():
     ]
 
 
-def test_sites_come_back_bit_equal_in_order(tmp_path):
+def test_sites_are_restored_bit_equal_in_order(tmp_path):
     for sites in (blob_sites((3, 1, 2)), odd_sites()):
         folder = tmp_path / sites[0].name.replace("/", "_")
         save_sites(sites, folder)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,12 +53,12 @@ def links(repository: Path) -> ModuleType:
     return module
 
 
-def build(repository: Path, folder: Path, *cells: Any) -> subprocess.CompletedProcess[str]:
+def build(repository: Path, folder: Path, *cells: Any, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Runs docs/gallery.py on a notebook of these cells, into `folder`/site."""
     folder.mkdir(exist_ok=True)
     notebook = new_notebook(cells=[new_markdown_cell("# Small\n\nYou will see **one** figure."), *cells])
     nbformat.write(notebook, folder / "01_small.ipynb")
-    command = [sys.executable, str(repository / "docs" / "gallery.py"), str(folder / "01_small.ipynb"),
+    command = [sys.executable, str(repository / "docs" / "gallery.py"), str(folder / "01_small.ipynb"), *options,
                "--out", str(folder / "site")]
     return subprocess.run(command, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "IPYTHONDIR": str(folder / "ipython")})
@@ -88,6 +91,57 @@ def test_index_has_the_map(site: Path) -> None:
     (entry,) = page.select(".map li")
     assert "01 Small" in " ".join(entry.get_text().split()) and "You will see one figure." in entry.get_text()
     assert entry.select_one("img") and entry.select_one('a[href="01_small.html"]')
+
+
+def test_the_start_page_leads_to_every_page_and_namespace(site: Path, repository: Path) -> None:
+    page = BeautifulSoup((site / "index.html").read_text("utf-8"), "html.parser")
+    names = [path.stem for path in (repository / "docs").glob("*.md")]
+    cards = {str(link["href"]) for link in page.select(".topics li > a")}
+    assert len(names) >= 7 and cards == {f"{name}.html" for name in [*names, "contributing", "changelog"]}
+    assert {str(link["href"]) for link in page.select("nav.series li a")} == {"01_small.html", *cards}
+    assert "Hospitals that cannot pool their scans" in page.get_text(" ", strip=True).replace("\n", " ")
+    assert (site / str(page.select_one(".start img")["src"])).stat().st_size > 10_000
+    namespaces = [name for name in fedlab.__all__ if isinstance(getattr(fedlab, name), ModuleType)]
+    assert {f"reference/fedlab/{name}.html" for name in namespaces} == {
+        str(link["href"]) for link in page.select("dl.names a")}
+
+
+def test_pages_are_rendered_with_their_tables_pictures_and_sources(site: Path) -> None:
+    page = BeautifulSoup((site / "workflows.html").read_text("utf-8"), "html.parser")
+    assert page.select("article table") and page.select("article .highlight .k, article .highlight .kn")
+    assert (site / str(page.select_one("article img")["src"])).read_bytes().startswith(b"\x89PNG")
+    assert page.select_one('article a[href="faults.html"]') and page.select_one('article a[href$="workflows.csv"]')
+    assert page.find(string=re.compile("Notebook 07")), "a link to a notebook that is not in the site is plain text"
+    assert page.select_one('h2#workflows-and-strategies-compared'), "headings have the ids that code hosts give them"
+    page = BeautifulSoup((site / "architecture.html").read_text("utf-8"), "html.parser")
+    assert "<!--" not in page.get_text() and (site / str(page.select_one("article img")["src"])).suffix == ".svg"
+    source = BeautifulSoup((site / "source/fedlab/run/federate.html").read_text("utf-8"), "html.parser")
+    assert "def federate(" in source.select_one("main").get_text()
+
+
+def test_the_search_knows_notebooks_pages_and_reference(site: Path) -> None:
+    text = (site / "search-index.js").read_text("utf-8")
+    assert text.startswith("window.fedlabSearch([") and "</" not in text
+    entries = json.loads(text.removeprefix("window.fedlabSearch(").removesuffix(");\n"))
+    assert {entry["k"] for entry in entries} == {"notebook", "page", "data card", "reference"}
+    found = {(entry["k"], entry["h"] or entry["t"]): entry for entry in entries}
+    assert "print(6 * 7)" in found["notebook", "Small"]["x"]
+    assert found["notebook", "Two words"]["u"] == "01_small.html#Two-words"
+    assert found["page", "Faults and strategies compared"]["u"] == "faults.html#faults-and-strategies-compared"
+    assert "rounds" in found["reference", "federate"]["x"]
+    names = [entry["h"] for entry in entries if entry["k"] == "reference"]
+    assert len(set(names)) == len(names) > 100
+    for entry in entries:
+        file, _, anchor = entry["u"].partition("#")
+        assert not anchor or f'id="{anchor}"' in (site / file).read_text("utf-8"), entry["u"]
+    assert all('id="search"' in page.read_text("utf-8") for page in site.rglob("*.html") if page.name != "index.html")
+
+
+def test_notebooks_can_be_shown_without_running_them(repository: Path, tmp_path: Path) -> None:
+    done = build(repository, tmp_path, new_code_cell("1 / 0"), options=["--no-run"])
+    assert done.returncode == 0 and "every link holds" in done.stdout, done.stdout + done.stderr
+    page = BeautifulSoup((tmp_path / "site" / "01_small.html").read_text("utf-8"), "html.parser")
+    assert "1 / 0" in " ".join(page.select_one("article").get_text().split()) and not page.select(".output_wrapper")
 
 
 def test_reference_has_every_public_name(site: Path) -> None:

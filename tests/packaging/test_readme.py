@@ -20,6 +20,15 @@ def test_the_example_runs(repository: Path, tmp_path: Path) -> None:
     assert "8 of 8 rounds" in done.stdout and re.search(r"WT +0\.\d", done.stdout)
 
 
+def test_it_fits_on_three_screens(repository: Path) -> None:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
+    assert text.count("![") == 1, "one picture"
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(example.splitlines()) <= 15
+
+
 def test_what_it_points_to_exists(repository: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
     named = r"`((?:notebooks|fedlab|benchmarks|data_cards)/[\w./-]*|[A-Z]+\.(?:md|cff))`|\]\(([\w./-]+)\)"

@@ -9,9 +9,9 @@ from fedlab.data.cards.schema import LICENCES, is_open
 
 __all__ = ["CONFORMS_TO", "croissant"]
 
-#: The two specifications that the metadata follows.
+#: The two specifications of the metadata.
 CONFORMS_TO = ("http://mlcommons.org/croissant/1.0", "http://mlcommons.org/croissant/RAI/1.0")
-#: The context that Croissant 1.0 prescribes: which of its names stand for which address.
+#: The context that Croissant 1.0 prescribes: the URL of each name.
 _CONTEXT: Mapping[str, Any] = {
     "@language": "en",
     "@vocab": "https://schema.org/",
@@ -30,10 +30,10 @@ _CONTEXT: Mapping[str, Any] = {
 }
 _FORMATS = {".nii.gz": "application/gzip", ".nii": "application/octet-stream", ".csv": "text/csv",
             ".json": "application/json"}
-#: Tables of a card that become records: name -> columns, whose values are told as they stand in the card.
-_RECORDS = {"splits": "The parts of the data set and their patients, with the source of each number.",
-            "labels": "What the numbers in a label map mean.",
-            "statistics": "What the site told about its patients; withheld where too few stand behind a number."}
+#: Tables of a card that become records, with their descriptions.
+_RECORDS = {"splits": "The parts of the data set with their numbers of patients, and the source of each number.",
+            "labels": "The meaning of the values in a label map.",
+            "statistics": "Statistics released by the site; withheld if too few patients contribute to a number."}
 
 
 def croissant(metadata: Mapping[str, Any], summary: str, *, open_fields: Sequence[str] = ()) -> dict[str, Any]:
@@ -41,45 +41,45 @@ def croissant(metadata: Mapping[str, Any], summary: str, *, open_fields: Sequenc
 
     Args:
         metadata: the front matter of a card.
-        summary: what the data set is, in one paragraph.
-        open_fields: what is still to be completed; left out and named.
+        summary: description of the data set in one paragraph.
+        open_fields: fields still to be completed; they are left out and listed.
     """
-    told = {name: value for name, value in metadata.items() if not is_open(value)}
+    complete = {name: value for name, value in metadata.items() if not is_open(value)}
     note = (f" DRAFT, left out because still to be completed: {', '.join(open_fields)}." if open_fields else "")
     described: dict[str, Any] = {
         "@context": dict(_CONTEXT), "@type": "sc:Dataset", "conformsTo": list(CONFORMS_TO),
-        "name": told.get("pretty_name", "not yet named"), "description": summary + note,
+        "name": complete.get("pretty_name", "not yet named"), "description": summary + note,
     }
     for ours, theirs in (("url", "url"), ("date_published", "datePublished"), ("version", "version"),
                          ("citation", "citeAs"), ("tags", "keywords"), ("language", "inLanguage")):
-        if ours in told:
-            described[theirs] = told[ours]
-    if licence := _licence(told):
+        if ours in complete:
+            described[theirs] = complete[ours]
+    if licence := _licence(complete):
         described["license"] = licence
-    if "creators" in told:
-        described["creator"] = [{"@type": "sc:Organization", "name": name} for name in told["creators"]]
-    described["distribution"] = [_file_set(number, row) for number, row in enumerate(told.get("files", ()))]
+    if "creators" in complete:
+        described["creator"] = [{"@type": "sc:Organization", "name": name} for name in complete["creators"]]
+    described["distribution"] = [_file_set(number, row) for number, row in enumerate(complete.get("files", ()))]
     described["recordSet"] = [_record_set(name, metadata[name]) for name in _RECORDS if metadata.get(name)]
-    described |= {name: value for name, value in told.items() if name.startswith("rai:")}
+    described |= {name: value for name, value in complete.items() if name.startswith("rai:")}
     return {name: value for name, value in described.items() if value != []}
 
 
-def _licence(told: Mapping[str, Any]) -> str | None:
-    name = told.get("license")
-    return told.get("license_link") if name == "other" else LICENCES.get(name or "")
+def _licence(complete: Mapping[str, Any]) -> str | None:
+    name = complete.get("license")
+    return complete.get("license_link") if name == "other" else LICENCES.get(name or "")
 
 
 def _file_set(number: int, row: Mapping[str, str]) -> dict[str, Any]:
-    """Files by their pattern, below the folder that whoever may use them has them in."""
+    """Files by their pattern, relative to the data set's folder."""
     pattern = row["pattern"]
     encoding = next((kind for ending, kind in _FORMATS.items() if pattern.endswith(ending)), "application/octet-stream")
     return {"@type": "cr:FileSet", "@id": f"files-{number}", "name": row["name"],
-            "description": f"{row['name']}; below the data set's folder, which is not part of this description.",
+            "description": f"{row['name']}; relative to the data set's folder, which is not part of this metadata.",
             "encodingFormat": encoding, "includes": pattern}
 
 
 def _record_set(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A table of the card as records that stand in the metadata itself."""
+    """A table of the card as records inside the metadata."""
     columns = list(rows[0])
     fields = [{"@type": "cr:Field", "@id": f"{name}/{column}", "name": f"{name}/{column}", "description": column,
                "dataType": "sc:Integer" if all(type(row[column]) is int for row in rows) else "sc:Text"}

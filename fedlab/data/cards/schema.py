@@ -1,7 +1,7 @@
-"""What a data card must say: its front matter field by field, its sections, and a reader that trusts no file.
+"""The contents of a data card: front matter, sections, and a safe reader for files of unknown origin.
 
 The fields are those of Hugging Face's dataset cards and, with the prefix "rai:", the responsible-AI properties of
-Croissant (MLCommons, Croissant RAI specification 1.0), as far as they fit brain scans.
+Croissant (MLCommons, Croissant RAI specification 1.0), as far as they apply to brain scans.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import yaml
 from fedlab.core.errors import DataError
 
 __all__ = ["FIELDS", "LICENCES", "MARK", "SECTIONS", "CardField", "is_open", "problems", "read_front_matter",
-           "split_sections"]
+           "split_sections", "summary"]
 
-#: What stands where a hospital still has to say something; a text that begins with it counts as open.
+#: The beginning of a text that the hospital has to complete; such a text counts as open.
 MARK = "TO BE COMPLETED"
-#: Headings ("## ...") that every card has, each with something below it.
+#: Headings ("## ...") that every card has, each with text below it.
 SECTIONS = ("Patients", "Consent and licence", "Institutions and scanners", "Demographics", "Annotation",
             "Preprocessing", "Known defects", "Use", "How to cite")
 #: Hugging Face's name of a licence -> its page. "other" needs `license_name` and `license_link`.
 LICENCES: Mapping[str, str] = {name: f"https://spdx.org/licenses/{spdx}" for name, spdx in {
     "apache-2.0": "Apache-2.0", "cc0-1.0": "CC0-1.0", "cc-by-4.0": "CC-BY-4.0", "cc-by-sa-4.0": "CC-BY-SA-4.0",
     "cc-by-nc-4.0": "CC-BY-NC-4.0", "cc-by-nc-sa-4.0": "CC-BY-NC-SA-4.0", "mit": "MIT"}.items()}
-#: Sizes: of a front matter in characters, of one text in it, items of a list, levels within each other.
+#: Limits: characters of a front matter, characters of one text in it, items of a list, levels of nesting.
 _LONGEST_FRONT, _LONGEST_TEXT, _MOST_ITEMS, _DEEPEST = 64_000, 8_000, 200, 4
-_MOST_UNKNOWN = 20  # fields that are named one by one
-#: A control character, but for line breaks and tabs; nothing a person would type.
+_MOST_UNKNOWN = 20  # unknown fields that are listed individually
+#: A control character other than line breaks and tabs.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 _FENCE = re.compile(r"\s{0,3}(`{3,}|~{3,})")
 
@@ -44,11 +44,11 @@ class CardField:
     """One field of the front matter.
 
     Attributes:
-        name: as it stands in the file.
+        name: in the file.
         kind: "text"; "texts", a list of them; "date", such as 2021-07-05; "url"; "table", a list of rows.
-        about: what belongs there.
+        about: its content.
         required: whether a card without it is refused.
-        choices: the only values there are; empty where any will do.
+        choices: the permitted values; empty if any value is permitted.
         columns: of a table; each row has exactly these.
     """
 
@@ -64,60 +64,59 @@ _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "other")
 _ANNOTATORS = ("expert-generated", "machine-generated", "crowdsourced", "found", "no-annotation", "other")
 #: The front matter of a card, in its order.
 FIELDS = (
-    CardField(name="pretty_name", kind="text", about="what people call the data set"),
+    CardField(name="pretty_name", kind="text", about="common name of the data set"),
     CardField(name="license", kind="text", about="Hugging Face's name of the licence, or other",
               choices=(*LICENCES, "other")),
     CardField(name="license_name", kind="text", about="name of a licence that is 'other'", required=False),
-    CardField(name="license_link", kind="url", about="where a licence that is 'other' can be read", required=False),
-    CardField(name="url", kind="url", about="the data set's own page, if it has one", required=False),
-    CardField(name="creators", kind="texts", about="who made it: people or organisations"),
-    CardField(name="date_published", kind="date", about="first published, as year-month-day or less"),
+    CardField(name="license_link", kind="url", about="page of a licence that is 'other'", required=False),
+    CardField(name="url", kind="url", about="page of the data set, if any", required=False),
+    CardField(name="creators", kind="texts", about="creators: persons or organisations"),
+    CardField(name="date_published", kind="date", about="first publication, as year-month-day or less"),
     CardField(name="version", kind="text", about="MAJOR.MINOR.PATCH", required=False),
     CardField(name="citation", kind="text", about="how to cite it, in one line or as BibTeX"),
     CardField(name="language", kind="texts", about="of the texts in it, such as en", required=False),
-    CardField(name="tags", kind="texts", about="words to find it by"),
+    CardField(name="tags", kind="texts", about="search terms"),
     CardField(name="task_categories", kind="texts", about="Hugging Face's names, such as image-segmentation"),
     CardField(name="size_categories", kind="texts", about="number of patients", choices=_SIZES),
-    CardField(name="annotations_creators", kind="texts", about="who drew the labels", choices=_ANNOTATORS),
-    CardField(name="source_datasets", kind="texts", about="what it was made from; original if from nothing else"),
-    CardField(name="splits", kind="table", about="its parts and their patients, with the source of the number",
+    CardField(name="annotations_creators", kind="texts", about="source of the labels", choices=_ANNOTATORS),
+    CardField(name="source_datasets", kind="texts", about="data sets it is derived from, or original"),
+    CardField(name="splits", kind="table", about="parts with numbers of patients and their sources",
               columns=("name", "patients", "labelled", "source")),
-    CardField(name="labels", kind="table", about="what the numbers in its label maps mean", required=False,
+    CardField(name="labels", kind="table", about="meaning of the values in its label maps", required=False,
               columns=("value", "meaning")),
-    CardField(name="files", kind="table", about="its files, by patterns below its folder", required=False,
+    CardField(name="files", kind="table", about="file name patterns below its folder", required=False,
               columns=("name", "pattern")),
-    CardField(name="statistics", kind="table", about="what the site told about its patients", required=False,
+    CardField(name="statistics", kind="table", about="statistics released by the site", required=False,
               columns=("quantity", "patients", "mean", "sd", "median")),
-    CardField(name="rai:dataCollection", kind="text", about="how, where and why the scans were taken"),
+    CardField(name="rai:dataCollection", kind="text", about="how, where and why the scans were acquired"),
     CardField(name="rai:dataCollectionType", kind="texts", about="kind of collection"),
-    CardField(name="rai:dataCollectionMissingData", kind="text", about="what is missing, and why", required=False),
-    CardField(name="rai:dataPreprocessingProtocol", kind="texts", about="what was done to the scans, step by step"),
+    CardField(name="rai:dataCollectionMissingData", kind="text", about="missing data, and the reason", required=False),
+    CardField(name="rai:dataPreprocessingProtocol", kind="texts", about="processing of the scans, step by step"),
     CardField(name="rai:dataAnnotationProtocol", kind="texts", about="how the labels were drawn and checked"),
     CardField(name="rai:annotationsPerItem", kind="text", about="annotators per patient"),
-    CardField(name="rai:annotatorDemographics", kind="texts", about="who the annotators were", required=False),
-    CardField(name="rai:machineAnnotationTools", kind="texts", about="programs that drew labels", required=False),
+    CardField(name="rai:annotatorDemographics", kind="texts", about="profession and experience of annotators",
+              required=False),
+    CardField(name="rai:machineAnnotationTools", kind="texts", about="programs that created labels", required=False),
     CardField(name="rai:personalSensitiveInformation", kind="texts",
-              about="what is known of persons, consent, what was taken out"),
-    CardField(name="rai:dataBiases", kind="texts", about="who and what is over- or under-represented, or unknown"),
-    CardField(name="rai:dataLimitations", kind="texts", about="known defects, and what it is not fit for"),
-    CardField(name="rai:dataUseCases", kind="texts", about="what it is fit for"),
-    CardField(name="rai:dataSocialImpact", kind="text", about="whom its use may help or harm", required=False),
-    CardField(name="rai:dataReleaseMaintenancePlan", kind="text", about="who keeps it, and until when"),
+              about="information about persons, consent, de-identification"),
+    CardField(name="rai:dataBiases", kind="texts", about="over- or under-represented groups, and unknown attributes"),
+    CardField(name="rai:dataLimitations", kind="texts", about="known defects and unsuitable uses"),
+    CardField(name="rai:dataUseCases", kind="texts", about="suitable uses"),
+    CardField(name="rai:dataSocialImpact", kind="text", about="benefits and risks of its use", required=False),
+    CardField(name="rai:dataReleaseMaintenancePlan", kind="text", about="who maintains it, and until when"),
 )
 _BY_NAME = {field.name: field for field in FIELDS}
 
 
 def is_open(value: Any) -> bool:
     """Whether a text, or one of several, is still to be completed."""
-    if isinstance(value, list):
-        return any(is_open(item) for item in value)
-    if isinstance(value, Mapping):
-        return any(is_open(item) for item in value.values())
+    if isinstance(value, (list, Mapping)):
+        return any(is_open(item) for item in (value.values() if isinstance(value, Mapping) else value))
     return isinstance(value, str) and value.lstrip(" *_").startswith(MARK)
 
 
 def split_sections(body: str) -> list[tuple[str, str]]:
-    """The parts of a Markdown text: what stands before the first "## " heading, under "", then heading and text."""
+    """The parts of a Markdown text as (heading, text): the text before the first "## " heading has the heading ""."""
     parts: list[tuple[str, list[str]]] = [("", [])]
     fence = ""
     for line in body.splitlines():
@@ -134,11 +133,11 @@ def split_sections(body: str) -> list[tuple[str, str]]:
 
 
 def problems(metadata: Mapping[str, Any], body: str) -> list[str]:
-    """Everything a card lacks or says in the wrong form: which field, what was expected, what came."""
+    """All missing and invalid parts of a card: the field, what was expected, what was given."""
     unknown = [name for name in metadata if name not in _BY_NAME]
-    found = [f"{name[:80]}: there is no such field{_nearest(name)}" for name in unknown[:_MOST_UNKNOWN]]
+    found = [f"{name[:80]}: unknown field{_nearest(name)}" for name in unknown[:_MOST_UNKNOWN]]
     if len(unknown) > _MOST_UNKNOWN:
-        found.append(f"front matter: {len(unknown)} of its fields are none of a data card; is this one?")
+        found.append(f"front matter: {len(unknown)} of its fields are unknown; is this a data card?")
     for field in FIELDS:
         value = metadata.get(field.name)
         if value is None:
@@ -153,28 +152,28 @@ def problems(metadata: Mapping[str, Any], body: str) -> list[str]:
     headings = [heading for heading, _ in sections]
     for heading in SECTIONS:
         if heading not in headings:
-            found.append(f"section '## {heading}': expected it in the text, it isn't there")
+            found.append(f"section '## {heading}': expected in the text, but missing")
         elif not next(text for name, text in sections if name == heading):
-            found.append(f"section '## {heading}': expected something below it, got nothing")
-    found += [f"section '## {heading}': expected once, it is there {headings.count(heading)} times"
+            found.append(f"section '## {heading}': expected text below it, got nothing")
+    found += [f"section '## {heading}': expected once, found {headings.count(heading)} times"
               for heading in dict.fromkeys(headings) if headings.count(heading) > 1]
-    if not sections[0][1].startswith("# ") or not _summary(sections[0][1]):
-        found.append("text: expected a title ('# ...') and below it a paragraph on what the data set is")
+    if not sections[0][1].startswith("# ") or not summary(body):
+        found.append("text: expected a title ('# ...') and below it a paragraph that describes the data set")
     return found
 
 
-def _summary(opening: str) -> str:
-    """The text below the title, on one line."""
-    return " ".join(opening.partition("\n")[2].split())
+def summary(body: str) -> str:
+    """The paragraph below the title, on one line."""
+    return " ".join(split_sections(body)[0][1].partition("\n")[2].split())
 
 
 def _nearest(name: object) -> str:
     close = difflib.get_close_matches(str(name)[:80], _BY_NAME, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(_BY_NAME)}"
+    return f"; did you mean {close[0]}?" if close else f"; the fields are {', '.join(_BY_NAME)}"
 
 
 _WANTED: Mapping[Kind, str] = {"text": "a text", "texts": "a list of texts", "date": "a date such as 2021-07-05",
-                               "url": "an address that begins with https:// or http://", "table": "a list of rows"}
+                               "url": "a URL that begins with https:// or http://", "table": "a list of rows"}
 
 
 def _problems_of(field: CardField, value: Any) -> list[str]:
@@ -230,7 +229,7 @@ _FITS: Mapping[Kind, Callable[[str], object]] = {
 
 
 def _shown(value: Any) -> str:
-    """A value in an error message: its kind, and no more of it than fits."""
+    """A value in an error message: its type and its beginning."""
     kind = {str: "the text", bool: "the truth value", int: "the number", float: "the number", dict: "the mapping",
             list: "the list", type(None): "nothing"}.get(type(value), f"a {type(value).__name__}")
     if value is None:
@@ -240,16 +239,16 @@ def _shown(value: Any) -> str:
 
 
 def read_front_matter(text: str, *, where: str) -> tuple[dict[str, Any], str]:
-    """The front matter of a card and the Markdown below it, from a text that may be anybody's.
+    """The front matter of a card and the Markdown below it, from a text of unknown origin.
 
-    Aliases, tags and deep nesting are refused before anything is built, so that a small file stays small in memory.
+    Aliases, tags and deep nesting are refused before any value is built, so that a small file needs little memory.
 
     Args:
         text: the whole card.
         where: its name, for messages.
 
     Raises:
-        DataError: no front matter, one that is too large or no plain YAML, or a key that comes twice.
+        DataError: the front matter is missing, too large, not plain YAML, or repeats a key.
     """
     lines = text.removeprefix("\ufeff").splitlines()
     ends = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
@@ -261,55 +260,47 @@ def read_front_matter(text: str, *, where: str) -> tuple[dict[str, Any], str]:
         raise DataError(f"{where}: expected a front matter of at most {_LONGEST_FRONT} characters, got {len(front)}; "
                         "move long texts below it")
     try:
-        _check_plain(front)
-        metadata = yaml.safe_load(front)
+        metadata = yaml.load(front, _PlainLoader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{where}: the front matter cannot be read as YAML: {_plain(error)}") from error
+        raise DataError(f"{where}: the front matter cannot be read as YAML: {_reason(error)}") from error
     if not isinstance(metadata, dict):
         raise DataError(f"{where}: expected fields with values in the front matter, got {_shown(metadata)}")
     return {str(name): _dated(value) for name, value in metadata.items()}, "\n".join(lines[ends[1] + 1:]).strip()
 
 
-def _check_plain(front: str) -> None:
-    """Refuses what plain data doesn't need."""
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses everything that plain data does not need."""
+
     depth = 0
-    keys: list[set[str] | None] = []  # of the mappings that are open; None for a list
-    at_key: list[bool] = []
-    for event in yaml.parse(front, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise ValueError("anchors and aliases (& and *) are not read; write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise ValueError("tags (!) are not read; write a plain value")
-        if isinstance(event, yaml.NodeEvent) and keys and keys[-1] is not None:
-            if at_key[-1]:
-                _note_key(event, keys[-1])
-            at_key[-1] = not at_key[-1]
-        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-            depth += 1
-            if depth > _DEEPEST:
-                raise ValueError(f"values lie more than {_DEEPEST} levels deep")
-            keys.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
-            at_key.append(True)
-        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-            depth -= 1
-            keys.pop()
-            at_key.pop()
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise ValueError("anchors and aliases (& and *) are not permitted; write the value out")
+        if event.tag is not None:
+            raise ValueError("tags (!) are not permitted; write a plain value")
+        if self.depth >= _DEEPEST and isinstance(event, yaml.CollectionStartEvent):
+            raise ValueError(f"values are nested more than {_DEEPEST} levels deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
-def _note_key(event: yaml.NodeEvent, keys: set[str]) -> None:
-    if not isinstance(event, yaml.ScalarEvent):
-        raise ValueError("a field's name is a text, got a list or a mapping")
-    if event.value in keys:
-        raise ValueError(f"the field {event.value[:80]!r} is there twice")
-    keys.add(event.value)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+        if len(names) < len(node.value):
+            raise ValueError("a field's name must be a text, got a list or a mapping")
+        if double := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the field {double[0][:80]!r} occurs twice")
+        return super().construct_mapping(node, deep)
 
 
 def _dated(value: Any) -> Any:
-    """YAML makes dates of texts that look like one; a card keeps the text."""
+    """A date as text: YAML converts texts that look like one."""
     return value.isoformat() if isinstance(value, datetime.date) else value
 
 
-def _plain(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem or error.context} in its line {error.problem_mark.line + 1}"
     return " ".join(str(error).split())[:200]

@@ -1,8 +1,8 @@
-"""Laplace noise on whole numbers, drawn exactly: no rounding of floating point gives a count away.
+"""Laplace noise on whole numbers, drawn exactly, so that floating-point rounding discloses no count.
 
-Continuous Laplace noise in floating point can be undone from the low bits of what is released (Mironov 2012,
-doi:10.1145/2382196.2382264). On whole numbers the two-sided geometric distribution does the same work (Ghosh et al.
-2009, doi:10.1145/1536414.1536464) and can be drawn with fair coins alone (Canonne et al. 2020, arXiv:2004.00010).
+Continuous Laplace noise in floating point can be removed using the low bits of the released numbers (Mironov 2012,
+doi:10.1145/2382196.2382264). On whole numbers the two-sided geometric distribution takes its place (Ghosh et al. 2009,
+doi:10.1145/1536414.1536464) and can be drawn with fair coins only (Canonne et al. 2020, arXiv:2004.00010).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ __all__ = ["discrete_laplace", "noisy"]
 def noisy(counts: Iterable[int], *, scale: Fraction, rng: random.Random) -> list[int]:
     """Whole numbers, each with its own Laplace noise of `scale`.
 
-    If adding or removing one patient changes the numbers by at most S in all (L1), the result is
+    If adding or removing one patient changes the numbers by at most S in total (L1), the result is
     (S / scale)-differentially private with δ = 0.
 
     Args:
-        counts: what was counted.
+        counts: the exact counts.
         scale: in the unit of the counts; above 0.
         rng: `random.SystemRandom()` where patients must be protected, `random.Random(seed)` to repeat an experiment.
     """
@@ -35,18 +35,18 @@ def discrete_laplace(*, scale: Fraction, rng: random.Random) -> int:
         ValueError: `scale` is not above 0.
     """
     if not scale > 0:
-        raise ValueError(f"scale is above 0, got {scale}")
+        raise ValueError(f"scale must be above 0, got {scale}")
     while True:
         magnitude = _geometric(scale, rng)
         negative = rng.getrandbits(1)
-        if magnitude or not negative:  # or 0 would come twice, as +0 and -0
+        if magnitude or not negative:  # otherwise 0 would be drawn twice, as +0 and -0
             return -magnitude if negative else magnitude
 
 
 def _geometric(scale: Fraction, rng: random.Random) -> int:
     """A whole number k >= 0 with probability in proportion to exp(-k / scale)."""
-    # In steps of 1 / n of the scale's n / d: a fine part below n kept with probability exp(-fine / n), a coarse
-    # part of whole n's with probability exp(-1) each. Every d steps are one of the numbers wanted.
+    # In steps of 1 / n with the scale n / d: a fine part below n accepted with probability exp(-fine / n), and a coarse
+    # part of multiples of n with probability exp(-1) each. Every d steps are one unit of the result.
     n, d = scale.numerator, scale.denominator
     fine = rng.randrange(n)
     while not _happens(fine, n, rng):
@@ -59,7 +59,7 @@ def _geometric(scale: Fraction, rng: random.Random) -> int:
 
 def _happens(numerator: int, denominator: int, rng: random.Random) -> bool:
     """True with probability exp(-numerator / denominator), the fraction between 0 and 1."""
-    # After k - 1 successes the k-th comes with probability x / k: an even number of them in a row has probability
+    # After k - 1 successes the k-th has probability x / k: an even number of successes in a row has probability
     # 1 - x + x²/2! - x³/3! ... = exp(-x) (von Neumann 1951).
     successes = 0
     while rng.randrange(denominator * (successes + 1)) < numerator:
