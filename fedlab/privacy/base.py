@@ -84,6 +84,9 @@ class Privacy:
         return mean
 
     def __add__(self, other: Privacy) -> Privacy:
+        if not isinstance(other, Privacy):
+            raise TypeError(f"only privacy techniques are joined by +, got {other!r}; an aggregation is given as "
+                            "federate(..., aggregation=...)")
         return _Sum(*self.layers, *other.layers)
 
     def __repr__(self) -> str:

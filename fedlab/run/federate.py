@@ -45,6 +45,9 @@ def make_run(
     at = Local() if engine is None else engine
     privacy = Privacy() if privacy is None else privacy
     aggregation = Aggregation() if aggregation is None else aggregation
+    if not isinstance(privacy, Privacy) or not isinstance(aggregation, Aggregation):
+        raise ValueError(f"techniques are given as privacy=, an aggregation such as SecureAggregation(threshold=...) "
+                         f"as aggregation=; got privacy={privacy!r}, aggregation={aggregation!r}")
     run = Run(trainer=trainer, sites=_placed(sites, at), strategy=FedAvg() if strategy is None else strategy,
               privacy=privacy, aggregation=aggregation, topology=topology, engine=at, admission=admission,
               rounds=rounds, seed=seed)

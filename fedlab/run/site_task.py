@@ -73,7 +73,11 @@ class SiteTask:
 
     @cached_property
     def _recipe(self) -> str:
-        return recipe_sha256([self.trainer, self.strategy, self.privacy, self.aggregation])
+        return self._recipe_with(self.privacy)
+
+    def _recipe_with(self, privacy: Privacy) -> str:
+        """Of all that changes an update at a site at which these techniques work."""
+        return recipe_sha256([self.trainer, self.strategy, privacy, self.aggregation])
 
     def __call__(self, site: Site, state: ServerState, site_state: SiteState) -> Update:
         """The protected update of `site`; `site_state` is changed in place.
@@ -90,7 +94,7 @@ class SiteTask:
         try:
             site_state.round, site_state.broadcast = state.round, dict(state.broadcast)
             units = privacy.units | self.aggregation.units
-            ledger, stream = self._open_ledger(units, site, state, site_state, seed)
+            ledger, stream = self._open_ledger(privacy, site, state, site_state, seed)
 
             work.stage = "equip"
             kit = work.kit = self.trainer.prepare(site, state, site_state=site_state.of("optimiser"), seed=seed)
@@ -128,7 +132,7 @@ class SiteTask:
             raised.work = work
             raise raised from error
 
-    def _open_ledger(self, units: frozenset[str], site: Site, state: ServerState, site_state: SiteState, seed: int
+    def _open_ledger(self, privacy: Privacy, site: Site, state: ServerState, site_state: SiteState, seed: int
                      ) -> tuple[Ledger | None, int]:
         """The site's ledger, if a technique needs one, and the seed of the noise.
 
@@ -136,7 +140,7 @@ class SiteTask:
         patients, and what the site remembers. A run with other settings or patients gets other noise, and both are
         charged; so does a server that sends other weights under a round's number.
         """
-        if not units:
+        if not privacy.units | self.aggregation.units:
             return None, seed
         if not site_state.enrolled and not site_state.ledger and state.round > 0:
             raise PrivacyError("this site has no state from the rounds before, so the privacy spent is unknown; "
@@ -145,7 +149,8 @@ class SiteTask:
             raise PrivacyError("this site has sent updates before but its ledger is missing; restore it")
         groups = {**site_state.namespaces, "broadcast": site_state.broadcast}
         remembered = {f"{owner}|{name}": t for owner, slots in groups.items() for name, t in slots.items()}
-        stream = derive(seed, weights_sha256(state.params), weights_sha256(remembered), self._recipe,
+        stream = derive(seed, weights_sha256(state.params), weights_sha256(remembered),
+                        self._recipe if privacy is self.privacy else self._recipe_with(privacy),
                         patients_sha256(site.train))
         return Ledger.open(site_state, site=site.name, model=_shape_of(state.params), round=state.round,
                            stream=str(stream)), stream

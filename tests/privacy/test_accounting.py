@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
-import torch
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
+from fedlab.core.types import SiteState
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Pure, Terms, epsilon_of, noise_multiplier_for
 
 PATIENT = Terms(unit="patient", delta=1e-3, adjacency="add or remove one patient")
 STEP = Gaussian(noise_multiplier=1.1, sample_rate=0.1, steps=20)
 
 
-def opened(memory, *, site="a", model="m", round=0, stream="s"):
-    return Ledger.open(memory, site=site, model=model, round=round, stream=stream)
+def opened(state, *, site="a", model="m", round=0, stream="s"):
+    return Ledger.open(state, site=site, model=model, round=round, stream=stream)
 
 
 def test_rdp_equals_opacus_accountant():
@@ -67,39 +68,39 @@ def test_noise_multiplier_for_reaches_the_target(accountant):
 
 
 def test_a_ledger_over_rounds_equals_the_whole():
-    memory = {}
+    state = SiteState()
     for number in range(6):
-        opened(memory, round=number, stream=str(number)).charge(STEP, terms=PATIENT)
-    (spent,) = Ledger(memory).spent()
+        opened(state, round=number, stream=str(number)).charge(STEP, terms=PATIENT)
+    (spent,) = Ledger(state).spent()
     assert spent.epsilon == epsilon_of([Gaussian(noise_multiplier=1.1, sample_rate=0.1, steps=120)], delta=1e-3)
     assert (spent.delta, spent.unit, spent.adjacency) == (1e-3, "patient", "add or remove one patient")
 
 
 def test_a_repeated_round_counts_once_if_its_noise_is_the_same_and_twice_if_not():
-    memory = {}
+    state = SiteState()
     for stream in ("same", "same"):
-        opened(memory, round=0, stream=stream).charge(STEP, terms=PATIENT)
-    assert len(Ledger(memory).releases()) == 1
-    opened(memory, round=0, stream="other weights").charge(STEP, terms=PATIENT)
-    assert len(Ledger(memory).releases()) == 2
+        opened(state, round=0, stream=stream).charge(STEP, terms=PATIENT)
+    assert len(Ledger(state).releases()) == 1
+    opened(state, round=0, stream="other weights").charge(STEP, terms=PATIENT)
+    assert len(Ledger(state).releases()) == 2
     for _ in range(2):
-        opened(memory, round=0, stream=None).charge(STEP, terms=PATIENT)
-    assert len(Ledger(memory).releases()) == 4
+        opened(state, round=0, stream=None).charge(STEP, terms=PATIENT)
+    assert len(Ledger(state).releases()) == 4
 
 
 def test_a_budget_is_not_exceeded():
-    memory = {}
-    ledger = opened(memory)
+    state = SiteState()
+    ledger = opened(state)
     limit = epsilon_of([STEP] * 2, delta=1e-3)
     ledger.charge(STEP, terms=PATIENT, max_epsilon=limit)
     ledger.charge(STEP, terms=PATIENT, max_epsilon=limit)
     with pytest.raises(PrivacyBudgetExhausted, match="this release would make it"):
         ledger.charge(STEP, terms=PATIENT, max_epsilon=limit)
-    assert Ledger(memory).spent()[0].epsilon == limit
+    assert Ledger(state).spent()[0].epsilon == limit
 
 
 def test_units_are_kept_apart_and_terms_may_not_differ():
-    ledger = opened({})
+    ledger = opened(SiteState())
     ledger.charge(STEP, terms=PATIENT)
     ledger.charge(Pure(epsilon=1), terms=Terms(unit="site", delta=1e-2, adjacency="any two updates of a site"))
     assert [s.unit for s in ledger.spent()] == ["patient", "site"]
@@ -108,15 +109,18 @@ def test_units_are_kept_apart_and_terms_may_not_differ():
 
 
 def test_foreign_and_damaged_ledgers_are_refused():
-    memory = {}
-    opened(memory).charge(STEP, terms=PATIENT)
+    state = SiteState()
+    opened(state).charge(STEP, terms=PATIENT)
     with pytest.raises(PrivacyError, match="another site"):
-        opened(dict(memory), site="b")
+        opened(state.copy(), site="b")
     with pytest.raises(PrivacyError, match="another model"):
-        opened(dict(memory), model="n")
-    for bad in (b"{", b"[]", bytes(memory["ledger"]["json"].numpy()).replace(b"1.1", b"0.0")):
+        opened(state.copy(), model="n")
+    text = json.dumps(state.ledger)
+    for bad in (["{"], {"format": "fedlab-ledger-2"}, json.loads(text.replace("1.1", "0.0")),
+                json.loads(text.replace("fedlab-ledger-2", "fedlab-ledger-3")), {**state.ledger, "more": 1},
+                {**state.ledger, "entries": [1]}, {**state.ledger, "noise_on": {"0|s": 1}}):
         with pytest.raises(PrivacyError, match="damaged"):
-            Ledger({"ledger": {"json": torch.frombuffer(bytearray(bad), dtype=torch.uint8)}})
+            Ledger(SiteState(ledger=bad))
 
 
 @pytest.mark.parametrize("make", [

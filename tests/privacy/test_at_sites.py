@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from cohorts import TinyNet, blob_sites
-from fedlab import DPSGD, FedAvg, Local, Privacy, SecureAggregation, SiteTrainer, federate
+from fedlab import DPSGD, FedAvg, Privacy, SecureAggregation, SiteTrainer, federate
 from fedlab.core import weights_sha256
-from fedlab.deploy.plan import describe, make
-from fedlab.privacy import AtSites, CentralGaussian, Ledger, LocalGaussian
+from fedlab.privacy import Aggregation, AtSites, CentralGaussian, Ledger, LocalGaussian
 from fedlab.run import History
 
 DP = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=2)
 
 
-def run(privacy: Privacy, *, engine: Local | None = None, sizes: tuple[int, ...] = (3, 3, 3)) -> History:
+def run(privacy: Privacy, *, aggregation: Aggregation | None = None, sizes: tuple[int, ...] = (3, 3, 3)) -> History:
     trainer = SiteTrainer(model=TinyNet(seed=3), lr=0.05, steps=2, crop=(8, 8, 8), precision="fp32",
                           optimiser=torch.optim.SGD)
     return federate(trainer, blob_sites(sizes), strategy=FedAvg(weights="uniform"), privacy=privacy, rounds=2, seed=5,
-                    engine=engine, progress=False)
+                    aggregation=aggregation, progress=False)
 
 
 def sha(history: History) -> str:
@@ -28,11 +27,10 @@ def sha(history: History) -> str:
 
 
 def test_named_sites_are_protected_and_charged_and_the_others_are_not() -> None:
-    engine = Local()
-    history = run(AtSites(sites=("site-1",), technique=DP), engine=engine)
+    history = run(AtSites(sites=("site-1",), technique=DP))
     assert set(history.records[-1]["spent"]) == {"site-1"}
-    assert Ledger(engine.memory["site-1"]).spent()[0].epsilon > 0
-    assert "ledger" not in engine.memory["site-0"]
+    assert Ledger(history.site_states["site-1"]).spent()[0].epsilon > 0
+    assert not history.site_states["site-0"].ledger
     assert "loss" in history.records[-1]["sites"]["site-0"] and "loss" not in history.records[-1]["sites"]["site-1"]
 
 
@@ -46,14 +44,15 @@ def test_for_all_sites_it_is_the_technique_itself_and_for_none_of_them_is_nothin
 
 
 def test_beside_secure_aggregation() -> None:
-    secure = SecureAggregation(sites=3, clip=5.0, threshold=2)
-    assert set(run(AtSites(sites=("site-1",), technique=DP) + secure).records[-1]["spent"]) == {"site-1"}
+    secure = SecureAggregation(clip=5.0, threshold=2)
+    dp = run(AtSites(sites=("site-1",), technique=DP), aggregation=secure)
+    assert set(dp.records[-1]["spent"]) == {"site-1"}
     clipped = AtSites(sites=("site-1",), technique=DPSGD(clip=0.01, noise_multiplier=0, batch=2))  # noise would differ
-    both, alone = run(clipped + secure), run(clipped)
+    both, alone = run(clipped, aggregation=secure), run(clipped)
     assert both.state is not None and alone.state is not None
     for name, tensor in both.state.params.items():  # up to the fixed point
         assert torch.allclose(tensor, alone.state.params[name], atol=1e-6)
-    assert sha(both) != sha(run(secure))
+    assert sha(both) != sha(run(Privacy(), aggregation=secure))
 
 
 def test_at_a_site_only_what_works_there_is_left() -> None:
@@ -67,8 +66,8 @@ def test_at_a_site_only_what_works_there_is_left() -> None:
 def test_refused_where_it_would_not_hold() -> None:
     with pytest.raises(ValueError, match="concerns all sites"):
         AtSites(sites=("a",), technique=CentralGaussian(clip=1.0, noise_multiplier=1.0))
-    with pytest.raises(ValueError, match="concerns all sites"):
-        AtSites(sites=("a",), technique=SecureAggregation(sites=3, clip=5.0, threshold=2))
+    with pytest.raises(ValueError, match="aggregation="):
+        AtSites(sites=("a",), technique=SecureAggregation(clip=5.0, threshold=2))
     with pytest.raises(ValueError, match="stands once"):
         AtSites(sites=("a", "b"), technique=DP) + AtSites(sites=("b",), technique=DP)
     with pytest.raises(ValueError, match="stands once"):
@@ -80,5 +79,7 @@ def test_refused_where_it_would_not_hold() -> None:
 
 
 def test_travels_in_a_plan() -> None:
+    from fedlab.deploy.plan import describe, make
+
     privacy = AtSites(sites=("a",), technique=DP) + LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)
     assert repr(make(describe(privacy), approve=lambda module: None)) == repr(privacy)

@@ -24,9 +24,9 @@ from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.privacy.sparse.partial_sharing import SVT, PartialSharing, SparseVector
 from fedlab.run.federate import each_round, federate
-from fedlab.run.local import Local
 from fedlab.strategies import CoordinateMedian, FedAvg, GeometricMedian, NormBound
 from fedlab.training.trainer import SiteTrainer
+from states import copies, kept_as
 from trainers import trainer
 
 UNIFORM = FedAvg(weights="uniform")
@@ -96,9 +96,10 @@ SETTINGS = [
     lambda: SparseVector(fraction=2, epsilon=1), lambda: SparseVector(fraction=0.1, epsilon=0),
     lambda: SparseVector(fraction=0.1, epsilon=1, delta=1), lambda: TopK(keep=0), lambda: SharePercentile(keep=1.1),
     lambda: PersonalLayers(names=[]), lambda: SecureAggregation(sites=1, clip=1.0, threshold=1),
-    lambda: SecureAggregation(sites=4, clip=1.0, threshold=2),
-    lambda: SecureAggregation(sites=4, clip=0.0, threshold=3),
+    lambda: SecureAggregation(threshold=1), lambda: SecureAggregation(sites=4, clip=1.0, threshold=2),
+    lambda: SecureAggregation(sites=4, clip=0.0, threshold=3), lambda: SecureAggregation(clip=0.0, threshold=3),
     lambda: SecureAggregation(sites=4, clip=1.0, threshold=3, noise_multiplier=1.0),
+    lambda: SecureAggregation(threshold=3, noise_multiplier=1.0, delta=1e-3),
     lambda: SecureAggregation(sites=4, clip=1.0, threshold=3, noise_multiplier=1.0, delta=0.3),
     lambda: local(delta=float("nan")), lambda: local(clip=None), lambda: central(delta=1.0),
     lambda: central(accountant="moments"), lambda: central(max_epsilon=-1.0),
@@ -110,9 +111,7 @@ SETTINGS = [
     lambda: Terms(unit="crop", delta=1e-3, adjacency="x"), lambda: Terms(unit="site", delta=1e-3, adjacency=""),
     lambda: noise_multiplier_for(target_epsilon=0, delta=1e-3, sample_rate=0.1, steps=10),
     lambda: noise_multiplier_for(target_epsilon=1e-6, delta=1e-3, sample_rate=1.0, steps=10**6),
-    lambda: dpsgd() + dpsgd(),
-    lambda: TopK(keep=0.1) + SecureAggregation(sites=4, clip=1.0, threshold=3) + TopK(keep=0.1),
-    lambda: central() + TopK(keep=0.1),
+    lambda: dpsgd() + dpsgd(), lambda: central() + TopK(keep=0.1),
 ]
 
 
@@ -135,13 +134,22 @@ RUNS = [
     ("updates shortened at the server", central(), dict(strategy=NormBound(bound=1.0, weights="uniform")),
      "plain mean"),
     ("weights by steps", central(), dict(strategy=FedAvg(weights="steps")), "plain mean"),
-    ("a median of masks", SecureAggregation(sites=2, clip=1.0, threshold=2), dict(strategy=CoordinateMedian()),
+    ("a median of masks", None, dict(strategy=CoordinateMedian(), aggregation=SecureAggregation(threshold=2)),
      "plain mean"),
     ("BatchNorm", dpsgd(), dict(one=untrained(model=Normed())), "BatchNorm"),
     ("a batch loss", dpsgd(), dict(one=untrained(loss=BatchDice())), "patient"),
     ("a batch larger than a site", dpsgd(sample_rate=None, batch=5), {}, "has only 3"),
-    ("sites of secure aggregation", SecureAggregation(sites=3, clip=1.0, threshold=2), dict(strategy=UNIFORM),
-     r"SecureAggregation\(sites=2"),
+    ("sites of secure aggregation", None,
+     dict(strategy=UNIFORM, aggregation=SecureAggregation(sites=3, threshold=2)),
+     "set up for 3 sites, the run has 2; leave sites out"),
+    ("a threshold above the sites", None, dict(strategy=UNIFORM, aggregation=SecureAggregation(threshold=3)),
+     "between 2 and 2 for 2 sites"),
+    ("delta of secure aggregation", None,
+     dict(strategy=UNIFORM, aggregation=SecureAggregation(threshold=2, clip=1.0, noise_multiplier=1.0, delta=0.5)),
+     r"1 over the number of sites \(1/2\)"),
+    ("a technique that noise before the sum would break", central(),
+     dict(strategy=UNIFORM, aggregation=SecureAggregation(threshold=2, clip=1.0, noise_multiplier=1.0, delta=1e-3)),
+     "noise_multiplier to one of them"),
     ("names of no tensor", PersonalLayers(names=["decoder.*"]), {}, "no tensor of the model"),
     ("a budget below a round", local(max_epsilon=0.1), {}, "more than the budget"),
     ("gdp with sampled sites", central(accountant="gdp"), dict(strategy=FedAvg(weights="uniform", sample=0.5)), "gdp"),
@@ -150,25 +158,31 @@ RUNS = [
 
 @pytest.mark.parametrize("technique,changes,words", [case[1:] for case in RUNS], ids=[case[0] for case in RUNS])
 def test_a_run_that_cannot_work_is_refused_before_training(technique, changes, words):
-    one = changes.get("one", untrained())
+    one, parts = changes.get("one", untrained()), {"privacy": technique, **changes}
+    parts.pop("one", None)
     with pytest.raises(ValueError, match=words):
-        next(each_round(one, blob_sites(), privacy=technique, strategy=changes.get("strategy")))
+        next(each_round(one, blob_sites(), **parts))
     with pytest.raises(ValueError, match=words):
-        federate(one, blob_sites(), privacy=technique, strategy=changes.get("strategy"), rounds=1, progress=False)
+        federate(one, blob_sites(), **parts, rounds=1, progress=False)
+
+
+def test_secure_aggregation_and_a_technique_that_changes_masks_cannot_be_joined():
+    """A technique after the mask would spoil it: there is no such order any more, as an aggregation comes last."""
+    with pytest.raises(TypeError, match="aggregation="):
+        TopK(keep=0.1) + SecureAggregation(threshold=3)
 
 
 def test_a_ledger_of_another_site_or_model_is_refused_before_training():
-    engine, wider = Local(), TinyNet()
+    wider = TinyNet()
     wider.last = nn.Conv3d(6, 3, 3, padding=1)
-    first = next(each_round(trainer(), blob_sites(), privacy=local(), engine=engine))
-    memories = {name: {group: dict(slots) for group, slots in memory.items()} for name, memory in engine.memory.items()}
-    swapped, other = Local(), Local()
-    swapped.memory = {"site-0": memories["site-1"], "site-1": memories["site-0"]}
+    first = next(each_round(trainer(), blob_sites(), privacy=local()))
+    kept = copies(first.site_states)
+    swapped = kept_as({"site-0": kept["site-1"], "site-1": kept["site-0"]})
     with pytest.raises(PrivacyError, match=r"another site \('site-1', not 'site-0'\).*own ledger back.*nothing was"):
-        next(each_round(untrained(), blob_sites(), privacy=local(), engine=swapped, state=first.state, rounds=2))
-    other.memory = memories
+        next(each_round(untrained(), blob_sites(), privacy=local(), state=first.state, site_states=swapped, rounds=2))
+    begun = FedAvg().begin(trainer(model=wider).initial())
     with pytest.raises(PrivacyError, match=r"another model .*nothing was sent"):
-        next(each_round(untrained(model=wider), blob_sites(), privacy=local(), engine=other))
+        next(each_round(untrained(model=wider), blob_sites(), privacy=local(), state=begun, site_states=kept_as(kept)))
 
 
 def test_the_test_itself_trains_where_nothing_is_wrong():

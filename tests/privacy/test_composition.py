@@ -14,7 +14,6 @@ from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.sparse.partial_sharing import SparseVector
 from fedlab.run.federate import each_round, federate
 from fedlab.strategies import FedAvg
-from fedlab.view.report_page import privacy_section
 from trainers import trainer
 
 STEPS = Gaussian(noise_multiplier=1.5, sample_rate=0.5, steps=2)
@@ -40,6 +39,8 @@ def test_a_guarantee_per_patient_and_one_per_site_stand_side_by_side():
     said = history.guarantee()
     assert "per patient (add or remove one patient, rdp accountant)" in said
     assert "per site (any two updates of a site, rdp accountant)" in said
+    from fedlab.view.report_page import privacy_section
+
     table = privacy_section(history).table
     assert {"ε per patient, site-0", "ε per site, site-0"} <= set(table.columns)
 

@@ -135,6 +135,17 @@ def test_what_no_layer_type_tells_is_found_by_trying():
         check_private(network, gradients="ghost")
 
 
+class Single(TinyNet):
+    """Takes float32 only."""
+
+    def forward(self, image):
+        return super().forward(image.float())
+
+
+def test_a_network_of_float32_only_is_tried_in_float32():
+    assert check_private(Single()) and check_private(Single(), gradients="functorch")
+
+
 def test_losses_that_mix_patients_are_refused():
     from monai.losses import DiceCELoss, DiceLoss, GeneralizedDiceLoss
 

@@ -18,12 +18,13 @@ from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.types import Site, Spent
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.statistics import Domain, site_statistics
-from fedlab.privacy.accounting import ledger_file
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Pure, epsilon_of
 from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Local
+from fedlab.strategies.averaging import FedAvg
+from states import copies, kept_as
 from trainers import trainer
 
 
@@ -60,14 +61,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
 class KilledInProtect(Noise):
     """Dies in round 2 at the second site, after the charge and before the noise."""
 
-    def __repr__(self) -> str:
-        return Noise.__repr__(Noise())  # the same run to a checkpoint
+    stands_for = Noise()  # the same run to a checkpoint
 
-    def protect(self, update, memory, rng):
-        if update.site == "site-1" and Ledger(memory).note()["round"] == 2:
-            Ledger(memory).charge(STEP, terms=TERMS)
+    def protect(self, update, state, rng):
+        if update.site == "site-1" and Ledger(state).note()["round"] == 2:
+            Ledger(state).charge(STEP, terms=TERMS)
             kill()
-        return super().protect(update, memory, rng)
+        return super().protect(update, state, rng)
 
 
 def dies_in_protect(folder, patch):
@@ -83,7 +83,7 @@ def dies_while_writing(folder, patch):
             kill()
         replace(source, target)
 
-    patch.setattr(ledger_file.os, "replace", dying)
+    patch.setattr(os, "replace", dying)
     run(folder, checkpoint=folder / "run")
 
 
@@ -91,9 +91,9 @@ def dies_after_saving(folder, patch):
     """In round 2, the ledger is in place but the update has not been handed to the server."""
     save = LedgerFile.save
 
-    def dying(self, memory):
-        save(self, memory)
-        if self.site == "site-1" and Ledger(memory).note()["round"] == 2:
+    def dying(self, state):
+        save(self, state)
+        if self.site == "site-1" and Ledger(state).note()["round"] == 2:
             kill()
 
     patch.setattr(LedgerFile, "save", dying)
@@ -121,13 +121,12 @@ def test_an_old_checkpoint_lowers_nothing_and_spends_nothing_twice(tmp_path, who
     engine = Local(ledgers=tmp_path / "ledgers")
     steps = each_round(trainer(), blob_sites(), privacy=Noise(), rounds=4, engine=engine)
     next(steps)
-    state = next(steps).state
-    old = {site: {group: dict(tensors) for group, tensors in memory.items()} for site, memory in engine.memory.items()}
+    second = next(steps)
+    old = copies(second.site_states)
     list(steps)
     assert entries(tmp_path, "site-0") == entries(other, "site-0")
-    again = Local(ledgers=tmp_path / "ledgers")
-    again.memory = old
-    repeated = list(each_round(trainer(), blob_sites(), privacy=Noise(), rounds=4, engine=again, state=state))
+    repeated = list(each_round(trainer(), blob_sites(), privacy=Noise(), rounds=4, state=second.state,
+                               engine=Local(ledgers=tmp_path / "ledgers"), site_states=kept_as(old)))
     assert entries(tmp_path, "site-0") == entries(other, "site-0")
     full = epsilon_of([STEP] * 4, delta=1e-2)  # the earlier rounds 2 and 3 are not forgotten in round 2
     assert [finished.spent["site-0"][0].epsilon for finished in repeated] == [full, full]
@@ -159,22 +158,50 @@ def test_a_later_run_adds_to_what_the_site_has_spent_unless_it_is_the_same_run(t
     assert last.spent()["epsilon"].max() == epsilon_of([STEP] * 6, delta=1e-2)
 
 
+def test_a_run_without_a_store_of_ledgers_begins_anew(tmp_path):
+    """What sites keep, their ledgers included, belongs to the run: the same run again, on one engine, is the same."""
+    engine = Local()
+    one, other = (federate(trainer(), blob_sites(), privacy=Noise(), rounds=2, engine=engine, progress=False)
+                  for _ in range(2))
+    assert weights_sha256(one.state.params) == weights_sha256(other.state.params) and one.spent().equals(other.spent())
+    for history in (one, other):
+        assert len(Ledger(history.site_states["site-0"]).releases()) == 2
+
+
 def test_what_the_site_remembers_changes_the_noise():
     """Moments kept from a run before make another update of round 0: its noise must be another too."""
-    engine = Local()
-    federate(trainer(), blob_sites((1,)), privacy=Noise(), rounds=1, engine=engine, progress=False)
-    federate(trainer(), blob_sites((1,)), privacy=Noise(), rounds=1, engine=engine, progress=False)
-    assert len(Ledger(engine.memory["site-0"]).releases()) == 2
+    first = next(each_round(trainer(), blob_sites((1,)), privacy=Noise()))
+    second = next(each_round(trainer(), blob_sites((1,)), privacy=Noise(), site_states=first.site_states,
+                             state=FedAvg().begin(trainer().initial())))
+    assert second.number == 0 and len(Ledger(second.site_states["site-0"]).releases()) == 2
 
 
-def test_the_same_noise_on_another_update_is_refused(tmp_path):
+def test_other_scans_get_other_noise_and_are_charged(tmp_path):
     run(tmp_path, rounds=1, sites=blob_sites((1,)))
     site = blob_sites((1,))[0]
     patient = site.train[0]
     changed = type(patient)(patient.id, patient.image * 2, patient.label, patient.affine)
+    run(tmp_path, rounds=1, sites=[Site(site.name, [changed], site.val)])
+    [(_, one), (_, other)] = entries(tmp_path, "site-0")
+    assert one != other  # the name of the noise
+
+
+class Unchanged(list):
+    """Patients whose content is said to be what it was."""
+
+    def content_sha256(self):
+        return "the same"
+
+
+def test_the_same_noise_on_another_update_is_refused(tmp_path):
+    """Training that gives another update of the same patients, weights and settings must not get the same noise."""
+    site = blob_sites((1,))[0]
+    patient = site.train[0]
+    run(tmp_path, rounds=1, sites=[Site(site.name, Unchanged([patient]), site.val)])
+    changed = Unchanged([type(patient)(patient.id, patient.image * 2, patient.label, patient.affine)])
     with pytest.raises(PrivacyError, match=r"training gave another update.*another seed.*nothing was sent"):
-        run(tmp_path, rounds=1, sites=[Site(site.name, [changed], site.val)])
-    run(tmp_path, rounds=1, sites=[Site(site.name, [changed], site.val)], seed=5)
+        run(tmp_path, rounds=1, sites=[Site(site.name, changed, site.val)])
+    run(tmp_path, rounds=1, sites=[Site(site.name, changed, site.val)], seed=5)
     assert len(entries(tmp_path, "site-0")) == 2
 
 
@@ -190,23 +217,20 @@ def test_a_budget_counts_what_other_runs_spent(tmp_path):
 def test_a_lost_file_is_not_replaced_by_an_empty_one(tmp_path):
     engine = Local(ledgers=tmp_path / "ledgers")
     steps = each_round(trainer(), blob_sites((1,)), privacy=Noise(), rounds=4, engine=engine)
-    next(steps)
+    first = next(steps)
     (tmp_path / "ledgers" / "site-0.ledger.json").unlink()
     with pytest.raises(PrivacyError, match="is missing; restore it"):
         next(steps)
-    other = Local()
-    other.memory = engine.memory
+    assert not (tmp_path / "ledgers" / "site-0.ledger.json").exists()
     with pytest.raises(PrivacyError, match="kept in a file"):
-        next(each_round(trainer(), blob_sites((1,)), privacy=Noise(), engine=other))
+        next(each_round(trainer(), blob_sites((1,)), privacy=Noise(), state=first.state, rounds=2, engine=Local(),
+                        site_states=first.site_states))
 
 
 def test_a_ledger_begun_in_memory_moves_to_a_file(tmp_path):
-    first = Local()
-    steps = each_round(trainer(), blob_sites((1,)), privacy=Noise(), rounds=4, engine=first)
-    state = next(steps).state
-    second = Local(ledgers=tmp_path / "ledgers")
-    second.memory = first.memory
-    next(each_round(trainer(), blob_sites((1,)), privacy=Noise(), rounds=4, engine=second, state=state))
+    first = next(each_round(trainer(), blob_sites((1,)), privacy=Noise(), rounds=4))
+    next(each_round(trainer(), blob_sites((1,)), privacy=Noise(), rounds=4, state=first.state,
+                    engine=Local(ledgers=tmp_path / "ledgers"), site_states=first.site_states))
     assert [number for number, _ in entries(tmp_path, "site-0")] == [0, 1]
 
 
@@ -262,8 +286,8 @@ def test_names_of_sites_cannot_leave_the_folder(tmp_path):
 
 def test_noise_from_the_operating_system_counts_every_time(tmp_path):
     class Secure(Noise):
-        def protect(self, update, memory, rng):
-            Ledger(memory).charge(Gaussian(noise_multiplier=2.0), terms=TERMS, repeatable=False)
+        def protect(self, update, state, rng):
+            Ledger(state).charge(Gaussian(noise_multiplier=2.0), terms=TERMS, repeatable=False)
             return update.map(lambda t: t * 0 + torch.randn(t.shape))
 
     for _ in range(3):
@@ -279,7 +303,7 @@ def test_a_run_without_a_guarantee_needs_no_ledger(tmp_path):
     assert repr(Local(ledgers="here")) == "Local(ledgers='here')" and repr(Local()) == "Local()"
 
 
-# Statistics that a site tells, and what it is trained on, come out of one ledger
+# Statistics that a site releases and its training are charged to one ledger
 
 PATIENT = dict(delta=1e-2)
 FEW = Domain(modalities=("T1",), regions=("WT",))
@@ -296,22 +320,19 @@ def spent_on(training: dict, *statistics: float, rounds: int = 2, **changes) -> 
 
 
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
-@pytest.mark.parametrize("in_file", [True, False])
-def test_statistics_and_dp_sgd_compose_in_one_ledger(tmp_path, in_file, accountant):
+def test_statistics_and_dp_sgd_compose_in_one_ledger(tmp_path, accountant):
     site = blob_sites((4,))[0]
-    engine = Local(ledgers=tmp_path) if in_file else Local()
-    terms = dict(**PATIENT, accountant=accountant)
-    ledger = (LedgerFile(tmp_path, site.name).charging(**terms) if in_file else
-              Ledger.charging(engine.memory.setdefault(site.name, {}), site=site.name, **terms))
-    told = [site_statistics(site, domain=FEW, epsilon=epsilon, charge=ledger) for epsilon in (0.5, 0.25)]
-    assert [each.spent[0].epsilon for each in told] == [0.5, 0.25]
+    engine = Local(ledgers=tmp_path)
+    ledger = LedgerFile(tmp_path, site.name).charging(**PATIENT, accountant=accountant)
+    released = [site_statistics(site, domain=FEW, epsilon=epsilon, charge=ledger) for epsilon in (0.5, 0.25)]
+    assert [each.spent[0].epsilon for each in released] == [0.5, 0.25]
     one = trainer(steps=3)
     history = federate(one, [site], privacy=dpsgd(accountant=accountant), rounds=2, engine=engine, progress=False)
     expected = [spent_on(dict(steps=3), 0.5, 0.25, rounds=n, accountant=accountant) for n in (1, 2)]
     assert history.spent()["epsilon"].tolist() == expected
     assert expected[1] > spent_on(dict(steps=3), accountant=accountant) and expected[0] < expected[1]
     site_statistics(site, domain=FEW, epsilon=0.125, charge=ledger)  # and afterwards
-    [spent] = (LedgerFile(tmp_path, site.name).read() if in_file else Ledger(engine.memory[site.name])).spent()
+    [spent] = LedgerFile(tmp_path, site.name).read().spent()
     assert spent.epsilon == spent_on(dict(steps=3), 0.5, 0.25, 0.125, accountant=accountant)
     assert (spent.unit, spent.delta, spent.adjacency) == ("patient", 1e-2, "add or remove one patient")
 
@@ -334,24 +355,23 @@ def test_statistics_between_rounds_leave_the_rounds_of_the_run_as_they_are(tmp_p
     """A round run again after statistics is still the same round: only the statistics are new."""
     site, engine = blob_sites((4,))[0], Local(ledgers=tmp_path)
     steps = each_round(trainer(steps=3), [site], privacy=dpsgd(), rounds=2, engine=engine)
-    state = next(steps).state
-    kept = {group: dict(tensors) for group, tensors in engine.memory[site.name].items()}
+    first = next(steps)
+    kept = copies(first.site_states)
     next(steps)
     site_statistics(site, domain=FEW, epsilon=0.5, charge=LedgerFile(tmp_path, site.name).charging(**PATIENT))
-    again = Local(ledgers=tmp_path)
-    again.memory = {site.name: kept}
-    last = next(each_round(trainer(steps=3), [site], privacy=dpsgd(), rounds=2, engine=again, state=state))
+    last = next(each_round(trainer(steps=3), [site], privacy=dpsgd(), rounds=2, engine=Local(ledgers=tmp_path),
+                           state=first.state, site_states=kept_as(kept)))
     assert last.spent[site.name][0].epsilon == spent_on(dict(steps=3), 0.5, rounds=2)
 
 
 def test_a_copy_in_memory_of_a_ledger_in_a_file_is_not_charged_alone(tmp_path):
     """A crash before the next round would forget what was charged to the copy only."""
-    site, engine = blob_sites((4,))[0], Local(ledgers=tmp_path)
-    next(each_round(trainer(steps=3), [site], privacy=dpsgd(), engine=engine))
+    site = blob_sites((4,))[0]
+    first = next(each_round(trainer(steps=3), [site], privacy=dpsgd(), engine=Local(ledgers=tmp_path)))
     before = LedgerFile(tmp_path, site.name).path.read_bytes()
-    charge = Ledger.charging(engine.memory[site.name], site=site.name, **PATIENT)
-    with pytest.raises(PrivacyError, match=r"kept in a file.*LedgerFile\(folder, site\).charging"):
-        site_statistics(site, domain=FEW, epsilon=0.5, charge=charge)
+    with pytest.raises(PrivacyError, match=r"kept in a file.*Local\(ledgers="):
+        next(each_round(trainer(steps=3), [site], privacy=dpsgd(), rounds=2, engine=Local(), state=first.state,
+                        site_states=first.site_states))
     assert LedgerFile(tmp_path, site.name).path.read_bytes() == before
 
 
@@ -366,4 +386,6 @@ def test_statistics_and_training_that_cannot_be_added_up_are_refused(tmp_path):
     with pytest.raises(ValueError, match="delta lies between"):
         LedgerFile(tmp_path, site.name).charging(delta=1.0)
     with pytest.raises(ValueError, match="δ = 0 was expected"):
-        Ledger.charging({}, site="a", delta=1e-3)(Spent(1.0, 1e-5, "patient", "rdp", "add or remove one patient"))
+        charge = LedgerFile(tmp_path, "a").charging(delta=1e-3)
+        charge(Spent(1.0, 1e-5, "patient", "rdp", "add or remove one patient"))
+    assert not LedgerFile(tmp_path, "a").path.exists()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from cohorts import TinyNet, blob_sites
 from fedlab.core.errors import PrivacyError
-from fedlab.core.types import Update
+from fedlab.core.types import SiteState, Update
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import Quantise, TopK
@@ -16,7 +18,6 @@ from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.personal_layers import PersonalLayers, norms_and_head
 from fedlab.run.federate import each_round, federate
-from fedlab.run.local import Local
 from fedlab.strategies import FedAvg
 from fedlab.training.networks import segresnet
 from trainers import trainer
@@ -31,17 +32,22 @@ class Sent(Privacy):
     def __init__(self):
         self._updates = []
 
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         self._updates.append(update)
         return update
 
 
+def head_of(state: SiteState) -> dict[str, torch.Tensor]:
+    """The personal layers in a site's state, whether the technique stands alone or first in a sum."""
+    return next(slots for owner, slots in state.namespaces.items() if owner in ("privacy", "privacy 0"))
+
+
 @pytest.mark.parametrize("momentum", ["keep", "restart"])
 def test_one_site_with_a_personal_head_is_plain_training(momentum):
-    sites, engine = blob_sites((2,)), Local()
+    sites = blob_sites((2,))
     plain = federate(trainer(momentum=momentum), sites, rounds=3, progress=False)
-    ours = federate(trainer(momentum=momentum), sites, rounds=3, privacy=HEAD, engine=engine, progress=False)
-    local = HEAD.local(ours.state.params, engine.memory["site-0"])
+    ours = federate(trainer(momentum=momentum), sites, rounds=3, privacy=HEAD, progress=False)
+    local = HEAD.local(ours.state.params, ours.site_states["site-0"])
     for name, p in plain.state.params.items():
         torch.testing.assert_close(local[name], p, rtol=1e-5, atol=1e-6)
     first = trainer().initial()
@@ -50,19 +56,20 @@ def test_one_site_with_a_personal_head_is_plain_training(momentum):
 
 
 def test_each_site_has_its_own_head_and_sends_nothing_of_it():
-    sent, engine, first = Sent(), Local(), trainer().initial()
-    history = federate(trainer(), blob_sites(), rounds=3, privacy=HEAD + sent, engine=engine, progress=False)
+    sent, first = Sent(), trainer().initial()
+    history = federate(trainer(), blob_sites(), rounds=3, privacy=HEAD + sent, progress=False)
     for update in sent._updates:
         assert not update.delta["last.weight"].any() and not update.delta["last.bias"].any()
         assert update.delta["first.weight"].any()
         assert update.nbytes == 4 * (6 * 4 * 27 + 6)
-    heads = [engine.memory[site]["personal layers"] for site in ("site-0", "site-1")]
+    heads = [head_of(history.site_states[site]) for site in ("site-0", "site-1")]
     assert [set(head) for head in heads] == [{"last.weight", "last.bias"}] * 2
     assert not torch.allclose(heads[0]["last.weight"], heads[1]["last.weight"], atol=1e-4)
     for name in ("last.weight", "last.bias"):
         assert history.state.params[name].equal(first[name])
     assert "no formal guarantee" in repr(history)
-    assert not any(group.startswith("_personal") for memory in engine.memory.values() for group in memory)
+    for state in history.site_states.values():  # nothing else is kept than moments and the head
+        assert {owner.partition(" ")[0] for owner, slots in state.namespaces.items() if slots} == {"optimiser", "privacy"}
 
 
 def test_a_round_goes_on_from_the_head_of_the_round_before():
@@ -70,14 +77,14 @@ def test_a_round_goes_on_from_the_head_of_the_round_before():
         def __init__(self):
             self._heads = []
 
-        def equip(self, kit, site, memory):
+        def equip(self, kit, site, state):
             self._heads.append(trainable(kit.model)["last.weight"].detach().clone())
             return kit
 
-    start, engine = Start(), Local()
-    run = each_round(trainer(), blob_sites((1, 1)), privacy=HEAD + start, engine=engine, rounds=2)
-    next(run)
-    kept = [engine.memory[site]["personal layers"]["last.weight"] for site in ("site-0", "site-1")]
+    start = Start()
+    run = each_round(trainer(), blob_sites((1, 1)), privacy=HEAD + start, rounds=2)
+    states = next(run).site_states
+    kept = [head_of(states[site])["last.weight"] for site in ("site-0", "site-1")]
     next(run)
     first = trainer().initial()["last.weight"]
     assert [h.equal(want) for h, want in zip(start._heads, [first, first, *kept], strict=True)] == [True] * 4
@@ -93,20 +100,19 @@ def test_the_global_model_keeps_its_head_whatever_comes_after(rest, tmp_path):
         assert whole.state.params[name].equal(first[name])
     assert not whole.state.params["first.weight"].equal(first["first.weight"])
     for rounds in (1, 3):
-        engine = Local()
         history = federate(trainer(), blob_sites(), rounds=rounds, privacy=technique, strategy=UNIFORM,
-                           engine=engine, checkpoint=tmp_path / "run", progress=False)
+                           checkpoint=tmp_path / "run", progress=False)
     assert weights_sha256(history.state.params) == weights_sha256(whole.state.params)
-    assert "personal layers" in engine.memory["site-0"]
+    assert head_of(history.site_states["site-0"]).keys() == {"last.weight", "last.bias"}
 
 
 def test_personal_layers_are_trained_privately_with_dp_sgd():
-    engine, first = Local(), trainer().initial()
+    first = trainer().initial()
     technique = HEAD + DPSGD(clip=0.5, noise_multiplier=1.0, delta=1e-2, batch=1)
-    history = federate(trainer(), blob_sites((2, 2)), rounds=2, privacy=technique, engine=engine, progress=False)
+    history = federate(trainer(), blob_sites((2, 2)), rounds=2, privacy=technique, progress=False)
     assert history.state.params["last.weight"].equal(first["last.weight"])
     assert not history.state.params["first.weight"].equal(first["first.weight"])
-    heads = [memory["personal layers"]["last.weight"] for memory in engine.memory.values()]
+    heads = [head_of(state)["last.weight"] for state in history.site_states.values()]
     assert not heads[0].equal(first["last.weight"]) and not heads[0].equal(heads[1])
     assert "per patient" in history.guarantee()
 
@@ -162,7 +168,7 @@ def test_running_statistics_cannot_be_personal():
 
 def test_it_goes_before_what_wraps_the_model():
     class Wraps(Privacy):
-        def equip(self, kit, site, memory):
+        def equip(self, kit, site, state):
             return kit
 
     HEAD + Wraps()
@@ -171,16 +177,30 @@ def test_it_goes_before_what_wraps_the_model():
 
 
 def test_layers_of_another_run_or_damaged_ones_are_refused():
-    engine = Local()
-    next(each_round(trainer(), blob_sites((1,)), privacy=HEAD, engine=engine))
+    first = next(each_round(trainer(), blob_sites((1,)), privacy=HEAD))
     with pytest.raises(PrivacyError, match="not those of this run"):
-        next(each_round(trainer(), blob_sites((1,)), privacy=PersonalLayers(names=["last.bias"]), engine=engine))
+        next(each_round(trainer(), blob_sites((1,)), privacy=PersonalLayers(names=["last.bias"]), rounds=2,
+                        state=first.state, site_states=first.site_states))
     delta = {name: torch.zeros_like(p) for name, p in trainer().initial().items()}
     delta["last.bias"] = torch.full_like(delta["last.bias"], float("nan"))
-    memory = {"_personal layers": {"last.bias": delta["last.bias"]}}
     with pytest.raises(PrivacyError, match="NaN"):
-        HEAD.protect(Update(site="a", delta=delta, weight=1.0), memory, torch.Generator())
-    assert "personal layers" not in memory
+        HEAD.protect(Update(site="a", delta=delta, weight=1.0), SiteState(), torch.Generator())
+
+
+def test_layers_of_a_site_that_failed_are_those_of_the_round_before():
+    class Damage(Privacy):
+        def protect(self, update, state, rng):
+            if state.round == 1:
+                update = replace(update, delta={**update.delta, "last.bias": update.delta["last.bias"] * float("nan")})
+            return HEAD.protect(update, state, rng)
+
+    run = each_round(trainer(), blob_sites((1,)), privacy=HEAD + Damage(), rounds=2)
+    states = next(run).site_states
+    before = head_of(states["site-0"])
+    with pytest.raises(PrivacyError, match="personal layers of site-0 have NaN"):
+        next(run)
+    for name, value in head_of(states["site-0"]).items():
+        assert value.equal(before[name])
 
 
 def test_it_prints_as_the_code_that_makes_it():

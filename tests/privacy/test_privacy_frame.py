@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
 from cohorts import blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
+from fedlab.core.types import SiteState
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Terms, epsilon_of
+from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
-from fedlab.run.federate import each_round, federate
-from fedlab.run.local import Local
+from fedlab.run.admission import Admission
+from fedlab.run.federate import each_round, federate, make_run
 from fedlab.strategies import FedAvg
 from trainers import trainer
 
@@ -27,8 +31,8 @@ class Noise(Privacy):
     def __init__(self, *, max_epsilon=None):
         self.max_epsilon = max_epsilon
 
-    def protect(self, update, memory, rng):
-        Ledger(memory).charge(STEP, terms=TERMS, max_epsilon=self.max_epsilon)
+    def protect(self, update, state, rng):
+        Ledger(state).charge(STEP, terms=TERMS, max_epsilon=self.max_epsilon)
         scale = min(1.0, 0.05 / update.norm())
         return update.map(lambda t: t * scale + 0.2 * torch.randn(t.shape, generator=rng))
 
@@ -61,9 +65,9 @@ def test_a_site_with_a_budget_withdraws_in_time_and_the_run_ends_when_none_is_le
 
 def test_one_site_withdraws_and_the_others_go_on():
     class Uneven(Noise):
-        def protect(self, update, memory, rng):
+        def protect(self, update, state, rng):
             self.max_epsilon = 0.1 if update.site == "site-1" else None
-            return super().protect(update, memory, rng)
+            return super().protect(update, state, rng)
 
     finished = next(each_round(trainer(), blob_sites(), privacy=Uneven()))
     assert list(finished.sites) == ["site-0"] and "budget is ε = 0.1" in finished.absent["site-1"]
@@ -86,22 +90,24 @@ def test_six_rounds_with_crashes_equal_six_without(tmp_path):
     assert history.spent().equals(whole.spent())
 
 
-def test_a_site_without_its_memory_or_its_ledger_refuses():
-    engine = Local()
-    run = each_round(trainer(), blob_sites(), privacy=Noise(), engine=engine, rounds=4)
-    state = next(run).state
-    with pytest.raises(PrivacyError, match=r"no memory of the rounds before.*nothing was sent"):
-        next(each_round(trainer(), blob_sites(), privacy=Noise(), state=state, rounds=4))
-    del engine.memory["site-0"]["ledger"]
+def test_a_site_without_its_state_or_its_ledger_refuses():
+    run = each_round(trainer(), blob_sites(), privacy=Noise(), rounds=4)
+    first = next(run)
+    with pytest.raises(PrivacyError, match=r"no state from the rounds before.*nothing was sent"):
+        next(each_round(trainer(), blob_sites(), privacy=Noise(), state=first.state, rounds=4))
+    kept = first.site_states["site-0"]
+    kept.ledger.clear()
+    first.site_states.save("site-0", kept)
     with pytest.raises(PrivacyError, match=r"its ledger is missing.*nothing was sent"):
         next(run)
 
 
 def test_a_ledger_of_another_site_is_refused():
-    engine = Local()
-    run = each_round(trainer(), blob_sites(), privacy=Noise(), engine=engine, rounds=4)
-    next(run)
-    engine.memory["site-0"], engine.memory["site-1"] = engine.memory["site-1"], engine.memory["site-0"]
+    run = each_round(trainer(), blob_sites(), privacy=Noise(), rounds=4)
+    states = next(run).site_states
+    one, other = states["site-0"], states["site-1"]
+    states.save("site-0", other)
+    states.save("site-1", one)
     with pytest.raises(PrivacyError, match="another site"):
         next(run)
 
@@ -115,37 +121,55 @@ def test_a_promise_without_a_charge_is_refused():
 
 
 def test_other_weights_under_the_same_round_get_other_noise_and_are_charged():
-    engine = Local()
     one = trainer()
-    first = next(each_round(one, blob_sites((1,)), privacy=Noise(), engine=engine))
+    first = next(each_round(one, blob_sites((1,)), privacy=Noise()))
     again = {name: p + 0.1 for name, p in one.initial().items()}
-    state = FedAvg().begin(again)
-    next(each_round(one, blob_sites((1,)), privacy=Noise(), engine=engine, state=state))
-    assert len(Ledger(engine.memory["site-0"]).releases()) == 2
-    assert first.spent["site-0"][0].epsilon < Ledger(engine.memory["site-0"]).spent()[0].epsilon
+    other = next(each_round(one, blob_sites((1,)), privacy=Noise(), state=FedAvg().begin(again),
+                            site_states=first.site_states))
+    assert len(Ledger(other.site_states["site-0"]).releases()) == 2
+    assert first.spent["site-0"][0].epsilon < Ledger(other.site_states["site-0"]).spent()[0].epsilon
 
 
-def test_noise_at_the_server_sees_the_cohort_and_keeps_its_memory():
+def test_noise_at_the_server_sees_the_cohort_and_keeps_its_state():
     seen = []
 
     class Server(Privacy):
-        def release(self, mean, cohort, memory, rng):
-            count = memory.get("broadcast", {"rounds": torch.zeros(())})["rounds"] + 1
-            memory["broadcast"] = {"rounds": count}
+        def release(self, mean, cohort, state, rng):
+            state.own["rounds"] = count = state.own.get("rounds", torch.zeros(())) + 1
+            state.broadcast["rounds"] = count
             seen.append((cohort.round, len(cohort), cohort.sites, cohort.sample, float(count)))
             return mean
 
-        def equip(self, kit, site, memory):
-            seen.append(float(memory["broadcast"]["rounds"]) if memory["broadcast"] else None)
+        def equip(self, kit, site, state):
+            assert not state.own  # what the server keeps for itself is not shown to sites
+            seen.append(float(state.broadcast["rounds"]) if state.broadcast else None)
             return kit
 
     list(each_round(trainer(), blob_sites((1, 1)), privacy=Server(), rounds=2))
     assert seen == [None, None, (0, 2, 2, 1.0, 1.0), 1.0, 1.0, (1, 2, 2, 1.0, 2.0)]
 
 
+def test_each_technique_of_a_sum_has_a_namespace_of_its_own():
+    class Counts(Privacy):
+        def __init__(self, *, by):
+            self.by = by
+
+        def protect(self, update, state, rng):
+            state.own["count"] = state.own.get("count", torch.zeros(())) + self.by
+            return update
+
+        def release(self, mean, cohort, state, rng):
+            state.own["count"] = state.own.get("count", torch.zeros(())) + self.by
+            return mean
+
+    *_, last = each_round(trainer(), blob_sites((1, 1)), privacy=Counts(by=1) + Counts(by=10), rounds=3)
+    for kept in (last.site_states["site-1"].namespaces, last.state.namespaces):
+        assert sorted(float(slots["count"]) for slots in kept.values() if "count" in slots) == [3, 30]
+
+
 def test_a_round_without_any_site_still_releases():
     class Server(Privacy):
-        def release(self, mean, cohort, memory, rng):
+        def release(self, mean, cohort, state, rng):
             return mean.map(lambda t: t + 1 / (cohort.sites * cohort.sample))
 
     one = trainer()
@@ -165,35 +189,85 @@ def test_sites_are_sampled_independently_with_the_stated_probability():
         FedAvg(sample=0.0)
 
 
+class Talk(Aggregation):
+    """Sites greet each other before training and take leave after it."""
+
+    steps = ("hello", "receive", "bye")
+
+    def __init__(self, *, silent=()):
+        self.silent = silent
+        self._log = []
+
+    def before(self, exchange):
+        said = exchange.send("hello", {})
+        inboxes = {site: {other: box[site] for other, box in said.items() if site in box} for site in exchange.names}
+        exchange.send("receive", inboxes)
+        return {"met": list(exchange.names)}
+
+    def answer(self, step, site, inbox, state):
+        if (step, site) in self.silent:
+            raise PrivacyError(f"{site} says nothing")
+        self._log.append((step, site, {k: v.decode() for k, v in inbox.items()}))
+        if step == "hello":
+            state.secrets["word"] = f"{step} from {site}"
+            return {other: state.secrets["word"].encode() for other in {"site-0", "site-1"} - {site}}
+        return {"server": state.secrets["word"].encode()} if step == "bye" else {}
+
+    def mask(self, update, state, rng):
+        self._log.append(("mask", update.site, state.secrets["word"]))
+        return update
+
+    def after(self, mean, keys, exchange):
+        names = " ".join(exchange.names).encode()
+        answers = exchange.send("bye", {site: {"server": names} for site in exchange.names})
+        self._log.append((keys, {site: m["server"].decode() for site, m in answers.items()}))
+        return mean
+
+
 def test_messages_between_sites_go_by_way_of_the_server():
-    log = []
+    talk = Talk()
+    run = each_round(trainer(), blob_sites((1, 1)), aggregation=talk, rounds=2)
+    finished = next(run)
+    once = [("hello", "site-0", {}), ("hello", "site-1", {}),
+            ("receive", "site-0", {"site-1": "hello from site-1"}),
+            ("receive", "site-1", {"site-0": "hello from site-0"}),
+            ("mask", "site-0", "hello from site-0"), ("mask", "site-1", "hello from site-1"),
+            ("bye", "site-0", {"server": "site-0 site-1"}), ("bye", "site-1", {"server": "site-0 site-1"}),
+            ({"met": ["site-0", "site-1"]}, {"site-0": "hello from site-0", "site-1": "hello from site-1"})]
+    assert talk._log == once
+    # Keys live in the process for the round only: neither a site's state nor the server's holds them.
+    for kept in (finished.site_states["site-0"], pickle.loads(pickle.dumps(finished.site_states["site-0"]))):
+        assert not kept.secrets and "aggregation" not in kept.namespaces
+    assert not finished.state.namespaces.get("aggregation")
+    assert not any(b"hello from" in path.read_bytes() for path in finished.site_states.folder.iterdir())
+    next(run)
+    assert talk._log == once * 2
 
-    class Talk(Privacy):
-        before, after = ("hello", "receive"), ("bye",)
 
-        def at_site(self, step, site, inbox, memory):
-            log.append((step, site, {k: v.decode() for k, v in inbox.items()}))
-            others = {"site-0", "site-1"} - {site}
-            return {other: f"{step} from {site}".encode() for other in others} if step == "hello" else {
-                "server": b"x"} if step == "bye" else {}
+def test_a_site_that_fails_in_an_exchange_ends_the_run_or_is_left_out_of_its_round():
+    for step in ("hello", "receive", "bye"):
+        with pytest.raises(PrivacyError, match="site-1 says nothing"):
+            next(each_round(trainer(), blob_sites((1, 1)), aggregation=Talk(silent=[(step, "site-1")])))
+    for step in ("hello", "receive"):  # before training: it is not asked to train
+        talk = Talk(silent=[(step, "site-1")])
+        finished = next(each_round(trainer(), blob_sites((1, 1)), aggregation=talk, admission=Admission()))
+        assert list(finished.sites) == ["site-0"] and finished.absent == {"site-1": "site-1 says nothing"}
+        assert not any(entry[:2] == ("mask", "site-1") for entry in talk._log)
+    talk = Talk(silent=[("bye", "site-1")])  # its update is in the mean already
+    with pytest.warns(UserWarning, match="site-1 sent its update but left the exchange of messages after it"):
+        finished = next(each_round(trainer(), blob_sites((1, 1)), aggregation=talk, admission=Admission()))
+    assert list(finished.sites) == ["site-0", "site-1"] and not finished.absent
+    assert talk._log[-1] == ({"met": ["site-0", "site-1"]}, {"site-0": "hello from site-0"})
 
-        def at_server(self, step, sent, memory, arrived):
-            if step == "trained":
-                return {site: {"server": " ".join(arrived).encode()} for site in arrived}
-            if step == "bye":
-                memory["_answers"] = {site: torch.tensor(len(m["server"])) for site, m in sent.items()}
-            return super().at_server(step, sent, memory, arrived)
 
-        def release(self, mean, cohort, memory, rng):
-            log.append({k: int(v) for k, v in memory["_answers"].items()})
-            return mean
+def test_an_aggregation_of_no_messages_refuses_them():
+    with pytest.raises(PrivacyError, match="exchanges no messages"):
+        Aggregation().answer("hello", "site-0", {}, SiteState())
 
-    finished = next(each_round(trainer(), blob_sites((1, 1)), privacy=Privacy() + Talk()))
-    assert log == [("hello", "site-0", {}), ("hello", "site-1", {}),
-                   ("receive", "site-0", {"site-1": "hello from site-1"}),
-                   ("receive", "site-1", {"site-0": "hello from site-0"}),
-                   ("bye", "site-0", {"server": "site-0 site-1"}), ("bye", "site-1", {"server": "site-0 site-1"}),
-                   {"site-0": 1, "site-1": 1}]
-    assert "_answers" not in finished.state.memory
-    with pytest.raises(ValueError, match="only one technique"):
-        Talk() + Talk()
+
+def test_an_aggregation_is_no_technique():
+    for make in (lambda: Noise() + Talk(), lambda: make_run(trainer(), blob_sites(), privacy=Talk())):
+        with pytest.raises((TypeError, ValueError), match="aggregation="):
+            make()
+    with pytest.raises(ValueError, match="privacy="):
+        make_run(trainer(), blob_sites(), aggregation=Noise())

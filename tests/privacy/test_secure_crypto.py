@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedlab.core.errors import PrivacyError
+from fedlab.core.types import SiteState
 from fedlab.privacy.accounting.ledger import Concentrated, Gaussian, Ledger, Pure, Terms, epsilon_of
 from fedlab.privacy.noise.discrete_gaussian import discrete_gaussian
 from fedlab.privacy.secure_aggregation.crypto import (
@@ -195,8 +196,8 @@ def test_concentrated_releases_are_accounted_as_the_gaussian_ones_of_the_same_di
 
 
 def test_concentrated_releases_live_in_a_ledger():
-    memory = {}
+    state = SiteState()
     terms = Terms(unit="site", delta=1e-3, adjacency="one update replaced by zeros")
-    Ledger(memory).charge(Concentrated(rho=0.2), terms=terms)
-    assert Ledger(memory).releases() == [Concentrated(rho=0.2)]
-    assert Ledger(memory).spent()[0].epsilon == epsilon_of([Concentrated(rho=0.2)], delta=1e-3)
+    Ledger(state).charge(Concentrated(rho=0.2), terms=terms)
+    assert Ledger(state).releases() == [Concentrated(rho=0.2)]
+    assert Ledger(state).spent()[0].epsilon == epsilon_of([Concentrated(rho=0.2)], delta=1e-3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cohorts import blob_sites
 from fedlab.core.errors import PrivacyError
-from fedlab.core.types import Update
+from fedlab.core.types import SiteState, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.compression import (
     Quantise,
@@ -39,8 +39,8 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sent(technique, tensors, memory=None, seed=0):
-    return technique.protect(update(**tensors), {} if memory is None else memory, rng(seed))
+def sent(technique, tensors, state=None, seed=0):
+    return technique.protect(update(**tensors), SiteState() if state is None else state, rng(seed))
 
 
 # By hand
@@ -164,38 +164,37 @@ def test_damaged_bytes_are_refused():
 
 @pytest.mark.parametrize("technique", [t for t in ALL if t.error_feedback], ids=repr)
 def test_with_error_feedback_nothing_is_lost(technique):
-    memory, total, arrived = {}, torch.zeros(200), torch.zeros(200)
+    state, total, arrived = SiteState(), torch.zeros(200), torch.zeros(200)
     for number in range(12):
         wanted = torch.randn(200, generator=rng(number))
         total += wanted
-        arrived += sent(technique, {"w": wanted}, memory, seed=number).delta["w"]
-    (waiting,) = memory.values()
-    torch.testing.assert_close(arrived + waiting["w"], total, rtol=1e-4, atol=1e-4)
+        arrived += sent(technique, {"w": wanted}, state, seed=number).delta["w"]
+    torch.testing.assert_close(arrived + state.own["w"], total, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(arrived, total, atol=0.1)
 
 
 @pytest.mark.parametrize("technique", [t for t in ALL if not t.error_feedback], ids=repr)
 def test_without_error_feedback_nothing_is_remembered(technique):
-    memory = {}
-    first = sent(technique, {"w": torch.randn(50, generator=rng())}, memory)
-    again = sent(technique, {"w": torch.randn(50, generator=rng())}, memory)
-    assert memory == {} and first.delta["w"].equal(again.delta["w"])
+    state = SiteState()
+    first = sent(technique, {"w": torch.randn(50, generator=rng())}, state)
+    again = sent(technique, {"w": torch.randn(50, generator=rng())}, state)
+    assert not any(state.namespaces.values()) and not state.diagnostics and first.delta["w"].equal(again.delta["w"])
 
 
 def test_with_error_feedback_a_small_but_steady_change_arrives():
-    """Half of two entries is sent; without memory the smaller one never is, though it always points one way."""
+    """Half of two entries is sent; without a state the smaller one never is, though it always points one way."""
     for feedback, low, high in ((False, 0.0, 0.0), (True, 8.5, 10.1)):
-        arrived, memory = torch.zeros(2), {}
+        arrived, state = torch.zeros(2), SiteState()
         for _ in range(100):
-            arrived += sent(TopK(keep=0.5, error_feedback=feedback), {"x": torch.tensor([1.0, 0.1])}, memory).delta["x"]
+            arrived += sent(TopK(keep=0.5, error_feedback=feedback), {"x": torch.tensor([1.0, 0.1])}, state).delta["x"]
         assert low <= float(arrived[1]) <= high
 
 
 def test_what_waits_for_another_model_is_refused():
-    memory, technique = {}, TopK(keep=0.5, error_feedback=True)
-    sent(technique, {"w": torch.ones(3)}, memory)
+    state, technique = SiteState(), TopK(keep=0.5, error_feedback=True)
+    sent(technique, {"w": torch.ones(3)}, state)
     with pytest.raises(PrivacyError, match="another model"):
-        sent(technique, {"w": torch.ones(4)}, memory)
+        sent(technique, {"w": torch.ones(4)}, state)
 
 
 # Runs

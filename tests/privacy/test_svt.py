@@ -11,7 +11,7 @@ from scipy import stats
 
 from cohorts import blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
-from fedlab.core.types import Update
+from fedlab.core.types import SiteState, Update
 from fedlab.privacy.accounting.ledger import Ledger, Pure, epsilon_of
 from fedlab.privacy.compression import encode_sparse
 from fedlab.privacy.sparse import partial_sharing as svt
@@ -102,7 +102,7 @@ def test_it_equals_a_loop_written_from_the_paper(technique, monkeypatch):
         flat = torch.cat([t.flatten() for t in sent.delta.values()])
         count = math.ceil(technique.fraction * flat.numel())
         draws = Draws(monkeypatch, technique.scales(flat.numel()))
-        found = technique.protect(sent, {}, generator(seed))
+        found = technique.protect(sent, SiteState(), generator(seed))
         several += len(draws.noise) > 3
         again = naive(flat.double().tolist(), gamma=technique.clip, tau=technique.threshold, count=count,
                       passes=technique.passes, draws=draws)
@@ -116,7 +116,7 @@ def test_it_equals_a_loop_written_from_the_paper(technique, monkeypatch):
 def test_without_noise_to_speak_of_it_shares_what_is_above_the_threshold():
     sent = random_update()
     quiet = SVT(fraction=1.0, epsilon_threshold=1e9, epsilon_query=1e9, epsilon_release=1e9, threshold=5e-5, passes=3)
-    found = quiet.protect(sent, {}, generator())
+    found = quiet.protect(sent, SiteState(), generator())
     for name, t in sent.delta.items():
         clipped = t.clamp(-1e-4, 1e-4)
         torch.testing.assert_close(found.delta[name], clipped.where(t.abs() >= 5e-5, 0.0), rtol=1e-5, atol=1e-10)
@@ -125,15 +125,15 @@ def test_without_noise_to_speak_of_it_shares_what_is_above_the_threshold():
 def test_one_seed_repeats_and_the_operating_system_does_not():
     sent = random_update()
     for technique in (SVT(**PUBLISHED), SparseVector(fraction=0.5, epsilon=1.0)):
-        one, two = (technique.protect(sent, {}, generator(3)) for _ in range(2))
+        one, two = (technique.protect(sent, SiteState(), generator(3)) for _ in range(2))
         assert all(torch.equal(one.delta[n], two.delta[n]) for n in sent.delta)
     secure = SparseVector(fraction=1.0, epsilon=1.0, secure_mode=True, clip=1e3)
-    one, two = (secure.protect(sent, {}, generator(3)) for _ in range(2))
+    one, two = (secure.protect(sent, SiteState(), generator(3)) for _ in range(2))
     assert not torch.equal(one.delta["a"], two.delta["a"])
-    memory: dict = {}
-    ledger = Ledger.open(memory, site="here", model="m", round=0, stream="s")
-    secure.protect(sent, memory, generator())
-    ledger = Ledger.open(memory, site="here", model="m", round=0, stream="s")  # run again: what was released stays
+    state = SiteState()
+    ledger = Ledger.open(state, site="here", model="m", round=0, stream="s")
+    secure.protect(sent, state, generator())
+    ledger = Ledger.open(state, site="here", model="m", round=0, stream="s")  # run again: what was released stays
     assert len(ledger.releases()) == 2
 
 
@@ -229,7 +229,7 @@ def test_the_whole_keeps_its_promise_and_too_little_noise_is_caught(cheat, monke
     def events(sign):
         rng, seen = generator(6), {}
         for _ in range(trials):
-            (sent,) = technique.protect(update(w=sign * torch.ones(3)), {}, rng).delta.values()
+            (sent,) = technique.protect(update(w=sign * torch.ones(3)), SiteState(), rng).delta.values()
             for event in (("value", float(sent.sum())), ("place", tuple(sent.nonzero()[:, 0].tolist()))):
                 if event[0] == "place" or abs(event[1]) == 1.0:
                     seen[event] = seen.get(event, 0) + 1
@@ -293,11 +293,11 @@ def test_a_run_shows_the_composed_epsilon():
 def test_a_site_withdraws_before_its_budget_is_spent_and_enters_nothing():
     technique = SparseVector(fraction=0.1, epsilon=2.0, max_epsilon=3.0)
     once = technique.cost(43).epsilon(rounds=1)
-    memory: dict = {}
-    technique.protect(random_update(), memory, generator())
+    state = SiteState()
+    technique.protect(random_update(), state, generator())
     with pytest.raises(PrivacyBudgetExhausted, match="budget is ε = 3"):
-        technique.protect(random_update(), memory, generator())
-    assert len(Ledger(memory).releases()) == 2 and Ledger(memory).spent()[0].epsilon == once
+        technique.protect(random_update(), state, generator())
+    assert len(Ledger(state).releases()) == 2 and Ledger(state).spent()[0].epsilon == once
 
 
 # Partial sharing
@@ -305,24 +305,24 @@ def test_a_site_withdraws_before_its_budget_is_spent_and_enters_nothing():
 
 def test_partial_sharing_shares_the_largest_and_leaves_layers_out():
     sent = random_update()
-    found = PartialSharing(fraction=0.25, exclude=["b"]).protect(sent, {}, generator())
+    found = PartialSharing(fraction=0.25, exclude=["b"]).protect(sent, SiteState(), generator())
     assert not found.delta["b"].any()
     rest = torch.cat([sent.delta[n].flatten() for n in "ac"])
     shared = torch.cat([found.delta[n].flatten() for n in "ac"])
     assert int((shared != 0).sum()) == 8 == math.ceil(0.25 * 32)
     assert rest[shared != 0].abs().min() >= rest[shared == 0].abs().max()
     assert torch.equal(shared[shared != 0], rest[shared != 0])
-    cut = PartialSharing(fraction=1.0, clip=5e-5).protect(sent, {}, generator())
+    cut = PartialSharing(fraction=1.0, clip=5e-5).protect(sent, SiteState(), generator())
     assert all(torch.equal(cut.delta[n], t.clamp(-5e-5, 5e-5)) for n, t in sent.delta.items())
     assert PartialSharing(fraction=0.5).units == frozenset()
 
 
 def test_left_out_layers_are_neither_sent_nor_paid_for():
     technique = SparseVector(fraction=1.0, epsilon=1.0, exclude=["*b"])
-    memory: dict = {}
-    found = technique.protect(random_update(), memory, generator())
+    state = SiteState()
+    found = technique.protect(random_update(), state, generator())
     assert not found.delta["b"].any() and found.delta["a"].all()
-    assert Ledger(memory).releases() == list(technique.cost(32).releases())
+    assert Ledger(state).releases() == list(technique.cost(32).releases())
 
 
 @pytest.mark.parametrize("technique", [
@@ -330,7 +330,7 @@ def test_left_out_layers_are_neither_sent_nor_paid_for():
     SparseVector(fraction=0.05, epsilon=8.0, exclude=["b"])], ids=str)
 def test_bytes_are_those_of_the_sparse_code_and_settings_print_as_code(technique):
     sent = random_update()
-    found = technique.protect(sent, {}, generator())
+    found = technique.protect(sent, SiteState(), generator())
     assert found.encoded == len(encode_sparse(found.delta)) and found.weight == sent.weight
     assert repr(eval(repr(technique))) == repr(technique)
 
@@ -388,7 +388,7 @@ def test_a_run_that_cannot_work_is_refused_before_it_begins(technique, said):
 def test_an_update_that_is_not_finite_is_refused(bad):
     damaged = update(a=torch.zeros(7), b=torch.tensor([0.0, bad, 1.0]))
     for technique in (PartialSharing(fraction=0.5), SVT(**PUBLISHED), SparseVector(fraction=0.5, epsilon=1.0)):
-        memory: dict = {}
+        state = SiteState()
         with pytest.raises(PrivacyError, match="NaN or infinite"):
-            technique.protect(damaged, memory, generator())
-        assert not memory
+            technique.protect(damaged, state, generator())
+        assert not state.ledger and not state.namespaces and not state.diagnostics
