@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -74,20 +74,24 @@ class Arrivals:
         waiting = {site.name for site in sites}
         self._asked += [site.name for site in sites]
         nothing = "it sent nothing"
-        for answer in answers:
-            sender = getattr(answer, "site", None)
-            if not isinstance(answer, Answer) or not isinstance(sender, str) or sender not in waiting:
-                stray = f"an update of {sender!r}" if isinstance(sender, str) else "an object that is no update"
-                if self.run.admission is None:
-                    raise ValueError(f"received {stray}; still expected: {sorted(waiting)}")
-                nothing = f"it sent nothing under its name; {stray[:120]} was received and left out"
-                continue
-            waiting.remove(sender)
-            if (reason := self._refuse(answer, state)) is not None:
-                self._absent[sender] = reason
-            elif isinstance(answer, Update):
-                self._note(answer)
-                yield answer
+        try:
+            for answer in answers:
+                sender = getattr(answer, "site", None)
+                if not isinstance(answer, Answer) or not isinstance(sender, str) or sender not in waiting:
+                    stray = f"an update of {sender!r}" if isinstance(sender, str) else "an object that is no update"
+                    if self.run.admission is None:
+                        raise ValueError(f"received {stray}; still expected: {sorted(waiting)}")
+                    nothing = f"it sent nothing under its name; {stray[:120]} was received and left out"
+                    continue
+                waiting.remove(sender)
+                if (reason := self._refuse(answer, state)) is not None:
+                    self._absent[sender] = reason
+                elif isinstance(answer, Update):
+                    self._note(answer)
+                    yield answer
+        finally:
+            if isinstance(answers, Generator):  # sites that are still at work end with a round that breaks off
+                answers.close()
         self._absent |= dict.fromkeys(waiting, nothing)
         if self._withdrawn and self._withdrawn >= self._drawn:
             raise PrivacyBudgetExhausted("no site is left: " + "; ".join(self._absent.values()))

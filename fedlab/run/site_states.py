@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -73,12 +74,13 @@ class SiteStates(Mapping[str, SiteState]):
         Work that fails leaves the state as it was, but for its ledger: what was charged stays charged.
         """
         state = self.get(site) or SiteState()
-        before = state.copy()
+        known = copy.deepcopy(state.ledger)
         state.secrets = self._secrets.setdefault(site, {})
         try:
             yield state
         except BaseException:
-            if state.ledger != before.ledger and self.folder.is_dir():  # it goes with the run
+            if state.ledger != known and self.folder.is_dir():  # the folder goes with the run
+                before = self.get(site) or SiteState()
                 before.ledger = state.ledger
                 self.save(site, before)
             raise

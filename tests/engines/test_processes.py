@@ -27,6 +27,7 @@ from fedlab.data.readers.patient_folder import PatientFolder
 from fedlab.engines import worker_pool as pool
 from fedlab.engines.processes import Processes
 from fedlab.faults.sites import DropOut, Faulty, PoisonedLabels
+from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.site_level import LocalGaussian
@@ -127,6 +128,42 @@ def test_the_same_bits_metrics_and_site_states_as_local(processes):
             g: weights_sha256(t) for g, t in mine.namespaces.items()}
         assert (state.enrolled, state.updates) == (mine.enrolled, mine.updates) == (True, 3)
     assert len(pids(processes)) == 2 and os.getpid() not in pids(processes)
+
+
+def test_a_second_run_on_one_engine_is_the_first_to_the_bit(processes):
+    """The optimiser's moments belong to the run."""
+    first, second = (run(processes, rounds=3) for _ in range(2))
+    assert bits(first) == bits(second) == bits(run(Local(), rounds=3))
+    assert bits(first) != bits(federate(trainer(momentum="restart"), blob_sites((3, 2, 1)), rounds=3,
+                                        engine=processes, progress=False))
+
+
+class ChargesAndFails(LocalGaussian):
+    """Enters its noise into the ledger, changes what it keeps, and fails at one site after its first update."""
+
+    def protect(self, update, state, rng):
+        state.own.setdefault("touched", torch.zeros(1)).add_(1)  # in place
+        update = super().protect(update, state, rng)
+        if update.site == "site-1" and state.updates == 1:
+            raise RuntimeError("after the charge")
+        return update
+
+
+@pytest.mark.parametrize("name", ["Local", "Processes"])
+def test_work_that_fails_leaves_the_site_s_state_but_for_its_ledger(processes, name):
+    rounds = each_round(trainer(), blob_sites((2, 2)), rounds=2, engine=processes if name == "Processes" else Local(),
+                        privacy=ChargesAndFails(clip=1.0, noise_multiplier=1.0, delta=1e-3), admission=Admission())
+    before = {site: state for site, state in next(rounds).site_states.items()}
+    finished = next(rounds)
+    assert finished.absent.keys() == {"site-1"} and finished.sites.keys() == {"site-0"}
+    kept, went_on = finished.site_states["site-1"], finished.site_states["site-0"]
+    assert (kept.updates, went_on.updates) == (1, 2) and kept.enrolled
+    assert kept.namespaces["privacy"]["touched"].item() == 1 and went_on.namespaces["privacy"]["touched"].item() == 2
+    assert kept.namespaces.keys() == before["site-1"].namespaces.keys() == {"optimiser", "privacy"}
+    for owner, slots in before["site-1"].namespaces.items():
+        assert weights_sha256(kept.namespaces[owner]) == weights_sha256(slots)
+    ours, ran = (Ledger(state).spent()[0].epsilon for state in (kept, went_on))
+    assert ours == ran > Ledger(before["site-1"]).spent()[0].epsilon  # what was charged stays charged
 
 
 def test_another_number_of_threads_gives_other_bits_so_workers_have_those_of_their_parent(processes):
