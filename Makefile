@@ -86,7 +86,8 @@ gallery: flare
 	@echo "fedlab: building the documentation site"
 	@$(PY) docs/gallery.py $(ARGS)
 
-# For the tests in a browser: installed where nobody has to be asked. Elsewhere they are skipped, in CI they fail.
+# For the tests in a browser: installed where the user may do so without a password. Elsewhere these tests are skipped,
+# in CI they fail.
 chromium:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ]; then as=; elif sudo -n true 2>/dev/null; then as="sudo -n"; else as=nobody; fi; \

@@ -214,7 +214,7 @@ def run_job(job: Job, out: Path) -> Outcome:
         with start_workers() as workers:
             return _run(job, out, workers)
     except BrokenProcessPool as error:
-        raise RunError(f"a worker process was killed, perhaps for want of memory; 'fedlab resume {out}' goes on from "
+        raise RunError(f"a worker process was killed, perhaps for lack of memory; 'fedlab resume {out}' continues from "
                        "the last finished round") from error
 
 

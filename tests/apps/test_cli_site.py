@@ -102,7 +102,7 @@ def test_every_line_of_the_template_that_is_commented_out_is_a_setting(folder: P
     ("[policy.approved]", "[policy.approved]\nx = 'abc'", "64 hexadecimal"), ("name =", "nam =", "knows .*name"),
     ("[policy]", "[policy]\nrequire = [{technique = 'DPSGD', min_noise_multiplier = 'x'}]", "is a number"),
 ])
-def test_settings_that_are_none_are_refused(folder: Path, old: str, new: str, words: str) -> None:
+def test_invalid_settings_are_refused(folder: Path, old: str, new: str, words: str) -> None:
     path = folder / "site.toml"
     path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
     with pytest.raises((ValueError, RunError), match=words):
@@ -113,14 +113,14 @@ def test_settings_that_are_none_are_refused(folder: Path, old: str, new: str, wo
 def test_text_is_written_as_toml_reads_it(text: str, numbers: list[int]) -> None:
     import tomllib
 
-    if not any(0xD800 <= ord(sign) <= 0xDFFF or sign == "\x7f" for sign in text):
+    if not any(0xD800 <= ord(character) <= 0xDFFF or character == "\x7f" for character in text):
         assert tomllib.loads(f"a = {_toml(text)}\nb = {_toml(numbers)}") == {"a": text, "b": numbers}
 
 
 def test_show_prints_policy_and_what_was_spent_with_its_terms(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["site", "show", str(folder)]) == 0
-    told = capsys.readouterr().out
-    assert "nothing was released" in told and "demands nothing" in told
+    printed = capsys.readouterr().out
+    assert "nothing was released" in printed and "demands nothing" in printed
     state = SiteState()
     with LedgerFile(folder / "ledger", "a").kept(state):
         ledger = Ledger.open(state, site="a", model="m", round=0, stream="s")
@@ -129,10 +129,10 @@ def test_show_prints_policy_and_what_was_spent_with_its_terms(folder: Path, caps
     with (folder / "site.toml").open("a", encoding="utf-8") as file:
         file.write("\n[policy.budget.patient]\nmax_epsilon = 8.0\ndelta = 0.001\n")
     assert main(["site", "show", str(folder)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     (spent,) = LedgerFile(folder / "ledger", "a").read().spent()
-    assert str(spent) in told and "per patient (add or remove one patient, rdp accountant)" in told
-    assert "the budget is ε = 8" in told and "spends at most ε = 8 per patient at δ = 0.001" in told
+    assert str(spent) in printed and "per patient (add or remove one patient, rdp accountant)" in printed
+    assert "the budget is ε = 8" in printed and "spends at most ε = 8 per patient at δ = 0.001" in printed
 
 
 def test_approve_shows_asks_copies_and_enters_the_hash(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -142,8 +142,8 @@ def test_approve_shows_asks_copies_and_enters_the_hash(folder: Path, tmp_path: P
     before = (folder / "site.toml").read_text(encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda prompt: "n")
     assert main(["site", "approve", str(folder), str(file)]) == 1
-    told = capsys.readouterr().out
-    assert "what it does" in told and "\x1b" not in told
+    printed = capsys.readouterr().out
+    assert "what it does" in printed and "\x1b" not in printed
     assert (folder / "site.toml").read_text(encoding="utf-8") == before and not any((folder / "techniques").iterdir())
     monkeypatch.setattr("builtins.input", lambda prompt: "y")
     assert main(["site", "approve", str(folder), str(file)]) == 0
@@ -184,8 +184,8 @@ def test_export_writes_a_file_that_was_imported_and_checked(tmp_path: Path, monk
     path, target = notebook(tmp_path / "n.ipynb", *CELLS), tmp_path / "share_it.py"
     assert main(["export", "technique", "Share", "--from", str(path), "--to", str(target), "--call",
                  "Share(keep=0.5)"]) == 0
-    told = capsys.readouterr().out
-    assert "fails closed" in told and f"sha256:  {hashlib.sha256(target.read_bytes()).hexdigest()}" in told
+    printed = capsys.readouterr().out
+    assert "fails closed" in printed and f"sha256:  {hashlib.sha256(target.read_bytes()).hexdigest()}" in printed
     monkeypatch.syspath_prepend(tmp_path)
     assert repr(importlib.import_module("share_it").Share()) == "Share(keep=0.1, bound=0.01)"
     before = target.read_bytes()

@@ -225,7 +225,7 @@ def test_the_trace_of_a_demo_is_whole_and_fits_its_model(demo, tmp_path, capsys)
 
 
 def interrupted(arguments: tuple[str, ...], out: Path, end: str) -> tuple[int, str]:
-    """A demo in a process of its own, ended in the midst of training; its exit status and what it printed."""
+    """A demo in a process of its own, ended during training; its exit status and its output."""
     run = Background(["demo", *arguments, "--out", str(out)], out.with_suffix(".log"))
     try:
         wait_for(lambda: run.process.poll() is not None or any(out.glob("arms/*/round-[0-9]*/round.json")),
@@ -238,7 +238,7 @@ def interrupted(arguments: tuple[str, ...], out: Path, end: str) -> tuple[int, s
         run.end()
     assert not (out / "summary.json").exists() and not (out / "report.html").exists()
     arms = list((out / "arms").iterdir())
-    assert any(not (arm / "round-0002").is_dir() for arm in arms)  # it was in the midst
+    assert any(not (arm / "round-0002").is_dir() for arm in arms)  # training was not finished
     return status, run.log.read_text()
 
 
@@ -387,7 +387,7 @@ def test_a_worker_that_is_killed_is_said_to_be(tmp_path, monkeypatch):
         raise BrokenProcessPool("abrupt")
 
     monkeypatch.setattr(fedlab.apps.comparison, "_run", broken)
-    with pytest.raises(RunError, match=f"killed, perhaps for want of memory; 'fedlab resume {tmp_path}'"):
+    with pytest.raises(RunError, match=f"killed, perhaps for lack of memory; 'fedlab resume {tmp_path}'"):
         run_job(Job(source=Phantoms()), tmp_path)
 
 

@@ -112,7 +112,7 @@ def test_a_patient_without_a_label_gets_a_prediction_and_no_score(evaluated):
     assert any(float(row["predicted_ml"]) > 0 for row in rows)
 
 
-def test_where_nobody_has_a_label_there_is_no_score(demo, scans, tmp_path):
+def test_without_any_label_there_is_no_score(demo, scans, tmp_path):
     one = tmp_path / "scans"
     one.mkdir()
     (one / "site-01-001").symlink_to(scans / "site-01-001")

@@ -1,6 +1,6 @@
 """Worker processes: what they tell arrives, what they raise is what their parent sees, and they end when told.
 
-That they end with a killed parent is shown in test_job.py, on a demo that is killed.
+That they end with a killed parent is shown in test_comparison.py, on a demo that is killed.
 """
 
 from __future__ import annotations
