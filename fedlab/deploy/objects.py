@@ -151,8 +151,9 @@ def _described_object(value: Any, inner: Callable[[Any], Json]) -> Json:
             raise ValueError(f"a plan carries plain undirected graphs, got {value!r}")
         edges: list[Json] = [[inner(a), inner(b)] for a, b in value.edges]
         return {"graph": {"nodes": [inner(node) for node in value], "edges": edges}}
-    factory, settings = getattr(value, "__dict__", {}).get("_built") or (type(value), _settings(value))
-    return {"make": _name_of(factory), "with": {name: inner(item) for name, item in settings.items()}}
+    factory, settings = getattr(value, "__dict__", {}).get("_built", (type(value), None))
+    name, settings = _name_of(factory), _settings(value) if settings is None else settings
+    return {"make": name, "with": {key: inner(item) for key, item in settings.items()}}
 
 
 def _settings(value: Any) -> dict[str, Any]:
