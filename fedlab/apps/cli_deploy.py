@@ -107,7 +107,7 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _start(options: argparse.Namespace) -> None:
-    from fedlab.engines.nvflare.party_processes import begin
+    from fedlab.engines.nvflare.kits import begin
 
     if options.site is not None and len(options.kit) > 1:
         raise ValueError(f"--site names the folder of one site, got {len(options.kit)} kits; start them one by one")
@@ -116,7 +116,7 @@ def _start(options: argparse.Namespace) -> None:
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from fedlab.engines.nvflare.party_processes import stop
+    from fedlab.engines.nvflare.kits import stop
 
     for kit in options.kit:
         ended = stop(kit)
@@ -125,7 +125,7 @@ def _stop(options: argparse.Namespace) -> None:
 
 def _status(options: argparse.Namespace) -> None:
     from fedlab.core.errors import RunError
-    from fedlab.engines.nvflare.party_processes import running
+    from fedlab.engines.nvflare.kits import running
 
     place = options.place / "kits" if (options.place / "kits").is_dir() else options.place
     kits = [place] if (place / "startup").is_dir() else sorted(p for p in place.glob("*") if (p / "startup").is_dir())
@@ -155,13 +155,14 @@ def _ask_server(kit: Path) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from fedlab.engines.nvflare.submission import follow, hand_in
+    from fedlab.engines.nvflare.environments import Production
 
+    researcher = Production(kit=options.kit, wait=options.wait)
     if options.leave:
-        print(f"job {hand_in(options.run, options.kit)}; follow it with: fedlab deploy submit {options.run} --kit "
+        print(f"job {researcher.submit(options.run)}; follow it with: fedlab deploy submit {options.run} --kit "
               f"{options.kit}")
         return
-    for line in follow(options.run, options.kit, wait=options.wait):
+    for line in researcher.follow(options.run):
         print(line, flush=True)
 
 

@@ -13,12 +13,14 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial, reduce
+from importlib.resources import files
 from numbers import Number
 from types import FunctionType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +33,8 @@ from fedlab.privacy.base import Privacy, importable
 from fedlab.run.recipe import Json
 from fedlab.strategies.averaging import FedAvg
 
-__all__ = ["Approve", "Load", "built", "check_plain", "describe", "follows", "make"]
+__all__ = ["Approve", "Load", "built", "check_plain", "describe", "dict_of", "follows", "graph_of", "infinity", "make",
+           "sum_of", "tuple_of"]
 
 #: Raises `PrivacyError` for a module that is not approved.
 Approve = Callable[[str], None]
@@ -42,32 +45,10 @@ _Made = TypeVar("_Made")
 
 _NAME = re.compile(r"(?P<module>[A-Za-z]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z]\w*)", re.ASCII)
 _DEEPEST, _MOST, _LONGEST = 20, 20_000, 1_000_000
-#: What a plan may name of fedlab besides techniques, aggregations, strategies and topologies.
-_OWN = frozenset({
-    "fedlab.evidence.inversion:patch_net", "fedlab.privacy.dp.site_level:AdaptiveClip",
-    "fedlab.run.admission:Admission", "fedlab.run.round:Star", "fedlab.training.networks:segresnet",
-    "fedlab.training.trainer:DiceBCE", "fedlab.training.trainer:PolyDecay", "fedlab.training.trainer:SiteTrainer",
-    "fedlab.training.trainer:adamw", "fedlab.training.trainer:augmentation",
-})
-#: Losses, networks and transforms that compute and do nothing else: no files, no downloads, no code as text.
-_LIBRARIES = {
-    "monai.losses.dice": {"DiceCELoss", "DiceFocalLoss", "DiceLoss", "GeneralizedDiceLoss"},
-    "monai.losses.focal_loss": {"FocalLoss"},
-    "monai.losses.tversky": {"TverskyLoss"},
-    "monai.networks.nets.attentionunet": {"AttentionUnet"},
-    "monai.networks.nets.basic_unet": {"BasicUNet"},
-    "monai.networks.nets.dynunet": {"DynUNet"},
-    "monai.networks.nets.segresnet": {"SegResNet"},
-    "monai.networks.nets.unet": {"UNet"},
-    "monai.networks.nets.vnet": {"VNet"},
-    "monai.transforms.compose": {"Compose"},
-    "monai.transforms.intensity.dictionary": {
-        "RandAdjustContrastd", "RandBiasFieldd", "RandGaussianNoised", "RandGaussianSharpend", "RandGaussianSmoothd",
-        "RandGibbsNoised", "RandHistogramShiftd", "RandRicianNoised", "RandScaleIntensityd", "RandShiftIntensityd"},
-    "monai.transforms.spatial.dictionary": {
-        "Rand3DElasticd", "RandAffined", "RandAxisFlipd", "RandFlipd", "RandRotate90d", "RandRotated", "RandZoomd"},
-    "torch.nn.modules.loss": {"BCEWithLogitsLoss", "CrossEntropyLoss", "L1Loss", "MSELoss"},
-}
+_PACKAGES = ("fedlab", "monai", "torch")
+#: Names that a plan may use one by one, by module; what follows from a base class is in `_is_of_a_kind`.
+_LISTED: Mapping[str, list[str]] = tomllib.loads(
+    (files("fedlab.deploy") / "plan_names.toml").read_text(encoding="utf-8"))
 
 
 def built(factory: Callable[..., _Made], **settings: Any) -> _Made:
@@ -110,7 +91,13 @@ def describe(value: Any) -> Json:
 def _described(value: Any, *, depth: int) -> Json:
     if depth > _DEEPEST:
         raise ValueError(f"settings that are nested more than {_DEEPEST} deep, or contain themselves, cannot travel")
-    inner = partial(_described, depth=depth + 1)
+
+    def inner(item: Any) -> Json:
+        return _described(item, depth=depth + 1)
+
+    def call(factory: Any, settings: Mapping[str, Any]) -> Json:
+        return {"make": _name_of(factory), "with": {name: inner(item) for name, item in settings.items()}}
+
     match value:
         case None | bool() | str():
             return value
@@ -121,38 +108,74 @@ def _described(value: Any, *, depth: int) -> Json:
         case float() if type(value) is float:
             if math.isnan(value):
                 raise ValueError("a plan does not carry NaN; give a number")
-            return value if math.isfinite(value) else {"number": "inf" if value > 0 else "-inf"}
+            return value if math.isfinite(value) else call(infinity, {"sign": "+" if value > 0 else "-"})
         case list() if type(value) is list:
             return [inner(item) for item in value]
         case tuple() if type(value) is tuple:
-            return {"tuple": [inner(item) for item in value]}
+            return call(tuple_of, {"items": list(value)})
         case dict() if type(value) is dict:
-            return {"dict": [[inner(key), inner(item)] for key, item in value.items()]}
+            return call(dict_of, {"pairs": [[key, item] for key, item in value.items()]})
         case partial():
             if value.args:
                 raise ValueError(f"{value!r} has arguments by position; name them: partial(function, name=…)")
             return {"partial": _name_of(value.func), "with": {k: inner(v) for k, v in value.keywords.items()}}
         case FunctionType() | type():
             return {"name": _name_of(value)}
-    return _described_object(value, inner)
-
-
-def _described_object(value: Any, inner: Callable[[Any], Json]) -> Json:
-    if isinstance(value, Privacy):
-        importable(value)
-        if len(value.layers) > 1:
-            return {"sum": [inner(layer) for layer in value.layers]}
-    if isinstance(value, Number | np.generic):
-        raise ValueError(f"a plan carries plain numbers, got {value!r} ({type(value).__name__}); convert it with "
-                         "float(...) or int(...)")
+        case Privacy():
+            importable(value)
+            if len(value.layers) > 1:
+                return call(sum_of, {"techniques": list(value.layers)})
+        case Number() | np.generic():
+            raise ValueError(f"a plan carries plain numbers, got {value!r} ({type(value).__name__}); convert it with "
+                             "float(...) or int(...)")
     networkx = sys.modules.get("networkx")  # imported wherever there is a graph
     if networkx is not None and isinstance(value, networkx.Graph):
         if value.is_directed() or value.is_multigraph():
             raise ValueError(f"a plan carries plain undirected graphs, got {value!r}")
-        edges: list[Json] = [[inner(a), inner(b)] for a, b in value.edges]
-        return {"graph": {"nodes": [inner(node) for node in value], "edges": edges}}
-    factory, settings = getattr(value, "__dict__", {}).get("_built") or (type(value), _settings(value))
-    return {"make": _name_of(factory), "with": {name: inner(item) for name, item in settings.items()}}
+        return call(graph_of, {"nodes": list(value), "edges": [list(edge) for edge in value.edges]})
+    factory, settings = getattr(value, "__dict__", {}).get("_built", (type(value), None))
+    _name_of(factory)  # before its settings are read
+    return call(factory, _settings(value) if settings is None else settings)
+
+
+def tuple_of(*, items: list[Any]) -> tuple[Any, ...]:
+    """A tuple in a plan."""
+    return tuple(items)
+
+
+def dict_of(*, pairs: list[list[Any]]) -> dict[Any, Any]:
+    """A dictionary in a plan, from pairs of key and value."""
+    out = {key: value for key, value in pairs}
+    if len(out) != len(pairs) or not all(isinstance(key, str | int | float | bool | None) for key in out):
+        raise ValueError("its keys are different plain values")
+    return out
+
+
+def infinity(*, sign: Literal["+", "-"]) -> float:
+    """An infinite number in a plan."""
+    if sign not in ("+", "-"):
+        raise ValueError("sign is '+' or '-'")
+    return float(f"{sign}inf")
+
+
+def graph_of(*, nodes: list[str | int], edges: list[list[str | int]]) -> Any:
+    """An undirected networkx graph in a plan."""
+    import networkx
+
+    if not all(isinstance(node, str | int) for node in nodes) or not all(
+            a in nodes and b in nodes for a, b in edges):
+        raise ValueError("its nodes are text or whole numbers, its edges pairs of nodes")
+    graph = networkx.Graph()
+    graph.add_nodes_from(nodes)
+    graph.add_edges_from(edges)
+    return graph
+
+
+def sum_of(*, techniques: list[Privacy]) -> Privacy:
+    """Techniques in a plan, joined by `+`."""
+    if len(techniques) < 2 or not all(isinstance(technique, Privacy) for technique in techniques):
+        raise ValueError("two or more techniques are joined by +")
+    return reduce(operator.add, techniques)
 
 
 def _settings(value: Any) -> dict[str, Any]:
@@ -220,7 +243,7 @@ def check_plain(plan: Json, approve: Approve) -> None:
     while left:
         value, depth = left.pop()
         seen += 1
-        if depth > 2 * _DEEPEST or seen > _MOST:
+        if depth > 3 * _DEEPEST or seen > _MOST:
             raise ValueError(f"a plan has at most {_MOST} parts, {_DEEPEST} deep")
         match value:
             case None | bool():
@@ -234,78 +257,60 @@ def check_plain(plan: Json, approve: Approve) -> None:
             case list():
                 left += [(item, depth + 1) for item in value]
             case dict():
-                left += [(item, depth + 1) for item in _parts_of(value, approve)]
+                left += [(item, depth + 1) for item in _settings_of(value, approve)]
             case _:
                 raise ValueError(f"a plan holds plain JSON, got {str(value)[:80]!r} ({type(value).__name__})")
 
 
-def _parts_of(value: Mapping[str, Json], approve: Approve) -> list[Json]:
+def _settings_of(value: Mapping[str, Json], approve: Approve) -> list[Json]:
+    """The settings in a call or name, which has a place in a plan as far as names tell."""
     match dict(value):
-        case {"tuple": list() as items, **rest} if not rest:
-            return items
-        case {"sum": list() as items, **rest} if not rest and len(items) > 1:
-            return items
-        case {"dict": list() as items, **rest} if not rest and all(
-                isinstance(pair, list) and len(pair) == 2 for pair in items):
-            return [part for pair in items for part in pair]
-        case {"number": "inf" | "-inf", **rest} if not rest:
-            return []
-        case {"name": str() as name, **rest} if not rest:
-            _check_name(name, approve)
-            return []
-        case {"graph": {"nodes": list() as nodes, "edges": list() as edges, **more}, **rest} if not rest and not more:
-            return [*nodes, *edges]
-        case ({"make": str() as name, "with": dict() as settings, **rest}
-              | {"partial": str() as name, "with": dict() as settings, **rest}) if not rest:
-            _check_name(name, approve)
-            bad = [key for key in settings if not (isinstance(key, str) and key.isidentifier() and key[0] != "_")]
-            if bad:
-                raise ValueError(f"a plan's settings have plain names, got {str(bad[0])[:80]!r}")
-            return list(settings.values())
-    raise ValueError(f"unknown part of a plan: {str(sorted(map(str, value)))[:200]}; it was made by another version of "
-                     "fedlab, or by hand")
-
-
-def _check_name(full: str, approve: Approve) -> None:
-    """Refuses what a plan must not name, as far as names tell."""
+        case ({"name": str() as full, **rest}) if not rest:
+            settings: dict[str, Json] = {}
+        case ({"make": str() as full, "with": dict() as settings, **rest}
+              | {"partial": str() as full, "with": dict() as settings, **rest}) if not rest:
+            pass
+        case _:
+            raise ValueError(f"unknown part of a plan: {str(sorted(map(str, value)))[:200]}; it was made by another "
+                             "version of fedlab, or by hand")
     found = _NAME.fullmatch(full) if len(full) <= 300 else None
     if found is None or "__" in full:
         raise PrivacyError("a plan gives names as module:name, without dots in the name or underscores before it; "
                            f"{full[:120]!r} is refused")
-    if not _has_place(found["module"], found["name"]):
+    module, name = found["module"], found["name"]
+    # Outside of the three packages the site decides.
+    if module.partition(".")[0] in _PACKAGES and name not in _LISTED.get(module, ()) and not module.startswith(
+            ("fedlab.privacy.", "fedlab.strategies.", "fedlab.topologies.", "torch.optim.")):
         raise PrivacyError(_no_place(full))
-    approve(found["module"])
+    approve(module)
+    bad = [key for key in settings if not (isinstance(key, str) and key.isidentifier() and key[0] != "_")]
+    if bad:
+        raise ValueError(f"a plan's settings have plain names, got {str(bad[0])[:80]!r}")
+    return list(settings.values())
 
 
 def _make(plan: Json, load: Load) -> Any:
-    inner = partial(_make, load=load)
     match plan:
-        case None | bool() | str() | int() | float():
-            return plan
         case list():
-            return [inner(item) for item in plan]
-        case {"tuple": list() as items}:
-            return tuple(map(inner, items))
-        case {"dict": list() as items}:
-            return _made_dict([(inner(pair[0]), inner(pair[1])) for pair in items])
-        case {"number": str() as number}:
-            return float(number)
+            return [_make(item, load) for item in plan]
         case {"name": str() as name}:
             return _found(name, load)
-        case {"graph": {"nodes": list() as nodes, "edges": list() as edges}}:
-            return _made_graph(list(map(inner, nodes)), list(map(inner, edges)))
-        case {"sum": list() as items}:
-            layers = list(map(inner, items))
-            if not all(isinstance(layer, Privacy) for layer in layers):
-                raise ValueError(f"only techniques are joined by +, got {layers!r}"[:300])
-            return reduce(operator.add, layers)
         case {"partial": str() as name, "with": dict() as settings}:
-            target = _found(name, load)
-            return partial(target, **_fitting(name, target, {k: inner(v) for k, v in settings.items()}, whole=False))
+            target, given = _found(name, load), {key: _make(item, load) for key, item in settings.items()}
+            _check_fit(name, inspect.Signature.bind_partial, target, given)
+            return partial(target, **given)
         case {"make": str() as name, "with": dict() as settings}:
-            target = _found(name, load)
-            return _called(name, target, _fitting(name, target, {k: inner(v) for k, v in settings.items()}, whole=True))
-    raise ValueError(f"unknown part of a plan: {str(plan)[:80]!r}")  # `check_plain` lets none through
+            target, given = _found(name, load), {key: _make(item, load) for key, item in settings.items()}
+            _check_fit(name, inspect.Signature.bind, target, given)
+            return _called(name, target, given)
+    return plan  # a plain value; `check_plain` lets nothing else through
+
+
+def _check_fit(name: str, bind: Callable[..., Any], target: Any, given: dict[str, Any]) -> None:
+    try:
+        bind(inspect.signature(target), **given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} takes other settings than {sorted(given)}: {error}") from error
 
 
 def _called(name: str, target: Any, given: dict[str, Any]) -> Any:
@@ -324,27 +329,6 @@ def _called(name: str, target: Any, given: dict[str, Any]) -> Any:
     return made
 
 
-def _made_dict(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    if not all(isinstance(key, str | int | float | bool | None) for key, _ in pairs):
-        raise ValueError("the keys of a dictionary in a plan are plain values")
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a dictionary of a plan has the same key twice")
-    return out
-
-
-def _made_graph(nodes: Sequence[Any], edges: Sequence[Any]) -> Any:
-    import networkx
-
-    if not all(isinstance(edge, list) and len(edge) == 2 and all(
-            isinstance(end, str | int) and end in nodes for end in edge) for edge in edges):
-        raise ValueError("the edges of a graph in a plan are pairs of its nodes")
-    graph = networkx.Graph()
-    graph.add_nodes_from(nodes)
-    graph.add_edges_from(edges)
-    return graph
-
-
 def _found(full: str, load: Load) -> Any:
     """The class or function of that name; its module has been approved."""
     module_name, _, name = full.partition(":")
@@ -356,29 +340,15 @@ def _found(full: str, load: Load) -> Any:
     if not isinstance(found, type | FunctionType) or found.__module__ != module_name or found.__qualname__ != name:
         raise PrivacyError(f"{full} is no class or function that {module_name} defines; a plan names things where they "
                            "are defined")
-    if not _is_of_a_kind(found, full):
+    if not _is_of_a_kind(found, module_name, name):
         raise PrivacyError(_no_place(full))
     return found
 
 
-def _has_place(module: str, name: str) -> bool:
-    """Whether a plan may name this, as far as names tell; outside of the three packages the site decides."""
-    match module.partition(".")[0]:
-        case "fedlab":
-            return f"{module}:{name}" in _OWN or module.startswith(
-                ("fedlab.privacy.", "fedlab.strategies.", "fedlab.topologies."))
-        case "torch":
-            return module.startswith("torch.optim.") or name in _LIBRARIES.get(module, ())
-        case "monai":
-            return name in _LIBRARIES.get(module, ())
-    return True
-
-
-def _is_of_a_kind(found: Any, full: str) -> bool:
+def _is_of_a_kind(found: Any, module: str, name: str) -> bool:
     """Whether the object found under an accepted name is of a kind that has a place in a plan."""
-    module, _, name = full.partition(":")
     package = module.partition(".")[0]
-    if package not in ("fedlab", "torch", "monai") or full in _OWN or name in _LIBRARIES.get(module, ()):
+    if package not in _PACKAGES or name in _LISTED.get(module, ()):
         return True
     if not isinstance(found, type):
         return False
@@ -397,13 +367,3 @@ def follows(found: type, protocol: type) -> bool:
     """Whether a class has all methods of a protocol."""
     wanted = [name for name in vars(protocol) if callable(vars(protocol)[name]) and not name.startswith("_")]
     return found is not protocol and all(callable(getattr(found, name, None)) for name in wanted)
-
-
-def _fitting(name: str, target: Any, given: dict[str, Any], *, whole: bool) -> dict[str, Any]:
-    """The settings, if a call takes arguments of these names."""
-    try:
-        signature = inspect.signature(target)
-        signature.bind(**given) if whole else signature.bind_partial(**given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} takes other settings than {sorted(given)}: {error}") from error
-    return given

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from fedlab.core import protocols
 from fedlab.core.errors import FedlabError
-from fedlab.core.protocols import Strategy, Topology
+from fedlab.core.protocols import Strategy, Topology, Trainer
 from fedlab.core.types import Site, Tensors
 from fedlab.core.weights import load_weights, trainable, weights_sha256
 from fedlab.deploy.messages import strict_json
@@ -67,9 +68,9 @@ class Plan:
             raise ValueError(f"model is the SHA-256 of the first weights, got {str(self.model)[:80]!r}")
 
     @classmethod
-    def of(cls, *, trainer: SiteTrainer, strategy: Strategy, privacy: Privacy, topology: Topology,
-           admission: Admission | None, rounds: int, seed: int, sites: Sequence[Site | str],
-           aggregation: Aggregation | None = None) -> Plan:
+    def of(cls, *, trainer: Trainer, strategy: Strategy, privacy: protocols.Privacy, topology: Topology,
+           admission: protocols.Admission | None, rounds: int, seed: int, sites: Sequence[Site | str],
+           aggregation: protocols.Aggregation | None = None) -> Plan:
         """The plan of a run.
 
         Raises:

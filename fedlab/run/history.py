@@ -15,7 +15,19 @@ from fedlab.run.svg_charts import chart
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["History"]
+__all__ = ["History", "record_of"]
+
+
+def record_of(finished: Round) -> dict[str, Any]:
+    """The numbers of a round as plain values."""
+    return {
+        "round": finished.number,
+        "seconds": finished.seconds,
+        "metrics": dict(finished.metrics),
+        "sites": {name: dict(numbers) for name, numbers in finished.sites.items()},
+        "spent": {name: [s._asdict() for s in spent] for name, spent in finished.spent.items() if spent},
+        "absent": dict(finished.absent),
+    }
 
 
 class History:
@@ -48,14 +60,7 @@ class History:
     def add(self, finished: Round) -> None:
         """Takes in a finished round."""
         self.state, self.site_states = finished.state, finished.site_states
-        self.records.append({
-            "round": finished.number,
-            "seconds": finished.seconds,
-            "metrics": dict(finished.metrics),
-            "sites": {name: dict(numbers) for name, numbers in finished.sites.items()},
-            "spent": {name: [s._asdict() for s in spent] for name, spent in finished.spent.items() if spent},
-            "absent": dict(finished.absent),
-        })
+        self.records.append(record_of(finished))
 
     def table(self) -> pd.DataFrame:
         """One row per round: mean training loss by weight, bytes sent, seconds, metrics of the global model."""

@@ -203,7 +203,7 @@ def _object(value: Any, above: tuple[int, ...]) -> Json:
     if hasattr(value, "adj"):  # a networkx graph, whose nodes and edges are what counts
         edges = sorted(repr(sorted(map(repr, edge))) for edge in value.edges)
         own = {"nodes": sorted(map(repr, value.nodes)), "edges": edges}
-    settings = {name: _recipe(v, above) for name, v in sorted(own.items())}
+    settings: dict[str, Json] = {name: _recipe(part, above) for name, part in sorted(own.items())}
     return {"object": _recipe(type(value), above), "settings": settings}
 
 

@@ -202,8 +202,8 @@ def test_a_run_is_named_by_all_of_its_plan() -> None:
     others = [plan_of(seed=1), plan_of(rounds=3), plan_of(sites=["a", "c"]), plan_of(strategy=FedProx(mu=0.1)),
               plan_of(trainer(lr=0.5)), plan_of(privacy=TopK()), plan_of(topology=ring), plan_of(admission=Admission())]
     assert len({one.run, *(other.run for other in others)}) == 1 + len(others)
-    assert one.modules == ("cohorts", "fedlab.privacy.aggregation", "fedlab.privacy.base", "fedlab.run.round",
-                           "fedlab.strategies.averaging",
+    assert one.modules == ("cohorts", "fedlab.deploy.objects", "fedlab.privacy.aggregation", "fedlab.privacy.base",
+                           "fedlab.run.round", "fedlab.strategies.averaging",
                            "fedlab.training.trainer")
 
 
@@ -265,6 +265,13 @@ def test_plans_that_would_be_made_differently_elsewhere_are_refused_at_the_serve
 
 
 TRAP = {"make": "fedlab.privacy.base:Privacy", "with": {}}
+
+
+def call_of(name: str, **settings: Any) -> dict[str, Any]:
+    """A call of a function that makes values of plans."""
+    return {"make": f"fedlab.deploy.objects:{name}", "with": settings}
+
+
 HOSTILE = [
     {"make": "os:system", "with": {"command": "touch hacked"}},
     {"make": "subprocess:run", "with": {"args": "touch hacked", "shell": True}},
@@ -296,7 +303,12 @@ HOSTILE = [
     {"make": "fedlab.training.networks:segresnet"},
     {"make": "fedlab.training.networks:segresnet", "with": [], "and": 1}, {"sum": [TRAP]}, {"sum": [TRAP, 3]},
     {"number": "nan"}, {"dict": [[1]]}, {"dict": [["a", 1], ["a", 2]]}, {"dict": [[[], 1]]}, {"tuple": {}}, {},
-    {"x": 1},
+    {"x": 1}, call_of("sum_of", techniques=[TRAP]), call_of("sum_of", techniques=[TRAP, 3]),
+    call_of("sum_of", techniques=3), call_of("infinity", sign="nan"), call_of("infinity", sign=1),
+    call_of("dict_of", pairs=[[1]]), call_of("dict_of", pairs=[["a", 1], ["a", 2]]),
+    call_of("dict_of", pairs=[[[], 1]]), call_of("dict_of", pairs=3), call_of("tuple_of", items=3),
+    call_of("graph_of", nodes=[1], edges=[[1, 2]]), call_of("graph_of", nodes=[[1]], edges=[]),
+    call_of("graph_of", nodes=[1], edges=[[1]]), call_of("make", plan=1), call_of("built", factory=1),
     {"graph": {"nodes": [1], "edges": [[1, 2]]}}, {"graph": {"nodes": [[1]], "edges": []}},
     {"partial": "os:system", "with": {}}, 2**64, float("inf"), float("nan"), b"bytes", {"name": "a" * 400 + ":b"},
 ]
@@ -348,7 +360,7 @@ def test_deep_and_wide_plans_are_refused_without_recursion() -> None:
     deep: Any = 1
     for _ in range(5000):
         deep = [deep]
-    for plan in (deep, [0] * 30_000, {"tuple": [[0] * 200] * 200}):
+    for plan in (deep, [0] * 30_000, call_of("tuple_of", items=[[0] * 200] * 200)):
         with pytest.raises(ValueError, match="at most"):
             make(plan, approve=approve_all)
 

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,16 @@ from fedlab.data.store import load_sites
 from fedlab.deploy.messages import pack_weights
 from fedlab.deploy.plan import built
 from fedlab.engines import NVFlare
+from fedlab.engines.nvflare.admin import watch
 from fedlab.engines.nvflare.environments import raise_if_failed
-from fedlab.engines.nvflare.follow import watch
 from fedlab.engines.nvflare.kits import check_site_names
-from fedlab.engines.nvflare.named_sites import unseen_sites
-from fedlab.engines.nvflare.run_folder import Diary, read_round
+from fedlab.engines.nvflare.run_folder import FinishedRounds, read_round
 from fedlab.engines.nvflare.saved_run import SavedRun
 from fedlab.engines.nvflare.simulation import prepare_simulation
 from fedlab.engines.nvflare.time_limits import Calls, Ended
 from fedlab.privacy.base import Privacy
 from fedlab.run import Admission
-from fedlab.run.site_task import SiteTask
-from fedlab.strategies import FedAvg
-from fedlab.topologies import star
+from fedlab.run.federate import check_sites, make_run
 
 
 class Proxy:
@@ -42,7 +39,7 @@ class Proxy:
     def __init__(self, work: Callable[..., Any] = lambda *arguments: {"value": arguments}) -> None:
         self.work, self.gone, self.timeout, self.hung_up = work, threading.Event(), 0.0, 0
 
-    def dial(self) -> Proxy:
+    def __call__(self) -> Proxy:
         return self
 
     def hang_up(self) -> None:
@@ -135,7 +132,7 @@ def finished(number: int) -> Round:
 
 
 def test_a_round_comes_back_as_it_was(tmp_path: Path) -> None:
-    diary = Diary(tmp_path)
+    diary = FinishedRounds(tmp_path)
     for number in (0, 1, 3):
         diary.add(finished(number))
     assert len(diary) == 2  # up to the gap
@@ -159,7 +156,7 @@ def test_what_the_server_had_no_time_to_write_is_caught_up(tmp_path: Path) -> No
     rounds: list[Round] = []
     federate(a_trainer(), blob_sites((3, 2)), rounds=2, checkpoint=tmp_path / "checkpoint", on_round=rounds.append,
              progress=False)
-    diary = Diary(tmp_path)
+    diary = FinishedRounds(tmp_path)
     diary.add(rounds[0])
     diary.catch_up(tmp_path / "checkpoint")
     back = read_round(diary.text(1), diary.weights(1))
@@ -199,7 +196,7 @@ class FakeServer:
     def job_of(self, name: str, *, besides: set[str]) -> str | None:
         return None
 
-    def submit(self, job: Path) -> str:
+    def submit(self, saved: SavedRun, *, threads: int) -> str:
         self.submitted += 1
         self.now = self.left.pop(0)
         return f"job-{self.submitted}"
@@ -221,7 +218,7 @@ class FakeServer:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from fedlab.engines.nvflare import follow as module
+    from fedlab.engines.nvflare import admin as module
 
     monkeypatch.setattr(module, "_PAUSE", 0.0)
     monkeypatch.setattr(module, "_LOOK", 0.0)
@@ -229,15 +226,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def entry(tmp_path: Path, number: int) -> str:
-    diary = Diary(tmp_path / str(number))
+    diary = FinishedRounds(tmp_path / str(number))
     diary.add(finished(number))
     return diary.text(number)
 
 
 def follow(server: FakeServer, *, have: int = 0) -> list[Any]:
-    plan = SavedRun.read(PLAN[0]).plan
-    return [came.number if isinstance(came, Round) else came
-            for came in watch(server, PLAN[0], plan, have=have, wait=5)]  # type: ignore[arg-type]
+    """Numbers of the rounds, and at last how the run has ended."""
+    def watched() -> Iterator[Any]:
+        yield (yield from watch(server, SavedRun.read(PLAN[0]), have=have, wait=5))  # type: ignore
+
+    return [came.number if isinstance(came, Round) else came for came in watched()]
 
 
 PLAN: list[Path] = []
@@ -261,7 +260,7 @@ def test_a_run_goes_on_in_another_job_when_the_server_was_restarted(tmp_path: Pa
 
 @pytest.mark.usefixtures("quick")
 def test_a_job_that_is_only_said_to_run_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedlab.engines.nvflare import follow as module
+    from fedlab.engines.nvflare import admin as module
 
     monkeypatch.setattr(module, "_STALE", 0.2)
     rounds = [entry(tmp_path, number) for number in range(2)]
@@ -309,13 +308,14 @@ def test_how_a_run_ends_is_told() -> None:
 
 
 def test_the_server_needs_no_numbers_of_patients() -> None:
-    task = SiteTask(trainer=a_trainer(), privacy=DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.01, batch=10), seed=0,
-                    strategy=FedAvg())
-    sites = unseen_sites(task, ("a", "b"), rounds=3, topology=star)
-    assert [site.name for site in sites] == ["a", "b"] and len(sites[0].train) == 10
-    wrong = SiteTask(trainer=a_trainer(), privacy=DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.5, batch=10), seed=0)
+    private = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.01, batch=10)
+    run = make_run(a_trainer(), ("a", "b"), privacy=private, rounds=3, engine=NVFlare())
+    assert [site.name for site in run.sites] == ["a", "b"] and not any(site.train for site in run.sites)
+    with pytest.raises(ValueError, match="patients"):
+        check_sites(run, blob_sites((3,)))  # which a site finds out with its own patients
+    wrong = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.5, batch=10)
     with pytest.raises(ValueError, match="delta"):
-        unseen_sites(wrong, ("a",), rounds=3, topology=star)
+        check_sites(make_run(a_trainer(), ("a",), privacy=wrong, rounds=3, engine=NVFlare()), blob_sites((12,)))
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
@@ -323,7 +323,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         NVFlare(patience=0)
     with pytest.raises(ValueError, match="letters"):
         check_site_names(["Klinikum München"])
-    with pytest.raises(ValueError, match="only named"):
+    with pytest.raises(ValueError, match="by name only"):
         federate(a_trainer(), ["a", "b"], rounds=1, engine=Local())
     assert repr(NVFlare(seconds=90)) == "NVFlare(env=Simulation(folder=None, threads=None, tries=3), seconds=90)"
     assert Privacy().at("anywhere").units == frozenset()
@@ -340,7 +340,7 @@ def test_a_simulation_goes_on_with_the_same_patients_only(tmp_path: Path) -> Non
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["site-0", "site-1"]
 
 
-@pytest.mark.skipif(find_spec("nvflare") is not None, reason="NVFLARE is installed here")
+@pytest.mark.skipif(any(distributions(name="nvflare")), reason="NVFLARE is installed here")
 def test_without_nvflare_the_error_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match=r"pip install 'fedlab-workbench\[nvflare\]'"):
         federate(a_trainer(), blob_sites((3, 2)), rounds=1, engine=NVFlare())

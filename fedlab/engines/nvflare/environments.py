@@ -2,92 +2,96 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError
 from fedlab.core.types import Round, Site
 from fedlab.deploy.plan import Plan
-from fedlab.engines.nvflare.admin import Admin
-from fedlab.engines.nvflare.follow import watch
-from fedlab.engines.nvflare.kits import check_site_names, class_rules, make_kits
-from fedlab.engines.nvflare.party_processes import begin, end_with_children, free_port, stop
-from fedlab.engines.nvflare.requirement import need_nvflare
-from fedlab.engines.nvflare.run_folder import Diary, read_round
+from fedlab.engines.nvflare.admin import Admin, watch
+from fedlab.engines.nvflare.kits import (
+    begin,
+    check_site_names,
+    class_rules,
+    end_with_children,
+    free_port,
+    make_kits,
+    need_nvflare,
+    stop,
+)
+from fedlab.engines.nvflare.run_folder import FinishedRounds
+from fedlab.engines.nvflare.saved_run import SavedRun
 from fedlab.engines.nvflare.simulation import SIMULATION, prepare_simulation
 
 __all__ = ["Environment", "Production", "ProofOfConcept", "Simulation"]
-
-#: Writes the job of a run into a new folder, with so many threads of torch at the sites.
-WriteJob = Callable[[Path, int], Path]
 
 
 class Environment(Protocol):
     """Where a run is sent."""
 
-    def rounds(self, plan: Plan, sites: Sequence[Site], write_job: WriteJob, *, have: int) -> Iterator[Round]:
-        """The rounds of a plan from number `have` on, each as it is finished."""
+    def rounds(self, saved: SavedRun, sites: Sequence[Site], *, have: int) -> Iterator[Round]:
+        """The rounds of a run from number `have` on, each as it is finished."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """NVFLARE's simulator on this machine: a process a site, connected without encryption on loopback.
+    """NVFLARE's simulator on this machine: one process per site, connected without encryption on loopback.
 
     Args:
-        folder: where patients, checkpoints and logs are written; it is kept, and a run of the same plan with the same
-            folder goes on where it stood. Without it a temporary folder is used and removed.
+        folder: for patients, checkpoints and logs; it is kept, and a run of the same plan with the same folder
+            continues where it ended. By default a temporary folder, which is removed.
         threads: of torch in each process; by default as many as here, so that the weights are the same bits as with
             `Local()`.
-        tries: how often a simulation that dies is started, to go on where it stood; on a busy machine NVFLARE's
-            processes sometimes miss each other at the start.
+        tries: how often a simulation that dies is started, to continue where it ended; on a busy machine NVFLARE's
+            processes sometimes do not find each other at the start.
     """
 
     folder: Path | str | None = None
     threads: int | None = None
     tries: int = 3
 
-    def rounds(self, plan: Plan, sites: Sequence[Site], write_job: WriteJob, *, have: int) -> Iterator[Round]:
+    def rounds(self, saved: SavedRun, sites: Sequence[Site], *, have: int) -> Iterator[Round]:
         need_nvflare()
-        check_site_names(plan.sites)
+        check_site_names(saved.plan.sites)
         threads = self.threads or torch.get_num_threads()
         with _folder(self.folder) as folder:
-            prepare_simulation(folder, sites, modules=plan.modules)
-            how, run = how_it_ended(folder / "runs" / plan.run), folder / "runs" / plan.run
-            if how is not None and "stopped" in how:  # an earlier simulation in this folder has brought it to its end
-                yield from _rounds_of(Diary(run), have)
+            prepare_simulation(folder, sites, modules=saved.plan.modules)
+            run = folder / "runs" / saved.plan.run
+            how = how_it_ended(run)
+            if how is not None and "stopped" in how:  # an earlier simulation in this folder has completed the run
+                yield from FinishedRounds(run).since(have)
                 return raise_if_failed(how)
             for left in reversed(range(self.tries)):
                 with tempfile.TemporaryDirectory() as scratch:
-                    job = write_job(Path(scratch) / "job", threads)
-                    for finished in self._once(folder, job, plan, have, environment_for(folder, plan, threads)):
+                    job = saved.write_job(Path(scratch) / "job", threads)
+                    for finished in self._once(folder, job, saved.plan, have, _variables(folder, threads)):
                         have = finished.number + 1
                         yield finished
                 how = how_it_ended(run)
-                if how is not None or have >= plan.rounds:
+                if how is not None or have >= saved.plan.rounds:
                     return raise_if_failed(how)
                 if not left:
                     raise RunError(f"the simulation ended before its last round; its log says:\n{_tail(folder)}")
 
     def _once(self, folder: Path, job: Path, plan: Plan, have: int, environment: Mapping[str, str]) -> Iterator[Round]:
-        """Starts the simulator, and yields what it has finished until it ends."""
-        (folder / "flare" / "local").mkdir(parents=True, exist_ok=True)
-        (folder / "flare" / "local" / "resources.json").write_text(
-            json.dumps({"format_version": 2, **class_rules()}), encoding="utf-8")
-        (folder / "runs" / plan.run / "end.json").unlink(missing_ok=True)
-        diary = Diary(folder / "runs" / plan.run)
+        """Starts the simulator and yields the rounds that it finishes until it ends."""
+        local, run = folder / "flare" / "local", folder / "runs" / plan.run
+        local.mkdir(parents=True, exist_ok=True)
+        (local / "resources.json").write_text(json.dumps({"format_version": 2, **class_rules()}), encoding="utf-8")
+        (run / "end.json").unlink(missing_ok=True)
         with (folder / "simulator.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "nvflare.private.fed.app.simulator.simulator", str(job),
@@ -98,13 +102,13 @@ class Simulation:
         try:
             over = False
             while True:
-                for finished in _rounds_of(diary, have):
+                for finished in FinishedRounds(run).since(have):
                     have = finished.number + 1
                     yield finished
                 if over:
                     return
-                # What is left after the run has ended is NVFLARE's farewell, seconds of it.
-                over = process.poll() is not None or how_it_ended(folder / "runs" / plan.run) is not None
+                # After the run has ended NVFLARE takes seconds to shut down.
+                over = process.poll() is not None or how_it_ended(run) is not None
                 if not over:
                     time.sleep(0.1)
         finally:
@@ -114,33 +118,33 @@ class Simulation:
 
 @dataclass(frozen=True, kw_only=True)
 class ProofOfConcept:
-    """A server and sites as processes of this machine, with certificates of their own, as hospitals would have them.
+    """A server and sites as processes of this machine, each with its own certificate, as at hospitals.
 
     Args:
-        folder: new or empty; kits, patients, checkpoints and logs are written to it and kept. Without it a temporary
-            folder is used and removed.
+        folder: new or empty, for kits, patients, checkpoints and logs; it is kept. By default a temporary folder, which
+            is removed.
         threads: as in `Simulation`.
-        wait: seconds in which all must have started.
+        wait: seconds within which all must have started.
     """
 
     folder: Path | str | None = None
     threads: int | None = None
     wait: float = 180.0
 
-    def rounds(self, plan: Plan, sites: Sequence[Site], write_job: WriteJob, *, have: int) -> Iterator[Round]:
+    def rounds(self, saved: SavedRun, sites: Sequence[Site], *, have: int) -> Iterator[Round]:
         need_nvflare()
         threads = self.threads or torch.get_num_threads()
         with _folder(self.folder) as folder:
-            kits = make_kits(folder / "project", server="localhost", sites=plan.sites, port=free_port())
-            prepare_simulation(folder, sites, modules=plan.modules)
-            environment = environment_for(folder, plan, threads)
+            names = saved.plan.sites
+            kits = make_kits(folder / "project", server="localhost", sites=names, port=free_port())
+            prepare_simulation(folder, sites, modules=saved.plan.modules)
             try:
-                for name in ("server", *plan.sites):
-                    begin(kits / name, environment=environment)
-                researcher = Production(kit=kits / "admin", wait=self.wait)
-                yield from researcher.rounds(plan, sites, lambda place, _: write_job(place, threads), have=have)
+                for name in ("server", *names):
+                    begin(kits / name, environment=_variables(folder, threads))
+                researcher = Production(kit=kits / "admin", threads=threads, wait=self.wait)
+                yield from researcher.rounds(saved, sites, have=have)
             finally:
-                for name in (*plan.sites, "server"):
+                for name in (*names, "server"):
                     stop(kits / name)
 
 
@@ -148,14 +152,14 @@ class ProofOfConcept:
 class Production:
     """A server and sites that run elsewhere, reached with the researcher's startup kit.
 
-    The run lies at the server: a notebook that is closed and run again sees the rounds that were finished meanwhile
-    and goes on watching.
+    The run is stored at the server: a notebook that is closed and run again receives the rounds that were finished
+    meanwhile and follows the others.
 
     Args:
-        kit: the folder `kits/admin` that `fedlab deploy init` has made.
-        threads: of torch at the sites; by default each takes what its machine has.
+        kit: the folder `kits/admin` made by `fedlab deploy init`.
+        threads: of torch at the sites; by default each site's own choice.
         wait: seconds until enough sites must be connected for a job to begin.
-        patience: seconds for which the server may be out of reach, such as for a restart.
+        patience: seconds for which the server may be unreachable, such as for a restart.
     """
 
     kit: Path | str
@@ -163,35 +167,50 @@ class Production:
     wait: float = 600.0
     patience: float = 600.0
 
-    def rounds(self, plan: Plan, sites: Sequence[Site], write_job: WriteJob, *, have: int) -> Iterator[Round]:
-        check_site_names(plan.sites)
-        with Admin(Path(self.kit), patience=self.patience) as admin, tempfile.TemporaryDirectory() as scratch:
-            job = write_job(Path(scratch) / "job", self.threads)
-            how: Mapping[str, Any] | None = None
-            for came in watch(admin, job, plan, have=have, wait=self.wait):
-                if isinstance(came, Round):
-                    yield came
-                else:
-                    how = came
-            raise_if_failed(how)
+    def rounds(self, saved: SavedRun, sites: Sequence[Site], *, have: int) -> Iterator[Round]:
+        check_site_names(saved.plan.sites)
+        with Admin(Path(self.kit), patience=self.patience) as admin:
+            raise_if_failed((yield from watch(admin, saved, have=have, wait=self.wait, threads=self.threads)))
+
+    def submit(self, folder: Path) -> str:
+        """Submits the job of a run saved in a folder and returns the job's name.
+
+        Raises:
+            RunError: the folder holds no run, or the server does not accept it.
+        """
+        saved = SavedRun.read(folder)
+        with Admin(Path(self.kit), patience=20.0) as admin:
+            return admin.submit(saved, threads=self.threads)
+
+    def follow(self, folder: Path) -> Iterator[str]:
+        """Submits a run saved in a folder, or continues it, and writes its rounds and final weights into the folder.
+
+        Yields:
+            A line about each round.
+
+        Raises:
+            RunError, PrivacyError: as `NVFlare.rounds`.
+        """
+        saved, kept = SavedRun.read(folder), FinishedRounds(folder)
+        for finished in self.rounds(saved, [], have=len(kept)):
+            kept.add(finished)
+            absent = "".join(f"; {site} is not in it: {why}" for site, why in finished.absent.items())
+            yield (f"round {finished.number + 1} of {saved.plan.rounds}: {len(finished.sites)} sites, "
+                   f"{finished.seconds:.1f} s{absent}")
+        for last in kept.since(max(0, len(kept) - 1)):
+            weights = folder / "weights.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in last.state.params.items()}, weights)
+            yield f"weights after round {last.number + 1}: {weights}"
 
 
-def environment_for(folder: Path, plan: Plan, threads: int) -> dict[str, str]:
-    """Variables of the processes of this machine: where their data are, threads, and where the plan's modules are."""
-    places = []
-    for module in plan.modules:
-        top = module.partition(".")[0]
-        found = importlib.util.find_spec(top) if top not in ("fedlab", "torch", "monai") else None
-        if found is not None and found.origin is not None:
-            origin = Path(found.origin).resolve()
-            places.append(str(origin.parent.parent if origin.name == "__init__.py" else origin.parent))
-    path = [*dict.fromkeys(places), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {SIMULATION: str(folder), "OMP_NUM_THREADS": str(threads), **({"PYTHONPATH": os.pathsep.join(path)} if path
-                                                                       else {})}
+def _variables(folder: Path, threads: int) -> dict[str, str]:
+    """Environment variables of processes of this machine: the data's folder, threads, and this process's modules."""
+    return {SIMULATION: str(folder), "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
 
 def how_it_ended(run: Path) -> Mapping[str, Any] | None:
-    """What the server has noted at the end of a job, if it came to that."""
+    """The server's note at the end of a job, if there is one."""
     try:
         note = json.loads((run / "end.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -200,11 +219,11 @@ def how_it_ended(run: Path) -> Mapping[str, Any] | None:
 
 
 def raise_if_failed(how: Mapping[str, Any] | None) -> None:
-    """Raises what has ended a run at the server.
+    """Raises the error that has ended a run at the server.
 
     Raises:
         PrivacyBudgetExhausted: no site is left that may take part.
-        PrivacyError, RunError: with the server's words.
+        PrivacyError, RunError: with the server's text.
     """
     if how is not None and how.get("stopped"):
         raise PrivacyBudgetExhausted(str(how["stopped"]))
@@ -222,12 +241,7 @@ def _folder(wanted: Path | str | None) -> Iterator[Path]:
         yield Path(scratch).resolve()
 
 
-def _rounds_of(diary: Diary, have: int) -> Iterator[Round]:
-    for number in range(have, len(diary)):
-        yield read_round(diary.text(number), diary.weights(number))
-
-
 def _tail(folder: Path) -> str:
     lines = (folder / "simulator.log").read_text(encoding="utf-8", errors="replace").splitlines()
-    telling = [line for line in lines if "ERROR" in line or "Error" in line]
-    return "\n".join((telling or lines)[-15:])
+    errors = [line for line in lines if "ERROR" in line or "Error" in line]
+    return "\n".join((errors or lines)[-15:])

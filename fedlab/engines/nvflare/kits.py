@@ -1,50 +1,58 @@
-"""Startup kits: one for the server, one for each site, one for the researcher, with certificates of the project's own.
+"""Startup kits, one for the server, each site and the researcher, and the processes that are started from them.
 
-NVFLARE makes keys, certificates and what its processes read at their start. What a process may do at its site is
-decided by files in the kit's folder `local`, which stays at the site; fedlab writes them strict: only fedlab's two
-classes may be run by a job, no job brings code, no log leaves a site, nobody can look into a site's files from afar.
+NVFLARE makes keys, certificates and what its processes read when they start. What a process may do at its site is
+decided by files in the kit's folder `local`, which stays at the site. fedlab writes them strict: a job may use fedlab's
+two classes only, no job brings code, no log leaves a site, and nobody can read a site's files remotely.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 import tomllib
 from collections.abc import Sequence
+from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fedlab.core.errors import RunError
 from fedlab.deploy.policy import SitePolicy
-from fedlab.engines.nvflare.requirement import need_nvflare
 
-__all__ = ["check_site_names", "class_rules", "link_site", "make_kits", "server_policy", "settle",
-           "site_folder"]
+__all__ = ["begin", "check_site_names", "class_rules", "end_with_children", "free_port", "make_kits", "need_nvflare",
+           "running", "server_policy", "site_folder", "stop"]
 
-#: All that a job may make at a server or site.
+#: All classes that a job may use at a server or site.
 _CLASSES = ["nvflare.collab.runtime.controller.CollabController", "nvflare.collab.runtime.executor.CollabExecutor",
             "fedlab.engines.nvflare.server_part.ServerPart", "fedlab.engines.nvflare.site_part.SitePart"]
 _RIGHTS = {"submit_job": "any", "clone_job": "none", "manage_job": "any", "download_job": "any", "view": "any",
            "operate": "o:site", "shell_commands": "none", "byoc": "none", "app_command": "any"}
-_SITE_NOTE = """\
-# The folder that `fedlab site init` has made at this site: its data, ledger and policy.
-# folder = "..."
-"""
-_SERVER_NOTE = """\
-# What a run may name at this server besides fedlab, torch and MONAI. The sites decide for themselves.
-# installed = ["my_hospital.strategies"]      # modules that are installed here
+_SITE_NOTE = "# The site's own folder, made by fedlab site init: its data, ledger and policy.\n# folder = \"...\"\n"
 
-# Files in local/techniques, by SHA-256, that the server's people have read.
-[approved]
-# my_technique = "..."
-"""
+
+def need_nvflare() -> None:
+    """Raises `RunError` with the remedy where NVFLARE is missing or of another series than 2.9."""
+    install = "pip install 'fedlab-workbench[nvflare]'"
+    try:
+        version = metadata.version("nvflare")
+    except metadata.PackageNotFoundError:
+        raise RunError(f"NVFLARE is not installed in this environment. Install it with: {install}\nIt needs an "
+                       "environment without itkwidgets (the extra 'itk'), whose pydantic is another; in the checkout, "
+                       "make flare creates one, .venv-flare") from None
+    if version.split(".")[:2] != ["2", "9"]:
+        raise RunError(f"fedlab runs on NVFLARE 2.9, found {version}. Install it with: {install}")
 
 
 def check_site_names(names: Sequence[str]) -> None:
-    """Raises `ValueError` for names that NVFLARE wouldn't take."""
+    """Raises `ValueError` for names that NVFLARE does not accept."""
     odd = [name for name in names if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name) is None or name in ("server", "admin")]
     if odd or not names or len(set(names)) != len(names):
         raise ValueError(f"on NVFLARE sites have different names of letters, digits, - and _, other than 'server' and "
@@ -56,8 +64,8 @@ def make_kits(folder: Path, *, server: str, sites: Sequence[str], port: int = 80
     """Writes `project.yml` and the kits of a new project.
 
     Args:
-        folder: a new or empty folder. `kits/server`, `kits/NAME` and `kits/admin` in it go to those whom they are for;
-            `authority`, with the project's root key, stays with whoever made them and goes nowhere.
+        folder: a new or empty folder. `kits/server`, `kits/NAME` and `kits/admin` in it are for their owners;
+            `authority`, with the project's root key, stays with the person who made them.
         server: name of the server's machine as the sites reach it; with "localhost" it listens on loopback only.
         sites: their names.
         port: that sites and researcher connect to; the only one that the server needs open.
@@ -67,20 +75,22 @@ def make_kits(folder: Path, *, server: str, sites: Sequence[str], port: int = 80
         The folder of the kits.
 
     Raises:
-        ValueError: names that NVFLARE doesn't take.
-        RunError: the folder isn't empty, or NVFLARE is missing or failed.
+        ValueError: names that NVFLARE does not accept.
+        RunError: the folder is not empty, or NVFLARE is missing or failed.
     """
     need_nvflare()
     check_site_names(sites)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; choose another folder, nothing is overwritten")
+    import jinja2
     import yaml
 
-    project = _project(server, sites, port, researcher)
+    template = jinja2.Template(_resource("project.yml.j2"), trim_blocks=True, undefined=jinja2.StrictUndefined)
+    text = template.render(server=server, sites=sites, port=port, researcher=researcher)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "project.yml").write_text(yaml.safe_dump(project, sort_keys=False), encoding="utf-8")
+    (folder / "project.yml").write_text(text, encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = _provision(project, Path(scratch))
+        made = _provision(yaml.safe_load(text), Path(scratch))
         for name, kit in {server: "server", researcher: "admin", **{site: site for site in sites}}.items():
             _harden(made / name)
             shutil.copytree(made / name, folder / "kits" / kit)
@@ -90,79 +100,58 @@ def make_kits(folder: Path, *, server: str, sites: Sequence[str], port: int = 80
     return folder / "kits"
 
 
-def _project(server: str, sites: Sequence[str], port: int, researcher: str) -> dict[str, Any]:
-    people = [{"name": site, "type": "client", "org": re.sub(r"\W", "_", site)} for site in sites]
-    return {
-        "api_version": 3, "name": "fedlab", "description": "a fedlab project",
-        "participants": [
-            {"name": server, "type": "server", "org": "fedlab", "fed_learn_port": port, "admin_port": port}, *people,
-            {"name": researcher, "type": "admin", "org": "fedlab", "role": "lead"}],
-        "builders": [
-            {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder"},
-            {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder",
-             "args": {"config_folder": "config", "scheme": "tcp", "require_signed_jobs": True}},
-            {"path": "nvflare.lighter.impl.cert.CertBuilder"},
-            {"path": "nvflare.lighter.impl.signature.SignatureBuilder"}],
-    }
+def _resource(name: str) -> str:
+    return (files("fedlab.engines.nvflare") / name).read_text(encoding="utf-8")
 
 
 def _provision(project: dict[str, Any], scratch: Path) -> Path:
-    """Where NVFLARE has put the kits. Its command line would also write into the home directory; this doesn't."""
+    """The folder in which NVFLARE has put the kits. Unlike its command line this leaves the home folder alone."""
     from nvflare.lighter.provision import prepare_builders, prepare_project
     from nvflare.lighter.provisioner import Provisioner
 
-    said = _Said()
+    errors: list[str] = []
+    log = SimpleNamespace(error=lambda *message: errors.append(" ".join(map(str, message))),
+                          **dict.fromkeys(("debug", "info", "warning"), lambda *message: None))
     try:
-        done = Provisioner(str(scratch), prepare_builders(project)).provision(prepare_project(project), logger=said)
+        done = Provisioner(str(scratch), prepare_builders(project)).provision(prepare_project(project), logger=log)
     except (ValueError, RuntimeError) as error:
-        raise RunError(f"NVFLARE can't make such a project: {error}") from error
-    if done.get("build_error") or said.errors:
-        raise RunError(f"NVFLARE could not make the kits: {'; '.join(said.errors) or 'it gave no reason'}")
+        raise RunError(f"NVFLARE cannot make such a project: {error}") from error
+    if done.get("build_error") or errors:
+        raise RunError(f"NVFLARE could not make the kits: {'; '.join(errors) or 'it gave no reason'}")
     return scratch / str(project["name"]) / "prod_00"
 
 
-class _Said:
-    """What NVFLARE has to say while it makes kits."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-
-    def info(self, *said: Any) -> None:
-        """Not kept."""
-
-    debug = warning = info
-
-    def error(self, *said: Any) -> None:
-        self.errors.append(" ".join(map(str, said)))
-
-
 def _harden(kit: Path) -> None:
-    """Writes what the kit's process may do, as files that go before NVFLARE's defaults."""
+    """Writes what the kit's process may do, as files that take precedence over NVFLARE's defaults."""
     local = kit / "local"
-    default = local / "resources.json.default"
-    resources = json.loads(default.read_text(encoding="utf-8"))
+    resources = _read_json(local / "resources.json.default")
     if "components" not in resources:  # the researcher's kit runs nothing
         return
     resources |= class_rules()
     resources["components"] = [c for c in resources["components"] if "logging" not in c["path"]]
     if "servers" in resources:
         resources["servers"][0]["heart_beat_timeout"] = 60
-    (local / "resources.json").write_text(json.dumps(resources, indent=2), encoding="utf-8")
     rights = {"format_version": "1.0", "permissions": {"project_admin": _RIGHTS, "lead": _RIGHTS}}
-    (local / "authorization.json").write_text(json.dumps(rights, indent=2), encoding="utf-8")
+    for name, content in (("resources", resources), ("authorization", rights)):
+        (local / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     at_site = (kit / "startup" / "fed_client.json").is_file()
-    (local / "fedlab.toml").write_text(_SITE_NOTE if at_site else _SERVER_NOTE, encoding="utf-8")
+    (local / "fedlab.toml").write_text(_SITE_NOTE if at_site else _resource("server.toml"), encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def class_rules() -> dict[str, Any]:
-    """What NVFLARE's processes may make for a job, and that no log leaves them."""
+    """Which classes NVFLARE's processes may use for a job, and that no log leaves them."""
     return {"class_list_enforcement_mode": "enforce", "class_allow_list": _CLASSES, "allow_log_streaming": False}
 
 
-def settle(kit: Path) -> None:
-    """Has a server keep its jobs in its own kit, wherever that lies now; NVFLARE's default is a folder for all."""
+def _settle(kit: Path) -> None:
+    """Makes a server keep its jobs in its own kit, at its present place; NVFLARE's default is one folder for all."""
     path = kit / "local" / "resources.json"
-    resources = json.loads(path.read_text(encoding="utf-8"))
+    resources = _read_json(path)
     for component in resources["components"]:
         if component["id"] == "job_manager":
             component["args"]["uri_root"] = str(kit.resolve() / "jobs")
@@ -171,8 +160,8 @@ def settle(kit: Path) -> None:
     path.write_text(json.dumps(resources, indent=2), encoding="utf-8")
 
 
-def link_site(kit: Path, folder: Path) -> None:
-    """Tells a site's kit where the site's own folder is.
+def _link_site(kit: Path, folder: Path) -> None:
+    """Notes in a site's kit where the site's own folder is.
 
     Raises:
         RunError: no kit of a site, or no folder of one.
@@ -186,19 +175,15 @@ def link_site(kit: Path, folder: Path) -> None:
 
 
 def site_folder(kit: Path) -> Path:
-    """The site's own folder, as its kit says.
+    """The site's own folder, as noted in its kit.
 
     Raises:
-        RunError: the kit doesn't say.
+        RunError: it is not noted.
     """
-    note = kit / "local" / "fedlab.toml"
-    try:
-        folder = tomllib.loads(note.read_text(encoding="utf-8")).get("folder")
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise RunError(f"{note} can't be read: {error}") from error
+    folder = _note_of(kit).get("folder")
     if not isinstance(folder, str):
-        raise RunError(f"{note} doesn't say where this site's own folder is; write it there, or start the kit with "
-                       "fedlab deploy start --site FOLDER")
+        raise RunError(f"{kit / 'local' / 'fedlab.toml'} does not name this site's own folder; write it there, or "
+                       "start the kit with fedlab deploy start --site FOLDER")
     return Path(folder)
 
 
@@ -206,14 +191,130 @@ def server_policy(kit: Path) -> SitePolicy:
     """What a plan may name at the server: fedlab, torch, MONAI, and what `local/fedlab.toml` in its kit approves.
 
     Raises:
-        RunError: the file can't be read.
-        ValueError: it says something else.
+        RunError: the file cannot be read.
+        ValueError: it holds something else.
     """
+    found = _note_of(kit)
+    if not found.keys() <= {"installed", "approved"}:
+        raise ValueError(f"fedlab.toml of the server's kit {kit} has installed and approved only, got {sorted(found)}")
+    return SitePolicy(installed=tuple(found.get("installed", ())), approved=found.get("approved", {}))
+
+
+def _note_of(kit: Path) -> dict[str, Any]:
     note = kit / "local" / "fedlab.toml"
     try:
-        found = tomllib.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        return tomllib.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise RunError(f"{note} can't be read: {error}") from error
-    if not found.keys() <= {"installed", "approved"}:
-        raise ValueError(f"{note} says installed and approved, and nothing else; it has {sorted(found)}")
-    return SitePolicy(installed=tuple(found.get("installed", ())), approved=found.get("approved", {}))
+        raise RunError(f"{note} cannot be read: {error}") from error
+
+
+def _kind_of(kit: Path) -> str:
+    """"server" or "client", as NVFLARE calls them."""
+    for kind in ("server", "client"):
+        if (kit / "startup" / f"fed_{kind}.json").is_file():
+            return kind
+    raise RunError(f"{kit} is no startup kit of a server or a site; fedlab deploy init makes them, in its folder kits")
+
+
+def begin(kit: Path, *, site: Path | None = None, environment: dict[str, str] | None = None) -> int:
+    """Starts the server or site of a kit in the background and returns its process id.
+
+    Its output goes to `console.log` in the kit, its log to `log.txt`. It runs until `stop`. It is not restarted after a
+    crash or a restart of the machine: let a service manager such as systemd do that, with the kit's startup/start.sh.
+
+    Args:
+        kit: of the server or a site.
+        site: the site's own folder, from `fedlab site init`; noted in the kit.
+        environment: variables beyond those of this process.
+
+    Raises:
+        RunError: it runs already, there is no such kit, or a site's kit does not name the site's folder.
+    """
+    need_nvflare()
+    kind, kit = _kind_of(kit), kit.resolve()
+    if found := running(kit):
+        raise RunError(f"{kit.name} runs already, as process {found[0].pid}")
+    if site is not None:
+        _link_site(kit, site)
+    _settle(kit)
+    name, org = "", "fedlab"
+    if kind == "client":
+        name = json.loads((kit / "startup" / "fed_client.json").read_text(encoding="utf-8"))["client"]["fqsn"]
+        org = "".join(c if c.isalnum() else "_" for c in name)
+    (kit / "transfer").mkdir(exist_ok=True)
+    with (kit / "console.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{kind}.{kind}_train", "-m", str(kit),
+             "-s", f"fed_{kind}.json", "--set", "secure_train=true", "config_folder=config", f"org={org}",
+             *([f"uid={name}"] if name else [])],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            # A finished job waits this long for sites that are gone.
+            env={**os.environ, "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "30", **(environment or {})})
+    return process.pid
+
+
+def running(kit: Path) -> list[Any]:
+    """The kit's processes, of `psutil`, the oldest first: the one that was started, then the jobs that it has begun.
+
+    A job's process that has lost its parent is found too, by its command line.
+    """
+    import psutil
+
+    home = str(kit.resolve())
+    found = [process for process in psutil.process_iter(["cmdline", "status", "create_time"])
+             if process.info["status"] != psutil.STATUS_ZOMBIE and (command := process.info["cmdline"])
+             and ((home in command and any("nvflare." in part for part in command)) or _is_watchdog(process, home))]
+    return sorted(found, key=lambda process: (process.info["create_time"], process.pid))
+
+
+def stop(kit: Path, *, within: float = 15.0) -> int:
+    """Ends the kit's processes and returns how many there were. A site's present work is lost, its ledger is not.
+
+    A watchdog that NVFLARE's start.sh has left is ended first, or it would restart the others.
+
+    Raises:
+        RunError: some are still running.
+    """
+    import psutil
+
+    _kind_of(kit)
+    processes = running(kit)
+    for process in sorted(processes, key=lambda process: not _is_watchdog(process, str(kit.resolve()))):
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, left = psutil.wait_procs(processes, timeout=within)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    _, left = psutil.wait_procs(left, timeout=within)
+    left = [*left, *running(kit)]
+    if left:
+        raise RunError(f"these processes of {kit.name} could not be ended: {sorted({p.pid for p in left})}")
+    for name in ("pid.fl", "daemon_pid.fl"):
+        (kit / name).unlink(missing_ok=True)
+    return len(processes)
+
+
+def end_with_children(pid: int) -> None:
+    """Kills a process and all its descendants."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(pid)
+        family = [first, *first.children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(family, timeout=10)
+
+
+def free_port() -> int:
+    """A free port of loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_watchdog(process: Any, home: str) -> bool:
+    """Whether it is a start.sh of the kit, which restarts what it has started."""
+    return any(part.startswith(f"{home}/startup") and part.endswith("start.sh") for part in process.info["cmdline"])

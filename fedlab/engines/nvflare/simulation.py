@@ -1,4 +1,4 @@
-"""Sites and server of this machine only: where a simulation keeps what in a deployment lies at the sites."""
+"""A simulation on this machine: the folder that holds what in a deployment lies at the sites."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from fedlab.core.errors import RunError
 from fedlab.core.types import Site
-from fedlab.core.weights import weights_sha256
 from fedlab.data.store import load_sites, save_sites
 from fedlab.deploy.host import SiteHost
 from fedlab.deploy.policy import SitePolicy
+from fedlab.run.recipe import patients_sha256
 
 __all__ = ["SIMULATION", "prepare_simulation", "simulated_host", "simulated_policy"]
 
@@ -28,13 +26,13 @@ def prepare_simulation(folder: Path, sites: Sequence[Site], *, modules: Sequence
     Args:
         folder: of the simulation.
         sites: with their patients.
-        modules: of the plan: whoever simulates has written or chosen them.
+        modules: of the plan, all approved: the user who simulates has written or chosen them.
 
     Raises:
-        RunError: the folder holds other patients of a site of that name: a run must not go on with others.
+        RunError: the folder holds other patients of a site of that name: a run must not continue with others.
     """
     for site in sites:
-        place, digest = folder / "data" / site.name, _digest(site)
+        place, digest = folder / "data" / site.name, f"{patients_sha256(site.train)} {patients_sha256(site.val)}"
         note = place / "patients.sha256"
         if not place.exists():
             save_sites([site], place)
@@ -45,20 +43,8 @@ def prepare_simulation(folder: Path, sites: Sequence[Site], *, modules: Sequence
     (folder / "modules.json").write_text(json.dumps(sorted(modules)), encoding="utf-8")
 
 
-def _digest(site: Site) -> str:
-    """A hash of all that is written of a site's patients."""
-    tensors: dict[str, torch.Tensor] = {}
-    for split, patients in (("train", site.train), ("val", site.val)):
-        for number, patient in enumerate(patients):
-            key = f"{split}|{number}|{patient.id}|"
-            tensors |= {f"{key}image": patient.image, f"{key}affine": torch.from_numpy(patient.affine.copy())}
-            if patient.label is not None:
-                tensors[f"{key}label"] = patient.label
-    return weights_sha256(tensors)
-
-
 def simulated_policy() -> SitePolicy | None:
-    """In a simulation, what its sites and server allow: all that the researcher's own plan names."""
+    """In a simulation, what its sites and server allow: all modules that the researcher's own plan names."""
     if not (folder := os.environ.get(SIMULATION)):
         return None
     modules = json.loads((Path(folder) / "modules.json").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""What NVFLARE runs at a site: it hands messages of the server to the site's own `SiteHost`.
+"""What NVFLARE runs at a site: it passes the server's messages to the site's own `SiteHost`.
 
-NVFLARE imports this module by its name from what is installed at the site. A job carries no code.
+NVFLARE imports this module by its name from the installation at the site. A job holds no code.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from fedlab.engines.nvflare.simulation import simulated_host
 
 __all__ = ["SitePart"]
 
-#: Seconds that the process of an ended job is given to let go of the site's folder.
+#: Seconds that the process of an ended job is given to release the site's folder.
 _LET_GO = 30.0
 
 
 class SitePart:
     """One site in one job.
 
-    What goes wrong comes back as a value: NVFLARE would send the text and the traceback of an exception to the server,
-    with all that they quote.
+    Errors are returned as values: NVFLARE would send the text and the traceback of an exception to the server, with all
+    that they quote.
 
     Args:
-        threads: of torch at this site; 0 leaves what it takes by itself. Sums of numbers depend on it in their last
-            bits, so who compares two runs gives both the same.
+        threads: of torch at this site; 0 leaves torch's own choice. The last bits of sums depend on it, so runs that
+            are compared need the same number.
     """
 
     def __init__(self, threads: int = 0) -> None:
         self.threads = threads
         self._host: SiteHost | None = None
-        self._busy = threading.Lock()  # a call that the server gave up on may still be running when the next comes
+        self._busy = threading.Lock()  # a call that the server has given up may still run when the next one arrives
 
     @collab.init  # type: ignore[untyped-decorator]
     def prepare(self) -> None:
-        """Imports what takes long to import before the server begins to count the seconds."""
+        """Imports slow modules before the server begins to count the seconds."""
         for module in ("monai.losses", "monai.transforms", "monai.networks.nets", "opacus", "torch._dynamo"):
             importlib.import_module(module)
 
@@ -73,12 +73,12 @@ class SitePart:
 
     @collab.final  # type: ignore[untyped-decorator]
     def close(self) -> None:
-        """Lets another job use the site's folder."""
+        """Releases the site's folder for another job."""
         if self._host is not None:
             self._host.close()
 
     def _told(self, work: Callable[[], Any]) -> dict[str, Any]:
-        """What the server is told of the work: its value, or the text of an error that is meant for it."""
+        """What the server receives: the value of the work, or the text of an error that is meant for it."""
         try:
             if collab.caller != "server":
                 raise PrivacyError(f"only the server may ask this site for work, not {str(collab.caller)[:80]!r}")
@@ -87,26 +87,26 @@ class SitePart:
         except FedlabError as error:
             return {"error": type(error).__name__, "text": str(error)}
         except Exception as error:
-            logging.getLogger(__name__).exception("this stays here: the server is told the kind of the error only")
+            logging.getLogger(__name__).exception("this stays here: the server receives the kind of the error only")
             return {"error": "FedlabError", "text": f"{type(error).__name__}; its text stays in the log of this site"}
 
     def _open(self, kit: Path, name: str) -> SiteHost:
-        if self._host is None:
-            if self.threads > 0:
-                torch.set_num_threads(self.threads)
-            end = time.monotonic() + _LET_GO
-            while self._host is None:
-                try:
-                    self._host = simulated_host(name) or SiteHost.open(site_folder(kit), progress=False)
-                except (FedlabError, ValueError, OSError) as error:
-                    if not isinstance(error, RunError) or time.monotonic() > end:
-                        logging.getLogger(__name__).exception("this site's folder can't be used")
-                        raise RunError(f"{name} can't use its folder ({type(error).__name__}); its log says why, which "
-                                       "stays there") from None
-                    time.sleep(0.5)
-            if self._host.site.name != name:
-                found, self._host = self._host.site.name, None
-                raise RunError(f"this kit is of {name}, but the folder it is linked to is of {found}")
+        if self._host is None and self.threads > 0:
+            torch.set_num_threads(self.threads)
+        end = time.monotonic() + _LET_GO
+        while self._host is None:
+            try:
+                self._host = simulated_host(name) or SiteHost.open(site_folder(kit), progress=False)
+            except (FedlabError, ValueError, OSError) as error:
+                if not isinstance(error, RunError) or time.monotonic() > end:
+                    logging.getLogger(__name__).exception("this site's folder cannot be used")
+                    raise RunError(f"{name} cannot use its folder ({type(error).__name__}); the reason stays in its "
+                                   "log") from None
+                time.sleep(0.5)
+        if (found := self._host.site.name) != name:
+            self.close()
+            self._host = None
+            raise RunError(f"this kit is of {name}, but the folder it is linked to is of {found}")
         return self._host
 
     def _opened(self) -> SiteHost:

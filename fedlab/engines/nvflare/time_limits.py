@@ -1,52 +1,76 @@
-"""Calls from the server to sites: side by side, each with a time limit, and given up early when a site is gone."""
+"""Calls from the server to sites: in parallel, each with a time limit, and given up early when a site is gone."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 from fedlab.core.errors import FedlabError, PrivacyError
+from fedlab.deploy.messages import printable
 
-__all__ = ["Calls", "Ended"]
+__all__ = ["Call", "Calls", "Ended"]
 
 
 class Ended(BaseException):
-    """The job is to end. No `Exception`: else it would be taken for a failure of the sites, and the run would go on."""
+    """The job ends. Not an `Exception`, which would count as a failure of the sites and let the run continue."""
 
 
-class _Call(Protocol):
-    def ask(self, method: str, arguments: tuple[Any, ...], *, seconds: float) -> Any: ...
+class Call:
+    """One call to a site over NVFLARE.
 
-    def hang_up(self) -> None: ...
+    NVFLARE ends a job only when all of its calls have returned, and a call to a site that is gone returns when its time
+    limit is reached, perhaps after hours. So each call gets an abort signal of its own in place of the job's.
 
+    Args:
+        proxy: NVFLARE's, of the site.
+    """
 
-class _Line(Protocol):
-    def dial(self) -> _Call: ...
+    def __init__(self, proxy: Any) -> None:
+        from nvflare.apis.signal import Signal
+
+        self._signal = Signal()
+        self._proxy = self._with_signal(proxy)
+
+    def ask(self, method: str, arguments: tuple[Any, ...], *, seconds: float) -> Any:
+        """What the site returns; raises what NVFLARE raises."""
+        return getattr(self._proxy(timeout=seconds), method)(*arguments)
+
+    def hang_up(self) -> None:
+        """Ends the call at any stage."""
+        self._signal.trigger(True)
+
+    def _with_signal(self, proxy: Any) -> Any:
+        own, backend = copy.copy(proxy), copy.copy(proxy.backend)
+        backend.abort_signal = self._signal
+        own.backend = backend
+        own.children = {name: self._with_signal(child) for name, child in proxy.children.items()}
+        return own
 
 
 class Calls:
-    """Asks sites and hands on what they answer, as it comes.
+    """Asks sites and hands on their answers as they arrive.
 
-    NVFLARE doesn't tell a caller that a site has gone: the call lasts until its time is up. So while a site works it
-    is asked now and then whether it is there. One that stays silent for `patience` seconds is given up for this
-    question; the next question begins with whether it is back.
+    NVFLARE does not report that a site has gone: the call lasts until its time limit. So a site at work is asked now
+    and then whether it is alive. One that stays silent for `patience` seconds is given up for this question; the next
+    question first asks whether it is back.
 
     Args:
-        sites: the ways to the sites that take part in this job, by name; see `fedlab.engines.nvflare.cancellable`.
+        sites: for each site of this job, by name, a function that makes a `Call`.
         seconds: longest time for an answer.
         patience: seconds without a sign of life after which a site counts as gone.
-        aborted: whether the job is to end.
+        aborted: whether the job ends.
 
     Attributes:
         silent: names of the sites that were gone when last asked.
     """
 
-    def __init__(self, sites: Mapping[str, _Line], *, seconds: float, patience: float = 30.0,
+    def __init__(self, sites: Mapping[str, Callable[[], Call]], *, seconds: float, patience: float = 30.0,
                  aborted: Callable[[], bool] = lambda: False) -> None:
         self.sites, self.seconds, self.patience, self.aborted = dict(sites), seconds, patience, aborted
         self.silent: set[str] = set()
@@ -61,30 +85,23 @@ class Calls:
             arguments: of the call, by site.
 
         Raises:
-            Ended: the job is to end.
+            Ended: the job ends.
         """
-        self._wait_for_anybody()
+        self._wait_for_any_site()
         answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-
-        def answer(name: str) -> None:
-            answers.put((name, self._one(name, method, arguments[name])))
-
         for name in names:
-            _begin(partial(answer, name))
+            _begin(answers, lambda name=name: (name, self._one(name, method, arguments[name])))  # type: ignore[misc]
         for _ in names:
-            yield self._next(answers)
+            answer = None
+            while answer is None:
+                with suppress(Empty):
+                    answer = answers.get(timeout=1.0)
+                if self.aborted():
+                    raise Ended
+            yield answer
 
-    def _next(self, answers: SimpleQueue[tuple[str, Any]]) -> tuple[str, Any]:
-        came = None
-        while came is None:
-            with suppress(Empty):
-                came = answers.get(timeout=1.0)
-            if self.aborted():
-                raise Ended
-        return came
-
-    def _wait_for_anybody(self) -> None:
-        """While everybody is gone there is nothing to ask: rounds would pass with nobody in them."""
+    def _wait_for_any_site(self) -> None:
+        """Waits while all sites are gone: otherwise rounds would pass without any of them."""
         while self.sites and self.silent.issuperset(self.sites):
             if self.aborted():
                 raise Ended
@@ -99,8 +116,8 @@ class Calls:
         if name in self.silent and not self._is_there(name, within=beat):
             return FedlabError(f"{name} is not connected")
         outcome: SimpleQueue[Any] = SimpleQueue()
-        call = self.sites[name].dial()
-        _begin(lambda: outcome.put(self._call(call, name, method, arguments)))
+        call = self.sites[name]()
+        _begin(outcome, partial(self._call, call, name, method, arguments))
         heard = time.monotonic()
         while not self.aborted():
             try:
@@ -113,32 +130,31 @@ class Calls:
                     self.silent.add(name)
                     return FedlabError(f"{name} has given no sign of life for {self.patience:g} s")
         call.hang_up()
-        return FedlabError("the job is to end")
+        return FedlabError("the job ends")
 
-    def _call(self, call: _Call, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
+    def _call(self, call: Call, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
         try:
-            told = call.ask(method, arguments, seconds=self.seconds)
-        except Exception as error:  # NVFLARE's own, of several kinds, about the way there or what was raised there
+            reply = call.ask(method, arguments, seconds=self.seconds)
+        except Exception as error:  # several kinds of NVFLARE's, about the connection or raised at the site
             if getattr(error, "cause_type", type(error).__name__) == "TimeoutError":
                 return FedlabError(f"{name} has not answered within {self.seconds:g} s")
             return FedlabError(f"{name} could not be asked: {str(getattr(error, 'cause', error))[:2000]}")
-        match told:
+        match reply:
             case {"value": value, **rest} if not rest:
                 return value
             case {"error": str() as kind, "text": str() as text, **rest} if not rest:
-                clean = "".join(sign for sign in text[:4000] if sign.isprintable() or sign == "\n")
-                return (PrivacyError if kind == "PrivacyError" else FedlabError)(clean)
-        return FedlabError(f"{name} answered with a {type(told).__name__} that fedlab doesn't send")
+                return (PrivacyError if kind == "PrivacyError" else FedlabError)(printable(text[:4000]))
+        return FedlabError(f"{name} answered with a {type(reply).__name__} that fedlab does not send")
 
     def _is_there(self, name: str, *, within: float) -> bool:
         try:
-            self.sites[name].dial().ask("alive", (), seconds=within)
+            self.sites[name]().ask("alive", (), seconds=within)
         except Exception:  # whatever NVFLARE raises, there is no sign of life
             return False
         self.silent.discard(name)
         return True
 
 
-def _begin(work: Callable[[], None]) -> None:
-    """Work in a thread that nobody waits for when the process ends: a call to a site that is gone takes its time."""
-    threading.Thread(target=work, daemon=True, name="fedlab-call").start()
+def _begin(results: SimpleQueue[Any], work: Callable[[], Any]) -> None:
+    """Work in a thread that does not delay the end of the process: a call to a site that is gone takes its time."""
+    threading.Thread(target=lambda: results.put(work()), daemon=True, name="fedlab-call").start()

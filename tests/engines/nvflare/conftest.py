@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tests/cohorts.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if find_spec("nvflare") is not None:
+    if any(distributions(name="nvflare")):
         return
     if os.environ.get("FEDLAB_FLARE"):
         raise pytest.UsageError("FEDLAB_FLARE is set, so these tests must run, but NVFLARE isn't installed here")

@@ -18,16 +18,16 @@ from fedlab.data import write_brats
 from fedlab.deploy.plan import built
 from fedlab.deploy.settings import read_settings, read_site
 from fedlab.engines import NVFlare, Production
-from fedlab.engines.nvflare.party_processes import free_port, running
+from fedlab.engines.nvflare.kits import free_port, running
 from fedlab.evidence.inversion import patch_net
 from fedlab.privacy import AtSites
 from runs import command
 
 NAMES = ("site-01", "site-02", "site-03")
 DP = DPSGD(clip=1.0, noise_multiplier=1.2, delta=0.05, batch=2)
-SECURE = SecureAggregation(sites=3, clip=5.0, threshold=2)
-PRIVATE: Privacy = AtSites(sites=("site-01",), technique=DP) + SECURE
-#: What sites and server take with them from this process.
+SECURE = SecureAggregation(clip=5.0, threshold=2)
+PRIVATE: Privacy = AtSites(sites=("site-01",), technique=DP)
+#: What sites and server inherit from this process.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 

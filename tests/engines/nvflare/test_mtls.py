@@ -10,15 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from hospitals import DP, ENVIRONMENT, NAMES, PRIVATE, UNIFORM, Hospitals, forge, knock, spoil, trainer
+from hospitals import DP, ENVIRONMENT, NAMES, PRIVATE, SECURE, UNIFORM, Hospitals, forge, knock, spoil, trainer
 from opacus.accountants import RDPAccountant
 from safetensors.torch import load_file
 
 from fedlab import Local, PrivacyError, federate
 from fedlab.core import Round, weights_sha256
 from fedlab.engines.nvflare.admin import Admin
-from fedlab.engines.nvflare.party_processes import begin, running
-from fedlab.engines.nvflare.run_folder import Diary, read_round
+from fedlab.engines.nvflare.kits import begin, running
+from fedlab.engines.nvflare.run_folder import FinishedRounds, read_round
 from fedlab.privacy import AtSites, LedgerFile
 from fedlab.run import Admission, verify
 from runs import command, wait_for
@@ -86,7 +86,7 @@ def test_a_server_that_is_killed_and_started_again_comes_to_the_same_bits(hospit
             hospitals.kill("server")
             hospitals.start("server")
 
-    settings = {"strategy": UNIFORM, "privacy": PRIVATE, "rounds": 4, "seed": 3}
+    settings = {"strategy": UNIFORM, "privacy": PRIVATE, "aggregation": SECURE, "rounds": 4, "seed": 3}
     there = federate(trainer(), NAMES, engine=hospitals.engine(), on_round=after, progress=False, **settings)
     here = federate(trainer(), hospitals.sites(), engine=Local(), progress=False, **settings)
     assert here.state is not None and there.state is not None
@@ -118,8 +118,8 @@ def test_a_site_that_is_killed_leaves_the_run_going_and_comes_back(hospitals: Ho
             assert running(hospitals.kits / "site-03") == []
             hospitals.start("site-03")
 
-    federate(trainer(steps=40), NAMES, strategy=UNIFORM, privacy=PRIVATE, rounds=12, seed=4, on_round=after,
-             engine=hospitals.engine(), admission=Admission(min_sites=2), progress=False)
+    federate(trainer(steps=40), NAMES, strategy=UNIFORM, privacy=PRIVATE, aggregation=SECURE, rounds=12, seed=4,
+             on_round=after,             engine=hospitals.engine(), admission=Admission(min_sites=2), progress=False)
     assert [one.number for one in came] == list(range(12))
     gone = [one.number for one in came if "site-03" in one.absent]
     assert gone and gone[0] in (1, 2)
@@ -138,8 +138,8 @@ def test_updates_that_were_spoiled_stay_out(hospitals: Hospitals, tmp_path: Path
     hospitals.engine().save(folder, trainer(), NAMES, strategy=UNIFORM, rounds=7, seed=5, admission=Admission(),
                             privacy=AtSites(sites=("site-01",), technique=DP))
     printed = command("deploy", "submit", folder, "--kit", kit)
-    diary = Diary(folder)
-    came = [read_round(diary.text(number), diary.weights(number)) for number in range(len(diary))]
+    kept = FinishedRounds(folder)
+    came = [read_round(kept.text(number), kept.weights(number)) for number in range(len(kept))]
     reasons = {one.number: one.absent.get("site-02", "") for one in came}
     assert len(came) == 7 and reasons[0] == reasons[6] == ""
     for number, reason in ((1, "was refused"), (2, "bytes, at most"), (3, "shape"), (4, "site-03"),

@@ -76,7 +76,7 @@ def test_what_cannot_run_is_refused_before_anything_is_started(tmp_path: Path) -
     engine = NVFlare(env=Simulation(folder=tmp_path / "none"))
     with pytest.raises(ValueError, match="rounds is a positive"):
         federate(trainer, blob_sites((3, 2)), rounds=0, engine=engine)
-    with pytest.raises(ValueError, match="only named"):
+    with pytest.raises(ValueError, match="by name only"):
         federate(trainer, ["a", "b"], rounds=1, engine=Local())
     with pytest.raises(ValueError, match="another function"):
         class Mine(torch.nn.Conv3d):
