@@ -328,7 +328,8 @@ def test_what_cannot_travel_is_said(processes):
     locked = replace(blob_sites((1,))[0], card=threading.Lock())
     with pytest.raises(ValueError, match="the patients of site-0 can't be sent to a worker process"):
         run(processes, [locked])
-    with pytest.raises(SiteError, match=r"site-0.*'remember'.*what the site sends or remembers can't leave its process"):
+    words = r"site-0.*'remember'.*what the site sends or remembers can't leave its process"
+    with pytest.raises(SiteError, match=words):
         run(processes, privacy=KeepsALock())
     with pytest.raises(FedlabError, match="can't make sense of what it was sent") as caught:
         run(processes, privacy=OnlyHere())

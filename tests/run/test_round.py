@@ -33,8 +33,8 @@ from trainers import batches, plain_sgd, trainer
 def test_one_round_reads_as_one_text():
     source = inspect.getsource(one_round)
     assert len(source.splitlines()) <= 40
-    steps = ["run.select(", "aggregation.before(", "engine.train(", "arrivals.admit(", "_combine(", "aggregation.after(",
-             "_release(", "strategy.step(", "arrivals.close("]
+    steps = ["run.select(", "aggregation.before(", "engine.train(", "arrivals.admit(", "_combine(",
+             "aggregation.after(", "_release(", "strategy.step(", "arrivals.close("]
     places = [source.index(step) for step in steps]
     assert places == sorted(places)
 

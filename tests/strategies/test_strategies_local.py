@@ -237,7 +237,8 @@ def test_noise_at_the_server_also_hides_how_many_came():
     ({"optimiser": trainer().optimiser}, {}, r"optimiser=torch\.optim\.SGD"),
     ({"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, {}, "moments"),
     ({"steps": None, "epochs": 1}, {}, "steps= in place of epochs=1"),
-    ({}, {"sites": 3}, r"this run, which has \{'sites': 2, 'steps': 3, 'lr': 0\.2\}"), ({}, {"steps": 2}, "not for this run"),
+    ({}, {"sites": 3}, r"this run, which has \{'sites': 2, 'steps': 3, 'lr': 0\.2\}"),
+    ({}, {"steps": 2}, "not for this run"),
     ({}, {"lr": 0.1}, "not for this run")])
 def test_scaffold_refuses_what_it_is_not_made_for(changes, strategy, match):
     wrong = SCAFFOLD(**({"sites": 2, "steps": STEPS, "lr": LR} | strategy))
