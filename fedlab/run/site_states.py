@@ -8,11 +8,12 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
@@ -22,10 +23,15 @@ from safetensors.torch import load, save, save_file
 from fedlab.core.errors import RunError
 from fedlab.core.types import SiteState
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 __all__ = ["SiteStates", "pack_site_state", "unpack_site_state"]
 
 _FORMAT = "fedlab-site-state-1"
-_PREFIX = "fedlab-site-states-"
+_PREFIX, _LOCK = "fedlab-sites-", "in-use.lock"
+#: Seconds within which a new temporary folder is surely locked.
+_NEW = 60
 
 
 class SiteStates(Mapping[str, SiteState]):
@@ -40,9 +46,7 @@ class SiteStates(Mapping[str, SiteState]):
 
     def __init__(self, names: Sequence[str] = (), *, folder: Path | str | None = None) -> None:
         if folder is None:
-            _remove_left_behind()
-            folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            folder = _temporary_folder(of=self)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._enrolled = dict.fromkeys(names)
@@ -134,16 +138,32 @@ class SiteStates(Mapping[str, SiteState]):
         return f"<SiteStates of {len(self)} sites in {self.folder}>"
 
 
-def _remove_left_behind() -> None:
-    """Removes the temporary folders of processes that were killed, which could not do so themselves."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+def _temporary_folder(*, of: SiteStates) -> Path:
+    """A folder that goes with an object. A process that was killed leaves its folders: they go when the next is made.
+
+    The lock in a folder says that it is in use. It ends with its process, whatever ends that, and holds between
+    containers too, where numbers of processes mean nothing to each other.
+    """
+    from filelock import FileLock, Timeout
+
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
-            os.kill(int(owner), 0)
-        except (ProcessLookupError, ValueError):
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue  # another user's process
+            if time.time() - left.stat().st_mtime > _NEW:  # a younger one may not be locked yet
+                with FileLock(left / _LOCK, timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
+        except (Timeout, OSError):
+            continue  # in use, another user's, or removed meanwhile
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = FileLock(folder / _LOCK, thread_local=False)
+    lock.acquire()
+    weakref.finalize(of, _remove, folder, lock, os.getpid())
+    return folder
+
+
+def _remove(folder: Path, lock: BaseFileLock, owner: int) -> None:
+    if os.getpid() == owner:  # a forked copy of the object leaves the folder alone
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _link(source: Path, target: Path) -> None:

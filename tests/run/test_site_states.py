@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import tempfile
-from pathlib import Path
+import signal
+import weakref
 
 import pytest
 import torch
@@ -55,12 +56,47 @@ def test_work_that_fails_leaves_the_state_but_for_its_ledger():
     assert states["a"].ledger == {"entries": ["charged"]}
 
 
-def test_the_folder_goes_with_the_run_and_with_killed_processes():
-    left = Path(tempfile.mkdtemp(prefix="fedlab-site-states-4194305-"))  # above the largest number of a process
+def test_the_folder_goes_with_the_run():
     states = SiteStates(["a"])
     folder = states.folder
-    assert not left.exists() and f"-{os.getpid()}-" in folder.name
     states.save("a", state())
     assert list(states) == ["a"] and states.get("b") is None
     del states
     assert not folder.exists()
+
+
+def aged(folder):
+    os.utime(folder, (0, 0))
+    return folder
+
+
+def test_folders_of_killed_processes_go_and_those_in_use_stay():
+    made, ready = multiprocessing.Pipe()
+
+    def work():
+        states = SiteStates(["a"])
+        states.save("a", state())
+        ready.send(states.folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    killed, ours = made.recv(), SiteStates(["a"])
+    process.join()
+    assert killed.exists()
+    aged(killed), aged(ours.folder)
+    SiteStates()
+    assert not killed.exists() and ours.folder.exists()
+
+
+def test_a_forked_copy_leaves_the_folder_alone():
+    states = SiteStates(["a"])
+    states.save("a", state())
+
+    def work():
+        weakref.finalize._exitfunc()  # as when the forked process ends of itself
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and states["a"].updates == state().updates
