@@ -34,8 +34,8 @@ class AtSites(Privacy):
         if isinstance(sites, str) or not self.sites or len(set(self.sites)) != len(self.sites):
             raise ValueError(f"sites are the names of one or more different sites, got {sites!r}")
         if not isinstance(technique, Privacy):
-            raise ValueError(f"technique is a privacy technique, got {technique!r}; an aggregation concerns all sites and "
-                             "is given as federate(..., aggregation=...)")
+            raise ValueError(f"technique is a privacy technique, got {technique!r}; an aggregation concerns all sites "
+                             "and is given as federate(..., aggregation=...)")
         if technique.works_at_server:
             raise ValueError(f"{technique!r} has a part at the server, which concerns all sites; join it to this "
                              "with +")

@@ -334,10 +334,12 @@ def test_the_server_learns_neither_losses_nor_numbers_of_patients():
 
 def test_the_noisy_mean_does_not_depend_on_the_order_of_the_updates():
     technique, outs = central(), []
-    updates = [technique.protect(update(f"s{k}", w=torch.randn(40, generator=rng(k))), SiteState(), rng()) for k in range(6)]
+    plain = [update(f"s{k}", w=torch.randn(40, generator=rng(k))) for k in range(6)]
+    updates = [technique.protect(one, SiteState(), rng()) for one in plain]
     for order in (updates, updates[::-1], updates[3:] + updates[:3]):
         mean = UNIFORM.combine(iter(order))
-        outs.append(technique.release(mean, Cohort(0, tuple(u.site for u in order), 6, 1.0), server(), rng(1)).delta["w"])
+        cohort = Cohort(0, tuple(u.site for u in order), 6, 1.0)
+        outs.append(technique.release(mean, cohort, server(), rng(1)).delta["w"])
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-14)
 
