@@ -13,9 +13,8 @@ from .secure_aggregation.aggregation import SecureAggregation
 from .sparse.partial_sharing import SVT, PartialSharing, SparseVector, composed_epsilon
 
 __all__ = [
-    "DPSGD", "SVT", "AdaptiveClip", "Aggregation", "AtSites", "CentralGaussian", "Concentrated", "Gaussian",
-    "Ledger", "LedgerFile", "LocalGaussian", "PartialSharing", "PersonalLayers", "Privacy", "Pure", "Quantise",
-    "ScaledSign", "SecureAggregation", "SharePercentile", "SparseVector", "Terms", "TopK", "check_private",
-    "clip_update", "composed_epsilon", "epsilon_of", "fix_private", "noise_multiplier_for", "norms",
-    "norms_and_head",
+    "DPSGD", "SVT", "AdaptiveClip", "Aggregation", "AtSites", "CentralGaussian", "Concentrated", "Gaussian", "Ledger",
+    "LedgerFile", "LocalGaussian", "PartialSharing", "PersonalLayers", "Privacy", "Pure", "Quantise", "ScaledSign",
+    "SecureAggregation", "SharePercentile", "SparseVector", "Terms", "TopK", "check_private", "clip_update",
+    "composed_epsilon", "epsilon_of", "fix_private", "noise_multiplier_for", "norms", "norms_and_head",
 ]

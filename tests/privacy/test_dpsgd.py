@@ -11,29 +11,31 @@ from hypothesis import strategies as st
 
 from cohorts import TinyNet, blob_patient, blob_sites
 from fedlab.core.errors import PrivacyError, SiteError
+from fedlab.core.kit import Kit
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import derive
-from fedlab.core.types import Site
+from fedlab.core.types import Site, SiteState
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
+from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.privacy.dp.dpsgd import DPSGD, PatientBatches
 from fedlab.privacy.dp.gradients import MODES, per_patient
 from fedlab.privacy.dp.site_level import AdaptiveClip
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Local
 from fedlab.strategies import FedAvg
-from fedlab.training.trainer import Kit
 from trainers import plain_sgd, trainer
 
 #: Everybody in every step, whole volumes as crops: nothing is random but the noise.
 ALL = dict(sample_rate=1.0, delta=1e-2)
 
 
-def equipped(technique: DPSGD, site: Site, *, seed: int = 0, memory=None, **changes) -> Kit:
+def equipped(technique: DPSGD, site: Site, *, seed: int = 0, state: SiteState | None = None, **changes) -> Kit:
     """A site's kit as `SiteTask` makes it, wrapped by the technique."""
     one = trainer(optimiser=plain_sgd, lr=1.0, **changes)
-    memory = {} if memory is None else memory
-    return technique.equip(one.prepare(site, FedAvg().begin(one.initial()), memory=memory, seed=seed), site, memory)
+    state = SiteState(owner="privacy") if state is None else state
+    kit = one.prepare(site, FedAvg().begin(one.initial()), site_state=state.of("optimiser"), seed=seed)
+    return technique.equip(kit, site, state)
 
 
 def noisy_gradients(kit: Kit) -> list[list[torch.Tensor]]:
@@ -231,15 +233,14 @@ def test_nobody_moves_the_sum_by_more_than_the_clipping_norm(scale, clip, left_o
 def test_steps_that_draw_nobody_are_taken_accounted_and_move_the_model_by_noise_alone():
     one = trainer(optimiser=plain_sgd, lr=1.0, steps=5)
     technique = DPSGD(clip=0.2, noise_multiplier=1.5, **NOBODY)
-    engine = Local()
-    finished = next(each_round(one, blob_sites((2,)), privacy=technique, engine=engine))
+    finished = next(each_round(one, blob_sites((2,)), privacy=technique))
     assert finished.sites["site-0"]["steps"] == 5
-    assert Ledger(engine.memory["site-0"]).releases() == [
-        Gaussian(noise_multiplier=1.5, sample_rate=1e-6, steps=5)]
+    kept = finished.site_states["site-0"]
+    assert Ledger(kept).releases() == [Gaussian(noise_multiplier=1.5, sample_rate=1e-6, steps=5)]
     moved = torch.cat([(p - one.initial()[name]).flatten() for name, p in finished.state.params.items()])
     spread = 1.5 * 0.2 * 5**0.5 / 2e-6
     assert float(moved.std()) == pytest.approx(spread, rel=4.5 / (2 * len(moved)) ** 0.5)
-    assert len(engine.memory["site-0"]["diagnostics"]["norms of patients' gradients"]) == 0
+    assert len(kept.diagnostics["norms of patients' gradients"]) == 0
     quiet = federate(trainer(), blob_sites((2,)), rounds=1, progress=False,
                      privacy=DPSGD(clip=1.0, noise_multiplier=0, sample_rate=1e-9))
     assert "loss" not in quiet.table() or quiet.table()["loss"].isna().all()
@@ -249,25 +250,25 @@ def test_steps_that_draw_nobody_are_taken_accounted_and_move_the_model_by_noise_
 
 def test_the_adaptive_clip_follows_the_gradients_and_outlives_rounds():
     tiny = AdaptiveClip(start=1e-4, bit_noise=1e-9, quantile=0.5, lr=0.2)
-    engine = Local()
     technique = DPSGD(clip=tiny, noise_multiplier=0, sample_rate=1.0)
-    list(each_round(trainer(), blob_sites((3,)), privacy=technique, engine=engine, rounds=2))
+    *_, last = each_round(trainer(), blob_sites((3,)), privacy=technique, rounds=2)
+    kept = last.site_states["site-0"]
     # Every gradient is longer: in each of 6 steps the norm grows by exp(0.2 × (0.5 - 0)).
-    assert float(engine.memory["site-0"]["dpsgd"]["clipping norm"]) == pytest.approx(1e-4 * math.exp(0.6), rel=1e-6)
-    assert float(engine.memory["site-0"]["diagnostics"]["share beyond the clipping norm"]) == 1.0
+    assert float(kept.namespaces["privacy"]["clipping norm"]) == pytest.approx(1e-4 * math.exp(0.6), rel=1e-6)
+    assert float(kept.diagnostics["share beyond the clipping norm"]) == 1.0
 
-    memory: dict = {}
+    state = SiteState()
     start = AdaptiveClip(start=1.0, bit_noise=1e-9, quantile=0.5, lr=0.1)
     noisy_gradients(equipped(DPSGD(clip=start, noise_multiplier=0, sample_rate=1.0), blob_sites((5,))[0], steps=60,
-                             memory=memory, model=still()))
-    reached = float(memory["dpsgd"]["clipping norm"])
-    norms = memory["diagnostics"]["norms of patients' gradients"][:5].sort().values
+                             state=state, model=still()))
+    reached = float(state.own["clipping norm"])
+    norms = state.diagnostics["norms of patients' gradients"][:5].sort().values
     assert norms[1] * 0.9 < reached < norms[3] * 1.1 < 0.9  # it swings about the median by exp(0.1 × 0.5)
 
-    empty: dict = {}
+    empty = SiteState()
     technique = DPSGD(clip=start, noise_multiplier=0, sample_rate=1e-9)
-    noisy_gradients(equipped(technique, blob_sites((5,))[0], steps=3, memory=empty, model=TinyNet()))
-    assert math.isfinite(float(empty["dpsgd"]["clipping norm"]))  # where Opacus's own divides by zero
+    noisy_gradients(equipped(technique, blob_sites((5,))[0], steps=3, state=empty, model=TinyNet()))
+    assert math.isfinite(float(empty.own["clipping norm"]))  # where Opacus's own divides by zero
 
 
 def still() -> TinyNet:
@@ -288,27 +289,28 @@ def test_bits_are_noised_at_the_stated_scale():
     rule = AdaptiveClip(start=1.0, bit_noise=4.0, quantile=0.5, lr=0.1)
     logs = []
     for seed in range(60):
-        memory: dict = {}
+        state = SiteState()
         technique = DPSGD(clip=rule, noise_multiplier=1.0, sample_rate=0.5, delta=1e-2)
-        kit = equipped(technique, blob_sites((4,))[0], seed=seed, steps=1, memory=memory)
+        kit = equipped(technique, blob_sites((4,))[0], seed=seed, steps=1, state=state)
         next(iter(kit.loader))
         kit.optimiser.zero_grad(set_to_none=True)
         kit.backward(kit, torch.empty(0), torch.empty(0))
         kit.optimiser.step()
         kit.close()
-        logs.append(math.log(float(memory["dpsgd"]["clipping norm"])) / -0.1 * 2)  # share - 1/2, times expected 2
+        logs.append(math.log(float(state.own["clipping norm"])) / -0.1 * 2)  # share - 1/2, times expected 2
     noise = torch.tensor(logs)
     assert abs(float(noise.mean())) < 4.5 * 4 / 60**0.5
     assert float(noise.square().mean()) / 16 == pytest.approx(1, abs=4.5 * (2 / 60) ** 0.5)
 
 
 def test_moments_are_kept_and_the_network_is_left_as_it_was_found():
-    one, engine = trainer(), Local()
+    one = trainer()
     technique = DPSGD(clip=0.5, noise_multiplier=1.0, gradients="hooks", **ALL)
     before = weights_sha256(federate(one, blob_sites((3,)), rounds=1, progress=False).state.params)
-    list(each_round(one, blob_sites((3, 2)), privacy=technique, rounds=2, engine=engine))
-    assert {key.split("|")[1] for key in engine.memory["site-1"]["optimiser"]} == {"step", "exp_avg", "exp_avg_sq"}
-    assert float(engine.memory["site-1"]["optimiser"]["first.weight|step"]) == 6
+    *_, last = each_round(one, blob_sites((3, 2)), privacy=technique, rounds=2)
+    moments = last.site_states["site-1"].namespaces["optimiser"]
+    assert {key.split("|")[1] for key in moments} == {"step", "exp_avg", "exp_avg_sq"}
+    assert float(moments["first.weight|step"]) == 6
     for p in one.model.parameters():
         assert not {"grad_sample", "summed_grad", "_forward_counter"} & set(vars(p)) and p.grad is None
     assert all(not m._forward_hooks and not m._backward_hooks for m in one.model.modules())
@@ -333,12 +335,12 @@ def test_six_rounds_with_crashes_equal_six_without(tmp_path):
     assert history.spent().equals(whole.spent())
 
 
-def test_noise_from_the_operating_system_never_repeats_and_is_charged_each_time():
+def test_noise_from_the_operating_system_never_repeats_and_is_charged_each_time(tmp_path):
     technique = DPSGD(clip=0.5, noise_multiplier=1.0, secure_mode=True, **ALL)
-    engine, one = Local(), trainer()
+    engine, one = Local(ledgers=tmp_path), trainer()
     runs = [next(each_round(one, blob_sites((3,)), privacy=technique, engine=engine)) for _ in range(2)]
     assert weights_sha256(runs[0].state.params) != weights_sha256(runs[1].state.params)
-    assert len(Ledger(engine.memory["site-0"]).releases()) == 2
+    assert len(LedgerFile(tmp_path, "site-0").read().releases()) == 2
     kits = [equipped(technique, blob_sites((3,))[0], steps=2) for _ in range(2)]
     a, b = (torch.cat([g.flatten() for g in noisy_gradients(kit)[0]]) for kit in kits)
     assert abs(float((a - b).std()) / (2**0.5 * 0.5 / 3) - 1) < 6 / (2 * len(a)) ** 0.5

@@ -14,15 +14,20 @@ from scipy import stats
 from cohorts import blob_sites
 from fedlab.checks.privacy import check_privacy
 from fedlab.core.errors import PrivacyError
-from fedlab.core.types import Cohort, Update, Withdrawal
+from fedlab.core.types import SiteState, Update, Withdrawal
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Concentrated, Gaussian, Ledger, epsilon_of
 from fedlab.privacy.base import Privacy
+from fedlab.privacy.compression import TopK
 from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian
+from fedlab.privacy.secure_aggregation import protocol
 from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
-from fedlab.run.federate import each_round, federate
+from fedlab.run.admission import Admission
+from fedlab.run.federate import each_round, federate, make_run
 from fedlab.run.local import Local
 from fedlab.strategies import FedAvg, weighted_mean
+from fedlab.topologies.cyclic import ring
+from states import kept_as
 from trainers import trainer
 
 #: Masks come from the operating system, so a right implementation fails a test of them with this probability.
@@ -42,34 +47,37 @@ class Sim:
 
     def __init__(self, technique, values, *, gone=None, meddle=lambda step, sent: sent, seed=0):
         self.technique, self.values, self.gone, self.meddle, self.seed = technique, values, gone or {}, meddle, seed
-        self.memory = {site: {} for site in values}
-        self.server = {}
-        self.masked = []
+        self.states = {site: SiteState(owner="aggregation") for site in values}
+        self.notes, self.masked = {}, []
+
+    @property
+    def names(self):
+        """As an exchange: the sites whose update was received."""
+        return tuple(self.present("train"))
+
+    def send(self, step, inboxes):
+        """As an exchange: the sites' answers."""
+        if step == "agree":
+            inboxes = self.meddle("trained", {site: dict(box) for site, box in inboxes.items()})
+        return self.meddle(step, {site: dict(self.answer(step, site, inboxes.get(site, {})))
+                                  for site in self.present(step)})
+
+    def answer(self, step, site, inbox):
+        return self.technique.answer(step, site, inbox, self.states[site])
 
     def present(self, stage):
         return [s for s in self.values if STAGES.index(self.gone.get(s, "unmask")) >= STAGES.index(stage)
                 and self.gone.get(s) != stage]
 
-    def exchange(self, steps, inboxes, arrived):
-        for step in steps:
-            sent = {site: dict(self.technique.at_site(step, site, inboxes.get(site, {}), self.memory[site]))
-                    for site in self.present(step)}
-            inboxes = self.technique.at_server(step, self.meddle(step, sent), self.server, arrived)
-
     def train(self):
-        self.exchange(self.technique.before, {}, ())
+        self.notes = self.technique.before(self)
         for site in self.present("train"):
             rng = torch.Generator().manual_seed(self.seed + len(self.masked))
-            self.masked.append(self.technique.protect(update(site, self.values[site]), self.memory[site], rng))
+            self.masked.append(self.technique.mask(update(site, self.values[site]), self.states[site], rng))
         return self
 
     def finish(self):
-        arrived = tuple(self.present("train"))
-        inboxes = self.technique.at_server("trained", {}, self.server, arrived)
-        inboxes = self.meddle("trained", {site: dict(box) for site, box in inboxes.items()})
-        self.exchange(self.technique.after, inboxes, arrived)
-        cohort = Cohort(0, arrived, len(self.values), 1.0)
-        return self.technique.unmask(weighted_mean(self.masked), cohort, self.server)
+        return self.technique.after(weighted_mean(self.masked), self.notes, self)
 
 
 def flat(result):
@@ -101,15 +109,14 @@ def test_the_sum_is_exact_whoever_drops_out_while_enough_remain(case):
     if len(sim.present("unmask")) < technique.threshold:
         with pytest.raises(PrivacyError, match=f"the threshold is {technique.threshold}; nothing is revealed"):
             sim.train().finish()
-        assert b'"recovered"' not in bytes(sim.server["_secure"]["json"].numpy()) if sim.server else True
+        assert "recovered" not in sim.notes
         return
     result = sim.train().finish()
     survivors = sim.present("train")
     total = np.array([whole[site] for site in survivors]).sum(axis=0)
     np.testing.assert_array_equal(flat(result).numpy(), total * (technique.resolution / len(survivors)))
     assert list(result.delta) == ["b", "a"] and result.delta["a"].shape == (2, 2)
-    assert not sim.server and all(b"own" not in bytes(sim.memory[s]["_secure"]["json"].numpy())
-                                  for s in sim.present("unmask"))
+    assert not sim.notes and all("own" not in sim.states[s].secrets for s in sim.present("unmask"))
 
 
 @pytest.mark.parametrize("bits", [20, 32, 40])
@@ -142,7 +149,7 @@ def test_sums_of_a_thousand_sites_at_the_limit_are_exact():
 def test_whole_numbers_are_never_longer_than_the_clipping_norm(values, clip):
     technique = SecureAggregation(sites=3, clip=clip, threshold=2)
     whole, norm = technique._whole_numbers(np.array(values, dtype=np.float64))
-    assert sum(int(v) ** 2 for v in whole) <= int(technique._reach) ** 2
+    assert sum(int(v) ** 2 for v in whole) <= int(technique._fixed_point[0]) ** 2
     exact = math.sqrt(math.fsum(v * v for v in values))
     if exact < 0.999 * clip:
         np.testing.assert_allclose(whole * technique.resolution, values, rtol=1e-9, atol=technique.resolution)
@@ -187,9 +194,9 @@ def test_two_masked_updates_of_one_input_differ_and_say_no_more_than_they_must()
 def test_a_masked_update_is_made_once_a_round():
     sim = Sim(SecureAggregation(sites=3, clip=1.0, threshold=2), dict.fromkeys("xyz", torch.zeros(5))).train()
     with pytest.raises(PrivacyError, match="once a round"):
-        sim.technique.protect(update("x", torch.ones(5)), sim.memory["x"], torch.Generator())
+        sim.technique.mask(update("x", torch.ones(5)), sim.states["x"], torch.Generator())
     with pytest.raises(PrivacyError, match="'no keys'"):
-        sim.technique.protect(update("x", torch.ones(5)), {}, torch.Generator())
+        sim.technique.mask(update("x", torch.ones(5)), SiteState(), torch.Generator())
 
 
 def test_survivors_that_were_given_different_lists_reveal_nothing():
@@ -227,28 +234,27 @@ def test_no_two_lists_are_confirmed_when_the_server_keeps_the_groups_apart():
 def test_a_site_refuses_a_list_that_cannot_be(survivors):
     sim = Sim(SecureAggregation(sites=5, clip=1.0, threshold=3), dict.fromkeys("vwxyz", torch.ones(5))).train()
     with pytest.raises(PrivacyError, match="list of survivors"):
-        sim.technique.at_site("agree", "v", {"server": survivors}, sim.memory["v"])
+        sim.answer("agree", "v", {"server": survivors})
 
 
 def test_a_site_answers_one_list_once():
     sim = Sim(SecureAggregation(sites=3, clip=1.0, threshold=2), dict.fromkeys("xyz", torch.ones(5))).train()
-    ask, memory = sim.technique.at_site, sim.memory["x"]
-    ask("agree", "x", {"server": b'["x", "y", "z"]'}, memory)
+    sim.answer("agree", "x", {"server": b'["x", "y", "z"]'})
     with pytest.raises(PrivacyError, match="once a round"):  # for the share of z's key after that of its own mask
-        ask("agree", "x", {"server": b'["x", "y"]'}, memory)
-    word = sim.technique.at_site("agree", "y", {"server": b'["x", "y", "z"]'}, sim.memory["y"])
-    ask("unmask", "x", {"y": word["x"]}, memory)
+        sim.answer("agree", "x", {"server": b'["x", "y"]'})
+    word = sim.answer("agree", "y", {"server": b'["x", "y", "z"]'})
+    sim.answer("unmask", "x", {"y": word["x"]})
     with pytest.raises(PrivacyError, match="once a round"):
-        ask("unmask", "x", {"y": word["x"]}, memory)
+        sim.answer("unmask", "x", {"y": word["x"]})
 
 
 def test_a_site_that_sent_no_update_helps_to_unmask_none():
     sim = Sim(SecureAggregation(sites=3, clip=1.0, threshold=2), dict.fromkeys("xyz", torch.ones(5)),
               gone={"z": "train"}).train()
     with pytest.raises(PrivacyError, match="stage 'ready'"):
-        sim.technique.at_site("agree", "z", {"server": b'["x", "z"]'}, sim.memory["z"])
+        sim.answer("agree", "z", {"server": b'["x", "z"]'})
     with pytest.raises(PrivacyError, match="no step 'trained'"):
-        sim.technique.at_site("trained", "z", {}, sim.memory["z"])
+        sim.answer("trained", "z", {})
 
 
 def meddling(step, change):
@@ -303,13 +309,12 @@ def test_a_share_changed_at_its_site_is_noticed():
 def test_keys_that_differ_from_site_to_site_are_noticed():
     """A peer whose keys the server swapped for its own towards one site only cannot be read."""
     technique = SecureAggregation(sites=3, clip=1.0, threshold=3)
-    sim, forged = Sim(technique, dict.fromkeys("xyz", torch.ones(5))), {}
-    keys = {site: technique.at_site("keys", site, {}, sim.memory[site])["server"] for site in "xyz"}
-    forger = technique.at_site("keys", "z", {}, forged)["server"]
-    sealed = {site: technique.at_site("shares", site, keys | ({"z": forger} if site == "x" else {}), sim.memory[site])
-              for site in "xyz"}
+    sim = Sim(technique, dict.fromkeys("xyz", torch.ones(5)))
+    keys = {site: sim.answer("keys", site, {})["server"] for site in "xyz"}
+    forger = technique.answer("keys", "z", {}, SiteState())["server"]
+    sealed = {site: sim.answer("shares", site, keys | ({"z": forger} if site == "x" else {})) for site in "xyz"}
     with pytest.raises(PrivacyError, match="changed on its way"):
-        technique.at_site("receive", "x", {p: sealed[p]["x"] for p in "yz"}, sim.memory["x"])
+        sim.answer("receive", "x", {p: sealed[p]["x"] for p in "yz"})
 
 
 def test_what_is_no_mean_of_masked_updates_is_refused():
@@ -338,14 +343,13 @@ def test_noise_has_the_variance_and_fourth_moment_it_is_accounted_with():
 
 def test_colluding_sites_count_as_adding_no_noise():
     alone, watched = (SecureAggregation(**NOISY | {"threshold": 4, "colluding": c}) for c in (0, 2))
-    per_site = [2.0**t._log2_sigma * t.resolution for t in (alone, watched)]
+    per_site = [2.0**t._fixed_point[1] * t.resolution for t in (alone, watched)]
     assert per_site == pytest.approx([1.5 * 0.5 / 2, 1.5 * 0.5 / math.sqrt(2)])
 
 
 def test_the_ledger_equals_the_closed_form():
-    privacy = SecureAggregation(**NOISY)
-    history = federate(trainer(), blob_sites((1, 1, 1, 1)), strategy=UNIFORM, privacy=privacy, rounds=3,
-                       progress=False)
+    history = federate(trainer(), blob_sites((1, 1, 1, 1)), strategy=UNIFORM, aggregation=SecureAggregation(**NOISY),
+                       rounds=3, progress=False)
     table = history.spent()
     for n in (1, 2, 3):
         known = epsilon_of([Gaussian(noise_multiplier=1.5, steps=n)], delta=1e-2)  # the same Rényi divergence
@@ -358,54 +362,52 @@ def test_the_ledger_equals_the_closed_form():
 def test_sites_with_a_budget_withdraw_in_time():
     limit = epsilon_of([Concentrated(rho=(1 + 1e-9) / (2 * 1.5**2), times=2)], delta=1e-2)
     history = federate(trainer(), blob_sites((1, 1, 1, 1)), strategy=UNIFORM, rounds=5, progress=False,
-                       privacy=SecureAggregation(**NOISY, max_epsilon=limit))
+                       aggregation=SecureAggregation(**NOISY, max_epsilon=limit))
     assert len(history.records) == 2 and "no site is left" in history.stopped
     with pytest.raises(ValueError, match="the first round alone costs"):
         next(each_round(trainer(), blob_sites((1, 1, 1, 1)), strategy=UNIFORM,
-                        privacy=SecureAggregation(**NOISY, max_epsilon=0.1)))
+                        aggregation=SecureAggregation(**NOISY, max_epsilon=0.1)))
 
 
 def test_noise_repeats_with_the_seed_and_does_not_in_secure_mode():
     results = {}
     for secure_mode in (False, True):
         one = [federate(trainer(), blob_sites((1, 1, 1, 1)), strategy=UNIFORM, rounds=1, progress=False, seed=3,
-                        privacy=SecureAggregation(**NOISY, secure_mode=secure_mode)) for _ in range(2)]
+                        aggregation=SecureAggregation(**NOISY, secure_mode=secure_mode)) for _ in range(2)]
         results[secure_mode] = len({weights_sha256(history.state.params) for history in one})
     assert results == {False: 1, True: 2}
 
 
 def test_in_secure_mode_a_round_run_again_is_charged_again():
     for secure_mode, times in ((False, 1), (True, 2)):
-        engine = Local()
+        left = {}
         for _ in range(2):
-            engine.memory = {site: {group: memory[group] for group in ("ledger", "joined")}  # what a crash leaves
-                             for site, memory in engine.memory.items()}
-            next(each_round(trainer(), blob_sites((1, 1, 1, 1)), strategy=UNIFORM, engine=engine,
-                            privacy=SecureAggregation(**NOISY, secure_mode=secure_mode)))
-        assert len(Ledger(engine.memory["site-2"]).releases()) == times
+            crashed = kept_as({site: SiteState(enrolled=True, ledger=state.ledger) for site, state in left.items()})
+            left = next(each_round(trainer(), blob_sites((1, 1, 1, 1)), strategy=UNIFORM, site_states=crashed,
+                                   aggregation=SecureAggregation(**NOISY, secure_mode=secure_mode))).site_states
+        assert len(Ledger(left["site-2"]).releases()) == times
 
 
 def test_a_run_equals_plain_averaging_to_the_fixed_point():
     sites = blob_sites((3, 2, 1))
-    privacy = SecureAggregation(sites=3, clip=5.0, threshold=2)
+    hidden = SecureAggregation(sites=3, clip=5.0, threshold=2)
     plain = federate(trainer(), sites, strategy=UNIFORM, rounds=2, progress=False)
-    secure = federate(trainer(), sites, strategy=UNIFORM, privacy=privacy, rounds=2, progress=False)
+    secure = federate(trainer(), sites, strategy=UNIFORM, aggregation=hidden, rounds=2, progress=False)
     for name, p in plain.state.params.items():
-        torch.testing.assert_close(secure.state.params[name], p, rtol=0, atol=100 * privacy.resolution)
+        torch.testing.assert_close(secure.state.params[name], p, rtol=0, atol=100 * hidden.resolution)
     assert secure.guarantee() == "no formal guarantee" and set(secure.sites()["weight"]) == {1.0}
-    first = next(each_round(trainer(), sites, strategy=UNIFORM, privacy=privacy))
+    first = next(each_round(trainer(), sites, strategy=UNIFORM, aggregation=hidden))
     wanted = next(each_round(trainer(), sites, strategy=UNIFORM))
     for name, p in wanted.state.params.items():  # before training amplifies it: one step of each site, float32
-        torch.testing.assert_close(first.state.params[name], p, rtol=2e-7, atol=2 * privacy.resolution)
+        torch.testing.assert_close(first.state.params[name], p, rtol=2e-7, atol=2 * hidden.resolution)
 
 
 def test_central_noise_is_added_to_the_unmasked_mean_of_clipped_updates():
     sites = blob_sites((2, 1, 1))
     central = CentralGaussian(clip=0.05, noise_multiplier=1e-4, delta=1e-2)  # of so little that it hardly shows
-    both = central + SecureAggregation(sites=3, clip=0.05, threshold=2)
-    again = federate(trainer(), sites, strategy=UNIFORM, privacy=both, rounds=1, progress=False)
-    plain, secure = (federate(trainer(), sites, strategy=UNIFORM, privacy=p, rounds=1, progress=False)
-                     for p in (central, both))
+    hidden = SecureAggregation(clip=0.05, threshold=2)
+    plain, secure, again = (federate(trainer(), sites, strategy=UNIFORM, privacy=central, aggregation=how, rounds=1,
+                                     progress=False) for how in (None, hidden, hidden))
     for name, p in plain.state.params.items():
         torch.testing.assert_close(secure.state.params[name], p, rtol=0, atol=8 * 1e-4 * 0.05 * 2**0.5 / 3)
         assert (p - trainer().initial()[name]).abs().max() > 1e-3
@@ -414,7 +416,7 @@ def test_central_noise_is_added_to_the_unmasked_mean_of_clipped_updates():
 
 
 def test_it_passes_the_checks_of_every_technique():
-    check_privacy(SecureAggregation(sites=3, clip=1.0, threshold=2))
+    check_privacy(SecureAggregation(clip=1.0, threshold=2))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e200])
@@ -424,15 +426,20 @@ def test_a_damaged_update_is_not_hidden_by_its_mask(wrong):
             dict.fromkeys("xyz", torch.tensor([0.0, wrong, 0.0], dtype=torch.float64))).train()
 
 
-@pytest.mark.parametrize("combine, message", [
-    (lambda s: s + CentralGaussian(clip=1.0, noise_multiplier=1.0), "before SecureAggregation"),
-    (lambda s: CentralGaussian(clip=AdaptiveClip(start=1.0, bit_noise=9.0), noise_multiplier=1.0) + s, "fixed clip"),
-    (lambda s: s + SecureAggregation(sites=3, clip=1.0, threshold=2), "only one technique"),
+@pytest.mark.parametrize("changes, message", [
+    (dict(privacy=CentralGaussian(clip=AdaptiveClip(start=1.0, bit_noise=9.0), noise_multiplier=1.0)), "fixed clip"),
+    (dict(privacy=TopK() + CentralGaussian(clip=1.0, noise_multiplier=1.0),
+          aggregation=SecureAggregation(threshold=2, clip=1.0, noise_multiplier=1.0, delta=1e-3)),
+     "noise_multiplier to one of them"),
+    (dict(topology=ring), "hides updates from one server"),
+    (dict(admission=Admission(max_norm=1.0)), "max_norm cannot be checked"),
 ])
-def test_an_order_that_cannot_work_is_refused(combine, message):
+def test_a_run_with_parts_that_cannot_stand_beside_it_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        combine(SecureAggregation(sites=3, clip=1.0, threshold=2))
-    assert SecureAggregation(sites=3, clip=1.0, threshold=2) + Privacy()
+        each_round(trainer(), blob_sites((1, 1, 1)),
+                   **{"strategy": UNIFORM, "aggregation": SecureAggregation(threshold=2), **changes})
+    each_round(trainer(), blob_sites((1, 1, 1)), strategy=UNIFORM, privacy=Privacy() + TopK(),
+               aggregation=SecureAggregation(threshold=2), admission=Admission())
 
 
 @pytest.mark.parametrize("strategy, sizes, message", [
@@ -442,7 +449,27 @@ def test_an_order_that_cannot_work_is_refused(combine, message):
 def test_a_run_it_cannot_work_in_is_refused_before_the_first_round(strategy, sizes, message):
     with pytest.raises(ValueError, match=message):
         each_round(trainer(), blob_sites(sizes), strategy=strategy,
-                   privacy=SecureAggregation(sites=3, clip=1.0, threshold=2))
+                   aggregation=SecureAggregation(sites=3, clip=1.0, threshold=2))
+
+
+def test_the_number_of_sites_is_read_from_the_run():
+    run = make_run(trainer(), blob_sites((1,) * 5), strategy=UNIFORM, aggregation=SecureAggregation(threshold=3))
+    assert run.aggregation.sites == 5 and run.task.aggregation is run.aggregation
+    with pytest.raises(ValueError, match="threshold lies between 3 and 5 for 5 sites"):
+        make_run(trainer(), blob_sites((1,) * 5), strategy=UNIFORM, aggregation=SecureAggregation(threshold=2))
+    unbound = SecureAggregation(threshold=2)
+    unbound.answer("keys", "x", {}, state := SiteState())
+    with pytest.raises(ValueError, match="not bound to a run"):
+        unbound.answer("shares", "x", {}, state)
+
+
+def test_without_a_clip_updates_of_usual_length_are_not_shortened():
+    """The clip of 100 takes the place of a setting; longer updates are shortened to it, which the site sees."""
+    wide = SecureAggregation(sites=2, threshold=2)
+    sim = Sim(wide, {"x": torch.tensor([99.0, 0, 0, 0, 0]), "y": torch.tensor([0, 300.0, 0, 0, 0])})
+    result = flat(sim.train().finish())
+    torch.testing.assert_close(result, torch.tensor([49.5, 50, 0, 0, 0], dtype=torch.float64), rtol=1e-6, atol=0)
+    assert float(sim.states["y"].diagnostics["norm before masking"]) == pytest.approx(300)
 
 
 class Flaky(Local):
@@ -452,58 +479,77 @@ class Flaky(Local):
         super().__init__()
         self.gone = gone
 
-    def run(self, task, state, cohort):
+    def train(self, task, state, cohort, states):
         for site in cohort:
             if self.gone.get(site.name) == "train":
                 yield Withdrawal(site.name, "cable pulled")
             else:
-                yield from super().run(task, state, [site])
+                yield from super().train(task, state, [site], states)
 
-    def exchange(self, task, step, inboxes, sites):
-        return super().exchange(task, step, inboxes, [s for s in sites if self.gone.get(s.name) != step])
+    def exchange(self, task, step, inboxes, sites, states):
+        return super().exchange(task, step, inboxes, [s for s in sites if self.gone.get(s.name) != step], states)
 
 
 def test_a_run_goes_on_without_the_sites_that_drop_out():
     sites = blob_sites((1, 1, 1, 1))
-    privacy = SecureAggregation(sites=4, clip=5.0, threshold=3)
-    engine = Flaky({"site-1": "train", "site-2": "agree"})
-    finished = next(each_round(trainer(), sites, strategy=UNIFORM, privacy=privacy, engine=Flaky({"site-1": "train"})))
+    hidden = SecureAggregation(sites=4, clip=5.0, threshold=3)
+    settings = {"strategy": UNIFORM, "aggregation": hidden}
+    finished = next(each_round(trainer(), sites, **settings, engine=Flaky({"site-1": "train"})))
     wanted = next(each_round(trainer(), [sites[0], *sites[2:]], strategy=UNIFORM))
     assert list(finished.sites) == ["site-0", "site-2", "site-3"]
     assert finished.absent == {"site-1": "cable pulled"}
     for name, p in wanted.state.params.items():
-        torch.testing.assert_close(finished.state.params[name], p, rtol=2e-7, atol=2 * privacy.resolution)
+        torch.testing.assert_close(finished.state.params[name], p, rtol=2e-7, atol=2 * hidden.resolution)
     with pytest.raises(PrivacyError, match="2 survivors agree on who survived, the threshold is 3"):
-        next(each_round(trainer(), sites, strategy=UNIFORM, privacy=privacy, engine=engine))
+        next(each_round(trainer(), sites, **settings, engine=Flaky({"site-1": "train", "site-2": "agree"})))
 
 
-def test_nothing_secret_is_written_to_disk_and_an_interrupted_run_ends_the_same(tmp_path):
-    sites = blob_sites((1, 1, 1))
-    privacy = SecureAggregation(sites=3, clip=5.0, threshold=2)
-    whole = federate(trainer(), sites, strategy=UNIFORM, privacy=privacy, rounds=3, progress=False)
+def test_nothing_secret_is_written_to_disk_and_an_interrupted_run_ends_the_same(tmp_path, monkeypatch):
+    sites, secrets = blob_sites((1, 1, 1)), []
 
-    def crash(finished):
+    def noted(make):
+        def made(*arguments):
+            secrets.append(make(*arguments))
+            return secrets[-1]
+        return made
+
+    monkeypatch.setattr(protocol, "new_key", noted(protocol.new_key))
+    monkeypatch.setattr(protocol.secrets, "token_bytes", noted(protocol.secrets.token_bytes))
+    settings = {"strategy": UNIFORM, "aggregation": SecureAggregation(clip=5.0, threshold=2), "rounds": 3,
+                "progress": False}
+    whole = federate(trainer(), sites, **settings)
+    assert len(secrets) == 3 * 3 * 3  # rounds, sites, secrets of each
+
+    def look_and_crash(finished):
+        written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+        assert len(written) > 10_000  # sites' states, saved while the round's keys were there, and the checkpoint
+        assert not [key for key in secrets if key in written or key.hex().encode() in written]
+        assert not any(state.secrets for state in finished.site_states.values())
         if finished.number == 1:
             raise KeyboardInterrupt
 
-    settings = {"strategy": UNIFORM, "privacy": privacy, "rounds": 3, "progress": False, "checkpoint": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
-        federate(trainer(), sites, **settings, on_round=crash)
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"_secure" in p.read_bytes()]
-    assert weights_sha256(federate(trainer(), sites, **settings).state.params) == weights_sha256(whole.state.params)
+        federate(trainer(), sites, **settings, checkpoint=tmp_path / "run", on_round=look_and_crash)
+    assert weights_sha256(federate(trainer(), sites, **settings, checkpoint=tmp_path / "run").state.params
+                          ) == weights_sha256(whole.state.params)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"sites": 1}, "at least 2 sites"), ({"sites": 3.0}, "whole number"), ({"threshold": 2}, "between 3 and 4"),
-    ({"threshold": 5}, "between 3 and 4"), ({"colluding": 2}, "between 4 and 4"), ({"colluding": 3}, "between 0 and 2"),
+    ({"sites": 1}, "at least 2 sites"), ({"sites": 3.0}, "at least 2 sites, got 3.0"),
+    ({"threshold": 2}, "between 3 and 4"), ({"threshold": 3.0}, "threshold is a whole number"), ({"threshold": 5}, "between 3 and 4"),
+    ({"colluding": 2}, "at least 2 more than colluding"), ({"colluding": 3}, "at least 2 more than colluding"),
+    ({"sites": 6, "colluding": 2, "threshold": 4}, "between 5 and 6"),
+    ({"colluding": 3, "threshold": 5}, "colluding lies between 0 and 2"), ({"colluding": -1}, "got .*colluding=-1"),
     ({"bits": 19}, "between 20 and 40"), ({"bits": 41}, "between 20 and 40"), ({"clip": 0.0}, "clip is a positive"),
-    ({"clip": math.inf}, "clip is a positive"), ({"clip": None}, "got None"), ({"delta": 0.01}, "together or neither"),
+    ({"clip": math.inf}, "clip is a positive"), ({"delta": 0.01}, "together or neither"),
     ({"noise_multiplier": 1.0}, "together or neither"), ({"max_epsilon": 1.0}, "about noise"),
+    ({"clip": None, "noise_multiplier": 1.0, "delta": 0.01}, "give both"),
     ({"secure_mode": True}, "about noise"), ({"noise_multiplier": 1.0, "delta": 0.25}, r"1 over the number of sites"),
     ({"noise_multiplier": 0.0, "delta": 0.01}, "noise_multiplier is a positive"),
     ({"noise_multiplier": math.nan, "delta": 0.01}, "noise_multiplier is a positive"),
     ({"sites": 1000, "threshold": 501, "bits": 20}, "take more bits"),
-    ({"noise_multiplier": 1e-7, "delta": 0.01}, "too coarse"), ({"noise_multiplier": 1e8, "delta": 0.01}, "too coarse"),
+    ({"noise_multiplier": 1e-7, "delta": 0.01}, r"2\^4 within the noise of a site.*at least 4096 and 2\^8"),
+    ({"noise_multiplier": 1e8, "delta": 0.01}, "leave 0 steps within the clipping norm.*nearer to clip"),
     ({"sites": 4096, "threshold": 2500, "bits": 40}, "exceed 2\\^51"),
 ])
 def test_settings_out_of_range_are_refused(change, message):
@@ -517,10 +563,10 @@ def test_the_largest_sum_fits_the_ring():
         for noise in ({}, {"noise_multiplier": 0.7, "delta": 1e-4}, {"noise_multiplier": 30.0, "delta": 1e-4}):
             technique = SecureAggregation(sites=sites, clip=0.3, threshold=sites // 2 + 1, bits=34, **noise)
             reach = technique.clip / technique.resolution
-            share = 2.0**technique._log2_sigma if noise else 0.0
+            share = 2.0**technique._fixed_point[1] if noise else 0.0
             assert sites * reach + 12 * share * sites**0.5 < 2**33 * (1 + 1e-12)
 
 
 def test_it_prints_as_the_code_that_makes_it():
     for technique in (SecureAggregation(sites=4, clip=1.0, threshold=3), SecureAggregation(**NOISY, secure_mode=True)):
-        assert vars(eval(repr(technique))) == vars(technique)
+        assert eval(repr(technique)) == technique

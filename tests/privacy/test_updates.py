@@ -14,7 +14,7 @@ from scipy.stats import kstest, norm
 
 from cohorts import blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
-from fedlab.core.types import Cohort, Update
+from fedlab.core.types import Cohort, ServerState, SiteState, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
@@ -23,8 +23,8 @@ from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian, LocalGau
 from fedlab.privacy.noise.gaussian import standard_normal
 from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.run.federate import each_round, federate
-from fedlab.run.local import Local
 from fedlab.strategies import CoordinateMedian, FedAvg, weighted_mean
+from states import kept_as
 from trainers import trainer
 
 UNIFORM = FedAvg(weights="uniform")
@@ -38,6 +38,10 @@ def update(site: str = "a", **tensors: torch.Tensor) -> Update:
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def server() -> ServerState:
+    return ServerState(round=0, params={})
 
 
 def central(**changes):
@@ -112,16 +116,16 @@ def test_noise_of_the_operating_system_is_normal_and_independent():  # not seede
 @pytest.mark.parametrize("secure", [False, True])
 def test_noise_at_the_site_has_the_stated_deviation(secure):
     zeros = update(a=torch.zeros(200, 300), b=torch.zeros(70_000))
-    technique, memory = local(clip=0.5, noise_multiplier=3.0, secure_mode=secure), {}
-    noisy = technique.protect(zeros, memory, rng())
+    technique, state = local(clip=0.5, noise_multiplier=3.0, secure_mode=secure), SiteState()
+    noisy = technique.protect(zeros, state, rng())
     for t in noisy.delta.values():
         assert t.dtype == torch.float32
         assert_standard_normal(t, 1.5)
     joint = noisy.delta["a"].flatten()[:60_000] @ noisy.delta["b"][:60_000] / 1.5**2
     assert abs(float(joint)) < SIGMAS * math.sqrt(60_000)
-    again = technique.protect(zeros, {}, rng())
+    again = technique.protect(zeros, SiteState(), rng())
     assert again.delta["a"].equal(noisy.delta["a"]) is not secure
-    told = memory["diagnostics"]
+    told = state.diagnostics
     assert float(told["norm before clipping"]) == 0 and float(told["norm of the noise"]) == pytest.approx(
         1.5 * math.sqrt(130_000), rel=0.01)
 
@@ -130,10 +134,10 @@ def test_noise_at_the_site_has_the_stated_deviation(secure):
 def test_noise_at_the_server_has_the_stated_deviation_over_the_expected_cohort(secure):
     zeros = Update(site="mean", delta={"w": torch.zeros(200_000, dtype=torch.float64)}, weight=1.0)
     technique = central(clip=0.5, noise_multiplier=2.0, secure_mode=secure)
-    out = technique.release(zeros, Cohort(0, (), 10, 0.3), {}, rng())
+    out = technique.release(zeros, Cohort(0, (), 10, 0.3), server(), rng())
     assert_standard_normal(out.delta["w"], 2.0 * 0.5 / 3)
     ones = zeros.map(torch.ones_like)
-    shifted = technique.release(ones, Cohort(0, ("a", "b"), 10, 0.3), {}, rng())
+    shifted = technique.release(ones, Cohort(0, ("a", "b"), 10, 0.3), server(), rng())
     assert float(shifted.delta["w"].mean()) == pytest.approx(2 / 3, abs=SIGMAS / 3 / math.sqrt(200_000))
 
 
@@ -143,12 +147,12 @@ class Record(Privacy):
     def __init__(self):
         self._seen, self._moves = {}, []
 
-    def protect(self, update, memory, rng):
+    def protect(self, update, state, rng):
         flat = torch.cat([t.flatten() for t in update.delta.values()])
         self._seen[update.site, len([s for s, _ in self._seen if s == update.site])] = flat
         return update
 
-    def release(self, mean, cohort, memory, rng):
+    def release(self, mean, cohort, state, rng):
         self._moves.append(torch.cat([t.flatten() for t in mean.delta.values()]))
         return mean
 
@@ -182,7 +186,7 @@ def test_two_updates_of_a_site_differ_by_at_most_twice_the_clip(one, other):
     one, other = ({n: torch.tensor(([*v, *[[0.0]] * 4])[k] + [0.0] * 5)[:5] for k, n in enumerate(names)}
                   for v in (one, other))
     technique = local(clip=0.7, noise_multiplier=1e-9)
-    first, second = (technique.protect(update(**t), {}, rng()) for t in (one, other))
+    first, second = (technique.protect(update(**t), SiteState(), rng()) for t in (one, other))
     apart = replace(first, delta={n: first.delta[n].double() - second.delta[n].double() for n in names}).norm()
     assert apart <= 2 * 0.7 * (1 + 1e-6)  # rounding of the noise aside
 
@@ -191,19 +195,19 @@ def test_two_updates_of_a_site_differ_by_at_most_twice_the_clip(one, other):
 @pytest.mark.parametrize("clip", [0.7, AdaptiveClip(start=0.7, bit_noise=0.8)])
 def test_one_site_moves_the_noised_sum_by_no_more_than_the_ledger_says(length, clip):
     """The same noise with and without a site: what differs, in units of the noise, is at most 1 / noise_multiplier."""
-    technique, memories, outs = central(clip=clip, noise_multiplier=1.5), [], []
+    technique, states, outs = central(clip=clip, noise_multiplier=1.5), [], []
     others = [update(f"s{k}", w=torch.randn(50, generator=rng(k))) for k in range(3)]
     odd = update("odd", w=length * torch.ones(50))
     for cohort in (others, [*others, odd]):
-        memory = {}
-        sent = [technique.protect(u, {}, rng()) for u in cohort]
+        state = server()
+        sent = [technique.protect(u, SiteState(), rng()) for u in cohort]
         mean = UNIFORM.combine(sent)
-        outs.append(technique.release(mean, Cohort(0, tuple(u.site for u in sent), 10, 0.4), memory, rng(9)))
-        memories.append(memory)
+        outs.append(technique.release(mean, Cohort(0, tuple(u.site for u in sent), 10, 0.4), state, rng(9)))
+        states.append(state)
     apart = float((outs[0].delta["w"] - outs[1].delta["w"]).norm()) * 4
     cost = (apart / (technique.noise_on_updates * 0.7)) ** 2
     if isinstance(clip, AdaptiveClip):
-        moved = [math.log(float(m["broadcast"]["clipping norm"])) for m in memories]
+        moved = [math.log(float(state.broadcast["clipping norm"])) for state in states]
         bits = (moved[0] - moved[1]) / clip.lr * 4
         assert abs(bits) == pytest.approx(0.5)
         cost += (bits / clip.bit_noise) ** 2
@@ -264,31 +268,32 @@ def test_a_budget_at_the_server_ends_the_run_in_time():
 def test_the_server_without_its_ledger_refuses():
     run = each_round(trainer(), blob_sites(), privacy=central(), strategy=UNIFORM, rounds=3)
     state = next(run).state
-    assert Ledger(state.memory).releases("site") == [Gaussian(noise_multiplier=1.0)]
+    assert Ledger(state).releases("site") == [Gaussian(noise_multiplier=1.0)]
     with pytest.raises(PrivacyError, match="without the server's ledger"):
         next(each_round(trainer(), blob_sites(), privacy=central(), strategy=UNIFORM, rounds=3,
-                        state=replace(state, memory={})))
+                        state=replace(state, ledger={})))
 
 
 def test_noise_of_the_operating_system_is_charged_each_time_a_round_is_run():
     for secure, charges in ((False, 1), (True, 2)):
-        engine, one = Local(), trainer()
+        one, ledger = trainer(), {}
         for _ in range(2):  # the second time as after a crash, of which the ledger alone survived
-            next(each_round(one, blob_sites((1,)), privacy=local(secure_mode=secure), engine=engine))
-            engine.memory = {"site-0": {"ledger": engine.memory["site-0"]["ledger"]}}
-        assert len(Ledger(engine.memory["site-0"]).releases()) == charges
+            finished = next(each_round(one, blob_sites((1,)), privacy=local(secure_mode=secure),
+                                       site_states=kept_as({"site-0": SiteState(ledger=ledger)})))
+            ledger = finished.site_states["site-0"].ledger
+        assert len(Ledger(finished.site_states["site-0"]).releases()) == charges
 
 
 def test_what_never_repeats_stays_in_the_ledger_beside_what_does():
     terms = {"terms": Terms(unit="site", delta=1e-3, adjacency="x")}
-    step, memory = Gaussian(noise_multiplier=1.0), {}
+    step, state = Gaussian(noise_multiplier=1.0), SiteState()
     here = {"site": "a", "model": "m", "stream": "s"}
-    Ledger.open(memory, round=0, **here).charge(step, **terms)
-    opened = Ledger.open(memory, round=1, **here)
+    Ledger.open(state, round=0, **here).charge(step, **terms)
+    opened = Ledger.open(state, round=1, **here)
     opened.charge(step, **terms)
     opened.charge(step, repeatable=False, **terms)
     assert opened.charged("site")
-    again = Ledger.open(memory, round=1, **here)
+    again = Ledger.open(state, round=1, **here)
     assert len(again.releases()) == 3 and not again.charged("site")
 
 
@@ -315,7 +320,8 @@ def test_a_resumed_run_equals_a_whole_one(technique, tmp_path):
                            progress=False, checkpoint=tmp_path / "run")
     assert weights_sha256(history.state.params) == weights_sha256(whole.state.params)
     assert history.spent().equals(whole.spent()) and not whole.spent().empty
-    assert history.state.memory.keys() == whole.state.memory.keys()
+    assert history.state.namespaces.keys() == whole.state.namespaces.keys()
+    assert history.state.broadcast == whole.state.broadcast and history.state.ledger == whole.state.ledger
 
 
 def test_the_server_learns_neither_losses_nor_numbers_of_patients():
@@ -328,10 +334,12 @@ def test_the_server_learns_neither_losses_nor_numbers_of_patients():
 
 def test_the_noisy_mean_does_not_depend_on_the_order_of_the_updates():
     technique, outs = central(), []
-    updates = [technique.protect(update(f"s{k}", w=torch.randn(40, generator=rng(k))), {}, rng()) for k in range(6)]
+    plain = [update(f"s{k}", w=torch.randn(40, generator=rng(k))) for k in range(6)]
+    updates = [technique.protect(one, SiteState(), rng()) for one in plain]
     for order in (updates, updates[::-1], updates[3:] + updates[:3]):
         mean = UNIFORM.combine(iter(order))
-        outs.append(technique.release(mean, Cohort(0, tuple(u.site for u in order), 6, 1.0), {}, rng(1)).delta["w"])
+        cohort = Cohort(0, tuple(u.site for u in order), 6, 1.0)
+        outs.append(technique.release(mean, cohort, server(), rng(1)).delta["w"])
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-14)
 
@@ -340,15 +348,15 @@ def test_the_noisy_mean_does_not_depend_on_the_order_of_the_updates():
 
 def simulate(technique, norms, rounds, *, sample=1.0, seed=0):
     """Rounds of clip, bits, noise and broadcast on updates of given norms; the clipping norm after each."""
-    memory, clips, draws = {}, [], rng(seed)
+    state, clips, draws = server(), [], rng(seed)
     for number in range(rounds):
-        site_memory = {"broadcast": dict(memory.get("broadcast", {}))}
+        site_state = SiteState(broadcast=dict(state.broadcast))
         chosen = [k for k in range(len(norms)) if float(torch.rand((), generator=draws)) < sample]
-        sent = [technique.protect(update(f"s{k}", w=torch.tensor([float(norms[k]), 0.0])), site_memory, draws)
+        sent = [technique.protect(update(f"s{k}", w=torch.tensor([float(norms[k]), 0.0])), site_state, draws)
                 for k in chosen]
         mean = UNIFORM.combine(sent)
-        technique.release(mean, Cohort(number, tuple(u.site for u in sent), len(norms), sample), memory, draws)
-        clips.append(float(memory["broadcast"]["clipping norm"]))
+        technique.release(mean, Cohort(number, tuple(u.site for u in sent), len(norms), sample), state, draws)
+        clips.append(float(state.broadcast["clipping norm"]))
     return clips
 
 
@@ -366,9 +374,9 @@ def test_the_clipping_norm_moves_by_hand():
     clips = simulate(technique, [0.5, 2.0, 3.0, 4.0], 2)
     assert clips[0] == pytest.approx(1.0)  # one of four is within, as wanted
     assert simulate(technique, [0.5, 0.6, 3.0, 4.0], 1)[0] == pytest.approx(math.exp(-0.4 * 0.25), rel=1e-6)
-    memory = {}
-    technique.release(update(w=torch.zeros(2)), Cohort(0, (), 4, 0.5), memory, rng())  # nobody drawn
-    assert float(memory["broadcast"]["clipping norm"]) == pytest.approx(math.exp(-0.4 * 0.25), rel=1e-6)
+    state = server()
+    technique.release(update(w=torch.zeros(2)), Cohort(0, (), 4, 0.5), state, rng())  # nobody drawn
+    assert float(state.broadcast["clipping norm"]) == pytest.approx(math.exp(-0.4 * 0.25), rel=1e-6)
 
 
 def test_bits_take_their_part_of_the_budget():
@@ -382,11 +390,11 @@ def test_bits_take_their_part_of_the_budget():
 
 
 def test_sites_and_server_use_the_same_clipping_norm_in_a_run():
-    engine, technique, clip = Local(), central(clip=AdaptiveClip(start=0.05, bit_noise=1.0)), 0.05
-    for finished in each_round(trainer(), blob_sites(), privacy=technique, strategy=UNIFORM, rounds=3, engine=engine):
-        used = [float(memory["diagnostics"]["norm after clipping"]) for memory in engine.memory.values()]
+    technique, clip = central(clip=AdaptiveClip(start=0.05, bit_noise=1.0)), 0.05
+    for finished in each_round(trainer(), blob_sites(), privacy=technique, strategy=UNIFORM, rounds=3):
+        used = [float(state.diagnostics["norm after clipping"]) for state in finished.site_states.values()]
         assert used == pytest.approx([clip, clip], rel=1e-5)
-        before, clip = clip, float(finished.state.memory["broadcast"]["clipping norm"])
+        before, clip = clip, float(finished.state.broadcast["clipping norm"])
         assert clip != before
 
 
@@ -394,7 +402,7 @@ def test_bits_that_do_not_arrive_are_noticed():
     technique = central(clip=AdaptiveClip(start=1.0, bit_noise=1.0))
     mean = Update(site="mean", delta={"w": torch.zeros(2)}, weight=2.0)
     with pytest.raises(PrivacyError, match="weighted_mean"):
-        technique.release(mean, Cohort(0, ("a", "b"), 2, 1.0), {}, rng())
+        technique.release(mean, Cohort(0, ("a", "b"), 2, 1.0), server(), rng())
     both = [replace(update("a"), metrics={"x": 1.0, "y": 2.0}, weight=1.0),
             replace(update("b"), metrics={"x": 4.0}, weight=3.0)]
     assert weighted_mean(both).metrics == {"x": pytest.approx(13 / 4)}
@@ -410,19 +418,20 @@ def test_what_changes_updates_goes_before_the_clip_of_the_server():
         with pytest.raises(ValueError, match="before CentralGaussian"):
             Privacy() + central() + Privacy() + late
 
-    class Masks(TopK):
-        masks = True
+    class Looks(Privacy):  # reads updates and changes none
+        def equip(self, kit, site, state):
+            return kit
 
-    central() + Masks() + Privacy()
+    central() + Looks() + Privacy()
 
 
 def test_a_sparse_code_does_not_survive_noise_and_error_feedback_may_stand_on_either_side():
     stack = TopK(keep=0.1, error_feedback=True) + local(noise_multiplier=0.1) + TopK(keep=0.5, error_feedback=True)
-    first = TopK(keep=0.1).protect(update(w=torch.randn(100, generator=rng())), {}, rng())
-    assert first.nbytes < 400 and local().protect(first, {}, rng()).nbytes == 400
-    memory = {}
-    out = stack.protect(update(w=torch.randn(100, generator=rng())), memory, rng())
-    assert int((out.delta["w"] != 0).sum()) == 50 and len([g for g in memory if g.startswith("unsent")]) == 2
+    first = TopK(keep=0.1).protect(update(w=torch.randn(100, generator=rng())), SiteState(), rng())
+    assert first.nbytes < 400 and local().protect(first, SiteState(), rng()).nbytes == 400
+    state = SiteState()
+    out = stack.protect(update(w=torch.randn(100, generator=rng())), state, rng())
+    assert int((out.delta["w"] != 0).sum()) == 50 and len([s for s in state.namespaces.values() if s]) == 2
 
 
 @dataclass(frozen=True)
