@@ -42,7 +42,7 @@ class PrivacyBudgetExhausted(PrivacyError):
 
 
 class RunError(FedlabError):
-    """A run directory or a saved model that is missing, foreign, damaged or would be overwritten."""
+    """A run directory or a saved model is missing, damaged, of another run, or would be overwritten."""
 
 
 class SiteError(FedlabError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedlab.core.errors import FedlabError, RunError
 
-__all__ = ["write_json", "write_new", "write_whole"]
+__all__ = ["replacing", "write_json", "write_new", "write_whole"]
 
 
 def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabError] = RunError) -> Path:
@@ -28,14 +30,20 @@ def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabEr
     return path
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, renamed into its place if the block ends without an exception."""
+    scratch = path.with_name(path.name + ".part")
+    yield scratch
+    os.replace(scratch, path)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file beside its predecessor, forces it onto the disk and renames it into place."""
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("wb") as file:
+    with replacing(path) as scratch, scratch.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, path)
     if os.name == "posix":  # the renaming itself must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:

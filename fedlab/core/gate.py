@@ -13,7 +13,7 @@ from fedlab.core.types import Spent, Tensors, Update
 __all__ = ["check_update"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: Products of a few numbers of this size are still finite in float64.
+#: Products of three numbers of this size are still finite in float64.
 _LARGEST = 1e90
 
 
@@ -21,9 +21,9 @@ def check_update(update: object, *, like: Tensors, site: str) -> Update:
     """The update if it is safe to pass on.
 
     Args:
-        update: what a technique returned or a site sent.
+        update: returned by a technique or sent by a site.
         like: tensors whose names and shapes it must have.
-        site: who must have made it.
+        site: that must have made it.
 
     Raises:
         PrivacyError: not an `Update`, of another site, other names or shapes, not floating point, NaN or infinite, or

@@ -8,14 +8,14 @@ __all__ = ["pick_device", "pick_precision"]
 
 
 def pick_device(device: str) -> torch.device:
-    """`"auto"` is the GPU where there is one, else the CPU; anything else is taken as torch names it."""
+    """`"auto"` is the GPU if there is one, else the CPU; any other value is torch's name of a device."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that convolutions run in.
+    """The dtype of convolutions.
 
-    `"auto"` is bf16 on GPUs that have it and on CPUs with AMX tiles, where it is several times faster, else fp32.
+    `"auto"` is bf16 on GPUs that support it and on CPUs with AMX tiles, where it is several times faster, else fp32.
     It depends on the hardware alone, so a run repeats bit for bit on its machine.
 
     Raises:

@@ -34,7 +34,7 @@ class Kit:
         seed: of everything random at this site in this round.
         backward: fills the gradients from a batch and returns its loss, or None for an empty batch.
         close: called after training, whether it succeeded or failed.
-        batch: images and regions of the last batch drawn, for whoever debugs a failure.
+        batch: images and regions of the last batch drawn, for debugging.
     """
 
     model: nn.Module

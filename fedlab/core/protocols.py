@@ -1,6 +1,6 @@
 """The parts of a federated run, as each of them sees the others, and the run that they make up.
 
-Read this after `types`: every part is one of these, whatever module it lives in.
+Read this after `types`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,7 @@ from torch import nn
 
 from fedlab.core.kit import Kit
 from fedlab.core.seeds import generator
-from fedlab.core.types import (
-    Answer,
-    Cohort,
-    Failure,
-    Messages,
-    Round,
-    ServerState,
-    Site,
-    SiteState,
-    Tensors,
-    Update,
-)
+from fedlab.core.types import Answer, Cohort, Failure, Messages, Round, ServerState, Site, SiteState, Tensors, Update
 
 __all__ = ["Admission", "Aggregation", "Elsewhere", "Engine", "Exchange", "Privacy", "Run", "Strategy", "Topology",
            "Trainer"]

@@ -1,7 +1,7 @@
-"""Independent random streams from one seed, named by what they are for.
+"""Independent random streams from one seed, named by their purpose.
 
-A stream depends only on the seed and its names, never on what was drawn before: a resumed run, another
-engine or another order of the sites draws the same numbers.
+A stream depends on the seed and its names only, never on earlier draws: a resumed run, another engine or another order
+of the sites draws the same numbers.
 """
 
 from __future__ import annotations

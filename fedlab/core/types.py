@@ -1,4 +1,4 @@
-"""The vocabulary of a federated run: frozen values that every other module passes around."""
+"""The vocabulary of a federated run: values that every other module passes around."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Site:
     """One institution with private patients.
 
     Attributes:
-        name: unique in its cohort.
+        name: unique in its run.
         train: patients used for training; any indexable collection with a length.
         val: held-out patients, never trained on.
         card: the data card of the site, if there is one.
@@ -98,8 +98,24 @@ class Cohort:
         return len(self.arrived)
 
 
+class _Owned:
+    """A state in which each owner has a namespace of tensors."""
+
+    namespaces: dict[str, dict[str, torch.Tensor]]
+    owner: str
+
+    @property
+    def own(self) -> dict[str, torch.Tensor]:
+        """The namespace of the present owner, kept from round to round."""
+        return self.namespaces.setdefault(self.owner, {})
+
+    def of(self, owner: str) -> Self:
+        """A view of the same state for another owner."""
+        return replace(self, owner=owner)  # type: ignore[type-var]
+
+
 @dataclass(eq=False)
-class SiteState:
+class SiteState(_Owned):
     """What a site keeps for itself during one run, and what it is shown of the server's in the present round.
 
     Each owner (the optimiser, the strategy, each technique) has a namespace of tensors: a hook is given a view whose
@@ -129,17 +145,8 @@ class SiteState:
     secrets: dict[str, Any] = field(default_factory=dict)
     owner: str = "site"
 
-    @property
-    def own(self) -> dict[str, torch.Tensor]:
-        """The namespace of the present owner, kept from round to round."""
-        return self.namespaces.setdefault(self.owner, {})
-
-    def of(self, owner: str) -> SiteState:
-        """A view of the same state for another owner."""
-        return replace(self, owner=owner)
-
     def take_over(self, other: SiteState) -> None:
-        """Becomes what the other state is, in place."""
+        """Takes every value of another state, in place."""
         self.enrolled, self.updates, self.round = other.enrolled, other.updates, other.round
         parts: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
             (self.namespaces, other.namespaces), (self.diagnostics, other.diagnostics), (self.ledger, other.ledger),
@@ -188,15 +195,15 @@ class Update:
     """What leaves a site.
 
     Attributes:
-        site: who sends it.
+        site: name of the sender.
         delta: local minus global weights, so the server adds it.
         weight: importance in a weighted mean; number of training patients unless a strategy says otherwise.
         steps: optimiser steps taken.
         metrics: plain numbers such as the mean training loss. They leave the site too.
         spent: privacy spent by the site so far.
         encoded: size in bytes of the delta as it would be sent, if a technique makes it smaller than dense tensors.
-        round: number of the round it answers, so that an old one is known for what it is.
-        seconds: how long the site took; 0 under a guarantee, which covers no time.
+        round: number of the round it answers, so that an old update is recognised.
+        seconds: time that the site took; 0 under a guarantee, which covers no time.
     """
 
     site: str
@@ -215,7 +222,7 @@ class Update:
 
     def norm(self) -> float:
         """Euclidean norm of the whole delta, in float64."""
-        # fsum: the same bits in whatever order the tensors come, such as from a file.
+        # fsum: the same bits in any order of the tensors, such as that of a file.
         return math.sqrt(math.fsum(float(t.double().square().sum()) for t in self.delta.values()))
 
     def quantile_abs(self, q: float) -> float:
@@ -241,7 +248,7 @@ Answer = Update | Withdrawal | Failure
 
 
 @dataclass(frozen=True, eq=False)
-class ServerState:
+class ServerState(_Owned):
     """What the server holds between rounds.
 
     Attributes:
@@ -263,15 +270,6 @@ class ServerState:
     ledger: dict[str, Any] = field(default_factory=dict)
     broadcast: dict[str, torch.Tensor] = field(default_factory=dict)
     owner: str = "server"
-
-    @property
-    def own(self) -> dict[str, torch.Tensor]:
-        """The namespace of the present owner, kept from round to round."""
-        return self.namespaces.setdefault(self.owner, {})
-
-    def of(self, owner: str) -> ServerState:
-        """A view of the same state for another owner."""
-        return replace(self, owner=owner)
 
     def opened(self) -> ServerState:
         """The state for the work of one round: techniques may change what they keep without changing this value."""

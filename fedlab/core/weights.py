@@ -16,7 +16,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes and updates carry, by name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has none.
     """
     found = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     if not found:

@@ -1,7 +1,7 @@
 """Warm worker processes: started once, one torch thread each.
 
-Two processes of one thread each train faster than one process of two threads, and importing MONAI costs
-seconds of processor time, so the workers are forked from one server that has imported everything already.
+Two processes of one thread each train faster than one process of two threads. Importing MONAI takes seconds of
+processor time, so the workers are forked from one server that has imported everything already.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def available_cores() -> int:
 
 
 def forkserver() -> ForkServerContext:
-    """Where worker processes are made: forked from a process that has imported everything and has no threads.
+    """The context that makes worker processes: forked from a process that has imported everything and has no threads.
 
-    That is safe inside a notebook kernel, unlike "fork" from the kernel itself.
+    Unlike a fork of the kernel itself, this is safe in a notebook.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedlab.core.warm_imports"])
@@ -57,7 +57,7 @@ class Workers(ProcessPoolExecutor):
         super().__init__(count, mp_context=context, initializer=_settle, initargs=(self._inbox, self._halt))
 
     def messages(self) -> Iterator[Any]:
-        """The messages that have come since the last call, oldest first."""
+        """The messages received since the last call, oldest first."""
         while True:
             try:
                 yield self._inbox.get_nowait()
@@ -65,7 +65,7 @@ class Workers(ProcessPoolExecutor):
                 return
 
     def stop(self) -> None:
-        """Running tasks end at their next `tell`, waiting ones never start."""
+        """Ends running tasks at their next `tell`; waiting tasks never start."""
         self._halt.set()
         self.shutdown(wait=True, cancel_futures=True)
 
@@ -77,10 +77,10 @@ class Workers(ProcessPoolExecutor):
 
 
 def start_workers(count: int | None = None) -> Workers:
-    """Warm worker processes; used in a `with` block they end with it, and at once if it raises.
+    """Warm worker processes; in a `with` block they end with it, and at once if it raises.
 
     Args:
-        count: how many; by default one for each core this process may use.
+        count: of processes; by default one per core this process may use.
 
     Raises:
         ValueError: `count` below 1.
@@ -92,10 +92,10 @@ def start_workers(count: int | None = None) -> Workers:
 
 
 def tell(message: Any) -> None:
-    """In a worker: sends `message` to the parent. Elsewhere it does nothing.
+    """In a worker: sends a message to the parent. Elsewhere it does nothing.
 
     Raises:
-        Stopped: the parent wants its workers to stop.
+        Stopped: the parent asked its workers to stop.
     """
     if _stop is not None and _stop.is_set():
         raise Stopped
@@ -110,7 +110,7 @@ def _settle(messages: Queue[Any], stop: Event) -> None:
 
 
 def settle() -> None:
-    """In a new worker: one torch thread, deaf to Ctrl-C, and gone when its parent is."""
+    """In a new worker: sets one torch thread, ignores Ctrl-C, and ends the process when its parent ends."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops its workers in order
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Admission: a filter over the answers of one round, which refuses, counts and remembers who is absent."""
+"""Admission: a filter over the answers of one round, which refuses updates, counts them and notes who is absent."""
 
 from __future__ import annotations
 
@@ -109,11 +109,10 @@ class Arrivals:
     def send(self, step: str, inboxes: Messages) -> Messages:
         """One exchange of messages between the sites that still take part; a site that fails is left out."""
         names = set(self.names)
+        asked = [site for site in self.cohort if site.name in names]
         sent: Messages
         failures: list[Failure]
-        sent, failures = self.run.engine.exchange(self.run.task, step, inboxes,
-                                                  [site for site in self.cohort if site.name in names],
-                                                  self.run.site_states)
+        sent, failures = self.run.engine.exchange(self.run.task, step, inboxes, asked, self.run.site_states)
         for failure in failures:
             if self.run.admission is None:
                 raise failure.error
@@ -129,9 +128,7 @@ class Arrivals:
 
     def void(self, error: Exception) -> ServerState:
         """The state after a round that cannot move the model, if the admission rules allow such a round."""
-        if self.run.admission is None and self._seen:
-            raise error
-        if self.run.admission is None and not isinstance(error, TooFewUpdates):
+        if self.run.admission is None and (self._seen or not isinstance(error, TooFewUpdates)):
             raise error
         self._absent |= {name: f"the round was void: {error}" for name in self._seen}
         self._seen.clear()

@@ -142,10 +142,10 @@ def _named(value: Any, above: tuple[int, ...]) -> Json:
 def _of_a_library(value: Any) -> bool:
     """Whether a class or function is part of an installed package, which its name and version identify."""
     module = getattr(value, "__module__", None) or ""
-    if "<locals>" in value.__qualname__ or value.__name__ == "<lambda>":
-        return False
+    if module == "__main__" or "<locals>" in value.__qualname__ or value.__name__ == "<lambda>":
+        return False  # of a notebook or a script, whatever file started the process
     file = getattr(sys.modules.get(module), "__file__", None)
-    return module.partition(".")[0] in {*sys.stdlib_module_names, "fedlab"} - {"__main__"} or (
+    return module.partition(".")[0] in {*sys.stdlib_module_names, "fedlab"} or (
         file is not None and bool({"site-packages", "dist-packages"} & set(PurePath(file).parts)))
 
 

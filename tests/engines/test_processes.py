@@ -83,7 +83,7 @@ class Dies(Privacy):
 
     def protect(self, update, state, rng):
         once = Path(self.folder, "has died")
-        if update.site == self.site and state.updates == self.round and not once.exists():
+        if update.site == self.site and state.round == self.round and not once.exists():
             assert in_a_worker()
             once.touch()
             os._exit(3) if self.how == "exit" else os.kill(os.getpid(), getattr(signal, self.how))
@@ -139,12 +139,12 @@ def test_a_second_run_on_one_engine_is_the_first_to_the_bit(processes):
 
 
 class ChargesAndFails(LocalGaussian):
-    """Enters its noise into the ledger, changes what it keeps, and fails at one site after its first update."""
+    """Enters its noise into the ledger, changes what it keeps, and fails at one site in round 1."""
 
     def protect(self, update, state, rng):
         state.own.setdefault("touched", torch.zeros(1)).add_(1)  # in place
         update = super().protect(update, state, rng)
-        if update.site == "site-1" and state.updates == 1:
+        if update.site == "site-1" and state.round == 1:
             raise RuntimeError("after the charge")
         return update
 

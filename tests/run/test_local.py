@@ -26,11 +26,9 @@ class Explodes(Privacy):
 
     def __init__(self, *, site, words="a voxel of Anna's scan"):
         self.site, self.words = site, words
-        self._rounds = 0
 
     def equip(self, kit, site, state):
-        self._rounds += site.name == self.site
-        if site.name == self.site and self._rounds == 2:
+        if site.name == self.site and state.round == 1:
             steps, backward = [], kit.backward
 
             def breaks(kit, image, target):
@@ -69,17 +67,17 @@ def test_what_a_failing_site_was_working_with():
 
 def test_its_state_is_that_of_the_failure():
     engine = Local(debug=True)
-    history = run(engine, trainer(), privacy=FailsAt(site="site-1", stage="protect", round=1), rounds=2)
+    history = run(engine, trainer(), privacy=FailsAt(site="site-1", stage="protect", round=1), rounds=4)
     assert engine.failed["site-1"].round == 1
-    before = history.site_states["site-1"].of("optimiser").own  # the run goes on from the state before the round
-    assert weights_sha256(engine.failed["site-1"].site_state.of("optimiser").own) != weights_sha256(before)
+    later = history.site_states["site-1"].of("optimiser").own
+    assert weights_sha256(engine.failed["site-1"].site_state.of("optimiser").own) != weights_sha256(later)
 
 
 def test_the_last_failure_of_each_site_is_kept():
     engine = Local(debug=True)
     run(engine, trainer(), privacy=FailsAt(site=None, stage="equip", round=0), rounds=2)
     assert sorted(engine.failed) == ["site-0", "site-1", "site-2"]
-    assert {failed.round for failed in engine.failed.values()} == {1}  # none has sent an update, so all fail again
+    assert {failed.round for failed in engine.failed.values()} == {0}
     failed = engine.failed["site-0"]
     assert failed.stage == "equip" and failed.batch is None and failed.kit is not None
 
