@@ -228,7 +228,8 @@ if {check}:
     except TypeError as error:
         sys.exit(f"{name} needs arguments ({{error}}): give --call \\"{name}(…)\\", or --no-check")
     from fedlab.deploy.plan import describe, make
-    if repr(make(describe(technique), approve=lambda module: None)) != repr(technique):
+    from fedlab.run.recipe import recipe
+    if recipe(make(describe(technique), approve=lambda module: None)) != recipe(technique):
         sys.exit("the technique cannot be sent: store each argument of __init__ unchanged in an attribute of its name")
     print(check_privacy(technique))
 """

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written; and new files that replace nothing."""
+"""Files that are written whole or not at all, new files that replace nothing, and texts from templates."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fedlab.core.errors import FedlabError, RunError
 
-__all__ = ["replacing", "write_json", "write_new", "write_whole"]
+__all__ = ["filled_in", "replacing", "write_json", "write_new", "write_whole"]
 
 
 def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabError] = RunError) -> Path:
@@ -55,3 +56,13 @@ def write_whole(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON that people can read, as a whole file."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def filled_in(package: str, name: str, /, **values: Any) -> str:
+    """A text from the jinja2 template `templates/NAME.j2` of a package; every value that it names must be given."""
+    import jinja2
+
+    template = (files(package) / "templates" / f"{name}.j2").read_text(encoding="utf-8")
+    text: str = jinja2.Template(template, trim_blocks=True, keep_trailing_newline=True,
+                                undefined=jinja2.StrictUndefined).render(**values)
+    return text

@@ -8,16 +8,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.core.files import write_whole
 from fedlab.core.types import Failure, ServerState, Site, Spent, Tensors, Withdrawal
-from fedlab.deploy.messages import limit_for, pack_answer, unpack_state, unpack_weights
+from fedlab.deploy.messages import are_notes, limit_for, pack_answer, unpack_state, unpack_weights
 from fedlab.deploy.plan import Plan
 from fedlab.deploy.policy import SitePolicy
 from fedlab.deploy.settings import read_settings, read_site
@@ -27,10 +26,10 @@ from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.run.federate import check_sites, make_run
 from fedlab.run.site_task import SiteTask
 
-__all__ = ["LARGEST_NOTE", "SiteHost"]
+__all__ = ["SiteHost"]
 
-#: Largest message of an exchange between sites, and of all messages to one site in a step.
-LARGEST_NOTE, _LARGEST_INBOX = 2**20, 2**26
+#: Bytes of all messages to one site in a step of an exchange, at most.
+_LARGEST_INBOX = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +64,8 @@ class SiteHost:
         from filelock import FileLock, Timeout
 
         self.site, self.folder = site, Path(folder)
-        self.policy = SitePolicy() if policy is None else policy
-        self.techniques = self.folder / "techniques" if techniques is None else Path(techniques)
+        self.policy = policy or SitePolicy()
+        self.techniques = Path(techniques or self.folder / "techniques")
         self._run: _Run | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock")
@@ -98,10 +97,6 @@ class SiteHost:
             raise
         host._log(f"opened with {len(host.site.train)} patients to train on, {len(host.site.val)} held out")
         return host
-
-    def about(self) -> dict[str, Any]:
-        """What a server learns of the site before a run: its name, number of training patients, fedlab's version."""
-        return {"site": self.site.name, "patients": len(self.site.train), "fedlab": version("fedlab-workbench")}
 
     def begin(self, plan_json: str, start: bytes) -> None:
         """Takes part in a run from now on, if policy and plan allow it; repeated for the same run it changes nothing.
@@ -174,7 +169,8 @@ class SiteHost:
             aggregation = now.task.aggregation
             if step not in aggregation.steps:
                 raise PrivacyError(f"the run's aggregation has no step {str(step)[:40]!r}")
-            _check_inbox(inbox, {*now.plan.sites, "server"})
+            if not are_notes(inbox, now.plan.sites) or sum(map(len, inbox.values())) > _LARGEST_INBOX:
+                raise PrivacyError("an inbox holds short messages of the run's sites, by name; this one does not")
             sent = aggregation.answer(step, self.site.name, dict(inbox), now.snapshots.with_secrets())
             return {str(name): bytes(message) for name, message in sent.items()}
         except Exception as error:
@@ -207,8 +203,7 @@ class SiteHost:
         self.policy.check_plan(plan, parts["privacy"], parts["aggregation"], site=self.site.name)
         run = make_run(**parts)
         check_sites(run, [self.site])
-        task: SiteTask = run.task
-        return task
+        return cast("SiteTask", run.task)
 
     def _work(self, now: _Run, state: ServerState, digest: str) -> bytes:
         """Trains, and packs the update once the ledger on disk accounts for it."""
@@ -276,17 +271,10 @@ def _check_state(state: ServerState, now: _Run) -> None:
     if state.round >= now.plan.rounds:
         raise PrivacyError(f"round {state.round} was asked for, the plan has {now.plan.rounds}")
     own = {name: (t.shape, t.dtype) for name, t in now.start.items()}
-    doubles = {name: (t.shape, torch.float64) for name, t in now.start.items()}
+    doubles = {name: (shape, torch.float64) for name, (shape, _) in own.items()}
     for what, group in (("params", state.params), *state.moments.items()):
         shapes = {name: (t.shape, t.dtype) for name, t in group.items()}
         if shapes != own and (what == "params" or shapes != doubles):
             raise PrivacyError(f"the tensors {what!r} of the state are not those of the run's model")
         if not all(bool(torch.isfinite(t).all()) for t in group.values()):
             raise PrivacyError(f"the tensors {what!r} of the state hold NaN or infinite values")
-
-
-def _check_inbox(inbox: object, names: set[str]) -> None:
-    if not isinstance(inbox, Mapping) or not all(
-            isinstance(name, str) and name in names and isinstance(message, bytes) and len(message) <= LARGEST_NOTE
-            for name, message in inbox.items()) or sum(map(len, inbox.values())) > _LARGEST_INBOX:
-        raise PrivacyError("an inbox holds short messages of the run's sites, by their names; this one does not")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -18,18 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedlab.core.errors import (
-    DataError,
-    FedlabError,
-    PrivacyBudgetExhausted,
-    PrivacyError,
-    RunError,
-    SiteError,
-)
+from fedlab.core.errors import DataError, FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.core.types import Answer, Failure, ServerState, Spent, Tensors, Update, Withdrawal
 
-__all__ = ["limit_for", "pack_answer", "pack_state", "pack_weights", "printable", "strict_json", "unpack_answer",
-           "unpack_state", "unpack_weights"]
+__all__ = ["are_notes", "limit_for", "pack_answer", "pack_state", "pack_weights", "printable", "strict_json",
+           "unpack_answer", "unpack_state", "unpack_weights"]
 
 _Groups = dict[tuple[str, str], dict[str, torch.Tensor]]
 
@@ -42,14 +35,12 @@ _KINDS: dict[str, tuple[set[str], set[str]]] = {
     "withdrawal": ({"site", "reason"}, set()),
     "failure": ({"site", "type", "round", "stage", "text"}, set()),
 }
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-           "BOOL": torch.bool}
-_LARGEST_HEADER, _LARGEST_MESSAGE = 8 * 2**20, 16 * 2**30
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+           torch.int8, torch.uint8, torch.bool)
+_LARGEST_HEADER, _LARGEST_MESSAGE, _LARGEST_NOTE = 8 * 2**20, 16 * 2**30, 2**20
 _LONGEST_TEXT = 4000
-_ERRORS: dict[str, Callable[[str], FedlabError]] = {
-    "FedlabError": FedlabError, "PrivacyError": PrivacyError, "PrivacyBudgetExhausted": PrivacyBudgetExhausted,
-    "RunError": RunError, "DataError": DataError}
+_ERRORS: dict[str, type[FedlabError]] = {
+    cls.__name__: cls for cls in (FedlabError, PrivacyError, PrivacyBudgetExhausted, RunError, DataError)}
 
 
 def limit_for(params: Tensors) -> int:
@@ -207,7 +198,7 @@ def _pack(kind: str, note: Mapping[str, Any], groups: Sequence[tuple[str, str, T
 def _unpack(data: bytes, kinds: tuple[str, ...], *, sender: str, limit: int | None,
             ) -> tuple[str, dict[str, Any], _Groups]:
     """Kind, fields and tensors by group of a message of one of these kinds, checked against its header."""
-    note, entries = _header(data, sender, limit)
+    note = _header(data, sender, limit)
     kind, form, names = note.pop("kind", None), note.pop("format", None), note.pop("tensors", None)
     if form != _FORMAT or kind not in kinds:
         raise _odd(sender, f"expected {' or '.join(map(repr, kinds))} in format {_FORMAT!r}, got {str(kind)[:40]!r} in "
@@ -215,34 +206,29 @@ def _unpack(data: bytes, kinds: tuple[str, ...], *, sender: str, limit: int | No
     fields, known = _KINDS[kind]
     if note.keys() != fields:
         raise _odd(sender, f"a message of kind {kind!r} has the fields {sorted(fields)}")
-    if not isinstance(names, list) or entries.keys() != {str(k) for k in range(len(names))}:
-        raise _odd(sender, "its tensors are not those that its header names")
-    if not all(isinstance(n, list) and len(n) == 3 and all(isinstance(part, str) for part in n) for n in names):
+    if not isinstance(names, list) or not all(
+            isinstance(n, list) and len(n) == 3 and all(isinstance(part, str) for part in n) for n in names):
         raise _odd(sender, "its tensors have invalid names")
     if len({tuple(n) for n in names}) != len(names):
         raise _odd(sender, "two of its tensors have the same name")
     if any(group not in known or (part and group != "moments") for group, part, _ in names):
         raise _odd(sender, f"it has a group of tensors that a message of kind {kind!r} does not have")
-    for entry in entries.values():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES or not isinstance(shape, list) \
-                or len(shape) > 16 or not all(_count(n) and n < 2**40 for n in shape):
-            raise _odd(sender, "one of its tensors has a type or shape that fedlab does not send")
     try:
         tensors = load(bytes(data))
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, AssertionError) as error:
         raise _odd(sender, f"its tensors cannot be read ({str(error)[:200]})") from error
+    if tensors.keys() != {str(k) for k in range(len(names))}:
+        raise _odd(sender, "its tensors are not those that its header names")
+    if any(t.dtype not in _DTYPES or t.dim() > 16 or any(n >= 2**40 for n in t.shape) for t in tensors.values()):
+        raise _odd(sender, "one of its tensors has a type or shape that fedlab does not send")
     groups: _Groups = {}
     for k, (group, part, name) in enumerate(names):
-        tensor, entry = tensors[str(k)], entries[str(k)]
-        if tensor.dtype != _DTYPES[entry["dtype"]] or list(tensor.shape) != entry["shape"]:
-            raise _odd(sender, "one of its tensors differs from its header")
-        groups.setdefault((group, part), {})[name] = tensor
+        groups.setdefault((group, part), {})[name] = tensors[str(k)]
     return kind, note, groups
 
 
-def _header(data: bytes, sender: str, limit: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fedlab's note in the header, and the entry of each tensor."""
+def _header(data: bytes, sender: str, limit: int | None) -> dict[str, Any]:
+    """Fedlab's note in the header."""
     if not isinstance(data, bytes | bytearray | memoryview):
         raise _odd(sender, f"expected bytes, got {type(data).__name__}")
     most = _LARGEST_MESSAGE if limit is None else limit
@@ -258,7 +244,7 @@ def _header(data: bytes, sender: str, limit: int | None) -> tuple[dict[str, Any]
     note = strict_json(outer["fedlab"].encode("utf-8", "surrogatepass"), sender=sender)
     if not isinstance(note, dict):
         raise _odd(sender, "the note in its header is no JSON object")
-    return note, header
+    return note
 
 
 def strict_json(data: bytes, *, sender: str) -> Any:
@@ -293,6 +279,13 @@ def strict_json(data: bytes, *, sender: str) -> Any:
         return json.loads(text, object_pairs_hook=pairs, parse_constant=real, parse_float=real, parse_int=whole)
     except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
         raise _odd(sender, f"it holds no valid JSON ({str(error)[:200]})") from error
+
+
+def are_notes(value: object, sites: Collection[str]) -> bool:
+    """Whether these are messages of an exchange, short and by the name of a site or "server"."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and (name in sites or name == "server") and isinstance(message, bytes)
+        and len(message) <= _LARGEST_NOTE for name, message in value.items())
 
 
 def _odd(sender: str, why: str) -> FedlabError:

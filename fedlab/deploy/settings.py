@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import dataclass, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fedlab.core.errors import RunError
-from fedlab.core.files import write_whole
+from fedlab.core.files import filled_in, write_whole
 from fedlab.core.types import Site
 from fedlab.data.cards.card import read_card
 from fedlab.data.readers.brats import read_cohort, read_sites
@@ -116,9 +115,10 @@ def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bo
         DataError: the patients cannot be used.
     """
     card = None if settings.card is None else read_card(settings.card)
-    how: dict[str, Any] = {"broken": "skip" if settings.skip_broken else "raise", "cache": cache, "progress": progress,
-                           **{name: getattr(settings, name) for name in ("layout", "label_convention", "spacing_mm",
-                                                                         "shape")}}
+    how: dict[str, Any] = {
+        "layout": settings.layout, "label_convention": settings.label_convention, "spacing_mm": settings.spacing_mm,
+        "shape": settings.shape, "broken": "skip" if settings.skip_broken else "raise", "cache": cache,
+        "progress": progress}
     if settings.table is not None:
         sites = read_sites(settings.data, settings.table, held_out=settings.held_out, **how)
         wanted = settings.partition or settings.name
@@ -130,8 +130,7 @@ def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bo
     found = read_cohort(settings.data, **how)
     labelled = [patient for patient in found.ids if found.files[patient].label is not None]
     train, val = split_patients(labelled, held_out=settings.held_out, seed=0, site=settings.name)
-    return Site(name=settings.name, train=[found.read(patient) for patient in train],
-                val=[found.read(patient) for patient in val], card=card)
+    return Site(name=settings.name, train=list(map(found.read, train)), val=list(map(found.read, val)), card=card)
 
 
 def write_settings(folder: Path | str, *, name: str, data: Path | str, **given: Any) -> Path:
@@ -140,19 +139,15 @@ def write_settings(folder: Path | str, *, name: str, data: Path | str, **given: 
     Raises:
         RunError: the folder exists and is not empty.
     """
-    import jinja2
-
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty and is left as it is; choose another folder")
     path = folder / _FILE
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "techniques").mkdir(exist_ok=True)
-    template = jinja2.Template((files("fedlab.deploy") / "site.toml.j2").read_text(encoding="utf-8"),
-                               trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    path.write_text(template.render(
-        name=_toml(name), data=_toml(Path(data)),
-        given={key: _toml(value) for key, value in given.items() if value is not None}), encoding="utf-8")
+    optional = {key: _toml(value) for key, value in given.items() if value is not None}
+    path.write_text(filled_in("fedlab.deploy", "site.toml", name=_toml(name), data=_toml(Path(data)), given=optional),
+                    encoding="utf-8")
     return path
 
 
@@ -163,12 +158,11 @@ def enter_approved(folder: Path | str, module: str, digest: str) -> None:
         ValueError: there is no such table, so it has to be entered by hand.
     """
     path, line = Path(folder) / _FILE, f'{module} = "{digest}"'
-    text = path.read_text(encoding="utf-8")
-    kept = [old for old in text.splitlines() if old.split("=")[0].strip() != module]
+    before = path.read_bytes()
+    kept = [old for old in before.decode().splitlines() if old.split("=")[0].strip() != module]
     if "[policy.approved]" not in kept:
         raise ValueError(f"{path} has no line [policy.approved]; add one at its end, and below it: {line}")
     kept.insert(kept.index("[policy.approved]") + 1, line)
-    before = path.read_bytes()
     write_whole(path, ("\n".join(kept) + "\n").encode())
     try:
         entered = read_settings(folder).policy.approved.get(module) == digest

@@ -1,4 +1,4 @@
-"""From a notebook's cell to a file: a class with what it needs of the notebook's other cells, and nothing else."""
+"""From a notebook's cell to a file: a class with the definitions of other cells that it needs, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from fedlab.core.errors import RunError
 
 __all__ = ["source_of"]
 
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_COMPUTING = (ast.Call, ast.Await, ast.Yield, ast.NamedExpr, ast.ListComp, ast.DictComp)
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Piece:
-    """A statement at the top of a cell: its text, and the names that it gives and needs."""
+    """A statement at the top of a cell: its text, the names that it defines, and the names that it needs."""
 
-    place: int
     text: str
     names: frozenset[str]
-    needs: frozenset[str]
-    computed: bool = False
+    needs: frozenset[str] = frozenset()
+    kind: str = "plain"  # or "import", "class", or "computed": importing it would compute something
 
 
 def source_of(notebook: Path | str, name: str) -> str:
@@ -32,65 +34,56 @@ def source_of(notebook: Path | str, name: str) -> str:
 
     Args:
         notebook: an .ipynb file.
-        name: of the class or function; defined twice, the last one counts, as after running all cells in order.
+        name: of the class or function; of several definitions the last counts, as after running all cells in order.
 
     Raises:
-        RunError: no notebook, no such name in it, or the name needs something that the notebook computes or that
-            nobody defines.
+        RunError: no notebook, no such name in it, or the name needs something that the notebook computes or that is
+            not defined.
     """
-    pieces = _pieces(Path(notebook))
+    pieces = list(_pieces(Path(notebook)))
     last = {given: piece for piece in pieces for given in piece.names}
     if name not in last:
-        offered = sorted(n for n, piece in last.items() if piece.text.lstrip().startswith(("class ", "@")))
+        offered = sorted(n for n, piece in last.items() if piece.kind == "class")
         raise RunError(f"{notebook} defines no {name!r} at the top of a cell; its classes are "
                        f"{', '.join(offered) or 'none'}")
     wanted, left = {last[name]}, [last[name]]
     while left:
-        piece = left.pop()
-        for needed in sorted(piece.needs):
-            if needed in last:
-                found = last[needed]
-                if found.computed:
-                    raise RunError(f"{name} uses {needed!r}, which the notebook computes ({found.text[:60]!r}): a file "
-                                   "must not compute when it is imported. Make it an argument of the constructor, or a "
-                                   "plain constant")
-                if found not in wanted:
-                    wanted.add(found)
-                    left.append(found)
-            elif not hasattr(builtins, needed):
+        for needed in sorted(left.pop().needs):
+            found = last.get(needed)
+            if found is None and not hasattr(builtins, needed):
                 raise RunError(f"{name} uses {needed!r}, which no cell of {notebook} defines by name; import or define "
                                "it there, by its name and not with *")
-    ordered = sorted(wanted, key=lambda piece: piece.place)
-    imports = sorted({piece.text for piece in ordered if piece.text.startswith(("import ", "from "))})
-    others = [piece.text for piece in ordered if not piece.text.startswith(("import ", "from "))]
-    head = f'"""{name}, from the notebook {Path(notebook).name}."""\n\nfrom __future__ import annotations\n'
-    return "\n\n".join(filter(None, [head + ("\n" + "\n".join(imports) if imports else "")])) + "\n\n\n" + \
-        "\n\n\n".join(others) + "\n"
+            if found is not None and found.kind == "computed":
+                raise RunError(f"{name} uses {needed!r}, which the notebook computes ({found.text[:60]!r}): a file "
+                               "must not compute when it is imported. Make it an argument of the constructor, or a "
+                               "plain constant")
+            if found is not None and found not in wanted:
+                wanted.add(found)
+                left.append(found)
+    imports = sorted({piece.text for piece in wanted if piece.kind == "import"})
+    others = [piece.text for piece in pieces if piece in wanted and piece.kind != "import"]
+    head = [f'"""{name}, from the notebook {Path(notebook).name}."""', "from __future__ import annotations"]
+    return "\n\n".join([*head, *(["\n".join(imports)] if imports else [])]) + "\n\n\n" + "\n\n\n".join(others) + "\n"
 
 
-def _pieces(notebook: Path) -> list[_Piece]:
-    """The statements at the top of all code cells, in order, an import for each name."""
+def _pieces(notebook: Path) -> Iterator[_Piece]:
+    """The statements at the top of all code cells, in order, with one import per name."""
     try:
-        cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-                 if cell["cell_type"] == "code"]
-        sources = ["".join(cell["source"]) for cell in cells]
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{notebook} is no notebook that can be read ({error})") from error
-    found: list[_Piece] = []
-    for source in sources:
-        code = _without_magics(source)
+        raise RunError(f"{notebook} is no readable notebook ({error})") from error
+    for code in map(_without_magics, sources):
         try:
             statements = ast.parse(code).body
         except SyntaxError:
-            continue  # a cell that doesn't run defines nothing
+            continue  # a cell that does not run defines nothing
         for statement in statements:
-            found += [_Piece(place=len(found) + k, text=text, names=names, needs=needs, computed=computed)
-                      for k, (text, names, needs, computed) in enumerate(_read(statement, code))]
-    return found
+            yield from _read(statement, code)
 
 
 def _without_magics(source: str) -> str:
-    """The cell without IPython's own lines; a cell that is another language's is empty."""
+    """The cell without IPython's own lines; empty for a cell of another language."""
     lines = source.splitlines()
     if lines and lines[0].lstrip().startswith("%%"):
         if lines[0].split()[0] not in ("%%time", "%%timeit", "%%capture", "%%writefile"):
@@ -99,50 +92,38 @@ def _without_magics(source: str) -> str:
     return "\n".join("" if line.lstrip().startswith(("%", "!", "?")) else line for line in lines)
 
 
-def _read(statement: ast.stmt, code: str) -> Iterator[tuple[str, frozenset[str], frozenset[str], bool]]:
-    """Text, names given, names needed, and whether importing it would compute something."""
+def _read(statement: ast.stmt, code: str) -> Iterator[_Piece]:
     if isinstance(statement, ast.Import | ast.ImportFrom):
         for alias in statement.names:
             if alias.name == "*" or getattr(statement, "module", "") == "__future__":
                 continue
             one = ast.Import([alias]) if isinstance(statement, ast.Import) else ast.ImportFrom(
                 statement.module, [alias], statement.level)
-            given = alias.asname or alias.name.partition(".")[0]
-            yield ast.unparse(one), frozenset({given}), frozenset(), False
+            name = alias.asname or alias.name.partition(".")[0]
+            yield _Piece(text=ast.unparse(one), names=frozenset({name}), kind="import")
         return
-    text = _text(statement, code)
-    if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        yield text, frozenset({statement.name}), _needs(text) - {statement.name}, False
+    # The statement as it stands in the cell, with its decorators.
+    first = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", []))])
+    text = "\n".join(code.splitlines()[first - 1:statement.end_lineno]).rstrip()
+    if isinstance(statement, _DEFINITIONS):
+        kind = "class" if isinstance(statement, ast.ClassDef) else "plain"
+        yield _Piece(text=text, names=frozenset({statement.name}), needs=_needs(text) - {statement.name}, kind=kind)
     elif isinstance(statement, ast.Assign | ast.AnnAssign):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        names = frozenset(node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
-        computed = any(isinstance(node, ast.Call | ast.Await | ast.Yield | ast.NamedExpr | ast.ListComp | ast.DictComp)
-                       for node in ast.walk(statement))
-        yield text, names, _needs(text) - names, computed
-    else:  # loops, with-blocks and the like give names by computing
-        names = frozenset(node.id for node in ast.walk(statement)
-                          if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
-        if names:
-            yield text, names, frozenset(), True
-
-
-def _text(statement: ast.stmt, code: str) -> str:
-    """The statement as it stands in the cell, with its decorators."""
-    first = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", []))])
-    return "\n".join(code.splitlines()[first - 1:statement.end_lineno]).rstrip()
+        names = frozenset(n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+        computed = any(isinstance(node, _COMPUTING) for node in ast.walk(statement))
+        yield _Piece(text=text, names=names, needs=_needs(text) - names, kind="computed" if computed else "plain")
+    else:  # loops, with-blocks and the like define names by computing
+        yield _Piece(text=text, kind="computed", names=frozenset(
+            n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)))
 
 
 def _needs(text: str) -> frozenset[str]:
-    """Names that a statement takes from the module around it, however deep inside."""
-    found: set[str] = set()
-
-    def walk(table: symtable.SymbolTable) -> None:
+    """Names that a statement takes from the module around it, at any depth."""
+    def names(table: symtable.SymbolTable) -> Iterator[str]:
         top = table.get_type() == "module"
-        for symbol in table.get_symbols():
-            if symbol.is_referenced() and (symbol.is_global() or top):
-                found.add(symbol.get_name())
+        yield from (s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or top))
         for child in table.get_children():
-            walk(child)
+            yield from names(child)
 
-    walk(symtable.symtable(text, "cell", "exec"))
-    return frozenset(found)
+    return frozenset(names(symtable.symtable(text, "cell", "exec")))

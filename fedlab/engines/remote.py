@@ -10,8 +10,7 @@ from typing import Any
 from fedlab.core.errors import FedlabError, SiteError
 from fedlab.core.protocols import Run, Strategy
 from fedlab.core.types import Answer, Failure, Messages, Round, ServerState, Site
-from fedlab.deploy.host import LARGEST_NOTE
-from fedlab.deploy.messages import limit_for, pack_state, pack_weights, unpack_answer
+from fedlab.deploy.messages import are_notes, limit_for, pack_state, pack_weights, unpack_answer
 from fedlab.deploy.plan import Plan
 from fedlab.run.federate import loop
 from fedlab.run.site_states import SiteStates
@@ -73,7 +72,12 @@ class Remote:
         failures = []
         for name in names:
             try:
-                sent[name] = _messages(name, answers[name], {*self.plan.sites, "server"})
+                if isinstance(answers[name], Exception):
+                    raise answers[name]
+                if not are_notes(answers[name], self.plan.sites):
+                    raise FedlabError(f"the message of {name} was refused: expected short messages to sites of the "
+                                      "run, by name")
+                sent[name] = answers[name]
             except Exception as error:
                 failures.append(self._failure(name, error, 0))
         return sent, failures
@@ -148,14 +152,3 @@ def _reads_state(strategy: Strategy) -> bool:
     """Whether the strategy does something of its own at the sites, for which it may need the server's moments."""
     cls = type(strategy)
     return any(getattr(cls, hook, None) is not getattr(FedAvg, hook) for hook in ("equip", "remember"))
-
-
-def _messages(name: str, answer: Any, known: set[str]) -> Mapping[str, bytes]:
-    """A site's messages, by recipient."""
-    if isinstance(answer, Exception):
-        raise answer
-    if not isinstance(answer, dict) or not all(
-            isinstance(to, str) and to in known and isinstance(message, bytes) and len(message) <= LARGEST_NOTE
-            for to, message in answer.items()):
-        raise FedlabError(f"the message of {name} was refused: expected short messages to sites of the run, by name")
-    return answer

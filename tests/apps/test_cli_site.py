@@ -94,9 +94,9 @@ def test_every_line_of_the_template_that_is_commented_out_is_a_setting(folder: P
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [
-    ("[policy]", "[policy]\nmax_epsilon = 3", "knows .*budget"), ("[policy]", "[polcy]", "tables that a site doesn't"),
+    ("[policy]", "[policy]\nmax_epsilon = 3", "knows .*budget"), ("[policy]", "[polcy]", "unknown tables .'polcy'"),
     ("[policy]", "[policy]\nmax_rounds = 0", "positive whole"), ("[policy]", "[policy]\nsecure_mode = 1", "true or"),
-    ("[policy]", "[policy]\nrequire = [3]", "name or a table"), ("[policy]", "[policy", "can't be read"),
+    ("[policy]", "[policy]\nrequire = [3]", "name or a table"), ("[policy]", "[policy", "cannot be read"),
     ("[policy]", "[policy.budget.patient]\nmax_epsilon = 3.0\n[policy]", "max_epsilon and delta"),
     ("[policy]", "[policy.budget.cat]\nmax_epsilon = 3.0\ndelta = 0.1\n[policy]", "per 'patient'"),
     ("[policy.approved]", "[policy.approved]\nx = 'abc'", "64 hexadecimal"), ("name =", "nam =", "knows .*name"),
@@ -175,7 +175,7 @@ def test_a_class_is_taken_with_what_it_needs_and_nothing_else(tmp_path: Path) ->
                         ("Gone", "Lost, Share, Uses")):
         with pytest.raises(RunError, match=words):
             source_of(path, name)
-    with pytest.raises(RunError, match="no notebook"):
+    with pytest.raises(RunError, match="no readable notebook"):
         source_of(tmp_path / "none.ipynb", "Share")
 
 

@@ -19,12 +19,12 @@ import tempfile
 import tomllib
 from collections.abc import Sequence
 from importlib import metadata
-from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fedlab.core.errors import RunError
+from fedlab.core.files import filled_in
 from fedlab.deploy.policy import SitePolicy
 
 __all__ = ["begin", "check_site_names", "class_rules", "end_with_children", "free_port", "make_kits", "need_nvflare",
@@ -35,7 +35,6 @@ _CLASSES = ["nvflare.collab.runtime.controller.CollabController", "nvflare.colla
             "fedlab.engines.nvflare.server_part.ServerPart", "fedlab.engines.nvflare.site_part.SitePart"]
 _RIGHTS = {"submit_job": "any", "clone_job": "none", "manage_job": "any", "download_job": "any", "view": "any",
            "operate": "o:site", "shell_commands": "none", "byoc": "none", "app_command": "any"}
-_SITE_NOTE = "# The site's own folder, made by fedlab site init: its data, ledger and policy.\n# folder = \"...\"\n"
 
 
 def need_nvflare() -> None:
@@ -82,11 +81,10 @@ def make_kits(folder: Path, *, server: str, sites: Sequence[str], port: int = 80
     check_site_names(sites)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; choose another folder, nothing is overwritten")
-    import jinja2
     import yaml
 
-    template = jinja2.Template(_resource("project.yml.j2"), trim_blocks=True, undefined=jinja2.StrictUndefined)
-    text = template.render(server=server, sites=sites, port=port, researcher=researcher)
+    text = filled_in("fedlab.engines.nvflare", "project.yml", server=server, sites=sites, port=port,
+                     researcher=researcher)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "project.yml").write_text(text, encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -98,10 +96,6 @@ def make_kits(folder: Path, *, server: str, sites: Sequence[str], port: int = 80
     for private in (folder / "authority", *(folder / "kits").glob("*/startup")):
         os.chmod(private, 0o700)
     return folder / "kits"
-
-
-def _resource(name: str) -> str:
-    return (files("fedlab.engines.nvflare") / name).read_text(encoding="utf-8")
 
 
 def _provision(project: dict[str, Any], scratch: Path) -> Path:
@@ -135,7 +129,8 @@ def _harden(kit: Path) -> None:
     for name, content in (("resources", resources), ("authorization", rights)):
         (local / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     at_site = (kit / "startup" / "fed_client.json").is_file()
-    (local / "fedlab.toml").write_text(_SITE_NOTE if at_site else _resource("server.toml"), encoding="utf-8")
+    (local / "fedlab.toml").write_text(filled_in("fedlab.engines.nvflare", "fedlab.toml", at_site=at_site),
+                                       encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from fedlab.core.errors import RunError
+from fedlab.core.files import filled_in
 from fedlab.deploy.plan import Plan
 
 __all__ = ["SavedRun"]
@@ -74,16 +74,12 @@ class SavedRun:
             folder: new.
             threads: of torch at the sites, 0 for their own choice.
         """
-        import jinja2
-
         fewest = len(self.plan.sites)
         match self.plan.admission:
             case {"with": {"min_sites": int() as given}}:
                 fewest = given
-        template = (files("fedlab.engines.nvflare") / "job.json.j2").read_text(encoding="utf-8")
-        text = jinja2.Template(template, undefined=jinja2.StrictUndefined).render(
-            name=self.job_name, fewest=fewest, sites=self.plan.sites, seconds=self.seconds, patience=self.patience,
-            threads=threads)
+        text = filled_in("fedlab.engines.nvflare", "job.json", name=self.job_name, fewest=fewest, threads=threads,
+                         sites=self.plan.sites, seconds=self.seconds, patience=self.patience)
         for place, content in json.loads(text).items():
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             (folder / place).write_text(json.dumps(content, indent=1), encoding="utf-8")
