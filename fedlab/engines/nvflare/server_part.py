@@ -82,7 +82,9 @@ class ServerPart:
             with FileLock(folder / "lock", timeout=0):
                 finished.catch_up(folder / "checkpoint")
                 start = unpack_weights((config / "start.safetensors").read_bytes())
-                parts = plan.parts(start, approve=partial(policy.approve, techniques=kit / "local" / "techniques"))
+                techniques = kit / "local" / "techniques"
+                parts = plan.parts(start, approve=partial(policy.approve, techniques=techniques),
+                                   load=partial(policy.load, techniques=techniques))
                 history = federate(**parts, engine=Remote(plan=plan, ask=calls.ask), checkpoint=folder / "checkpoint",
                                    trace=folder / "trace.jsonl", on_round=after, progress=False)
                 self._end = {"stopped": history.stopped}
@@ -98,11 +100,9 @@ class ServerPart:
         finally:
             if self._end is not None and not call.is_aborted():
                 (folder / "end.json").write_text(json.dumps(self._end), encoding="utf-8")
-                self._wait_for_follower(call)
-
-    def _wait_for_follower(self, call: Any) -> None:
-        while not self._told and not call.is_aborted() and time.monotonic() - self._asked < _WATCHED and self._asked:
-            time.sleep(0.2)
+                while self._asked and time.monotonic() - self._asked < _WATCHED and not (
+                        self._told or call.is_aborted()):
+                    time.sleep(0.2)
 
     def reply(self, topic: str, question: Any, context: Any) -> dict[str, Any]:
         """Answers the researcher: the new rounds, and pieces of the weights after one.
