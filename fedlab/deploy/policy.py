@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -200,6 +201,11 @@ class SitePolicy:
                 raise PrivacyBudgetExhausted(f"this site's budget is ε = {budget.epsilon:g} per {unit} at δ = "
                                              f"{budget.delta:g}; with this update it would have spent "
                                              f"{one.epsilon:.4g} at δ = {one.delta:g}")
+
+    def access(self, techniques: Path) -> dict[str, Any]:
+        """How a plan's code is approved and loaded here: arguments of `Plan.parts`. `techniques` holds approved files."""
+        return {"approve": partial(self.approve, techniques=techniques),
+                "load": partial(self.load, techniques=techniques)}
 
     def approve(self, module: str, *, techniques: Path) -> None:
         """Refuses a module that this site does not know; nothing is imported. `techniques` holds the approved files.

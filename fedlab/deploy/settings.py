@@ -106,10 +106,7 @@ def _table(found: dict[str, Any], name: str, known: set[str], path: Path) -> dic
 def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bool = True) -> Site:
     """The site's patients, prepared; which are held out depends on the site's name only.
 
-    Args:
-        settings: of the site.
-        cache: a folder that keeps prepared patients; treat it like the scans.
-        progress: show a bar.
+    Prepared patients are kept in the folder `cache`, which needs the same care as the scans.
 
     Raises:
         DataError: the patients cannot be used.

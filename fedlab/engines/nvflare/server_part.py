@@ -82,9 +82,7 @@ class ServerPart:
             with FileLock(folder / "lock", timeout=0):
                 finished.catch_up(folder / "checkpoint")
                 start = unpack_weights((config / "start.safetensors").read_bytes())
-                techniques = kit / "local" / "techniques"
-                parts = plan.parts(start, approve=partial(policy.approve, techniques=techniques),
-                                   load=partial(policy.load, techniques=techniques))
+                parts = plan.parts(start, **policy.access(kit / "local" / "techniques"))
                 history = federate(**parts, engine=Remote(plan=plan, ask=calls.ask), checkpoint=folder / "checkpoint",
                                    trace=folder / "trace.jsonl", on_round=after, progress=False)
                 self._end = {"stopped": history.stopped}
