@@ -203,7 +203,7 @@ class SitePolicy:
                                              f"{one.epsilon:.4g} at δ = {one.delta:g}")
 
     def access(self, techniques: Path) -> dict[str, Any]:
-        """How a plan's code is approved and loaded here: arguments of `Plan.parts`. `techniques` holds approved files."""
+        """Arguments of `Plan.parts`: how code is approved and loaded here. `techniques` holds the approved files."""
         return {"approve": partial(self.approve, techniques=techniques),
                 "load": partial(self.load, techniques=techniques)}
 

@@ -2,7 +2,7 @@
 
 NVFLARE makes keys, certificates and what its processes read when they start. What a process may do at its site is
 decided by files in the kit's folder `local`, which stays at the site. fedlab writes them strict: a job may use fedlab's
-two classes only, no job brings code, no log leaves a site, and nobody can read a site's files remotely.
+two classes only, no job brings code, no log leaves a site, and no site's files can be read remotely.
 """
 
 from __future__ import annotations
