@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -77,11 +76,7 @@ class SiteHost:
 
     @classmethod
     def open(cls, folder: Path | str, *, progress: bool = True) -> SiteHost:
-        """The site of a folder made by `fedlab site init`; reads and prepares its patients.
-
-        Args:
-            folder: with site.toml in it.
-            progress: show a bar while patients are read.
+        """The site of a folder made by `fedlab site init`; reads and prepares its patients, with a progress bar.
 
         Raises:
             RunError: no site's folder, or one in use.
@@ -103,7 +98,7 @@ class SiteHost:
 
         Args:
             plan_json: of `Plan.to_json`.
-            start: the first weights, of `fedlab.deploy.messages.pack_weights`.
+            start: the first weights, of `pack_weights`.
 
         Raises:
             PrivacyError: the policy of this site refuses, or the plan needs something that is not approved.
@@ -127,12 +122,7 @@ class SiteHost:
                   f"{task.aggregation!r}, {task.strategy!r}, {task.trainer!r}")
 
     def train(self, run: str, state: bytes) -> bytes:
-        """This site's answer in a round, packed; a failure is returned in it, never raised.
-
-        Args:
-            run: name of the run that was begun.
-            state: of `fedlab.deploy.messages.pack_state`.
-        """
+        """This site's packed answer to a packed state of the run; a failure is returned in it, never raised."""
         round = None
         try:
             now = self._begun(run)
@@ -151,15 +141,7 @@ class SiteHost:
             return pack_answer(Failure(self.site.name, self._told(error, round)))
 
     def exchange(self, run: str, step: str, inbox: Mapping[str, bytes]) -> dict[str, bytes]:
-        """This site's part in an exchange of messages between the sites; see `Aggregation.answer`.
-
-        Args:
-            run: name of the run that was begun.
-            step: one of the run's aggregation.
-            inbox: messages to this site, by sender.
-
-        Returns:
-            Messages of this site, by recipient.
+        """This site's messages, by recipient, in answer to those in its inbox, by sender; see `Aggregation.answer`.
 
         Raises:
             FedlabError: an unknown step, invalid messages, or a refusal by the aggregation.
@@ -198,8 +180,7 @@ class SiteHost:
 
     def _task(self, plan: Plan, start: Tensors) -> SiteTask:
         """The site's task in a run, after all checks that are possible before the first round."""
-        parts = plan.parts(start, approve=partial(self.policy.approve, techniques=self.techniques),
-                           load=partial(self.policy.load, techniques=self.techniques))
+        parts = plan.parts(start, **self.policy.access(self.techniques))
         self.policy.check_plan(plan, parts["privacy"], parts["aggregation"], site=self.site.name)
         run = make_run(**parts)
         check_sites(run, [self.site])

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from itertools import accumulate
 from typing import Any
 
@@ -31,9 +32,8 @@ _FORMAT = "fedlab-message-2"
 _KINDS: dict[str, tuple[set[str], set[str]]] = {
     "weights": (set(), {"weights"}),
     "state": ({"round"}, {"params", "moments", "broadcast"}),
-    "update": ({"site", "weight", "steps", "metrics", "spent", "encoded", "round", "seconds"}, {"delta"}),
-    "withdrawal": ({"site", "reason"}, set()),
-    "failure": ({"site", "type", "round", "stage", "text"}, set()),
+    "update": ({f.name for f in fields(Update)} - {"delta"}, {"delta"}),
+    "refusal": ({"site", "type", "round", "stage", "text"}, set()),  # a withdrawal or a failure
 }
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
            torch.int8, torch.uint8, torch.bool)
@@ -54,25 +54,17 @@ def pack_weights(params: Tensors) -> bytes:
 
 
 def unpack_weights(data: bytes, *, sender: str = "the server", limit: int | None = None) -> dict[str, torch.Tensor]:
-    """Weights from a message of `pack_weights`.
-
-    Args:
-        data: the message.
-        sender: of the message, for the error.
-        limit: largest accepted size in bytes.
+    """Weights from a message of `pack_weights`, of at most `limit` bytes.
 
     Raises:
-        FedlabError: the message is no weights.
+        FedlabError: another message; the error names the sender.
     """
     _, _, groups = _unpack(data, ("weights",), sender=sender, limit=limit)
     return groups.get(("weights", ""), {})
 
 
 def pack_state(state: ServerState) -> bytes:
-    """What a site is shown of the server's state as one message: params, moments and broadcast.
-
-    Args:
-        state: as `ServerState.at(site)` gives it.
+    """What a site is shown of the server's state, of `ServerState.at(site)`: params, moments and broadcast.
 
     Raises:
         ValueError: it holds the models of several sites.
@@ -85,10 +77,10 @@ def pack_state(state: ServerState) -> bytes:
 
 
 def unpack_state(data: bytes, *, sender: str = "the server", limit: int | None = None) -> ServerState:
-    """The state from a message of `pack_state`; arguments as of `unpack_weights`.
+    """The state from a message of `pack_state`, of at most `limit` bytes.
 
     Raises:
-        FedlabError: the message is no state.
+        FedlabError: another message; the error names the sender.
     """
     _, note, groups = _unpack(data, ("state",), sender=sender, limit=limit)
     if not _count(note["round"]):
@@ -105,42 +97,31 @@ def pack_answer(answer: Answer) -> bytes:
         FedlabError: it holds numbers that cannot be written, such as NaN.
     """
     if isinstance(answer, Update):
-        spent = [["inf" if s.epsilon == math.inf else s.epsilon, *s[1:]] for s in answer.spent]
-        note = {"site": answer.site, "weight": answer.weight, "steps": answer.steps, "metrics": dict(answer.metrics),
-                "spent": spent, "encoded": answer.encoded, "round": answer.round, "seconds": answer.seconds}
-        return _pack("update", note, [("delta", "", answer.delta)])
-    if isinstance(answer, Withdrawal):
-        return _pack("withdrawal", {"site": answer.site, "reason": _short(answer.reason)}, [])
-    error, kind = answer.error, type(answer.error).__name__
+        note = {f.name: getattr(answer, f.name) for f in fields(Update) if f.name != "delta"}
+        note["spent"] = [["inf" if s.epsilon == math.inf else s.epsilon, *s[1:]] for s in answer.spent]
+        return _pack("update", {**note, "metrics": dict(answer.metrics)}, [("delta", "", answer.delta)])
+    error, text = (None, answer.reason) if isinstance(answer, Withdrawal) else (answer.error, str(answer.error))
+    kind = "Withdrawal" if error is None else type(error).__name__
+    note = {"type": kind if kind in ("Withdrawal", *_ERRORS) else "FedlabError", "round": None, "stage": None}
     if isinstance(error, SiteError):
-        note = {"type": "SiteError", "round": error.round, "stage": error.stage, "text": _short(error.reason)}
-    else:
-        note = {"type": kind if kind in _ERRORS else "FedlabError", "round": None, "stage": None,
-                "text": _short(str(error))}
-    return _pack("failure", {"site": answer.site, **note}, [])
+        note, text = {"type": "SiteError", "round": error.round, "stage": error.stage}, error.reason
+    short = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} …"
+    return _pack("refusal", {"site": answer.site, **note, "text": short}, [])
 
 
 def unpack_answer(data: bytes, *, site: str, limit: int | None = None) -> Answer:
-    """The answer from a message of `pack_answer`.
+    """The answer from a message of `pack_answer`, of at most `limit` bytes.
 
-    The values of an update are checked where it enters the model, as of any update.
-
-    Args:
-        data: the message.
-        site: the sender, as the transport knows it; the answer must name the same.
-        limit: largest accepted size in bytes.
+    The values of an update are checked where it enters the model, as of any update. `site` is the sender, as the
+    transport knows it.
 
     Raises:
-        FedlabError: the message is no answer, or one in another site's name.
+        FedlabError: another message, or one in another site's name.
     """
-    kind, note, groups = _unpack(data, ("update", "withdrawal", "failure"), sender=site, limit=limit)
+    kind, note, groups = _unpack(data, ("update", "refusal"), sender=site, limit=limit)
     if note["site"] != site:
         raise _odd(site, f"it says it is of {str(note['site'])[:80]!r}")
-    if kind == "update":
-        return _update(note, groups.get(("delta", ""), {}), site)
-    if kind == "withdrawal":
-        return Withdrawal(site, _clean(note["reason"], site))
-    return Failure(site, _failure(note, site))
+    return _update(note, groups.get(("delta", ""), {}), site) if kind == "update" else _refusal(note, site)
 
 
 def _update(note: Mapping[str, Any], delta: Tensors, site: str) -> Update:
@@ -165,15 +146,16 @@ def _spent(value: Any, site: str) -> Spent:
     raise _odd(site, "one of its statements of privacy spent is invalid")
 
 
-def _failure(note: Mapping[str, Any], site: str) -> FedlabError:
+def _refusal(note: Mapping[str, Any], site: str) -> Withdrawal | Failure:
     text = _clean(note["text"], site)
-    if note["type"] == "SiteError":
-        if not _count(note["round"]):
-            raise _odd(site, "it has no valid round number")
-        return SiteError(site, note["round"], _clean(note["stage"], site)[:40], text)
-    if not isinstance(note["type"], str) or note["type"] not in _ERRORS or note["stage"] is not None:
-        raise _odd(site, "it names an error that fedlab does not have")
-    return _ERRORS[note["type"]](text)
+    match note:
+        case {"type": "Withdrawal", "round": None, "stage": None}:
+            return Withdrawal(site, text)
+        case {"type": "SiteError", "round": round, "stage": stage} if _count(round):
+            return Failure(site, SiteError(site, round, _clean(stage, site)[:40], text))
+        case {"type": str() as kind, "round": None, "stage": None} if kind in _ERRORS:
+            return Failure(site, _ERRORS[kind](text))
+    raise _odd(site, "it names an error that fedlab does not have")
 
 
 def _pack(kind: str, note: Mapping[str, Any], groups: Sequence[tuple[str, str, Tensors]]) -> bytes:
@@ -298,10 +280,6 @@ def _count(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} …"
 
 
 def _clean(text: Any, site: str) -> str:

@@ -132,9 +132,7 @@ class Plan:
     def parts(self, start: Tensors, *, approve: Approve, load: Load = import_module) -> dict[str, Any]:
         """The arguments of `fedlab.run.federate.make_run`: the objects of the plan, not yet checked against each other.
 
-        Args:
-            start: the first weights, which the trainer begins with.
-            approve, load: as in `fedlab.deploy.objects.make`.
+        The trainer begins with the weights `start`; `approve` and `load` are as in `fedlab.deploy.objects.make`.
 
         Raises:
             PrivacyError: a module that is not approved, or a plan that names or calls what it must not.

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +30,7 @@ class Required:
     Args:
         technique: the name of a class of `fedlab.privacy`, such as "DPSGD" or "SecureAggregation", or "module:Class" of
             an approved file.
-        least: lower limits of settings, by name, such as {"noise_multiplier": 0.8}.
-        most: upper limits of settings, such as {"clip": 1.0, "delta": 1e-3}.
+        least, most: limits of settings, by name, such as least={"noise_multiplier": 0.8} and most={"clip": 1.0}.
         exactly: settings with a fixed value, such as {"secure_mode": True}.
 
     Raises:
@@ -51,17 +51,21 @@ class Required:
 
     @classmethod
     def read(cls, value: Any) -> Required:
-        """From site.toml: a name, or a table such as {technique = "DPSGD", min_noise_multiplier = 0.8}."""
+        """From site.toml: a name, or a table such as {technique = "DPSGD", min_noise_multiplier = 0.8}.
+
+        Raises:
+            ValueError: something else, or an invalid limit.
+        """
         if isinstance(value, str):
             return cls(technique=value)
         if not isinstance(value, dict) or "technique" not in value:
             raise ValueError(f"a required technique is a name or a table with 'technique', got {value!r}")
-        rest = {name: limit for name, limit in value.items() if name != "technique"}
-        return cls(technique=value["technique"],
-                   least={name[4:]: limit for name, limit in rest.items() if name.startswith("min_")},
-                   most={name[4:]: limit for name, limit in rest.items() if name.startswith("max_")
-                         and name != "max_epsilon"},
-                   exactly={name: limit for name, limit in rest.items() if not name.startswith(("min_", "max_"))})
+        limits: dict[str, dict[str, Any]] = {"min_": {}, "max_": {}, "": {}}
+        for name, limit in value.items():
+            kind = name[:4] if name.startswith(("min_", "max_")) else ""
+            # The budget of a technique is called max_epsilon itself.
+            limits[kind][name if name == "max_epsilon" else name.removeprefix(kind)] = limit
+        return cls(technique=limits[""].pop("technique"), least=limits["min_"], most=limits["max_"], exactly=limits[""])
 
     def check(self, privacy: Privacy, aggregation: Aggregation) -> None:
         """Raises `PrivacyError` unless a technique or the aggregation is the required one, within its limits."""
@@ -69,12 +73,12 @@ class Required:
         if not own:
             raise PrivacyError(f"this site insists on {self.technique}, the plan protects with {privacy!r} and "
                                f"{aggregation!r}")
+        limits = [(relation, name, limit) for relation, limits in (
+            ("at least", self.least), ("at most", self.most), ("exactly", self.exactly))
+            for name, limit in limits.items()]
         for part in own:
-            for name, limit, relation in (*((n, v, "at least") for n, v in self.least.items()),
-                                          *((n, v, "at most") for n, v in self.most.items()),
-                                          *((n, v, "exactly") for n, v in self.exactly.items())):
-                value = getattr(part, name, None)
-                if not _holds(value, limit, relation):
+            for relation, name, limit in limits:
+                if not _holds(value := getattr(part, name, None), limit, relation):
                     raise PrivacyError(f"this site insists on {self.technique} with {name} of {relation} {limit!r}, "
                                        f"the plan has {value!r}")
 
@@ -86,11 +90,7 @@ class Required:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The most privacy that a site spends, over all runs that its ledger knows.
-
-    Args:
-        epsilon: not to be exceeded.
-        delta: the largest δ at which ε is stated.
+    """The most privacy that a site spends over all runs that its ledger knows: ε, and the largest δ to state it at.
 
     Raises:
         ValueError: an invalid budget.
@@ -152,10 +152,10 @@ class SitePolicy:
                                  f"{module!r} = {digest!r}")
 
     def check_plan(self, plan: Plan, privacy: Privacy, aggregation: Aggregation, *, site: str) -> None:
-        """Whether this site takes part in a run.
+        """Refuses a run that this site does not allow.
 
         Raises:
-            PrivacyError: it does not; with the rule, the plan's setting and the allowed one.
+            PrivacyError: with the rule, the plan's setting and the allowed one.
         """
         if site not in plan.sites:
             raise PrivacyError(f"the plan names the sites {list(plan.sites)[:20]}, this one is {site!r}")
@@ -202,12 +202,13 @@ class SitePolicy:
                                              f"{budget.delta:g}; with this update it would have spent "
                                              f"{one.epsilon:.4g} at δ = {one.delta:g}")
 
-    def approve(self, module: str, *, techniques: Path) -> None:
-        """Refuses a module that a plan names and this site does not know; nothing is imported.
+    def access(self, techniques: Path) -> dict[str, Any]:
+        """Arguments of `Plan.parts`: how code is approved and loaded here. `techniques` holds the approved files."""
+        return {"approve": partial(self.approve, techniques=techniques),
+                "load": partial(self.load, techniques=techniques)}
 
-        Args:
-            module: its name.
-            techniques: the folder of approved files.
+    def approve(self, module: str, *, techniques: Path) -> None:
+        """Refuses a module that this site does not know; nothing is imported. `techniques` holds the approved files.
 
         Raises:
             PrivacyError: the module is neither fedlab's nor approved, or its file is not the approved one.

@@ -23,20 +23,7 @@ _FILE = "site.toml"
 
 @dataclass(frozen=True, kw_only=True)
 class SiteSettings:
-    """The content of site.toml.
-
-    Attributes:
-        name: of the site, by which the server knows it.
-        data: folder of scans or CSV table of paths, as in `fedlab.data.readers.brats.read_cohort`.
-        layout, label_convention: where they are not recognised.
-        table: institution table, if only some of the folder's patients are this site's.
-        partition: the site's name in the table (default: its name).
-        spacing_mm, shape: of the grid that patients are resampled to; the same at all sites of a run.
-        held_out: share or number of patients that are never trained on.
-        card: path of the data card, if there is one.
-        skip_broken: whether to leave out patients whose files have errors.
-        policy: what the site allows.
-    """
+    """The content of site.toml; `templates/site.toml.j2` explains each setting."""
 
     name: str
     data: Path
@@ -106,10 +93,7 @@ def _table(found: dict[str, Any], name: str, known: set[str], path: Path) -> dic
 def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bool = True) -> Site:
     """The site's patients, prepared; which are held out depends on the site's name only.
 
-    Args:
-        settings: of the site.
-        cache: a folder that keeps prepared patients; treat it like the scans.
-        progress: show a bar.
+    Prepared patients are kept in the folder `cache`, which needs the same care as the scans.
 
     Raises:
         DataError: the patients cannot be used.

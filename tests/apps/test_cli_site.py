@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedlab.apps.cli import main
 from fedlab.core.errors import RunError
 from fedlab.core.types import SiteState
-from fedlab.deploy.policy import Budget
+from fedlab.deploy.policy import Budget, Required
 from fedlab.deploy.settings import _toml, read_settings
 from fedlab.deploy.technique_file import source_of
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Terms
@@ -91,6 +91,11 @@ def test_every_line_of_the_template_that_is_commented_out_is_a_setting(folder: P
     assert [required.technique for required in settings.policy.require] == ["SecureAggregation", "DPSGD"]
     assert settings.policy.require[1].least == {"noise_multiplier": 0.8}
     assert settings.policy.installed == ("my_hospital.networks",) and settings.held_out == 0.2
+
+
+def test_the_budget_of_a_required_technique_is_limited_by_its_own_name() -> None:
+    read = Required.read({"technique": "DPSGD", "max_epsilon": 3.0, "max_clip": 1.0, "secure_mode": True})
+    assert read == Required(technique="DPSGD", most={"max_epsilon": 3.0, "clip": 1.0}, exactly={"secure_mode": True})
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [

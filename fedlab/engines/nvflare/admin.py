@@ -31,7 +31,7 @@ _VAIN = 3
 
 
 class Admin:
-    """A session with the server, opened again when it was lost.
+    """A session with the server, opened again when it was lost. Its methods raise `RunError` where the server refuses.
 
     Args:
         kit: the researcher's startup kit.
@@ -64,15 +64,7 @@ class Admin:
                 session.close()
 
     def submit(self, saved: SavedRun, *, threads: int = 0) -> str:
-        """Submits a job of a run and returns the job's name.
-
-        Args:
-            saved: the run.
-            threads: of torch at the sites, 0 for their own choice.
-
-        Raises:
-            RunError: the server cannot be reached or does not accept it.
-        """
+        """Submits a job of a run, with so many torch threads at the sites (0: their own choice); the job's name."""
         with tempfile.TemporaryDirectory() as scratch:
             job = saved.write_job(Path(scratch) / "job", threads)
             return str(self._do(lambda session: session.submit_job(str(job))))
@@ -105,11 +97,7 @@ class Admin:
         self._do(lambda session: session.abort_job(job))
 
     def ask(self, job: str, question: dict[str, Any]) -> dict[str, Any] | None:
-        """The running job's reply: an empty dict if the server reports that it is not running, None without a reply.
-
-        Raises:
-            RunError: the server does not let this researcher ask.
-        """
+        """The running job's reply: an empty dict if the server reports that it is not running, None without a reply."""
         from nvflare.fuel.flare_api import api_spec
 
         try:
@@ -126,15 +114,13 @@ class Admin:
         return reply if isinstance(reply, dict) else None
 
     def weights(self, job: str, number: int) -> bytes | None:
-        """The packed weights after a round, fetched in pieces, or None if the job is over before all have arrived."""
+        """The packed weights after a round, fetched in pieces; None if the job is over before all have arrived."""
         data = b""
-        while True:
-            reply = self.ask(job, {"weights": number, "from": len(data)})
-            if not reply or "piece" not in reply:
-                return None
+        while (reply := self.ask(job, {"weights": number, "from": len(data)})) and "piece" in reply:
             data += base64.b64decode(reply["piece"])
             if len(data) >= int(reply["size"]):
                 return data
+        return None
 
     def _do(self, call: Any) -> Any:
         """A call, repeated while the server is unreachable."""
@@ -259,11 +245,7 @@ class _Follower:
                 time.sleep(_PAUSE)
 
     def _is_over(self, *, not_running: bool) -> bool:
-        """Whether the job has ended.
-
-        Raises:
-            RunError: it has not begun, for lack of sites.
-        """
+        """Whether the job has ended; raises `RunError` where it has not begun, for lack of sites."""
         self.status, silent = self.admin.status(self.job), time.monotonic() - self._heard
         if self.status.startswith("FINISHED") or self.status in ("FAILED_TO_RUN", "ABANDONED", "None"):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,16 +21,7 @@ from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError
 from fedlab.core.types import Round, Site
 from fedlab.deploy.plan import Plan
 from fedlab.engines.nvflare.admin import Admin, watch
-from fedlab.engines.nvflare.kits import (
-    begin,
-    check_site_names,
-    class_rules,
-    end_with_children,
-    free_port,
-    make_kits,
-    need_nvflare,
-    stop,
-)
+from fedlab.engines.nvflare.kits import begin, check_site_names, class_rules, free_port, make_kits, need_nvflare, stop
 from fedlab.engines.nvflare.run_folder import FinishedRounds
 from fedlab.engines.nvflare.saved_run import SavedRun
 from fedlab.engines.nvflare.simulation import SIMULATION, prepare_simulation
@@ -43,7 +34,6 @@ class Environment(Protocol):
 
     def rounds(self, saved: SavedRun, sites: Sequence[Site], *, have: int) -> Iterator[Round]:
         """The rounds of a run from number `have` on, each as it is finished."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +60,9 @@ class Simulation:
         with _folder(self.folder) as folder:
             prepare_simulation(folder, sites, modules=saved.plan.modules)
             run = folder / "runs" / saved.plan.run
-            how = how_it_ended(run)
-            if how is not None and "stopped" in how:  # an earlier simulation in this folder has completed the run
+            if "stopped" in (how_it_ended(run) or {}):  # an earlier simulation in this folder has completed the run
                 yield from FinishedRounds(run).since(have)
-                return raise_if_failed(how)
+                return raise_if_failed(how_it_ended(run))
             for left in reversed(range(self.tries)):
                 with tempfile.TemporaryDirectory() as scratch:
                     job = saved.write_job(Path(scratch) / "job", threads)
@@ -112,8 +101,7 @@ class Simulation:
                 if not over:
                     time.sleep(0.1)
         finally:
-            end_with_children(process.pid)
-            process.wait()
+            _end_with_children(process)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +120,6 @@ class ProofOfConcept:
     wait: float = 180.0
 
     def rounds(self, saved: SavedRun, sites: Sequence[Site], *, have: int) -> Iterator[Round]:
-        need_nvflare()
         threads = self.threads or torch.get_num_threads()
         with _folder(self.folder) as folder:
             names = saved.plan.sites
@@ -219,19 +206,14 @@ def how_it_ended(run: Path) -> Mapping[str, Any] | None:
 
 
 def raise_if_failed(how: Mapping[str, Any] | None) -> None:
-    """Raises the error that has ended a run at the server.
-
-    Raises:
-        PrivacyBudgetExhausted: no site is left that may take part.
-        PrivacyError, RunError: with the server's text.
-    """
-    if how is not None and how.get("stopped"):
+    """Raises the error, `PrivacyBudgetExhausted`, `PrivacyError` or `RunError`, that has ended a run at the server."""
+    if how and how.get("stopped"):
         raise PrivacyBudgetExhausted(str(how["stopped"]))
-    if how is not None and "failed" in how:
+    if how and "failed" in how:
         raise (PrivacyError if how.get("kind") == "PrivacyError" else RunError)(f"at the server: {how['failed']}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _folder(wanted: Path | str | None) -> Iterator[Path]:
     if wanted is not None:
         Path(wanted).mkdir(parents=True, exist_ok=True)
@@ -239,6 +221,19 @@ def _folder(wanted: Path | str | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="fedlab-", ignore_cleanup_errors=True) as scratch:
         yield Path(scratch).resolve()
+
+
+def _end_with_children(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process and all its descendants."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        family = [first := psutil.Process(process.pid), *first.children(recursive=True)]
+        for one in family:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+        psutil.wait_procs(family, timeout=10)
+    process.wait()
 
 
 def _tail(folder: Path) -> str:

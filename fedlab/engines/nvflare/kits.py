@@ -2,7 +2,7 @@
 
 NVFLARE makes keys, certificates and what its processes read when they start. What a process may do at its site is
 decided by files in the kit's folder `local`, which stays at the site. fedlab writes them strict: a job may use fedlab's
-two classes only, no job brings code, no log leaves a site, and nobody can read a site's files remotely.
+two classes only, no job brings code, no log leaves a site, and no site's files can be read remotely.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fedlab.core.errors import RunError
 from fedlab.core.files import filled_in
 from fedlab.deploy.policy import SitePolicy
 
-__all__ = ["begin", "check_site_names", "class_rules", "end_with_children", "free_port", "make_kits", "need_nvflare",
-           "running", "server_policy", "site_folder", "stop"]
+__all__ = ["begin", "check_site_names", "class_rules", "free_port", "make_kits", "need_nvflare", "running",
+           "server_policy", "site_folder", "stop"]
 
 #: All classes that a job may use at a server or site.
 _CLASSES = ["nvflare.collab.runtime.controller.CollabController", "nvflare.collab.runtime.executor.CollabExecutor",
@@ -118,7 +118,7 @@ def _provision(project: dict[str, Any], scratch: Path) -> Path:
 def _harden(kit: Path) -> None:
     """Writes what the kit's process may do, as files that take precedence over NVFLARE's defaults."""
     local = kit / "local"
-    resources = _read_json(local / "resources.json.default")
+    resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
     if "components" not in resources:  # the researcher's kit runs nothing
         return
     resources |= class_rules()
@@ -133,11 +133,6 @@ def _harden(kit: Path) -> None:
                                        encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
 def class_rules() -> dict[str, Any]:
     """Which classes NVFLARE's processes may use for a job, and that no log leaves them."""
     return {"class_list_enforcement_mode": "enforce", "class_allow_list": _CLASSES, "allow_log_streaming": False}
@@ -146,7 +141,7 @@ def class_rules() -> dict[str, Any]:
 def _settle(kit: Path) -> None:
     """Makes a server keep its jobs in its own kit, at its present place; NVFLARE's default is one folder for all."""
     path = kit / "local" / "resources.json"
-    resources = _read_json(path)
+    resources = json.loads(path.read_text(encoding="utf-8"))
     for component in resources["components"]:
         if component["id"] == "job_manager":
             component["args"]["uri_root"] = str(kit.resolve() / "jobs")
@@ -156,11 +151,7 @@ def _settle(kit: Path) -> None:
 
 
 def _link_site(kit: Path, folder: Path) -> None:
-    """Notes in a site's kit where the site's own folder is.
-
-    Raises:
-        RunError: no kit of a site, or no folder of one.
-    """
+    """Notes in a site's kit where the site's own folder is."""
     note = kit / "local" / "fedlab.toml"
     if not (kit / "startup" / "fed_client.json").is_file() or not note.is_file():
         raise RunError(f"{kit} is no kit of a site")
@@ -170,11 +161,7 @@ def _link_site(kit: Path, folder: Path) -> None:
 
 
 def site_folder(kit: Path) -> Path:
-    """The site's own folder, as noted in its kit.
-
-    Raises:
-        RunError: it is not noted.
-    """
+    """The site's own folder, as noted in its kit; raises `RunError` where it is not."""
     folder = _note_of(kit).get("folder")
     if not isinstance(folder, str):
         raise RunError(f"{kit / 'local' / 'fedlab.toml'} does not name this site's own folder; write it there, or "
@@ -183,12 +170,7 @@ def site_folder(kit: Path) -> Path:
 
 
 def server_policy(kit: Path) -> SitePolicy:
-    """What a plan may name at the server: fedlab, torch, MONAI, and what `local/fedlab.toml` in its kit approves.
-
-    Raises:
-        RunError: the file cannot be read.
-        ValueError: it holds something else.
-    """
+    """What a plan may name at the server: fedlab, torch, MONAI, and what `local/fedlab.toml` in its kit approves."""
     found = _note_of(kit)
     if not found.keys() <= {"installed", "approved"}:
         raise ValueError(f"fedlab.toml of the server's kit {kit} has installed and approved only, got {sorted(found)}")
@@ -282,25 +264,11 @@ def stop(kit: Path, *, within: float = 15.0) -> int:
         with contextlib.suppress(psutil.Error):
             process.kill()
     _, left = psutil.wait_procs(left, timeout=within)
-    left = [*left, *running(kit)]
-    if left:
+    if left := [*left, *running(kit)]:
         raise RunError(f"these processes of {kit.name} could not be ended: {sorted({p.pid for p in left})}")
     for name in ("pid.fl", "daemon_pid.fl"):
         (kit / name).unlink(missing_ok=True)
     return len(processes)
-
-
-def end_with_children(pid: int) -> None:
-    """Kills a process and all its descendants."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        first = psutil.Process(pid)
-        family = [first, *first.children(recursive=True)]
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(family, timeout=10)
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from nvflare.collab import collab
 from fedlab.core.types import Round
 from fedlab.deploy.messages import unpack_weights
 from fedlab.deploy.plan import Plan
-from fedlab.deploy.policy import SitePolicy
 from fedlab.engines.nvflare.kits import server_policy
 from fedlab.engines.nvflare.run_folder import FinishedRounds
 from fedlab.engines.nvflare.simulation import SIMULATION, simulated_policy
@@ -29,8 +29,6 @@ from fedlab.run.federate import federate
 
 __all__ = ["ServerPart"]
 
-#: The name under which NVFLARE passes the researcher's questions to the running job.
-_COMMAND = "fedlab"
 #: Bytes of weights in one reply.
 _CHUNK = 4 * 2**20
 #: Seconds that a finished job waits for a researcher who has followed it.
@@ -52,8 +50,7 @@ class ServerPart:
     def __init__(self, seconds: float = 3600.0, patience: float = 30.0) -> None:
         self.seconds, self.patience = seconds, patience
         self._finished: FinishedRounds | None = None
-        self._calls: Calls | None = None
-        self._plan: Plan | None = None
+        self._lost: Callable[[], list[str]] = list  # sites that were gone when last asked, or when the job began
         self._end: dict[str, Any] | None = None  # how it ended
         self._told = False
         self._asked = 0.0
@@ -64,22 +61,31 @@ class ServerPart:
         """Begins the run of the job's plan or continues it, and waits until its follower has received everything."""
         context, workspace = collab.fl_ctx, collab.workspace
         config = Path(workspace.get_app_config_dir(context.get_job_id()))
-        plan = self._plan = Plan.from_json((config / "plan.json").read_text(encoding="utf-8"))
+        plan = Plan.from_json((config / "plan.json").read_text(encoding="utf-8"))
         kit, policy = Path(workspace.get_root_dir()), simulated_policy()
         folder = (kit if policy is None else Path(os.environ[SIMULATION])) / "runs" / plan.run
         policy = server_policy(kit) if policy is None else policy
         folder.mkdir(parents=True, exist_ok=True)
         finished = self._finished = FinishedRounds(folder)
         call = collab.context
-        calls = self._calls = Calls({site.name: partial(Call, site) for site in collab.clients}, seconds=self.seconds,
-                                    patience=self.patience, aborted=call.is_aborted)
-        context.get_engine().register_app_command(_COMMAND, self.reply)
+        calls = Calls({site.name: partial(Call, site) for site in collab.clients}, seconds=self.seconds,
+                      patience=self.patience, aborted=call.is_aborted)
+        self._lost = lambda: sorted(calls.silent | (set(plan.sites) - set(calls.sites)))
+        context.get_engine().register_app_command("fedlab", self.reply)
+
+        def after(done: Round) -> None:
+            finished.add(done)
+            if self._pause and done.number + 1 < plan.rounds:
+                raise _Paused
+
         try:
             with FileLock(folder / "lock", timeout=0):
                 finished.catch_up(folder / "checkpoint")
                 start = unpack_weights((config / "start.safetensors").read_bytes())
-                self._end = self._federate(plan, start, Remote(plan=plan, ask=calls.ask), folder, policy,
-                                           kit / "local" / "techniques")
+                parts = plan.parts(start, **policy.access(kit / "local" / "techniques"))
+                history = federate(**parts, engine=Remote(plan=plan, ask=calls.ask), checkpoint=folder / "checkpoint",
+                                   trace=folder / "trace.jsonl", on_round=after, progress=False)
+                self._end = {"stopped": history.stopped}
         except Timeout:
             self._end = {"failed": "another job is at work on this very run; wait for it or end it"}
         except _Paused:
@@ -92,31 +98,15 @@ class ServerPart:
         finally:
             if self._end is not None and not call.is_aborted():
                 (folder / "end.json").write_text(json.dumps(self._end), encoding="utf-8")
-                self._wait_for_follower(call)
-
-    def _federate(self, plan: Plan, start: Any, engine: Remote, folder: Path, policy: SitePolicy,
-                  techniques: Path) -> dict[str, Any]:
-        """The run, from its beginning or from where an earlier job has left it."""
-        def after(done: Round) -> None:
-            if self._finished is not None:
-                self._finished.add(done)
-            if self._pause and done.number + 1 < plan.rounds:
-                raise _Paused
-
-        parts = plan.parts(start, approve=partial(policy.approve, techniques=techniques))
-        history = federate(**parts, engine=engine, checkpoint=folder / "checkpoint", trace=folder / "trace.jsonl",
-                           on_round=after, progress=False)
-        return {"stopped": history.stopped}
-
-    def _wait_for_follower(self, call: Any) -> None:
-        while not self._told and not call.is_aborted() and time.monotonic() - self._asked < _WATCHED and self._asked:
-            time.sleep(0.2)
+                while self._asked and time.monotonic() - self._asked < _WATCHED and not (
+                        self._told or call.is_aborted()):
+                    time.sleep(0.2)
 
     def reply(self, topic: str, question: Any, context: Any) -> dict[str, Any]:
         """Answers the researcher: the new rounds, and pieces of the weights after one.
 
         Args:
-            topic: `_COMMAND`.
+            topic: the name under which NVFLARE passes the researcher's questions to the job.
             question: `{"have": n}` asks for the rounds from n on, `{"weights": n, "from": bytes}` for a piece of the
                 weights after round n; `{"pause": true}` ends the job after the present round.
             context: NVFLARE's.
@@ -133,9 +123,3 @@ class ServerPart:
         rounds = [finished.text(number) for number in range(have, ready)]
         self._told = end is not None and have >= ready
         return {"rounds": rounds[:100], "lost": self._lost(), **({"end": end} if self._told else {})}
-
-    def _lost(self) -> list[str]:
-        """Sites of the run that were gone when last asked, or were not connected when the job began."""
-        if self._calls is None or self._plan is None:
-            return []
-        return sorted(self._calls.silent | (set(self._plan.sites) - set(self._calls.sites)))

@@ -52,11 +52,7 @@ def simulated_policy() -> SitePolicy | None:
 
 
 def simulated_host(name: str) -> SiteHost | None:
-    """In a simulation, a site with the patients that were written for it.
-
-    Raises:
-        RunError: another process is using the site's folder.
-    """
+    """In a simulation, a site with the patients that were written for it; `RunError` if another process uses it."""
     policy = simulated_policy()
     if policy is None:
         return None

@@ -77,12 +77,7 @@ class Calls:
 
     def ask(self, names: Sequence[str], method: str, arguments: Mapping[str, tuple[Any, ...]],
             ) -> Iterator[tuple[str, Any]]:
-        """Each site's answer to a call, or an exception that says why there is none.
-
-        Args:
-            names: of the sites.
-            method: one that `SitePart` publishes.
-            arguments: of the call, by site.
+        """Each site's answer to a call of a method of `SitePart`, or an exception that says why there is none.
 
         Raises:
             Ended: the job ends.
