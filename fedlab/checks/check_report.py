@@ -1,4 +1,4 @@
-"""What a battery of checks found: passed, warned or failed, and what to do about it."""
+"""The findings of a battery of checks: passed, warned or failed, each with its remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-__all__ = ["CheckReport", "Finding"]
+__all__ = ["CheckReport", "Finding", "verdict"]
 
 _COLOURS = {"passed": "#1B7F4D", "warned": "#A15C00", "failed": "#B3261E"}
 
@@ -18,9 +18,9 @@ class Finding:
 
     Attributes:
         check: its name.
-        outcome: "passed", "warned" (works, but know this) or "failed".
-        what: what was seen.
-        remedy: what to do, unless it passed.
+        outcome: "passed", "warned" (it works, but there is something to know) or "failed".
+        what: the observation.
+        remedy: what to do, unless the check passed.
     """
 
     check: str
@@ -30,6 +30,14 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.outcome:<7} {self.check}: {self.what}" + (f"\n        → {self.remedy}" if self.remedy else "")
+
+
+def verdict(check: str, wrong: str | None, right: str, remedy: str, *,
+            otherwise: Literal["warned", "failed"] = "failed") -> Finding:
+    """The finding of a check that passes as `right`, unless something is `wrong`."""
+    if not wrong:
+        return Finding(check=check, outcome="passed", what=right)
+    return Finding(check=check, outcome=otherwise, what=wrong, remedy=remedy)
 
 
 class CheckReport:
@@ -47,12 +55,15 @@ class CheckReport:
     @property
     def failed(self) -> tuple[str, ...]:
         """Names of the checks that failed."""
-        return tuple(dict.fromkeys(f.check for f in self.findings if f.outcome == "failed"))
+        return self._checks("failed")
 
     @property
     def warned(self) -> tuple[str, ...]:
         """Names of the checks with a warning."""
-        return tuple(dict.fromkeys(f.check for f in self.findings if f.outcome == "warned"))
+        return self._checks("warned")
+
+    def _checks(self, outcome: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(f.check for f in self.findings if f.outcome == outcome))
 
     def __bool__(self) -> bool:
         return not self.failed

@@ -1,4 +1,4 @@
-"""Does an engine do what a run relies on? The same as `Local`, to the bit, and the same where a site goes wrong."""
+"""Does an engine keep what a run relies on? The same as `Local`, bit by bit, also where a site fails."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from fedlab.checks.check_report import CheckReport, Finding
-from fedlab.checks.rehearsal import plain_descent
+from fedlab.checks.check_report import CheckReport, Finding, verdict
+from fedlab.checks.small_runs import noise_site, plain_descent, small_trainer
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Elsewhere, Engine
-from fedlab.core.seeds import derive, generator
-from fedlab.core.types import Patient, Round, Site, SiteState, Tensors, Update
+from fedlab.core.seeds import derive
+from fedlab.core.types import Round, Site, SiteState, Tensors, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.dpsgd import DPSGD
@@ -34,11 +33,10 @@ from fedlab.strategies.averaging import FedAvg
 from fedlab.strategies.client_drift import SCAFFOLD
 from fedlab.topologies.cyclic import ring
 from fedlab.topologies.gossip import Gossip
-from fedlab.training.trainer import SiteTrainer
+from fedlab.training.trainer import SiteTrainer, adamw
 
 __all__ = ["FailsAt", "Marks", "check_engine"]
 
-_STEPS, _LR = 2, 0.1
 _Factory = Callable[[], Engine | Elsewhere]
 
 
@@ -47,49 +45,59 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
                  raise_: bool = True) -> CheckReport:
     """Puts an engine through small federated runs and compares each with the same run on `Local`.
 
-    Checked are, by name:
-        "engine": it has what the loop asks of one.
+    The checks, by name:
+        "engine": it has the methods of one.
         "bits": plain averaging with the optimiser's moments kept at the sites.
         "noise": DP-SGD whose noise comes from the run's seed, and the privacy spent.
         "site states": SCAFFOLD's control variates, at the sites and at the server.
         "personal layers": each site keeps its own.
         "exchange": secure aggregation's messages between the sites.
         "workflows": a ring and a gossip, in which sites begin with weights of their own.
-        "order": updates come in the order of the cohort, though the first site is slow.
+        "order": updates come in the order of the cohort, although the first site is slow.
+        "isolation": no site ever sees the state of another.
         "failure": a site that fails in equip(), in training or in protect() is one failure, with its name and the
             stage, and the others go on.
-        "failure ends the run": without rules of admission it is raised, with the user's own words.
-        "withdrawal": a site whose budget is used up withdraws, and all of them end the run.
-        "isolation": no site ever sees the state of another.
-        "again": a second run with the same engine is bit-equal to the first, with kept moments.
+        "failure ends the run": without rules of admission it is raised, with the text of the user's own error.
+        "withdrawal": a site whose budget is used up withdraws; if all do, the run ends.
+        "again": a second run on the same engine is bit-equal to the first and to one on a new `Local`, with kept
+            moments, with a technique's states and with SCAFFOLD's.
         "resume": a run that is stopped and goes on with a new engine ends with the bits of the whole one.
-        "untouched": patients, the trainer's first weights and what was handed on stay as they were.
+        "untouched": patients, the trainer's first weights and finished rounds stay as they were.
 
     Args:
-        engine_factory: makes an engine; called anew for each check. Engines with a close() are closed.
-        trainer, sites: for engines that can't send whatever they are given; by default a tiny network and four sites
-            of noise. The trainer's steps, optimiser and learning rate are replaced.
-        only: names of the checks to make, for engines that take long to start; all by default.
-        raise_: raise if a check fails; otherwise look at the report.
+        engine_factory: makes an engine, or returns one that was made before; called for each check. Engines with a
+            close() are closed after it.
+        trainer, sites: for engines that cannot send any trainer and site; by default a tiny network and four sites of
+            noise. The trainer's steps, optimiser, momentum and learning rate are replaced.
+        only: names of the checks to make, for engines that start slowly; all by default.
+        raise_: raise if a check fails; otherwise read the report.
 
     Returns:
         The report, true if no check failed.
 
     Raises:
-        ValueError: a check failed, and the message is the report; or there is no check of a name in `only`.
+        ValueError: a check failed, and the message is the report; or `only` holds an unknown name.
     """
-    chosen = set(_CHECKS if only is None else only)
-    if isinstance(only, str) or not chosen <= set(_CHECKS):
-        raise ValueError(f"only holds some of {', '.join(map(repr, _CHECKS))}; got {only!r}")
     stage = _stage(trainer, sites)
+    checks: dict[str, _Check] = {name: partial(_equal, name, *how) for name, how in _compared(stage).items()}
+    checks |= _CHECKS
+    chosen = set(checks if only is None else only)
+    if isinstance(only, str) or not chosen <= set(checks):
+        raise ValueError(f"only holds some of {', '.join(map(repr, checks))}; got {only!r}")
     with _made(engine_factory) as engine:
         subject = repr(engine)
         needed = () if isinstance(engine, Elsewhere) else ("train", "exchange")
         missing = [name for name in needed if not hasattr(engine, name)]
-    findings = [_finding("engine", f"{subject} has no {' and no '.join(missing)}" if missing else None,
-                         f"has {', '.join(needed) or 'rounds'}", "see fedlab.core.Engine")]
-    if not missing:
-        findings += [_safely(check, engine_factory, stage) for check in _CHECKS if check in chosen]
+    findings = [verdict("engine", f"{subject} has no {' and no '.join(missing)}" if missing else None,
+                        f"has {', '.join(needed) or 'rounds'}", "see fedlab.core.Engine")]
+    for name, check in checks.items():
+        if name in chosen and not missing:
+            try:
+                findings.append(check(engine_factory, stage))
+            except Exception as error:  # the author's engine may raise anything
+                findings.append(Finding(check=name, outcome="failed", what=f"{type(error).__name__}: {error}",
+                                        remedy="see the message; an error at a site is a Failure or a Withdrawal from "
+                                               "train()"))
     report = CheckReport(subject, findings)
     if raise_ and not report:
         raise ValueError(str(report))
@@ -97,12 +105,12 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
 
 
 class FailsAt(Privacy):
-    """A technique that breaks at one site, or at all of them, in one round.
+    """A technique that fails at one site, or at all of them, in one round.
 
     Args:
         site: name of the site; None for all.
-        stage: where; "withdraws" says that its budget is used up.
-        round: in which, for sites that are asked in every round.
+        stage: where it fails; "withdraws" says that its budget is used up.
+        round: number of the round.
     """
 
     def __init__(self, *, site: str | None, stage: Literal["equip", "fit", "protect", "withdraws"],
@@ -136,8 +144,8 @@ class Marks(Privacy):
     """A technique that writes its site's name into the site's state and refuses any other name there.
 
     Args:
-        slow: a site that takes its time.
-        seconds: that it takes.
+        slow: name of a site that sleeps before it trains.
+        seconds: for how long.
     """
 
     def __init__(self, *, slow: str | None = None, seconds: float = 0.0) -> None:
@@ -158,14 +166,14 @@ class Marks(Privacy):
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """What is trained, and on whom: with AdamW, and with plain SGD."""
+    """A trainer with AdamW and kept moments, one with plain SGD, and the sites."""
 
     trainer: SiteTrainer
     plain: SiteTrainer
     sites: Sequence[Site]
 
-    def seen(self) -> dict[str, str]:
-        """A hash of all that no engine may change."""
+    def content(self) -> dict[str, str]:
+        """Hashes of all that no engine may change."""
         patients = {f"{site.name}|{split}|{k}|{what}": tensor for site in self.sites
                     for split, patients in (("train", site.train), ("val", site.val))
                     for k, patient in enumerate(patients)
@@ -175,34 +183,20 @@ class _Stage:
 
 @dataclass(kw_only=True)
 class _Outcome:
-    """The outcome of a run."""
+    """The outcome of a run: its rounds, a hash of the server's state after each, what ended it, the sites' states."""
 
     rounds: list[Round] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
     error: FedlabError | None = None
     states: Mapping[str, SiteState] = field(default_factory=dict)
-    loose: frozenset[str] = frozenset()  # numbers that differ between two runs that are the same
+    loose: frozenset[str] = frozenset()  # numbers that differ between two equal runs
 
 
 def _stage(trainer: SiteTrainer | None, sites: Sequence[Site] | None) -> _Stage:
-    if sites is None:
-        sites = [Site(f"site-{k}", [_patient(k, number) for number in range(1 + k % 3)], [_patient(k, 9)])
-                 for k in range(4)]
-    if trainer is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network = nn.Sequential(nn.Conv3d(4, 2, 1), nn.GroupNorm(1, 2), nn.ReLU(), nn.Conv3d(2, 3, 1))
-        trainer = SiteTrainer(model=network, steps=_STEPS, batch_size=1, crop=(8, 8, 8), augment=None,
-                              precision="fp32", device="cpu")
-    return _Stage(trainer=replace(trainer, steps=_STEPS, epochs=None, lr=1e-2), sites=sites,
-                  plain=replace(trainer, steps=_STEPS, epochs=None, lr=_LR, optimiser=plain_descent))
-
-
-def _patient(site: int, number: int) -> Patient:
-    label = torch.zeros(8, 8, 8, dtype=torch.uint8)
-    label[1:6, 1:6, 1:6], label[2:5, 2:5, 2:5], label[3, 3, 3] = 2, 1, 4
-    image = torch.randn(4, 8, 8, 8, generator=generator(site, "patient", number)) + label.float()
-    return Patient(f"s{site}p{number}", image, label, torch.eye(4).numpy())
+    trainer = small_trainer(steps=2) if trainer is None else trainer
+    changed = partial(replace, trainer, steps=2, epochs=None, momentum="keep")
+    return _Stage(trainer=changed(lr=1e-2, optimiser=adamw), plain=changed(lr=0.1, optimiser=plain_descent),
+                  sites=[noise_site(k, 1 + k % 3, held_out=1) for k in range(4)] if sites is None else sites)
 
 
 @contextmanager
@@ -245,92 +239,71 @@ def _hash(finished: Round) -> str:
     return weights_sha256({f"{group}|{name}": t for group, slots in groups.items() for name, t in slots.items()})
 
 
-def _unlike(ours: _Outcome, local: _Outcome) -> str | None:
-    """Where a run differs from the one on `Local`, or None."""
-    if ours.error is not None and local.error is None:
-        return f"the run ended with {type(ours.error).__name__}: {ours.error}"
-    if len(ours.rounds) != len(local.rounds):
-        return f"{len(ours.rounds)} rounds were finished, {len(local.rounds)} on Local"
-    for mine, other in zip(ours.rounds, local.rounds, strict=True):
-        where = f"in round {other.number} "
+def _unlike(ours: _Outcome, theirs: _Outcome, where: str = "on Local") -> str | None:
+    """The first difference of a run from another one, `where` that one was, or None."""
+    return next(_differences(ours, theirs, where), None)
+
+
+def _differences(ours: _Outcome, theirs: _Outcome, where: str) -> Iterator[str]:
+    if ours.error is not None and theirs.error is None:
+        yield f"the run ended with {type(ours.error).__name__}: {ours.error}"
+    if len(ours.rounds) != len(theirs.rounds):
+        yield f"{len(ours.rounds)} rounds were finished, {len(theirs.rounds)} {where}"
+    for mine, other in zip(ours.rounds, theirs.rounds, strict=True):
+        when = f"in round {other.number}"
         if set(mine.sites) != set(other.sites) or set(mine.absent) != set(other.absent):
-            return where + (f"updates of {sorted(mine.sites)} were received, absent were {dict(mine.absent)}, on Local "
-                            f"{sorted(other.sites)} and {dict(other.absent)}")
+            yield (f"{when} updates of {sorted(mine.sites)} were received, absent were {dict(mine.absent)}; {where} "
+                   f"{sorted(other.sites)} and {dict(other.absent)}")
         for site, numbers in other.sites.items():
-            told = {name for name in {**numbers, **mine.sites[site]} if name not in local.loose and not _same(
-                numbers.get(name), mine.sites[site].get(name))}
-            if told:
-                return where + f"{site} tells another {', '.join(sorted(told))}"
+            unequal = sorted(name for name in {**numbers, **mine.sites[site]} if name not in theirs.loose
+                             and not _same(numbers.get(name), mine.sites[site].get(name)))
+            if unequal:
+                yield f"{when} {site} has another {', '.join(unequal)} than {where}"
         if mine.spent != other.spent:
-            return where + f"{mine.spent} was spent, on Local {other.spent}"
-    if ours.hashes != local.hashes:
-        number = next(k for k, pair in enumerate(zip(ours.hashes, local.hashes, strict=True)) if pair[0] != pair[1])
-        return f"after round {number} the model has other bits than on Local"
-    return None
+            yield f"{when} {mine.spent} was spent, {where} {other.spent}"
+    for number, (mine_hash, other_hash) in enumerate(zip(ours.hashes, theirs.hashes, strict=True)):
+        if mine_hash != other_hash:
+            yield f"after round {number} the model has other bits than {where}"
+    for site, state in theirs.states.items() if ours.states else ():  # states elsewhere are not compared
+        mine_state = ours.states.get(site, SiteState())
+        if (state.enrolled, state.updates) != (mine_state.enrolled, mine_state.updates):
+            yield f"{site} has sent {mine_state.updates} updates, {where} {state.updates}"
+        if odd := sorted(state.namespaces.keys() ^ mine_state.namespaces.keys()):
+            yield f"{site} keeps {', '.join(odd)} in one of the runs only, here or {where}"
+        for owner, slots in state.namespaces.items():
+            if weights_sha256(slots) != weights_sha256(mine_state.namespaces[owner]):
+                yield f"{site} keeps other tensors for {owner!r} than {where}"
 
 
 def _same(one: float | None, other: float | None) -> bool:
     return one == other or (one is not None and other is not None and math.isnan(one) and math.isnan(other))
 
 
-def _unlike_states(ours: _Outcome, local: _Outcome) -> str | None:
-    """Where the state of a site differs from that on `Local`, or None; states elsewhere are not asked for."""
-    if not ours.states:
-        return None
-    for site, state in local.states.items():
-        mine = ours.states.get(site, SiteState())
-        if (state.enrolled, state.updates) != (mine.enrolled, mine.updates):
-            return f"{site} has sent {mine.updates} updates, on Local {state.updates}"
-        if odd := sorted(state.namespaces.keys() ^ mine.namespaces.keys()):
-            return f"{site} keeps {', '.join(odd)} on one of the two only"
-        for owner, slots in state.namespaces.items():
-            if weights_sha256(slots) != weights_sha256(mine.namespaces[owner]):
-                return f"{site} keeps other tensors for {owner!r} than on Local"
-    return None
-
-
-def _finding(check: str, wrong: str | None, right: str, remedy: str) -> Finding:
-    return Finding(check=check, outcome="failed" if wrong else "passed", what=wrong or right,
-                   remedy=remedy if wrong else "")
-
-
-_Check = Callable[[_Factory, _Stage], Finding]
-
-
-def _safely(check: str, factory: _Factory, stage: _Stage) -> Finding:
-    try:
-        return _CHECKS[check](factory, stage)
-    except Exception as error:  # of the author's engine, whatever it raises
-        return Finding(check=check, outcome="failed", what=f"{type(error).__name__}: {error}",
-                       remedy="see the message; what goes wrong at a site is a Failure or a Withdrawal from train()")
-
-
-def _settings(check: str, stage: _Stage) -> list[dict[str, Any]]:
-    """Of the runs of a check in which nothing goes wrong."""
+def _compared(stage: _Stage) -> dict[str, tuple[list[dict[str, Any]], str]]:
+    """Runs without any failure that are compared with `Local`, by check: their settings, and the remedy."""
     import networkx as nx
 
-    count = len(stage.sites)
-    match check:
-        case "noise":
-            return [dict(privacy=DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-3, sample_rate=0.5))]
-        case "site states":
-            return [dict(strategy=SCAFFOLD(), plain=True, rounds=3)]
-        case "personal layers":
-            return [dict(privacy=PersonalLayers(names=[next(iter(stage.trainer.initial()))]))]
-        case "exchange":
-            return [dict(strategy=FedAvg(weights="uniform"),
-                         aggregation=SecureAggregation(clip=1.0, threshold=count))]
-        case "workflows":
-            return [dict(topology=ring), dict(topology=Gossip(graph=nx.cycle_graph(count)))]
-    return [{}]
+    count, first = len(stage.sites), next(iter(stage.trainer.initial()))
+    keep = "keep what the task leaves in the site's state for its next round"
+    return {
+        "bits": ([{}], "run task(site, state, site_state) with this site's own state and as many torch threads as "
+                 "Local has, and send its result unchanged"),
+        "noise": ([dict(privacy=DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-3, sample_rate=0.5))],
+                  "pass on the task's seed, and the ledger with the rest of the site's state"),
+        "site states": ([dict(strategy=SCAFFOLD(), plain=True, rounds=3)], f"pass on state.moments, and {keep}"),
+        "personal layers": ([dict(privacy=PersonalLayers(names=[first]))], keep),
+        "exchange": ([dict(strategy=FedAvg(weights="uniform"),
+                           aggregation=SecureAggregation(clip=1.0, threshold=count))],
+                     "exchange() asks task.aggregation.answer(step, site, inbox, states.with_secrets(site)), and "
+                     "train() goes on with those secrets"),
+        "workflows": ([dict(topology=ring), dict(topology=Gossip(graph=nx.cycle_graph(count)))],
+                      "a site starts from state.at(site.name)"),
+    }
 
 
-def _equal(check: str, remedy: str, factory: _Factory, stage: _Stage) -> Finding:
-    wrong = None
-    for settings in _settings(check, stage):
-        ours, local = _both(factory, stage, **settings)
-        wrong = wrong or _unlike(ours, local) or _unlike_states(ours, local)
-    return _finding(check, wrong, "the same bits as on Local", remedy)
+def _equal(check: str, runs: Sequence[Mapping[str, Any]], remedy: str, factory: _Factory, stage: _Stage) -> Finding:
+    wrong = next(filter(None, (_unlike(*_both(factory, stage, **settings)) for settings in runs)), None)
+    return verdict(check, wrong, "the same bits as on Local", remedy)
 
 
 def _order(factory: _Factory, stage: _Stage) -> Finding:
@@ -340,9 +313,9 @@ def _order(factory: _Factory, stage: _Stage) -> Finding:
     wrong = str(out.error) if out.error else None
     for finished in out.rounds:
         if list(finished.sites) != names:
-            wrong = wrong or f"updates came as {list(finished.sites)}, the cohort was {names}"
-    return _finding("order", wrong, "updates come in the order of the cohort", "sums depend on the order: hold updates "
-                    "back until it is their turn")
+            wrong = wrong or f"updates came in the order {list(finished.sites)}, the cohort was {names}"
+    return verdict("order", wrong, "updates come in the order of the cohort",
+                   "sums depend on the order: hold each update back until its turn")
 
 
 def _isolation(factory: _Factory, stage: _Stage) -> Finding:
@@ -353,9 +326,9 @@ def _isolation(factory: _Factory, stage: _Stage) -> Finding:
     odd = [site for site, mark in marks.items()
            if (int(mark["name"]), int(mark["rounds"])) != (derive(0, site), len(out.rounds))]
     if wrong is None and odd:
-        wrong = f"the state of {', '.join(odd)} is not what the site left there"
-    return _finding("isolation", wrong, "each site sees its own state",
-                    "take the state from states.working(site.name), and hand it to no other site")
+        wrong = f"the state of {', '.join(odd)} is not as the site left it"
+    return verdict("isolation", wrong, "each site sees its own state",
+                   "take the state from states.working(site.name), and give it to no other site")
 
 
 def _failure(factory: _Factory, stage: _Stage) -> Finding:
@@ -363,29 +336,28 @@ def _failure(factory: _Factory, stage: _Stage) -> Finding:
     for where in ("equip", "fit", "protect"):
         ours, local = _both(factory, stage, rounds=3, admission=Admission(min_sites=1),
                             privacy=FailsAt(site=name, stage=where))
-        said = ours.rounds[1].absent.get(name, "") if len(ours.rounds) > 1 else ""
-        if ours.error is None and not (repr(name) in said and repr(where) in said):
-            wrong = wrong or f"when {name} failed at stage {where!r} in round 1, what was said is {said!r}"
-        wrong = wrong or _unlike(ours, local) or _unlike_states(ours, local)
-    return _finding("failure", wrong, "a site that fails is one Failure with its name and the stage",
-                    "yield Failure(site.name, error) with the FedlabError that the task raised, inside "
-                    "states.working(site.name), and go on with the next site")
+        reason = ours.rounds[1].absent.get(name, "") if len(ours.rounds) > 1 else ""
+        if ours.error is None and not (repr(name) in reason and repr(where) in reason):
+            wrong = wrong or f"when {name} failed at stage {where!r} in round 1, the reason given is {reason!r}"
+        wrong = wrong or _unlike(ours, local)
+    return verdict("failure", wrong, "a site that fails is one Failure with its name and the stage",
+                   "yield Failure(site.name, error) with the FedlabError that the task raised, inside "
+                   "states.working(site.name), and go on with the next site")
 
 
 def _failure_ends_the_run(factory: _Factory, stage: _Stage) -> Finding:
-    name = stage.sites[1].name
+    name, wrong = stage.sites[1].name, None
     with _made(factory) as engine:
         error = _run(engine, stage, privacy=FailsAt(site=name, stage="fit")).error
-        again = _run(engine, stage, rounds=1)  # it is of use afterwards
-    wrong = None
+        again = _run(engine, stage, rounds=1)  # the engine works afterwards
     if not isinstance(error, SiteError) or (error.site, error.round, error.stage) != (name, 1, "fit"):
         wrong = f"when {name} failed at stage 'fit' in round 1, {error!r} was raised"
     elif "on purpose, in fit" not in str(error):
-        wrong = f"what the user's own code raised is not to be seen in {error}"
+        wrong = f"the text of the user's own error is missing in {error}"
     elif len(again.rounds) != 1:
         wrong = f"another run with the same engine ended with {again.error!r}"
-    return _finding("failure ends the run", wrong, "it is raised, with the words of what went wrong",
-                    "hand SiteError on as it is; it survives pickling")
+    return verdict("failure ends the run", wrong, "it is raised, with the text of the user's own error",
+                   "pass SiteError on unchanged; it survives pickling")
 
 
 def _withdrawal(factory: _Factory, stage: _Stage) -> Finding:
@@ -395,23 +367,23 @@ def _withdrawal(factory: _Factory, stage: _Stage) -> Finding:
     if wrong is None and "budget of this check" not in ours.rounds[1].absent.get(name, ""):
         wrong = f"the reason is lost: {ours.rounds[1].absent}"
     with _made(factory) as engine:
-        everybody = _run(engine, stage, privacy=FailsAt(site=None, stage="withdraws"))
-    if not isinstance(everybody.error, PrivacyBudgetExhausted):
-        wrong = wrong or f"when all sites withdrew, {everybody.error!r} was raised"
-    return _finding("withdrawal", wrong, "a site withdraws with its reason, and the others go on",
-                    "yield Withdrawal(site.name, reason) where the task raises PrivacyBudgetExhausted")
+        error = _run(engine, stage, privacy=FailsAt(site=None, stage="withdraws")).error
+    if not isinstance(error, PrivacyBudgetExhausted):
+        wrong = wrong or f"when all sites withdrew, {error!r} was raised"
+    return verdict("withdrawal", wrong, "a site withdraws with its reason, and the others go on",
+                   "yield Withdrawal(site.name, reason) where the task raises PrivacyBudgetExhausted")
 
 
 def _again(factory: _Factory, stage: _Stage) -> Finding:
-    wrong = None
+    kinds: list[dict[str, Any]] = [{}, dict(seed=1, privacy=Marks()), dict(seed=2, strategy=SCAFFOLD(), plain=True)]
     with _made(factory) as engine:
-        for number in (1, 2):
-            for seed, technique in enumerate((None, Marks())):
-                ours, theirs = (_run(used, stage, seed=seed, privacy=technique) for used in (engine, Local()))
-                unlike = _unlike(ours, theirs) or _unlike_states(ours, theirs)
-                wrong = wrong or (f"run {number}: {unlike}" if unlike else None)
-    return _finding("again", wrong, "a second run is bit-equal to the first",
-                    "keep nothing of a run: no task, state, weights or site states of the run before")
+        first, second = ([_run(engine, stage, **kind) for kind in kinds] for _ in range(2))
+    wrong = None
+    for kind, one, other in zip(kinds, first, second, strict=True):
+        wrong = (wrong or _unlike(other, one, "in the first run on this engine")
+                 or _unlike(one, _run(Local(), stage, **kind), "on a new Local"))
+    return verdict("again", wrong, "a second run is bit-equal to the first",
+                   "keep nothing of a run: no task, state, weights or site states of the run before")
 
 
 def _resume(factory: _Factory, stage: _Stage) -> Finding:
@@ -423,33 +395,24 @@ def _resume(factory: _Factory, stage: _Stage) -> Finding:
                 resumed = federate(stage.plain, stage.sites, rounds=rounds, engine=engine,
                                    checkpoint=Path(folder) / "run", **settings).state
     same = whole is not None and resumed is not None and weights_sha256(whole.params) == weights_sha256(resumed.params)
-    return _finding("resume", None if same else "a run that went on with a new engine ends with other bits",
-                    "a run goes on with a new engine", "what sites keep lies in the states that train() is "
-                    "given, and nowhere else")
+    return verdict("resume", None if same else "a run that went on with a new engine ends with other bits",
+                   "a run goes on with a new engine",
+                   "keep what sites keep in the states that train() is given, and nowhere else")
 
 
 def _untouched(factory: _Factory, stage: _Stage) -> Finding:
-    before = stage.seen()
+    before = stage.content()
     with _made(factory) as engine:
         out = _run(engine, stage, rounds=3)
-    changed = [what for what, value in stage.seen().items() if before[what] != value]
+    changed = [what for what, value in stage.content().items() if before[what] != value]
     if [_hash(finished) for finished in out.rounds] != out.hashes:
         changed.append("the state of a finished round")
-    return _finding("untouched", f"{' and '.join(changed)} changed" if changed else None,
-                    "nothing is changed in place", "copy what a site changes before it does")
+    return verdict("untouched", f"{' and '.join(changed)} changed" if changed else None,
+                   "nothing is changed in place", "copy what a site changes before it does")
 
 
+_Check = Callable[[_Factory, _Stage], Finding]
 _CHECKS: dict[str, _Check] = {
-    **{check: partial(_equal, check, remedy) for check, remedy in {
-        "bits": "run task(site, state, site_state) with this site's own state and as many torch threads as Local has, "
-                "and send what it returns as it is",
-        "noise": "hand on the task's seed, and the ledger with the rest of the site's state",
-        "site states": "hand on state.moments, and keep what the task leaves in the site's state for its next round",
-        "personal layers": "keep what the task leaves in the site's state for its next round",
-        "exchange": "exchange() asks task.aggregation.answer(step, site, inbox, states.with_secrets(site)), and "
-                    "train() goes on with those secrets",
-        "workflows": "a site starts from state.at(site.name)",
-    }.items()},
     "order": _order, "isolation": _isolation, "failure": _failure, "failure ends the run": _failure_ends_the_run,
     "withdrawal": _withdrawal, "again": _again, "resume": _resume, "untouched": _untouched,
 }

@@ -1,27 +1,27 @@
-"""Whether the noise that a technique adds fits what it enters into the ledger, found out by trying.
+"""Whether the noise that a technique adds fits what it enters into the ledger: a measurement.
 
 Noise with standard deviation s hides two inputs that move the output by d, in the Euclidean norm, like a Gaussian
-mechanism of noise multiplier s / d. That is measured, with the same random numbers for both inputs, and compared with
-what was charged. Anything that is done to the output later is held to what follows from any such guarantee: the
-expectation of no function f may differ by more than the standard deviation of f times √χ², where χ² ≤ exp(μ²) − 1 for a
-Gaussian mechanism of noise multiplier 1/μ and χ² ≤ exp(ε) − 1 for an ε-private one.
+mechanism of noise multiplier s / d. This is measured, with the same random numbers for both inputs, and compared with
+the ledger. All later processing is held to a consequence of any such guarantee: the expectation of no function f may
+differ by more than the standard deviation of f times √χ², where χ² ≤ exp(μ²) − 1 for a Gaussian mechanism of noise
+multiplier 1/μ and χ² ≤ exp(ε) − 1 for an ε-private one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
 
-from fedlab.checks.check_report import Finding
-from fedlab.checks.rehearsal import Charge, Rehearsal, Script, Stage, plain_descent, rehearse
+from fedlab.checks.check_report import Finding, verdict
+from fedlab.checks.rehearsal import Charge, Rehearsal, Script, Stage, rehearse
+from fedlab.checks.small_runs import plain_descent
 from fedlab.core.types import Patient, Site, Tensors
 from fedlab.core.weights import load_weights
-from fedlab.privacy.accounting.mechanisms import Concentrated, Gaussian
-from fedlab.privacy.base import Privacy
+from fedlab.privacy.accounting.mechanisms import Concentrated, Gaussian, Pure, Release
 
 __all__ = ["Claim", "check_broadcast", "check_claim", "check_patients", "check_whole", "find_claims"]
 
@@ -35,7 +35,7 @@ _ERRORS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What one layer entered into a ledger in one round, and where its output can be seen.
+    """The entries of one layer into a ledger in one round, and the place where its output is seen.
 
     Attributes:
         layer: its place in the technique.
@@ -49,28 +49,15 @@ class Claim:
 
     @property
     def mu(self) -> float:
-        """1 over the noise multiplier of all entries together; infinite where one is no Gaussian noise."""
-        total = 0.0
-        for release, _ in self.charges:
-            if isinstance(release, Gaussian):
-                total += release.steps / release.noise_multiplier**2
-            elif isinstance(release, Concentrated):
-                total += 2 * release.rho * release.times
-            else:
-                return math.inf
-        return math.sqrt(total)
+        """1 over the noise multiplier of all entries together; infinite if one of them is no Gaussian noise."""
+        return math.sqrt(sum(_twice_rho(release) for release, _ in self.charges))
 
     @property
     def chi(self) -> float:
-        """The square root of χ² between the outputs of two neighbouring inputs, at most."""
-        exponent = 0.0  # the second moment of the ratio of densities is at most exp(exponent), and exponents add up
-        for release, _ in self.charges:
-            if isinstance(release, Gaussian):
-                exponent += release.steps / release.noise_multiplier**2
-            elif isinstance(release, Concentrated):
-                exponent += 2 * release.rho * release.times
-            else:
-                exponent += release.epsilon * release.times
+        """An upper bound of √χ² between the outputs of two neighbouring inputs."""
+        # The second moment of the ratio of densities is at most exp(exponent), and exponents add up.
+        exponent = sum(release.epsilon * release.times if isinstance(release, Pure) else _twice_rho(release)
+                       for release, _ in self.charges)
         return math.sqrt(math.expm1(min(exponent, 600.0)))
 
     @property
@@ -79,12 +66,8 @@ class Claim:
         words = self.charges[0].terms.adjacency.lower()
         return "any two" not in words and "replace one" not in words
 
-    def of(self, technique: Privacy, stage: Stage) -> str:
-        """The name of the class whose claim it is."""
-        return type((*technique.layers, stage.aggregation)[self.layer]).__name__
-
     def output(self, seen: Rehearsal, number: int, site: str) -> Tensors:
-        """What came out of the layer in a round."""
+        """The output of the layer in a round."""
         if self.where == "training":
             return seen.trained[number][site]
         if self.where == "server":
@@ -93,12 +76,19 @@ class Claim:
         return steps[-1].returned.delta  # type: ignore[attr-defined, no-any-return]
 
 
-def find_claims(technique: Privacy, seen: Rehearsal) -> list[Claim]:
+def _twice_rho(release: Release) -> float:
+    """Twice the ρ of zero-concentrated privacy (Bun and Steinke 2016); infinite for what is no Gaussian noise."""
+    if isinstance(release, Gaussian):
+        return release.steps / release.noise_multiplier**2
+    return 2 * release.rho * release.times if isinstance(release, Concentrated) else math.inf
+
+
+def find_claims(stage: Stage, seen: Rehearsal) -> list[Claim]:
     """The claims of each layer, and of the aggregation after them, in the first round of a rehearsal."""
     claims = []
-    for place in range(len(technique.layers) + 1):
+    for place in range(len(stage.parts)):
         first = next((s for s in seen.steps if s.layer == place), None)
-        hidden = place == len(technique.layers)  # what an aggregation has masked is seen in the sum only
+        hidden = place == len(stage.technique.layers)  # a masked update is seen in the sum only
         for where, charges in (("training", seen.equipped.get(place, ())),
                                ("server" if hidden else "site", first.charged if first else ()),
                                ("server", seen.settled.get(place, ()))):
@@ -108,7 +98,7 @@ def find_claims(technique: Privacy, seen: Rehearsal) -> list[Claim]:
 
 
 def adversarial(like: Tensors) -> dict[str, Tensors]:
-    """Updates that a mechanism without a bound would give away, by what they are."""
+    """Updates that reveal themselves through a mechanism without a bound, by a description."""
     rng = torch.Generator().manual_seed(0)
     signs = {name: torch.randint(0, 2, t.shape, generator=rng) * 2.0 - 1 for name, t in like.items()}
     largest = max(like, key=lambda name: like[name].numel())
@@ -125,179 +115,148 @@ def adversarial(like: Tensors) -> dict[str, Tensors]:
 
 
 def only(site: str, first: Tensors, like: Tensors) -> Script:
-    """One site's update in the first round; everybody else, and every later round, has nothing to say."""
+    """One site's update in the first round; all other updates, and those of later rounds, are zero."""
     nothing = {name: torch.zeros_like(t) for name, t in like.items()}
     return lambda name, number: first if name == site and number == 0 else nothing
 
 
-def check_claim(technique: Privacy, seeded: tuple[Privacy, Stage], stage: Stage, claim: Claim) -> Iterator[Finding]:
-    """Noise and sensitivity of a claim about updates; `seeded` are technique and stage with noise that repeats."""
-    site, like = stage.sites[0].name, stage.like
-    if claim.where == "site":
-        stage = stage.alone()
-    updates = adversarial(like)
-    layer = claim.of(technique, stage)
-    runs = [claim.output(rehearse(technique, stage, script=only(site, updates["nothing"], like), seed=seed), 0, site)
-            for seed in range(_RUNS)]
-    shared = _shared(claim, technique, stage, updates, site)
-    silent = _silent(runs, shared, every=math.isfinite(claim.mu))
-    if silent:
-        yield Finding(check="noise", outcome="failed",
-                      what=f"{layer} charges the ledger, but what it gives of {silent[0]} doesn't vary with the "
-                           "random numbers" + (f"; {len(silent)} tensors in all" if len(silent) > 1 else ""),
-                      remedy="add noise to every entry of every tensor that is shared, zeros included")
+def check_claim(stage: Stage, claim: Claim) -> Iterator[Finding]:
+    """Noise and sensitivity of a claim about updates."""
+    stage = stage.alone() if claim.where == "site" else stage
+    site, layer, updates = stage.sites[0].name, stage.name(claim.layer), adversarial(stage.like)
+
+    def output(used: Stage, name: str, seed: int) -> Tensors:
+        return claim.output(rehearse(used, script=only(site, updates[name], stage.like), seed=seed), 0, site)
+
+    runs = [output(stage, "nothing", seed) for seed in range(_RUNS)]
+    # Tensors that are shared at all. Noise that chooses entries need not share any.
+    tried = [*runs[:2], *(output(stage, "large everywhere", seed) for seed in (0, 1))]
+    shared = {name for tensors in tried for name, t in tensors.items() if t.count_nonzero()}
+    noise = _noise(runs, shared, every=math.isfinite(claim.mu), layer=layer,
+                   remedy="add noise to every entry of every tensor that is shared, zeros included")
+    yield noise
+    if noise.outcome == "failed" or not math.isfinite(claim.mu):
         return
-    yield Finding(check="noise", outcome="passed", what=f"{layer}: every shared tensor gets noise")
-    if not math.isfinite(claim.mu):
-        return
-    std = _std(runs)
-    names = ("nothing", "large everywhere", "the opposite", "one huge entry", "tiny", "ordinary")
-    calm = seeded[1].alone() if claim.where == "site" else seeded[1]
-    given = {name: [claim.output(rehearse(seeded[0], calm, script=only(site, updates[name], like), seed=seed), 0, site)
-                    for seed in (0, 1)] for name in names}
-    pairs = [("nothing", name) for name in names[1:]] if claim.to_zero else combinations(names, 2)
-    worst, which = max((_distance(one, other, std), pair) for pair in pairs
-                       for one, other in zip(given[pair[0]], given[pair[1]], strict=True))
-    yield _judged(worst, claim.mu, f"{layer}, updates {which[0]!r} and {which[1]!r}")
+    seeded = stage.seeded()
+    given = {name: [output(seeded, name, seed) for seed in (0, 1)] for name in updates}
+    pairs = [("nothing", name) for name in updates if name != "nothing"] if claim.to_zero else combinations(updates, 2)
+    worst, which = _worst(given, pairs, runs)
+    yield _sensitivity(worst, claim.mu, f"{layer}, updates {which[0]!r} and {which[1]!r}")
 
 
-def check_patients(technique: Privacy, seeded: tuple[Privacy, Stage], stage: Stage, claim: Claim) -> Iterator[Finding]:
+def check_patients(stage: Stage, claim: Claim) -> Iterator[Finding]:
     """Sensitivity of a claim about patients: one of them is replaced by extreme ones, all else stays."""
     load_weights(stage.trainer.model, stage.like)  # the start of the trainer that is made from it
     trainer = replace(stage.trainer, optimiser=plain_descent, lr=1.0, steps=1, epochs=None, augment=None)
-    alone = stage.alone().sites
-    site = alone[0].name
+    stage = replace(stage.alone(), trainer=trainer)
+    (usual, *others), site = stage.sites[0].train, stage.sites[0].name
 
-    def outputs(tried: Privacy, patient: Patient, seeds: Sequence[int]) -> list[Tensors]:
-        first = Site(site, [patient, *list(alone[0].train)[1:]], alone[0].val)
-        aggregation = stage.aggregation if tried is technique else seeded[1].aggregation
-        changed = replace(stage, trainer=trainer, sites=[first, *alone[1:]], aggregation=aggregation)
-        return [claim.output(rehearse(tried, changed, seed=seed), 0, site) for seed in seeds]
+    def outputs(used: Stage, patient: Patient, seeds: Sequence[int]) -> list[Tensors]:
+        changed = replace(used, sites=[Site(site, [patient, *others]), *used.sites[1:]])
+        return [claim.output(rehearse(changed, seed=seed), 0, site) for seed in seeds]
 
-    usual = alone[0].train[0]
-    runs = outputs(technique, usual, range(_RUNS))
-    silent = _silent(runs, set(stage.like), every=True)
-    if silent:
-        yield Finding(check="noise", outcome="failed",
-                      what=f"training charges the ledger, but the change of {silent[0]} doesn't vary with the random "
-                           "numbers", remedy="add noise to the gradient of every trainable tensor, in every step")
+    runs = outputs(stage, usual, range(_RUNS))
+    noise = _noise(runs, set(stage.like), every=True, layer="training",
+                   remedy="add noise to the gradient of every trainable tensor, in every step")
+    yield noise
+    if noise.outcome == "failed":
         return
-    yield Finding(check="noise", outcome="passed", what="every trained tensor gets noise")
-    std = _std(runs)
-    given = {name: outputs(seeded[0], change(usual), range(4)) for name, change in _PATIENTS.items()}
-    worst, which = max((_distance(one, other, std), pair) for pair in combinations(_PATIENTS, 2)
-                       for one, other in zip(given[pair[0]], given[pair[1]], strict=True))
+    given = {name: outputs(stage.seeded(), change(usual), range(4)) for name, change in _PATIENTS.items()}
+    worst, which = _worst(given, combinations(_PATIENTS, 2), runs)
     if worst == 0:
         yield Finding(check="sensitivity", outcome="warned",
-                      what="no patient was replaced with any effect: the one tried was never drawn",
-                      remedy="check with a higher sampling rate, which is otherwise no different")
+                      what="no replacement of the patient had an effect: it was never drawn",
+                      remedy="check the technique with a higher sampling rate and all else the same")
         return
-    # Replacing a patient is taking one away and adding another: twice what is charged for.
-    layer = claim.of(technique, stage)
-    yield _judged(worst / 2, claim.mu, f"{layer}, {which[0]} in place of {which[1]}")
+    # To replace a patient is to remove one and to add another: twice the change that is charged.
+    yield _sensitivity(worst / 2, claim.mu, f"{stage.name(claim.layer)}, {which[0]} and {which[1]}")
 
 
-def check_whole(technique: Privacy, stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
-    """What finally leaves, in this round and the next, tells no more of an update than was charged for."""
-    site, like = stage.sites[0].name, stage.like
+def check_whole(stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
+    """What finally leaves, in this round and the next, reveals no more of an update than was charged."""
     seen_at_server = stage.aggregation.hides_updates or any(c.where == "server" for c in claims)
-    if not seen_at_server:
-        stage = stage.alone()
+    stage = stage if seen_at_server else stage.alone()
+    site, updates = stage.sites[0].name, adversarial(stage.like)
     chi = Claim(layer=0, where="site", charges=tuple(c for claim in claims for c in claim.charges)).chi
-    updates = adversarial(like)
     direction = {name: t / 1e4 for name, t in updates["large everywhere"].items()}
 
     def final(seen: Rehearsal, number: int) -> float:
         delta = seen.moved[number].delta if seen_at_server else seen.sent[number][site].delta
         return float(sum((delta[name].double() * d).sum() for name, d in direction.items()))
 
-    runs = {name: [rehearse(technique, stage, script=only(site, updates[name], like), seed=seed, rounds=2)
-                   for seed in range(_RUNS)] for name in ("nothing", "large everywhere")}
-    for number, when in ((0, "the round itself"), (1, "the round after it")):
-        one, other = (torch.tensor([final(seen, number) for seen in group], dtype=torch.float64)
-                      for group in runs.values())
+    runs = [[rehearse(stage, script=only(site, updates[name], stage.like), seed=seed, rounds=2)
+             for seed in range(_RUNS)] for name in ("nothing", "large everywhere")]
+    for number, when in enumerate(("the round itself", "the round after it")):
+        one, other = (torch.tensor([final(seen, number) for seen in group], dtype=torch.float64) for group in runs)
         spread, shift = float((one.var() + other.var()) / 2), float((one.mean() - other.mean()).abs())
         allowed = math.sqrt(spread) * (chi * (1 + _SLACK) + _ERRORS * math.sqrt(2 / _RUNS))
         if shift > max(allowed, 1e-9):
             yield Finding(
                 check="sensitivity", outcome="failed",
-                what=f"what leaves in {when} tells far more of a large update than was charged for: its sum along "
-                     f"the update moves by {shift:.3g}, at most {allowed:.3g} follows from the ledger",
-                remedy="clip what noise is added to; after the noise touch neither the update as it was nor anything "
+                what=f"the update sent in {when} reveals far more of a large update than was charged: its sum along "
+                     f"the update moves by {shift:.3g}, the ledger allows {allowed:.3g}",
+                remedy="clip before noise is added; after the noise use neither the update as it was nor anything "
                        "remembered from it")
             return
     yield Finding(check="sensitivity", outcome="passed",
-                  what="what finally leaves, this round and the next, tells no more than was charged for")
+                  what="the updates sent, in this round and the next, reveal no more than was charged")
 
 
-def check_broadcast(technique: Privacy, stage: Stage) -> Iterator[Finding]:
-    """What the server tells the sites beside the weights, such as a clipping norm, knows updates through noise only."""
-    site, like = stage.sites[0].name, stage.like
-    updates = adversarial(like)
+def check_broadcast(stage: Stage) -> Iterator[Finding]:
+    """What the server sends to the sites beside the weights, such as a clipping norm, sees updates through noise."""
+    site, updates = stage.sites[0].name, adversarial(stage.like)
 
-    def told(name: str, seed: int) -> Tensors:
-        return rehearse(technique, stage, script=only(site, updates[name], like), seed=seed).broadcast
+    def broadcast(name: str, seed: int) -> Tensors:
+        return rehearse(stage, script=only(site, updates[name], stage.like), seed=seed).broadcast
 
-    usual, others = told("nothing", 0), [told("nothing", seed) for seed in (1, 2)]
-    changed = {name: t for kind in ("large everywhere", "ordinary") for name, t in told(kind, 0).items()
+    usual, others = broadcast("nothing", 0), [broadcast("nothing", seed) for seed in (1, 2)]
+    changed = {name: t for kind in ("large everywhere", "ordinary") for name, t in broadcast(kind, 0).items()
                if name not in usual or not torch.equal(t, usual[name])}
     bare = [name for name in changed if all(name in usual and torch.equal(t[name], usual[name]) for t in others)]
-    if bare:
-        yield Finding(check="noise", outcome="failed",
-                      what=f"the server broadcasts {bare[0]}, which depends on the updates but doesn't vary with the "
-                           "random numbers",
-                      remedy="add noise to what it is computed from, and charge the ledger for it")
-    elif changed:
-        yield Finding(check="noise", outcome="passed",
-                      what=f"what the server broadcasts ({', '.join(changed)}) gets noise")
+    if changed:
+        yield verdict("noise", f"the server broadcasts {bare[0]}, which depends on the updates but does not vary with "
+                      "the random numbers" if bare else None, f"the broadcast of {', '.join(changed)} has noise",
+                      "add noise to the values it is computed from, and charge the ledger for it")
 
 
-def _judged(worst: float, claimed: float, where: str) -> Finding:
-    if worst > claimed * (1 + _SLACK):
-        measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {1 / worst:.3g}"
-        return Finding(check="sensitivity", outcome="failed",
-                       what=f"{where}: the noise is that of {measured}, the ledger was charged for "
-                            f"{1 / claimed:.3g}",
-                       remedy="bound the Euclidean norm of what noise is added to (clip), and let the noise be the "
-                              "charged multiplier times the bound; with adjacency 'any two' the sensitivity is twice "
-                              "the clip")
-    return Finding(check="sensitivity", outcome="passed",
-                   what=f"{where}: worst case is a noise multiplier of {1 / worst:.3g}, charged is {1 / claimed:.3g}")
-
-
-def _distance(one: Tensors, other: Tensors, std: Mapping[str, float]) -> float:
-    """How far two outputs with the same noise are apart, in standard deviations of the noise."""
-    total = 0.0
-    for name, t in one.items():
-        gap = float((t.double() - other[name].double()).square().sum())
-        total += 0.0 if gap == 0 else gap / std[name] ** 2 if std[name] > 0 else math.inf
-    return math.sqrt(total)
-
-
-def _std(runs: Sequence[Tensors]) -> dict[str, float]:
-    """Standard deviation of each tensor's entries over the runs."""
-    return {name: math.sqrt(float(torch.stack([run[name].double() for run in runs]).var(dim=0).mean()))
-            for name in runs[0]}
-
-
-def _silent(runs: Sequence[Tensors], shared: set[str], *, every: bool) -> list[str]:
-    """Shared tensors without noise, on any entry or, where noise chooses entries, on all."""
-    out = []
+def _noise(runs: Sequence[Tensors], shared: set[str], *, every: bool, layer: str, remedy: str) -> Finding:
+    """Whether shared tensors vary with the random numbers: every entry or, where noise chooses entries, any."""
+    silent = []
     for name in sorted(shared):
         moves = torch.stack([run[name].double() for run in runs]).var(dim=0) > 0
         if not (moves.all() if every else moves.any()):
-            out.append(name)
-    return out
+            silent.append(name)
+    more = f"; {len(silent)} tensors in all" if len(silent) > 1 else ""
+    return verdict("noise", f"{layer} charges the ledger, but its output {silent[0]} does not vary with the random "
+                   f"numbers{more}" if silent else None, f"{layer}: every shared tensor has noise", remedy)
 
 
-def _shared(claim: Claim, technique: Privacy, stage: Stage, updates: Mapping[str, Tensors], site: str) -> set[str]:
-    """Tensors of which anything comes through at all; of a noise that chooses, none need."""
-    found: set[str] = set()
-    for name in ("large everywhere", "nothing"):
-        for seed in (0, 1):
-            seen = rehearse(technique, stage, script=only(site, updates[name], stage.like), seed=seed)
-            found |= {key for key, t in claim.output(seen, 0, site).items() if t.count_nonzero()}
-    return found
+def _sensitivity(worst: float, claimed: float, where: str) -> Finding:
+    """Whether the smallest noise multiplier that was measured, 1 / `worst`, is the charged one, 1 / `claimed`."""
+    measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {1 / max(worst, 1e-99):.3g}"
+    return verdict(
+        "sensitivity", f"{where}: measured is {measured}, charged is {1 / claimed:.3g}"
+        if worst > claimed * (1 + _SLACK) else None, f"{where}: the worst case is {measured}, charged is "
+        f"{1 / claimed:.3g}", "bound the Euclidean norm of what noise is added to (clip), and let the noise be the "
+        "charged multiplier times the bound; with adjacency 'any two' the sensitivity is twice the clip")
+
+
+def _worst(given: Mapping[str, Sequence[Tensors]], pairs: Iterable[tuple[str, str]], runs: Sequence[Tensors]
+           ) -> tuple[float, tuple[str, str]]:
+    """The pair of inputs whose outputs with equal noise are furthest apart, in standard deviations of the noise."""
+    # Of each tensor's entries, over the runs.
+    std = {name: math.sqrt(float(torch.stack([run[name].double() for run in runs]).var(dim=0).mean()))
+           for name in runs[0]}
+
+    def distance(one: Tensors, other: Tensors) -> float:
+        total = 0.0
+        for name, t in one.items():
+            gap = float((t.double() - other[name].double()).square().sum())
+            total += 0.0 if gap == 0 else gap / std[name] ** 2 if std[name] > 0 else math.inf
+        return math.sqrt(total)
+
+    return max((distance(one, other), pair) for pair in pairs
+               for one, other in zip(given[pair[0]], given[pair[1]], strict=True))
 
 
 def _with(patient: Patient, *, scale: float = 1.0, label: int | None = None) -> Patient:
@@ -305,7 +264,7 @@ def _with(patient: Patient, *, scale: float = 1.0, label: int | None = None) -> 
     return Patient(patient.id, patient.image * scale, drawn, patient.affine)
 
 
-#: Patients of whom one takes the place of another.
+#: Changes of a patient; any result may take the place of any other.
 _PATIENTS: Mapping[str, Callable[[Patient], Patient]] = {
     "a patient": lambda patient: patient,
     "a scan 10 000 times as bright": lambda patient: _with(patient, scale=1e4),

@@ -1,62 +1,65 @@
 """What each site has contributed to a model: leave-one-out and Shapley values, from the updates of one run.
 
-No model is trained again: a model "without Basel" is put together from the stored updates of the others, as Song et al.
-2019 (Profit allocation for federated learning, IEEE Big Data) propose. It says what a site's updates are worth in this
-run; had the site not been there, the others' updates would have been different ones.
+No model is trained again: a model "without Basel" is formed from the stored updates of the others, as Song et al. 2019
+(Profit allocation for federated learning, IEEE Big Data) propose. The values are those of a site's updates in this run;
+without the site, the others' updates would have been different.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from fedlab.core.errors import PrivacyError, RunError
+from fedlab.core.files import write_json, write_whole
 from fedlab.core.gate import check_update
 from fedlab.core.protocols import Engine, Strategy
 from fedlab.core.seeds import generator
 from fedlab.core.types import Answer, ServerState, Site, Tensors, Update
-from fedlab.core.weights import weights_sha256
+from fedlab.core.weights import load_weights, weights_sha256
 from fedlab.run.history import History
 from fedlab.run.recipe import recipe_sha256
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
 from fedlab.run.wrapped import Wrapped
 from fedlab.strategies.averaging import FedAvg, TooFewUpdates
+from fedlab.training.metrics import evaluate
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Contributions", "KeepUpdates", "Values", "dice_on", "leave_one_out", "shapley", "site_contributions"]
 
-#: Players up to which every coalition is asked, 2 to that power.
+#: The largest number of players of whom all coalitions, 2 to that power, are evaluated.
 _EXACT = 12
 _FORMAT = "fedlab-updates-1"
 
-#: What a coalition is worth.
+#: The worth of a coalition.
 Worth = Callable[[frozenset[str]], float]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Values:
-    """What each player of a game is worth.
+    """The values of the players of a game.
 
     Attributes:
         value: by player.
-        error: standard error of each value; 0 where every coalition was asked.
-        evaluations: coalitions whose worth was found, each once.
+        error: standard error of each value; 0 where all coalitions were evaluated.
+        evaluations: number of coalitions that were evaluated, each once.
     """
 
     value: Mapping[str, float]
@@ -66,17 +69,17 @@ class Values:
 
 def shapley(worth: Worth, players: Sequence[str], *, permutations: int | None = None, tolerance: float = 0.0,
             seed: int = 0) -> Values:
-    """The Shapley value: what each player adds, on average over the orders in which they may come.
+    """The Shapley value: what each player adds, on average over the orders in which players may join.
 
-    The values add up to worth(everybody) - worth(nobody); players who add the same to every coalition get the same;
-    who adds nothing gets nothing (Shapley 1953).
+    The values add up to worth(everybody) - worth(nobody); players who add the same to every coalition have the same
+    value; one who adds nothing has the value 0 (Shapley 1953).
 
     Args:
-        worth: of a coalition; asked once for each.
+        worth: of a coalition; called once for each.
         players: their names.
-        permutations: orders that are drawn (Castro et al. 2009); None asks all 2^n coalitions.
-        tolerance: an order is left as soon as those who have come are worth, to this much, what everybody is
-            (truncation, Ghorbani and Zou 2019); the values then add up to this much only.
+        permutations: number of random orders (Castro et al. 2009); None evaluates all 2^n coalitions.
+        tolerance: an order ends as soon as the worth of those who have joined is within this of everybody's
+            (truncation, Ghorbani and Zou 2019); the sum of the values is then exact to this much only.
         seed: of the orders.
 
     Raises:
@@ -87,68 +90,53 @@ def shapley(worth: Worth, players: Sequence[str], *, permutations: int | None = 
     if permutations is None and len(players) > _EXACT:
         raise ValueError(f"{len(players)} players have 2^{len(players)} coalitions; give permutations=, such as 200")
     if permutations is not None and permutations < 2:
-        raise ValueError(f"permutations is at least 2, or no error can be stated; got {permutations}")
+        raise ValueError(f"permutations is at least 2, since one order has no standard error; got {permutations}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance is at least 0, got {tolerance}")
-    known = _Remembered(worth)
+    known, everybody = functools.cache(worth), frozenset(players)
     if permutations is None:
-        value = {player: _exact(known, player, [p for p in players if p != player]) for player in players}
-        return Values(value=value, error=dict.fromkeys(players, 0.0), evaluations=len(known.found))
-    rng, everybody = generator(seed, "shapley"), frozenset(players)
-    rows = []
+        value = {player: _exact(known, player, everybody - {player}) for player in players}
+        return Values(value=value, error=dict.fromkeys(players, 0.0), evaluations=known.cache_info().currsize)
+    rng, rows = generator(seed, "shapley"), []
     for _ in range(permutations):
         order = [players[k] for k in torch.randperm(len(players), generator=rng).tolist()]
-        row, came = dict.fromkeys(players, 0.0), frozenset[str]()
+        row, joined = dict.fromkeys(players, 0.0), frozenset[str]()
         for player in order:
-            if tolerance and abs(known(everybody) - known(came)) <= tolerance:
+            if tolerance and abs(known(everybody) - known(joined)) <= tolerance:
                 break
-            row[player] = known(came | {player}) - known(came)
-            came |= {player}
+            row[player] = known(joined | {player}) - known(joined)
+            joined |= {player}
         rows.append(row)
     table = pd.DataFrame(rows, columns=list(players))
-    value = {player: float(table[player].mean()) for player in players}
-    error = {player: float(table[player].std()) / math.sqrt(permutations) for player in players}
-    return Values(value=value, error=error, evaluations=len(known.found))
+    mean, error = (dict(zip(players, map(float, numbers), strict=True)) for numbers in (table.mean(), table.sem()))
+    return Values(value=mean, error=error, evaluations=known.cache_info().currsize)
 
 
 def leave_one_out(worth: Worth, players: Sequence[str]) -> Values:
-    """What everybody is worth more than everybody but one: n + 1 coalitions. These values add up to nothing special.
+    """The worth of everybody minus that of everybody but one: n + 1 coalitions. The values have no particular sum.
 
     Of two sites with the same patients each seems worthless, since the other one is still there.
     """
-    known, everybody = _Remembered(worth), frozenset(players)
+    known, everybody = functools.cache(worth), frozenset(players)
     value = {player: known(everybody) - known(everybody - {player}) for player in players}
-    return Values(value=value, error=dict.fromkeys(players, 0.0), evaluations=len(known.found))
+    return Values(value=value, error=dict.fromkeys(players, 0.0), evaluations=known.cache_info().currsize)
 
 
-class _Remembered:
-    """The worth of coalitions, asked once each."""
-
-    def __init__(self, worth: Worth) -> None:
-        self.worth = worth
-        self.found: dict[frozenset[str], float] = {}
-
-    def __call__(self, coalition: frozenset[str]) -> float:
-        if coalition not in self.found:
-            self.found[coalition] = float(self.worth(coalition))
-        return self.found[coalition]
-
-
-def _exact(worth: _Remembered, player: str, others: Sequence[str]) -> float:
+def _exact(worth: Worth, player: str, others: frozenset[str]) -> float:
     total = 0.0
     for size in range(len(others) + 1):
         share = 1 / ((len(others) + 1) * math.comb(len(others), size))
-        for coalition in map(frozenset, itertools.combinations(others, size)):
+        for coalition in map(frozenset, itertools.combinations(sorted(others), size)):
             total += share * (worth(coalition | {player}) - worth(coalition))
     return total
 
 
 class KeepUpdates(Wrapped):
-    """An engine that keeps every update that arrives, one file a site and round.
+    """An engine that stores every update that arrives, one file per site and round.
 
-    They are what the server sees anyway, so a guarantee given at the sites covers the files as well. Where noise is
-    added at the server, or where updates are hidden from it, nothing is kept and the run is refused. Without a
-    guarantee the files can tell about patients (gradient inversion): keep them where the server's own data may lie.
+    The server sees them anyway, so a guarantee given at the sites covers the files as well. Where noise is added at the
+    server, or where updates are hidden from it, nothing is stored and the run is refused. Without a guarantee the files
+    can reveal patients (gradient inversion): keep them where the server's own data may lie.
 
     Args:
         engine: where the sites work.
@@ -160,20 +148,21 @@ class KeepUpdates(Wrapped):
         self._round: tuple[int, str] | None = None
 
     def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
-        """The answer of each site, kept and handed on.
+        """The answer of each site, stored and passed on.
 
         Raises:
-            PrivacyError: no single update may be kept under the technique of this run.
+            PrivacyError: no single update may be stored under the technique of this run.
             RunError: the folder holds something else.
-            ValueError: the workflow has no one model that all sites of a round start from.
+            ValueError: the sites of a round start from several models.
         """
         self._begin(task, state)
         folder = self.folder / f"round-{state.round:04d}"
         folder.mkdir(exist_ok=True)
         for answer in self.engine.train(task, state, cohort, states):
-            if isinstance(answer, Update) and _usable(answer, state):  # an update that the server refuses is not kept
-                _write(folder / f"{quote(answer.site, safe='')}.safetensors", answer.delta,
-                       {"weight": answer.weight, "steps": answer.steps})
+            with suppress(PrivacyError):  # an update that the server refuses is not kept
+                update = check_update(answer, like=state.params, site=answer.site)
+                _write(folder / f"{quote(update.site, safe='')}.safetensors", update.delta,
+                       {"weight": update.weight, "steps": update.steps})
             yield answer
 
     def _begin(self, task: SiteTask, state: ServerState) -> None:
@@ -183,8 +172,8 @@ class KeepUpdates(Wrapped):
                                "leave KeepUpdates out")
         here = weights_sha256(state.params)
         if state.models or (self._round is not None and self._round[0] == state.round and self._round[1] != here):
-            raise ValueError("models without a site are put together for topology=star only, where all sites of a "
-                             "round start from one model")
+            raise ValueError("a model without one site is defined for topology=star only, where all sites of a round "
+                             "start from one model")
         self._round = state.round, here
         note = {"format": _FORMAT, "seed": task.seed,
                 "recipe_sha256": recipe_sha256([task.trainer, task.strategy, task.privacy])}
@@ -199,7 +188,7 @@ class KeepUpdates(Wrapped):
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / "start.safetensors", state.params, {})
-            path.write_text(json.dumps(note, indent=1, ensure_ascii=False), encoding="utf-8")
+            write_json(path, note)
 
     def __repr__(self) -> str:
         return f"KeepUpdates(engine={self.engine!r}, folder={str(self.folder)!r})"
@@ -207,15 +196,15 @@ class KeepUpdates(Wrapped):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contributions:
-    """What each site's updates are worth, and what it cost to find out.
+    """The values of each site's updates, and the cost of computing them.
 
     Attributes:
-        table: a row a site: shapley, standard error, leave one out.
+        table: one row per site: shapley, standard error, leave one out.
         nobody: worth of the model before the first round.
         everybody: worth of the model of all; the Shapley values add up to the difference.
-        evaluations: models that were put together and evaluated.
-        stored_bytes: of all updates kept.
-        seconds: that it took.
+        evaluations: number of models that were formed and evaluated.
+        stored_bytes: of all stored updates.
+        seconds: wall time.
         how: the method, in words.
     """
 
@@ -227,15 +216,15 @@ class Contributions:
     seconds: float
     how: str
 
+    def _summary(self) -> str:
+        return (f"from {self.nobody:.4f} (nobody) to {self.everybody:.4f} (everybody); {self.how}; {self.evaluations} "
+                f"models evaluated in {self.seconds:.1f} s, {self.stored_bytes / 1e6:.1f} MB of updates kept")
+
     def __str__(self) -> str:
-        return (f"{self.table.to_string(float_format='{:.4f}'.format)}\nfrom {self.nobody:.4f} (nobody) to "
-                f"{self.everybody:.4f} (everybody); {self.how}; {self.evaluations} models evaluated in "
-                f"{self.seconds:.1f} s, {self.stored_bytes / 1e6:.1f} MB of updates kept")
+        return f"{self.table.to_string(float_format='{:.4f}'.format)}\n{self._summary()}"
 
     def _repr_html_(self) -> str:
-        html: str = self.table.to_html(float_format="{:.4f}".format)
-        return f"{html}<p>From {self.nobody:.4f} (nobody) to {self.everybody:.4f} (everybody); {self.how}; " \
-               f"{self.evaluations} models evaluated in {self.seconds:.1f} s, {self.stored_bytes / 1e6:.1f} MB kept</p>"
+        return f"{self.table.to_html(float_format='{:.4f}'.format)}<p>{self._summary()}</p>"
 
 
 def site_contributions(
@@ -244,18 +233,19 @@ def site_contributions(
 ) -> Contributions:
     """Leave-one-out and Shapley values of the sites of a run.
 
-    The model of a coalition is what the run's rounds make of its updates alone, from the run's start. The utility sees
-    held-out patients, whose results the values tell about: they are no private release.
+    The model of a coalition is the result of the run's rounds, from the run's start, with its updates alone. The
+    utility is computed on held-out patients, and the values reveal their results: they are no private release.
 
     Args:
-        history: of the run, which says whose updates were let in.
-        folder: what `KeepUpdates` kept of it.
+        history: of the run; it says whose updates were let in.
+        folder: of `KeepUpdates`.
         utility: of a model's weights, larger is better; such as `dice_on(trainer.model, patients)`.
-        strategy: of the run; `FedAvg()` by default.
+        strategy: of the run, with the settings that it reads from the run, such as `FedNova(momentum=0.9)`;
+            `FedAvg()` by default.
         permutations, tolerance, seed: as in `shapley`; with n sites all coalitions are 2^n evaluations.
 
     Raises:
-        RunError: the updates are missing or damaged, or don't give the model of this run.
+        RunError: the updates are missing or damaged, or do not give the model of this run.
         ValueError: as in `shapley`.
     """
     import pandas as pd
@@ -264,19 +254,19 @@ def site_contributions(
     strategy = FedAvg() if strategy is None else strategy
     sites = sorted({name for record in history.records for name in record["sites"]})
     if history.state is None or not sites:
-        raise RunError("no update entered the model in this run, so there is nothing to share out")
+        raise RunError("no update entered the model in this run, so there is nothing to divide among sites")
     everybody = frozenset(sites)
     if weights_sha256(_model_of(folder, history, strategy, everybody)) != weights_sha256(history.state.params):
         raise RunError(f"the updates in {folder} do not give the model of this run: they are of another run, or it had "
                        f"another strategy than {strategy!r}")
-    worth = _Remembered(lambda coalition: utility(_model_of(folder, history, strategy, coalition)))
+    worth = functools.cache(lambda coalition: float(utility(_model_of(folder, history, strategy, coalition))))
     values = shapley(worth, sites, permutations=permutations, tolerance=tolerance, seed=seed)
     without = leave_one_out(worth, sites)
     table = pd.DataFrame({"shapley": values.value, "standard error": values.error, "leave one out": without.value})
     how = "Shapley values over all coalitions" if permutations is None else (
         f"Shapley values from {permutations} permutations" + (f", truncated at {tolerance:g}" if tolerance else ""))
     return Contributions(table=table.rename_axis("site"), nobody=worth(frozenset()), everybody=worth(everybody),
-                         evaluations=len(worth.found), how=how, seconds=time.perf_counter() - started,
+                         evaluations=worth.cache_info().currsize, how=how, seconds=time.perf_counter() - started,
                          stored_bytes=sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
 
 
@@ -284,11 +274,8 @@ def dice_on(model: torch.nn.Module, patients: Sequence[Any], *, precision: str =
             ) -> Callable[[Tensors], float]:
     """A utility: mean Dice over regions of patients or of sites' held-out patients; see `training.metrics.evaluate`.
 
-    The model itself is left as it is.
+    The model itself does not change.
     """
-    from fedlab.core.weights import load_weights
-    from fedlab.training.metrics import evaluate
-
     own = copy.deepcopy(model)
 
     def dice(params: Tensors) -> float:
@@ -298,38 +285,26 @@ def dice_on(model: torch.nn.Module, patients: Sequence[Any], *, precision: str =
     return dice
 
 
-def _usable(update: Update, state: ServerState) -> bool:
-    try:
-        check_update(update, like=state.params, site=update.site)
-    except PrivacyError:
-        return False
-    return True
-
-
 def _model_of(folder: Path, history: History, strategy: Strategy, coalition: frozenset[str]) -> Tensors:
-    """The weights that the run's rounds make of a coalition's updates."""
+    """The weights after the run's rounds with a coalition's updates alone."""
     start, _ = _read(folder / "start.safetensors")
     state = strategy.begin(start)
     for record in history.records:
         names = [name for name in record["sites"] if name in coalition]
-        updates = (_update(folder / f"round-{record['round']:04d}", name, record["round"]) for name in names)
+        stored = (_read(folder / f"round-{record['round']:04d}" / f"{quote(name, safe='')}.safetensors")
+                  for name in names)
+        updates = (Update(site=name, delta=delta, weight=float(note["weight"]), steps=int(note["steps"]),
+                          round=record["round"]) for name, (delta, note) in zip(names, stored, strict=True))
         try:
             state = strategy.step(state, strategy.combine(updates))
         except TooFewUpdates:
-            state = ServerState(**{**vars(state), "round": state.round + 1})
+            state = replace(state, round=state.round + 1)
     return state.params
 
 
-def _update(folder: Path, site: str, round: int) -> Update:
-    delta, note = _read(folder / f"{quote(site, safe='')}.safetensors")
-    return Update(site=site, delta=delta, weight=float(note["weight"]), steps=int(note["steps"]), round=round)
-
-
 def _write(path: Path, tensors: Tensors, note: Mapping[str, float]) -> None:
-    scratch = path.with_name(path.name + ".part")
     header = {"order": json.dumps(list(tensors)), **{name: repr(value) for name, value in note.items()}}
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch, metadata=header)
-    os.replace(scratch, path)
+    write_whole(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=header))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -338,5 +313,4 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             header = file.metadata()
             return {name: file.get_tensor(name) for name in json.loads(header["order"])}, header
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is missing or damaged ({error}); the run has to keep its updates from the "
-                       "start") from error
+        raise RunError(f"{path} is missing or damaged ({error}); use KeepUpdates from the run's start on") from error

@@ -1,10 +1,9 @@
-"""Gradient inversion: a patch of a scan, looked for in the update that was computed from it.
+"""Gradient inversion: the reconstruction of a patch of a scan from the update that was computed from it.
 
 J. Geiping, H. Bauermeister, H. Dröge, M. Moeller, Inverting Gradients: How easy is it to break privacy in federated
-learning?, NeurIPS 2020, arXiv 2003.14053. Whoever sees a site's update and knows the model looks for the image whose
-gradient points the way of the update. What is tried here is the easiest case for the attacker: one plain step on one
-patch, and the patch's labels known. Where even that fails, nothing is proven; where it succeeds, the update is no
-secret.
+learning?, NeurIPS 2020, arXiv 2003.14053. An adversary who sees a site's update and knows the model looks for the image
+whose gradient has the direction of the update. Here the case is the easiest for the adversary: one plain step on one
+patch whose labels are known. A failure of this attack proves nothing; its success shows that the update is no secret.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.func import functional_call
 
 from fedlab.core.seeds import derive, generator
 from fedlab.core.types import Tensors, Update
-from fedlab.core.weights import trainable
+from fedlab.core.weights import check_fit, trainable
 from fedlab.training.trainer import DiceBCE
 
 __all__ = ["Inversion", "invert_update", "one_step_update", "patch_net"]
@@ -30,13 +29,13 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inversion:
-    """What an attack found.
+    """The result of an attack.
 
     Attributes:
         image: the reconstruction, float32, (4, X, Y, Z), in the units of a network's input.
-        distance: 1 − cosine between the update and the update that the reconstruction gives; 0 is a perfect match.
-        steps: that were taken.
-        seconds: that they took.
+        distance: 1 − cosine between the update and the update of the reconstruction; 0 is a perfect match.
+        steps: number of steps taken.
+        seconds: wall time.
     """
 
     image: torch.Tensor
@@ -47,21 +46,21 @@ class Inversion:
     def correlation(self, truth: torch.Tensor) -> float:
         """Pearson correlation of the reconstruction's values with the true ones, over all channels and voxels.
 
-        1 is the patch itself up to brightness and contrast, 0 is nothing of it.
+        1 is the patch itself up to brightness and contrast; 0 is unrelated to it.
 
         Args:
-            truth: the patch that the update was computed from, (4, X, Y, Z).
+            truth: the patch of the update, (4, X, Y, Z).
 
         Raises:
             ValueError: a patch of another shape, or one without any contrast.
         """
         if truth.shape != self.image.shape:
             raise ValueError(f"the truth has shape {tuple(truth.shape)}, the reconstruction "
-                             f"{tuple(self.image.shape)}; give the patch that the update is of")
+                             f"{tuple(self.image.shape)}; give the patch of the update")
         pair = torch.stack([self.image.double().flatten(), truth.double().flatten()])
         if bool((pair.std(dim=1) == 0).any()):
-            raise ValueError("the patch or its reconstruction has the same value everywhere, so they have no "
-                             "correlation; take a patch with tissue in it")
+            raise ValueError("the patch or its reconstruction is constant, so there is no correlation; take a patch "
+                             "with tissue in it")
         return float(torch.corrcoef(pair)[0, 1])
 
     def __repr__(self) -> str:
@@ -71,12 +70,12 @@ class Inversion:
 
 
 def patch_net(*, width: int = 16, seed: int = 0) -> nn.Module:
-    """A small network for patches, quick to attack: two convolutions of 3³ and one of 1³, smooth in between.
+    """A small network for patches that is quick to attack: convolutions of 3³, 3³ and 1³, and a smooth activation.
 
     It maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z).
 
     Args:
-        width: channels in between.
+        width: number of hidden channels.
         seed: of the weights.
 
     Raises:
@@ -95,15 +94,15 @@ def one_step_update(model: nn.Module, image: torch.Tensor, regions: torch.Tensor
     """The update of a site that takes one plain gradient step on one patch: −lr times the gradient.
 
     Args:
-        model: left as it is.
+        model: does not change.
         image: (4, X, Y, Z).
-        regions: (3, X, Y, Z), as `labels_to_regions` gives them.
+        regions: (3, X, Y, Z), as of `labels_to_regions`.
         lr: learning rate.
         loss: of logits and regions; `DiceBCE()` by default.
-        site: who sends it.
+        site: name of the sender.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: the shapes do not fit each other.
     """
     if image.dim() != 4 or regions.dim() != 4 or image.shape[1:] != regions.shape[1:]:
         raise ValueError(f"expected an image (4, X, Y, Z) and its regions (3, X, Y, Z), got {tuple(image.shape)} and "
@@ -119,24 +118,24 @@ def invert_update(
     lr: float = 0.1, smoothness: float = 1e-2, channels: int = 4, limit: float = 4.0, seed: int = 0,
     max_seconds: float = 60.0, on_step: Callable[[int, torch.Tensor], bool] | None = None,
 ) -> Inversion:
-    """Looks for the patch that an update was computed from.
+    """Reconstructs the patch that an update was computed from.
 
-    Minimises 1 − cosine(update, update that the patch would give) + smoothness × total variation, with Adam on the
-    signs of the gradient, from noise (Geiping et al. 2020, section 4). The cosine knows nothing of the update's
-    length: clipping as such hides nothing.
+    Minimises 1 − cosine(update, update of the patch) + smoothness × total variation, with Adam on the signs of the
+    gradient, from noise (Geiping et al. 2020, section 4). The cosine is independent of the update's length: clipping
+    alone hides nothing.
 
     Args:
-        delta: the update that was seen, with the names and shapes of the model's trainable tensors.
-        model: with the weights that the update starts from; left as it is.
-        regions: of the patch, (3, X, Y, Z); the attacker is given them.
-        loss: that the site minimised; `DiceBCE()` by default.
+        delta: the update, with the names and shapes of the model's trainable tensors.
+        model: with the weights that the update starts from; does not change.
+        regions: of the patch, (3, X, Y, Z); known to the adversary.
+        loss: of the site; `DiceBCE()` by default.
         steps: at most.
-        lr: step of Adam, falling to a tenth at 3/8, 5/8 and 7/8 of the steps.
+        lr: step of Adam, divided by ten at 3/8, 5/8 and 7/8 of the steps.
         smoothness: weight of the mean total variation.
         channels: of the patch.
-        limit: values are kept within ±limit; a z-scored scan has few beyond 4.
-        seed: of the noise that it starts from.
-        max_seconds: it ends there, with what it has.
+        limit: values are clamped to ±limit; a z-scored scan has few beyond 4.
+        seed: of the noise at the start.
+        max_seconds: time after which the attack ends with its result so far.
         on_step: called with the number of steps taken and the patch so far (4, X, Y, Z); false ends the attack.
 
     Returns:
@@ -171,7 +170,7 @@ def invert_update(
 
 def _gradient(model: nn.Module, params: Tensors, image: torch.Tensor, target: torch.Tensor, loss: Loss, *,
               keep: bool) -> Sequence[torch.Tensor]:
-    """Of the loss with respect to the parameters, in their order; `keep` makes it differentiable itself."""
+    """Of the loss with respect to the parameters, in their order; differentiable itself if `keep`."""
     weights = {name: p.clone().requires_grad_() for name, p in params.items()}
     value = loss(functional_call(model, weights, (image,)), target)
     gradient: Sequence[torch.Tensor] = torch.autograd.grad(value, list(weights.values()), create_graph=keep)
@@ -187,9 +186,9 @@ def _check(delta: Tensors, model: nn.Module, **settings: float) -> None:
     for name, value in settings.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is a positive number, got {value!r}")
-    own = trainable(model)
-    if delta.keys() != own.keys() or any(delta[name].shape != p.shape for name, p in own.items()):
-        raise ValueError(f"the update does not fit the model: expected tensors {sorted(own)[:3]}… of the model's "
-                         f"shapes, got {sorted(delta)[:3]}…")
+    try:
+        check_fit(trainable(model), delta)
+    except ValueError as error:
+        raise ValueError(f"the update does not fit the model; {error}") from error
     if not any(bool(t.any()) for t in delta.values()):
-        raise ValueError("the update is zero everywhere: there is nothing in it to look for")
+        raise ValueError("the update is zero everywhere, so it reveals nothing")

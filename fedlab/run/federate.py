@@ -118,10 +118,17 @@ def _rounds(run: Run, state: ServerState | None, site_states: SiteStates | None)
 
 
 def loop(run: Run, state: ServerState | None) -> Iterator[Round]:
-    """The rounds of a run that was checked, from a state on or from the beginning."""
+    """The rounds of a run that was checked, from a state on or from the beginning.
+
+    Raises:
+        ValueError: the strategy does not count the rounds.
+    """
     state = run.strategy.begin(run.trainer.initial()) if state is None else state
     while state.round < run.rounds:
         finished = run.topology(run, state)
+        if finished.state.round != state.round + 1:
+            raise ValueError(f"the state after round {state.round} is that of round {finished.state.round}, expected "
+                             f"{state.round + 1}; in step() return super().step(state, mean), or count the round")
         state = finished.state
         yield finished
 

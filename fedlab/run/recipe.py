@@ -9,16 +9,19 @@ nothing of the result, names the other in an attribute `stands_for`.
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import hashlib
 import inspect
 import json
 import math
+import re
 import sys
 import textwrap
+import tokenize
 import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
@@ -39,7 +42,9 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 _MODULE_STATE = frozenset(vars(nn.Module())) | {"training"}
 #: The note of how an object was made (`fedlab.deploy.objects.built`), which changes nothing that it computes.
 _NOTE = "_built"
-_PATIENTS: weakref.WeakKeyDictionary[Patient, str] = weakref.WeakKeyDictionary()
+#: Methods of a user's class that compute nothing.
+_SHOWN = frozenset({"__repr__", "__str__", "__hash__", "__eq__"})
+_PATIENTS: weakref.WeakKeyDictionary[Patient, tuple[tuple[int, ...], str]] = weakref.WeakKeyDictionary()
 
 
 def recipe(value: Any) -> Json:
@@ -80,12 +85,15 @@ def patients_sha256(patients: Sequence[Patient]) -> str:
 
 
 def _patient_sha256(patient: Patient) -> str:
-    if patient not in _PATIENTS:
-        tensors = {"image": patient.image, "affine": torch.from_numpy(np.ascontiguousarray(patient.affine))}
-        if patient.label is not None:
-            tensors["label"] = patient.label
-        _PATIENTS[patient] = hashlib.sha256(f"{patient.id}|{weights_sha256(tensors)}".encode()).hexdigest()
-    return _PATIENTS[patient]
+    tensors = {"image": patient.image, "affine": torch.from_numpy(np.ascontiguousarray(patient.affine))}
+    if patient.label is not None:
+        tensors["label"] = patient.label
+    versions = tuple(-1 if t.is_inference() else t._version for t in tensors.values())  # of changes in place
+    known = _PATIENTS.get(patient)
+    if known is None or known[0] != versions:
+        content = hashlib.sha256(f"{patient.id}|{weights_sha256(tensors)}".encode()).hexdigest()
+        known = _PATIENTS[patient] = versions, content
+    return known[1]
 
 
 def _recipe(value: Any, above: tuple[int, ...]) -> Json:
@@ -108,41 +116,58 @@ def _recipe(value: Any, above: tuple[int, ...]) -> Json:
             return {"value": repr(value.item())}
         case np.random.RandomState() | np.random.Generator() | torch.Generator():
             return {"generator": type(value).__name__}  # drawn from a stream of the run where it matters
+        case np.ndarray():
+            return {"array": _recipe(value.tolist(), above)}
         case Mapping():
-            return {"dict": sorted(([_recipe(k, above), _recipe(v, above)] for k, v in value.items()), key=json.dumps)}
+            pairs: list[Json] = [[_recipe(k, above), _recipe(v, above)] for k, v in value.items()]
+            return _collection(value, {"dict": sorted(pairs, key=json.dumps)}, above)
         case set() | frozenset():
-            return {"set": sorted((_recipe(item, above) for item in value), key=json.dumps)}
+            return _collection(value, {"set": sorted((_recipe(item, above) for item in value), key=json.dumps)}, above)
         case list() | tuple():
-            return [_recipe(item, above) for item in value]
+            return _collection(value, [_recipe(item, above) for item in value], above)
         case functools.partial():
             return {"partial": [_recipe(part, above) for part in (value.func, value.args, value.keywords)]}
-        case types.MethodType():
+        case types.MethodType() | types.BuiltinMethodType() | types.MethodWrapperType() if not isinstance(
+                value.__self__, types.ModuleType | None):
             return {"method": value.__name__, "of": _recipe(value.__self__, above)}
         case types.FunctionType():
             return _function(value, above)
         case type() | types.BuiltinFunctionType() | types.ModuleType():
             return _named(value, above)
+        case types.CodeType():
+            return _code(value, above)
         case nn.Module():
             return _module(value, above)
     return _object(value, above)
 
 
+def _collection(value: Any, items: Json, above: tuple[int, ...]) -> Json:
+    """The items of a collection; with its class and settings, if the class is a user's."""
+    return items if _of_a_library(type(value)) else {"items": items, **_object(value, above)}
+
+
 def _named(value: Any, above: tuple[int, ...]) -> Json:
-    """A library's class, function or module by its name; a user's class by its methods and plain attributes."""
+    """A library's class, function or module by its name; a user's class by its methods and attributes."""
     name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
     if not isinstance(value, type) or _of_a_library(value):
         return {"name": name}
-    plain = types.FunctionType | property | int | float | str
-    parts = {key: part for key, part in vars(value).items() if key in ("__init__", "__call__", "__post_init__")
-             or (not key.startswith("__") and isinstance(part, plain))}
-    bodies = {key: _recipe(part.fget if isinstance(part, property) else part, above) for key, part in parts.items()}
-    return {"class": name, "bases": [_recipe(base, above) for base in value.__bases__], "body": bodies}
+    parts = {key: part for key, part in vars(value).items() if key not in _SHOWN and not key.startswith("_abc_")
+             and (not key.startswith("__") or isinstance(part, types.FunctionType))}
+    return {"class": name, "bases": [_recipe(base, above) for base in value.__bases__],
+            "body": {key: _recipe(_unwrapped(part), above) for key, part in parts.items()}}
+
+
+def _unwrapped(attribute: Any) -> Any:
+    """The function behind a property, a static or a class method."""
+    for name in ("fget", "func", "__func__"):
+        attribute = getattr(attribute, name, attribute)
+    return attribute
 
 
 def _of_a_library(value: Any) -> bool:
-    """Whether a class or function is part of an installed package, which its name and version identify."""
-    module = getattr(value, "__module__", None) or ""
-    if module == "__main__" or "<locals>" in value.__qualname__ or value.__name__ == "<lambda>":
+    """Whether a class, function or module is part of an installed package, which its name and version identify."""
+    module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) or ""
+    if module == "__main__" or "<locals>" in getattr(value, "__qualname__", "") or value.__name__ == "<lambda>":
         return False  # of a notebook or a script, whatever file started the process
     file = getattr(sys.modules.get(module), "__file__", None)
     return module.partition(".")[0] in {*sys.stdlib_module_names, "fedlab"} or (
@@ -154,30 +179,58 @@ def _function(function: types.FunctionType, above: tuple[int, ...]) -> Json:
     if _of_a_library(function):
         return _named(function, above)
     code = function.__code__
-    try:
-        source = _normal(inspect.getsource(function))
-    except (OSError, TypeError):
-        source = ""
-    if not source or function.__name__ == "<lambda>":  # several may stand on one line
-        source += f"|{code.co_code.hex()}|{[c for c in code.co_consts if not isinstance(c, types.CodeType)]!r}"
-    around = {name: function.__globals__[name] for name in sorted(_names(code)) if name in function.__globals__}
+    around = {name: function.__globals__[name] for name in _globals(code) if name in function.__globals__}
     cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
-    return {"function": function.__qualname__, "source": source,
-            "around": {name: _recipe(value, above) for name, value in around.items()},
+    return {"function": function.__qualname__, "source": _source(code) or _code(code, above),
+            "around": {name: _used(value, code, above) for name, value in around.items()},
             "closure": {name: _recipe(value, above) for name, value in cells.items()},
             "defaults": _recipe([function.__defaults__, function.__kwdefaults__], above)}
 
 
+def _used(value: Any, code: types.CodeType, above: tuple[int, ...]) -> Json:
+    """A global of a function; of a user's module the parts that the function names."""
+    if not isinstance(value, types.ModuleType) or _of_a_library(value):
+        return _recipe(value, above)
+    return {"module": value.__name__, "parts": {name: _recipe(vars(value)[name], above) for name in sorted(_names(code))
+                                                if name in vars(value)}}
+
+
+def _source(code: types.CodeType) -> str:
+    """The source of a function; of a lambda none, since its line holds other things too."""
+    try:
+        return "" if code.co_name == "<lambda>" else _normal(inspect.getsource(code))
+    except (OSError, TypeError, tokenize.TokenError):
+        return ""
+
+
+def _code(code: types.CodeType, above: tuple[int, ...]) -> Json:
+    """Compiled code, where there is no source."""
+    return {"code": code.co_code.hex(), "names": [*code.co_names, *code.co_varnames, *code.co_freevars],
+            "constants": [_recipe(constant, above) for constant in code.co_consts]}
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of the functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _globals(code: types.CodeType) -> list[str]:
+    return sorted({str(step.argval) for part in _codes(code) for step in dis.get_instructions(part)
+                   if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")})
+
+
 def _names(code: types.CodeType) -> set[str]:
-    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return {name for part in _codes(code) for name in part.co_names}
 
 
 def _normal(source: str) -> str:
     """Source without comments, indentation and layout."""
     try:
         return ast.unparse(ast.parse(textwrap.dedent(source)))
-    except SyntaxError:  # a lambda in the middle of a call
+    except SyntaxError:
         return " ".join(source.split())
 
 
@@ -193,16 +246,20 @@ def _module(module: nn.Module, above: tuple[int, ...]) -> Json:
             "children": {name: _recipe(child, above) for name, child in module.named_children()}}
 
 
-def _object(value: Any, above: tuple[int, ...]) -> Json:
+def _object(value: Any, above: tuple[int, ...]) -> dict[str, Json]:
+    slots = _slots(type(value))
     if is_dataclass(value):
         own = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-    elif hasattr(value, "__dict__"):
-        own = {name: part for name, part in vars(value).items() if name != _NOTE}
-    else:
-        own = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
-    if hasattr(value, "adj"):  # a networkx graph, whose nodes and edges are what counts
+    elif hasattr(value, "adj"):  # a networkx graph is its nodes and edges
         edges = sorted(repr(sorted(map(repr, edge))) for edge in value.edges)
         own = {"nodes": sorted(map(repr, value.nodes)), "edges": edges}
+    elif hasattr(value, "__dict__") or slots:
+        own = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+        cached = {name for kind in type(value).__mro__ for name, part in vars(kind).items()
+                  if isinstance(part, functools.cached_property)}
+        own = {name: part for name, part in own.items() if name != _NOTE and name not in cached}
+    else:  # of a type written in C
+        own = {"shown": re.sub(r" at 0x[0-9a-f]+", "", repr(value))}
     settings: dict[str, Json] = {name: _recipe(part, above) for name, part in sorted(own.items())}
     return {"object": _recipe(type(value), above), "settings": settings}
 

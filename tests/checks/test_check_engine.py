@@ -39,6 +39,11 @@ def test_an_engine_around_another_passes_with_a_trainer_and_sites_of_one_s_own()
                         only=("bits", "exchange", "resume"))
 
 
+def test_an_engine_that_was_made_before_passes():
+    engine = Local()
+    assert check_engine(lambda: engine, only=("again", "resume", "failure ends the run"))
+
+
 def test_what_is_no_check_and_what_is_no_engine_is_refused():
     with pytest.raises(ValueError, match=r"only holds some of 'bits', 'noise'.*got 'bits'"):
         check_engine(Local, only="bits")

@@ -226,6 +226,9 @@ def test_weights_without_a_word_are_a_warning():
         def __repr__(self):
             return "Bare()"
 
+        def bind(self, run):
+            return self
+
         def combine(self, updates):
             return weighted_mean(updates)
 

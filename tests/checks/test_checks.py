@@ -12,7 +12,7 @@ import torch
 from cohorts import TinyNet, blob_patient
 from fedlab.checks.check_report import CheckReport, Finding
 from fedlab.checks.privacy import check_privacy
-from fedlab.checks.rehearsal import plain_descent
+from fedlab.checks.small_runs import plain_descent
 from fedlab.core.errors import PrivacyError
 from fedlab.core.seeds import generator
 from fedlab.core.types import Site
