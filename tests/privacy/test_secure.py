@@ -19,7 +19,8 @@ from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Concentrated, Gaussian, Ledger, epsilon_of
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import TopK
-from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian
+from fedlab.privacy.dp.clipping import AdaptiveClip
+from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.privacy.secure_aggregation import protocol
 from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.run.admission import Admission

@@ -17,7 +17,8 @@ from fedlab.core.protocols import Exchange, Run
 from fedlab.core.types import SiteState, Tensors, Update
 from fedlab.privacy.accounting.ledger import Concentrated, Ledger, Terms, epsilon_of
 from fedlab.privacy.aggregation import Aggregation
-from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian
+from fedlab.privacy.dp.clipping import AdaptiveClip
+from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.privacy.noise.discrete_gaussian import MAX_LOG2_SIGMA, discrete_gaussian
 from fedlab.privacy.secure_aggregation import protocol
 from fedlab.privacy.secure_aggregation.crypto import Words, add_streams
