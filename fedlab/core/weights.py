@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from fedlab.core.types import Tensors
 
-__all__ = ["check_fit", "load_weights", "trainable", "weights_sha256"]
+__all__ = ["check_fit", "flatten", "load_weights", "matching", "trainable", "unflatten", "weights_sha256"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -57,3 +59,28 @@ def weights_sha256(params: Tensors) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def flatten(tensors: Tensors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A copy of all values, shape (N,), in the order of the tensors."""
+    return torch.cat([t.detach().flatten().to(dtype) for t in tensors.values()])
+
+
+def unflatten(flat: torch.Tensor, like: Tensors) -> dict[str, torch.Tensor]:
+    """The inverse of `flatten`: views of `flat` with the names and shapes of `like`."""
+    pieces = flat.split([t.numel() for t in like.values()])
+    return {name: piece.reshape(t.shape) for (name, t), piece in zip(like.items(), pieces, strict=True)}
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that equal a pattern with "*" and "?", in their order.
+
+    Raises:
+        ValueError: a pattern matches no name.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"no tensor of the model is called {pattern!r}; its tensors are {names[:4]} … "
+                             f"{names[-2:]}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

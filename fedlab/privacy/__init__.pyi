@@ -5,8 +5,9 @@ from .aggregation import Aggregation
 from .at_sites import AtSites
 from .base import Privacy
 from .compression import Quantise, ScaledSign, SharePercentile, TopK
+from .dp.clipping import AdaptiveClip, clip_update
 from .dp.dpsgd import DPSGD
-from .dp.site_level import AdaptiveClip, CentralGaussian, LocalGaussian, clip_update
+from .dp.site_level import CentralGaussian, LocalGaussian
 from .dp.validators import check_private, fix_private
 from .personal_layers import PersonalLayers, norms, norms_and_head
 from .secure_aggregation.aggregation import SecureAggregation

@@ -15,10 +15,10 @@ __all__ = ["Aggregation"]
 
 
 class Aggregation:
-    """Sums in the open: the server sees every update. Every hook does nothing; override them for secure sums.
+    """Sums in the open: the server sees every update. The hooks do nothing; override them for secure sums.
 
     Attributes:
-        units: what noise that is added before an update is hidden protects; the sites' ledgers are charged for it.
+        units: what the noise protects that is added before an update is hidden; the sites' ledgers are charged for it.
         hides_updates: whether the server sees the sum of the updates only.
         steps: names of the exchanges of messages between the sites.
     """

@@ -1,4 +1,4 @@
-"""A technique that only some sites use, such as the one whose policy insists on it."""
+"""A technique that only some sites use, such as a site whose policy requires it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class AtSites(Privacy):
 
     `federate(..., privacy=AtSites(sites=("site-01",), technique=DPSGD(...)), aggregation=SecureAggregation(...))`:
     every update is masked, and one site trains privately as well. The guarantee holds for the patients of the named
-    sites only: `Round.spent` and the ledgers show it, as no other site states anything.
+    sites only: no other site appears in `Round.spent` or has a ledger.
 
     Args:
         sites: names of the sites.
-        technique: works at each site by itself, without a part at the server.
+        technique: works at each site alone, without a part at the server.
 
     Raises:
-        ValueError: no site, a site named twice, or a technique with a part at the server.
+        ValueError: no site, a site named twice, not a technique, or a technique with a part at the server.
     """
 
     def __init__(self, *, sites: Sequence[str], technique: Privacy) -> None:
@@ -54,7 +54,7 @@ class AtSites(Privacy):
     def check(self, run: Run) -> None:
         unknown = sorted(set(self.sites) - set(run.names))
         if unknown:
-            raise ValueError(f"{unknown} are no sites of the run, which has {list(run.names)}")
+            raise ValueError(f"{unknown} are not sites of the run, which has {list(run.names)}")
         self.technique.check(run)
 
     def check_site(self, site: Site, run: Run) -> None:

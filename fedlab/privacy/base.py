@@ -145,14 +145,14 @@ class _Sum(Privacy):
 
 
 def importable(technique: Privacy) -> tuple[str, ...]:
-    """Whether another machine can make this technique; a remote engine asks before it sends one.
+    """Whether another machine can make this technique; a remote engine checks before it sends one.
 
     Returns:
         Names of the modules beyond fedlab that hold its classes and functions: every site must have them.
 
     Raises:
-        PrivacyError: something of it is defined in a notebook cell, in a script that was started, or in a function,
-            from where no other process can import it.
+        PrivacyError: a part of it is defined in a notebook cell, in a script that was started, or in a function, from
+            which no other process can import it.
     """
     modules = set()
     for layer in technique.layers:
@@ -165,7 +165,7 @@ def importable(technique: Privacy) -> tuple[str, ...]:
                 found = getattr(found, step, None)
             if module == "__main__" or found is not part:
                 raise PrivacyError(
-                    f"{name or repr(part)} of {layer!r} is defined in a notebook, a script or a function, from where "
+                    f"{name or repr(part)} of {layer!r} is defined in a notebook, a script or a function, from which "
                     "other sites cannot import it: write it into a file (fedlab export technique, or %%writefile "
                     "my_technique.py as the first line of its cell), have that file approved at every site, and import "
                     "it from there")

@@ -1,11 +1,10 @@
-"""Techniques that send less of an update. They save bytes and promise no privacy: no formal guarantee.
+"""Techniques that send less of an update: they save bytes and give no formal guarantee.
 
-Each writes what it sends as bytes and goes on with what those bytes say, so `Update.encoded` is the true length of a
-message from which the receiver, who knows the model's tensors, recovers the very update that is averaged. With
-`error_feedback` a site adds what it could not send to its next update (Seide et al. 2014; Karimireddy et al. 2019,
-arXiv 1901.09847), kept in the site's state and never sent as such. Before a technique that clips and adds
-noise, all of these are safe, since the clip bounds whatever comes; after it they cost no privacy either, but error
-feedback would then carry old noise along.
+Each encodes the update as bytes and returns the decoded bytes, so `Update.encoded` is the true length of a message from
+which the receiver, who knows the model's tensors, recovers exactly the update that is averaged. With `error_feedback` a
+site adds what it left out to its next update (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847); the rest
+is kept in the site's state and never sent as such. All of these may stand before a technique that clips and adds noise,
+since the clip bounds any update; after it they cost no privacy either, but error feedback then carries old noise along.
 """
 
 from __future__ import annotations
@@ -19,41 +18,42 @@ import numpy as np
 import torch
 
 from fedlab.core.errors import PrivacyError
+from fedlab.core.setting_checks import check_positive, check_share
 from fedlab.core.types import SiteState, Tensors, Update
+from fedlab.core.weights import flatten, unflatten
 from fedlab.privacy.base import Privacy
 
 __all__ = ["Quantise", "ScaledSign", "SharePercentile", "TopK", "decode_levels", "decode_sparse", "encode_levels",
-           "encode_sparse"]
+           "encode_sparse", "entries", "sparse_bytes"]
 
 _DENSE, _BITMAP, _INDICES = b"\x00", b"\x01", b"\x02"
 
 
 class SharePercentile(Privacy):
-    """Share only the largest changes, held within a bound (Shokri and Shmatikov, CCS 2015; Li et al. 2019).
+    """Share only the largest changes, clamped to a bound (Shokri and Shmatikov, CCS 2015; Li et al. 2019).
 
-    Of all entries of the update the share `keep` with the largest absolute values is sent, ties included, each
-    clamped to [−bound, bound]; the others count as 0. No formal guarantee: which entries are large, and their values,
-    are functions of the patients.
+    The share `keep` of all entries with the largest absolute values is sent, ties included, each clamped to [−bound,
+    bound]; the others count as 0. No formal guarantee: the choice of the entries and their values are functions of the
+    patients.
 
     Args:
         keep: share of the entries that is sent, above 0 and at most 1.
         bound: largest absolute value sent, in the unit of the weights; None for no bound.
-        error_feedback: remember what was left out, see the module.
+        error_feedback: add what was left out to the next update, see the module.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of range.
     """
 
     def __init__(self, *, keep: float = 0.1, bound: float | None = None, error_feedback: bool = False) -> None:
-        _check_share(keep)
-        if bound is not None and not 0 < bound < math.inf:
-            raise ValueError(f"bound is a positive number or None, got {bound}")
+        check_share(keep=keep)
+        check_positive(bound=bound, optional=True)
         self.keep, self.bound, self.error_feedback = keep, bound, error_feedback
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         def encode(wanted: Tensors) -> bytes:
-            size = torch.cat([t.flatten() for t in wanted.values()]).abs()
-            cut = _kth_largest(size, _count(self.keep, size.numel()))
+            size = flatten(wanted).abs()
+            cut = float(size.kthvalue(size.numel() - entries(self.keep, size.numel()) + 1).values)
             kept = {name: t.where(t.abs() >= cut, 0.0) for name, t in wanted.items()}
             if self.bound is not None:
                 kept = {name: t.clamp(-self.bound, self.bound) for name, t in kept.items()}
@@ -66,43 +66,44 @@ class TopK(Privacy):
     """Send exactly a share of the entries, the largest ones, of the whole update or of each tensor.
 
     The usual sparsification of distributed training (Aji and Heafield 2017; Lin et al. 2018, "deep gradient
-    compression"); with error feedback every change arrives in the end (Stich et al. 2018, arXiv 1809.07599). No
-    formal guarantee.
+    compression"); with error feedback every change is sent eventually (Stich et al. 2018, arXiv 1809.07599). No formal
+    guarantee.
 
     Args:
         keep: share of the entries that is sent, above 0 and at most 1; at least one entry.
         per_layer: choose within each tensor, so that no layer is left out.
-        error_feedback: remember what was left out, see the module.
+        error_feedback: add what was left out to the next update, see the module.
 
     Raises:
-        ValueError: `keep` out of its range.
+        ValueError: `keep` is out of range.
     """
 
     def __init__(self, *, keep: float = 0.01, per_layer: bool = False, error_feedback: bool = False) -> None:
-        _check_share(keep)
+        check_share(keep=keep)
         self.keep, self.per_layer, self.error_feedback = keep, per_layer, error_feedback
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         def encode(wanted: Tensors) -> bytes:
-            flat = [t.flatten() for t in wanted.values()]
-            kept = torch.cat([self._largest(t) for t in (flat if self.per_layer else [torch.cat(flat)])])
-            return encode_sparse(_shaped(kept, wanted))
+            if self.per_layer:
+                return encode_sparse({name: self._largest(t) for name, t in wanted.items()})
+            return encode_sparse({"all": self._largest(flatten(wanted))})
 
         return _send(self, update, state, encode, decode_sparse)
 
-    def _largest(self, flat: torch.Tensor) -> torch.Tensor:
-        chosen = flat.abs().topk(_count(self.keep, flat.numel()), sorted=False).indices
+    def _largest(self, t: torch.Tensor) -> torch.Tensor:
+        flat = t.flatten()
+        chosen = flat.abs().topk(entries(self.keep, flat.numel()), sorted=False).indices
         return torch.zeros_like(flat).index_copy_(0, chosen, flat[chosen])
 
 
 class ScaledSign(Privacy):
     """Send one bit per entry, its sign, and one number per tensor, the mean absolute value.
 
-    The scaled sign of Karimireddy et al. 2019 (arXiv 1901.09847), which learns with error feedback and may not
-    without. 0 counts as positive, except in a tensor of zeros only. No formal guarantee.
+    The scaled sign of Karimireddy et al. 2019 (arXiv 1901.09847), which converges with error feedback and may not
+    without it. 0 counts as positive, except in a tensor of zeros only. No formal guarantee.
 
     Args:
-        error_feedback: remember what was left out, see the module.
+        error_feedback: add what was left out to the next update, see the module.
     """
 
     def __init__(self, *, error_feedback: bool = True) -> None:
@@ -118,18 +119,18 @@ class ScaledSign(Privacy):
 
 
 class Quantise(Privacy):
-    """Round every entry at random to one of 2^bits − 1 evenly spaced values, right on average.
+    """Round every entry at random to one of 2^bits − 1 evenly spaced values, without bias.
 
     The stochastic quantisation of QSGD (Alistarh et al. 2017, arXiv 1610.02132), scaled by the largest absolute value
-    of each tensor instead of its norm and with plain codes of `bits` bits, not Elias codes. A value between two
-    levels goes up with the probability that makes its expectation right. No formal guarantee.
+    of each tensor instead of its norm and with plain codes of `bits` bits, not Elias codes. A value between two levels
+    is rounded up with the probability that preserves its expectation. No formal guarantee.
 
     Args:
         bits: of each entry, sign included, 2 to 16.
-        error_feedback: remember what rounding left out, see the module; not needed, since rounding is unbiased.
+        error_feedback: add the rounding error to the next update, see the module; optional, as rounding is unbiased.
 
     Raises:
-        ValueError: `bits` out of its range.
+        ValueError: `bits` is out of range.
     """
 
     def __init__(self, *, bits: int = 8, error_feedback: bool = False) -> None:
@@ -156,12 +157,13 @@ class Quantise(Privacy):
 
 def _send(technique: SharePercentile | TopK | ScaledSign | Quantise, update: Update, state: SiteState,
           encode: Callable[[Tensors], bytes], decode: Callable[[bytes, Tensors], Tensors]) -> Update:
-    """The update that the receiver decodes; with error feedback, what it lacks waits in the site's state."""
+    """The update that the receiver decodes; with error feedback, the rest is kept in the site's state."""
     wanted: Tensors = {name: t.detach().float() for name, t in update.delta.items()}
     waiting = state.own
     if technique.error_feedback and waiting:
         if {name: t.shape for name, t in waiting.items()} != {name: t.shape for name, t in wanted.items()}:
-            raise PrivacyError(f"what {update.site} has yet to send is of another model; give it a new state")
+            raise PrivacyError(f"the rest that {update.site} keeps from earlier updates is of another model; give it a "
+                               "new state")
         wanted = {name: t + waiting[name] for name, t in wanted.items()}
     wire = encode(wanted)
     sent = decode(wire, wanted)
@@ -180,7 +182,7 @@ def encode_sparse(delta: Tensors) -> bytes:
     Args:
         delta: finite tensors; rounded to float32.
     """
-    flat = _flat(delta)
+    flat = flatten(delta).numpy()
     places = np.flatnonzero(flat)
     values = flat[places].astype("<f4").tobytes()
     if 4 * places.size < math.ceil(flat.size / 8) and flat.size <= 2**32:
@@ -191,14 +193,14 @@ def encode_sparse(delta: Tensors) -> bytes:
 
 
 def decode_sparse(wire: bytes, like: Tensors) -> Tensors:
-    """What `encode_sparse` wrote, float32.
+    """The inverse of `encode_sparse`, float32.
 
     Args:
         wire: the bytes.
-        like: tensors of the names and shapes that were written.
+        like: tensors of the names and shapes that were encoded.
 
     Raises:
-        ValueError: bytes of another length or code than such tensors have.
+        ValueError: the bytes have another length or code than such tensors.
     """
     size = sum(t.numel() for t in like.values())
     flat, body = np.zeros(size, dtype=np.float32), wire[1:]
@@ -213,16 +215,16 @@ def decode_sparse(wire: bytes, like: Tensors) -> Tensors:
             split = len(body) // 2
             flat[np.frombuffer(body[:split], "<u4")] = np.frombuffer(body[split:], "<f4")
         else:
-            raise ValueError(f"no code begins with {wire[:1]!r}")
+            raise ValueError(f"unknown code {wire[:1]!r}")
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{len(wire)} bytes are no sparse code of {size} entries: {error}") from error
-    return _shaped(torch.from_numpy(flat), like)
+        raise ValueError(f"{len(wire)} bytes are not a sparse code of {size} entries: {error}") from error
+    return unflatten(torch.from_numpy(flat), like)
 
 
 def encode_levels(codes: list[torch.Tensor], scales: list[float], *, bits: int) -> bytes:
     """Evenly spaced levels as bytes: for each tensor its scale, then its codes of `bits` bits each, without gaps.
 
-    The scale is a little-endian float32; a tensor of scale 0 sends no codes; each tensor fills up its last byte.
+    The scale is a little-endian float32; a tensor of scale 0 has no codes; the codes of a tensor fill whole bytes.
 
     Args:
         codes: whole numbers from 0 to 2^bits − 1, one per entry.
@@ -240,15 +242,15 @@ def encode_levels(codes: list[torch.Tensor], scales: list[float], *, bits: int) 
 
 
 def decode_levels(wire: bytes, like: Tensors, *, bits: int) -> Tensors:
-    """What `encode_levels` wrote, float32: one bit stands for −scale and scale, more for −scale … 0 … scale.
+    """The inverse of `encode_levels`, float32: one bit stands for −scale and scale, more for −scale … 0 … scale.
 
     Args:
         wire: the bytes.
-        like: tensors of the names and shapes that were written.
+        like: tensors of the names and shapes that were encoded.
         bits: of a code.
 
     Raises:
-        ValueError: bytes of another length than such tensors have.
+        ValueError: the bytes have another length than such tensors.
     """
     out, at = {}, 0
     middle = 0.5 if bits == 1 else float(2 ** (bits - 1) - 1)
@@ -268,27 +270,15 @@ def decode_levels(wire: bytes, like: Tensors, *, bits: int) -> Tensors:
             numbers += ones[:, place] * 2.0**place
         out[name] = torch.from_numpy((factor * (numbers - middle) / middle).astype(np.float32)).reshape(t.shape)
     if at != len(wire):
-        raise ValueError(f"{len(wire)} bytes came, {at} make up the tensors")
+        raise ValueError(f"got {len(wire)} bytes, the tensors take {at}")
     return out
 
 
-def _flat(delta: Tensors) -> np.ndarray:
-    return torch.cat([t.detach().float().flatten() for t in delta.values()]).numpy()
-
-
-def _shaped(flat: torch.Tensor, like: Tensors) -> Tensors:
-    pieces = flat.split([t.numel() for t in like.values()])
-    return {name: piece.reshape(t.shape) for (name, t), piece in zip(like.items(), pieces, strict=True)}
-
-
-def _check_share(keep: float) -> None:
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is the share of entries that is sent, above 0 and at most 1, got {keep}")
-
-
-def _count(share: float, size: int) -> int:
+def entries(share: float, size: int) -> int:
+    """The number of entries that a share of `size` is, at least one."""
     return max(1, min(size, math.ceil(share * size - 1e-9)))  # 0.1 of 30 is 3, whatever 0.1 * 30 is in binary
 
 
-def _kth_largest(size: torch.Tensor, k: int) -> float:
-    return float(size.kthvalue(size.numel() - k + 1).values)
+def sparse_bytes(size: int, nonzero: int) -> int:
+    """The length of what `encode_sparse` writes for tensors of `size` entries."""
+    return 1 + min(4 * nonzero + min(math.ceil(size / 8), 4 * nonzero), 4 * size)

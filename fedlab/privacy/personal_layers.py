@@ -12,11 +12,13 @@ from torch import nn
 from fedlab.core.errors import PrivacyError
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run
+from fedlab.core.setting_checks import check_patterns
 from fedlab.core.types import Cohort, ServerState, Site, SiteState, Tensors, Update
-from fedlab.core.weights import trainable
+from fedlab.core.weights import matching, trainable
 from fedlab.privacy.base import Privacy
 
 __all__ = ["PersonalLayers", "norms", "norms_and_head"]
+
 
 class PersonalLayers(Privacy):
     """Some tensors stay at each site, such as the norms or the head.
@@ -25,24 +27,25 @@ class PersonalLayers(Privacy):
     2021, arXiv 2102.07623): `PersonalLayers(names=norms(model))`, which helps where scanners differ. Before training
     the site loads its own values of these tensors, afterwards it keeps them in its state; in the update they are 0,
     and the server moves them by 0 whatever noise is added, so the global model keeps its first values there. A site's
-    own model is `local`: validate that one, the global model has an untrained part.
+    own model is `local`; validate that one, since a part of the global model is untrained.
 
-    No formal guarantee: what stays cannot leak directly, but the shared tensors were trained together with it.
-    It goes first in a `+`: techniques that clip, sparsify or train privately then see only what is shared.
+    No formal guarantee: the personal tensors cannot leak directly, but the shared tensors are trained together with
+    them. It goes first in a `+`: techniques that clip, sparsify or train privately then see the shared tensors only.
 
     Args:
         names: names of tensors, or patterns of them with "*" and "?", such as ["*norm*", "conv_final.*"]; see
             `norms` and `norms_and_head`.
 
     Raises:
-        ValueError: no name, or a plain string.
+        ValueError: names is not a list of at least one name.
     """
 
     keeps_tensors = True
 
     def __init__(self, *, names: Sequence[str]) -> None:
-        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"names is a list of names or patterns, such as ['*norm*'], got {names!r}")
+        check_patterns(names=names)
+        if not names:
+            raise ValueError("names is a list of names or patterns of at least one tensor, got none")
         self.names = list(names)
 
     def local(self, params: Tensors, state: SiteState) -> Tensors:
@@ -62,18 +65,14 @@ class PersonalLayers(Privacy):
                                  "values are loaded into")
 
     def check(self, run: Run) -> None:
-        tensors = list(trainable(run.trainer.model))
-        for pattern in self.names:
-            if not any(fnmatchcase(name, pattern) for name in tensors):
-                raise ValueError(f"no tensor of the model is called {pattern!r}; its tensors are {tensors[:4]} … "
-                                 f"{tensors[-2:]}")
-        if all(map(self._personal, tensors)):
+        tensors = trainable(run.trainer.model)
+        if len(matching(tensors, self.names)) == len(tensors):
             raise ValueError(f"{self.names} are all tensors of the model, so nothing would be shared; name fewer, or "
                              "see fedlab.run.baselines.local_only")
         for name, module in run.trainer.model.named_modules():
             own = any(self._personal(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False))
             if own and getattr(module, "running_mean", None) is not None:
-                raise ValueError(f"{name} keeps running statistics, which are no weights and don't stay at a site; "
+                raise ValueError(f"{name} keeps running statistics, which are not weights and do not stay at a site; "
                                  "use group or instance norm")
 
     def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
@@ -115,7 +114,7 @@ _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
 
 
 def norms(model: nn.Module) -> list[str]:
-    """Names of the trainable tensors of all normalisation layers: what FedBN keeps at a site.
+    """Names of the trainable tensors of all normalisation layers, which FedBN keeps at a site.
 
     Raises:
         ValueError: the model has no normalisation layer with weights.
@@ -131,8 +130,8 @@ def norms(model: nn.Module) -> list[str]:
 def norms_and_head(model: nn.Module) -> list[str]:
     """Names of the trainable tensors of all normalisation layers and of the head.
 
-    The head is the last convolution or linear layer that the model registers: right for MONAI's SegResNet, UNet,
-    BasicUNet and DynUNet without deep supervision. Look at the last names.
+    The head is the last convolution or linear layer that the model registers: correct for MONAI's SegResNet, UNet,
+    BasicUNet and DynUNet without deep supervision. Check the last names.
 
     Raises:
         ValueError: the model has no convolution or linear layer.

@@ -21,7 +21,8 @@ from fedlab.core.types import MODALITIES, Patient, SiteState, Spent, Update
 from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.dp.site_level import LocalGaussian, clip_update
+from fedlab.privacy.dp.clipping import clip_update
+from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.privacy.sparse.partial_sharing import PartialSharing
 from fedlab.view.colours import BLUE, ORANGE
 from fedlab.view.page_templates import render

@@ -19,8 +19,9 @@ from fedlab.core.types import Site
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Pure, Terms
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import Quantise, ScaledSign, TopK
+from fedlab.privacy.dp.clipping import AdaptiveClip, clip_update
 from fedlab.privacy.dp.dpsgd import DPSGD
-from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian, LocalGaussian, clip_update
+from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.privacy.sparse.partial_sharing import SVT, PartialSharing, SparseVector

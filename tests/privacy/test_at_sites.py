@@ -74,7 +74,7 @@ def test_refused_where_it_would_not_hold() -> None:
         DP + AtSites(sites=("b",), technique=DP)
     with pytest.raises(ValueError, match="one or more different"):
         AtSites(sites="ab", technique=DP)
-    with pytest.raises(ValueError, match="no sites of the run"):
+    with pytest.raises(ValueError, match="not sites of the run"):
         run(AtSites(sites=("nobody",), technique=DP))
 
 

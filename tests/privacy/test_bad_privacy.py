@@ -18,8 +18,9 @@ from fedlab.core.errors import PrivacyError
 from fedlab.privacy.accounting.ledger import Terms, noise_multiplier_for
 from fedlab.privacy.base import Privacy, importable
 from fedlab.privacy.compression import Quantise, SharePercentile, TopK
+from fedlab.privacy.dp.clipping import AdaptiveClip
 from fedlab.privacy.dp.dpsgd import DPSGD
-from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian, LocalGaussian
+from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from fedlab.privacy.sparse.partial_sharing import SVT, PartialSharing, SparseVector

@@ -18,9 +18,9 @@ from fedlab.core.types import Site, SiteState
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
 from fedlab.privacy.accounting.ledger_file import LedgerFile
+from fedlab.privacy.dp.clipping import AdaptiveClip
 from fedlab.privacy.dp.dpsgd import DPSGD, PatientBatches
 from fedlab.privacy.dp.gradients import MODES, per_patient
-from fedlab.privacy.dp.site_level import AdaptiveClip
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Local
 from fedlab.strategies import FedAvg
@@ -366,7 +366,7 @@ def test_it_learns_within_a_budget_and_withdraws_when_it_is_used_up():
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"clip": 0.0}, "clip is a positive number"), ({"clip": math.inf}, "finite where there is noise"),
+    ({"clip": 0.0}, "clip is a positive number"), ({"clip": math.inf}, "finite if there is noise"),
     ({"clip": math.nan}, "clip is a positive"), ({"noise_multiplier": -1.0}, "noise_multiplier"),
     ({"noise_multiplier": math.nan}, "noise_multiplier"), ({"noise_multiplier": math.inf}, "noise_multiplier"),
     ({"batch": 2}, "either batch"), ({"sample_rate": None}, "either batch"), ({"sample_rate": 0.0}, "sample_rate"),

@@ -14,9 +14,10 @@ from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.types import SiteState, Update
 from fedlab.privacy.accounting.ledger import Ledger, Pure, epsilon_of
 from fedlab.privacy.compression import encode_sparse
+from fedlab.privacy.noise.continuous_laplace import laplace, random_bits
 from fedlab.privacy.sparse import partial_sharing as svt
 from fedlab.privacy.sparse.partial_sharing import SVT, PartialSharing, SparseVector, composed_epsilon
-from fedlab.privacy.sparse.sparse_vector import LaplaceScales, laplace, random_bits, select, sparse_vector_cost
+from fedlab.privacy.sparse.sparse_vector import LaplaceScales, select, sparse_vector_cost
 from fedlab.run.federate import federate
 from trainers import trainer
 

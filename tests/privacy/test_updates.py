@@ -19,7 +19,8 @@ from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import SharePercentile, TopK
-from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian, LocalGaussian, clip_update
+from fedlab.privacy.dp.clipping import AdaptiveClip, clip_update
+from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.noise.gaussian import standard_normal
 from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.run.federate import each_round, federate
@@ -259,7 +260,7 @@ def test_a_budget_at_the_server_ends_the_run_in_time():
     history = federate(trainer(), blob_sites(), privacy=central(max_epsilon=limit), strategy=UNIFORM, rounds=9,
                        progress=False)
     assert len(history.records) == 3 and history.spent()["epsilon"].max() == limit
-    assert "the server moves the model no more" in history.stopped
+    assert "the server stops moving the model" in history.stopped
     run = each_round(trainer(), blob_sites(), privacy=local(max_epsilon=5.0), rounds=99)
     with pytest.raises(PrivacyBudgetExhausted, match="no site is left"):
         list(run)

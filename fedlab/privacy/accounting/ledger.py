@@ -1,4 +1,4 @@
-"""What privacy costs: a site's ledger of what it has released, and the ε that provably follows from it."""
+"""The privacy ledger of a site: what it has released, and the ε that provably follows from it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
+from fedlab.core.setting_checks import check_choice, check_positive
 from fedlab.core.types import Spent
 from fedlab.privacy.accounting.mechanisms import (
     RELEASES,
@@ -32,17 +33,17 @@ _FORMAT = "fedlab-ledger-2"
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What an ε of a ledger means; every entry of one unit shares them.
+    """The meaning of an ε. All entries of a ledger for one unit have the same terms.
 
     Args:
         unit: whose data is protected, one "patient" or a whole "site".
         delta: probability with which the guarantee may fail, below 1 over the number of units.
-        adjacency: which change of the data goes unnoticed, in words: "add or remove one patient".
+        adjacency: the change of the data that stays hidden, in words: "add or remove one patient".
         accountant: "rdp" (Mironov 2017; Mironov et al. 2019), "prv" (Gopi et al. 2021; tighter, slower), or "gdp"
             (Dong et al. 2019; exact, for noise without sampling only).
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of range.
     """
 
     unit: Unit
@@ -51,21 +52,33 @@ class Terms:
     accountant: Accountant = "rdp"
 
     def __post_init__(self) -> None:
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit is 'patient' or 'site', got {self.unit!r}")
+        check_choice(get_args(Unit), unit=self.unit)
+        check_choice(get_args(Accountant), accountant=self.accountant)
         if not 0 < self.delta < 1:
             raise ValueError(f"delta lies between 0 and 1 and below 1 over the number of {self.unit}s, "
                              f"got {self.delta}")
-        if self.accountant not in get_args(Accountant):
-            raise ValueError(f"accountant is 'rdp', 'prv' or 'gdp', got {self.accountant!r}")
         if not self.adjacency:
-            raise ValueError("adjacency says in words which change of the data goes unnoticed, got nothing")
+            raise ValueError("adjacency says in words which change of the data stays hidden, got an empty text")
+
+    def check_delta(self, units: int, *, where: str = "") -> None:
+        """Raises `ValueError` if δ is not below 1 over the number of units, which are counted `where`."""
+        if self.delta >= 1 / units:
+            raise ValueError(f"delta is below 1 over the number of {self.unit}s (1/{units}{where}), got {self.delta}: "
+                             f"otherwise giving one {self.unit} away entirely would satisfy the guarantee")
+
+    def check_budget(self, releases: Sequence[Release], max_epsilon: float | None, *,
+                     what: str = "the first round") -> None:
+        """Raises `ValueError` if releases alone exceed a budget, or if these terms cannot account for them."""
+        once = epsilon_of(releases, delta=self.delta, accountant=self.accountant)
+        if max_epsilon is not None and once > max_epsilon:
+            raise ValueError(f"{what} alone costs ε = {once:.4g}, more than the budget of {max_epsilon:g}; add noise "
+                             "(see noise_multiplier_for), release less, or raise the budget")
 
 
 def noise_multiplier_for(
     *, target_epsilon: float, delta: float, sample_rate: float, steps: int, accountant: Accountant = "rdp"
 ) -> float:
-    """The smallest noise multiplier, to 0.1 %, with which so many steps stay within a target ε.
+    """The smallest noise multiplier, to 0.1 %, with which all steps together stay within a target ε.
 
     Args:
         target_epsilon: not to be exceeded over all steps.
@@ -75,10 +88,9 @@ def noise_multiplier_for(
         accountant: as in `Terms`.
 
     Raises:
-        ValueError: a setting out of its range, or a target that no noise multiplier up to 1000 reaches.
+        ValueError: a setting is out of range, or no noise multiplier up to 1000 reaches the target.
     """
-    if not 0 < target_epsilon < math.inf:
-        raise ValueError(f"target_epsilon is a positive number, got {target_epsilon}")
+    check_positive(target_epsilon=target_epsilon)
     Terms(unit="patient", delta=delta, adjacency="any", accountant=accountant)
 
     def spent(noise_multiplier: float) -> float:
@@ -107,11 +119,11 @@ class HasLedger(Protocol):
 class Ledger:
     """A site's record of everything it has released under a guarantee, kept in its state.
 
-    It only grows: the entries of a round stay when the round is run again, and count once if the round enters the very
-    same again.
+    It only grows: the entries of a round stay when the round is run again, and count once if the round enters exactly
+    the same again.
 
     Args:
-        state: the party's; every charge is written into `state.ledger` at once.
+        state: of the site or the server; every charge is written into `state.ledger` at once.
 
     Raises:
         PrivacyError: the record is damaged.
@@ -123,22 +135,21 @@ class Ledger:
 
     @classmethod
     def open(cls, state: HasLedger, *, site: str, model: str | None, round: int | None, stream: str | None) -> Ledger:
-        """The ledger of a site at the beginning of a round, or of work outside of any.
+        """The ledger of a site at the beginning of a round, or of work outside of any round.
 
-        What the same round entered before with the same stream is set aside: a round that is run again draws the very
-        same noise, so that what it enters again is nothing new. With `stream` None, noise from the operating system,
-        everything counts anew.
+        The entries that the same round made before with the same stream are set aside: a round that is run again draws
+        the same noise, so that what it enters again counts once. With `stream` None, for noise from the operating
+        system, everything counts anew.
 
         Args:
-            state: the site's.
+            state: of the site.
             site: whose ledger it must be.
-            model: a name of the model's tensors and shapes; a ledger belongs to one model. None where none is
-                trained.
+            model: identifies the model's tensors and shapes, as a ledger belongs to one model; None if none is trained.
             round: number of the round; None outside of rounds.
-            stream: names the random numbers of this round and all that they are added to.
+            stream: identifies the random numbers of this round and everything that they are added to.
 
         Raises:
-            PrivacyError: the ledger is damaged or of another site or model.
+            PrivacyError: the ledger is damaged, or of another site or model.
         """
         ledger = cls(state)
         ledger._claim(site=site, model=model)
@@ -156,20 +167,20 @@ class Ledger:
 
         Args:
             release: what will be released.
-            terms: what its guarantee means; equal for all entries of a unit.
+            terms: the meaning of its guarantee, equal for all entries of a unit.
             max_epsilon: the site's budget for this unit; None for none.
-            repeatable: whether the round, run again, draws the very same noise. Noise from the operating system does
-                not: what was entered in this round then stays, however often it is run.
+            repeatable: whether the round, run again, draws the same noise. Noise from the operating system does not
+                repeat: the entries of this round then stay, however often it is run.
 
         Raises:
             PrivacyBudgetExhausted: the total would exceed the budget; nothing is entered.
-            PrivacyError: the unit's entries have other terms, with which this one cannot be added up.
+            PrivacyError: the unit's entries have other terms, so that they cannot be added up with this one.
         """
         for entry in self._all():
             known = Terms(**entry["terms"])
             if known.unit == terms.unit and known != terms:
-                raise PrivacyError(f"what was released before cannot be added up with this: {known} there, {terms} "
-                                   "here; use the same δ, adjacency and accountant")
+                raise PrivacyError(f"earlier releases ({known}) cannot be added up with this one ({terms}); use the "
+                                   "same δ, adjacency and accountant")
         now, entries = (self._note["round"], self._note["stream"]), self._note["entries"]
         stream = now[1]
         if not repeatable:
@@ -190,11 +201,11 @@ class Ledger:
     @classmethod
     def enter(cls, state: HasLedger, spent: Spent, *, site: str, delta: float, accountant: Accountant,
               max_epsilon: float | None) -> None:
-        """Enters a release that is ε-private with δ = 0 and belongs to no round, such as noised statistics.
+        """Enters a release outside of rounds that is ε-private with δ = 0, such as noised statistics.
 
         Raises:
-            ValueError: the release has a δ.
-            PrivacyBudgetExhausted, PrivacyError: as `charge`.
+            ValueError: δ of the release is not 0.
+            PrivacyBudgetExhausted, PrivacyError: as in `charge`.
         """
         if spent.delta != 0:
             raise ValueError(f"a release with δ = 0 was expected, got {spent}; enter it with charge()")
@@ -203,12 +214,12 @@ class Ledger:
         ledger.charge(Pure(epsilon=spent.epsilon), terms=terms, max_epsilon=max_epsilon)
 
     def bind(self, content: str) -> None:
-        """Ties this round's noise to what it was added to, before anything is sent.
+        """Ties this round's noise to the update it was added to, before anything is sent.
 
-        The same noise on two different updates would leave with their difference, without any noise.
+        The same noise on two different updates would cancel in their difference.
 
         Args:
-            content: a name of the update that this round's noise protects, such as a hash of it.
+            content: identifies the update that this round's noise protects, such as its hash.
 
         Raises:
             PrivacyError: the noise of this round has been used for another update.
@@ -222,11 +233,11 @@ class Ledger:
         self._write()
 
     def releases(self, unit: Unit | None = None) -> list[Release]:
-        """What has been released, in order; of one unit or of all."""
+        """The releases so far, in order; of one unit or of all."""
         return _releases(self._all(), unit)
 
     def spent(self) -> tuple[Spent, ...]:
-        """The privacy spent so far, one statement per unit; none where nothing was released under a guarantee."""
+        """The privacy spent so far, one statement per unit; empty if nothing was released under a guarantee."""
         out = []
         for unit in get_args(Unit):
             terms = next((Terms(**e["terms"]) for e in self._all() if e["terms"]["unit"] == unit), None)
@@ -243,10 +254,10 @@ class Ledger:
                    for e in self._note["entries"])
 
     def merge(self, other: Ledger) -> None:
-        """Takes in what another copy of this ledger knows; what both know counts once.
+        """Takes in the entries of another copy of this ledger; entries of both count once.
 
         Raises:
-            PrivacyError: the other one is of another site or model, or the two disagree about what was sent.
+            PrivacyError: the other is of another site or model, or the two disagree about what was sent.
         """
         self._claim(site=other._note["site"], model=other._note["model"])
         ours, theirs = self._note["noise_on"], other._note["noise_on"]
@@ -258,7 +269,7 @@ class Ledger:
         self._write()
 
     def note(self) -> dict[str, Any]:
-        """The whole ledger as plain values, as it is kept in a file."""
+        """The whole ledger as plain values, as a file holds it."""
         out: dict[str, Any] = json.loads(json.dumps(self._note))
         return out
 
@@ -266,7 +277,7 @@ class Ledger:
         """Ends a round.
 
         Args:
-            in_file: whether the ledger is kept in a file too, without which it is not to be believed from now on.
+            in_file: whether a file holds the ledger too; from then on it is refused without that file.
         """
         self._note.update(entries=self._all(), before=[], in_file=self._note["in_file"] or in_file)
         self._write()
@@ -276,7 +287,7 @@ class Ledger:
             known = self._note[key]
             if known is not None and here is not None and known != here:
                 raise PrivacyError(f"the ledger is of another {key} ({known!r}, not {here!r}); give each site its own "
-                                   "ledger back, or a new state if it never took part")
+                                   "ledger back, or a new state if it has never taken part")
             self._note[key] = known if here is None else here
 
     def _all(self) -> list[dict[str, Any]]:
@@ -292,7 +303,7 @@ class Ledger:
 
 
 def _joined(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All entries of two records of the same past: each as often as in the one that has it more often."""
+    """All entries of two records of the same past, each as often as in the record that has it more often."""
     left = Counter(json.dumps(entry, sort_keys=True) for entry in one)
     new = []
     for entry in other:
@@ -323,7 +334,7 @@ def _parse(record: Mapping[str, Any]) -> dict[str, Any]:
             Terms(**entry["terms"])
             RELEASES[entry["kind"]](**entry["release"])
         if not all(isinstance(content, str) for content in note["noise_on"].values()):
-            raise ValueError("the content that some noise protects is no text")
+            raise ValueError("an update that noise was added to is not identified by text")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PrivacyError(f"the site's ledger is damaged ({error}); restore it from a copy: without it the privacy "
                            "spent is unknown") from error

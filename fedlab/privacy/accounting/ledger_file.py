@@ -1,4 +1,4 @@
-"""A site's privacy ledger in a file of its own, which no crash and no old copy can make forget anything."""
+"""A site's privacy ledger in a file of its own, which neither a crash nor an old copy can shorten."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["LedgerFile"]
 class LedgerFile:
     """The ledger of one site, as JSON with a checksum.
 
-    The file is written whole beside its predecessor, forced onto the disk and renamed into place, before the update
+    The file is written whole beside its predecessor, forced onto the disk and renamed into place before the update
     that it accounts for leaves the site. The entries of the file, of the site's state and of a restored checkpoint are
-    put together: equal entries count once, so that a round run again bit for bit costs nothing more, and an old copy
-    of one of them lowers nothing. Only if all of them are put back to an earlier state, nobody can tell.
+    joined: equal entries count once, so that a round run again bit for bit costs nothing more, and an old copy of one
+    of them lowers nothing. Only a return of all of them to an earlier state goes unnoticed.
 
-    A folder outlives a run: what later runs of the same site release is added to what earlier ones did, as it must be
-    while they train on the same patients. An empty file beside the ledger says that there is one, so that a later run
-    notices its loss.
+    The folder outlives a run: the releases of later runs of the same site add to those of earlier ones, as they must
+    while the site trains on the same patients. An empty file beside the ledger marks that it exists, so that a later
+    run notices its loss.
 
     Args:
-        folder: where the ledgers are kept, made if missing; several sites may share it.
+        folder: of the ledgers, made if missing; several sites may share it.
         site: name of the site.
     """
 
@@ -44,7 +44,7 @@ class LedgerFile:
     def kept(self, state: HasLedger) -> Iterator[None]:
         """Around a site's work in a round: the ledger is read into its state before and saved after it.
 
-        Nothing is saved where the work fails, since nothing has left the site then.
+        Nothing is saved if the work fails, since nothing has left the site then.
 
         Raises:
             PrivacyError: the file is damaged, of another site, missing though it was kept before, or in use by
@@ -57,8 +57,8 @@ class LedgerFile:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise PrivacyError(f"another run is using {self.path} right now; run one after the other, or both would "
-                               "spend the same budget") from error
+            raise PrivacyError(f"another run is using {self.path}; run one after the other, or both would spend the "
+                               "same budget") from error
         try:
             self.restore(state)
             yield
@@ -70,20 +70,20 @@ class LedgerFile:
                  max_epsilon: float | None = None) -> Callable[[Spent], None]:
         """A function that enters noised statistics into this file, on disk before they leave the site.
 
-        `site_statistics(site, epsilon=0.5, charge=LedgerFile(folder, site.name).charging(delta=1e-3))` spends from the
-        ledger that `federate(engine=Local(ledgers=folder), privacy=DPSGD(delta=1e-3, …), …)` goes on with. Every
-        release counts anew. Only entries of one unit add up: statistics of patients cost a guarantee per patient; a
-        guarantee per site covers updates and says nothing about statistics.
+        `site_statistics(site, epsilon=0.5, charge=LedgerFile(folder, site.name).charging(delta=1e-3))` charges the
+        ledger that `federate(engine=Local(ledgers=folder), privacy=DPSGD(delta=1e-3, …), …)` continues. Every release
+        counts anew. Only entries of one unit add up: statistics of patients count per patient; a guarantee per site
+        covers updates, not statistics.
 
         Args:
-            delta, accountant: as of the technique that trains at the site; otherwise the two cannot be added up.
+            delta, accountant: those of the technique that trains at the site; others cannot be added up with them.
             max_epsilon: the site's budget per patient, for statistics and training together.
 
         Returns:
             A function that takes the release's own ε and raises `PrivacyBudgetExhausted` or `PrivacyError`, as
             `Ledger.charge` does, or `ValueError` for a release that is not ε-private with δ = 0.
         """
-        Terms(unit="patient", delta=delta, adjacency="any", accountant=accountant)  # refused before any release
+        Terms(unit="patient", delta=delta, adjacency="any", accountant=accountant)  # wrong settings raise at once
 
         def enter(spent: Spent) -> None:
             state = SiteState()
@@ -95,8 +95,7 @@ class LedgerFile:
     def restore(self, state: HasLedger) -> None:
         """Merges the file into the ledger of a state."""
         if self.path.is_file():
-            known = self.read()
-            Ledger(state).merge(known)
+            Ledger(state).merge(self.read())
         elif self._begun.exists() or (state.ledger and Ledger(state).note()["in_file"]):
             raise PrivacyError(f"the ledger of {self.site} was kept in {self.path}, which is missing; restore it: "
                                "without it the privacy spent is unknown")
@@ -113,18 +112,18 @@ class LedgerFile:
         self._begun.touch()
 
     def read(self) -> Ledger:
-        """What the file says, as a ledger of its own; changing it changes no file.
+        """A copy of the ledger in the file.
 
         Raises:
-            PrivacyError: there is no file, or it is damaged or of another site.
+            PrivacyError: the file is missing, damaged or of another site.
         """
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if found["sha256"] != _checksum(found["ledger"]):
                 raise ValueError("its content does not fit its checksum")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PrivacyError(f"{self.path} is missing or damaged ({error}); restore it from a copy: without it "
-                               f"the privacy spent by {self.site} is unknown") from error
+            raise PrivacyError(f"{self.path} is missing or damaged ({error}); restore it from a copy: without it the "
+                               f"privacy spent by {self.site} is unknown") from error
         ledger = Ledger(SiteState(ledger=found["ledger"]))
         if ledger.note()["site"] != self.site:
             raise PrivacyError(f"{self.path} is the ledger of {ledger.note()['site']!r}, not of {self.site!r}; put "

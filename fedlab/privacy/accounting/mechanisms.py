@@ -1,4 +1,4 @@
-"""What can be released under a guarantee, and the ε that provably follows from it."""
+"""Releases under a guarantee, and the ε that provably follows from them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlab.core.errors import PrivacyError
+from fedlab.core.setting_checks import check_count, check_positive, check_share
 
 __all__ = ["RELEASES", "Accountant", "Concentrated", "Gaussian", "Pure", "Release", "epsilon_of"]
 
@@ -29,11 +30,11 @@ class Gaussian:
 
     Args:
         noise_multiplier: standard deviation of the noise over the sensitivity.
-        sample_rate: probability with which a record takes part in a step; 1 for all of them.
-        steps: how many.
+        sample_rate: probability with which a record takes part in a step; 1 if every record does.
+        steps: number of steps.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a setting is out of range.
     """
 
     noise_multiplier: float
@@ -41,35 +42,29 @@ class Gaussian:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.noise_multiplier < math.inf:
-            raise ValueError(f"noise_multiplier is a positive number, got {self.noise_multiplier}; "
-                             "without noise there is no guarantee to account for")
-        if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"sample_rate is above 0 and at most 1, got {self.sample_rate}")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps is a positive whole number, got {self.steps!r}")
+        check_positive(noise_multiplier=self.noise_multiplier)
+        check_share(sample_rate=self.sample_rate)
+        check_count(steps=self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pure:
-    """Releases of a mechanism that is ε-differentially private, δ = 0, such as Laplace noise or the sparse vector.
+    """Releases of an ε-differentially private mechanism (δ = 0), such as Laplace noise or the sparse vector.
 
     Args:
         epsilon: of one release.
-        times: how many.
+        times: number of releases.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a setting is out of range.
     """
 
     epsilon: float
     times: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon is a positive number, got {self.epsilon}")
-        if not isinstance(self.times, int) or self.times < 1:
-            raise ValueError(f"times is a positive whole number, got {self.times!r}")
+        check_positive(epsilon=self.epsilon)
+        check_count(times=self.times)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,42 +73,44 @@ class Concentrated:
 
     Args:
         rho: of one release: its Rényi divergence of order α is at most ρ α, for every α.
-        times: how many.
+        times: number of releases.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a setting is out of range.
     """
 
     rho: float
     times: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.rho < math.inf:
-            raise ValueError(f"rho is a positive number, got {self.rho}")
-        if not isinstance(self.times, int) or self.times < 1:
-            raise ValueError(f"times is a positive whole number, got {self.times!r}")
+        check_positive(rho=self.rho)
+        check_count(times=self.times)
 
 
 Release = Gaussian | Pure | Concentrated
-#: By the name that a ledger writes.
+#: The kinds of release by the name that a ledger writes.
 RELEASES: Mapping[str, type[Gaussian] | type[Pure] | type[Concentrated]] = {
     "Gaussian": Gaussian, "Pure": Pure, "Concentrated": Concentrated}
+
+#: Noise multiplier, sample rate and number of steps of each kind of Gaussian step; ε and number of pure releases.
+_Gaussians = tuple[tuple[float, float, int], ...]
+_Pures = tuple[tuple[float, int], ...]
 
 
 def epsilon_of(releases: Iterable[Release], *, delta: float, accountant: Accountant = "rdp") -> float:
     """The ε that all releases together provably satisfy at δ: 0 for none, infinite where nothing can be proven.
 
-    Rényi: orders add up; an ε-DP release has order α at most min(ε, α ε² / 2) (Bun and Steinke 2016, proposition
-    3.3), a ρ-zCDP one at most ρ α. Pure releases alone are also bounded by their sum. Under "prv" and "gdp" the pure
-    ones are added to the ε of the Gaussian ones (basic composition).
+    Under "rdp" Rényi divergences add up, order by order: at order α an ε-DP release has at most min(ε, α ε² / 2) (Bun
+    and Steinke 2016, proposition 3.3), a ρ-zCDP release at most ρ α. Pure releases alone are also bounded by their
+    sum. Under "prv" and "gdp" the ε of pure releases is added to that of the Gaussian ones (basic composition).
 
     Args:
-        releases: what was released, of one unit and adjacency.
+        releases: of one unit and adjacency.
         delta: in (0, 1).
         accountant: as in `Terms`.
 
     Raises:
-        ValueError: "gdp" for sampled records, for which it is an approximation and no proof; "prv" or "gdp" for
+        ValueError: "gdp" for sampled records, for which it is an approximation, not a proof; "prv" or "gdp" for
             concentrated releases, of which only the Rényi divergence is known.
     """
     gaussian: dict[tuple[float, float], int] = {}
@@ -128,15 +125,14 @@ def epsilon_of(releases: Iterable[Release], *, delta: float, accountant: Account
         else:
             pure[release.epsilon] = pure.get(release.epsilon, 0) + release.times
     if rhos and accountant != "rdp":
-        raise ValueError(f"of discrete Gaussian noise the Rényi divergence is known, not what accountant "
-                         f"{accountant!r} needs; say accountant='rdp'")
+        raise ValueError(f"accountant {accountant!r} cannot account for concentrated releases, such as discrete "
+                         "Gaussian noise, of which only the Rényi divergence is known; say accountant='rdp'")
     return _epsilon(tuple(sorted((*key, steps) for key, steps in gaussian.items())), tuple(sorted(pure.items())),
                     math.fsum(rhos), delta, accountant)
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(gaussian: tuple[tuple[float, float, int], ...], pure: tuple[tuple[float, int], ...], rho: float,
-             delta: float, accountant: Accountant) -> float:
+def _epsilon(gaussian: _Gaussians, pure: _Pures, rho: float, delta: float, accountant: Accountant) -> float:
     basic = math.fsum(epsilon * times for epsilon, times in pure)
     if not gaussian and not pure and not rho:
         return 0.0
@@ -147,8 +143,7 @@ def _epsilon(gaussian: tuple[tuple[float, float, int], ...], pure: tuple[tuple[f
     return basic + (_prv(gaussian, delta) if accountant == "prv" else _gdp(gaussian, delta))
 
 
-def _renyi(gaussian: tuple[tuple[float, float, int], ...], pure: tuple[tuple[float, int], ...], rho: float,
-           delta: float) -> float:
+def _renyi(gaussian: _Gaussians, pure: _Pures, rho: float, delta: float) -> float:
     orders = np.array(_ORDERS, dtype=float)
     total = rho * orders
     for noise_multiplier, sample_rate, steps in gaussian:
@@ -170,12 +165,12 @@ def _renyi_of_step(noise_multiplier: float, sample_rate: float) -> tuple[float, 
                                 orders=[int(order) for order in orders[opacus]])
     for which in (~opacus & (orders < 64), orders >= 64):
         found[which] = _renyi_by_quadrature(noise_multiplier, sample_rate, orders[which])
-    return tuple(found + 4e-13 / (orders - 1))  # more than rounding took away, measured against 40 digits
+    return tuple(found + 4e-13 / (orders - 1))  # above the rounding error, measured against 40 digits
 
 
 def _renyi_by_quadrature(noise_multiplier: float, sample_rate: float, orders: npt.NDArray[np.float64]
                          ) -> npt.NDArray[np.float64]:
-    """Rényi divergence of a sampled step where Opacus' series take seconds (fractions) or overflow (large orders).
+    """Rényi divergence of a sampled step at orders where Opacus' series take seconds (fractions) or overflow (large).
 
     By the trapezoidal rule over the expectation of Mironov et al. 2019, section 3.3, whose error falls
     exponentially: the integrand is analytic within π σ² of the real line and as narrow as a normal density.
@@ -194,7 +189,7 @@ def _renyi_by_quadrature(noise_multiplier: float, sample_rate: float, orders: np
     return np.array([logsumexp(mass + order * ratio) / (order - 1) for order in orders])
 
 
-def _prv(gaussian: tuple[tuple[float, float, int], ...], delta: float) -> float:
+def _prv(gaussian: _Gaussians, delta: float) -> float:
     if all(sample_rate == 1 for _, sample_rate, _ in gaussian):
         return _gdp(gaussian, delta)  # no sampling, no need to approximate
     from opacus.accountants import PRVAccountant
@@ -208,16 +203,16 @@ def _prv(gaussian: tuple[tuple[float, float, int], ...], delta: float) -> float:
     except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
         raise PrivacyError(f"the PRV accountant fails for {gaussian} at δ = {delta} ({error}); "
                            "say accountant='rdp'") from error
-    return max(0.0, epsilon)  # the least ε of all is negative where δ alone would do
+    return max(0.0, epsilon)  # negative where δ alone suffices
 
 
-def _gdp(gaussian: tuple[tuple[float, float, int], ...], delta: float) -> float:
+def _gdp(gaussian: _Gaussians, delta: float) -> float:
     from scipy.optimize import brentq
     from scipy.stats import norm
 
     if any(sample_rate < 1 for _, sample_rate, _ in gaussian):
-        raise ValueError("accountant 'gdp' is exact only without sampling (sample_rate 1); for sampled records it is "
-                         "an approximation that may claim too small an ε: say accountant='rdp' or 'prv'")
+        raise ValueError("accountant 'gdp' is exact only without sampling (sample_rate 1); for sampled records it may "
+                         "claim too small an ε: say accountant='rdp' or 'prv'")
     mu = math.sqrt(math.fsum(steps / noise_multiplier**2 for noise_multiplier, _, steps in gaussian))
 
     def excess(epsilon: float) -> float:  # Balle and Wang 2018, theorem 8

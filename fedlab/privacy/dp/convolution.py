@@ -1,4 +1,4 @@
-"""Convolutions of one small volume at full speed, where torch alone would choose its slow kernel."""
+"""Fast convolutions of one small volume, for which torch alone chooses its slow kernel."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _CONVOLVE, _BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convol
 
 
 class OneVolume(TorchDispatchMode):
-    """Within this context oneDNN does every float32 convolution of a batch of one on the CPU.
+    """Within this context oneDNN computes every float32 convolution of a batch of one on the CPU.
 
-    The same numbers to rounding, 5 to 10 times faster below 64 voxels a side and without the unfolded copy.
+    The result is the same up to rounding, 5 to 10 times faster below 64 voxels per side, without the unfolded copy.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Differential privacy for every patient: DP-SGD at the site, with Opacus."""
+"""Differential privacy per patient: DP-SGD at the site, with Opacus."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from fedlab.core.hardware import pick_device, pick_precision
 from fedlab.core.kit import Kit, PatientCrops
 from fedlab.core.protocols import Run
 from fedlab.core.seeds import derive, generator
+from fedlab.core.setting_checks import check_choice, check_count, check_positive, check_share
 from fedlab.core.types import Site, SiteState
 from fedlab.core.weights import trainable
-from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms, epsilon_of
+from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms
 from fedlab.privacy.base import Privacy
+from fedlab.privacy.dp.clipping import AdaptiveClip, check_clip, noise_beside_bits
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
-from fedlab.privacy.dp.site_level import AdaptiveClip
 from fedlab.privacy.dp.validators import Loss, check_loss, check_private
 from fedlab.privacy.noise.gaussian import standard_normal
 
@@ -29,55 +30,55 @@ __all__ = ["DPSGD", "PatientBatches"]
 
 _CLIP = "clipping norm"
 _ADJACENCY = "add or remove one patient"
-#: Networks that `check_private` has found fit in this process, and for which gradients.
+#: Networks that `check_private` has passed in this process, and for which gradients.
 _FIT: WeakKeyDictionary[nn.Module, set[Gradients]] = WeakKeyDictionary()
 
 
 class DPSGD(Privacy):
     """Patient-level DP-SGD: every patient's gradient is clipped, noise is added to their sum (Abadi et al. 2016).
 
-    In each step every patient of the site takes part with the same probability, independently (Poisson sampling,
-    which the accountant's amplification is proven for). The gradient of a patient is the mean over `crops` random
-    crops (De et al. 2022, arXiv 2204.13650, augmentation multiplicity): crops of one patient are no records of their
-    own. Opacus (Yousefpour et al. 2021) scales it down to the clipping norm, adds up, adds Gaussian noise and divides
-    by the *expected* number of patients. A step that draws nobody is taken like any other: only noise. All steps of a
-    round enter the site's ledger before the first.
+    In each step every patient of the site takes part independently with the same probability (Poisson sampling, for
+    which the accountant's amplification is proven). The gradient of a patient is the mean over `crops` random crops (De
+    et al. 2022, arXiv 2204.13650, augmentation multiplicity), since crops of one patient are not independent records.
+    Opacus (Yousefpour et al. 2021) scales it down to the clipping norm, adds up, adds Gaussian noise and divides by the
+    *expected* number of patients. A step that draws no patient is taken too, with noise only. All steps of a round
+    enter the site's ledger before the first is taken.
 
-    The guarantee is per patient of this site, for adding or removing one patient with all scans of that patient, and
-    it covers the weights of all rounds; the same patient at two sites spends both ledgers. Not covered, and taken as
+    The guarantee is per patient of this site, for adding or removing one patient with all of the patient's scans, and
+    covers the weights of all rounds; the same patient at two sites spends both ledgers. Not covered, and taken as
     public: the number of patients (`Update.weight`, sampling rate and expected batch follow from it), the number of
-    steps, how long they took, which grows with the patients drawn, and that the site did not fail. Losses stay at the
-    site. Whoever knows the seed of the run can repeat noise and sampling and so undo the protection: `secure_mode`
-    takes both from the operating system instead. Noise is accounted as real numbers; floating point leaves gaps that
-    `secure_mode` makes useless to an attacker as far as is known (Mironov 2012; Holohan and Braghin 2021).
+    steps, their duration, which grows with the patients drawn, and that the site did not fail. Losses stay at the site.
+    An adversary who knows the seed of the run can repeat noise and sampling and so undo the protection; `secure_mode`
+    takes both from the operating system. Noise is accounted as real numbers; floating point leaves gaps between them
+    that, as far as is known, `secure_mode` makes useless to an attacker (Mironov 2012; Holohan and Braghin 2021).
 
     Every gradient is clipped, so the step length no longer depends on the loss: learning rates that suit plain
-    training are mostly too small. `SiteState.diagnostics` has the norms of the patients' gradients, from which to
-    choose a clip on public data; they stay at the site, as does the clip that an `AdaptiveClip` has arrived at.
+    training are mostly too small. `SiteState.diagnostics` holds the norms of the patients' gradients, from which a clip
+    can be chosen on public data; they stay at the site, as does the present norm of an `AdaptiveClip`.
 
     Args:
-        clip: clipping norm of a patient's gradient, or an `AdaptiveClip`: its bits are then the patients', summed with
-            noise at the site. Opacus's own adaptive optimiser is not used: it counts patients as 0 or 1 where the
-            proof of Andrew et al. 2021 (theorem 1) needs -1/2 or 1/2, and divides by the true size of a batch, which is
-            private (and may be 0). Infinite only without noise.
+        clip: clipping norm of a patient's gradient, or an `AdaptiveClip`, whose bits are then those of the patients,
+            summed with noise at the site. Opacus's adaptive optimiser is not used: it counts patients as 0 or 1 where
+            the proof of Andrew et al. 2021 (theorem 1) needs -1/2 or 1/2, and divides by the true size of a batch,
+            which is private (and may be 0). Infinite only without noise.
         noise_multiplier: standard deviation of the noise over the clipping norm; see `noise_multiplier_for`. With an
             `AdaptiveClip` that of gradients and bits together. 0 for no noise and no formal guarantee.
         delta: of the guarantee, below 1 over the site's number of patients.
         batch: expected number of patients per step, at most the site's number; or
-        sample_rate: probability with which each patient takes part in a step. Exactly one of the two is given. How
-            many steps a round has is the trainer's matter: with `epochs`, give its `batch_size` the same number.
+        sample_rate: probability with which each patient takes part in a step. Exactly one of the two is given. The
+            trainer sets the number of steps per round: with `epochs`, give its `batch_size` the same number.
         crops: random crops of a patient that make up one gradient.
-        per_layer: clip each of the L tensors to clip / √L of its own (McMahan et al. 2018, arXiv 1710.06963).
-        gradients: how gradients of single patients are computed: "backward" is the fastest and leanest here, takes
-            any network, and alone works in half precision; see `fedlab.privacy.dp.gradients.per_patient`.
-        accountant: "rdp", "prv", or "gdp" where every patient takes part in every step; see `Terms`.
+        per_layer: clip each of the L tensors to clip / √L (McMahan et al. 2018, arXiv 1710.06963).
+        gradients: how gradients of single patients are computed: "backward" is the fastest and leanest here, takes any
+            network, and is the only one for half precision; see `fedlab.privacy.dp.gradients.per_patient`.
+        accountant: "rdp", "prv", or "gdp" if every patient takes part in every step; see `Terms`.
         max_epsilon: the site's budget; it takes no further part rather than exceed it.
-        secure_mode: noise and sampling from the operating system's entropy, no two runs alike. Opacus's own
-            secure mode needs torchcsprng, which exists for no current torch.
+        secure_mode: noise and sampling from the operating system's entropy, different in every run. Opacus's own secure
+            mode needs torchcsprng, which no current torch supports.
 
     Raises:
-        ValueError: a setting out of its range; before the first round also a network or a loss that mixes patients,
-            a site with fewer patients than `batch`, or δ of at least 1 over a site's number of patients.
+        ValueError: a setting is out of range; before the first round also a network or a loss that mixes patients, a
+            site with fewer patients than `batch`, or δ of at least 1 over a site's number of patients.
     """
 
     def __init__(self, *, clip: float | AdaptiveClip, noise_multiplier: float, delta: float = 1e-5,
@@ -92,22 +93,17 @@ class DPSGD(Privacy):
 
     @property
     def units(self) -> frozenset[str]:  # type: ignore[override]
-        """{"patient"}; nothing without noise."""
+        """{"patient"}; empty without noise."""
         return frozenset({"patient"}) if self.noise_multiplier > 0 else frozenset()
 
     @property
     def noise_on_gradients(self) -> float:
-        """Standard deviation over the clipping norm of the noise on the sum of gradients: more where bits are noised.
-
-        z⁻² = z_gradients⁻² + (2 × bit_noise)⁻² (Andrew et al. 2021, theorem 1).
-        """
-        if not isinstance(self.clip, AdaptiveClip) or self.noise_multiplier == 0:
-            return self.noise_multiplier
-        return float((self.noise_multiplier**-2 - (2 * self.clip.bit_noise) ** -2) ** -0.5)
+        """Standard deviation over the clipping norm of the noise on the sum of gradients; see `noise_beside_bits`."""
+        return noise_beside_bits(self.clip, self.noise_multiplier)
 
     def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
         if any(isinstance(other, DPSGD) for other in (*before, *after)):
-            raise ValueError("DPSGD stands once in a run: two of them would each wrap the training of the other")
+            raise ValueError("DPSGD stands once in a run: each of two would wrap the training of the other")
 
     def check(self, run: Run) -> None:
         device = pick_device(run.trainer.device)
@@ -117,16 +113,17 @@ class DPSGD(Privacy):
         self._check_patients(site)
         patients, trainer = len(site.train), run.trainer
         steps = trainer.steps or math.ceil((trainer.epochs or 1) * patients / trainer.batch_size)
-        self._check_budget(self._rate(patients), steps)
+        if self.units:
+            self._terms.check_budget([self._release(patients, steps)], self.max_epsilon,
+                                     what=f"a round of {steps} steps")
 
     def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
         self._check_training(kit.model, kit.objective, kit.device, kit.dtype)
         self._check_patients(site)
         rate, steps = self._rate(len(kit.patients)), len(kit.loader)  # type: ignore[arg-type]
         if self.units:
-            release = Gaussian(noise_multiplier=self.noise_multiplier, sample_rate=rate, steps=steps)
-            Ledger(state).charge(release, terms=self._terms, max_epsilon=self.max_epsilon,
-                                  repeatable=not self.secure_mode)
+            Ledger(state).charge(self._release(len(kit.patients), steps), terms=self._terms,
+                                 max_epsilon=self.max_epsilon, repeatable=not self.secure_mode)
         training = _Steps(self, kit, state, expected=rate * len(kit.patients))
         before = kit.close
 
@@ -141,68 +138,45 @@ class DPSGD(Privacy):
     def _rate(self, patients: int) -> float:
         return self.sample_rate if self.sample_rate is not None else (self.batch or 0) / patients
 
+    def _release(self, patients: int, steps: int) -> Gaussian:
+        return Gaussian(noise_multiplier=self.noise_multiplier, sample_rate=self._rate(patients), steps=steps)
+
     def _check_settings(self) -> None:
         if not 0 <= self.noise_multiplier < math.inf:
             raise ValueError(f"noise_multiplier is a positive number, or 0 for no noise and no guarantee, got "
                              f"{self.noise_multiplier}")
-        start = self.clip.start if isinstance(self.clip, AdaptiveClip) else self.clip
-        if not (start > 0 and (start < math.inf or self.noise_multiplier == 0)):
-            raise ValueError(f"clip is a positive number, finite where there is noise, got {self.clip}")
-        if isinstance(self.clip, AdaptiveClip) and self.per_layer:
-            raise ValueError("an AdaptiveClip follows the norm of the whole gradient: say per_layer=False, or give a "
-                             "fixed clip")
-        if isinstance(self.clip, AdaptiveClip) and self.clip.bit_noise <= self.noise_multiplier / 2:
-            raise ValueError(f"bit_noise must exceed half the noise multiplier ({self.noise_multiplier / 2:g}), got "
-                             f"{self.clip.bit_noise:g}: the bits alone would spend the privacy of the step; take "
-                             f"{2 * self.noise_multiplier:g}")
+        check_clip(self.clip, noise_multiplier=self.noise_multiplier, per_layer=self.per_layer)
         if (self.batch is None) == (self.sample_rate is None):
             raise ValueError("give either batch, the expected number of patients per step, or sample_rate, got "
                              f"batch={self.batch} and sample_rate={self.sample_rate}")
-        if self.batch is not None and not 0 < self.batch < math.inf:
-            raise ValueError(f"batch is a positive number of patients, got {self.batch}")
-        if self.sample_rate is not None and not 0 < self.sample_rate <= 1:
-            raise ValueError(f"sample_rate is above 0 and at most 1, got {self.sample_rate}")
-        if not isinstance(self.crops, int) or self.crops < 1:
-            raise ValueError(f"crops is a positive whole number, got {self.crops!r}")
-        if self.gradients not in MODES:
-            raise ValueError(f"gradients is one of {', '.join(map(repr, MODES))}, got {self.gradients!r}")
-        if self.max_epsilon is not None and not 0 < self.max_epsilon < math.inf:
-            raise ValueError(f"max_epsilon is a positive number or None, got {self.max_epsilon}")
+        check_positive(batch=self.batch, max_epsilon=self.max_epsilon, optional=True)
         if self.sample_rate is not None:
-            self._check_budget(self.sample_rate, 1)
-
-    def _check_budget(self, rate: float, steps: int) -> None:
-        """Whether so many steps can be accounted for and are within the budget."""
-        if not self.units:
-            return
-        release = Gaussian(noise_multiplier=self.noise_multiplier, sample_rate=rate, steps=steps)
-        once = epsilon_of([release], delta=self.delta, accountant=self.accountant)
-        if self.max_epsilon is not None and once > self.max_epsilon:
-            raise ValueError(f"{steps} steps alone cost ε = {once:.4g}, more than the budget of {self.max_epsilon:g}; "
-                             "raise noise_multiplier (see noise_multiplier_for) or the budget")
+            check_share(sample_rate=self.sample_rate)
+        check_count(crops=self.crops)
+        check_choice(MODES, gradients=self.gradients)
+        if self.units and self.sample_rate is not None:  # no site's number of patients is needed
+            self._terms.check_budget([self._release(1, 1)], self.max_epsilon, what="one step")
 
     def _check_patients(self, site: Site) -> None:
         patients = len(site.train)
         if self.batch is not None and self.batch > patients:
-            raise ValueError(f"batch is {self.batch:g} patients per step, but {site.name} has only {patients}; say "
+            raise ValueError(f"batch is {self.batch:g} patients per step, but {site.name} has only {patients}; give "
                              "sample_rate, which fits sites of any size, or a smaller batch")
-        if self.units and self.delta >= 1 / patients:
-            raise ValueError(f"delta is below 1 over the number of patients (1/{patients} at {site.name}), got "
-                             f"{self.delta}: otherwise giving one patient away entirely would satisfy the guarantee")
+        if self.units:
+            self._terms.check_delta(patients, where=f" at {site.name}")
         ids = [patient.id for patient in site.train]
         twice = sorted({name for name in ids if ids.count(name) > 1})
         if twice:
             raise ValueError(f"{site.name} has patients more than once: {twice[:3]}; each would be protected less than "
-                             "stated. Keep one scan of each, or merge them into one patient")
+                             "stated. Keep one scan of each patient, or merge the scans into one patient")
 
     def _check_training(self, model: nn.Module, loss: Loss, device: torch.device, dtype: torch.dtype) -> None:
         if self.gradients != "backward" and dtype != torch.float32:
             raise ValueError(f"gradients={self.gradients!r} needs float32: in half precision the rounding of one "
-                             "patient's gradient would depend on who else is in the batch. Say precision='fp32' in the "
-                             "trainer, or gradients='backward', which takes patients one by one")
+                             "patient's gradient would depend on the other patients of the batch. Say precision='fp32' "
+                             "in the trainer, or gradients='backward', which takes patients one by one")
         if self.per_layer and any(p.dim() == 0 for p in trainable(model).values()):
-            raise ValueError("clipping per layer takes no parameter without dimensions (a single number of shape ()): "
-                             "say per_layer=False")
+            raise ValueError("clipping per layer does not support parameters of shape (): say per_layer=False")
         check_loss(loss, device=device)
         if self.gradients not in _FIT.setdefault(model, set()):
             fitness = check_private(model, gradients=self.gradients, loss=loss if device.type == "cpu" else None)
@@ -215,14 +189,14 @@ class PatientBatches:
     """Batches of patients drawn independently: every step takes each of them with the same probability.
 
     Iterating gives images (patients, crops, 4, x, y, z) and regions (patients, crops, 3, x, y, z), both empty for a
-    step that draws nobody.
+    step that draws no patient.
 
     Args:
         patients: one random crop of a patient per access.
         sample_rate: the probability.
-        steps: how many batches.
-        crops: random crops of each patient taken.
-        rng: where the draw comes from; None for the operating system's entropy.
+        steps: number of batches.
+        crops: random crops of each patient drawn.
+        rng: source of the draw; None for the operating system's entropy.
     """
 
     def __init__(self, patients: PatientCrops, *, sample_rate: float, steps: int, crops: int = 1,
@@ -253,8 +227,8 @@ class PatientBatches:
 class _Steps:
     """The noisy steps of one round at one site: patients' gradients go to Opacus's optimiser one after the other.
 
-    Opacus's virtual steps clip what they are given and add it up; the real step, which `SiteTrainer.fit` takes, adds
-    the noise. So no more than one group of gradients is held, and nobody's for a step that drew nobody.
+    Opacus's virtual steps clip the gradients that they are given and add them up; the real step, which
+    `SiteTrainer.fit` takes, adds the noise. So at most one group of gradients is held at a time.
     """
 
     def __init__(self, technique: DPSGD, kit: Kit, state: SiteState, *, expected: float) -> None:
@@ -284,7 +258,7 @@ class _Steps:
         return optimiser
 
     def backward(self, kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float | None:
-        """Sum of the clipped gradients of a batch; its mean loss, or None for a batch of nobody."""
+        """Adds up the clipped gradients of a batch; its mean loss, or None for an empty batch."""
         losses = []
         for found in per_patient(kit, image, target, self.technique.gradients):
             losses.append(found.loss)
@@ -314,7 +288,7 @@ class _Steps:
         self.norms = []
 
     def finish(self) -> None:
-        """Leaves the network as it was found and keeps at the site what the next round and its owner need."""
+        """Leaves the network as it was found; keeps at the site the clipping norm and the diagnostics."""
         for p in self.parameters:
             p.grad = None
             for left in ("grad_sample", "summed_grad"):

@@ -1,4 +1,4 @@
-"""One gradient per patient, four ways that agree: what DP-SGD clips."""
+"""One gradient per patient, computed in four ways that agree: what DP-SGD clips."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from fedlab.core.kit import Kit
+from fedlab.core.setting_checks import check_choice
 from fedlab.core.weights import trainable
 from fedlab.privacy.dp.convolution import OneVolume
 
@@ -44,18 +45,17 @@ def per_patient(kit: Kit, image: torch.Tensor, target: torch.Tensor, how: Gradie
         kit: model, loss and precision.
         image: (patients, crops, 4, x, y, z).
         target: (patients, crops, 3, x, y, z).
-        how: "backward": a forward and a backward pass per patient, of any network in any precision. Nobody's gradient
-            depends on who else takes part, not even in its rounding.
+        how: "backward": a forward and a backward pass per patient, for any network and precision. A patient's gradient
+            does not depend on the other patients, not even in its rounding.
             "hooks": Opacus's hooks on layers, in one pass over all patients (Yousefpour et al. 2021).
-            "functorch": the whole network under `torch.func.vmap`, no hooks.
+            "functorch": the whole network under `torch.func.vmap`, without hooks.
             "ew": PyTorch's ExpandedWeights, float32 only.
 
     Raises:
         FloatingPointError: a loss is NaN or infinite.
         ValueError: `how` is not one of `MODES`.
     """
-    if how not in MODES:
-        raise ValueError(f"gradients is one of {', '.join(map(repr, MODES))}, got {how!r}")
+    check_choice(MODES, gradients=how)
     if how == "backward":
         for one_image, one_target in zip(image, target, strict=True):
             yield _backward(kit, one_image, one_target)
@@ -78,12 +78,12 @@ def _hooks(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> PatientGradie
 
     hooks = GradSampleHooks(kit.model, loss_reduction="mean")
     try:
-        with warnings.catch_warnings():  # the first layer's input needs no gradient, which is as it should be
+        with warnings.catch_warnings():  # the first layer's input needs no gradient
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             return _collected(kit, kit, image, target)
     finally:
         hooks.cleanup()
-        for module in kit.model.modules():  # left behind where a pass failed half-way
+        for module in kit.model.modules():  # left behind if a pass failed half-way
             for left in ("activations", "max_batch_len"):
                 module.__dict__.pop(left, None)
 
@@ -107,7 +107,7 @@ def _collected(kit: Kit, calling: Kit, image: torch.Tensor, target: torch.Tensor
         for p in parameters:
             p.grad = None
             p.__dict__.pop("grad_sample", None)
-    # Half precision would round norms by 0.4 %, and clipping would exceed its bound by as much.
+    # Half precision would round norms by 0.4 %, by which clipping would exceed its bound.
     return PatientGradients(value, [g.float().unflatten(0, image.shape[:2]).mean(dim=1) for g in crops])
 
 

@@ -1,4 +1,4 @@
-"""MONAI's residual blocks with the sum not in place: Opacus's hooks need the tensor that was there before."""
+"""MONAI's residual blocks without the sum in place: Opacus's hooks need the tensor that it would overwrite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ResBlockKept(ResBlock):
 
 
 class UnetResBlockKept(UnetResBlock):
-    """DynUNet's residual block: act(norm(conv(act(norm(conv(x))))) + x), x brought to shape where it must be."""
+    """DynUNet's residual block: act(norm(conv(act(norm(conv(x))))) + x), x brought to the same shape if needed."""
 
     def forward(self, inp: torch.Tensor) -> torch.Tensor:
         inner = self.norm2(self.conv2(self.lrelu(self.norm1(self.conv1(inp)))))
@@ -33,5 +33,5 @@ class UnetResBlockKept(UnetResBlock):
         return out
 
 
-#: Blocks that add in place, and what to use for each: the same layers under the same names.
+#: Blocks that add in place, and their replacements with the same layers under the same names.
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {ResBlock: ResBlockKept, UnetResBlock: UnetResBlockKept}

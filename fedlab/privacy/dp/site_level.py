@@ -1,67 +1,46 @@
 """Site-level differential privacy: clipped updates and Gaussian noise, at each site or at the server.
 
 Noise is independent from round to round. Noise that cancels over the rounds (DP-FTRL, Kairouz et al. 2021, arXiv
-2103.00039) pays where each record takes part once or seldom; a site takes part in most rounds, and then it costs more
-than it saves: for 10 to 100 rounds at equal guarantee the error of the running sums came out 1.4 to 1.7 times as large
+2103.00039) helps if each record takes part once or seldom. A site takes part in most rounds, where it costs more than
+it saves: for 10 to 100 rounds at an equal guarantee we measured an error of the running sums 1.4 to 1.7 times as large
 with the square-root factorisation and 1.6 to 2.0 times with trees.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.protocols import Run
+from fedlab.core.setting_checks import check_positive
 from fedlab.core.types import Cohort, ServerState, SiteState, Tensors, Update
-from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms, epsilon_of
+from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms
 from fedlab.privacy.base import Privacy
+from fedlab.privacy.dp.clipping import AdaptiveClip, check_clip, clip_update, noise_beside_bits
 from fedlab.privacy.noise.gaussian import standard_normal
 
-__all__ = ["AdaptiveClip", "CentralGaussian", "LocalGaussian", "clip_update"]
+__all__ = ["CentralGaussian", "LocalGaussian"]
 
-#: Clipping aims this much below the norm, so that rounding to float32 cannot lift an update above it.
-_MARGIN = 1e-6
 _CLIP, _BIT = "clipping norm", "within_clip"
 
 
-def clip_update(update: Update, clip: float, *, per_layer: bool = False) -> Update:
-    """The update, scaled down to a Euclidean norm of at most `clip` if it is longer; untouched if not.
-
-    Args:
-        update: its tensors are float32 or float64; half precision becomes float32.
-        clip: clipping norm, in the unit of the weights.
-        per_layer: clip each of the L tensors to clip / √L of its own (McMahan et al. 2018, arXiv 1710.06963, "flat"
-            and "per-layer" clipping), which keeps the whole within `clip` too.
-    """
-    bound = clip / math.sqrt(len(update.delta)) if per_layer else clip
-
-    def shorter(t: torch.Tensor, norm: float) -> torch.Tensor:
-        t = t if t.dtype in (torch.float32, torch.float64) else t.float()
-        return t if norm <= bound else (t.double() * (bound / norm * (1 - _MARGIN))).to(t.dtype)
-
-    whole = update.norm()
-    return replace(update, delta={
-        name: shorter(t, float(t.double().norm()) if per_layer else whole) for name, t in update.delta.items()})
-
-
 class LocalGaussian(Privacy):
-    """Each site clips its update and adds Gaussian noise before it leaves: nobody need be trusted, not even the server.
+    """Each site clips its update and adds Gaussian noise before it leaves: a guarantee against the server too.
 
     Every coordinate gets noise of standard deviation `noise_multiplier` × `clip`. The guarantee is per site and holds
     for any two updates that the site could send, whatever its patients: they differ by at most 2 × `clip`, so the
-    ledger enters half the noise multiplier. A site is charged in the rounds it takes part in, and choosing sites at
-    random saves nothing, since the server sees who sent what. Any strategy may combine the updates.
+    ledger enters half the noise multiplier. A site is charged in the rounds it takes part in; sampling of sites saves
+    nothing, since the server sees who sent what. Any strategy may combine the updates.
 
     For a target ε over T rounds take 2 × `noise_multiplier_for(target_epsilon=…, delta=…, sample_rate=1, steps=T)`.
     With few sites that much noise usually drowns the model; `CentralGaussian` needs less and trusts the server more.
 
     Not covered: that a site takes part, its number of patients (`Update.weight`) and of steps. Losses stay at the
-    site. What follows in a `+` only reads the noisy update, error feedback included, and costs nothing more.
-    `SiteState.diagnostics` has the norms before and after clipping and that of the noise; they stay at the site.
+    site. Techniques after it in a `+` see only the noisy update, error feedback included, and cost nothing more.
+    `SiteState.diagnostics` holds the norms before and after clipping and that of the noise; they stay at the site.
 
     Args:
         clip: clipping norm of the whole update, in the unit of the weights.
@@ -74,21 +53,23 @@ class LocalGaussian(Privacy):
             server, which knows the seed, can subtract it: for research.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of range.
     """
 
     units = frozenset({"site"})
 
     def __init__(self, *, clip: float, noise_multiplier: float, delta: float = 1e-5, per_layer: bool = False,
                  accountant: Accountant = "rdp", max_epsilon: float | None = None, secure_mode: bool = False) -> None:
-        _check_positive(clip=clip, max_epsilon=max_epsilon)
+        check_positive(clip=clip, noise_multiplier=noise_multiplier)
+        check_positive(max_epsilon=max_epsilon, optional=True)
         self.clip, self.noise_multiplier, self.delta, self.per_layer = clip, noise_multiplier, delta, per_layer
         self.accountant, self.max_epsilon, self.secure_mode = accountant, max_epsilon, secure_mode
         self._release = Gaussian(noise_multiplier=noise_multiplier / 2)
         self._terms = Terms(unit="site", delta=delta, adjacency="any two updates of a site", accountant=accountant)
 
     def check(self, run: Run) -> None:
-        _check_start(self._release, self._terms, self.max_epsilon, run)
+        self._terms.check_delta(len(run.sites))
+        self._terms.check_budget([self._release], self.max_epsilon)
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         Ledger(state).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon,
@@ -100,62 +81,27 @@ class LocalGaussian(Privacy):
         return replace(clipped, delta=noisy, encoded=None)  # noise fills every gap that a sparse code left out
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveClip:
-    """A clipping norm that follows a quantile of the norms of the updates (Andrew et al. 2021, arXiv 1905.03871).
-
-    Each site says, in one bit, whether its update was within the clipping norm. The server adds noise to the sum of
-    the bits and moves the norm by a factor of exp(−lr × (noisy share − quantile)); it reaches the sites with the
-    weights of the next round.
-
-    Args:
-        start: clipping norm of the first round, in the unit of the weights; too small costs a few rounds.
-        bit_noise: standard deviation of the noise on the sum of the bits. It takes its part of the same privacy
-            budget, so the updates get more noise: 3 % more at twice the noise multiplier. The paper takes a twentieth
-            of the expected cohort, which suits hundreds of sites; it must exceed half the noise multiplier.
-        quantile: share of updates that should be within the norm.
-        lr: how fast the norm moves; the paper's 0.2 changes it by at most about 20 % a round.
-
-    Raises:
-        ValueError: a setting out of its range.
-    """
-
-    start: float
-    bit_noise: float
-    quantile: float = 0.5
-    lr: float = 0.2
-
-    def __post_init__(self) -> None:
-        _check_positive(start=self.start, bit_noise=self.bit_noise, lr=self.lr)
-        if not 0 < self.quantile < 1:
-            raise ValueError(f"quantile is a share between 0 and 1, got {self.quantile}")
-
-    def moved(self, clip: float, share: float) -> float:
-        """The next clipping norm, after `share` of the updates (with noise) were within `clip`."""
-        return clip * math.exp(-self.lr * (share - self.quantile))
-
-
 class CentralGaussian(Privacy):
     """DP-FedAvg: each site clips its update, the server adds Gaussian noise to their sum (McMahan et al. 2018).
 
     The server adds noise of standard deviation `noise_multiplier` × `clip` to the sum of the updates (arXiv
     1710.06963) and divides by the *expected* number of sites, sites × sample, which no site changes by being absent.
-    The guarantee is per site, for adding or removing all of one site's updates where the number of sites is public.
-    With `FedAvg(sample=q)` each site is drawn with probability q, which the accountant credits; a round in which
-    nobody is drawn gets noise too and is charged.
+    The guarantee is per site, for adding or removing all of one site's updates; the number of sites is public. With
+    `FedAvg(sample=q)` each site is drawn with probability q, which the accountant credits; a round in which no site is
+    drawn gets noise too and is charged.
 
-    Who is protected from whom: sites from everyone who sees the models, that is the other sites and users of the
-    result. The *server* is trusted: it sees each clipped update, and the sites are trusted to clip. Add secure
-    aggregation after this technique, with a fixed clip, to hide single updates from it. Whoever sees which sites were
-    drawn, or knows the seed of the run, has no amplification by sampling; whoever knows the seed can subtract the
-    noise, unless `secure_mode` is set.
+    It protects sites from everyone who sees the models: the other sites and the users of the result. The *server* is
+    trusted: it sees each clipped update, and the sites are trusted to clip. `aggregation=SecureAggregation(...)`, with
+    a fixed clip here, hides single updates from it. Sampling amplifies nothing towards an adversary who sees which
+    sites were drawn or knows the seed of the run; one who knows the seed can also subtract the noise, unless
+    `secure_mode` is set.
 
     Not covered: the server's own record of the run (`History.sites()`: who took part, norms and bits of single
-    updates) and anything computed on a site's patients besides the update, such as validation. Losses and
-    numbers of patients stay at the site, and every update has weight 1; numbers of steps leave.
+    updates) and anything computed on a site's patients besides the update, such as validation. Losses and numbers of
+    patients stay at the site, and every update has weight 1; numbers of steps leave.
 
-    The strategy must be a plain mean with equal weights, `FedAvg(weights="uniform")`; what changes updates goes before
-    this technique in a `+`, since after clipping nothing may lengthen them.
+    The strategy must be a plain mean with equal weights, `FedAvg(weights="uniform")`. Techniques that change updates
+    go before this one in a `+`, since nothing may lengthen updates after clipping.
 
     Args:
         clip: clipping norm of the whole update, in the unit of the weights, or an `AdaptiveClip`.
@@ -163,29 +109,20 @@ class CentralGaussian(Privacy):
             sample as sample_rate and rounds as steps. With an `AdaptiveClip`, that of updates and bits together.
         delta: of the guarantee, below 1 over the number of sites.
         per_layer: see `clip_update`.
-        accountant: "rdp", "prv", or "gdp" where every site takes part every round; see `Terms`.
+        accountant: "rdp", "prv", or "gdp" if every site takes part in every round; see `Terms`.
         max_epsilon: the budget of the run; it ends rather than exceed it.
         secure_mode: noise from the operating system instead of the seed of the run.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of range.
     """
 
     def __init__(self, *, clip: float | AdaptiveClip, noise_multiplier: float, delta: float = 1e-5,
                  per_layer: bool = False, accountant: Accountant = "rdp", max_epsilon: float | None = None,
                  secure_mode: bool = False) -> None:
-        Gaussian(noise_multiplier=noise_multiplier)
-        if isinstance(clip, AdaptiveClip):
-            if per_layer:
-                raise ValueError("an AdaptiveClip follows the norm of the whole update: say per_layer=False, or give "
-                                 "a fixed clip")
-            if clip.bit_noise <= noise_multiplier / 2:
-                raise ValueError(f"bit_noise must exceed half the noise multiplier ({noise_multiplier / 2:g}), got "
-                                 f"{clip.bit_noise:g}: the bits alone would spend the privacy of the round; take "
-                                 f"{2 * noise_multiplier:g}")
-            _check_positive(max_epsilon=max_epsilon)
-        else:
-            _check_positive(clip=clip, max_epsilon=max_epsilon)
+        check_positive(noise_multiplier=noise_multiplier)
+        check_positive(max_epsilon=max_epsilon, optional=True)
+        check_clip(clip, noise_multiplier=noise_multiplier, per_layer=per_layer)
         self.clip, self.noise_multiplier, self.delta, self.per_layer = clip, noise_multiplier, delta, per_layer
         self.accountant, self.max_epsilon, self.secure_mode = accountant, max_epsilon, secure_mode
         self._terms = Terms(unit="site", delta=delta, accountant=accountant,
@@ -193,32 +130,23 @@ class CentralGaussian(Privacy):
 
     @property
     def noise_on_updates(self) -> float:
-        """Standard deviation over `clip` of the noise on the sum of the updates: larger where bits are noised too.
-
-        Sum and bits are one Gaussian release: z⁻² = z_updates⁻² + (2 × bit_noise)⁻², since a bit of ±1/2 counts half
-        (Andrew et al. 2021, theorem 1).
-        """
-        if not isinstance(self.clip, AdaptiveClip):
-            return self.noise_multiplier
-        return 1 / math.sqrt(self.noise_multiplier**-2 - (2 * self.clip.bit_noise) ** -2)
+        """Standard deviation over `clip` of the noise on the sum of the updates; see `noise_beside_bits`."""
+        return noise_beside_bits(self.clip, self.noise_multiplier)
 
     def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
         for other in after:
-            changes = type(other).protect is not Privacy.protect or type(other).release is not Privacy.release
-            if changes:
-                raise ValueError(f"put {other!r} before {type(self).__name__}: what changes updates after they were "
-                                 "clipped can make them longer than the noise covers")
+            if type(other).protect is not Privacy.protect or type(other).release is not Privacy.release:
+                raise ValueError(f"put {other!r} before {type(self).__name__}: a technique that changes updates after "
+                                 "they are clipped can make them longer than the noise covers")
 
     def check(self, run: Run) -> None:
         if getattr(run.strategy, "uniform_mean", False) is not True:
-            raise ValueError(f"noise at the server is sized for a plain mean in which every update counts the same, "
-                             f"which {run.strategy!r} is not; use FedAvg(weights='uniform'), or LocalGaussian, which "
-                             "works with any strategy")
+            raise ValueError(f"noise at the server is calibrated for a plain mean in which every update counts the "
+                             f"same, which {run.strategy!r} is not; use FedAvg(weights='uniform'), or LocalGaussian, "
+                             "which works with any strategy")
         sample = float(getattr(run.strategy, "sample", 1.0))
-        if self.accountant == "gdp" and sample < 1:
-            raise ValueError(f"accountant 'gdp' proves nothing for sites drawn at random (sample {sample:g}); "
-                             "say accountant='rdp' or 'prv'")
-        _check_start(self._release(sample), self._terms, self.max_epsilon, run)
+        self._terms.check_delta(len(run.sites))
+        self._terms.check_budget([self._release(sample)], self.max_epsilon)
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         clip = self._clip_now(state.broadcast)
@@ -229,13 +157,13 @@ class CentralGaussian(Privacy):
 
     def release(self, mean: Update, cohort: Cohort, state: ServerState, rng: torch.Generator) -> Update:
         if cohort.round > 0 and not state.ledger:
-            raise PrivacyError(f"round {cohort.round} begins without the server's ledger, so nobody knows what was "
-                               "spent before; go on from a state that holds it, or begin a new run from these weights")
+            raise PrivacyError(f"round {cohort.round} begins without the server's ledger, so the privacy spent is "
+                               "unknown; continue from a state that holds it, or begin a new run from these weights")
         ledger = Ledger(state)
         try:
             ledger.charge(self._release(cohort.sample), terms=self._terms, max_epsilon=self.max_epsilon)
         except PrivacyBudgetExhausted as error:
-            raise PrivacyBudgetExhausted(f"the server moves the model no more: {error}") from error
+            raise PrivacyBudgetExhausted(f"the server stops moving the model: {error}") from error
         source, expected = None if self.secure_mode else rng, cohort.sites * cohort.sample
         clip = self._clip_now(state.broadcast)
         noise = _noise(mean.delta, self.noise_on_updates * clip, source)
@@ -250,7 +178,7 @@ class CentralGaussian(Privacy):
         return Gaussian(noise_multiplier=self.noise_multiplier, sample_rate=sample)
 
     def _clip_now(self, broadcast: Tensors) -> float:
-        """The clipping norm of this round: the server and its sites read the same one."""
+        """The clipping norm of this round, the same at the server and its sites."""
         if not isinstance(self.clip, AdaptiveClip):
             return self.clip
         return float(broadcast.get(_CLIP, self.clip.start))
@@ -259,8 +187,8 @@ class CentralGaussian(Privacy):
         if len(cohort) == 0:
             return 0.0
         if _BIT not in mean.metrics:
-            raise PrivacyError("the bits that an AdaptiveClip follows did not come with the combined update; combine "
-                               "with fedlab.strategies.weighted_mean, and change no metrics after CentralGaussian")
+            raise PrivacyError("the combined update lacks the bits that an AdaptiveClip follows; combine with "
+                               "fedlab.strategies.weighted_mean, and change no metrics after CentralGaussian")
         return mean.metrics[_BIT] * len(cohort)
 
 
@@ -270,27 +198,8 @@ def _noise(like: Tensors, std: float, rng: torch.Generator | None) -> Mapping[st
 
 
 def _note(state: SiteState, before: Update, clipped: Update, noise: Tensors | None = None) -> None:
-    """What the technique did, for the site's own eyes."""
+    """Notes what the technique did, for the site's own eyes."""
     found = {"norm before clipping": before.norm(), "norm after clipping": clipped.norm()}
     if noise is not None:
         found["norm of the noise"] = replace(clipped, delta=noise).norm()
     state.diagnostics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()})
-
-
-def _check_positive(*, max_epsilon: float | None = None, **settings: float) -> None:
-    if max_epsilon is not None:
-        settings["max_epsilon"] = max_epsilon
-    for name, value in settings.items():
-        if not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{name} is a positive number, got {value!r}")
-
-
-def _check_start(release: Gaussian, terms: Terms, max_epsilon: float | None, run: Run) -> None:
-    """What can be known before the first round: δ against the number of sites, one round against the budget."""
-    if terms.delta >= 1 / len(run.sites):
-        raise ValueError(f"delta is below 1 over the number of sites (1/{len(run.sites)}), got {terms.delta}: "
-                         "otherwise giving one site away entirely would satisfy the guarantee")
-    once = epsilon_of([release], delta=terms.delta, accountant=terms.accountant)
-    if max_epsilon is not None and once > max_epsilon:
-        raise ValueError(f"the first round alone costs ε = {once:.4g}, more than the budget of {max_epsilon:g}; raise "
-                         "noise_multiplier (see noise_multiplier_for) or the budget")

@@ -1,4 +1,4 @@
-"""Is a network fit for patient-level privacy? Which layer leaks or breaks, and the network with that put right."""
+"""Whether a network is fit for patient-level privacy: the layers that leak or break, and the network without them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedlab.core.kit import Kit
+from fedlab.core.setting_checks import check_choice
 from fedlab.core.types import MODALITIES, REGIONS
 from fedlab.core.weights import trainable
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
@@ -31,12 +32,12 @@ _INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 
 @dataclass(frozen=True, kw_only=True)
 class Fitness:
-    """What `check_private` found. True where nothing is wrong.
+    """The findings of `check_private`; true if nothing is wrong.
 
     Attributes:
         gradients: how gradients of single patients were computed.
         problems: one sentence each, beginning with the layer's name.
-        remedy: what to do about them.
+        remedy: for the problems.
     """
 
     gradients: Gradients
@@ -62,21 +63,20 @@ def check_private(model: nn.Module, *, gradients: Gradients = "backward", loss: 
                   crop: tuple[int, int, int] = (64, 64, 64)) -> Fitness:
     """Whether `DPSGD` can protect patients with this network, and if not, which layer leaks or breaks.
 
-    Leaking layers are known by type. What a type doesn't tell is tried out on a copy of the network, with two
-    patients of random numbers: whether a pass changes a buffer, whether one patient's output depends on the other,
-    and whether every patient's gradient equals that of a batch of one.
+    Some leaking layers are recognised by type. Beyond that a copy of the network is tried with two patients of random
+    numbers: whether a pass changes a buffer, whether one patient's output depends on the other, and whether every
+    patient's gradient equals that of a batch of one.
 
     Args:
-        model: maps (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); it stays as it is.
+        model: maps (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); it is not changed.
         gradients: how gradients of single patients will be computed; see `fedlab.privacy.dp.gradients.per_patient`.
         loss: of logits and regions, `DiceBCE()` by default.
-        crop: size in voxels that the network takes; smaller ones are tried first, to be quick.
+        crop: size in voxels that the network takes; smaller sizes are tried first, to save time.
 
     Raises:
         ValueError: `gradients` is unknown, or nothing is trainable.
     """
-    if gradients not in MODES:
-        raise ValueError(f"gradients is one of {', '.join(map(repr, MODES))}, got {gradients!r}")
+    check_choice(MODES, gradients=gradients)
     trainable(model)
     loss = DiceBCE() if loss is None else loss
     problems = tuple(_leaking(model)) or tuple(_tried(model, gradients, loss, crop))
@@ -86,15 +86,15 @@ def check_private(model: nn.Module, *, gradients: Gradients = "backward", loss: 
 
 
 def fix_private(model: nn.Module, *, gradients: Gradients = "backward") -> nn.Module:
-    """A copy of the network with the layers replaced that leak or break; train or pretrain this one.
+    """A copy of the network in which layers that leak or break are replaced; train or pretrain the copy.
 
     BatchNorm becomes GroupNorm (Wu and He 2018), of 32 groups or the largest divisor of 32 that divides the channels,
-    with the same scale and shift; running statistics of InstanceNorm go. The network then computes something else
-    than before. For other gradients than "backward" activations stop working in place, and so do the sums of MONAI's
-    residual blocks: that changes no number.
+    with the same scale and shift; running statistics of InstanceNorm are removed. The copy then computes other numbers
+    than the network. For other gradients than "backward", activations and the sums of MONAI's residual blocks no
+    longer work in place, which changes no number.
 
     Args:
-        model: stays as it is.
+        model: is not changed.
         gradients: how gradients of single patients will be computed.
     """
     fixed = copy.deepcopy(model)
@@ -116,17 +116,17 @@ def fix_private(model: nn.Module, *, gradients: Gradients = "backward") -> nn.Mo
 
 
 def check_loss(loss: Loss, *, device: torch.device | str = "cpu") -> None:
-    """Refuses a loss that mixes patients: clipping each patient's gradient would then bound nobody's influence.
+    """Refuses a loss that mixes patients: clipping each patient's gradient would then bound no patient's influence.
 
-    Tried on random logits and targets: the loss of two patients must be the mean of their losses. A loss that mixes
-    them only for particular values is not found.
+    On random logits and targets the loss of two patients must be the mean of their losses. A loss that mixes patients
+    only for particular values is not detected.
 
     Args:
         loss: of logits and regions.
-        device: where it is tried.
+        device: on which the loss is tried.
 
     Raises:
-        ValueError: the loss of two patients is something else.
+        ValueError: the loss mixes patients.
     """
     rng = torch.Generator().manual_seed(0)
     for density in (0.0, 0.02, 0.3):  # a patient without tumour, a small and a large one, beside another
@@ -137,9 +137,9 @@ def check_loss(loss: Loss, *, device: torch.device | str = "cpu") -> None:
         single = [float(loss(logits[i:i + 1], target[i:i + 1])) for i in range(2)]
         if not math.isclose(both, sum(single) / 2, rel_tol=1e-4, abs_tol=1e-6):
             raise ValueError(
-                f"the loss {loss!r} mixes patients: of two patients it is {both:.6g}, the mean of their losses is "
-                f"{sum(single) / 2:.6g}. Use one that is computed for each patient and then averaged, such as "
-                "DiceBCE() or MONAI's DiceLoss(batch=False, reduction='mean')")
+                f"the loss {loss!r} mixes patients: for two patients it is {both:.6g}, the mean of their losses is "
+                f"{sum(single) / 2:.6g}. Use a loss that is computed per patient and then averaged, such as DiceBCE() "
+                "or MONAI's DiceLoss(batch=False, reduction='mean')")
 
 
 def _leaking(model: nn.Module) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _without_leak(layer: nn.Module) -> nn.Module:
 
 
 def _tried(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, int, int]) -> Iterator[str]:
-    """What goes wrong with two patients of random numbers, on the smallest volume that the network takes."""
+    """The problems found with two patients of random numbers, on the smallest volume that the network takes."""
     sizes = [(s, s, s) for s in (16, 32) if s <= min(crop)]
     failed: Exception | None = None
     # In float64 no rounding is taken for a leak; float32 is for networks that take nothing else.
@@ -206,11 +206,11 @@ def _state_kept(probe: nn.Module, image: torch.Tensor) -> Iterator[str]:
         each = torch.cat([probe(one[None]) for one in image])
     for name, buffer in probe.named_buffers():
         if not torch.equal(buffer, before[name]):
-            yield f"{name} leaks: a pass in training changes this buffer, so it keeps data of patients without noise"
+            yield f"{name} leaks: a pass in training changes this buffer, which keeps data of patients without noise"
     if not isinstance(both, torch.Tensor) or both.shape != each.shape:
         yield f"the network gives {type(both).__name__}, expected logits (B, 3, X, Y, Z)"
     elif float((both - each).norm()) > _TOLERANCE * float(each.norm()):
-        yield "the network mixes patients: the output of one changes with who else is in the batch"
+        yield "the network mixes patients: the output for one depends on the others in the batch"
 
 
 def _gradients_differ(model: nn.Module, gradients: Gradients, loss: Loss, image: torch.Tensor,
@@ -224,7 +224,7 @@ def _gradients_differ(model: nn.Module, gradients: Gradients, loss: Loss, image:
         expected.append(torch.cat([g.flatten() for g in found]))
     try:
         parts = list(per_patient(_kit(_probe(model, image.dtype), loss), image[:, None], target[:, None], gradients))
-    except Exception as error:  # whatever a network's own code raises under hooks or vmap
+    except Exception as error:  # a network's own code may raise anything under hooks or vmap
         yield f"gradients={gradients!r} breaks this network: {_first_line(error)}{_suspects(model)}"
         return
     actual = torch.cat([torch.cat([g.flatten(1) for g in part.gradients], dim=1) for part in parts])
@@ -241,7 +241,7 @@ def _kit(model: nn.Module, loss: Loss) -> Kit:
 
 
 def _suspects(model: nn.Module) -> str:
-    """Layers that work in place, which is what hooks and vmap mostly fail for."""
+    """Layers that work in place, the usual reason for which hooks and vmap fail."""
     from fedlab.privacy.dp.residual_blocks import REPLACED
 
     found = [name for name, layer in model.named_modules() if getattr(layer, "inplace", False)
@@ -252,7 +252,7 @@ def _suspects(model: nn.Module) -> str:
 
 
 def _remedy(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, int, int]) -> str:
-    """What helps, tried out before it is said."""
+    """The remedy, tried before it is recommended."""
     def helps(candidate: nn.Module, how: Gradients) -> bool:
         return not any(_leaking(candidate)) and not any(_tried(candidate, how, loss, crop))
 

@@ -1,4 +1,4 @@
-"""Discrete Gaussian noise on the integers, drawn exactly: no floating point number takes part."""
+"""Discrete Gaussian noise on the integers, drawn exactly, without floating point numbers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["MAX_LOG2_SIGMA", "discrete_gaussian"]
 
 #: Squares of values up to 100 standard deviations fit into 64 bits.
 MAX_LOG2_SIGMA = 24
-#: Values drawn from one stream, and values drawn together: large enough for numpy, small enough for the cache.
+#: Values per stream, and values drawn together: large enough for numpy, small enough for the cache.
 _PIECE, _BLOCK = 2**19, 2**15
-#: Laplace blocks beyond this one are refused at once: the Gaussian would take them with probability exp(-4900).
+#: Laplace blocks beyond this one are rejected at once: the Gaussian would accept them with probability exp(-4900).
 _FARTHEST = 100
 
 _Integers = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -28,13 +28,13 @@ def discrete_gaussian(count: int, *, log2_sigma: int, key: bytes) -> _Integers:
     """Independent draws x with probability proportional to exp(-x**2 / (2 sigma**2)).
 
     Canonne, Kamath and Steinke (NeurIPS 2020, arXiv 2004.00010), algorithms 1 to 3: discrete Laplace values are
-    accepted with a probability exp(-a / b) that is decided by comparing whole random numbers. With sigma a power of
-    two, and the Laplace scale equal to it, every b is one too, so 64-bit integers do.
+    accepted with a probability exp(-a / b) that is decided by comparing random integers. With sigma a power of two and
+    the Laplace scale equal to it, every b is a power of two as well, so 64-bit integers suffice.
 
     Args:
-        count: how many.
+        count: number of draws.
         log2_sigma: sigma is 2 to this power; the standard deviation is sigma to better than 1e-8.
-        key: 32 bytes; equal keys give equal draws, with as many threads as torch uses.
+        key: 32 bytes; equal keys give equal draws, whatever the number of torch's threads.
 
     Returns:
         int64, shape (count,).
@@ -67,7 +67,7 @@ def _piece(count: int, log2_sigma: int, key: bytes) -> _Integers:
 
 
 class _Coins:
-    """Fair random words, and coins that fall with an exact rational probability."""
+    """Uniform random words, and coins with an exact rational probability."""
 
     def __init__(self, cipher: CipherContext) -> None:
         self._cipher = cipher
@@ -78,7 +78,7 @@ class _Coins:
     def toss(self, numerators: _Unsigned, log2_denominator: int, times: int) -> _Flags:
         """True with probability numerator / (2**log2_denominator * times); numerators lie below their denominator."""
         unit = 2 ** (64 - log2_denominator) // times
-        limit = unit * times << log2_denominator  # words from here on would favour some outcomes: draw them again
+        limit = unit * times << log2_denominator  # larger words would favour some outcomes: draw them again
         words = self.words(len(numerators))
         if limit < 2**64:
             while (again := np.flatnonzero(words >= np.uint64(limit))).size:
@@ -91,7 +91,7 @@ class _Coins:
 def _exponential(numerators: _Unsigned, log2_denominator: int, coins: _Coins) -> _Flags:
     """True with probability exp(-numerator / 2**log2_denominator) (algorithm 1)."""
     whole = numerators >> np.uint64(log2_denominator)
-    out = _exponential_below_one(numerators - (whole << np.uint64(log2_denominator)), log2_denominator, coins)
+    out = _until_it_fails(numerators - (whole << np.uint64(log2_denominator)), log2_denominator, 1, coins)
     left = np.flatnonzero(out & (whole > 0))
     while left.size:  # exp(-whole) as so many times exp(-1)
         out[left] = passed = _inverse_e(left.size, coins)
@@ -100,17 +100,15 @@ def _exponential(numerators: _Unsigned, log2_denominator: int, coins: _Coins) ->
     return out
 
 
-def _exponential_below_one(numerators: _Unsigned, log2_denominator: int, coins: _Coins) -> _Flags:
-    return _until_it_fails(numerators, log2_denominator, 1, coins)
-
-
 def _inverse_e(count: int, coins: _Coins) -> _Flags:
-    """True with probability exp(-1): the first of its coins, of probability 1, is not tossed."""
+    """True with probability exp(-1); the first coin, of probability 1, is not tossed."""
     return _until_it_fails(np.ones(count, np.uint64), 0, 2, coins)
 
 
 def _until_it_fails(numerators: _Unsigned, log2_denominator: int, first: int, coins: _Coins) -> _Flags:
-    """Tosses coins of probability gamma / k for k = first, first + 1, ...; true where an odd k fails first."""
+    """Tosses coins of probability gamma / k, gamma at most 1, for k = first, first + 1, ...; true where the first k
+    that fails is odd, which has probability exp(-gamma).
+    """
     out = np.zeros(len(numerators), np.bool_)
     going, k = np.arange(len(numerators)), first
     while going.size:
@@ -124,7 +122,7 @@ def _until_it_fails(numerators: _Unsigned, log2_denominator: int, first: int, co
 def _laplace(count: int, log2_scale: int, coins: _Coins) -> _Integers:
     """About count / 1.6 draws with probability proportional to exp(-|y| / 2**log2_scale) (algorithm 2)."""
     within = coins.words(count) >> np.uint64(64 - log2_scale)
-    within = within[_exponential_below_one(within, log2_scale, coins)]
+    within = within[_until_it_fails(within, log2_scale, 1, coins)]  # probability exp(-within / 2**log2_scale)
     blocks = np.zeros(len(within), np.int64)
     going = np.arange(len(within))
     while going.size:

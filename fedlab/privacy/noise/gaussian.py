@@ -18,10 +18,10 @@ _CHUNK = 2**18
 def standard_normal(shape: Sequence[int], rng: torch.Generator | None) -> torch.Tensor:
     """Independent standard normal values, float64.
 
-    From a generator they repeat, and whoever knows its seed can subtract them: for research. Without one they come
-    from the operating system's cryptographic random numbers, each as half the sum of four normals, so that the gaps
-    between representable numbers tell nothing useful about the noise (Mironov 2012 is the attack, Holohan and Braghin
-    2021, arXiv 2107.10138, the remedy).
+    Those of a generator repeat, and an adversary who knows its seed can subtract them: for research. Without a
+    generator they come from the operating system's cryptographic random numbers, each as half the sum of four normals,
+    so that the gaps between representable numbers reveal nothing useful about the noise (the attack: Mironov 2012; the
+    remedy: Holohan and Braghin 2021, arXiv 2107.10138).
 
     Args:
         shape: of the result.

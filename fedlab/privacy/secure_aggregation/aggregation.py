@@ -1,4 +1,4 @@
-"""Secure aggregation: the server learns the sum of the updates and nothing about any one of them."""
+"""Secure aggregation: the server learns the sum of the updates and nothing about a single one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ import torch
 from fedlab.core.errors import PrivacyError
 from fedlab.core.protocols import Exchange, Run
 from fedlab.core.types import SiteState, Tensors, Update
-from fedlab.privacy.accounting.ledger import Concentrated, Ledger, Terms, epsilon_of
+from fedlab.core.weights import flatten, unflatten
+from fedlab.privacy.accounting.ledger import Concentrated, Ledger, Terms
 from fedlab.privacy.aggregation import Aggregation
-from fedlab.privacy.dp.site_level import AdaptiveClip, CentralGaussian
+from fedlab.privacy.dp.clipping import AdaptiveClip
+from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.privacy.noise.discrete_gaussian import MAX_LOG2_SIGMA, discrete_gaussian
 from fedlab.privacy.secure_aggregation import protocol
 from fedlab.privacy.secure_aggregation.crypto import Words, add_streams
 
 __all__ = ["SecureAggregation"]
 
-#: Clipping norm where none is given and no noise depends on it: longer than the updates of any usual training.
+#: Clipping norm if none is given and no noise depends on it: longer than the updates of any usual training.
 _WIDE_CLIP = 100.0
 #: Steps of the fixed point within the clipping norm, and of the noise within its standard deviation, at least.
 _FINEST_CLIP, _FINEST_NOISE = 12, 8
@@ -39,37 +41,37 @@ _Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 @dataclass(frozen=True, kw_only=True)
 class SecureAggregation(Aggregation):
-    """The server gets the sum of the updates; each of them alone is, to it, uniformly random bits.
+    """The server receives the sum of the updates; each update alone is uniformly random bits to it.
 
     Bonawitz et al. (2017, "Practical secure aggregation for privacy-preserving machine learning",
     doi 10.1145/3133956.3133982). Each site clips its update to a Euclidean norm of `clip`, writes it as whole numbers
     modulo 2 to the power of `bits`, and adds a stream of its own and one shared with each other site, which cancel in
-    the sum. Any `threshold` of the sites can remove what is left of the masks when others drop out, before or after
-    they sent their update; with fewer, nothing is revealed and the round fails. Every update counts the same and the
-    sum is exact: on the model the result is that of `FedAvg(weights="uniform")`, up to the fixed point.
+    the sum. Any `threshold` of the sites can remove the rest of the masks when others drop out, before or after they
+    sent their update; with fewer, nothing is revealed and the round fails. Every update counts the same and the sum is
+    exact: the model is that of `FedAvg(weights="uniform")`, up to the fixed point.
 
     **Noise.** With a `noise_multiplier` each site adds discrete Gaussian noise before it masks (Canonne, Kamath and
     Steinke 2020, arXiv 2004.00010), so that the server sees only a noised sum (Kairouz, Liu and Steinke 2021, arXiv
     2102.06387). The shares of `threshold - colluding` sites suffice for noise of standard deviation
     `noise_multiplier` × `clip` on the sum; more sites bring more noise. The guarantee is per site, for its update
     replaced by zeros, and as strong as the cryptography; the ledgers of the sites are charged. Updates are rounded
-    towards zero, which lengthens none, so rounding costs no privacy (the paper rounds at random and needs fewer
-    bits). Without a noise multiplier there is no formal guarantee: a sum can betray its parts.
+    towards zero, which never lengthens them, so rounding costs no privacy (the paper rounds at random and needs fewer
+    bits). Without a noise multiplier there is no formal guarantee: a sum can reveal its terms.
 
-    **Against whom.** A server that follows the protocol and reads along, with up to `colluding` sites, and after the
-    keys are exchanged also one that lies about who survived. A server that hands round *forged keys* from the
-    beginning is not caught: sites have no identities of their own here; in a deployment the transport must give them.
-    A site that sends nonsense spoils the sum unnoticed, as in any average. Not hidden: who takes part, numbers of
-    steps, the sum itself, and the model. Numbers of patients and losses stay at the site.
+    **Threat model.** A server that follows the protocol and reads all messages, with up to `colluding` sites; once the
+    keys are exchanged, also a server that lies about the survivors. A server that distributes *forged keys* from the
+    beginning is not detected: sites have no identities of their own here; in a deployment the transport must provide
+    them. A site that sends a meaningless update spoils the sum unnoticed, as in any average. Not hidden: who takes
+    part, numbers of steps, the sum itself, and the model. Numbers of patients and losses stay at the site.
 
     `federate(..., aggregation=SecureAggregation(threshold=3))`; the number of sites is read from the run.
 
     Args:
         threshold: sites that must stay until the end of a round; more than half of all sites + `colluding`.
         clip: clipping norm of an update, in the unit of the weights; bounds the whole numbers. Without noise 100 by
-            default: longer updates than that are shortened, which `SiteState.diagnostics` shows.
-        bits: of each number in a message, 20 to 40. 32 is as much as a float32; more takes twice the time.
-        colluding: sites that may pass their secrets to the server; they count as adding no noise.
+            default: longer updates are shortened, which `SiteState.diagnostics` shows.
+        bits: of each number in a message, 20 to 40. 32 is the size of a float32; more takes twice the time.
+        colluding: number of sites that may pass their secrets to the server; they count as adding no noise.
         noise_multiplier: standard deviation of the noise on the sum over `clip`; None for no noise.
         delta: of the guarantee, below 1 over the number of sites; given if and only if there is noise.
         max_epsilon: a site's budget; it takes no further part rather than exceed it.
@@ -78,7 +80,7 @@ class SecureAggregation(Aggregation):
         sites: number of sites; read from the run.
 
     Raises:
-        ValueError: a setting out of its range, or too few bits for the sum of so many sites.
+        ValueError: a setting is out of range, or too few bits for the sum of so many sites.
     """
 
     hides_updates: ClassVar[bool] = True
@@ -101,7 +103,7 @@ class SecureAggregation(Aggregation):
 
     @property
     def units(self) -> frozenset[str]:  # type: ignore[override]
-        """{"site"} with noise, else nothing."""
+        """{"site"} with noise, else empty."""
         return frozenset() if self.noise_multiplier is None else frozenset({"site"})
 
     @property
@@ -127,18 +129,14 @@ class SecureAggregation(Aggregation):
             raise ValueError(f"{self!r} hides every update, so max_norm cannot be checked; leave it out")
         for layer in run.privacy.layers:
             if isinstance(layer, CentralGaussian) and isinstance(layer.clip, AdaptiveClip):
-                raise ValueError("an AdaptiveClip tells the server a bit about each site's update, which secure "
+                raise ValueError("an AdaptiveClip sends the server one bit about each site's update, which secure "
                                  "aggregation hides; give CentralGaussian a fixed clip")
             if isinstance(layer, CentralGaussian) and self.noise_multiplier is not None:
                 raise ValueError("noise before the sum is hidden can make an update longer than CentralGaussian's clip "
                                  "covers; give noise_multiplier to one of them only")
-        bound = replace(self, sites=len(run.sites))
-        if self.noise_multiplier is not None and self.max_epsilon is not None:
-            once = epsilon_of([bound._release], delta=bound._terms.delta)
-            if once > self.max_epsilon:
-                raise ValueError(f"the first round alone costs ε = {once:.4g}, more than the budget of "
-                                 f"{self.max_epsilon:g}; raise noise_multiplier or the budget")
-        return bound
+        if self.noise_multiplier is not None:
+            self._terms.check_budget([self._release], self.max_epsilon)
+        return replace(self, sites=len(run.sites))
 
     def before(self, exchange: Exchange) -> dict[str, Any]:
         notes: dict[str, Any] = {}
@@ -223,12 +221,12 @@ class SecureAggregation(Aggregation):
 
     @cached_property
     def _fixed_point(self) -> tuple[float, int]:
-        """Steps of the fixed point within the clipping norm, and the power of two that is a site's noise in steps.
+        """Steps of the fixed point within the clipping norm, and the logarithm (base 2) of a site's noise in steps.
 
-        With noise, as fine a fixed point as the bits allow in which the noise of a site is a power of two.
+        With noise, the finest fixed point that the bits allow in which the noise of a site is a power of two.
         """
         if self.noise_multiplier is None:
-            # Whole numbers of one site have a norm, and so each a size, of at most this.
+            # An upper bound of the norm of a site's whole numbers, and so of each of them.
             return float((2 ** (self.bits - 1) - 1) // self._sites), 0
         # In steps of a share's standard deviation, sum of the updates and room for the noise of all sites.
         honest = math.sqrt(self.threshold - self.colluding)
@@ -259,7 +257,7 @@ class SecureAggregation(Aggregation):
         nearest = np.rint(flat)
         flat -= nearest
         if not (np.abs(flat, out=flat) <= nearest * 2.0**-51).all() or nearest.max() > count * (2.0**self.bits - 1):
-            raise PrivacyError("what came is not the mean of masked updates; nothing may change them between "
+            raise PrivacyError("the combined update is not the mean of masked updates; nothing may change them between "
                                "SecureAggregation at the site and at the server")
         return nearest.astype(np.uint64).astype(self._word)
 
@@ -274,14 +272,14 @@ class SecureAggregation(Aggregation):
             if value is not None and not (isinstance(value, int | float) and 1e-9 <= value <= 1e9):
                 raise ValueError(f"{name} is a positive number between 1e-9 and 1e9, got {value!r}")
         if self.clip is None and self.noise_multiplier is not None:
-            raise ValueError("clip is the norm that updates are clipped to, and noise is sized for it: give both")
+            raise ValueError("noise is calibrated to clip, the norm that updates are clipped to: give both")
         if (self.noise_multiplier is None) != (self.delta is None):
             raise ValueError(f"give noise_multiplier and delta together or neither, got {self.noise_multiplier} and "
                              f"{self.delta}")
-        if self.delta is not None and not 0 < self.delta < 1:
-            raise ValueError(f"delta lies between 0 and 1 over the number of sites, got {self.delta}")
+        if self.delta is not None:
+            _ = self._terms  # refuses a δ that is out of range
         if self.noise_multiplier is None and (self.max_epsilon is not None or self.secure_mode):
-            raise ValueError("max_epsilon and secure_mode are about noise; give a noise_multiplier too")
+            raise ValueError("max_epsilon and secure_mode concern noise; give a noise_multiplier too")
         if self.colluding < 0 or self.threshold < self.colluding + 2:
             raise ValueError(f"threshold is at least 2 more than colluding, so that two sites remain whose sum hides "
                              f"each, got threshold={self.threshold} and colluding={self.colluding}")
@@ -300,8 +298,8 @@ class SecureAggregation(Aggregation):
         if sites * 2**self.bits > 2**51:
             raise ValueError(f"sums of {sites} sites at {self.bits} bits exceed 2^51, above which they are not "
                              f"exact in float64; take at most {51 - math.ceil(math.log2(sites))} bits")
-        if self.delta is not None and self.delta >= 1 / sites:
-            raise ValueError(f"delta lies between 0 and 1 over the number of sites (1/{sites}), got {self.delta}")
+        if self.delta is not None:
+            self._terms.check_delta(sites)
         reach, log2_sigma = self._fixed_point
         if reach < 2**_FINEST_CLIP or (self.noise_multiplier is not None and log2_sigma < _FINEST_NOISE):
             noise = "" if self.noise_multiplier is None else (f" and 2^{log2_sigma} within the noise of a site "
@@ -322,11 +320,9 @@ def _by_recipient(sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str
 
 def _flat(delta: Tensors) -> _Vector:
     """A copy of all values in the order of the tensors' names, the same at every site."""
-    return torch.cat([delta[name].detach().flatten() for name in sorted(delta)]).double().numpy()
+    return flatten({name: delta[name] for name in sorted(delta)}, torch.float64).numpy()
 
 
 def _shaped(flat: _Vector, like: Tensors) -> dict[str, torch.Tensor]:
-    names = sorted(like)
-    pieces = torch.from_numpy(flat).split([like[name].numel() for name in names])
-    found = dict(zip(names, pieces, strict=True))
-    return {name: found[name].reshape(like[name].shape) for name in like}
+    found = unflatten(torch.from_numpy(flat), {name: like[name] for name in sorted(like)})
+    return {name: found[name] for name in like}

@@ -1,9 +1,8 @@
-"""What secure aggregation is made of: keys between two sites, sealed messages, shares of a secret, mask streams.
+"""The parts of secure aggregation: keys between two sites, sealed messages, shares of a secret, mask streams.
 
-Key agreement, key derivation, encryption and the streams are those of the `cryptography` package. Sharing a secret is
-no cipher and is done here in Python integers: that package has none, and the one of PyCryptodome takes secrets of 128
-bits only. Python integers do not take constant time; the shares are handled at their own site and at the server that
-was given them.
+Key agreement, key derivation, encryption and the streams are those of the `cryptography` package. It does not share
+secrets, and PyCryptodome shares secrets of 128 bits only, so that is done here in Python integers. Their arithmetic
+does not take constant time; only the site that makes the shares and the server that receives them handle them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ KEY_BYTES = 32
 _PRIME = 2**521 - 1
 SHARE_BYTES = 66
 _NONCE_BYTES = 12
-#: Words added at a time: a block of the sum and of a stream stay in the processor's cache together.
+#: Words added at a time: a block of the sum and a block of a stream fit the processor's cache.
 _BLOCK = 2**15
 
 
@@ -56,11 +55,11 @@ def pair_key(private: bytes, public: bytes, *, purpose: str, context: bytes) -> 
     Args:
         private: one site's own key.
         public: the other site's key.
-        purpose: what the key is for; keys of different purposes are independent.
-        context: what both must agree on for the keys to be equal.
+        purpose: of the key; keys of different purposes are independent.
+        context: both must agree on it for the keys to be equal.
 
     Raises:
-        PrivacyError: the public key is none.
+        PrivacyError: the public key is invalid.
     """
     try:
         agreed = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
@@ -76,7 +75,7 @@ def derive_key(secret: bytes, *, purpose: str, context: bytes = b"") -> bytes:
 
 
 def commitment(secret: bytes) -> bytes:
-    """32 bytes by which a random 256-bit secret is recognised later and that do not give it away."""
+    """32 bytes that identify a random 256-bit secret without revealing it."""
     return hashlib.sha256(b"fedlab secure aggregation 1|commitment|" + secret).digest()
 
 
@@ -99,7 +98,7 @@ def unseal(key: bytes, sealed: bytes, *, about: bytes) -> bytes:
 
 
 def split_secret(secret: bytes, *, threshold: int, count: int) -> list[bytes]:
-    """Shares of a secret, of which any `threshold` give it back and fewer tell nothing (Shamir 1979).
+    """Shares of a secret, of which any `threshold` recover it and fewer reveal nothing (Shamir 1979).
 
     Args:
         secret: up to 64 bytes.
@@ -117,18 +116,18 @@ def split_secret(secret: bytes, *, threshold: int, count: int) -> list[bytes]:
 
 
 def join_secret(shares: Mapping[int, bytes], *, size: int = KEY_BYTES) -> bytes:
-    """The secret behind as many shares as its threshold, by Lagrange interpolation at 0.
+    """The secret from as many shares as its threshold, by Lagrange interpolation at 0.
 
     Args:
         shares: index -> share, as numbered by `split_secret`.
         size: bytes of the secret.
 
     Raises:
-        PrivacyError: a share is no share, or what they give is not a secret of this size.
+        PrivacyError: a share is invalid, or the result is not a secret of this size.
     """
     points = {index + 1: int.from_bytes(share, "big") for index, share in shares.items()}
     if any(len(share) != SHARE_BYTES for share in shares.values()) or any(y >= _PRIME for y in points.values()):
-        raise PrivacyError(f"a share of a secret has {SHARE_BYTES} bytes and lies below 2**521 - 1; one does not")
+        raise PrivacyError(f"invalid share of a secret: expected {SHARE_BYTES} bytes with a number below 2**521 - 1")
     secret = 0
     for x, y in points.items():
         above = below = 1
@@ -144,7 +143,7 @@ def join_secret(shares: Mapping[int, bytes], *, size: int = KEY_BYTES) -> bytes:
 
 
 def stream(key: bytes, *, start: int = 0) -> CipherContext:
-    """The ChaCha20 key stream of a key from byte `start` on, a multiple of 64. Each key is for one stream only."""
+    """The ChaCha20 key stream of a key from byte `start` on, a multiple of 64. A key is used for one stream only."""
     nonce = (start // 64).to_bytes(8, "little") + bytes(8)
     return Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
 

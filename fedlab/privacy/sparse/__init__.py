@@ -1,1 +1,1 @@
-"""Updates of which a part is sent. Read `partial_sharing` first. Imports what `fedlab.privacy` may."""
+"""Updates of which only a part is sent. Read `partial_sharing` first. Imports what `fedlab.privacy` may."""
