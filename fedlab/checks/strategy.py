@@ -257,7 +257,7 @@ def _uniform(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:
         if _apart(mean.delta, plain) > _ROUNDING or mean.weight != len(updates):  # type: ignore[arg-type]
             wrong = "says uniform_mean, but it isn't the sum of the updates over their number, of that weight"
     yield _finding("uniform mean", wrong, "every update counts the same, whatever it holds",
-                   "override the property uniform_mean to return False: noise at the server would be too small")
+                   "leave uniform_mean out, which is False where combine is overridden: noise would be too small")
 
 
 def _precision(strategy: Strategy, stage: _Stage) -> Iterator[Finding]:

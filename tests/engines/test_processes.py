@@ -460,14 +460,14 @@ def test_devices_are_given_in_turn(processes, monkeypatch):
         assert bits(run(engine)) == bits(run(Local()))
         with pytest.raises(SiteError, match=r"ValueError: $"):  # no GPU is shown to it
             run(engine, privacy=Tells(what="gpus"))
-        with pytest.raises(ValueError, match=r"trainer insists on device='cuda', the workers have \('cpu',\)"):
+        with pytest.raises(ValueError, match=r"trainer needs device='cuda', the workers have \('cpu',\)"):
             federate(trainer(device="cuda"), blob_sites(), engine=engine, progress=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5f,7")
     engine = Processes(devices=("cuda:2", "cuda:1"))
     assert engine._pool._visible == ["7", "GPU-5f"] and engine._count(1) == 2
     for wrong, said in ((("cuda:3",), "there is no cuda:3: this process sees 3 GPUs"), (("gpu",), "is no device"),
-                        (("cuda",), "no device that a worker can be given"), (("cpu", "cuda:0"), "name one kind"),
+                        (("cuda",), "names no single device"), (("cpu", "cuda:0"), "name one kind"),
                         ("cuda:0", r"several names, such as \('cuda:0',\)")):
         with pytest.raises(ValueError, match=said):
             Processes(devices=wrong)
