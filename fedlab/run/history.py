@@ -31,11 +31,11 @@ def record_of(finished: Round) -> dict[str, Any]:
 
 
 class History:
-    """The record of a run, round by round. Holds one state, the last, however long the run.
+    """The record of a run, round by round. It holds one state, the last, however long the run.
 
-    It is the server's own. No guarantee covers what `sites()` and `records` say of single updates, such as their
-    norms, where noise is added at the server only (`CentralGaussian`): the server has seen those updates. Publish
-    `table()` and `spent()` then, whose losses such a technique withholds, and not these.
+    It is for the server only. Where noise is added at the server (`CentralGaussian`), no guarantee covers the numbers
+    about single updates in `sites()` and `records`, such as their norms. Publish `table()` and `spent()` then, without
+    the losses that such a technique withholds.
 
     Args:
         rounds: number of rounds the run was to have.
@@ -70,7 +70,7 @@ class History:
         for record in self.records:
             sites = list(record["sites"].values())
             weight = sum(s["weight"] for s in sites)
-            known = sites and all("loss" in s for s in sites)  # nobody was drawn, or a technique withholds it
+            known = sites and all("loss" in s for s in sites)  # a technique may withhold it
             loss = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if known else {}
             rows.append({"round": record["round"], **loss, "bytes": sum(s["bytes"] for s in sites),
                          "seconds": record["seconds"], **record["metrics"]})
@@ -79,7 +79,7 @@ class History:
     def sites(self) -> pd.DataFrame:
         """One row per round and site: loss, norm of the update, weight, steps and bytes sent.
 
-        Numbers about what each site sent, for the server's eyes: see the class about noise at the server.
+        These numbers are for the server only; see the class about noise at the server.
         """
         import pandas as pd
 
@@ -88,10 +88,10 @@ class History:
         return pd.DataFrame(rows).set_index(["round", "site"]) if rows else pd.DataFrame()
 
     def spent(self) -> pd.DataFrame:
-        """One row per round, site and unit: privacy spent until then, with δ, adjacency and accountant.
+        """One row per round, site and unit: privacy spent so far, with δ, adjacency and accountant.
 
-        Empty for a run without a formal guarantee. The site "server" stands for noise added there, which holds for
-        every site.
+        Empty for a run without a formal guarantee. The site "server" stands for noise added there, whose guarantee
+        holds for every site.
         """
         import pandas as pd
 
@@ -108,7 +108,7 @@ class History:
         return pd.DataFrame(rows, columns=["round", "site", "reason"]).set_index(["round", "site"])
 
     def guarantee(self) -> str:
-        """What the run so far provably guarantees, in a sentence for each unit."""
+        """The formal guarantee of the run so far, one sentence per unit."""
         last: dict[tuple[str, str], Spent] = {}
         for record in self.records:
             for site, entries in record["spent"].items():
@@ -120,7 +120,7 @@ class History:
 
     @contextmanager
     def progress(self, *, enabled: bool) -> Iterator[Callable[[], None]]:
-        """A progress bar over the rounds; what is yielded moves it to the last finished round."""
+        """A progress bar over the rounds; yields a function that moves it to the last finished round."""
         with tqdm(total=self.rounds, initial=len(self.records), desc="rounds", disable=not enabled) as bar:
             def show() -> None:
                 last = self._latest()
@@ -137,7 +137,7 @@ class History:
         return f"<History: {len(self.records)} of {self.rounds} rounds, {shown}; {self.guarantee()}{early}>"
 
     def _latest(self) -> dict[str, float]:
-        """The last known value of each number; not every metric is taken in every round."""
+        """The last known value of each number; a metric may be missing in some rounds."""
         last = self.table().ffill().iloc[-1].dropna()
         return {str(name): float(value) for name, value in last.items()}
 

@@ -1,9 +1,9 @@
-"""What a run is, by content: recipes of its objects and a hash of the patients' data.
+"""The identity of a run by content: recipes of its objects and a hash of the patients' data.
 
 Two objects have one recipe if they compute the same: class, settings down to those of losses, optimisers and
 transforms, the user's functions and classes by their source with the values that they use, and tensors by their bytes.
-Checkpoints, traces, plans and noise streams use it. An object that stands for another, such as a wrapper that changes
-nothing of the result, names the other in an attribute `stands_for`.
+Checkpoints, traces, plans and noise streams use it. A wrapper that does not change the result names the object that it
+stands for in an attribute `stands_for`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["differences", "patients_sha256", "recipe", "recipe_sha256"]
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
-#: Attributes of a torch module that are no settings: its tensors have a hash of their own, hooks come and go.
+#: Attributes of a torch module that are no settings: its tensors have a hash of their own, hooks change.
 _MODULE_STATE = frozenset(vars(nn.Module())) | {"training"}
 #: The note of how an object was made (`fedlab.deploy.objects.built`), which changes nothing that it computes.
 _NOTE = "_built"
@@ -68,7 +68,7 @@ def patients_sha256(patients: Sequence[Patient]) -> str:
     """The SHA-256 of the patients' ids, images, labels and affines, in order.
 
     Args:
-        patients: of a site; a collection may offer `content_sha256()` where that is cheaper than reading every scan.
+        patients: of a site; a collection may define `content_sha256()` where that is cheaper than reading every scan.
     """
     own = getattr(patients, "content_sha256", None)
     if own is not None:
@@ -150,7 +150,7 @@ def _of_a_library(value: Any) -> bool:
 
 
 def _function(function: types.FunctionType, above: tuple[int, ...]) -> Json:
-    """A user's function by its source and by the values that it takes from around it."""
+    """A user's function by its source and by the global and enclosing values that it uses."""
     if _of_a_library(function):
         return _named(function, above)
     code = function.__code__
@@ -158,7 +158,7 @@ def _function(function: types.FunctionType, above: tuple[int, ...]) -> Json:
         source = _normal(inspect.getsource(function))
     except (OSError, TypeError):
         source = ""
-    if not source or function.__name__ == "<lambda>":  # several may stand on one line
+    if not source or function.__name__ == "<lambda>":  # one line may hold several
         source += f"|{code.co_code.hex()}|{[c for c in code.co_consts if not isinstance(c, types.CodeType)]!r}"
     around = {name: function.__globals__[name] for name in sorted(_names(code)) if name in function.__globals__}
     cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
@@ -200,7 +200,7 @@ def _object(value: Any, above: tuple[int, ...]) -> Json:
         own = {name: part for name, part in vars(value).items() if name != _NOTE}
     else:
         own = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
-    if hasattr(value, "adj"):  # a networkx graph, whose nodes and edges are what counts
+    if hasattr(value, "adj"):  # a networkx graph, of which nodes and edges count
         edges = sorted(repr(sorted(map(repr, edge))) for edge in value.edges)
         own = {"nodes": sorted(map(repr, value.nodes)), "edges": edges}
     settings: dict[str, Json] = {name: _recipe(part, above) for name, part in sorted(own.items())}

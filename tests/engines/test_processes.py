@@ -323,15 +323,15 @@ def _only_here():
 
 
 def test_what_cannot_travel_is_said(processes):
-    with pytest.raises(ValueError, match=r"trainer, strategy or technique can't be sent .*lock.*engine=Local\(\)"):
+    with pytest.raises(ValueError, match=r"trainer, strategy or technique cannot be sent .*lock.*engine=Local\(\)"):
         run(processes, privacy=HasALock())
     locked = replace(blob_sites((1,))[0], card=threading.Lock())
-    with pytest.raises(ValueError, match="the patients of site-0 can't be sent to a worker process"):
+    with pytest.raises(ValueError, match="the patients of site-0 cannot be sent to a worker process"):
         run(processes, [locked])
-    words = r"site-0.*'remember'.*what the site sends or remembers can't leave its process"
+    words = r"site-0.*'remember'.*what the site sends or keeps cannot leave its process"
     with pytest.raises(SiteError, match=words):
         run(processes, privacy=KeepsALock())
-    with pytest.raises(FedlabError, match="can't make sense of what it was sent") as caught:
+    with pytest.raises(FedlabError, match="cannot read what it was sent") as caught:
         run(processes, privacy=OnlyHere())
     assert "ImportError: no module of that name" in str(caught.value.__cause__)
     with pytest.raises(FedlabError, match="number 7") as caught:
