@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, SiteError
+from fedlab.core.settings import check_whole
 from fedlab.core.types import Answer, Failure, ServerState, Site, SiteState, Update, Withdrawal
 from fedlab.core.workers import available_cores
 from fedlab.engines.shared_tensors import Parcel
@@ -58,9 +59,7 @@ class Processes(AbstractContextManager["Processes"]):
 
     def __init__(self, workers: int | None = None, *, threads: int | None = None, devices: Sequence[str] = (),
                  ledgers: Path | str | None = None) -> None:
-        for name, value in (("workers", workers), ("threads", threads)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} is a positive whole number, or None for the default, got {value!r}")
+        check_whole(optional=True, workers=workers, threads=threads)
         if isinstance(devices, str):
             raise ValueError(f"devices are several names, such as ({devices!r},); got the text {devices!r}")
         if not hasattr(os, "memfd_create"):

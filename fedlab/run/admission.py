@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from fedlab.core.settings import check_positive, check_whole
 from fedlab.core.types import Update
 
 __all__ = ["Admission"]
@@ -37,12 +37,9 @@ class Admission:
     max_steps: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.min_sites, int) or self.min_sites < 1:
-            raise ValueError(f"min_sites is a positive whole number, got {self.min_sites!r}")
-        for name in ("deadline", "max_norm", "max_weight", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ValueError(f"{name} is a positive number or None, got {value!r}")
+        check_whole(min_sites=self.min_sites)
+        check_positive(optional=True, deadline=self.deadline, max_norm=self.max_norm, max_weight=self.max_weight,
+                       max_steps=self.max_steps)
 
     def refuse(self, update: Update) -> str | None:
         """Why an update is refused, or None if it is admitted."""

@@ -11,6 +11,7 @@ import torch
 
 from fedlab.core.errors import PrivacyBudgetExhausted
 from fedlab.core.protocols import Elsewhere, Engine, Run, Strategy, Topology
+from fedlab.core.settings import check_whole
 from fedlab.core.types import Round, ServerState, Site
 from fedlab.core.weights import load_weights
 from fedlab.privacy.aggregation import Aggregation
@@ -232,8 +233,7 @@ def _check_numbers(run: Run) -> None:
     doubled = sorted({name for name in run.names if run.names.count(name) > 1})
     if doubled:
         raise ValueError(f"site names are unique within a run, but these occur twice: {doubled}")
-    if run.rounds < 1:
-        raise ValueError(f"rounds is a positive whole number, got {run.rounds}")
+    check_whole(rounds=run.rounds)
 
 
 def _check_server(run: Run) -> None:

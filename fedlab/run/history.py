@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["History", "record_of"]
+
+
+def _frame(rows: list[dict[str, Any]], *index: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=None if rows else [*index, *columns]).set_index(list(index))
 
 
 def record_of(finished: Round) -> dict[str, Any]:
@@ -64,8 +70,6 @@ class History:
 
     def table(self) -> pd.DataFrame:
         """One row per round: mean training loss by weight, bytes sent, seconds, metrics of the global model."""
-        import pandas as pd
-
         rows = []
         for record in self.records:
             sites = list(record["sites"].values())
@@ -74,18 +78,15 @@ class History:
             loss = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if known else {}
             rows.append({"round": record["round"], **loss, "bytes": sum(s["bytes"] for s in sites),
                          "seconds": record["seconds"], **record["metrics"]})
-        return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
+        return _frame(rows, "round")
 
     def sites(self) -> pd.DataFrame:
         """One row per round and site: loss, norm of the update, weight, steps and bytes sent.
 
         These numbers are for the server only; see the class about noise at the server.
         """
-        import pandas as pd
-
-        rows = [{"round": record["round"], "site": name, **numbers}
-                for record in self.records for name, numbers in record["sites"].items()]
-        return pd.DataFrame(rows).set_index(["round", "site"]) if rows else pd.DataFrame()
+        return _frame([{"round": record["round"], "site": name, **numbers}
+                       for record in self.records for name, numbers in record["sites"].items()], "round", "site")
 
     def spent(self) -> pd.DataFrame:
         """One row per round, site and unit: privacy spent so far, with δ, adjacency and accountant.
@@ -93,19 +94,13 @@ class History:
         Empty for a run without a formal guarantee. The site "server" stands for noise added there, whose guarantee
         holds for every site.
         """
-        import pandas as pd
-
-        rows = [{"round": record["round"], "site": name, **entry} for record in self.records
-                for name, entries in record["spent"].items() for entry in entries]
-        return pd.DataFrame(rows).set_index(["round", "site", "unit"]) if rows else pd.DataFrame()
+        return _frame([{"round": record["round"], "site": name, **entry} for record in self.records
+                       for name, entries in record["spent"].items() for entry in entries], "round", "site", "unit")
 
     def absent(self) -> pd.DataFrame:
         """One row per round and site whose update is not in the model, and why."""
-        import pandas as pd
-
-        rows = [{"round": record["round"], "site": name, "reason": reason}
-                for record in self.records for name, reason in record["absent"].items()]
-        return pd.DataFrame(rows, columns=["round", "site", "reason"]).set_index(["round", "site"])
+        return _frame([{"round": record["round"], "site": name, "reason": reason} for record in self.records
+                       for name, reason in record["absent"].items()], "round", "site", columns=("reason",))
 
     def guarantee(self) -> str:
         """The formal guarantee of the run so far, one sentence per unit."""

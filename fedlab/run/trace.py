@@ -21,6 +21,7 @@ from fedlab.core.types import Patient, Round, ServerState, Site, Tensors
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.partition import Partition
 from fedlab.run.checkpoint import Checkpoint
+from fedlab.run.history import record_of
 from fedlab.run.recipe import Json
 
 __all__ = ["Trace", "Verdict", "verify"]
@@ -104,10 +105,7 @@ class Trace:
     def add(self, finished: Round) -> None:
         """Adds a finished round, which is on the disk when this returns."""
         before, self._model = self._model, model_sha256(finished.state.params, finished.state.models)
-        self._write("round", round=finished.number, cohort=list(finished.cohort), sites=finished.sites,
-                    absent=finished.absent, metrics=finished.metrics, seconds=finished.seconds, before=before,
-                    after=self._model, spent={name: [s._asdict() for s in all_spent]
-                                              for name, all_spent in finished.spent.items() if all_spent})
+        self._write("round", cohort=list(finished.cohort), before=before, after=self._model, **record_of(finished))
 
     def end(self, *, round: int, stopped: str | None) -> None:
         """Ends the trace, if it has not ended.

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run, Trainer
+from fedlab.core.settings import check_positive
 from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 
 __all__ = ["FedAvg", "FedNova", "NotFinite", "TooFewUpdates", "sgd_settings", "weighted_mean"]
@@ -90,8 +91,7 @@ class FedAvg:
     def __post_init__(self) -> None:
         if self.weights not in ("patients", "steps", "uniform"):
             raise ValueError(f"weights is 'patients', 'steps' or 'uniform', got {self.weights!r}")
-        if not 0 < self.server_lr < float("inf"):
-            raise ValueError(f"server_lr is a positive number, got {self.server_lr}")
+        check_positive(server_lr=self.server_lr)
         if not 0 < self.sample <= 1:
             raise ValueError(f"sample is a probability above 0 and at most 1, got {self.sample}")
 

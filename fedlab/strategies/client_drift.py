@@ -14,6 +14,7 @@ import torch
 
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run, Trainer
+from fedlab.core.settings import check_positive, check_whole
 from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import trainable
 from fedlab.strategies.averaging import FedAvg, UniformAvg, moved, sgd_settings
@@ -85,12 +86,9 @@ class SCAFFOLD(UniformAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sites", "steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a positive whole number, got {value!r}")
-        if self.lr is not None and not callable(self.lr) and not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr is a positive number or a function of the round, got {self.lr!r}")
+        check_whole(optional=True, sites=self.sites, steps=self.steps)
+        if not callable(self.lr):
+            check_positive(optional=True, lr=self.lr)
 
     def bind(self, run: Run) -> SCAFFOLD:
         sgd = sgd_settings(run.trainer)

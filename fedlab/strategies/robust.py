@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from fedlab.core.protocols import Run
+from fedlab.core.settings import check_positive, check_whole
 from fedlab.core.types import Update
 from fedlab.strategies.averaging import FedAvg, TooFewUpdates, UniformAvg, square_distance, weighted_mean
 
@@ -89,10 +90,8 @@ class Krum(UniformAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("attackers", 0), ("chosen", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
+        check_whole(least=0, attackers=self.attackers)
+        check_whole(chosen=self.chosen)
 
     @property
     def needed(self) -> int:
@@ -147,10 +146,8 @@ class GeometricMedian(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations is a positive whole number, got {self.iterations!r}")
-        if not 0 < self.nu < math.inf:
-            raise ValueError(f"nu is a positive number, got {self.nu}")
+        check_whole(iterations=self.iterations)
+        check_positive(nu=self.nu)
 
     def combine(self, updates: Iterable[Update]) -> Update:
         collected = _collected(updates)
@@ -187,8 +184,7 @@ class NormBound(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.bound < math.inf:
-            raise ValueError(f"bound is a positive number, got {self.bound}")
+        check_positive(bound=self.bound)
 
     def combine(self, updates: Iterable[Update]) -> Update:
         return super().combine(self._shortened(update) for update in updates)

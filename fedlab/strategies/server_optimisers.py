@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from fedlab.core.settings import check_positive
 from fedlab.core.types import ServerState, Tensors, Update
 from fedlab.strategies.averaging import FedAvg, moved
 
@@ -50,8 +51,7 @@ class FedOpt(FedAvg):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 0 and below 1, got {getattr(self, name)}")
-        if not 0 < self.tau < float("inf"):
-            raise ValueError(f"tau is a positive number, got {self.tau}")
+        check_positive(tau=self.tau)
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
         zeros = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in state.params.items()}

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from fedlab.core.protocols import Run
+from fedlab.core.settings import check_whole
 from fedlab.core.types import Round, ServerState
 from fedlab.run.arrivals import Arrivals, Void
 from fedlab.run.round import Workflow, star
@@ -37,8 +38,7 @@ class Buffered(Workflow):
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"size is a positive whole number, got {self.size!r}")
+        check_whole(size=self.size)
         if not all(0 < value < math.inf for value in self.seconds.values()):
             raise ValueError(f"seconds are positive, got {dict(self.seconds)!r}")
 
