@@ -237,7 +237,7 @@ def _uniform(stage: _Stage) -> Finding:
             wrong = "says uniform_mean, but is not the sum of the updates over their number, of that weight"
     return verdict("uniform mean", wrong, "every update counts the same, whatever it holds" if claimed else
                    "is not claimed: noise at the server and secure aggregation refuse this strategy",
-                   "override the property uniform_mean to return False: noise at the server would be too small")
+                   "leave uniform_mean out, which is False where combine is overridden: noise would be too small")
 
 
 def _precision(stage: _Stage) -> Finding:

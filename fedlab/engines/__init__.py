@@ -1,4 +1,4 @@
-"""Where sites train other than in this process: worker processes, remote hosts and NVIDIA FLARE.
+"""Where sites train outside this process: worker processes, remote hosts and NVIDIA FLARE.
 
 Read `processes` first. The engine in this process is `run.Local`. May import `deploy` and the packages below it.
 """

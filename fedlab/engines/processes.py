@@ -6,15 +6,15 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, SiteError
-from fedlab.core.types import Answer, Failure, Messages, ServerState, Site, SiteState, Update, Withdrawal
+from fedlab.core.settings import check_whole
+from fedlab.core.types import Answer, Failure, ServerState, Site, SiteState, Update, Withdrawal
 from fedlab.core.workers import available_cores
 from fedlab.engines.shared_tensors import Parcel
 from fedlab.engines.worker_pool import Pool, Ticket
@@ -25,49 +25,45 @@ from fedlab.run.site_task import SiteTask
 __all__ = ["Processes"]
 
 
-class Processes:
-    """Sites work in other processes of this machine, several at a time; tensors go there and back in shared memory.
+class Processes(AbstractContextManager["Processes"]):
+    """Sites work in other processes of this machine, several at a time; tensors travel in shared memory.
 
     **The same bits as `Local`.** Each worker computes with as many torch threads as this process, since sums over
-    another number of threads differ in their last bits, and with the same settings of torch. So where torch has a
-    thread for every core, there is one worker: say `torch.set_num_threads(1)` first, for this engine and for what it is
-    compared with, and every core has a worker of its own, which is faster than one process with all the threads.
+    another number of threads differ in their last bits, and with the same settings of torch. Where torch has a thread
+    per core there is one worker. `torch.set_num_threads(1)` before the run gives every core a worker of its own, which
+    is faster; set it for the run that you compare with, too.
 
-    **Memory.** At most as many updates as there are workers wait for the server, beside the one that it looks at; a
-    site that is slower than others holds them up rather than let updates pile up. Patients that lie in this process
-    are copied into shared memory once and mapped by all workers; those of a `PatientFolder` are read by whichever
-    worker needs them. What a site keeps lies on disk while it is not at work.
+    **Memory.** At most as many updates as there are workers wait for the server: a slow site holds the others up.
+    Patients in the memory of this process are copied into shared memory once; those of a `PatientFolder` are read by
+    the worker that needs them. What a site keeps lies on disk while it is not at work.
 
     **When a worker dies**, or is killed because memory ran out, its site has failed, its state is as it was before the
     round, and another worker takes over; with `Admission` rules the run goes on. The workers end with a `with` block,
-    with `close()`, with the engine, with Ctrl-C and with this process, however that ends. What stays is the one process
-    that they, like all workers of fedlab, are forked from: it ends with this one.
+    with `close()`, with the engine, with Ctrl-C and with this process.
 
-    Techniques, strategies and models may be defined in a notebook cell. In a script, what runs must stand below
-    `if __name__ == "__main__":`. Modules are imported by the workers once: `close()` after changing one.
+    Techniques, strategies and models may be defined in a notebook cell. A script runs below
+    `if __name__ == "__main__":`. Workers import modules once: `close()` the engine after changing one.
 
     Args:
-        workers: how many; by default one for each GPU of `devices`, else as many as there are cores for `threads`.
-        threads: torch threads of each worker; by default as many as this process has when a round begins, without
-            which results differ from `Local`'s in their last bits.
-        devices: GPUs that the workers take turns in being given, such as ("cuda:0", "cuda:1"), with the trainer's
-            device left at "auto"; or ("cpu",) for none. By default all compute where the trainer says.
+        workers: number of workers; by default one per GPU of `devices`, else as many as there are cores for `threads`.
+        threads: torch threads of each worker; by default those of this process, without which results differ from
+            `Local`'s in their last bits.
+        devices: GPUs that the workers use in turn, such as ("cuda:0", "cuda:1"), with the trainer's device left at
+            "auto"; or ("cpu",) for none. By default all workers compute on the trainer's device.
         ledgers: as in `Local`; read and written by this process.
 
     Raises:
         ValueError: a setting out of its range.
-        FedlabError: this system cannot share memory between processes in the way that is needed; see `Local`.
+        FedlabError: this system has no anonymous shared memory.
     """
 
     def __init__(self, workers: int | None = None, *, threads: int | None = None, devices: Sequence[str] = (),
                  ledgers: Path | str | None = None) -> None:
-        for name, value in (("workers", workers), ("threads", threads)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} is a positive whole number, or None for as many as suit, got {value!r}")
+        check_whole(optional=True, workers=workers, threads=threads)
         if isinstance(devices, str):
             raise ValueError(f"devices are several names, such as ({devices!r},); got the text {devices!r}")
         if not hasattr(os, "memfd_create"):
-            raise FedlabError("Processes shares memory in a way that only Linux has; use engine=Local() here")
+            raise FedlabError("Processes needs shared memory that only Linux has; use engine=Local() here")
         self.workers, self.threads, self.devices = workers, threads, tuple(devices)
         self.ledgers = None if ledgers is None else Path(ledgers)
         self._pool = Pool(visible=_visible(self.devices))
@@ -77,9 +73,9 @@ class Processes:
         """The answer of each site, in the order of the cohort.
 
         Raises:
-            ValueError: something of the task or of a site can't be sent to another process, or the trainer insists on
-                a device that the workers haven't got.
-            FedlabError: no worker could be started, or none can make sense of the task.
+            ValueError: a part of the task or of a site cannot be sent to another process, or the workers do not have
+                the trainer's device.
+            FedlabError: no worker could be started, or a worker cannot read the task.
         """
         self._check_device(task)
         threads = self.threads or torch.get_num_threads()
@@ -95,7 +91,7 @@ class Processes:
                     return
                 self._pool.wait_for(begun[0].ticket)
                 first = begun.popleft()
-                self._fill(begun, left, state, states, shared, count)  # the workers go on while the server adds up
+                self._fill(begun, left, state, states, shared, count)  # the workers go on while the server combines
                 yield self._finish(first, state.round)
         except GeneratorExit:
             raise
@@ -108,10 +104,7 @@ class Processes:
                 with suppress(_GivenUp), site.held:
                     raise _GivenUp
 
-    def exchange(self, task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
-                 states: SiteStates) -> tuple[Messages, list[Failure]]:
-        """The messages of each site, whose keys are in this process, and the sites that failed."""
-        return exchange_here(task, step, inboxes, sites, states)
+    exchange = staticmethod(exchange_here)  # the sites' keys are in this process
 
     def close(self) -> None:
         """Ends the workers; the next round starts new ones."""
@@ -119,7 +112,7 @@ class Processes:
 
     def _fill(self, begun: deque[_Begun], left: Iterator[Site], state: ServerState, states: SiteStates,
               shared: Parcel | None, count: int) -> None:
-        """Gives sites to workers until as many are under way or waiting to be handed on as there are workers."""
+        """Gives sites to workers until as many have begun as there are workers."""
         while len(begun) < count and (site := next(left, None)) is not None:
             held, ticket = ExitStack(), Ticket(site=site.name)
             site_state = held.enter_context(states.working(site.name))
@@ -127,7 +120,7 @@ class Processes:
             try:
                 held.enter_context(with_ledger(self.ledgers, site.name, site_state, engine="Processes"))
             except FedlabError as error:
-                ticket.answer = answer_of(site.name, lambda error=error: _raise(error))  # type: ignore[misc]
+                ticket.answer = Failure(site.name, error)
                 continue
             self._pool.submit(ticket, site, shared or Parcel(state.at(site.name)), Parcel(site_state))
 
@@ -159,14 +152,10 @@ class Processes:
     def _check_device(self, task: SiteTask) -> None:
         wanted = task.trainer.device
         if self.devices and wanted != "auto" and wanted not in {torch.device(name).type for name in self.devices}:
-            raise ValueError(f"the trainer insists on device={wanted!r}, the workers have {self.devices}; say "
+            raise ValueError(f"the trainer needs device={wanted!r}, the workers have {self.devices}; say "
                              "SiteTrainer(device='auto', ...), or leave devices out")
 
-    def __enter__(self) -> Processes:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *details: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -176,7 +165,7 @@ class Processes:
 
 
 class _Begun(NamedTuple):
-    """A site that is under way, or done and waiting for its turn."""
+    """A site at work, or done and waiting for its turn."""
 
     site: str
     ticket: Ticket
@@ -185,15 +174,11 @@ class _Begun(NamedTuple):
 
 
 class _GivenUp(Exception):
-    """The site's update is not wanted any more."""
-
-
-def _raise(error: Exception) -> Any:
-    raise error
+    """The site's update is no longer needed."""
 
 
 def _settings(threads: int) -> dict[str, Any]:
-    """What decides about the last bits of a sum, as it is set in this process."""
+    """The settings of this process that decide about the last bits of a sum."""
     cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("deterministic", "benchmark", "allow_tf32")}
     return {"threads": threads, "dtype": torch.get_default_dtype(), "cudnn": cudnn,
             "matmul": torch.get_float32_matmul_precision(),
@@ -202,7 +187,7 @@ def _settings(threads: int) -> dict[str, Any]:
 
 
 def _visible(devices: Sequence[str]) -> list[str | None]:
-    """For each device the GPUs that a worker is shown, as CUDA_VISIBLE_DEVICES; None for whatever there are."""
+    """For each device the worker's CUDA_VISIBLE_DEVICES; None leaves it as it is."""
     if not devices:
         return [None]
     found: list[str | None] = []
@@ -211,7 +196,7 @@ def _visible(devices: Sequence[str]) -> list[str | None]:
         try:
             device = torch.device(name)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{name!r} is no device; devices are 'cpu' or such as 'cuda:0'") from error
+            raise ValueError(f"{name!r} is no device; devices are 'cpu' or GPUs such as 'cuda:0'") from error
         kinds.add(device.type)
         if device.type == "cpu":
             found.append("")
@@ -223,8 +208,8 @@ def _visible(devices: Sequence[str]) -> list[str | None]:
                                  "computes where the trainer says")
             found.append(numbers[device.index])
         else:
-            raise ValueError(f"{name!r} is no device that a worker can be given; devices are 'cpu' or such as 'cuda:0'")
+            raise ValueError(f"{name!r} names no single device; devices are 'cpu' or GPUs such as 'cuda:0'")
     if len(kinds) > 1:
-        raise ValueError(f"CPU and GPU give other bits, so a site's update would depend on which worker was free; got "
-                         f"{tuple(devices)}, name one kind")
+        raise ValueError(f"CPU and GPU give different bits, so an update would depend on which worker was free; name "
+                         f"one kind of device, got {tuple(devices)}")
     return found

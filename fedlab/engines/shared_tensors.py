@@ -1,10 +1,9 @@
-"""Objects on their way between two processes of one machine: pickled, their tensors in shared memory.
+"""Objects sent between two processes of one machine: pickled, with their tensors in shared memory.
 
-The numbers of an object's tensors are copied once, into one anonymous piece of memory whose file descriptor is handed
-over; the other process maps it. It has no name, so nothing is left behind whoever is killed when, it never touches a
-disk, and it is no subject to the size of /dev/shm. Only what describes the tensors goes through a pipe. What is
-defined in a notebook cell or a script travels as code (cloudpickle); both ends belong to one user, and nothing is
-stored.
+The values of an object's tensors are copied once, into one anonymous piece of memory whose file descriptor is handed
+over; the other process maps it. It has no name, so nothing is left behind when a process is killed; it never touches a
+disk, and the size of /dev/shm does not limit it. Only the description of the tensors goes through a pipe. Classes and
+functions of a notebook or a script travel as code (cloudpickle); both ends belong to one user, and nothing is stored.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Parcel:
     """An object as it was when it was packed; may be sent to several processes.
 
     Args:
-        thing: whatever pickles. Its tensors come out on the CPU.
+        thing: any object that can be pickled. Its tensors arrive on the CPU.
     """
 
     def __init__(self, thing: Any) -> None:
@@ -56,13 +55,13 @@ class Parcel:
 
 
 class Arrived(NamedTuple):
-    """A parcel that has come and is still closed."""
+    """A parcel that was received and is not unpickled yet."""
 
     text: bytes
     memory: mmap.mmap | None
 
     def open(self) -> Any:
-        """The object; its tensors lie in the shared memory, and changing them changes no other process's."""
+        """The object; its tensors map the shared memory, and changing them changes those of no other process."""
         return _Unpickler(self.text, self.memory).load()
 
 
@@ -70,7 +69,7 @@ def receive(connection: Connection) -> Arrived:
     """The next parcel.
 
     Raises:
-        EOFError, OSError: the other end is gone.
+        EOFError, OSError: the other end is closed.
     """
     message = connection.recv_bytes()
     (size,) = _HEAD.unpack_from(message)
@@ -85,8 +84,8 @@ def receive(connection: Connection) -> Arrived:
 
 
 def _pack(thing: Any, text: io.BytesIO) -> list[torch.UntypedStorage]:
-    """Pickles an object without the numbers of its tensors; returns what holds those, in order."""
-    import cloudpickle  # kept out of the way of those who need no second process
+    """Pickles an object without the values of its tensors; returns their storages, in order."""
+    import cloudpickle
 
     found: list[torch.UntypedStorage] = []
     places: dict[int, int] = {}
@@ -101,7 +100,7 @@ def _pack(thing: Any, text: io.BytesIO) -> list[torch.UntypedStorage]:
                 storage, dtype = item, None
             else:
                 return None
-            key = int(storage._cdata)  # one piece of memory, whichever tensor speaks of it
+            key = int(storage._cdata)  # several tensors may share one storage
             if key not in places:
                 places[key] = end
                 found.append(storage)

@@ -1,4 +1,4 @@
-"""The workers of `Processes`: started, given work, listened to, replaced and ended."""
+"""The workers of `Processes`: how they are started, given work, replaced and ended."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from fedlab.run.site_task import SiteTask
 
 __all__ = ["Pool", "Ticket"]
 
-#: A worker that has nothing to do gets this many seconds to end by itself.
+#: Seconds that an idle worker gets to end by itself.
 _PATIENCE = 5.0
 _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
 @dataclass(eq=False, kw_only=True)
 class Ticket:
-    """A site's work in a round: where what comes of it is put.
+    """A site's work in a round, and its result.
 
     Attributes:
         site: name of the site.
-        answer: what came, once it has.
-        site_state: of the site afterwards; None where it is as it was before.
-        lost: why nothing came.
+        answer: the result, once there is one.
+        site_state: of the site afterwards; None where it has not changed.
+        lost: why there is no result.
     """
 
     site: str
@@ -48,7 +48,7 @@ class Ticket:
     lost: str = ""
 
     def take(self) -> tuple[Answer | None, SiteState | None]:
-        """Answer and state, which are not kept here any longer."""
+        """Answer and state, which are then no longer held here."""
         taken = self.answer, self.site_state
         self.answer = self.site_state = None
         return taken
@@ -66,7 +66,7 @@ class _Worker:
     knows: set[int] = field(default_factory=set)  # numbers of tasks and sites that it has been sent
 
     def end(self, *, patience: float) -> int | None:
-        """Ends the process, which gets some seconds to do so by itself; its exit code."""
+        """Ends the process, after some seconds of patience; returns its exit code."""
         self.connection.close()
         if patience:
             self.process.join(patience)
@@ -78,7 +78,7 @@ class _Worker:
 
 
 class _Order(NamedTuple):
-    """What a worker is to do; the parcels that are named follow it."""
+    """A worker's next job; the named parcels follow it."""
 
     task: int
     site: int
@@ -96,7 +96,7 @@ class _Packed(NamedTuple):
 
 
 class _AtWorker(Exception):
-    """The text of an exception in a worker process, chained to what is raised in the parent."""
+    """The text of an exception in a worker process, chained to the one raised in the parent."""
 
     def __str__(self) -> str:
         return f"in a worker process:\n{self.args[0]}"
@@ -106,7 +106,7 @@ class Pool:
     """Worker processes, started when there is work for them and replaced when they die.
 
     Args:
-        visible: what workers see as CUDA_VISIBLE_DEVICES, in turn; None: what their parent sees.
+        visible: CUDA_VISIBLE_DEVICES of the workers, in turn; None: that of their parent.
     """
 
     def __init__(self, *, visible: Sequence[str | None]) -> None:
@@ -121,43 +121,43 @@ class Pool:
         _POOLS.add(self)
 
     def prepare(self, task: SiteTask, *, workers: int, settings: Mapping[str, Any]) -> None:
-        """Before the sites of a round: what they work on, and enough workers, which may still be on their way."""
+        """Before the sites of a round: sets their task and starts enough workers."""
         if self._task is None or self._task[0] is not task:
             self._task = task, _Packed(next(self._numbers), _parcel(task, "the trainer, strategy or technique"), ())
         self._settings, self._wanted = settings, workers
         if not self._workers and any(pool._workers for pool in _POOLS if pool is not self):
-            gc.collect()  # engines that nobody has any more, but an exception's traceback had
+            gc.collect()  # ends engines that only an exception's traceback still held
         self._grow()
 
     def submit(self, ticket: Ticket, site: Site, state: Parcel, site_state: Parcel) -> None:
-        """Gives a site to a worker, if need be as soon as one is free."""
+        """Gives a site to a worker, as soon as one is free."""
         packed = self._packed(site)
         for _ in range(3):
             worker = self._idle(packed.number)
             try:
                 self._send(worker, packed, state, site_state)
             except OSError:
-                self._drop(worker, patience=0)  # it died while it had nothing to do
+                self._drop(worker, patience=0)  # it died while it was idle
             else:
                 worker.ticket = ticket
                 return
-        raise RunError(f"three workers in turn died before they could begin with {site.name}; is this machine out of "
-                       "memory? Take fewer of them: Processes(workers=1)")
+        raise RunError(f"three workers in turn died before they could begin with {site.name}; if this machine is out "
+                       "of memory, take fewer of them: Processes(workers=1)")
 
     def wait_for(self, ticket: Ticket) -> None:
-        """Waits until something has come of a site's work, or its worker is gone."""
+        """Waits until a site's work has a result, or its worker is lost."""
         while ticket.answer is None and not ticket.lost:
             self._listen()
 
     def give_up(self, ticket: Ticket) -> None:
-        """Ends the worker that is at it, if one is."""
+        """Ends the worker that is at work on a ticket, if there is one."""
         for worker in [worker for worker in self._workers if worker.ticket is ticket]:
             self._drop(worker, patience=0)
 
     def close(self) -> None:
         """Ends all workers."""
         if os.getpid() != self._owner:
-            return  # a fork of the process that they belong to
+            return  # in a fork of the process that owns them
         workers, self._workers = self._workers, []
         for worker in workers:
             worker.connection.close()  # all of them end at once
@@ -180,7 +180,7 @@ class Pool:
             self._workers.append(_Worker(process=process, connection=ours, place=place))
 
     def _packed(self, site: Site) -> _Packed:
-        """The site as it is sent; packed again where its patients are others than before."""
+        """The site as it is sent; packed again if its patients have changed."""
         patients = tuple(patient for split in (site.train, site.val) if isinstance(split, list | tuple)
                          for patient in split)
         packed = self._sites.get(site)
@@ -190,11 +190,11 @@ class Pool:
         return packed
 
     def _idle(self, site: int) -> _Worker:
-        """A worker with nothing to do, rather one that knows the site; waits for it."""
+        """Waits for an idle worker; preferably one that knows the site."""
         while True:
             idle = [worker for worker in self._workers if worker.ready and worker.ticket is None]
             for worker in idle:
-                if worker.connection.poll() or not worker.process.is_alive():  # what it has to say is that it is gone
+                if worker.connection.poll() or not worker.process.is_alive():  # an idle worker only reports its end
                     self._drop(worker, patience=0)
             alive = [worker for worker in idle if worker in self._workers]
             if alive:
@@ -241,8 +241,8 @@ class Pool:
         ticket, worker.ticket = worker.ticket, None
         came, words = answer.open()
         if came is None:
-            raise FedlabError("a worker process can't make sense of what it was sent; its modules must be found there "
-                              "as they are here (close() the engine after changing one), or say engine=Local()"
+            raise FedlabError("a worker process cannot read what it was sent; it must find the same modules as this "
+                              "process (close() the engine after changing one), or say engine=Local()"
                               ) from _AtWorker(words)
         if isinstance(came, Failure):
             came.error.__cause__ = _AtWorker(words)
@@ -252,15 +252,15 @@ class Pool:
         return True
 
     def _drop(self, worker: _Worker, *, patience: float) -> None:
-        """A worker that is dead or not wanted."""
+        """Removes a worker that is dead or no longer needed."""
         self._workers.remove(worker)
         killed = worker.process.is_alive()
         code = worker.end(patience=patience)
         if worker.ticket is not None:
             worker.ticket.lost = _why(code)
         elif not worker.ready and not killed:
-            raise RunError(f"a worker process ended before it could begin (exit code {code}); its own words are where "
-                           "this process prints to. In a script, what runs must stand below "
+            raise RunError(f"a worker process ended before it could begin (exit code {code}); see its own error "
+                           "output. A script must run below "
                            'if __name__ == "__main__":, since workers import the script')
 
 
@@ -269,7 +269,7 @@ def _why(code: int | None) -> str:
         return ("its worker process was killed (SIGKILL), as systems do when memory runs out: take fewer workers, "
                 "smaller batches or smaller crops. Its state is as it was before the round")
     if code is not None and code < 0:
-        return (f"its worker process crashed ({signal.Signals(-code).name}); engine=Local() shows where. Its memory is "
+        return (f"its worker process crashed ({signal.Signals(-code).name}); engine=Local() shows where. Its state is "
                 "as it was before the round")
     return (f"its worker process ended itself (exit code {code}); look for sys.exit() or os._exit() in what runs at "
             "the site. Its state is as it was before the round")
@@ -279,12 +279,12 @@ def _parcel(thing: Any, what: str) -> Parcel:
     try:
         return Parcel(thing)
     except Exception as error:  # whatever the user's objects raise
-        raise ValueError(f"{what} can't be sent to a worker process ({type(error).__name__}: {error}); keep open "
+        raise ValueError(f"{what} cannot be sent to a worker process ({type(error).__name__}: {error}); keep open "
                          "files, locks and generators out of it, or say engine=Local()") from error
 
 
 def _serve(connection: Connection, visible: str | None) -> None:
-    """The life of a worker."""
+    """The main function of a worker."""
     settle()
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible  # before anything asks for a GPU
@@ -298,11 +298,11 @@ def _serve(connection: Connection, visible: str | None) -> None:
                 parcel.send(connection)
             del arrived, parcel
     except (EOFError, OSError):
-        return  # the parent has closed the connection, or is gone
+        return  # the parent has closed the connection, or has ended
 
 
 def _work(order: _Order, arrived: Mapping[str, Arrived], known: dict[int, Any]) -> tuple[Parcel, Parcel]:
-    """A site's round: its answer, and what the site keeps."""
+    """A site's round: its answer, and the site's state."""
     try:
         for number in order.forget:
             known.pop(number)
@@ -320,14 +320,14 @@ def _work(order: _Order, arrived: Mapping[str, Arrived], known: dict[int, Any]) 
         answer = Failure(site.name, _plain(answer.error))
     try:
         return Parcel((answer, words)), Parcel(site_state)
-    except Exception as error:  # of a technique that remembers or sends what is no tensor
+    except Exception as error:  # of a technique that keeps or sends what cannot be pickled
         words = "".join(traceback.format_exception(error))
-        reason = f"what the site sends or remembers can't leave its process ({type(error).__name__}: {error})"
+        reason = f"what the site sends or keeps cannot leave its process ({type(error).__name__}: {error})"
         return Parcel((Failure(site.name, SiteError(site.name, state.round, "remember", reason)), words)), Parcel(None)
 
 
 def _plain(error: FedlabError) -> FedlabError:
-    """The error as one of fedlab's own, which the parent knows."""
+    """The error as one of fedlab's own types, which the parent has."""
     kind = next(kind for kind in type(error).__mro__ if kind.__module__.partition(".")[0] == "fedlab")
     if kind is type(error):
         return error
@@ -337,7 +337,7 @@ def _plain(error: FedlabError) -> FedlabError:
 
 
 def _compute_as(settings: Mapping[str, Any]) -> None:
-    """Computes as the parent does, to the bit."""
+    """Sets torch as in the parent, so that results have the same bits."""
     torch.set_num_threads(settings["threads"])
     torch.set_default_dtype(settings["dtype"])
     torch.set_float32_matmul_precision(settings["matmul"])

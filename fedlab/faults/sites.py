@@ -1,7 +1,7 @@
-"""What goes wrong in a federation, on purpose: sites that fail, lie, attack, come late or leave.
+"""Simulated faults of a federation: sites that fail, attack, are late or leave.
 
 `Faulty(engine=Local(), faults=[DropOut(probability=0.3)], seed=0)` is an engine like any other. Without rules of
-admission the first failure ends a run, so give `federate(..., admission=Admission(...))` as well.
+admission the first failure ends a run, so also give `federate(..., admission=Admission(...))`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from fedlab.core.errors import SiteError
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Engine, Trainer
 from fedlab.core.seeds import generator
+from fedlab.core.settings import check_positive
 from fedlab.core.types import Answer, Failure, Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
@@ -28,17 +29,17 @@ __all__ = ["Corrupt", "Crash", "DropOut", "Fault", "Faulty", "Joins", "Leaves", 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One kind of fault, at some sites in some rounds. Every hook does nothing: override what goes wrong.
+    """One kind of fault, at some sites in some rounds. Every hook does nothing: override those that the fault needs.
 
-    Whether it strikes depends on the seed, the site and the round alone, so that a resumed run has the same faults.
+    Whether it strikes depends on the seed, the site and the round only, so that a resumed run has the same faults.
 
     Args:
-        sites: names of the sites it may strike; all of them by default.
-        rounds: numbers of the rounds it may strike in, such as (0, 3) or range(5, 9); all of them by default.
-        probability: with which it then strikes.
+        sites: names of the sites that it may strike; by default all.
+        rounds: numbers of the rounds in which it may strike, such as (0, 3) or range(5, 9); by default all.
+        probability: of a strike at such a site in such a round.
 
     Raises:
-        ValueError: a probability that is none, or a text where several names are expected.
+        ValueError: an invalid probability, or a text where several names are expected.
     """
 
     sites: Collection[str] | None = None
@@ -60,28 +61,28 @@ class Fault:
         return self.probability == 1 or float(torch.rand((), generator=rng, dtype=torch.float64)) < self.probability
 
     def keeps_away(self) -> str | None:
-        """Why the site does nothing in a round that it strikes in, or None."""
+        """Why the site does not take part in a round in which the fault strikes, or None."""
         return None
 
     def at_site(self, site: Site) -> Site:
-        """The site with the data that it trains on instead."""
+        """The site with the data on which it trains instead."""
         return site
 
     def in_training(self, kit: Kit) -> Kit:
-        """What trains at the site instead, after privacy techniques have wrapped it."""
+        """The kit that trains at the site instead, after privacy techniques have wrapped it."""
         return kit
 
     def remember(self, update: Update, own: dict[str, torch.Tensor]) -> None:
-        """In every round, whether it strikes or not: what it keeps of an update, in a namespace of the site's state."""
+        """In every round, whether it strikes or not: keeps parts of an update in a namespace of the site's state."""
 
     def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
-        """What the server gets in place of the update."""
+        """The object that the server receives in place of the update."""
         return update
 
 
 @dataclass(frozen=True, kw_only=True)
 class DropOut(Fault):
-    """The site doesn't answer: no connection, a reboot, somebody needed the machine."""
+    """The site does not answer, for example without a connection or during a restart."""
 
     def keeps_away(self) -> str | None:
         return "it did not answer"
@@ -89,10 +90,9 @@ class DropOut(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Joins(Fault):
-    """The site is there from a round on.
+    """The site takes part from a round on.
 
-    It belongs to the run from the start, so it is enrolled with it: a technique with a ledger takes it for a site
-    that has released nothing yet.
+    It is enrolled from the start of the run, so a technique with a ledger knows that it has released nothing yet.
 
     Args:
         round: the first in which it takes part.
@@ -109,7 +109,7 @@ class Joins(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Leaves(Fault):
-    """The site is there up to a round and never comes back.
+    """The site takes part up to a round and never returns.
 
     Args:
         round: the first in which it takes no part.
@@ -126,12 +126,12 @@ class Leaves(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Straggler(Fault):
-    """The site is slow, by a simulated clock: nobody waits, but its update says so.
+    """The site is slow, by a simulated clock: its update states a longer time, and no time passes.
 
-    A server with `Admission(deadline=...)` leaves it out; one without waits, which costs nothing here.
+    A server with `Admission(deadline=...)` leaves it out.
 
     Args:
-        seconds: that it takes longer.
+        seconds: added to the site's time.
 
     Raises:
         ValueError: not a positive number.
@@ -141,8 +141,7 @@ class Straggler(Fault):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds is a positive number, got {self.seconds!r}")
+        check_positive(seconds=self.seconds)
 
     def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
         return replace(update, seconds=update.seconds + self.seconds)
@@ -150,10 +149,10 @@ class Straggler(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Crash(Fault):
-    """Training breaks off with an exception in the middle of the round; nothing is sent.
+    """Training ends with an exception in the middle of the round; nothing is sent.
 
     Args:
-        after: batches that it gets through, at most as many as there are; half of them by default.
+        after: number of batches before the exception, at most all; by default half of them.
     """
 
     after: int | None = None
@@ -166,10 +165,10 @@ class Crash(Fault):
 class PoisonedLabels(Fault):
     """The site trains on wrong labels, by mistake or not (Tolpegin et al. 2020).
 
-    It needs an engine that trains on the sites it is given, as those in this process do.
+    It needs an engine on this machine.
 
     Args:
-        labels: label -> what is drawn instead; by default what is tumour is called healthy, so that it is not found.
+        labels: label -> wrong label; by default tumour becomes healthy tissue.
     """
 
     labels: Mapping[int, int] = field(default_factory=lambda: {1: 0, 2: 0, 4: 0})
@@ -180,10 +179,10 @@ class PoisonedLabels(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class SignFlip(Fault):
-    """The site sends the opposite of what it learned, to undo what the others learn (Li et al. 2019, RSA).
+    """The site sends its update with the opposite sign, to undo the others' training (Li et al. 2019, RSA).
 
     Args:
-        factor: how many times as long as the honest update.
+        factor: length of the sent update over that of the honest one.
     """
 
     factor: float = 1.0
@@ -194,10 +193,10 @@ class SignFlip(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(Fault):
-    """The site sends its update many times over, so that the mean becomes its model (Bagdasaryan et al. 2020).
+    """The site scales its update, so that the mean becomes its model (Bagdasaryan et al. 2020).
 
     Args:
-        factor: how many times.
+        factor: of the scaling.
     """
 
     factor: float
@@ -208,11 +207,11 @@ class Scale(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Replay(Fault):
-    """The site sends the first update it ever made, again.
+    """The site sends its first update again.
 
     Args:
-        disguised: whether the old update says that it answers the present round. Then no server can know it for what
-            it is; robust strategies can only limit what it does.
+        disguised: whether the old update claims to answer the present round. Then no server can detect it; robust
+            strategies can only limit its effect.
     """
 
     disguised: bool = False
@@ -234,15 +233,15 @@ How = Literal["nan", "inf", "shape", "integers", "names", "missing", "weight", "
 
 @dataclass(frozen=True, kw_only=True)
 class Corrupt(Fault):
-    """What arrives is not what was sent, or what was sent is none.
+    """The server receives an invalid update.
 
     Args:
         how: "nan" or "inf" in one place of the update; tensors of another "shape", of "integers", under other "names",
-            or one "missing"; a "weight" that is none; numbers that are finite and "overflow" in the mean; the name of
-            another "sender"; "garbage" in every field; or "no update" at all.
+            or one "missing"; an invalid "weight"; numbers that are finite and "overflow" in the mean; the name of
+            another "sender"; "garbage" in every field; or "no update" but another object.
 
     Raises:
-        ValueError: another word.
+        ValueError: an unknown word.
     """
 
     how: How = "nan"
@@ -271,18 +270,18 @@ class Corrupt(Fault):
 
 @dataclass(kw_only=True, eq=False)
 class Faulty(Wrapped):
-    """An engine whose sites go wrong.
+    """An engine whose sites have faults.
 
-    What a fault keeps lies in the state of its site, and whether it strikes follows from the seed, so a run that is
-    resumed from a checkpoint meets the same faults. Faults apply in their order.
+    A fault keeps its values in the state of the site and strikes as the seed says, so a run that is resumed from a
+    checkpoint has the same faults. Faults apply in their order.
 
     Args:
         engine: where the sites work.
-        faults: what may go wrong.
-        seed: of when it does.
+        faults: that may strike.
+        seed: of the strikes.
 
     Raises:
-        ValueError: something that is no fault.
+        ValueError: an object that is no fault.
     """
 
     engine: Engine
@@ -292,10 +291,10 @@ class Faulty(Wrapped):
     def __post_init__(self) -> None:
         odd = [fault for fault in self.faults if not isinstance(fault, Fault)]
         if odd:
-            raise ValueError(f"faults are such as DropOut(probability=0.3), got {odd[0]!r}")
+            raise ValueError(f"faults are objects such as DropOut(probability=0.3), got {odd[0]!r}")
 
     def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
-        """The answer of each site, or the fault that struck it."""
+        """The answer of each site, or the failure that a fault caused."""
         there = []
         for site in cohort:
             away = [why for _, fault in self._striking(site.name, state.round) if (why := fault.keeps_away())]
@@ -333,7 +332,7 @@ class Faulty(Wrapped):
 
 @dataclass(frozen=True, kw_only=True)
 class _FaultyTrainer:
-    """A trainer that trains like the other one, but where a fault strikes. Runs with and without it are the same run.
+    """A trainer that trains like the user's, except where a fault strikes. Both make the same run by content.
 
     Attributes:
         stands_for: the user's trainer.
@@ -344,20 +343,21 @@ class _FaultyTrainer:
     striking: tuple[tuple[Fault, int], ...]
 
     def prepare(self, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Kit:
-        for fault, seeded in self.striking:
-            if fault.strikes(site.name, state.round, seeded):
-                site = fault.at_site(site)
+        for fault in self._strike(site.name, state.round):
+            site = fault.at_site(site)
         return self.stands_for.prepare(site, state, site_state=site_state, seed=seed)
 
     def fit(self, kit: Kit, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Update:
-        for fault, seeded in self.striking:
-            if fault.strikes(site.name, state.round, seeded):
-                kit = fault.in_training(kit)
+        for fault in self._strike(site.name, state.round):
+            kit = fault.in_training(kit)
         return self.stands_for.fit(kit, site, state, site_state=site_state, seed=seed)
 
+    def _strike(self, site: str, round: int) -> list[Fault]:
+        return [fault for fault, seeded in self.striking if fault.strikes(site, round, seeded)]
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("stands_for", "striking"):
-            raise AttributeError(name)  # while it is copied or unpickled there is no other trainer yet
+        if name.startswith("__") or name == "stands_for":
+            raise AttributeError(name)  # while it is copied or unpickled, `stands_for` is not set yet
         return getattr(self.stands_for, name)
 
     def __repr__(self) -> str:
@@ -379,11 +379,11 @@ class _BreaksOff:
             if number >= self.after:
                 break
             yield batch
-        raise RuntimeError(f"a crash on purpose, after {self.after} batches")
+        raise RuntimeError(f"a simulated crash after {self.after} batches")
 
 
 class _Relabelled(Sequence[Patient]):
-    """Patients with other labels, changed when they are asked for."""
+    """Patients with other labels, changed when they are read."""
 
     def __init__(self, patients: Sequence[Patient], labels: Mapping[int, int]) -> None:
         self.patients, self.labels = patients, labels
@@ -391,12 +391,7 @@ class _Relabelled(Sequence[Patient]):
     def __len__(self) -> int:
         return len(self.patients)
 
-    @overload
-    def __getitem__(self, index: int) -> Patient: ...
-    @overload
-    def __getitem__(self, index: slice) -> _Relabelled: ...
-
-    def __getitem__(self, index: int | slice) -> Patient | _Relabelled:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return _Relabelled(self.patients[index], self.labels)
         patient = self.patients[index]
@@ -418,7 +413,7 @@ def _spoilt(update: Update, value: float, rng: torch.Generator) -> dict[str, tor
 
 
 def _garbage(update: Update) -> Update:
-    """Other things than numbers in every field but the sender's."""
+    """An update with invalid values in every field but the sender's."""
     odd: Any = replace
     wrong: Update = odd(update, delta=[b"\x00"], weight="many", steps=-1.5, metrics="none", spent={"epsilon": 0},
                         encoded="small", round=None, seconds=[])

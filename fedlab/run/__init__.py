@@ -1,6 +1,6 @@
 """A federated run with a server: rounds, the task of a site, admission of updates, checkpoints, history and traces.
 
-Read `federate` first, then `site_task`. May import `data` and the packages below it.
+Read `round` first, then `site_task`, `arrivals` and `federate`. May import `data` and the packages below it.
 """
 
 import lazy_loader

@@ -1,10 +1,10 @@
-"""What a server lets into the global model, and what it does when sites fail."""
+"""Rules for the updates that a server admits to the global model, and for sites that fail."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from fedlab.core.settings import check_positive, check_whole
 from fedlab.core.types import Update
 
 __all__ = ["Admission"]
@@ -14,17 +14,17 @@ __all__ = ["Admission"]
 class Admission:
     """Rules by which a run goes on without the sites that fail.
 
-    Without rules the first failure ends a run, which is what one wants while developing. With them a site that breaks
-    down, is late or sends something unusable is left out of its round, and `Round.absent` says why. Whatever the
-    rules, an update must have the model's names and shapes, be finite and answer the present round.
+    Without rules the first failure ends a run, which suits development. With rules a site that fails, is late or sends
+    an invalid update is left out of its round, and `Round.absent` says why. In any case an update must have the model's
+    names and shapes, be finite and answer the present round.
 
     Args:
         min_sites: a round with fewer admitted updates leaves the model as it was.
-        deadline: seconds within which a site must answer, as it took by its own clock.
-        max_norm: Euclidean norm of the longest update that is believed. It can't be seen through secure aggregation.
-        max_weight: largest weight that is believed, such as the number of patients of the largest hospital: an update
+        deadline: seconds within which a site must answer, by its own clock.
+        max_norm: largest Euclidean norm of an update. It cannot be checked under secure aggregation.
+        max_weight: largest weight of an update, such as the number of patients of the largest hospital: an update
             counts by the weight that its sender claims.
-        max_steps: most optimiser steps that are believed; `FedNova` and `FedAvg(weights="steps")` count by them.
+        max_steps: largest number of optimiser steps; `FedNova` and `FedAvg(weights="steps")` count by them.
 
     Raises:
         ValueError: a setting out of its range.
@@ -37,21 +37,18 @@ class Admission:
     max_steps: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.min_sites, int) or self.min_sites < 1:
-            raise ValueError(f"min_sites is a positive whole number, got {self.min_sites!r}")
-        for name in ("deadline", "max_norm", "max_weight", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ValueError(f"{name} is a positive number or None, got {value!r}")
+        check_whole(min_sites=self.min_sites)
+        check_positive(optional=True, deadline=self.deadline, max_norm=self.max_norm, max_weight=self.max_weight,
+                       max_steps=self.max_steps)
 
     def refuse(self, update: Update) -> str | None:
-        """Why an update stays out, or None if it is welcome."""
+        """Why an update is refused, or None if it is admitted."""
         if self.deadline is not None and update.seconds > self.deadline:
             return f"late: it took {update.seconds:.3g} s, the deadline is {self.deadline:g} s"
         if self.max_weight is not None and update.weight > self.max_weight:
-            return f"its weight is {update.weight:g}, at most {self.max_weight:g} is believed"
+            return f"its weight is {update.weight:g}, the rules allow {self.max_weight:g}"
         if self.max_steps is not None and update.steps > self.max_steps:
-            return f"it took {update.steps} steps, at most {self.max_steps:g} are believed"
+            return f"it took {update.steps} steps, the rules allow {self.max_steps:g}"
         if self.max_norm is not None and (norm := update.norm()) > self.max_norm:
-            return f"its norm is {norm:.3g}, at most {self.max_norm:g} is believed"
+            return f"its norm is {norm:.3g}, the rules allow {self.max_norm:g}"
         return None

@@ -1,4 +1,4 @@
-"""What federated learning is compared with: all data in one place, and each site alone."""
+"""Baselines of federated learning: all data in one place, and each site alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def local_only(trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) -> 
 
     Args:
         trainer: as for the federated run.
-        sites: trained one after the other, each without the others.
+        sites: each trained without the others.
         settings: rounds, seed, ... as for `federate`.
     """
     return {site.name: federate(trainer, [site], **settings) for site in sites}

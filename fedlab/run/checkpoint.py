@@ -1,9 +1,8 @@
-"""A run on disk after each of its rounds, so that an interrupted one goes on to the bit-equal result."""
+"""A run on disk after each of its rounds, so that an interrupted run goes on to the bit-equal result."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedlab.core.errors import RunError
-from fedlab.core.files import write_whole
+from fedlab.core.files import replacing, write_json
 from fedlab.core.types import ServerState, Tensors
 from fedlab.core.weights import weights_sha256
 from fedlab.run.recipe import Json, differences
@@ -30,10 +29,10 @@ _FORMAT = "fedlab-checkpoint-3"
 
 class Checkpoint:
     """The folder of one run: `run.json` says which run it is, `round-NNNN/` holds its last finished round, and
-    `site-states/` what the sites keep at present.
+    `site-states/` the present states of the sites.
 
-    A round is written beside the previous one and renamed into place when complete, so a kill at any moment
-    leaves one whole round.
+    A round is written beside the previous one and renamed into place when complete, so a kill at any moment leaves one
+    whole round.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,33 +67,33 @@ class Checkpoint:
             raise RunError(f"{folder} is not empty and holds no fedlab run; choose another folder")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(note, json.dumps(wanted, indent=1, ensure_ascii=False).encode())
+            write_json(note, wanted)
         return cls(folder)
 
     def new_states(self, names: Sequence[str]) -> SiteStates:
-        """What the sites keep, for a run that begins."""
+        """The states of the sites for a run that begins."""
         shutil.rmtree(self.folder / "site-states", ignore_errors=True)
         return SiteStates(names, folder=self.folder / "site-states")
 
     def save(self, state: ServerState, states: Any, records: list[dict[str, Any]]) -> None:
         """Writes the state after a round, replacing the round before it."""
         final = self.folder / f"round-{state.round:04d}"
-        scratch = self.folder / f"{final.name}.part"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+        shutil.rmtree(self.folder / f"{final.name}.part", ignore_errors=True)
         tensors = {f"params|{name}": t for name, t in state.params.items()}
         tensors |= {f"broadcast|{name}": t for name, t in state.broadcast.items()}
         groups = {"moments": state.moments, "models": state.models, "namespaces": state.namespaces}
         for kind, members in groups.items():
-            # Sites may share one model; a file of tensors holds each on its own.
+            # Sites may share one model; a file of tensors holds each separately.
             tensors |= {f"{kind}|{quote(group, safe='')}|{name}": t.clone() for group, slots in members.items()
                         for name, t in slots.items()}
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, scratch / "state.safetensors")
-        note = {"round": state.round, "state_sha256": weights_sha256(plain), "ledger": state.ledger,
-                "site_states": states.link_to(scratch) if isinstance(states, SiteStates) else {}, "records": records}
-        (scratch / "round.json").write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
-        os.replace(scratch, final)
+        with replacing(final) as scratch:
+            scratch.mkdir()
+            save_file(plain, scratch / "state.safetensors")
+            note = {"round": state.round, "state_sha256": weights_sha256(plain), "ledger": state.ledger,
+                    "site_states": states.link_to(scratch) if isinstance(states, SiteStates) else {},
+                    "records": records}
+            (scratch / "round.json").write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
         for other in self._rounds():
             if other != final:
                 shutil.rmtree(other, ignore_errors=True)

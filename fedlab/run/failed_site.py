@@ -1,4 +1,4 @@
-"""What a site that failed was working with, kept for debugging."""
+"""The live objects of a site that failed, kept for debugging."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = ["FailedSite"]
 class FailedSite:
     """The live objects of a site at the moment at which it failed.
 
-    They hold the site's patients, so they stay in this process: they can't be copied or pickled. Under a privacy
-    guarantee the notebook shows no text of the exception either, since a notebook is saved with what it shows; print
-    `traceback` where nobody keeps it.
+    They hold the site's patients, so they stay in this process: they cannot be copied or pickled. Under a privacy
+    guarantee a notebook does not show the text of the exception, since it is saved with its outputs; `traceback` has
+    it.
 
     Attributes:
         site: that failed.
         round: its number, counted from 0.
-        stage: that it failed at, as in `SiteError`.
-        error: as the server sees it; the first exception is chained to it. For a debugger on the spot:
+        stage: of the failure, as in `SiteError`.
+        error: as the server sees it; the first exception is chained to it. For a debugger:
             `import pdb; pdb.post_mortem(failed.cause.__traceback__)`.
         kit: model, optimiser, loader and loss, as the techniques had wrapped them; None if it failed before that.
-        state: the server's, that the site began its round with.
-        site_state: the site's, as it was left.
-        weights: of the model at the failure. The model itself goes on to the next site: see `restore`.
-        batch: images and regions of the last batch that was drawn, or None.
+        state: the server's, with which the site began its round.
+        site_state: the site's, at the failure.
+        weights: of the model at the failure. The model itself is used for the next site: see `restore`.
+        batch: images and regions of the last batch drawn, or None.
         guarded: whether the run has a privacy guarantee.
     """
 
@@ -56,11 +56,11 @@ class FailedSite:
         """The objects that an error carries.
 
         Raises:
-            ValueError: the error carries none, as one that comes from another process.
+            ValueError: the error carries none, such as an error of another process.
         """
         work = error.work
         if work is None:
-            raise ValueError(f"{error!r} carries no objects of a site; only errors of this process do")
+            raise ValueError(f"{error!r} carries no objects of a site; only errors raised in this process do")
         weights = {} if work.kit is None else {
             name: p.detach().cpu().clone() for name, p in trainable(work.trainer.model).items()}
         return cls(site=work.site, round=work.state.round, stage=work.stage, error=error, kit=work.kit,
@@ -69,7 +69,7 @@ class FailedSite:
 
     @property
     def cause(self) -> BaseException:
-        """The exception that began it."""
+        """The first exception."""
         first: BaseException = self.error
         while first.__cause__ is not None:
             first = first.__cause__
@@ -81,25 +81,25 @@ class FailedSite:
         return "".join(traceback.format_exception(self.error))
 
     def restore(self) -> Kit:
-        """The kit with the weights of the failure, to try again: `kit = failed.restore(); kit.loss(*failed.batch)`.
+        """The kit with the weights of the failure, such as for `failed.restore().loss(*failed.batch)`.
 
         Raises:
             ValueError: the site failed before it had a kit.
         """
         if self.kit is None:
             raise ValueError(f"{self.site.name} failed at stage {self.stage!r}, before there was a model to train; "
-                             "look at error and site_state")
+                             "see error and site_state")
         model = getattr(self.kit.model, "_module", self.kit.model)  # a technique may have wrapped it
         load_weights(model, self.weights)
         return self.kit
 
     def __reduce__(self) -> NoReturn:
-        raise PrivacyError(f"what {self.site.name} was working with holds its patients and stays in this process; look "
-                           "at it here, or copy out the numbers that you need")
+        raise PrivacyError(f"a FailedSite of {self.site.name} holds its patients and stays in this process; copy out "
+                           "the numbers that you need")
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "failed in", f"round {self.round}, stage {self.stage!r}"
-        yield "exception", (f"{type(self.cause).__name__}; under a guarantee its text isn't shown, see .traceback"
+        yield "exception", (f"{type(self.cause).__name__}; under a guarantee its text is not shown, see .traceback"
                             if self.guarded else f"{type(self.cause).__name__}: {self.cause}")
         if self.kit is not None:
             yield "kit", f"{type(self.kit.model).__name__} on {self.kit.device}, {len(self.weights)} tensors of weights"

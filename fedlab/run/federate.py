@@ -1,4 +1,4 @@
-"""The federated run: a loop around one round. It knows no engine's inner life and no plotting."""
+"""The federated run: a loop around one round."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from fedlab.core.errors import PrivacyBudgetExhausted
 from fedlab.core.protocols import Elsewhere, Engine, Run, Strategy, Topology
+from fedlab.core.settings import check_whole
 from fedlab.core.types import Round, ServerState, Site
 from fedlab.core.weights import load_weights
 from fedlab.privacy.aggregation import Aggregation
@@ -37,7 +38,7 @@ def make_run(
 ) -> Run:
     """The run that these parts make up, each of them checked and bound to the others; arguments as of `each_round`.
 
-    What is asked of the patients at a site is not checked here; see `check_sites`.
+    The patients at the sites are not checked here; see `check_sites`.
 
     Raises:
         ValueError: no site, two sites of one name, no round, or parts that don't work together.
@@ -62,10 +63,10 @@ def make_run(
 
 
 def check_sites(run: Run, sites: Sequence[Site]) -> None:
-    """What a run asks of the patients of sites.
+    """Checks the patients of sites.
 
     Raises:
-        ValueError: a site without patients, or whose patients don't suit the techniques.
+        ValueError: a site has no patients, or a technique cannot work with them.
     """
     empty = [site.name for site in sites if len(site.train) == 0]
     if empty:
@@ -84,14 +85,15 @@ def each_round(
 
     Args:
         trainer: trains locally, from the weights its model had when the trainer was made.
-        sites: with unique names and at least one training patient each; or names of sites that the engine reaches
-            elsewhere.
+        sites: with unique names and at least one training patient each; or names, for an engine that reaches the
+            sites elsewhere.
         strategy: `FedAvg()` by default.
         privacy: a technique or several joined by `+`; none by default.
         aggregation: `SecureAggregation(threshold=...)` for sums that hide single updates; in the open by default.
         rounds: number of the last round, so a resumed run ends where the whole run would.
         topology: who exchanges weights with whom: `star`, `ring`, `Gossip(...)`, `Tree(...)`, `Buffered(...)`.
-        engine: where sites work; this process by default. `Processes()`, or with the loop elsewhere too, `NVFlare()`.
+        engine: where sites work: by default `Local()`, this process; `Processes()`; `NVFlare()`, which also runs the
+            loop elsewhere.
         admission: rules by which a run goes on without sites that fail; by default the first failure ends it.
         seed: one seed gives bit-equal weights on one machine.
         state, site_states: where to go on from, such as `finished.state` and `finished.site_states` of a round; the
@@ -148,13 +150,13 @@ def federate(
         validate: called with the global model and the round's number after each round; the numbers that it returns,
             such as the Dice of held-out patients, join the round's metrics.
         on_round: called with each finished round; one or several, such as `[CsvTracker(path="rounds.csv"), show]`.
-        checkpoint: a folder that the run is saved in after every round. If it holds the beginning of this same
-            run, by content, the run goes on from there, to the bit-equal result.
-        trace: a file that says who took part when, line by line and chained by hashes; see `fedlab.run.trace`.
+        checkpoint: a folder in which the run is saved after every round. If it holds the beginning of this same run,
+            by content, the run goes on from there, to the bit-equal result.
+        trace: a file of the sites that took part in each round, chained by hashes; see `fedlab.run.trace`.
         progress: show a progress bar.
 
     Raises:
-        ValueError, SiteError, PrivacyError: as in `each_round`. When the privacy budgets of all sites are used up
+        ValueError, SiteError, PrivacyError: as in `each_round`. When the privacy budgets of all sites are used up,
             the run ends early instead, and `history.stopped` says so.
         RunError: the checkpoint or the trace is of a run with other settings, or damaged.
     """
@@ -179,7 +181,7 @@ def federate(
                 finished = replace(finished, metrics={**finished.metrics, **metrics})
             history.add(finished)
             if traced is not None:
-                traced.add(finished)  # before the checkpoint: a round that is repeated shows, a missing one would not
+                traced.add(finished)  # before the checkpoint: a repeated round is visible, a missing one would not be
             if saved is not None:
                 saved.save(finished.state, finished.site_states, history.records)
             show()
@@ -193,7 +195,7 @@ def federate(
 
 
 def run_recipe(run: Run) -> dict[str, Json]:
-    """What makes a run this run and no other, by content: its parts, seed and the data of each site."""
+    """The identity of a run by content: its parts, seed and the data of each site."""
     sites = {site.name: "elsewhere" if len(site.train) == 0 else patients_sha256(site.train) for site in run.sites}
     parts = ("trainer", "strategy", "privacy", "aggregation", "topology", "admission", "seed")
     return {**{name: recipe(getattr(run, name)) for name in parts}, "patients": dict(sites)}
@@ -238,8 +240,7 @@ def _check_numbers(run: Run) -> None:
     doubled = sorted({name for name in run.names if run.names.count(name) > 1})
     if doubled:
         raise ValueError(f"site names are unique within a run, but these occur twice: {doubled}")
-    if run.rounds < 1:
-        raise ValueError(f"rounds is a positive whole number, got {run.rounds}")
+    check_whole(rounds=run.rounds)
 
 
 def _check_server(run: Run) -> None:

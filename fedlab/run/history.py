@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["History", "record_of"]
 
 
+def _frame(rows: list[dict[str, Any]], *index: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=None if rows else [*index, *columns]).set_index(list(index))
+
+
 def record_of(finished: Round) -> dict[str, Any]:
     """The numbers of a round as plain values."""
     return {
@@ -31,11 +37,11 @@ def record_of(finished: Round) -> dict[str, Any]:
 
 
 class History:
-    """The record of a run, round by round. Holds one state, the last, however long the run.
+    """The record of a run, round by round. It holds one state, the last, however long the run.
 
-    It is the server's own. No guarantee covers what `sites()` and `records` say of single updates, such as their
-    norms, where noise is added at the server only (`CentralGaussian`): the server has seen those updates. Publish
-    `table()` and `spent()` then, whose losses such a technique withholds, and not these.
+    It is for the server only. Where noise is added at the server (`CentralGaussian`), no guarantee covers the numbers
+    about single updates in `sites()` and `records`, such as their norms. Publish `table()` and `spent()` then, without
+    the losses that such a technique withholds.
 
     Args:
         rounds: number of rounds the run was to have.
@@ -64,51 +70,40 @@ class History:
 
     def table(self) -> pd.DataFrame:
         """One row per round: mean training loss by weight, bytes sent, seconds, metrics of the global model."""
-        import pandas as pd
-
         rows = []
         for record in self.records:
             sites = list(record["sites"].values())
             weight = sum(s["weight"] for s in sites)
-            known = sites and all("loss" in s for s in sites)  # nobody was drawn, or a technique withholds it
+            known = sites and all("loss" in s for s in sites)  # a technique may withhold it
             loss = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if known else {}
             rows.append({"round": record["round"], **loss, "bytes": sum(s["bytes"] for s in sites),
                          "seconds": record["seconds"], **record["metrics"]})
-        return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
+        return _frame(rows, "round")
 
     def sites(self) -> pd.DataFrame:
         """One row per round and site: loss, norm of the update, weight, steps and bytes sent.
 
-        Numbers about what each site sent, for the server's eyes: see the class about noise at the server.
+        These numbers are for the server only; see the class about noise at the server.
         """
-        import pandas as pd
-
-        rows = [{"round": record["round"], "site": name, **numbers}
-                for record in self.records for name, numbers in record["sites"].items()]
-        return pd.DataFrame(rows).set_index(["round", "site"]) if rows else pd.DataFrame()
+        return _frame([{"round": record["round"], "site": name, **numbers}
+                       for record in self.records for name, numbers in record["sites"].items()], "round", "site")
 
     def spent(self) -> pd.DataFrame:
-        """One row per round, site and unit: privacy spent until then, with δ, adjacency and accountant.
+        """One row per round, site and unit: privacy spent so far, with δ, adjacency and accountant.
 
-        Empty for a run without a formal guarantee. The site "server" stands for noise added there, which holds for
-        every site.
+        Empty for a run without a formal guarantee. The site "server" stands for noise added there, whose guarantee
+        holds for every site.
         """
-        import pandas as pd
-
-        rows = [{"round": record["round"], "site": name, **entry} for record in self.records
-                for name, entries in record["spent"].items() for entry in entries]
-        return pd.DataFrame(rows).set_index(["round", "site", "unit"]) if rows else pd.DataFrame()
+        return _frame([{"round": record["round"], "site": name, **entry} for record in self.records
+                       for name, entries in record["spent"].items() for entry in entries], "round", "site", "unit")
 
     def absent(self) -> pd.DataFrame:
         """One row per round and site whose update is not in the model, and why."""
-        import pandas as pd
-
-        rows = [{"round": record["round"], "site": name, "reason": reason}
-                for record in self.records for name, reason in record["absent"].items()]
-        return pd.DataFrame(rows, columns=["round", "site", "reason"]).set_index(["round", "site"])
+        return _frame([{"round": record["round"], "site": name, "reason": reason} for record in self.records
+                       for name, reason in record["absent"].items()], "round", "site", columns=("reason",))
 
     def guarantee(self) -> str:
-        """What the run so far provably guarantees, in a sentence for each unit."""
+        """The formal guarantee of the run so far, one sentence per unit."""
         last: dict[tuple[str, str], Spent] = {}
         for record in self.records:
             for site, entries in record["spent"].items():
@@ -120,7 +115,7 @@ class History:
 
     @contextmanager
     def progress(self, *, enabled: bool) -> Iterator[Callable[[], None]]:
-        """A progress bar over the rounds; what is yielded moves it to the last finished round."""
+        """A progress bar over the rounds; yields a function that moves it to the last finished round."""
         with tqdm(total=self.rounds, initial=len(self.records), desc="rounds", disable=not enabled) as bar:
             def show() -> None:
                 last = self._latest()
@@ -137,7 +132,7 @@ class History:
         return f"<History: {len(self.records)} of {self.rounds} rounds, {shown}; {self.guarantee()}{early}>"
 
     def _latest(self) -> dict[str, float]:
-        """The last known value of each number; not every metric is taken in every round."""
+        """The last known value of each number; a metric may be missing in some rounds."""
         last = self.table().ffill().iloc[-1].dropna()
         return {str(name): float(value) for name, value in last.items()}
 

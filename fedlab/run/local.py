@@ -17,6 +17,20 @@ from fedlab.run.site_task import SiteTask, SiteWork
 __all__ = ["Local", "answer_of", "exchange_here", "with_ledger"]
 
 
+def exchange_here(task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
+                  states: SiteStates) -> tuple[Messages, list[Failure]]:
+    """One exchange between sites whose keys are in this process: the messages of each site, and the failed sites."""
+    answers: dict[str, Mapping[str, bytes]] = {}
+    failures: list[Failure] = []
+    for site in sites:
+        try:
+            answers[site.name] = task.aggregation.answer(step, site.name, inboxes.get(site.name, {}),
+                                                         states.with_secrets(site.name))
+        except FedlabError as error:
+            failures.append(Failure(site.name, error))
+    return answers, failures
+
+
 class Local:
     """Runs the sites of a cohort in turn in this process; one update is in memory at a time.
 
@@ -24,8 +38,8 @@ class Local:
         ledgers: a folder in which every site's privacy ledger outlives the run: read before each of the site's rounds
             and saved before its update is handed on; see `LedgerFile`. Without it ledgers end with the run and its
             checkpoint.
-        debug: keep what a site that fails was working with in `failed`, by the name of the site: the model, its
-            state, the patients' batch, the exception and more, see `FailedSite`.
+        debug: keep the live objects of a failed site in `failed`, by its name: model, state, batch, exception and
+            more, see `FailedSite`.
     """
 
     def __init__(self, *, ledgers: Path | str | None = None, debug: bool = False) -> None:
@@ -51,10 +65,7 @@ class Local:
                     error.work = SiteWork(site, state, site_state, task.trainer, task.guarded)
                 raise
 
-    def exchange(self, task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
-                 states: SiteStates) -> tuple[Messages, list[Failure]]:
-        """The messages of each site, and the sites that failed."""
-        return exchange_here(task, step, inboxes, sites, states)
+    exchange = staticmethod(exchange_here)
 
     def __repr__(self) -> str:
         settings = [] if self.ledgers is None else [f"ledgers={str(self.ledgers)!r}"]
@@ -71,29 +82,15 @@ def answer_of(site: str, work: Callable[[], Update]) -> Answer:
         return Failure(site, error)
 
 
-def exchange_here(task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
-                  states: SiteStates) -> tuple[Messages, list[Failure]]:
-    """An exchange of messages between sites whose keys are in this process."""
-    answers: dict[str, Mapping[str, bytes]] = {}
-    failures: list[Failure] = []
-    for site in sites:
-        try:
-            answers[site.name] = task.aggregation.answer(step, site.name, inboxes.get(site.name, {}),
-                                                         states.with_secrets(site.name))
-        except FedlabError as error:
-            failures.append(Failure(site.name, error))
-    return answers, failures
-
-
 @contextmanager
 def with_ledger(ledgers: Path | None, site: str, state: SiteState, *, engine: str) -> Iterator[None]:
-    """Around a site's work in a round: its ledger is read from its file before, and saved after it succeeded.
+    """Around a site's work in a round: its ledger is read from its file before, and saved after the work succeeded.
 
     Args:
-        ledgers: the folder of the ledgers, or None: the ledger lives in `state` only, and must not have been in a file.
+        ledgers: folder of the ledgers; None if the ledger is in `state` only and was never in a file.
         site: name of the site.
-        state: the site's own.
-        engine: name of the engine that asks, for its message.
+        state: of the site.
+        engine: name of the engine, for the message.
 
     Raises:
         PrivacyError: see `LedgerFile.kept`; or the ledger is in a file that the engine does not name.
@@ -103,6 +100,6 @@ def with_ledger(ledgers: Path | None, site: str, state: SiteState, *, engine: st
             yield
         return
     if state.ledger and Ledger(state).note()["in_file"]:
-        raise PrivacyError(f"the ledger of {site} is kept in a file, which may know more than this copy: say "
+        raise PrivacyError(f"the ledger of {site} is kept in a file, which may hold more than this copy: say "
                            f"{engine}(ledgers=…) with its folder")
     yield

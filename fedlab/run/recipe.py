@@ -1,9 +1,9 @@
-"""What a run is, by content: recipes of its objects and a hash of the patients' data.
+"""The identity of a run by content: recipes of its objects and a hash of the patients' data.
 
 Two objects have one recipe if they compute the same: class, settings down to those of losses, optimisers and
 transforms, the user's functions and classes by their source with the values that they use, and tensors by their bytes.
-Checkpoints, traces, plans and noise streams use it. An object that stands for another, such as a wrapper that changes
-nothing of the result, names the other in an attribute `stands_for`.
+Checkpoints, traces, plans and noise streams use it. A wrapper that does not change the result names the object that it
+stands for in an attribute `stands_for`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["differences", "patients_sha256", "recipe", "recipe_sha256"]
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
-#: Attributes of a torch module that are no settings: its tensors have a hash of their own, hooks come and go.
+#: Attributes of a torch module that are no settings: its tensors have a hash of their own, hooks change.
 _MODULE_STATE = frozenset(vars(nn.Module())) | {"training"}
 #: The note of how an object was made (`fedlab.deploy.objects.built`), which changes nothing that it computes.
 _NOTE = "_built"
@@ -73,7 +73,7 @@ def patients_sha256(patients: Sequence[Patient]) -> str:
     """The SHA-256 of the patients' ids, images, labels and affines, in order.
 
     Args:
-        patients: of a site; a collection may offer `content_sha256()` where that is cheaper than reading every scan.
+        patients: of a site; a collection may define `content_sha256()` where that is cheaper than reading every scan.
     """
     own = getattr(patients, "content_sha256", None)
     if own is not None:
@@ -175,7 +175,7 @@ def _of_a_library(value: Any) -> bool:
 
 
 def _function(function: types.FunctionType, above: tuple[int, ...]) -> Json:
-    """A user's function by its source and by the values that it takes from around it."""
+    """A user's function by its source and by the global and enclosing values that it uses."""
     if _of_a_library(function):
         return _named(function, above)
     code = function.__code__

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -14,7 +15,7 @@ from fedlab.core.weights import weights_sha256
 from fedlab.run.arrivals import Arrivals, Void
 from fedlab.strategies.averaging import TooFewUpdates
 
-__all__ = ["Star", "one_round", "star"]
+__all__ = ["Star", "Workflow", "one_round", "star"]
 
 
 def one_round(run: Run, state: ServerState) -> Round:
@@ -66,25 +67,31 @@ def _release(run: Run, mean: Update, arrivals: Arrivals, state: ServerState) -> 
     return out
 
 
+class Workflow:
+    """Base of the workflows, `fedlab.core.protocols.Topology`: nothing to check and no numbers about the state."""
+
+    one_server: ClassVar[bool] = False
+
+    def check(self, run: Run) -> None: ...
+
+    def metrics(self, state: ServerState) -> Mapping[str, float]:
+        return {}
+
+
 @dataclass(frozen=True)
-class Star:
+class Star(Workflow):
     """An aggregation server in the middle: broadcast, train at every site, combine, move (Rieke et al. 2020).
 
     The server sees every update, unless secure aggregation hides them; sites see the global model only.
     """
 
-    one_server: bool = field(default=True, init=False, repr=False)
-
-    def check(self, run: Run) -> None: ...
+    one_server: ClassVar[bool] = True
 
     def __call__(self, run: Run, state: ServerState) -> Round:
         return one_round(run, state)
 
     def messages(self, names: Sequence[str]) -> list[tuple[str, str]]:
         return [("server", name) for name in names] + [(name, "server") for name in names]
-
-    def metrics(self, state: ServerState) -> Mapping[str, float]:
-        return {}
 
 
 star: Topology = Star()

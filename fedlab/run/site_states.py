@@ -1,4 +1,4 @@
-"""What the sites of one run keep, on disk while they are not at work."""
+"""The states of the sites of one run, on disk while the sites are not at work."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 
 from fedlab.core.errors import RunError
+from fedlab.core.files import replacing
 from fedlab.core.types import SiteState
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ __all__ = ["SiteStates", "pack_site_state", "unpack_site_state"]
 
 _FORMAT = "fedlab-site-state-1"
 _PREFIX, _LOCK = "fedlab-site-states-", "in-use.lock"
-#: Seconds within which a new temporary folder is surely locked.
+#: Seconds after which a new temporary folder is locked.
 _NEW = 60
 
 
@@ -41,8 +42,8 @@ class SiteStates(Mapping[str, SiteState]):
     `states["site-01"]` reads a copy. The keys of a round (`SiteState.secrets`) stay in this process.
 
     Args:
-        names: of the sites; each is enrolled, so that a state that is lost later is noticed.
-        folder: where the files lie; a temporary folder that goes with this object by default.
+        names: of the sites; each is enrolled, so that a lost state is noticed.
+        folder: of the files; by default a temporary folder that is removed with this object.
     """
 
     def __init__(self, names: Sequence[str] = (), *, folder: Path | str | None = None) -> None:
@@ -51,7 +52,7 @@ class SiteStates(Mapping[str, SiteState]):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._enrolled = dict.fromkeys(names)
-        self._saved: dict[str, str | None] = {}  # site -> SHA-256 of its file, once somebody needs it
+        self._saved: dict[str, str | None] = {}  # site -> SHA-256 of its file, once it is needed
         self._secrets: dict[str, dict[str, Any]] = {}
 
     def __getitem__(self, site: str) -> SiteState:
@@ -92,10 +93,9 @@ class SiteStates(Mapping[str, SiteState]):
 
     def save(self, site: str, state: SiteState) -> None:
         """Writes a site's state whole."""
-        scratch = self.path(site).with_suffix(".part")
         tensors, header = _flattened(state, {})
-        save_file(tensors, scratch, metadata=header)
-        os.replace(scratch, self.path(site))
+        with replacing(self.path(site)) as scratch:
+            save_file(tensors, scratch, metadata=header)
         self._enrolled.setdefault(site)
         self._saved[site] = None
 
@@ -141,20 +141,20 @@ class SiteStates(Mapping[str, SiteState]):
 
 
 def _temporary_folder(*, of: SiteStates) -> Path:
-    """A folder that goes with an object. A process that was killed leaves its folders: they go when the next is made.
+    """A folder that is removed with an object. Folders of killed processes are removed when the next one is made.
 
-    The lock in a folder says that it is in use. It ends with its process, whatever ends that, and holds between
-    containers too, where numbers of processes mean nothing to each other.
+    The lock in a folder says that it is in use. It ends with its process, and holds between containers too, where
+    process numbers are not comparable.
     """
     from filelock import FileLock, Timeout
 
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
-            if time.time() - left.stat().st_mtime > _NEW:  # a younger one may not be locked yet
+            if time.time() - left.stat().st_mtime > _NEW:  # a newer one may not be locked yet
                 with FileLock(left / _LOCK, timeout=0):
                     shutil.rmtree(left, ignore_errors=True)
         except (Timeout, OSError):
-            continue  # in use, another user's, or removed meanwhile
+            continue  # in use, of another user, or already removed
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     lock = FileLock(folder / _LOCK, thread_local=False)
     lock.acquire()
@@ -179,11 +179,11 @@ def _link(source: Path, target: Path) -> None:
 
 
 def pack_site_state(state: SiteState, **about: str | int) -> bytes:
-    """A site's state as one safetensors file, without secrets and without what the server broadcast.
+    """A site's state as one safetensors file, without its secrets and the server's broadcast.
 
     Args:
         state: of the site.
-        about: what must be the same when it is read, such as the run.
+        about: values that must be the same when it is read, such as the run.
     """
     tensors, header = _flattened(state, about)
     return save(tensors, metadata=header)

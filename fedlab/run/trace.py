@@ -1,4 +1,4 @@
-"""A run's trace: one line a round, each with the hash of the line before, so that no line can be changed unseen."""
+"""A run's trace: one line per round, each with the hash of the line before, so that every change is detected."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fedlab.core.types import Patient, Round, ServerState, Site, Tensors
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.partition import Partition
 from fedlab.run.checkpoint import Checkpoint
+from fedlab.run.history import record_of
 from fedlab.run.recipe import Json
 
 __all__ = ["Trace", "Verdict", "verify"]
@@ -30,17 +31,17 @@ _NOTHING = "0" * 64
 
 
 class Trace:
-    """The file that a run is traced in; `federate(..., trace="trace.jsonl")` makes one.
+    """The trace file of a run; `federate(..., trace="trace.jsonl")` makes one.
 
-    Its first line says with what the run was made: settings as code, versions, and for each site hashes of its
-    patients' ids and of its data card. Then a line a round: who took part when and with which weight, norms, who was
-    absent and why, hashes of the model before and after, privacy spent. A line goes on where a run was resumed, and
-    one ends it. Every line holds the SHA-256 of its own content and of the line before.
+    The first line has the settings as code, versions, and for each site hashes of its patients' ids and of its data
+    card. Then one line per round: the sites that took part and their weights, norms, absent sites with the reason,
+    hashes of the model before and after, privacy spent. A line marks where a run was resumed, and one its end. Every
+    line holds the SHA-256 of its own content and of the line before.
 
-    What such a chain can't show: who can write the file can write all of it anew, from any line on, with hashes that
-    fit. Note `head`, the last line's hash, where others can't change it (a message to the other sites, a paper); then
-    `verify(path, head=...)` tells. A hash of ids hides nobody whose ids can be guessed. Like a `History` it is the
-    server's own: no guarantee covers single updates' norms where noise is added at the server only.
+    Limits: anyone who can write the file can write it anew, from any line on, with hashes that fit. Note `head`, the
+    last line's hash, where others cannot change it (a message to the other sites, a paper); `verify(path, head=...)`
+    then detects that. A hash of ids does not hide ids that can be guessed. Like a `History` it is for the server only:
+    no guarantee covers single updates' norms where noise is added at the server only.
 
     Attributes:
         path: the file.
@@ -57,12 +58,12 @@ class Trace:
         """The trace of a run that begins or goes on.
 
         Args:
-            path: a new file, or the trace of this same run; a last line that a crash cut off is taken away.
+            path: a new file, or the trace of this same run; a last line that a crash cut off is removed.
             recipe: the content that makes a run the same run; see `fedlab.run.recipe`.
             settings: of the run, as code.
             sites: all that may take part.
             start: the weights that the run began with.
-            state: that it goes on from, or None.
+            state: from which it goes on, or None.
             resumable: whether the run has a checkpoint to go on from.
 
         Raises:
@@ -81,11 +82,11 @@ class Trace:
             trace._write("start", round=number, model=model, **begin)
             return trace
         if not resumable:
-            raise RunError(f"{path} exists and is left as it is; choose another file for the trace of this run")
+            raise RunError(f"{path} exists and is not overwritten; choose another file for the trace of this run")
         lines, rest = _complete_lines(path)
         entries = [entry for line in lines if (entry := _parse(line)) is not None]
         if not entries or len(entries) < len(lines) or entries[0].get("format") != _FORMAT:
-            raise RunError(f"{path} is no trace, or a damaged one; 'fedlab verify {path}' says where")
+            raise RunError(f"{path} is no trace, or a damaged one; see 'fedlab verify {path}'")
         first, last = entries[0], entries[-1]
         _check_same_run(path, first, begin)
         rounds = _rounds_after(entries)
@@ -102,12 +103,9 @@ class Trace:
         return trace
 
     def add(self, finished: Round) -> None:
-        """Adds a finished round. It is on the disk when this returns."""
+        """Adds a finished round, which is on the disk when this returns."""
         before, self._model = self._model, model_sha256(finished.state.params, finished.state.models)
-        self._write("round", round=finished.number, cohort=list(finished.cohort), sites=finished.sites,
-                    absent=finished.absent, metrics=finished.metrics, seconds=finished.seconds, before=before,
-                    after=self._model, spent={name: [s._asdict() for s in all_spent]
-                                              for name, all_spent in finished.spent.items() if all_spent})
+        self._write("round", cohort=list(finished.cohort), before=before, after=self._model, **record_of(finished))
 
     def end(self, *, round: int, stopped: str | None) -> None:
         """Ends the trace, if it has not ended.
@@ -140,11 +138,11 @@ class Verdict:
 
     Attributes:
         path: the file.
-        lines: complete lines.
+        lines: number of complete lines.
         rounds: rounds of the run so far.
         head: hash of the last line.
-        problems: what is wrong, with the line it is in; none in a trace that is whole.
-        notes: what one should know though nothing is wrong.
+        problems: each with its line; none in a trace that is whole.
+        notes: remarks about a trace, whole or not.
     """
 
     path: Path
@@ -156,7 +154,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no problem."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -170,10 +168,10 @@ class Verdict:
 
 
 def verify(path: Path | str, *, head: str | None = None) -> Verdict:
-    """Looks at every line of a trace, and compares it with the saved model of its run.
+    """Checks every line of a trace, and compares it with the saved model of its run.
 
-    A line that was changed, removed, added, or moved is found, and so is a model that is not the one the trace ends
-    with. See `Trace` about what can't be found without a head noted elsewhere.
+    Detects lines that were changed, removed, added or moved, and a model other than the one the trace ends with. See
+    `Trace` about what cannot be detected without a head noted elsewhere.
 
     Args:
         path: a run's directory, or the trace itself.
@@ -193,13 +191,13 @@ def verify(path: Path | str, *, head: str | None = None) -> Verdict:
         reading.take(number, line)
     if rest:
         reading.problems.append(f"line {len(lines) + 1} is cut off after {len(rest)} bytes: the run was killed while "
-                                "it wrote, or bytes were removed; resuming the run mends it")
+                                "it wrote, or bytes were removed; resuming the run repairs it")
     if not lines:
         reading.problems.append("there is no complete line")
     if head is not None and head not in reading.hashes:
         reading.problems.append(f"no line has the head that was noted, {head}: the trace was written anew or cut")
     elif head is not None and head != reading.hashes[-1]:
-        reading.notes.append(f"{len(lines) - 1 - reading.hashes.index(head)} lines came after the head that was noted")
+        reading.notes.append(f"{len(lines) - 1 - reading.hashes.index(head)} lines follow the head that was noted")
     if not reading.ended:
         reading.notes.append(f"the run has not ended: {reading.expected or 0} of {reading.planned} rounds are traced")
     if path.is_dir():
@@ -222,10 +220,10 @@ class _Reading:
     ended: bool = False
 
     def take(self, number: int, line: bytes) -> None:
-        """A line and its place in the chain."""
+        """Reads one line and checks its place in the chain."""
         entry, where = _parse(line), f"line {number + 1}"
         if entry is None:
-            self.problems.append(f"{where} can't be read: it was changed")
+            self.problems.append(f"{where} cannot be read: it was changed")
             self.hashes.append("")
             self.expected = None
             return
@@ -239,7 +237,7 @@ class _Reading:
         try:
             self._follow(entry, where)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            self.problems.append(f"{where} lacks what such a line has ({type(error).__name__}: {error})")
+            self.problems.append(f"{where} lacks a required value ({type(error).__name__}: {error})")
             self.expected = None
 
     def _follow(self, entry: dict[str, Any], where: str) -> None:
@@ -258,7 +256,7 @@ class _Reading:
             self._go_on(entry, number, where)
         elif kind == "round":
             if self.expected is not None and number != self.expected:
-                self.problems.append(f"{where} is round {number}, round {self.expected} was to come")
+                self.problems.append(f"{where} is round {number}, expected round {self.expected}")
             elif self.expected is not None and entry["before"] != self.models.get(number):
                 self.problems.append(f"{where}: round {number} begins with another model than round {number - 1} ended "
                                      "with")
@@ -268,7 +266,7 @@ class _Reading:
             self.expected, self.models[number + 1] = number + 1, entry["after"]
         elif kind == "end":
             if self.expected is not None and (number, entry["model"]) != (self.expected, self.models[self.expected]):
-                self.problems.append(f"{where}: the run ends elsewhere than its last round")
+                self.problems.append(f"{where}: the end of the run does not match its last round")
             if entry["stopped"]:
                 self.notes.append(f"the run ended early: {entry['stopped']}")
         else:
@@ -287,11 +285,11 @@ class _Reading:
         self.expected, self.models[number] = number, entry["model"]
 
     def compare(self, folder: Path) -> None:
-        """The trace with the model that was saved."""
+        """Compares the trace with the saved model."""
         try:
             saved = _saved_model(folder)
         except (RunError, OSError, ValueError) as error:
-            self.problems.append(f"the saved model can't be compared: {error}")
+            self.problems.append(f"the saved model cannot be compared: {error}")
             return
         if saved is None:
             self.notes.append(f"{folder} holds no saved model to compare with")
@@ -312,7 +310,7 @@ def model_sha256(params: Tensors, models: Mapping[str, Tensors]) -> str:
 
 
 def _saved_model(folder: Path) -> tuple[str, int | None, str] | None:
-    """What the model in a run directory is called, the rounds it has seen (None: all), and its hash."""
+    """The name of the model in a run directory, the rounds it has seen (None: all), and its hash."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -330,7 +328,7 @@ def _saved_model(folder: Path) -> tuple[str, int | None, str] | None:
 
 
 def _data_of(sites: Sequence[Site]) -> dict[str, Any]:
-    """Hashes that stand for who is at each site and what its card says."""
+    """Hashes of each site's patients and card."""
     try:
         seen = all(len(site.train) for site in sites)
         partition = Partition.of(sites).id if seen else "not known here"
@@ -338,7 +336,7 @@ def _data_of(sites: Sequence[Site]) -> dict[str, Any]:
         partition = f"none: {error}"
     rows: dict[str, dict[str, Any]] = {}
     for site in sites:
-        if len(site.train) == 0:  # its patients are elsewhere
+        if len(site.train) == 0:  # its patients are not in this process
             rows[site.name] = {"train": None, "held_out": None, "patients_sha256": None, "card_sha256": None}
             continue
         ids = sorted([*_ids(site.train), *_ids(site.val)])
@@ -371,18 +369,18 @@ def _check_same_run(path: Path, first: Mapping[str, Any], begin: Mapping[str, An
 
 
 def _rounds_after(entries: Sequence[Any]) -> int:
-    """How many rounds a trace has seen, those before it began included."""
+    """The number of rounds that a trace has seen, including those before it began."""
     return max(int(entry["round"]) + int(entry["kind"] == "round") for entry in entries)
 
 
 def _complete_lines(path: Path) -> tuple[list[bytes], bytes]:
-    """The lines that end as they should, and what is left of a last one that doesn't."""
+    """The complete lines, and the rest of a last line that was cut off."""
     *lines, rest = path.read_bytes().split(b"\n")
     return lines, rest
 
 
 def _barely_begun(path: Path) -> bool:
-    """Whether a kill left nothing but a part of the first line."""
+    """Whether a kill left only a part of the first line."""
     lines, rest = _complete_lines(path)
     beginning = _canonical({"format": _FORMAT})[:-1]
     return not lines and rest[:len(beginning)] == beginning[:len(rest)]
@@ -407,7 +405,7 @@ def _canonical(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Plain values for JSON, which has no word for NaN and infinity."""
+    """Plain values for JSON, which has no NaN and no infinity."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,14 +1,13 @@
 """Numbers of a run for experiment trackers: calls for `federate(..., on_round=...)`.
 
-Each takes up where it stopped when a run is resumed. A run that is killed between its checkpoint and its tracker leaves
-that round out of the tracker; `History` and the trace have it.
+Each goes on where it stopped when a run is resumed. If a run is killed between its checkpoint and its tracker, the
+tracker lacks that round; `History` and the trace have it.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from fedlab.core.errors import RunError
 from fedlab.core.extras import install_command
+from fedlab.core.files import replacing
 from fedlab.core.types import Round
 
 __all__ = ["CsvTracker", "MLflowTracker", "TensorBoardTracker"]
@@ -29,7 +29,7 @@ class CsvTracker:
     """Writes every number of every round into a CSV table: round, site (empty for the global model), name, value.
 
     Args:
-        path: a new file, or the one that this run has written; rounds that are run again replace themselves.
+        path: a new file, or that of this run; rounds that are run again are replaced.
 
     Raises:
         RunError: at the first round, if the file is another table or another run's.
@@ -50,40 +50,38 @@ class CsvTracker:
             writer.writerows((finished.number, *row) for row in numbers(finished))
 
     def _take_up(self, path: Path, number: int) -> None:
-        """Leaves the rounds before this one in the table, and whatever a kill left half written out."""
+        """Keeps the rounds before this one; drops later rows, and a row that a kill cut off."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.stat().st_size == 0:
             return
         if number == 0:
-            raise RunError(f"{path} exists and is left as it is; choose another file for this run")
+            raise RunError(f"{path} exists and is not overwritten; choose another file for this run")
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
         if tuple(rows[0]) != _COLUMNS:
             raise RunError(f"{path} is another table, with columns {', '.join(rows[0])}; choose another file")
         kept = [row for row in rows[1:] if len(row) == len(_COLUMNS) and row[0].isdigit() and int(row[0]) < number]
-        scratch = path.with_name(path.name + ".part")
-        with scratch.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([_COLUMNS, *kept])
-        os.replace(scratch, path)
 
 
 @dataclass(kw_only=True, eq=False)
 class MLflowTracker:
     """Logs every round to MLflow (`pip install 'fedlab-workbench[tracking]'`).
 
-    Metrics are called as in the history, those of a site "site/name" with the site's name in front. Names of sites and
-    what the server learns of them are sent to the tracking server: point `uri` at one of yours.
+    Metrics have the names of the history, those of a site "site/name". Names of sites and the numbers that the server
+    receives from them are sent to the tracking server: set `uri` to one of yours.
 
     Args:
-        run_file: where the id of the MLflow run is kept, beside the checkpoint; a resumed run goes on in that run.
+        run_file: holds the id of the MLflow run, beside the checkpoint; a resumed run goes on in that MLflow run.
         experiment: its name in MLflow.
-        uri: of the tracking server; None leaves it to MLflow's own settings. A folder, as "file:...", is still taken by
-            MLflow 3 where MLFLOW_ALLOW_FILE_STORE=true is set.
+        uri: of the tracking server; None uses MLflow's own settings. MLflow 3 accepts a folder, as "file:...", only
+            with MLFLOW_ALLOW_FILE_STORE=true.
         settings: logged as parameters when the run begins, such as {"strategy": repr(strategy)}.
 
     Raises:
         ImportError: at the first round, if MLflow is not installed.
-        RunError: the file with the id is of another tracker, or of a run that had begun before.
+        RunError: the file does not hold an id, or it belongs to an earlier run.
     """
 
     run_file: Path | str
@@ -101,7 +99,7 @@ class MLflowTracker:
 
         shown = [Metric(_key(site, name), value, now, finished.number) for site, name, value in numbers(finished)
                  if math.isfinite(value)]  # not every store of MLflow takes NaN
-        for first in range(0, len(shown), 1000):  # as many as MLflow takes at once
+        for first in range(0, len(shown), 1000):  # MLflow's limit per call
             self._client.log_batch(self._id, metrics=shown[first:first + 1000])
 
     def end(self) -> None:
@@ -125,7 +123,7 @@ class MLflowTracker:
             experiment = client.create_experiment(self.experiment) if known is None else known.experiment_id
             self._id = client.create_run(experiment).info.run_id
             for name, value in self.settings.items():
-                client.log_param(self._id, name, value[:6000])  # longer ones MLflow refuses
+                client.log_param(self._id, name, value[:6000])  # MLflow's limit
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self._id + "\n", encoding="utf-8")
         self._client = client
@@ -136,7 +134,7 @@ class TensorBoardTracker:
     """Writes every round for TensorBoard (`pip install 'fedlab-workbench[tracking]'`; `tensorboard --logdir FOLDER`).
 
     Args:
-        folder: of the event files; new, or that of this very run. Rounds that are run again replace themselves.
+        folder: of the event files; new, or that of this run. Rounds that are run again are replaced.
 
     Raises:
         ImportError: at the first round, if TensorBoard is not installed.
@@ -175,13 +173,13 @@ def numbers(finished: Round) -> Iterator[tuple[str, str, float]]:
             yield site, name, float(value)
     for site, spent in finished.spent.items():
         for one in spent:
-            # An ε means nothing without the rest, so the rest is in its name.
+            # An ε has no meaning without δ, unit, adjacency and accountant, so they are in its name.
             yield site, (f"epsilon at delta {one.delta:g} per {one.unit}, {one.adjacency}, {one.accountant} "
                          "accountant"), float(one.epsilon)
 
 
 def _key(site: str, name: str) -> str:
-    """A name that MLflow and TensorBoard take: letters, digits and _ - . / and blanks."""
+    """A name that MLflow and TensorBoard accept: letters, digits, _ - . / and blanks."""
     whole = f"{site}/{name}" if site else name
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-./ ") else "_" for c in whole)[:250]
 

@@ -12,10 +12,10 @@ __all__ = ["Wrapped"]
 
 
 class Wrapped:
-    """An engine that changes the answers of another one; messages between sites pass through.
+    """An engine that changes the answers of another engine; messages between sites pass through.
 
     Attributes:
-        engine: where the sites work.
+        engine: the inner engine.
     """
 
     engine: Engine

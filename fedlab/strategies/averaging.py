@@ -12,6 +12,7 @@ from torch import nn
 
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run, Trainer
+from fedlab.core.settings import check_positive
 from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 
 __all__ = ["FedAvg", "FedNova", "NotFinite", "TooFewUpdates", "sgd_settings", "weighted_mean"]
@@ -55,7 +56,7 @@ def weighted_mean(updates: Iterable[Update]) -> Update:
     for name, tensor in total.items():
         if not torch.isfinite(tensor.div_(weight)).all():
             raise NotFinite(f"the mean of the updates is NaN or infinite in {name}: an update that is not finite, or "
-                            "a weight or an update of absurd size, was combined")
+                            "an update or a weight of extreme size, was combined")
     return Update(site="mean", delta=total, weight=weight, steps=steps,
                   metrics={name: value / weight for name, value in metrics.items()})
 
@@ -64,16 +65,16 @@ def weighted_mean(updates: Iterable[Update]) -> Update:
 class FedAvg:
     """Federated averaging (McMahan et al., AISTATS 2017, arXiv 1602.05629).
 
-    The model moves to the mean of the sites' models. It is hard to beat where sites are alike and rounds are short;
-    where they differ much, long local training pulls each site's model to its own optimum (client drift), which
-    `FedProx`, `SCAFFOLD`, `FedNova` and `FedOpt` answer in different ways.
+    The model moves to the mean of the sites' models. It is hard to beat where sites are alike and rounds are short.
+    Where they differ much, long local training pulls each site's model to its own optimum (client drift), which
+    `FedProx`, `SCAFFOLD`, `FedNova` and `FedOpt` counter in different ways.
 
     Attributes:
         one_server: whether its sums hold only where all updates of a round meet at one server.
 
     Args:
-        weights: what an update counts by: the site's training "patients" (as in the paper and in
-            Li et al. 2019), the optimiser "steps" it took, or "uniform".
+        weights: of an update in the mean: the site's training "patients" (as in the paper and in Li et al. 2019), the
+            optimiser "steps" it took, or "uniform".
         server_lr: length of the server's step; 1 moves the model to the mean.
         sample: probability with which each site takes part in a round, independently of the others.
 
@@ -90,8 +91,7 @@ class FedAvg:
     def __post_init__(self) -> None:
         if self.weights not in ("patients", "steps", "uniform"):
             raise ValueError(f"weights is 'patients', 'steps' or 'uniform', got {self.weights!r}")
-        if not 0 < self.server_lr < float("inf"):
-            raise ValueError(f"server_lr is a positive number, got {self.server_lr}")
+        check_positive(server_lr=self.server_lr)
         if not 0 < self.sample <= 1:
             raise ValueError(f"sample is a probability above 0 and at most 1, got {self.sample}")
 
@@ -103,8 +103,11 @@ class FedAvg:
 
     @property
     def uniform_mean(self) -> bool:
-        """Whether every update counts the same, a condition of noise that is added to the mean."""
-        return self.weights == "uniform"
+        """Whether every update counts the same, a condition of noise that is added to the mean.
+
+        False where `combine` is overridden: a strategy that still takes the plain mean says so by overriding this.
+        """
+        return self.weights == "uniform" and type(self).combine is FedAvg.combine
 
     def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
         if self.sample == 1:
@@ -131,19 +134,32 @@ class FedAvg:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UniformAvg(FedAvg):
+    """Averaging in which every update counts the same, since weights are claimed by their senders."""
+
+    weights: Literal["patients", "steps", "uniform"] = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights != "uniform":
+            raise ValueError(f"{type(self).__name__} counts every update the same: weights is 'uniform', got "
+                             f"{self.weights!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FedNova(FedAvg):
     """Normalised averaging (Wang et al., NeurIPS 2020, arXiv 2007.07481).
 
     Where sites take different numbers of steps, as with `epochs` at sites of different size, the plain mean leans
-    towards those that take more, beyond the weight that their patients give them. Here each update is divided by the
-    length of its site's path, the means of these directions and of the lengths are taken, and multiplied. With equal
-    steps it is FedAvg. The length is known for SGD only, so other optimisers are refused.
+    towards those that take more, beyond the weight of their patients. Here each update is divided by the length of its
+    site's path, and the mean of these directions is multiplied by the mean length. With equal steps it is FedAvg. The
+    length is known for SGD only, so other optimisers are refused.
 
-    A site counts by the steps that it claims to have taken: not for sites that may lie.
+    A site counts by the steps that it claims to have taken: not for sites that may be malicious.
 
     Args:
-        momentum: of the sites' SGD, which must begin anew every round (`SiteTrainer(momentum="restart")`); read from
-            the run.
+        momentum: of the sites' SGD, which must restart every round (`SiteTrainer(momentum="restart")`); read from the
+            run.
 
     Raises:
         ValueError: a momentum outside [0, 1), or weights by steps, which the division would undo.
@@ -158,13 +174,7 @@ class FedNova(FedAvg):
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is at least 0 and below 1, got {self.momentum}")
         if self.weights == "steps":
-            raise ValueError("FedNova takes the steps out of the mean and back in itself: weights is 'patients' or "
-                             "'uniform', got 'steps'")
-
-    @property
-    def uniform_mean(self) -> bool:
-        """False: the steps that a site takes decide what its update counts."""
-        return False
+            raise ValueError("FedNova itself divides by the steps: weights is 'patients' or 'uniform', got 'steps'")
 
     def bind(self, run: Run) -> FedNova:
         sgd = sgd_settings(run.trainer)
@@ -196,13 +206,13 @@ class FedNova(FedAvg):
         return direction.map(lambda t: t * (length / total))
 
     def _length(self, steps: int) -> float:
-        """How often the gradients of so many steps enter the update: the 1-norm of the paper's a_i."""
+        """How often the gradients of these steps enter the update: the 1-norm of the paper's a_i."""
         steps, rho = max(1, steps), self.momentum or 0.0  # an update of no steps has nothing to divide
         return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
 
 def square_distance(one: Tensors, other: Tensors) -> float:
-    """Squared Euclidean distance over all tensors of the same names; exact sums, so that their order doesn't matter."""
+    """Squared Euclidean distance over all tensors; exact sums, so that their order does not matter."""
     return math.fsum(float((t.double() - other[name].double()).square().sum()) for name, t in one.items())
 
 

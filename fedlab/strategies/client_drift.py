@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run, Trainer
+from fedlab.core.settings import check_positive, check_whole
 from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import trainable
-from fedlab.strategies.averaging import FedAvg, moved, sgd_settings
+from fedlab.strategies.averaging import FedAvg, UniformAvg, moved, sgd_settings
 
 __all__ = ["SCAFFOLD", "Ditto", "FedProx"]
 
@@ -28,12 +29,12 @@ _PERSONAL = "model|"  # prefix of the names under which Ditto keeps a site's own
 class FedProx(FedAvg):
     """Local training that is pulled back to where it began (Li et al., MLSys 2020, arXiv 1812.06127).
 
-    Each site minimises its loss plus mu/2 times the squared distance from the weights that its round began with:
-    helps where sites differ and train long between rounds. The paper also lets sites take different amounts of work,
+    Each site minimises its loss plus mu/2 times the squared distance from the weights that its round began with. It
+    helps where sites differ and train long between rounds. The paper also lets sites do different amounts of work,
     which `FedNova` corrects for. With mu=0 it is FedAvg.
 
     Args:
-        mu: strength of the pull. With plain SGD the learning rate times mu must stay below 2, or training blows up; the
+        mu: strength of the pull. With plain SGD the learning rate times mu must stay below 2, or training diverges; the
             paper tries 0.001 to 1.
 
     Raises:
@@ -54,27 +55,26 @@ class FedProx(FedAvg):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SCAFFOLD(FedAvg):
+class SCAFFOLD(UniformAvg):
     """Control variates against client drift (Karimireddy et al., ICML 2020, arXiv 1910.06378, option II).
 
     Every step at a site is corrected by the difference between the mean gradient of all sites and the site's own, both
-    as the round before has shown them: helps where sites differ and train long, and each takes part often. Needs plain
-    SGD of a fixed number of steps; there with equal sites, or in the first round, it is FedAvg.
+    from the round before. It helps where sites differ, train long and take part often. Needs plain SGD with a fixed
+    number of steps; with equal sites, or in the first round, it is FedAvg.
 
-    Nothing but the update leaves a site. What the paper sends besides, the change of the site's control variate, is
-    minus the server's own less the update per step and learning rate, so that the server works it out; the site
-    does the same from its *protected* update, so whatever a technique did to it is the same in both. The server's
-    control variate goes to the sites with the weights: broadcasts are twice as large. At the server it takes whatever
-    noise the mean has; there the number of sites that came is replaced by the expected one, since noise doesn't hide
-    it. A site whose update is turned away has moved its own control variate all the same: the server's is off by that
-    until a round in which all come.
+    Nothing but the update leaves a site. The paper also sends the change of the site's control variate. It is minus
+    the server's control variate less the update per step and learning rate, so the server computes it; the site
+    computes the same from its *protected* update, so a technique affects both alike. The server's control variate goes
+    to the sites with the weights: broadcasts are twice as large. Noise on the mean enters it too; then the number of
+    updates received is replaced by the expected number, since noise does not hide it. A site whose update is refused
+    has still moved its own control variate: the server's differs by that until a round in which all take part.
 
     Args:
         sites, steps, lr: number of all sites, and steps and learning rate of the trainer; read from the run.
         weights: "uniform", as in the paper: the server's control variate is the mean of all sites'.
 
     Raises:
-        ValueError: a setting out of its range, and before the first round settings that are not those of the run, an
+        ValueError: a setting out of its range; before the first round settings that differ from the run's, an
             optimiser other than plain SGD, or updates that are hidden by masks.
     """
 
@@ -83,24 +83,18 @@ class SCAFFOLD(FedAvg):
     sites: int | None = None
     steps: int | None = None
     lr: float | Callable[[int], float] | None = None
-    weights: Literal["patients", "steps", "uniform"] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sites", "steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a positive whole number, got {value!r}")
-        if self.lr is not None and not callable(self.lr) and not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr is a positive number or a function of the round, got {self.lr!r}")
-        if self.weights != "uniform":
-            raise ValueError(f"SCAFFOLD is defined for equal weights: weights is 'uniform', got {self.weights!r}")
+        check_whole(optional=True, sites=self.sites, steps=self.steps)
+        if not callable(self.lr):
+            check_positive(optional=True, lr=self.lr)
 
     def bind(self, run: Run) -> SCAFFOLD:
         sgd = sgd_settings(run.trainer)
         if sgd is None or sgd["momentum"] or sgd["maximize"]:
-            raise ValueError("SCAFFOLD reads the mean gradient from the update, which plain SGD allows and moments "
-                             "don't; say SiteTrainer(optimiser=torch.optim.SGD, ...), or use FedProx")
+            raise ValueError("SCAFFOLD reads the mean gradient from the update, which is possible for plain SGD and "
+                             "not with moments; say SiteTrainer(optimiser=torch.optim.SGD, ...), or use FedProx")
         if run.trainer.steps is None:
             raise ValueError(f"SCAFFOLD needs the same number of steps at every site: say steps= in place of "
                              f"epochs={run.trainer.epochs}")
@@ -128,7 +122,7 @@ class SCAFFOLD(FedAvg):
             for name, c in ours.items()})
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
-        # Noise at the server is sized for the expected cohort and hides who came; a mean of nobody has no steps.
+        # Noise at the server is sized for the expected cohort and hides who took part; an empty mean has no steps.
         sites = self.sites or 1
         arrived = sites * self.sample if mean.spent else mean.weight if mean.steps else 0.0
         share, gradient = arrived / sites, -1 / self._travel(state.round)
@@ -144,7 +138,7 @@ class SCAFFOLD(FedAvg):
         return state.moments.get(_CONTROL, zeros), own or zeros
 
     def _travel(self, round: int) -> float:
-        """How far a gradient of 1 takes a weight in a round."""
+        """The distance that a gradient of 1 moves a weight in a round."""
         if self.steps is None or self.lr is None:
             raise ValueError(f"{self!r} is not bound to a run; pass it to federate(strategy=...), or give sites, steps "
                              "and lr")
@@ -160,19 +154,19 @@ class Ditto(FedAvg):
     """A personal model for each site beside the global one (Li et al., ICML 2021, arXiv 2012.04221).
 
     The global model is trained as in FedAvg. Then each site trains a model of its own, with the same optimiser and as
-    many steps, on its loss plus lam/2 times the squared distance from the global weights that the round began with:
-    helps where no one model suits all sites, and where some sites may lie, since a site need not follow them. It costs
-    twice the training. lam=0 is training alone.
+    many steps, on its loss plus lam/2 times the squared distance from the global weights that the round began with. It
+    helps where no single model suits all sites, and where some sites may be malicious, since a site need not follow
+    them. It doubles the training. lam=0 is training alone.
 
-    The personal model stays in the site's state, survives checkpoints, and enters nothing that leaves. No privacy
-    technique touches it: it is as private as the site's patients, so don't publish it.
+    The personal model stays in the site's state and in checkpoints, and enters nothing that leaves the site. No
+    privacy technique protects it: it is as private as the site's patients, so do not publish it.
 
     Args:
         lam: strength of the pull. With plain SGD the learning rate times lam must stay below 2; the paper tries 0.05
             to 2.
 
     Raises:
-        ValueError: a lam that is negative or infinite; before the first round personal layers, which it does without.
+        ValueError: a lam that is negative or infinite; before the first round personal layers.
     """
 
     lam: float
@@ -199,7 +193,7 @@ class Ditto(FedAvg):
 
     def remember(self, trainer: Trainer, site: Site, state: ServerState, update: Update, site_state: SiteState,
                  seed: int) -> None:
-        # The same seed as for the global model: with lam=0 this is, to the bit, the site training alone.
+        # The same seed as for the global model: with lam=0 this is bit-equal to the site training alone.
         own = site_state.own
         start = replace(state, params=self.local(state.params, site_state))
         moments = SiteState(namespaces={"optimiser": _part(own, "optimiser|")}, owner="optimiser")

@@ -1,8 +1,8 @@
-"""Strategies that withstand sites whose updates are damaged or lies.
+"""Strategies that withstand sites whose updates are damaged or malicious.
 
-All but `NormBound` need every update at once, in one place. They look at single updates, so secure aggregation can't
-hide those, and noise at the server has no bound to be sized by: both refuse these strategies. What they combine is no
-mean: where sites differ for honest reasons, a rare one is left out like a liar.
+All but `NormBound` need every update at once, in one place. They use single updates, so secure aggregation cannot hide
+those, and noise at the server has no bound to be sized by: both refuse these strategies. What they combine is no mean:
+where sites differ for honest reasons, a rare site is left out like a malicious one.
 """
 
 from __future__ import annotations
@@ -10,71 +10,54 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from fedlab.core.protocols import Run
+from fedlab.core.settings import check_positive, check_whole
 from fedlab.core.types import Update
-from fedlab.strategies.averaging import FedAvg, TooFewUpdates, square_distance, weighted_mean
+from fedlab.strategies.averaging import FedAvg, TooFewUpdates, UniformAvg, square_distance, weighted_mean
 
 __all__ = ["CoordinateMedian", "GeometricMedian", "Krum", "NormBound", "TrimmedMean"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoordinateMedian(FedAvg):
+class CoordinateMedian(UniformAvg):
     """The median of each coordinate (Yin et al., ICML 2018, arXiv 1803.01498).
 
-    Holds as long as fewer than half of the updates are bad, and needs no setting. Of an even number it is the mean of
-    the two in the middle. Every update counts the same, whatever weight its sender claims. With few sites that differ
-    it moves less than the mean, since no coordinate follows the one site that learns most about it.
+    Holds as long as fewer than half of the updates are bad, and needs no setting. The median of an even number is the
+    mean of the two in the middle. Every update counts the same, whatever weight its sender claims. With few sites that
+    differ it moves less than the mean, since no coordinate follows the one site that learns most about it.
 
     Raises:
         ValueError: weights other than "uniform".
     """
-
-    weights: Literal["patients", "steps", "uniform"] = "uniform"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _only_uniform(self)
-
-    @property
-    def uniform_mean(self) -> bool:
-        """False: it is no mean."""
-        return False
 
     def combine(self, updates: Iterable[Update]) -> Update:
         return _by_coordinate(_collected(updates), _median)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrimmedMean(FedAvg):
+class TrimmedMean(UniformAvg):
     """The mean of each coordinate without its largest and smallest values (Yin et al., ICML 2018, arXiv 1803.01498).
 
-    Holds while at most the share `trim` of the updates is bad, and wastes less of the good ones than the median. With
+    Holds while at most the share `trim` of the updates is bad, and uses more of the good ones than the median. With
     trim=0 it is the uniform mean.
 
     Args:
-        trim: share of the updates cut off at each end, rounded up to whole updates, but so that one is left.
+        trim: share of the updates cut off at each end, rounded up to whole updates; at least one update is left.
 
     Raises:
         ValueError: a share outside [0, 0.5), or weights other than "uniform".
     """
 
     trim: float
-    weights: Literal["patients", "steps", "uniform"] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _only_uniform(self)
         if not 0 <= self.trim < 0.5:
             raise ValueError(f"trim is a share of at least 0 and below 0.5, got {self.trim}")
-
-    @property
-    def uniform_mean(self) -> bool:
-        """False: which values count depends on the values."""
-        return False
 
     def combine(self, updates: Iterable[Update]) -> Update:
         collected = _collected(updates)
@@ -84,17 +67,17 @@ class TrimmedMean(FedAvg):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Krum(FedAvg):
+class Krum(UniformAvg):
     """The updates that lie closest to their neighbours (Blanchard et al., NeurIPS 2017, arXiv 1703.02757).
 
-    An update's score is the sum of its squared distances to the n - f - 2 others nearest to it, where n updates came
-    of which f may be bad. The update with the smallest score is taken, or the mean of the `chosen` best (multi-Krum).
-    Needs n of at least 2f + 3. For few bad sites among many alike ones: it throws most updates away, and follows the
-    majority where sites differ.
+    An update's score is the sum of its squared distances to the n - f - 2 others nearest to it, where n is the number
+    of updates received and f of them may be bad. The result is the update with the smallest score, or the mean of the
+    `chosen` best (multi-Krum). Needs n of at least 2f + 3. For few bad sites among many alike: it discards most
+    updates, and follows the majority where sites differ.
 
     Args:
         attackers: f, the number of bad updates to withstand.
-        chosen: how many updates are averaged.
+        chosen: number of updates that are averaged.
 
     Raises:
         ValueError: a setting out of its range, weights other than "uniform", or before the first round too few sites.
@@ -104,20 +87,11 @@ class Krum(FedAvg):
 
     attackers: int
     chosen: int = 1
-    weights: Literal["patients", "steps", "uniform"] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _only_uniform(self)
-        for name, least in (("attackers", 0), ("chosen", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
-
-    @property
-    def uniform_mean(self) -> bool:
-        """False: which updates count depends on the updates."""
-        return False
+        check_whole(least=0, attackers=self.attackers)
+        check_whole(chosen=self.chosen)
 
     @property
     def needed(self) -> int:
@@ -140,7 +114,7 @@ class Krum(FedAvg):
         return weighted_mean(replace(collected[k], weight=1.0, metrics={}) for k in sorted(best))
 
     def scores(self, updates: Sequence[Update]) -> list[float]:
-        """How far each update lies from its nearest neighbours; the smaller the better."""
+        """The distance of each update from its nearest neighbours; the smaller the better."""
         near = len(updates) - self.attackers - 2
         squares = [[0.0] * len(updates) for _ in updates]
         for i, one in enumerate(updates):
@@ -155,11 +129,11 @@ class GeometricMedian(FedAvg):
 
     Holds as long as bad sites have less than half of the weight; unlike the coordinate's median it turns with the
     coordinates and honours weights. Found by the smoothed Weiszfeld algorithm of the paper, begun at the coordinate
-    median rather than at the mean, which one bad site can send arbitrarily far. Weights are claimed by their senders:
-    say weights="uniform" where sites may lie.
+    median rather than at the mean, which one bad site can move arbitrarily far. Weights are claimed by their senders:
+    use weights="uniform" where sites may be malicious.
 
     Args:
-        iterations: at most so many.
+        iterations: largest number of iterations.
         nu: distances below this, in the unit of the weights, count as this, so that an update in the median's place
             doesn't stop it.
 
@@ -172,15 +146,8 @@ class GeometricMedian(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations is a positive whole number, got {self.iterations!r}")
-        if not 0 < self.nu < math.inf:
-            raise ValueError(f"nu is a positive number, got {self.nu}")
-
-    @property
-    def uniform_mean(self) -> bool:
-        """False: how much an update counts depends on where it lies."""
-        return False
+        check_whole(iterations=self.iterations)
+        check_positive(nu=self.nu)
 
     def combine(self, updates: Iterable[Update]) -> Update:
         collected = _collected(updates)
@@ -201,10 +168,10 @@ class GeometricMedian(FedAvg):
 class NormBound(FedAvg):
     """The mean of updates that are first scaled down to a norm of at most `bound` (Sun et al. 2019, arXiv 1911.07963).
 
-    No site can move the model by more than its share of `bound`, however far it scales its update; against attackers
-    that stay within the bound it does nothing. Streams, honours weights, and changes nothing while all updates are
-    shorter than the bound: the gentlest of these strategies. `Admission(max_norm=...)` turns longer updates away
-    instead. A clip that a site does itself, as for differential privacy, binds only sites that do it.
+    No site can move the model by more than its share of `bound`, however far it scales its update; attackers that stay
+    within the bound are not affected. Streams, honours weights, and changes nothing while all updates are shorter than
+    the bound: the mildest of these strategies. `Admission(max_norm=...)` refuses longer updates instead. A clip at the
+    site, as for differential privacy, binds only sites that apply it.
 
     Args:
         bound: Euclidean norm, in the unit of the weights; see `History.sites()` for those of a run.
@@ -217,13 +184,7 @@ class NormBound(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.bound < math.inf:
-            raise ValueError(f"bound is a positive number, got {self.bound}")
-
-    @property
-    def uniform_mean(self) -> bool:
-        """False: the server must see each update, and what one counts depends on its norm."""
-        return False
+        check_positive(bound=self.bound)
 
     def combine(self, updates: Iterable[Update]) -> Update:
         return super().combine(self._shortened(update) for update in updates)
@@ -233,14 +194,8 @@ class NormBound(FedAvg):
         return update if norm <= self.bound else update.map(lambda t: t.double() * (self.bound / norm))
 
 
-def _only_uniform(strategy: FedAvg) -> None:
-    if strategy.weights != "uniform":
-        raise ValueError(f"{type(strategy).__name__} counts every update the same, since weights are claimed by their "
-                         f"senders: weights is 'uniform', got {strategy.weights!r}")
-
-
 def _collected(updates: Iterable[Update]) -> list[Update]:
-    """All updates, in an order that doesn't depend on when they came.
+    """All updates, by the names of their sites.
 
     Raises:
         TooFewUpdates: there is none.

@@ -1,4 +1,4 @@
-"""Optimisers at the server, which take the mean of the updates for a gradient."""
+"""Optimisers at the server, which use the mean of the updates as a gradient."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from fedlab.core.settings import check_positive
 from fedlab.core.types import ServerState, Tensors, Update
 from fedlab.strategies.averaging import FedAvg, moved
 
@@ -19,20 +20,19 @@ _FIRST, _SECOND = "momentum", "variance"  # groups of ServerState.moments
 class FedOpt(FedAvg):
     """An optimiser at the server: FedAdam, FedYogi, FedAdagrad (Reddi et al., ICLR 2021, arXiv 2003.00295) or momentum.
 
-    Coordinates whose updates are small or rare get larger steps, and noise of single rounds averages out: helps where
-    FedAvg moves slowly or restlessly, such as with few sites in a round. "momentum" is FedAvgM (Hsu et al. 2019, arXiv
+    Coordinates whose updates are small or rare get larger steps, and noise of single rounds averages out. It helps
+    where FedAvg is slow or unsteady, such as with few sites per round. "momentum" is FedAvgM (Hsu et al. 2019, arXiv
     1909.06335), and FedAvg with beta1=0 and server_lr=1. The server keeps one or two more copies of the model, in
-    float64, in `ServerState.moments`; sites notice nothing, and after noise at the server it costs no privacy.
+    float64, in `ServerState.moments`. Sites train as in FedAvg, and after noise at the server it costs no privacy.
 
     Args:
         rule: "adam" forgets old squares at a fixed rate, "yogi" only as fast as the new ones differ, "adagrad" never;
-            "momentum" looks at no squares.
-        server_lr: length of the server's step: about what a coordinate moves in a round for the first three, where
-            0.01 is a beginning, 0.1 with "adagrad"; a multiple of the mean for "momentum", where 1 is.
+            "momentum" uses no squares.
+        server_lr: length of the server's step. For the first three about what a coordinate moves in a round: begin
+            with 0.01, with "adagrad" 0.1. For "momentum" a multiple of the mean: begin with 1.
         beta1: share of the past in the moving mean of the updates; the paper takes 0 with "adagrad".
         beta2: share of the past in the moving mean of their squares, for "adam" and "yogi".
-        tau: added to the root of the squares: the larger, the less the rule adapts. Where updates are much smaller
-            than it, it is what their step is divided by.
+        tau: added to the root of the squares: the larger, the less the rule adapts.
 
     Raises:
         ValueError: a setting out of its range.
@@ -51,8 +51,7 @@ class FedOpt(FedAvg):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 0 and below 1, got {getattr(self, name)}")
-        if not 0 < self.tau < float("inf"):
-            raise ValueError(f"tau is a positive number, got {self.tau}")
+        check_positive(tau=self.tau)
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
         zeros = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in state.params.items()}

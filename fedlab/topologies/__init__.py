@@ -1,6 +1,7 @@
 """Workflows other than the aggregation server: ring, gossip, tree and buffered asynchronous aggregation.
 
-Read `workflows` first. May import `run` and the packages below it.
+Read `cyclic` first, then `gossip`. Each is called with a run and a state, as `fedlab.run.round.one_round` is. May
+import `run` and the packages below it.
 """
 
 import lazy_loader

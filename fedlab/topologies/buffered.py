@@ -10,24 +10,25 @@ from functools import partial
 import torch
 
 from fedlab.core.protocols import Run
+from fedlab.core.settings import check_whole
 from fedlab.core.types import Round, ServerState
 from fedlab.run.arrivals import Arrivals, Void
-from fedlab.run.round import star
+from fedlab.run.round import Workflow, star
 
 __all__ = ["Buffered"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buffered:
+class Buffered(Workflow):
     """Asynchronous federated averaging with a buffer (FedBuff, Nguyen et al. 2022), in simulated time.
 
-    Sites never wait: each trains at its own speed from the model that it was given last, and the server moves as soon
-    as `size` updates are in its buffer. An update that `s` server steps have overtaken counts 1 / sqrt(1 + s) times.
+    Sites never wait: each trains at its own speed from the model that it received last, and the server moves as soon
+    as `size` updates are in its buffer. An update that `s` server steps have overtaken is scaled by 1 / sqrt(1 + s).
     A round of the run is one server step.
 
     Args:
         size: updates in the buffer.
-        seconds: how long a site takes for a round, by site; a site that isn't named takes 1 s.
+        seconds: simulated time of a round, by site; 1 s for a site that is not named.
 
     Raises:
         ValueError: a size below 1 or a time that is not positive.
@@ -35,11 +36,9 @@ class Buffered:
 
     size: int
     seconds: Mapping[str, float] = field(default_factory=dict)
-    one_server: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"size is a positive whole number, got {self.size!r}")
+        check_whole(size=self.size)
         if not all(0 < value < math.inf for value in self.seconds.values()):
             raise ValueError(f"seconds are positive, got {dict(self.seconds)!r}")
 
@@ -49,7 +48,7 @@ class Buffered:
             raise ValueError(f"a buffer of {self.size} updates from {len(run.sites)} sites"
                              + (f", and times of unknown sites: {unknown}" if unknown else ""))
         if run.strategy.sample < 1:
-            raise ValueError("sites come when they are ready, so the strategy draws none: leave its sample at 1")
+            raise ValueError("sites send when they are ready, so the strategy draws none: leave its sample at 1")
 
     def __call__(self, run: Run, state: ServerState) -> Round:
         state = state.opened()
@@ -64,7 +63,7 @@ class Buffered:
                    for update in arrivals.train(state, first))
         try:
             after = run.strategy.step(state, run.strategy.combine(updates))
-        except Void as error:  # the clock goes on all the same; otherwise a site that is gone would stop it for ever
+        except Void as error:  # the clock still advances; otherwise a site that has left would stop it for ever
             after = arrivals.void(error)
         for site in first:
             ready[site.name] = now + self.seconds.get(site.name, 1.0)

@@ -1,4 +1,4 @@
-"""What several workflows share: moving models, and refusing strategies whose part at the server would be left out."""
+"""What several workflows share: sums of models, and refusing strategies whose part at the server would not run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def combined(weights: Mapping[str, float], models: Mapping[str, Tensors]) -> Ten
 
 
 def check_plain_mean(strategy: Strategy, why: str) -> None:
-    """Refuses a strategy whose part at the server would silently be left out."""
+    """Refuses a strategy whose part at the server would silently not run."""
     own = type(strategy)
     if own.combine is not FedAvg.combine or own.step is not FedAvg.step or getattr(strategy, "server_lr", 1.0) != 1:
         raise ValueError(f"{why}, which {strategy!r} relies on; use FedAvg() or a strategy that only changes the "

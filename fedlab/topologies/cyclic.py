@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fedlab.core.protocols import Run, Topology
 from fedlab.core.types import Round, ServerState
 from fedlab.run.arrivals import Arrivals, Void
+from fedlab.run.round import Workflow
 from fedlab.strategies.averaging import moved
 from fedlab.topologies.combining import check_plain_mean
 
@@ -15,15 +16,13 @@ __all__ = ["Ring", "ring"]
 
 
 @dataclass(frozen=True)
-class Ring:
+class Ring(Workflow):
     """Cyclic weight transfer: each site goes on from the previous site's model (Chang et al. 2018).
 
     With `rounds=1` and more steps it is institutional incremental learning; Sheller et al. 2018 compare both with
-    federated averaging and find that the last sites of a cycle count most. Each site sees what its predecessor did to
+    federated averaging and find that the last sites of a cycle count most. Each site sees how its predecessor changed
     the model; there is no server. Sites cannot work at the same time.
     """
-
-    one_server: bool = field(default=False, init=False, repr=False)
 
     def check(self, run: Run) -> None:
         check_plain_mean(run.strategy, "a ring has no server to combine updates or to step with them")
@@ -43,9 +42,6 @@ class Ring:
 
     def messages(self, names: Sequence[str]) -> list[tuple[str, str]]:
         return [(name, names[(k + 1) % len(names)]) for k, name in enumerate(names)] if len(names) > 1 else []
-
-    def metrics(self, state: ServerState) -> Mapping[str, float]:
-        return {}
 
 
 ring: Topology = Ring()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlab.core.protocols import Run
 from fedlab.core.types import Round, ServerState, Tensors
 from fedlab.run.arrivals import Arrivals, Void
+from fedlab.run.round import Workflow
 from fedlab.strategies.averaging import TooFewUpdates, moved, square_distance
 from fedlab.topologies.combining import check_plain_mean, combined
 
@@ -17,25 +18,24 @@ __all__ = ["Gossip"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Gossip:
+class Gossip(Workflow):
     """Peer to peer: each site has its own model and mixes it with its neighbours' after training (Lian et al. 2017).
 
     The weights of the mixture are those of Metropolis and Hastings, 1 / (1 + the larger of the two degrees): the
     mixing matrix is symmetric and its rows add up to 1, so that the sites' mean is kept. A site that is absent keeps
-    its model, and its neighbours keep its share for their own. `ServerState.models` holds the sites' models, `params`
-    their mean, which no one would have in a deployment; `Round.metrics["consensus distance"]` is the root of the
-    mean squared distance from it. Each site sees its neighbours' models.
+    its model, and its neighbours give its share to their own. `ServerState.models` holds the sites' models, `params`
+    their mean, which no party has in a deployment; `Round.metrics["consensus distance"]` is the root mean squared
+    distance from it. Each site sees its neighbours' models.
 
     Args:
         graph: an undirected, connected networkx graph whose nodes are the names of the sites or 0, 1, …, in the order
-            of the sites; such as `networkx.cycle_graph(4)` or `networkx.complete_graph(4)`.
+            of the sites; such as `networkx.cycle_graph(4)`.
 
     Raises:
         ValueError: a directed, empty or disconnected graph.
     """
 
     graph: Any
-    one_server: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         import networkx
@@ -43,8 +43,7 @@ class Gossip:
         if not isinstance(self.graph, networkx.Graph) or self.graph.is_directed():
             raise ValueError(f"graph is an undirected networkx graph, got {self.graph!r}")
         if len(self.graph) == 0 or not networkx.is_connected(self.graph):
-            raise ValueError("the graph is empty or falls apart: what one part learns would never reach the other; "
-                             "connect it")
+            raise ValueError("the graph is empty or falls apart into parts that never exchange anything; connect it")
 
     def check(self, run: Run) -> None:
         check_plain_mean(run.strategy, "peers have no server to combine updates or to step with them")
@@ -75,7 +74,7 @@ class Gossip:
         return replace(state, round=state.round + 1, params=mean, models=mixed)
 
     def mixing(self, names: Sequence[str], present: Sequence[str]) -> dict[str, dict[str, float]]:
-        """The mixing matrix, a row for each site: which share each model has in its next one."""
+        """The mixing matrix, one row per site: the share of each model in the site's next one."""
         graph = self._named(names)
         degree = dict(graph.degree)
         rows = {}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fedlab.core.protocols import Run, Topology
 from fedlab.core.types import Round, ServerState, Site, Tensors, Update
 from fedlab.run.arrivals import Arrivals, Void
-from fedlab.run.round import Star, star
+from fedlab.run.round import Star, Workflow, star
 from fedlab.strategies.averaging import TooFewUpdates, moved
 from fedlab.topologies.combining import difference
 from fedlab.topologies.cyclic import Ring
@@ -22,8 +22,8 @@ Regions = Mapping[str, Sequence[Site]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tree:
-    """Regional servers combine their sites' updates, then another workflow goes on between the regions.
+class Tree(Workflow):
+    """Regional servers combine their sites' updates, then another workflow connects the regions.
 
     With `within=star, between=star` it is hierarchical federated averaging (Liu et al. 2020); by the mean over all
     sites it equals the star when updates count by patients. `within=ring` or `between=ring` or `between=Gossip(...)`
@@ -36,13 +36,12 @@ class Tree:
         between: `star`, `ring` or a `Gossip` whose nodes are the regions.
 
     Raises:
-        ValueError: no region, an empty one, a site in two, or a workflow that can't stand where it is put.
+        ValueError: no region, an empty one, a site in two, or a workflow that is not possible at its place.
     """
 
     regions: Mapping[str, Sequence[str]]
     within: Topology = star
     between: Topology = star
-    one_server: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         members = [name for names in self.regions.values() for name in names]
@@ -79,7 +78,7 @@ class Tree:
         return arrivals.close(after)
 
     def _between(self, run: Run, state: ServerState, arrivals: Arrivals, present: Regions) -> ServerState:
-        """The state after the regions' updates were combined as the upper workflow combines sites'."""
+        """The state after the upper workflow combined the regions' updates as it combines sites' updates."""
         if isinstance(self.between, Star):
             mean = run.strategy.combine(self._regional(run, state, arrivals, present))
             return run.strategy.step(state, mean)
@@ -98,7 +97,7 @@ class Tree:
         return replace(state, round=state.round + 1, params=params)
 
     def _regional(self, run: Run, state: ServerState, arrivals: Arrivals, regions: Regions) -> Iterator[Update]:
-        """The update of each region; between regions it counts like that of a site."""
+        """The update of each region, which counts like that of a site."""
         for region, members in regions.items():
             start = replace(state.at(region), models={})
             if isinstance(self.within, Star):

@@ -1,4 +1,4 @@
-"""How well a segmentation fits: Dice and HD95 per region and patient, and what thresholding alone would reach.
+"""Quality of a segmentation: Dice and HD95 per region and patient, and a baseline of thresholding.
 
 Empty regions count as in the BraTS and FeTS evaluations (Baid et al. 2021, arXiv:2107.02314; Pati et al. 2022):
 reference and prediction both empty give Dice 1 and HD95 0; only one of them empty gives Dice 0 and HD95
@@ -30,7 +30,7 @@ __all__ = ["COLUMNS", "WORST_HD95_MM", "RegionScore", "Thresholding", "evaluate"
 
 #: HD95 where only one of reference and prediction is empty: the diagonal of the BraTS grid in mm.
 WORST_HD95_MM = math.sqrt(240**2 + 240**2 + 155**2)
-#: Columns of the table that `evaluate` gives, one row a patient and region.
+#: Columns of the table that `evaluate` returns, one row per patient and region.
 COLUMNS = ("site", "patient", "region", "dice", "hd95_mm", "reference_ml", "predicted_ml")
 
 
@@ -54,10 +54,10 @@ def score(prediction: torch.Tensor, reference: torch.Tensor, *, spacing_mm: Sequ
         spacing_mm: voxel size along X, Y, Z in mm.
 
     Returns:
-        A score for each of `fedlab.core.types.REGIONS`; empty regions as this module's docstring says.
+        A score for each of `fedlab.core.types.REGIONS`; see the module's docstring about empty regions.
 
     Raises:
-        ValueError: shapes that don't fit, values that are no masks, or a spacing that isn't three positive numbers.
+        ValueError: shapes that do not fit, values other than 0 and 1, or a spacing that is not three positive numbers.
     """
     if len(spacing_mm) != 3 or not all(0 < s < math.inf for s in spacing_mm):
         raise ValueError(f"spacing_mm is three positive numbers of mm, got {tuple(spacing_mm)}")
@@ -101,7 +101,7 @@ def score_rows(prediction: torch.Tensor, reference: torch.Tensor | None, *, spac
         prediction: as in `score`.
         reference: as in `score`, or None.
         spacing_mm: voxel size along X, Y, Z in mm.
-        site: name of the patient's site, "" if there is none.
+        site: name of the patient's site, or "".
         patient: id of the patient.
     """
     scores = score(prediction, prediction if reference is None else reference, spacing_mm=spacing_mm)
@@ -117,15 +117,15 @@ def summary(table: pd.DataFrame, *, empty: Literal["brats", "skip"] = "brats") -
     """Mean Dice and HD95 over patients, for each region and over the regions.
 
     Args:
-        table: rows of `COLUMNS`, as `evaluate` gives them.
-        empty: how a patient counts whose reference lacks the region. "brats": Dice 1 and HD95 0 if the
-            prediction lacks it too, else Dice 0 and HD95 373.13 mm; "skip": not at all, but the false alarms
-            among them (something was predicted) are counted.
+        table: rows of `COLUMNS`, as returned by `evaluate`.
+        empty: how a patient counts whose reference lacks the region. "brats": Dice 1 and HD95 0 if the prediction
+            lacks it too, else Dice 0 and HD95 373.13 mm; "skip": not at all, but false alarms among them (a non-empty
+            prediction) are counted.
 
     Returns:
-        Indexed by TC, WT, ET and "mean"; columns dice, hd95_mm, patients (that count), without_region
-        (reference empty), false_alarms. `attrs["rule"]` says in a sentence how empty regions counted. A region
-        no patient counts for is NaN, and so is then the mean.
+        Indexed by TC, WT, ET and "mean"; columns dice, hd95_mm, patients (that count), without_region (reference
+        empty), false_alarms. `attrs["rule"]` states the rule in a sentence. A region for which no patient counts is
+        NaN, and so is the mean.
 
     Raises:
         ValueError: an unknown `empty`, missing columns, or no patient with a reference.
@@ -162,8 +162,8 @@ def _rule(empty: str, result: pd.DataFrame) -> str:
     cases = ", ".join(f"{region} {count}" for region, count in result["without_region"].drop("mean").items())
     alarms = int(result["false_alarms"].drop("mean").sum())
     if empty == "skip":
-        return (f"Patients whose reference lacks a region don't count for it ({cases}); something was predicted "
-                f"there all the same in {alarms} of these cases.")
+        return (f"Patients whose reference lacks a region do not count for it ({cases}); in {alarms} of these cases "
+                "the prediction has it.")
     return (f"BraTS rule: a region that both reference and prediction lack has Dice 1 and HD95 0, one that only one "
             f"of them lacks has Dice 0 and HD95 {WORST_HD95_MM:.2f} mm. Reference lacks the region: {cases}; false "
             f"alarms among them: {alarms}.")
@@ -171,7 +171,7 @@ def _rule(empty: str, result: pd.DataFrame) -> str:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch every part of `model` to evaluation, and each back to what it was."""
+    """Sets every part of `model` to evaluation, and each back to its mode afterwards."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -186,22 +186,22 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
             device: torch.device | str | None = None) -> torch.Tensor:
     """Probabilities of the three regions over the whole volume.
 
-    A volume no larger than `window` is seen at once, padded to a multiple of 16; a larger one by windows
-    that slide and are blended with Gaussian weights (MONAI's sliding-window inference).
+    A volume no larger than `window` is predicted at once, padded to a multiple of 16; a larger one in sliding windows
+    that are blended with Gaussian weights (MONAI's sliding-window inference).
 
     Args:
-        model: maps (N, 4, X, Y, Z) to logits (N, 3, X, Y, Z); left in the training mode it came in.
-        patient: whose image to segment.
-        window: largest block the model sees at once, in voxels.
+        model: maps (N, 4, X, Y, Z) to logits (N, 3, X, Y, Z); keeps its training mode.
+        patient: with the image to segment.
+        window: largest input of the model, in voxels.
         overlap: of neighbouring windows, as a fraction.
         precision: "auto", "bf16" or "fp32", as a `SiteTrainer` has it; see `fedlab.core.hardware.pick_precision`.
-        device: where to compute; None takes the device of the model, which is never moved.
+        device: of the computation; None is that of the model, which is never moved.
 
     Returns:
         float32, shape (3, X, Y, Z), on the CPU, in the order of `fedlab.core.types.REGIONS`.
 
     Raises:
-        ValueError: the model gives another number of channels, another grid, or values that aren't finite.
+        ValueError: the model returns another number of channels, another grid, or values that are not finite.
     """
     from monai.inferers import sliding_window_inference
 
@@ -216,8 +216,8 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
         expected = (batch.shape[0], len(REGIONS), *batch.shape[2:])
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
             got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise ValueError(f"expected the model to give logits of shape {expected}, one channel for each of "
-                             f"{', '.join(REGIONS)}; got {got}")
+            raise ValueError(f"expected logits of shape {expected}, one channel for each of {', '.join(REGIONS)}; "
+                             f"the model returned {got}")
         return logits.float().sigmoid()
 
     with torch.inference_mode(), _evaluating(model), torch.autocast(
@@ -225,31 +225,28 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
         out = sliding_window_inference(image, block, 1, probabilities, overlap=overlap, mode="gaussian")
     result = cast(torch.Tensor, out)[0].float().cpu().clone()  # a plain tensor, unlike those of inference mode
     if not bool(torch.isfinite(result).all()):
-        raise ValueError(f"the model's output for patient {patient.id} holds NaN or Inf; has its training diverged?")
+        raise ValueError(f"the model's output for patient {patient.id} has NaN or infinite values; check whether its "
+                         "training diverged")
     return result
 
 
 def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient], *, threshold: float = 0.5,
              window: tuple[int, int, int] = (64, 64, 64), overlap: float = 0.5, precision: str = "auto",
              device: torch.device | str | None = None, progress: bool = False) -> pd.DataFrame:
-    """Score a model on held-out patients, whole volumes, on the patients' grid.
+    """Scores a model on held-out patients, whole volumes, on the patients' grid.
 
     Args:
-        model: see `predict`.
-        patients: sites, of which the held-out patients (`val`) are taken, or patients.
+        model, window, overlap, precision, device: as in `predict`.
+        patients: sites, whose held-out patients (`val`) are used, or patients.
         threshold: a region is predicted where its probability is at least this.
-        window: see `predict`.
-        overlap: see `predict`.
-        precision: see `predict`.
-        device: see `predict`.
         progress: show a progress bar.
 
     Returns:
-        One row a patient and region, with `COLUMNS`; NaN for Dice, HD95 and reference volume where no expert
-        drew a label. The site is "" if patients were given.
+        One row per patient and region, with `COLUMNS`; NaN for Dice, HD95 and reference volume where there is no
+        label. The site is "" if patients were given.
 
     Raises:
-        ValueError: nobody to evaluate on.
+        ValueError: no patient to evaluate on.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -258,7 +255,7 @@ def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient
     for item in patients:
         cases += [(item.name, p) for p in item.val] if isinstance(item, Site) else [("", item)]
     if not cases:
-        raise ValueError("nobody to evaluate on: no patients were given, or no site holds any out")
+        raise ValueError("no patient to evaluate on: give patients, or sites with held-out patients (val)")
     rows: list[dict[str, str | float]] = []
     for site, patient in tqdm(cases, desc="evaluating", unit="patient", disable=not progress):
         guess = predict(model, patient, window=window, overlap=overlap, precision=precision, device=device) >= threshold
@@ -268,11 +265,11 @@ def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholding:
-    """The best that a threshold on one modality can do, chosen with hindsight.
+    """The best result of a threshold on one modality, chosen with hindsight.
 
     Attributes:
         modality: one of `fedlab.core.types.MODALITIES`.
-        above: True if the tumour is what is at least the threshold, False if what is below it.
+        above: True if voxels at or above the threshold are tumour, False if those below it are.
         threshold: in standard deviations from the mean of the brain.
         dice: mean WT Dice over the patients with this one threshold for all.
         oracle_modality: modality of the second baseline.

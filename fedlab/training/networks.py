@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedlab.core.errors import RunError
+from fedlab.core.files import replacing
 from fedlab.core.types import MODALITIES, REGIONS, Tensors
 from fedlab.core.weights import check_fit, load_weights, trainable
 
@@ -42,7 +42,7 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Mo
             spatial_dims=3, init_filters=filters, in_channels=len(MODALITIES), out_channels=len(REGIONS),
             dropout_prob=dropout or None, act=("RELU", {"inplace": False}),
         )
-    # Training need not find out first that tumour is rare: every voxel begins near 0.1 (Lin et al. 2017, section 4.1).
+    # Tumour is rare, so every voxel begins with a probability near 0.1 (Lin et al. 2017, section 4.1).
     nn.init.constant_(model.conv_final[2].conv.bias, -2.0)
     model.__dict__["settings"] = {"filters": filters, "dropout": dropout, "seed": seed}
     model.__dict__["_built"] = (segresnet, model.__dict__["settings"])  # see fedlab.deploy.objects.built
@@ -50,7 +50,7 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Mo
 
 
 def save_model(path: Path | str, model: nn.Module, *, spacing_mm: float, params: Tensors | None = None) -> Path:
-    """Writes a SegResNet made by `segresnet` as safetensors, with what is needed to run it again.
+    """Writes a SegResNet made by `segresnet` as safetensors, with the settings to make it again.
 
     Args:
         path: a file that does not exist yet; missing folders are made.
@@ -68,7 +68,7 @@ def save_model(path: Path | str, model: nn.Module, *, spacing_mm: float, params:
         raise ValueError("only models made by fedlab.segresnet can be saved with their settings; "
                          "save other models with safetensors.torch.save_model")
     if path.exists():
-        raise RunError(f"{path} exists; choose another name, nothing is overwritten")
+        raise RunError(f"{path} exists and is not overwritten; choose another name")
     own = trainable(model)
     params = own if params is None else params
     check_fit(own, params)
@@ -76,14 +76,13 @@ def save_model(path: Path | str, model: nn.Module, *, spacing_mm: float, params:
     header = {"format": "fedlab-model-1", "segresnet": json.dumps(settings), "spacing_mm": repr(spacing_mm),
               "modalities": ",".join(MODALITIES), "regions": ",".join(REGIONS)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    save_file(tensors, scratch, metadata=header)
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        save_file(tensors, scratch, metadata=header)
     return path
 
 
 def load_model(path: Path | str) -> tuple[nn.Module, float]:
-    """Reads a model written by `save_model`, without executing anything the file contains.
+    """Reads a model written by `save_model`, without executing anything from the file.
 
     Returns:
         The network with its weights, and the voxel size in mm it was trained at.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -18,6 +17,7 @@ from fedlab.core.hardware import pick_device, pick_precision
 from fedlab.core.kit import Kit
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import derive, generator
+from fedlab.core.settings import check_positive, check_whole
 from fedlab.core.types import Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import load_weights, trainable
 
@@ -46,8 +46,8 @@ class PolyDecay:
 class DiceBCE(nn.Module):
     """Soft Dice of each patient and region, plus `bce` times the binary cross-entropy of each voxel.
 
-    Dice is computed per patient and then averaged, so no patient's loss depends on another patient in the
-    batch: a condition of per-patient clipping. Takes logits and 0/1 targets of shape (B, 3, X, Y, Z).
+    Dice is computed per patient and then averaged, so no patient's loss depends on another patient in the batch: a
+    condition of per-patient clipping. Takes logits and 0/1 targets of shape (B, 3, X, Y, Z).
     """
 
     def __init__(self, *, bce: float = 0.5) -> None:
@@ -142,7 +142,7 @@ class Crops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 @contextmanager
 def _untracked() -> Iterator[None]:
-    """Plain tensors from MONAI's transforms: its metadata would be carried through every step of the network."""
+    """Plain tensors from MONAI's transforms: MONAI's metadata would pass through every layer of the network."""
     from monai.data import get_track_meta, set_track_meta
 
     before = get_track_meta()
@@ -177,8 +177,8 @@ class SiteTrainer:
     """Trains a model on one site's patients, starting from the global weights.
 
     Args:
-        model: the network. The weights it has now are the start of every run with this trainer, however often
-            it is run; one instance serves all sites.
+        model: the network. Its weights when the trainer is made are the start of every run with this trainer; one
+            instance serves all sites.
         lr: learning rate, or a function of the round's number such as `PolyDecay`.
         steps: optimiser steps per round; or
         epochs: passes over the site's patients per round. Exactly one of the two is given.
@@ -188,8 +188,8 @@ class SiteTrainer:
         augment: a MONAI transform over {"image", "label"}, or None.
         loss: of logits and regions; must not mix patients when used with patient-level privacy.
         optimiser: makes an optimiser from parameters and a learning rate.
-        momentum: "keep" the optimiser's moments at the site between rounds or "restart" them; Li et al. 2019
-            compare the two.
+        momentum: "keep" the optimiser's moments at the site between rounds or "restart" them; Li et al. 2019 compare
+            the two.
         precision: "auto", "bf16" or "fp32", see `fedlab.core.hardware.pick_precision`.
         device: "auto" or a torch device name.
 
@@ -215,16 +215,14 @@ class SiteTrainer:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give either steps or epochs per round, got steps={self.steps} and epochs={self.epochs}")
-        for name in ("steps", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a positive whole number, got {value!r}")
+        check_whole(batch_size=self.batch_size)
+        check_whole(optional=True, steps=self.steps, epochs=self.epochs)
         if not 0 <= self.tumour_share <= 1:
             raise ValueError(f"tumour_share is between 0 and 1, got {self.tumour_share}")
         if self.momentum not in ("keep", "restart"):
             raise ValueError(f"momentum is 'keep' or 'restart', got {self.momentum!r}")
-        if not callable(self.lr) and not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is a positive number or a function of the round, got {self.lr!r}")
+        if not callable(self.lr):
+            check_positive(lr=self.lr)
         pick_precision(self.precision, torch.device("cpu"))
         # Runs change the model's weights, never its start.
         self._start.update({name: p.detach().cpu().clone() for name, p in trainable(self.model).items()})
@@ -241,10 +239,10 @@ class SiteTrainer:
         return dict(self._start)
 
     def prepare(self, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Kit:
-        """Model with the global weights, optimiser with the moments that the site kept, loader over its patients.
+        """Model with the global weights, optimiser with the site's moments, loader over its patients.
 
         Args:
-            site: whose patients are trained on.
+            site: with the patients to train on.
             state: the server's.
             site_state: the site's; its `own` holds the optimiser's moments.
             seed: of the crops, the augmentation and the order of the patients.
@@ -267,8 +265,8 @@ class SiteTrainer:
 
         Args:
             kit: from `prepare`, perhaps wrapped by a privacy technique.
-            site: whose patients are trained on.
-            state: the global model the change is measured from.
+            site: with the patients to train on.
+            state: with the global model from which the change is measured.
             site_state: the site's; the optimiser's moments in its `own` are replaced when momentum is kept.
             seed: of everything random in the training itself, such as dropout.
 
@@ -288,14 +286,14 @@ class SiteTrainer:
             site_state.own.clear()
             site_state.own.update(_moments(kit.optimiser, self.model))
         local = trainable(self.model)
-        # In the model's order, whatever the order of what came: noise is drawn tensor by tensor.
+        # In the model's order: noise is drawn tensor by tensor.
         delta = {name: p.detach().cpu() - state.params[name] for name, p in local.items()}
         return Update(site=site.name, delta=delta, weight=float(len(site.train)), steps=len(losses),
                       metrics=_mean_loss(losses))
 
 
 def _mean_loss(losses: Sequence[float | None]) -> dict[str, float]:
-    """Of the batches that held a patient: the others took a step too, but have no loss."""
+    """The mean over the batches with a patient: an empty batch is a step without a loss."""
     known = [loss for loss in losses if loss is not None]
     return {"loss": float(np.mean(known))} if known else {}
 

@@ -128,6 +128,7 @@ class Counts(FedAvg):
     """Says uniform, but believes the weights."""
 
     weights: str = "uniform"
+    uniform_mean = True
 
     def combine(self, updates):
         return weighted_mean(updates)
@@ -135,9 +136,10 @@ class Counts(FedAvg):
 
 @dataclass(frozen=True, kw_only=True)
 class FalseMedian(FedAvg):
-    """A median that inherits the word of a uniform mean."""
+    """A median that claims to be a uniform mean."""
 
     weights: str = "uniform"
+    uniform_mean = True
 
     def combine(self, updates):
         return CoordinateMedian().combine(updates)

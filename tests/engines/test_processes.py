@@ -323,15 +323,15 @@ def _only_here():
 
 
 def test_what_cannot_travel_is_said(processes):
-    with pytest.raises(ValueError, match=r"trainer, strategy or technique can't be sent .*lock.*engine=Local\(\)"):
+    with pytest.raises(ValueError, match=r"trainer, strategy or technique cannot be sent .*lock.*engine=Local\(\)"):
         run(processes, privacy=HasALock())
     locked = replace(blob_sites((1,))[0], card=threading.Lock())
-    with pytest.raises(ValueError, match="the patients of site-0 can't be sent to a worker process"):
+    with pytest.raises(ValueError, match="the patients of site-0 cannot be sent to a worker process"):
         run(processes, [locked])
-    words = r"site-0.*'remember'.*what the site sends or remembers can't leave its process"
+    words = r"site-0.*'remember'.*what the site sends or keeps cannot leave its process"
     with pytest.raises(SiteError, match=words):
         run(processes, privacy=KeepsALock())
-    with pytest.raises(FedlabError, match="can't make sense of what it was sent") as caught:
+    with pytest.raises(FedlabError, match="cannot read what it was sent") as caught:
         run(processes, privacy=OnlyHere())
     assert "ImportError: no module of that name" in str(caught.value.__cause__)
     with pytest.raises(FedlabError, match="number 7") as caught:
@@ -460,14 +460,14 @@ def test_devices_are_given_in_turn(processes, monkeypatch):
         assert bits(run(engine)) == bits(run(Local()))
         with pytest.raises(SiteError, match=r"ValueError: $"):  # no GPU is shown to it
             run(engine, privacy=Tells(what="gpus"))
-        with pytest.raises(ValueError, match=r"trainer insists on device='cuda', the workers have \('cpu',\)"):
+        with pytest.raises(ValueError, match=r"trainer needs device='cuda', the workers have \('cpu',\)"):
             federate(trainer(device="cuda"), blob_sites(), engine=engine, progress=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5f,7")
     engine = Processes(devices=("cuda:2", "cuda:1"))
     assert engine._pool._visible == ["7", "GPU-5f"] and engine._count(1) == 2
     for wrong, said in ((("cuda:3",), "there is no cuda:3: this process sees 3 GPUs"), (("gpu",), "is no device"),
-                        (("cuda",), "no device that a worker can be given"), (("cpu", "cuda:0"), "name one kind"),
+                        (("cuda",), "names no single device"), (("cpu", "cuda:0"), "name one kind"),
                         ("cuda:0", r"several names, such as \('cuda:0',\)")):
         with pytest.raises(ValueError, match=said):
             Processes(devices=wrong)

@@ -117,7 +117,7 @@ def write(path, lines):
     (lambda t: [*t[:2], rehashed({**t[2], "after": "0" * 64, "previous": t[1]["sha256"]}), *t[3:]], "line 4"),
     (lambda t: [*t, {**t[3], "previous": t[4]["sha256"]}], "line 6 is not what was written"),
     (lambda t: [*t, rehashed({**t[3], "previous": t[4]["sha256"]})], "line 6 comes after the end of the run"),
-    (lambda t: [*t[:4], rehashed({**t[4], "round": 9})], "line 5: the run ends elsewhere"),
+    (lambda t: [*t[:4], rehashed({**t[4], "round": 9})], "line 5: the end of the run does not match"),
     (lambda t: [t[0], rehashed({"kind": "gift", "round": 0, "previous": t[0]["sha256"]})], "unknown kind"),
     (lambda t: [t[0], rehashed({"kind": "round", "round": 0, "previous": t[0]["sha256"]})], "line 2 lacks"),
 ])
@@ -239,7 +239,7 @@ def test_a_round_that_was_saved_but_is_not_in_the_trace_shows(tmp_path):
 
 
 def test_a_trace_is_of_one_run(tmp_path, done):
-    with pytest.raises(RunError, match="exists and is left as it is"):
+    with pytest.raises(RunError, match="exists and is not overwritten"):
         traced(tmp_path / "a", checkpoint=None, trace=done[0] / "trace.jsonl")
     folder = tmp_path / "b"
     traced(folder, rounds=1)

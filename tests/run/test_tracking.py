@@ -51,7 +51,7 @@ def test_csv_overwrites_nothing(tmp_path):
     path = tmp_path / "rounds.csv"
     CsvTracker(path=path)(finished(0))
     before = path.read_bytes()
-    with pytest.raises(RunError, match="exists and is left as it is"):
+    with pytest.raises(RunError, match="exists and is not overwritten"):
         CsvTracker(path=path)(finished(0))
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
     with pytest.raises(RunError, match="another table"):

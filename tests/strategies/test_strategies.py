@@ -373,6 +373,17 @@ def test_noise_and_masks_at_the_server_refuse_krum(hidden):
         each_round(trainer(), blob_sites((1,) * 5), strategy=Krum(attackers=1), **hidden)
 
 
+def test_a_strategy_that_combines_in_its_own_way_claims_no_uniform_mean():
+    class Own(FedAvg):
+        def combine(self, updates):
+            return super().combine(updates)
+
+    assert FedAvg(weights="uniform").uniform_mean and FedProx(mu=0.1, weights="uniform").uniform_mean
+    assert not FedAvg().uniform_mean and not Own(weights="uniform").uniform_mean
+    with pytest.raises(ValueError, match=r"FedAvg\(weights='uniform'\)"):
+        each_round(trainer(), blob_sites(), strategy=Own(weights="uniform"), privacy=CENTRAL)
+
+
 @pytest.mark.parametrize("strategy", [
     FedProx(mu=0.1, weights="uniform"), Ditto(lam=0.1, weights="uniform"),
     FedOpt(rule="yogi", server_lr=0.1, weights="uniform")], ids=repr)

@@ -221,7 +221,7 @@ def test_predict_in_bfloat16_is_close():
 @pytest.mark.parametrize(("model", "message"), [
     (torch.nn.Conv3d(4, 2, 1), r"logits of shape \(1, 3, 32, 32, 32\), one channel for each of TC, WT, ET; got \(1, 2"),
     (torch.nn.Conv3d(4, 3, 2), r"got \(1, 3, 31, 31, 31\)"),
-    (Reader(shift=float("nan")), "holds NaN or Inf; has its training diverged"),
+    (Reader(shift=float("nan")), "has NaN or infinite values; check whether its training diverged"),
 ])
 def test_predict_refuses(model, message):
     with pytest.raises(ValueError, match=message):
@@ -241,7 +241,7 @@ def test_evaluate_gives_a_tidy_table():
     plain = evaluate(Reader(), [patient(0, name="p0")])
     assert plain["site"].tolist() == [""] * 3 and plain["dice"].tolist() == [1, 1, 1]
     assert evaluate(Reader(), [patient()], threshold=1.1)["dice"].tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="nobody to evaluate on"):
+    with pytest.raises(ValueError, match="no patient to evaluate on"):
         evaluate(Reader(), [sites[1]])
 
 
