@@ -321,7 +321,7 @@ def test_held_out_counts_and_fractions(cache: Path):
         make_cohort(sizes=[2, 2], profiles=site_profiles(3), cache=cache, **COARSE)
     with pytest.raises(ValueError, match="cut the brain off"):
         make_cohort(sizes=[2], cache=cache, shape=(32, 32, 32), spacing_mm=3.0, progress=False)
-    with pytest.raises(ValueError, match="three voxel counts"):
+    with pytest.raises(ValueError, match="three positive voxel counts"):
         make_cohort(sizes=[2], cache=cache, shape=(32, 32), spacing_mm=6.0, progress=False)
 
 

@@ -54,7 +54,8 @@ def croissant(metadata: Mapping[str, Any], summary: str, *, open_fields: Sequenc
                          ("citation", "citeAs"), ("tags", "keywords"), ("language", "inLanguage")):
         if ours in complete:
             described[theirs] = complete[ours]
-    if licence := _licence(complete):
+    name = complete.get("license")
+    if licence := complete.get("license_link") if name == "other" else LICENCES.get(name or ""):
         described["license"] = licence
     if "creators" in complete:
         described["creator"] = [{"@type": "sc:Organization", "name": name} for name in complete["creators"]]
@@ -62,11 +63,6 @@ def croissant(metadata: Mapping[str, Any], summary: str, *, open_fields: Sequenc
     described["recordSet"] = [_record_set(name, metadata[name]) for name in _RECORDS if metadata.get(name)]
     described |= {name: value for name, value in complete.items() if name.startswith("rai:")}
     return {name: value for name, value in described.items() if value != []}
-
-
-def _licence(complete: Mapping[str, Any]) -> str | None:
-    name = complete.get("license")
-    return complete.get("license_link") if name == "other" else LICENCES.get(name or "")
 
 
 def _file_set(number: int, row: Mapping[str, str]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Generated patients: anatomy, tumours and MR contrasts. Read `cohort` first. Imports what `fedlab.data` may."""
+"""Generated patients: anatomy, tumours and MR contrasts. Read `generator` first. Imports what `fedlab.data` may."""

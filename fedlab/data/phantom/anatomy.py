@@ -30,6 +30,7 @@ ATLAS_CHANNELS = ("white", "grey", "csf", "brain", "deep_grey", "ventricle", "de
 DEPTH_MM = 50.0
 #: Distance from a ventricle over which the channel "near_ventricle" falls by e [mm].
 NEAR_MM = 8.0
+_BRAIN_SCALE = 0.92  # mean size of a brain along an axis, relative to the (large) template
 _STD_OF_SPLINE = (151 / 315) ** 1.5  # of a cubic B-spline field with standard normal coefficients
 
 
@@ -224,16 +225,10 @@ def sample(volume: torch.Tensor, points: torch.Tensor, spacing_mm: float) -> tor
     return torch.nn.functional.grid_sample(volume[None], where, align_corners=True, padding_mode="border")[0]
 
 
-def draw_warp(rng: np.random.Generator, grid: Grid, *, brain_scale: float = 0.92) -> Warp:
-    """A random head: an affine map and a flow of a stationary velocity field (Arsigny et al. 2006).
-
-    Args:
-        rng: random numbers.
-        grid: the patient's grid.
-        brain_scale: mean size of a brain along an axis, relative to the (large) template.
-    """
+def draw_warp(rng: np.random.Generator, grid: Grid) -> Warp:
+    """A random head: an affine map and a flow of a stationary velocity field (Arsigny et al. 2006)."""
     fit = min(n * grid.spacing_mm / (b + 20) for n, b in zip(grid.shape, BRAIN_MM, strict=True))
-    scale = np.minimum(brain_scale * np.exp(rng.normal(0, 0.03) + rng.normal(0, 0.025, 3)), fit)
+    scale = np.minimum(_BRAIN_SCALE * np.exp(rng.normal(0, 0.03) + rng.normal(0, 0.025, 3)), fit)
     linear = _rotation(rng.normal(0, math.radians(4), 3)) @ np.diag(1 / scale)
     shift = torch.from_numpy(rng.normal(0, 1.5, 3).astype(np.float32))
     points, h = grid.coordinates(2), grid.spacing_mm * 2

@@ -219,9 +219,9 @@ def _pick(share: float, low: float, high: float, digits: int = 1) -> float:
     return round(low + share * (high - low), digits)
 
 
-def jitter(rng: np.random.Generator, sequence: Sequence, amount: float = 0.03) -> Sequence:
+def _jitter(rng: np.random.Generator, sequence: Sequence) -> Sequence:
     """The sequence as run for one patient: times and angle deviate by a few per cent."""
-    return replace(sequence, **{f.name: getattr(sequence, f.name) * math.exp(amount * rng.standard_normal())
+    return replace(sequence, **{f.name: getattr(sequence, f.name) * math.exp(0.03 * rng.standard_normal())
                                 for f in fields(sequence)})
 
 
@@ -275,7 +275,7 @@ def acquire(
     names = list(fractions)
     table = np.empty((4, len(names)), np.float32)
     for channel, sequence in enumerate(scanner.sequences):
-        run = jitter(rng, sequence)
+        run = _jitter(rng, sequence)
         for column, name in enumerate(names):
             tissue = tissues[name]
             if channel == 2:
@@ -300,15 +300,12 @@ def acquire(
         for axis in range(3):  # slice thickness across the slices, blur by registration within them
             across = scanner.slice_mm[c] / spacing_mm if axis == scanner.slice_axis[c] else 1.0
             image[c] = _thick(image[c], max(across, smear), axis)
-    image *= 1 - float(rng.uniform(0, 0.9)) * (1 - _soft_edge(brain))
+    # 1 inside and about a half at the border, as after interpolation of a scan that is 0 outside the brain
+    soft = torch.nn.functional.avg_pool3d((brain > 0).float()[None, None], 3, 1, 1)[0, 0]
+    image *= 1 - float(rng.uniform(0, 0.9)) * (1 - soft)
     noise = torch.from_numpy(rng.standard_normal((2, *image.shape), dtype=np.float32)) * scanner.noise
     image = torch.sqrt((image + noise[0]).square() + noise[1].square())
     return image * (brain > 0)
-
-
-def _soft_edge(brain: torch.Tensor) -> torch.Tensor:
-    """1 inside and about a half at the border, as after interpolation of a scan that is 0 outside the brain."""
-    return torch.nn.functional.avg_pool3d((brain > 0).float()[None, None], 3, 1, 1)[0, 0]
 
 
 def _concentrations(rng: np.random.Generator, dose: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -204,7 +205,7 @@ def _crop(grid: Grid, maps: Mapping[str, torch.Tensor]) -> Grid:
         # Not smaller than a grid may be; an even number of voxels is removed, so that the centre stays.
         need = max(2 * reach, 0.87 * BRAIN_MM[axis] / grid.spacing_mm + 1)
         shape.append(n - 2 * max(0, math.floor((n - need) / 2)))
-    return Grid(shape=_triple(shape), spacing_mm=grid.spacing_mm)
+    return Grid(shape=(shape[0], shape[1], shape[2]), spacing_mm=grid.spacing_mm)
 
 
 def _seed_point(
@@ -347,20 +348,13 @@ def _sizes(sites: int, patients: int, held_out: int | float, sizes: Sequence[int
 def _orders(
     sizes: Sequence[int], profiles: Sequence[SiteProfile] | None, shape: Sequence[int], spacing_mm: float, seed: int
 ) -> list[_Order]:
-    grid = Grid(shape=_triple(shape), spacing_mm=float(spacing_mm))
+    grid = Grid(shape=cast("tuple[int, int, int]", tuple(map(int, shape))), spacing_mm=float(spacing_mm))
     if profiles is None:
         profiles = site_profiles(len(sizes), seed)
     if len(profiles) != len(sizes):
         raise ValueError(f"expected one profile per site, got {len(sizes)} sites and {len(profiles)} profiles")
     return [_Order(seed=seed, site=f"site-{number:02d}", index=index, profile=profile, grid=grid)
             for number, (size, profile) in enumerate(zip(sizes, profiles, strict=True), 1) for index in range(size)]
-
-
-def _triple(shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(shape) != 3:
-        raise ValueError(f"shape must be three voxel counts, got {tuple(shape)}")
-    x, y, z = (int(n) for n in shape)
-    return x, y, z
 
 
 def _held_out(size: int, held_out: int | float, number: int) -> int:

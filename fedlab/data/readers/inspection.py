@@ -215,9 +215,11 @@ def _case(exam: Examination, picture: Slice | None, listing: Listing, convention
         exam.add("label-convention", convention.reason)
     check_labels(exam, convention.name)
     known = convention.name if exam.label_counts else None
+    if picture is not None and picture.label is not None:
+        picture = replace(picture, label=None if known is None else to_internal(picture.label, known))
     case = Case(
         patient=files.id, layout=listing.layout, label_convention=known, modalities=files.modalities,
-        volumes_ml=_volumes(exam, known), picture=_with_internal_labels(picture, known),
+        volumes_ml=_volumes(exam, known), picture=picture,
         findings=tuple(sorted(dict.fromkeys([*listed, *exam.findings]), key=lambda f: f.severity != "error")))
     volume = next(iter(exam.volumes.values()), None)
     if volume is None:
@@ -265,9 +267,3 @@ def _grey(picture: np.ndarray) -> np.ndarray:
     low = min(low, 0.0)
     scaled = (picture - low) / max(high - low, 1e-6)
     return np.asarray(np.where(picture == 0, 0, scaled.clip(0, 1) * 255).astype(np.uint8))
-
-
-def _with_internal_labels(picture: Slice | None, convention: str | None) -> Slice | None:
-    if picture is None or picture.label is None:
-        return picture
-    return replace(picture, label=None if convention is None else to_internal(picture.label, convention))

@@ -70,17 +70,12 @@ def merge_columns(tables: Collection[Path], patients: Collection[str]) -> dict[s
         columns, rows = read_table(path)
         hits = {name: sum(row[name] in known for _, row in rows) for name in columns}
         id_column = max(hits, key=lambda name: hits[name])
+        renamed = {"grade": "grade", "partition_id": path.stem}
         for _, row in rows:
             if row[id_column] in known:
-                merged[row[id_column]] |= {_column_name(name, path): cell for name, cell in row.items()
+                merged[row[id_column]] |= {renamed.get(name.lower(), name): cell for name, cell in row.items()
                                            if name != id_column and cell}
     return merged
-
-
-def _column_name(column: str, path: Path) -> str:
-    if column.lower() == "grade":
-        return "grade"
-    return path.stem if column.lower() == "partition_id" else column
 
 
 def _meaning(columns: Collection[str]) -> dict[str, str]:

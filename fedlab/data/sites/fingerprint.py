@@ -232,17 +232,15 @@ def _orientations() -> list[tuple[NDArray[np.intp], NDArray[np.float32]]]:
 
 def _distances(some: Sequence[Fingerprint], others: Sequence[Fingerprint]) -> NDArray[np.float32]:
     """1 - the largest cosine over all orientations, shape (some, others)."""
-    left, right = (_unit(np.array([each.values for each in each_side], dtype=np.float32))
-                   for each_side in (some, others))
+    units = []
+    for side in (some, others):
+        values = np.array([each.values for each in side], dtype=np.float32)
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        units.append(values.reshape(len(values), len(MODALITIES), len(WAVES)))
+    left, right = units
     best = np.full((len(left), len(right)), -1.0, dtype=np.float32)
     for source, signs in _orientations():
         turned = (left[:, :, source] * signs).reshape(len(left), -1)
         np.maximum(best, turned @ right.reshape(len(right), -1).T, out=best)
     apart: NDArray[np.float32] = np.clip(1.0 - best, 0.0, 2.0)
     return apart
-
-
-def _unit(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Shape (patients, modalities, waves), the sum of squares of each patient's numbers being 1."""
-    table: NDArray[np.float32] = values / np.linalg.norm(values, axis=1, keepdims=True)
-    return table.reshape(len(values), len(MODALITIES), len(WAVES))

@@ -58,8 +58,11 @@ class Heterogeneity:
         return pd.DataFrame.from_dict(rows, orient="index").astype(float).rename_axis("site")
 
     def __repr__(self) -> str:
-        means = ", ".join(f"{quantity} {_mean_apart(matrix):.2f}" for quantity, matrix in self.wasserstein.items())
-        return f"<Heterogeneity of {len(self.statistics)} sites; mean earth mover's distance: {means}>"
+        means = []
+        for quantity, matrix in self.wasserstein.items():
+            apart = matrix[np.triu_indices(len(matrix), 1)]
+            means.append(f"{quantity} {np.nanmean(apart) if np.isfinite(apart).any() else np.nan:.2f}")
+        return f"<Heterogeneity of {len(self.statistics)} sites; mean earth mover's distance: {', '.join(means)}>"
 
     def _repr_html_(self) -> str:
         table: str = self.table().to_html(float_format="{:.3g}".format, na_rep="withheld")
@@ -133,8 +136,3 @@ def _shifts(statistics: Sequence[SiteStatistics], spreads: Mapping[str, Sequence
             if own is not None and name in others:
                 shift[name][number] = wasserstein(own, others[name])
     return shift
-
-
-def _mean_apart(matrix: Matrix) -> float:
-    apart = matrix[np.triu_indices(len(matrix), 1)]
-    return float(np.nanmean(apart)) if np.isfinite(apart).any() else float("nan")
