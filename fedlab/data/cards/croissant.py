@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
 from fedlab.data.cards.schema import LICENCES, is_open
@@ -11,23 +13,6 @@ __all__ = ["CONFORMS_TO", "croissant"]
 
 #: The two specifications of the metadata.
 CONFORMS_TO = ("http://mlcommons.org/croissant/1.0", "http://mlcommons.org/croissant/RAI/1.0")
-#: The context that Croissant 1.0 prescribes: the URL of each name.
-_CONTEXT: Mapping[str, Any] = {
-    "@language": "en",
-    "@vocab": "https://schema.org/",
-    "sc": "https://schema.org/",
-    "cr": "http://mlcommons.org/croissant/",
-    "rai": "http://mlcommons.org/croissant/RAI/",
-    "dct": "http://purl.org/dc/terms/",
-    "conformsTo": "dct:conformsTo",
-    "data": {"@id": "cr:data", "@type": "@json"},
-    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-    "examples": {"@id": "cr:examples", "@type": "@json"},
-    **{name: f"cr:{name}" for name in (
-        "citeAs", "column", "equivalentProperty", "extract", "field", "fileProperty", "fileObject", "fileSet",
-        "format", "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet",
-        "references", "regex", "repeated", "replace", "samplingRate", "separator", "source", "subField", "transform")},
-}
 _FORMATS = {".nii.gz": "application/gzip", ".nii": "application/octet-stream", ".csv": "text/csv",
             ".json": "application/json"}
 #: Tables of a card that become records, with their descriptions.
@@ -46,8 +31,10 @@ def croissant(metadata: Mapping[str, Any], summary: str, *, open_fields: Sequenc
     """
     complete = {name: value for name, value in metadata.items() if not is_open(value)}
     note = (f" DRAFT, left out because still to be completed: {', '.join(open_fields)}." if open_fields else "")
+    # Croissant 1.0 prescribes this context: the URL of each of its names.
+    context = json.loads((files(__package__) / "croissant_context.json").read_text("utf-8"))
     described: dict[str, Any] = {
-        "@context": dict(_CONTEXT), "@type": "sc:Dataset", "conformsTo": list(CONFORMS_TO),
+        "@context": context, "@type": "sc:Dataset", "conformsTo": list(CONFORMS_TO),
         "name": complete.get("pretty_name", "not yet named"), "description": summary + note,
     }
     for ours, theirs in (("url", "url"), ("date_published", "datePublished"), ("version", "version"),

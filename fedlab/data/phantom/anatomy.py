@@ -91,9 +91,8 @@ def _basis(voxels: int, step: float) -> torch.Tensor:
     return torch.from_numpy(np.where(a < 1, inner, outer).astype(np.float32))
 
 
-def smooth_fields(
-    rng: np.random.Generator, count: int, shape: Sequence[int], spacing_mm: float, length_mm: float
-) -> torch.Tensor:
+def smooth_fields(rng: np.random.Generator, count: int, shape: Sequence[int], spacing_mm: float,
+                  length_mm: float) -> torch.Tensor:
     """Smooth random fields with mean 0 and standard deviation about 1, shape (count, X, Y, Z).
 
     Args:
@@ -150,9 +149,8 @@ def build_atlas(*, spacing_mm: float) -> tuple[torch.Tensor, NDArray[np.float64]
     return out.clamp(0, 1).mul(255).round().to(torch.uint8), affine
 
 
-def _regions(
-    grey: NDArray[np.float32], csf: NDArray[np.float32], brain: NDArray[np.bool_], origin: NDArray[np.float64]
-) -> list[NDArray[np.float32]]:
+def _regions(grey: NDArray[np.float32], csf: NDArray[np.float32], brain: NDArray[np.bool_],
+             origin: NDArray[np.float64]) -> list[NDArray[np.float32]]:
     """Deep grey nuclei, ventricles, depth below the surface and nearness to the ventricles, each in [0, 1]."""
     from scipy import ndimage
 
@@ -180,10 +178,8 @@ def _distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
                                            align_corners=True)[0, 0].numpy()
 
 
-def _detail(
-    t1: NDArray[np.float32], white: NDArray[np.float32], grey: NDArray[np.float32], csf: NDArray[np.float32],
-    brain: NDArray[np.bool_],
-) -> NDArray[np.float32]:
+def _detail(t1: NDArray[np.float32], white: NDArray[np.float32], grey: NDArray[np.float32], csf: NDArray[np.float32],
+            brain: NDArray[np.bool_]) -> NDArray[np.float32]:
     """The part of the T1 template that the three tissues do not explain (nuclei, tracts, brain stem); 0.5 is none."""
     design = np.stack([m[brain] for m in (white, grey, csf)], axis=1).astype(np.float64)
     weights = np.linalg.lstsq(design[::17], t1[brain][::17].astype(np.float64), rcond=None)[0]
@@ -270,9 +266,8 @@ def jacobian(positions: torch.Tensor, spacing_mm: float) -> torch.Tensor:
     return determinant
 
 
-def sample_atlas(
-    atlas: torch.Tensor, affine: NDArray[np.float64], positions: torch.Tensor, channels: Sequence[str] = ATLAS_CHANNELS
-) -> dict[str, torch.Tensor]:
+def sample_atlas(atlas: torch.Tensor, affine: NDArray[np.float64], positions: torch.Tensor,
+                 channels: Sequence[str] = ATLAS_CHANNELS) -> dict[str, torch.Tensor]:
     """Channels of an atlas in float32 at positions (3, X, Y, Z) in mm from `CENTRE_MM`, by name."""
     origin = torch.tensor([c - affine[i, 3] for i, c in enumerate(CENTRE_MM)], dtype=torch.float32)
     where = (positions.flatten(1) + origin.view(3, 1)) / float(affine[0, 0])
@@ -302,10 +297,8 @@ def _trilinear(volume: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights).T.contiguous()
 
 
-def draw_tissue(
-    rng: np.random.Generator, maps: dict[str, torch.Tensor], positions: torch.Tensor, grid: Grid, *, rim: float,
-    scalp: float, lesions: float,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def draw_tissue(rng: np.random.Generator, maps: dict[str, torch.Tensor], positions: torch.Tensor, grid: Grid, *,
+                rim: float, scalp: float, lesions: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A patient's normal tissue, including structures that resemble a tumour in real scans.
 
     Args:

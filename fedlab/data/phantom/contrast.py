@@ -177,12 +177,10 @@ def draw_scanners(sites: int, rng: np.random.Generator) -> list[Scanner]:
     return [_scanner(*map(float, share)) for share in LatinHypercube(d=24, rng=rng).random(sites)]
 
 
-def _scanner(
-    field: float, tr: float, te: float, ti: float, kind: float, t1_tr: float, t1_te: float, t1_more: float, own: float,
-    t1c_tr: float, t1c_te: float, t1c_flip: float, t2_tr: float, t2_te: float, turned: float, thin: float,
-    flair_mm: float, t1_mm: float, t2_mm: float, bias: float, noise: float, dose: float, rim: float,
-    scalp: float,
-) -> Scanner:
+def _scanner(field: float, tr: float, te: float, ti: float, kind: float, t1_tr: float, t1_te: float, t1_more: float,
+             own: float, t1c_tr: float, t1c_te: float, t1c_flip: float, t2_tr: float, t2_te: float, turned: float,
+             thin: float, flair_mm: float, t1_mm: float, t2_mm: float, bias: float, noise: float, dose: float,
+             rim: float, scalp: float) -> Scanner:
     """A scanner from the position of each setting in its range, 0 to 1."""
     repeat = _pick(tr, 7000, 11000)
     null = 4200 * math.log(2 / (1 + math.exp(-repeat / 4200)))  # the inversion time that suppresses fluid
@@ -257,10 +255,8 @@ def enhance(tissue: Relaxation, concentration_mm: float, field_t: float) -> Rela
                       1 / (1 / tissue.t2 + R2[column] * concentration_mm / 1000))
 
 
-def acquire(
-    rng: np.random.Generator, fractions: Mapping[str, torch.Tensor], scanner: Scanner, spacing_mm: float,
-    detail: torch.Tensor,
-) -> torch.Tensor:
+def acquire(rng: np.random.Generator, fractions: Mapping[str, torch.Tensor], scanner: Scanner, spacing_mm: float,
+            detail: torch.Tensor) -> torch.Tensor:
     """The four images of one patient in the order of `fedlab.core.types.MODALITIES`, float32, positive, (4, X, Y, Z).
 
     Args:
@@ -319,10 +315,8 @@ def _concentrations(rng: np.random.Generator, dose: float) -> dict[str, float]:
     }
 
 
-def _unevenness(
-    rng: np.random.Generator, image: torch.Tensor, table: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-    names: list[str], fractions: Mapping[str, torch.Tensor], spacing_mm: float,
-) -> None:
+def _unevenness(rng: np.random.Generator, image: torch.Tensor, table: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+                names: list[str], fractions: Mapping[str, torch.Tensor], spacing_mm: float) -> None:
     """Uneven oedema, patchy enhancement of the rim, and fluid not fully suppressed on FLAIR. In place."""
     field = smooth_fields(rng, 3, image.shape[1:], spacing_mm, 10.0)
     column = {name: i for i, name in enumerate(names)}

@@ -151,9 +151,8 @@ def site_sizes(sites: int, patients: int, at_least: int = 2) -> list[int]:
     return sizes_from_shares(shares, patients, at_least)
 
 
-def generate_patient(
-    *, seed: int, site: str, index: int, profile: SiteProfile, grid: Grid, cache: Path | None = None
-) -> RawPatient:
+def generate_patient(*, seed: int, site: str, index: int, profile: SiteProfile, grid: Grid,
+                     cache: Path | None = None) -> RawPatient:
     """One patient, bit-equal for equal arguments.
 
     Args:
@@ -208,9 +207,8 @@ def _crop(grid: Grid, maps: Mapping[str, torch.Tensor]) -> Grid:
     return Grid(shape=(shape[0], shape[1], shape[2]), spacing_mm=grid.spacing_mm)
 
 
-def _seed_point(
-    rng: np.random.Generator, maps: Mapping[str, torch.Tensor], template: torch.Tensor, grid: Grid
-) -> torch.Tensor:
+def _seed_point(rng: np.random.Generator, maps: Mapping[str, torch.Tensor], template: torch.Tensor,
+                grid: Grid) -> torch.Tensor:
     """A random point in the white matter of the cerebrum [mm from the grid's centre], shape (3,)."""
     x, y, z = (template[i] + CENTRE_MM[i] for i in range(3))
     cerebrum = (z > -28) & ~((y < -25) & (z < -4)) & ((x.abs() > 10) | (z > 8))
@@ -221,9 +219,8 @@ def _seed_point(
     return grid.coordinates(2)[:, chosen[0], chosen[1], chosen[2]]
 
 
-def _with_tumour(
-    rng: np.random.Generator, tissue: Mapping[str, torch.Tensor], tumour: Tumour, grid: Grid
-) -> dict[str, torch.Tensor]:
+def _with_tumour(rng: np.random.Generator, tissue: Mapping[str, torch.Tensor], tumour: Tumour,
+                 grid: Grid) -> dict[str, torch.Tensor]:
     """The fractions with the tumour in place of the tissue it replaced."""
     left = 1 - (tumour.oedema + tumour.necrosis + tumour.enhancing)
     out = {name: part * left for name, part in tissue.items()}
@@ -236,20 +233,10 @@ def _with_tumour(
     return out
 
 
-def make_cohort(
-    *,
-    sites: int = 13,
-    patients: int = 285,
-    shape: Sequence[int] = (64, 64, 64),
-    spacing_mm: float = 3.0,
-    seed: int = 0,
-    held_out: int | float = 0.2,
-    sizes: Sequence[int] | None = None,
-    profiles: Sequence[SiteProfile] | None = None,
-    cache: Path | str | None = None,
-    workers: Executor | int | None = None,
-    progress: bool = True,
-) -> list[Site]:
+def make_cohort(*, sites: int = 13, patients: int = 285, shape: Sequence[int] = (64, 64, 64), spacing_mm: float = 3.0,
+                seed: int = 0, held_out: int | float = 0.2, sizes: Sequence[int] | None = None,
+                profiles: Sequence[SiteProfile] | None = None, cache: Path | str | None = None,
+                workers: Executor | int | None = None, progress: bool = True) -> list[Site]:
     """Sites of very unequal size with generated patients.
 
     Args:
@@ -285,20 +272,10 @@ def make_cohort(
     return made
 
 
-def write_brats(
-    out: Path | str,
-    *,
-    sites: int = 13,
-    patients: int = 285,
-    shape: Sequence[int] = (64, 64, 64),
-    spacing_mm: float = 3.0,
-    seed: int = 0,
-    sizes: Sequence[int] | None = None,
-    profiles: Sequence[SiteProfile] | None = None,
-    cache: Path | str | None = None,
-    workers: Executor | int | None = None,
-    progress: bool = True,
-) -> Path:
+def write_brats(out: Path | str, *, sites: int = 13, patients: int = 285, shape: Sequence[int] = (64, 64, 64),
+                spacing_mm: float = 3.0, seed: int = 0, sizes: Sequence[int] | None = None,
+                profiles: Sequence[SiteProfile] | None = None, cache: Path | str | None = None,
+                workers: Executor | int | None = None, progress: bool = True) -> Path:
     """The patients of `make_cohort` as a folder in the layout of BraTS 2021, stored axes left, posterior, superior.
 
     Writes `<ID>/<ID>_{flair,t1,t1ce,t2,seg}.nii.gz` (int16 intensities, uint8 labels) and `partitioning.csv` with
@@ -345,9 +322,8 @@ def _sizes(sites: int, patients: int, held_out: int | float, sizes: Sequence[int
     return site_sizes(sites, patients, at_least=max(2, held_out + 1) if isinstance(held_out, int) else 2)
 
 
-def _orders(
-    sizes: Sequence[int], profiles: Sequence[SiteProfile] | None, shape: Sequence[int], spacing_mm: float, seed: int
-) -> list[_Order]:
+def _orders(sizes: Sequence[int], profiles: Sequence[SiteProfile] | None, shape: Sequence[int], spacing_mm: float,
+            seed: int) -> list[_Order]:
     grid = Grid(shape=cast("tuple[int, int, int]", tuple(map(int, shape))), spacing_mm=float(spacing_mm))
     if profiles is None:
         profiles = site_profiles(len(sizes), seed)
@@ -371,9 +347,8 @@ def _held_out(size: int, held_out: int | float, number: int) -> int:
     return count
 
 
-def _generate(
-    orders: Sequence[_Order], cache: Path, workers: Executor | int | None, progress: bool
-) -> Iterator[RawPatient]:
+def _generate(orders: Sequence[_Order], cache: Path, workers: Executor | int | None,
+              progress: bool) -> Iterator[RawPatient]:
     """The ordered patients in order, from the cache where it is valid."""
     cache.mkdir(parents=True, exist_ok=True)
     missing = [order for order in orders if not path_of(cache, order.settings).exists()]

@@ -167,10 +167,8 @@ def _face_diffusion(diffusion: NDArray[np.float32], axis: int) -> NDArray[np.flo
     return np.asarray(2 * a * b / (a + b + 1e-12), dtype=np.float32)
 
 
-def grow(
-    rng: np.random.Generator, white: torch.Tensor, grey: torch.Tensor, growth: Growth, spacing_mm: float,
-    centre: torch.Tensor,
-) -> torch.Tensor:
+def grow(rng: np.random.Generator, white: torch.Tensor, grey: torch.Tensor, growth: Growth, spacing_mm: float,
+         centre: torch.Tensor) -> torch.Tensor:
     """Logarithm of the odds of the tumour's density, log(c / (1 - c)), float32, on the patient's grid.
 
     Explicit steps in a box of 120 mm at 3 mm, until the visible part (c > 0.16, Swanson et al. 2000) reaches the
@@ -220,9 +218,8 @@ def grow(
     return sample(odds[None], points, GROWTH_MM)[0]
 
 
-def _seeds(
-    rng: np.random.Generator, local: NDArray[np.float32], white: NDArray[np.float32], growth: Growth
-) -> NDArray[np.float32]:
+def _seeds(rng: np.random.Generator, local: NDArray[np.float32], white: NDArray[np.float32],
+           growth: Growth) -> NDArray[np.float32]:
     """The initial density: a small ball at the centre of the box and, if multifocal, others in white matter."""
     places = [np.zeros(3, np.float32)]
     distance = np.sqrt((local**2).sum(0))
@@ -246,9 +243,8 @@ def _threshold(score: NDArray[np.float32], count: int) -> float:
     return float(np.partition(score, score.size - count)[score.size - count])
 
 
-def segment(
-    rng: np.random.Generator, odds: torch.Tensor, tissue: dict[str, torch.Tensor], growth: Growth, spacing_mm: float
-) -> Tumour:
+def segment(rng: np.random.Generator, odds: torch.Tensor, tissue: dict[str, torch.Tensor], growth: Growth,
+            spacing_mm: float) -> Tumour:
     """Whole tumour, core and necrosis where the density, varied smoothly in space, exceeds thresholds.
 
     The thresholds are those that give the drawn volumes.

@@ -83,7 +83,7 @@ def _innermost(folder: Path) -> Path:
     """The folder itself, or the only folder in it where it contains nothing else; at most three levels down."""
     inner = folder
     for _ in range(4):
-        if looks_like_msd(inner) or any(inner.glob("*.csv")) or _homes(inner):
+        if looks_like_msd(inner) or any(inner.glob("*.csv")) or _find_folders(inner):
             return inner
         inside = [entry for entry in sorted(inner.iterdir()) if _is_visible_folder(entry)]
         if len(inside) != 1:
@@ -99,14 +99,14 @@ def _list(root: Path, layout: str | None) -> Listing:
         if (table := find_path_table(root)) is None:
             raise DataError(f"{root} contains no CSV file with the columns patient, flair, t1, t1c and t2")
         return list_table(table)
-    homes = _homes(root)
-    marks = Counter(home.mark for home in homes if home.mark)
+    folders = _find_folders(root)
+    marks = Counter(folder.mark for folder in folders if folder.mark)
     if layout is None and not marks:
         if looks_like_msd(root):
             return list_msd(root)
         if (table := find_path_table(root)) is not None:
             return list_table(table)
-    if not homes:
+    if not folders:
         raise DataError(_no_patients(root))
     if layout is None and len(marks) == 2 and marks["_"] == marks["-"]:
         raise DataError(f"{root}: as many patients are named as in BraTS 2021 (_t1ce) as in BraTS 2023 (-t1c); pass "
@@ -116,14 +116,14 @@ def _list(root: Path, layout: str | None) -> Listing:
     elif marks:
         mark = marks.most_common(1)[0][0]
     else:
-        examples = ", ".join(path.name for home in homes[:2] for path in home.scans[:3])
-        raise DataError(f"{root}: {len(homes)} folders contain scans, but the names match no layout: {examples}. "
+        examples = ", ".join(path.name for folder in folders[:2] for path in folder.scans[:3])
+        raise DataError(f"{root}: {len(folders)} folders contain scans, but the names match no layout: {examples}. "
                         f"Expected {'; '.join(LAYOUTS.values())}. For any other layout write a table of paths")
-    return _list_homes(root, homes, mark, layout)
+    return _list_folders(root, folders, mark, layout)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Home:
+class _Folder:
     """The folder of one patient.
 
     Attributes:
@@ -147,17 +147,16 @@ class _Home:
         return self.path.name
 
 
-def _homes(root: Path) -> list[_Home]:
+def _find_folders(root: Path) -> list[_Folder]:
     """The folders below `root`, or below its HGG/ and LGG/, that contain scans or are named like those that do."""
     found = []
     for entry in sorted(root.iterdir()):
-        if entry.name.upper() in _GRADES and _is_visible_folder(entry):
-            found += [_read_home(inner, entry.name.upper()) for inner in sorted(entry.iterdir()) if _may_be_home(inner)]
-        elif _may_be_home(entry):
-            found.append(_read_home(entry, ""))
-    patterns = {_pattern(home.id) for home in found if home.scans}
-    return [home for home in found if home.scans or (patterns and (home.error or home.links or
-                                                                   _pattern(home.id) in patterns))]
+        grade = entry.name.upper() if entry.name.upper() in _GRADES and _is_visible_folder(entry) else ""
+        inside = sorted(entry.iterdir()) if grade else [entry]
+        found += [_read_folder(path, grade) for path in inside if _may_be_patient(path)]
+    patterns = {_pattern(folder.id) for folder in found if folder.scans}
+    return [folder for folder in found if folder.scans or (
+        patterns and (folder.error or folder.links or _pattern(folder.id) in patterns))]
 
 
 def _is_visible_folder(entry: Path) -> bool:
@@ -168,7 +167,7 @@ def _is_bad_link(entry: Path) -> bool:
     return is_broken_link(entry) or is_circular_link(entry)
 
 
-def _may_be_home(entry: Path) -> bool:
+def _may_be_patient(entry: Path) -> bool:
     return not is_nifti(entry) if _is_bad_link(entry) else _is_visible_folder(entry)
 
 
@@ -176,56 +175,57 @@ def _pattern(name: str) -> str:
     return re.sub(r"\d", "0", name)
 
 
-def _read_home(path: Path, grade: str) -> _Home:
+def _read_folder(path: Path, grade: str) -> _Folder:
     if _is_bad_link(path):
-        return _Home(path=path, grade=grade, links=(path,))
+        return _Folder(path=path, grade=grade, links=(path,))
     try:
         inside = sorted(path.iterdir())
     except OSError as error:
-        return _Home(path=path, grade=grade, error=f"cannot be listed ({error.strerror})")
+        return _Folder(path=path, grade=grade, error=f"cannot be listed ({error.strerror})")
     scans = tuple(entry for entry in inside if is_nifti(entry))
     links = tuple(entry for entry in inside if not is_nifti(entry) and _is_bad_link(entry))
     marks = Counter(mark for entry in scans for mark, name in _NAMES.items() if name.fullmatch(entry.name))
-    return _Home(path=path, grade=grade, scans=scans, mark=marks.most_common(1)[0][0] if marks else "",
+    return _Folder(path=path, grade=grade, scans=scans, mark=marks.most_common(1)[0][0] if marks else "",
                  links=links if scans else ())
 
 
-def _list_homes(root: Path, homes: Sequence[_Home], mark: str, stated: str | None) -> Listing:
+def _list_folders(root: Path, folders: Sequence[_Folder], mark: str, stated: str | None) -> Listing:
     files: dict[str, PatientFiles] = {}
     findings: list[Finding] = []
-    for home in homes:
-        if home.id in files:
-            findings.append(Finding(home.id, "two-folders",
-                                    f"{home.path.relative_to(root)} is a second folder for this patient"))
+    for folder in folders:
+        if folder.id in files:
+            findings.append(Finding(folder.id, "two-folders",
+                                    f"{folder.path.relative_to(root)} is a second folder for this patient"))
             continue
-        named, problems = _name_files(home, mark)
+        named, problems = _name_files(folder, mark)
         findings += problems
-        if home.scans:  # an empty folder or a broken link is a finding, not a patient
-            files[home.id] = named
-    layout, reason, tables = _year(root, homes, mark)
+        if folder.scans:  # an empty folder or a broken link is a finding, not a patient
+            files[folder.id] = named
+    layout, reason, tables = _year(root, folders, mark)
     if stated is not None and stated != layout:
         layout, reason = stated, f"{reason}, like {layout}"
     columns = merge_columns(tables, files)
-    graded = {home.id: {"grade": home.grade} for home in homes if home.grade}
+    graded = {folder.id: {"grade": folder.grade} for folder in folders if folder.grade}
     files = {name: replace(found, layout=layout, columns={**columns[name], **graded.get(name, {})})
              for name, found in sorted(files.items())}
     return Listing(folder=root, layout=layout, reason=reason, files=files, findings=tuple(findings))
 
 
-def _year(root: Path, homes: Sequence[_Home], mark: str) -> tuple[str, str, list[Path]]:
+def _year(root: Path, folders: Sequence[_Folder], mark: str) -> tuple[str, str, list[Path]]:
     """Layout, reason and tables of a folder with patient folders."""
-    count = f"{len(homes)} patient folder{'s' if len(homes) > 1 else ''}"
+    count = f"{len(folders)} patient folder{'s' if len(folders) > 1 else ''}"
     if mark == "-":
         return "brats2023", f"{count} with files named -t1n, -t1c, -t2w, -t2f", []
-    graded = any(home.grade for home in homes)
-    mapping = [path for folder in (root, *(root / name for name in _GRADES))
-               for path in sorted(folder.glob("name_mapping*.csv"))]
+    graded = any(folder.grade for folder in folders)
+    mapping = [path for place in (root, *(root / name for name in _GRADES))
+               for path in sorted(place.glob("name_mapping*.csv"))]
     partition = sorted(root.glob("partitioning_*.csv"))
     tables = [*mapping, *partition, *sorted(root.glob("survival*.csv"))]
     reason = f"{count} {'in HGG/ and LGG/ ' if graded else ''}with files named _flair, _t1, _t1ce, _t2"
     if partition:
         return "fets", f"{reason}, and {' and '.join(path.name for path in partition)}", tables
-    years = Counter(found[1] for home in homes if (found := re.match(r"brats(?:20)?(18|19|20|21)_", home.id.lower())))
+    years = Counter(match[1] for folder in folders
+                    if (match := re.match(r"brats(?:20)?(18|19|20|21)_", folder.id.lower())))
     year = years.most_common(1)[0][0] if years else ""
     if mapping:
         reason += f", and {mapping[0].name}"
@@ -234,48 +234,48 @@ def _year(root: Path, homes: Sequence[_Home], mark: str) -> tuple[str, str, list
     return f"brats20{year}", reason, tables
 
 
-def _name_files(home: _Home, mark: str) -> tuple[PatientFiles, list[Finding]]:
+def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]]:
     """One patient's files by their names; ambiguous files become findings and are left out."""
     findings: list[Finding] = []
-    for path in home.links:
+    for path in folder.links:
         kind = "link to a folder that contains it; ignored" if is_circular_link(path) else "broken or circular link"
-        findings.append(Finding(home.id, "no-file", f"{path.name} is a {kind}",
-                                "error" if path == home.path else "warning"))
-    if home.error:
-        findings.append(Finding(home.id, "no-file", home.error))
-    if home.links == (home.path,) or home.error:
-        return PatientFiles(id=home.id, images={}), findings
+        findings.append(Finding(folder.id, "no-file", f"{path.name} is a {kind}",
+                                "error" if path == folder.path else "warning"))
+    if folder.error:
+        findings.append(Finding(folder.id, "no-file", folder.error))
+    if folder.links == (folder.path,) or folder.error:
+        return PatientFiles(id=folder.id, images={}), findings
     kinds: dict[str, list[Path]] = {}
-    for path in home.scans:
+    for path in folder.scans:
         match, other = (_NAMES[key].fullmatch(path.name) for key in (mark, "-" if mark == "_" else "_"))
-        if match is None and other is not None and other["id"] == home.id:
-            findings.append(Finding(home.id, "other-layout", f"{path.name} is named as in "
+        if match is None and other is not None and other["id"] == folder.id:
+            findings.append(Finding(folder.id, "other-layout", f"{path.name} is named as in "
                                     f"{'BraTS 2023' if mark == '_' else 'BraTS 2018 to 2021'}, unlike most files here; "
                                     f"label values have other meanings there"))
         elif match is None:
             endings = ", ".join(mark + suffix for suffix in _SUFFIXES[mark])
-            findings.append(Finding(home.id, "unknown-file", f"{path.name} is ignored: its name has none of the "
+            findings.append(Finding(folder.id, "unknown-file", f"{path.name} is ignored: its name has none of the "
                                     f"endings {endings}; rename it if it is one of them", "warning"))
-        elif match["id"] != home.id:
-            findings.append(Finding(home.id, "foreign-file", f"{path.name} carries another patient's id"))
+        elif match["id"] != folder.id:
+            findings.append(Finding(folder.id, "foreign-file", f"{path.name} carries another patient's id"))
         elif not os.path.isfile(path):
-            findings.append(Finding(home.id, "no-file", f"{path.name} is a folder, or a broken or circular link"))
+            findings.append(Finding(folder.id, "no-file", f"{path.name} is a folder, or a broken or circular link"))
         else:
             kinds.setdefault(_SUFFIXES[mark][match["kind"].lower()], []).append(path)
-    findings += _gaps(home, kinds, mark)
+    findings += _gaps(folder, kinds, mark)
     images = {modality: kinds[modality][0] for modality in MODALITIES if modality in kinds}
-    return PatientFiles(id=home.id, images=images, label=kinds.get("label", [None])[0]), findings
+    return PatientFiles(id=folder.id, images=images, label=kinds.get("label", [None])[0]), findings
 
 
-def _gaps(home: _Home, kinds: Mapping[str, Sequence[Path]], mark: str) -> list[Finding]:
+def _gaps(folder: _Folder, kinds: Mapping[str, Sequence[Path]], mark: str) -> list[Finding]:
     """Missing and duplicate files, and an invalid id."""
-    findings = [Finding(home.id, "two-files", f"{' and '.join(path.name for path in paths)} both claim to be the "
+    findings = [Finding(folder.id, "two-files", f"{' and '.join(path.name for path in paths)} both claim to be the "
                         f"{kind}; keep one") for kind, paths in kinds.items() if len(paths) > 1]
-    findings += [Finding(home.id, "missing-modality", f"no {modality}: {home.id}{mark}{suffix}.nii.gz")
+    findings += [Finding(folder.id, "missing-modality", f"no {modality}: {folder.id}{mark}{suffix}.nii.gz")
                  for modality in MODALITIES if modality not in kinds
                  for suffix, name in _SUFFIXES[mark].items() if name == modality]
-    if not is_valid_id(home.id):
-        findings.append(Finding(home.id, "unusable", "a folder name must be printable and contain no \\"))
+    if not is_valid_id(folder.id):
+        findings.append(Finding(folder.id, "unusable", "a folder name must be printable and contain no \\"))
     return findings
 
 
@@ -284,7 +284,7 @@ def _no_patients(root: Path) -> str:
     entries = sorted(root.iterdir())
     candidates = [_innermost(entry) for entry in entries if _is_visible_folder(entry)]
     like = [str(entry.relative_to(root)) for entry in candidates if looks_like_msd(entry) or
-            any(home.mark for home in _homes(entry))]
+            any(folder.mark for folder in _find_folders(entry))]
     if like:
         return f"{root} contains no patients itself; give one of its subfolders that do: {', '.join(like)}"
     names = [entry.name for entry in entries]

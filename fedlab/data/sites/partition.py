@@ -59,15 +59,15 @@ class Partition:
             raise DataError("train and held_out must name the same sites, at least one; got "
                             f"{', '.join(self.train) or 'none'} and {', '.join(self.held_out) or 'none'}")
         problems = [f"site {site} has no patient to train on" for site, ids in self.train.items() if not ids]
-        home: dict[str, str] = {}
+        place_of: dict[str, str] = {}
         for split, sites in (("to train on", self.train), ("held out", self.held_out)):
             for site, patient in ((site, patient) for site, ids in sites.items() for patient in ids):
                 place = f"{site} ({split})"
-                if patient in home:
-                    problems.append(f"{patient} is at {home[patient]} and at {place}")
-                home[patient] = place
+                if patient in place_of:
+                    problems.append(f"{patient} is at {place_of[patient]} and at {place}")
+                place_of[patient] = place
         for person in self.same:
-            places = {home[patient]: patient for patient in sorted(person) if patient in home}
+            places = {place_of[patient]: patient for patient in sorted(person) if patient in place_of}
             if len(places) > 1:
                 problems.append("one person is " + " and ".join(
                     f"{patient} at {place}" for place, patient in places.items()))
@@ -200,17 +200,17 @@ def _by_site(table: object, unit: str, columns: Sequence[str], rows: Sequence[tu
         raise DataError(f"{table}: no column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}; rename "
                         f"them, or pass site_column= and patient_column=")
     sites: dict[str, list[str]] = {}
-    home: dict[str, tuple[str, int]] = {}
+    listed: dict[str, tuple[str, int]] = {}
     problems: list[str] = []
     for line, row in rows:
         site, patient = row[site_column].strip(), row[patient_column].strip()
         if not site or not patient:
             problems.append(f"{unit} {line}: {site_column if not site else patient_column} is empty")
-        elif patient in home:
-            other, earlier = home[patient]
+        elif patient in listed:
+            other, earlier = listed[patient]
             problems.append(f"{unit} {line}: {patient} is at site {site}, and on {unit} {earlier} at site {other}")
         else:
-            home[patient] = site, line
+            listed[patient] = site, line
             sites.setdefault(site, []).append(patient)
     if problems:
         raise DataError(f"{table}: a patient must belong to exactly one site:\n{bullets(problems)}")
