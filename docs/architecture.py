@@ -16,6 +16,7 @@ import jinja2
 import networkx as nx
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # the packages of this checkout, whichever is installed
 DRAWING, PAGE = REPOSITORY / "docs" / "architecture.svg", REPOSITORY / "docs" / "architecture.md"
 BEGIN, END = "<!-- reading list: made by docs/architecture.py -->", "<!-- end of the reading list -->"
 #: The packages in the order of their imports, the highest first, and the text in their boxes.

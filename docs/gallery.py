@@ -109,7 +109,15 @@ def write_reference(out: Path) -> dict[str, str]:
     pdoc.render.configure(docformat="google", search=False, show_source=False, footer_text=footer,
                           template_directory=TEMPLATES)
     pdoc.pdoc("fedlab", "!fedlab\\.apps", "!fedlab\\..+\\..+", output_directory=out)
+    for page in out.rglob("*.html"):
+        page.write_text(_without_dead_links(page.read_text("utf-8")), "utf-8")
     return {name: str(package.__doc__).partition(".\n")[0] for name, package in namespaces.items()}
+
+
+def _without_dead_links(page: str) -> str:
+    """A page of pdoc's without its links to inherited names, which it does not show."""
+    shown = set(re.findall(r'\bid="([^"]+)"', page))
+    return re.sub(r'<a href="#([^"]+)">(.*?)</a>', lambda link: link[0 if link[1] in shown else 2], page)
 
 
 def build(notebooks: Sequence[Path], out: Path, *, run: bool = True) -> list[str]:
