@@ -25,7 +25,7 @@ def test_settings_in_range_pass():
     *[(lambda bad=bad: check_positive(lr=0.1, clip=bad), r"clip is a positive number, got")
       for bad in (0, -1.0, math.inf, math.nan, None, "1")],
     (lambda: check_positive(optional=True, bound=0.0), "bound is a positive number or None, got 0.0"),
-    *[(lambda bad=bad: check_count(rounds=bad), "rounds is a positive whole number, got") for bad in (0, -1, 1.0, None)],
+    *[(lambda bad=bad: check_count(rounds=bad), "rounds is a positive whole number, got") for bad in (0, -1, 1.0)],
     *[(lambda bad=bad: check_share(sample=bad), "sample is above 0 and at most 1, got") for bad in (0, 1.01, math.nan)],
     (lambda: check_choice(("a", "b"), mode="c"), "mode is one of 'a', 'b', got 'c'"),
     *[(lambda bad=bad: check_patterns(names=bad), "names is a list of names or patterns") for bad in ("a", [1], None)],
