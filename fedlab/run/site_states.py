@@ -60,7 +60,12 @@ class SiteStates(Mapping[str, SiteState]):
             raise KeyError(site)
         if site not in self._saved:
             return SiteState(enrolled=True)
-        return unpack_site_state(self.path(site).read_bytes(), what=str(self.path(site)))
+        try:
+            data = self.path(site).read_bytes()
+        except OSError as error:
+            raise RunError(f"the state of {site} is missing ({error}); restore it from a copy, or start the run over"
+                           ) from error
+        return unpack_site_state(data, what=str(self.path(site)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._enrolled)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cohorts import blob_sites
-from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
+from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError
 from fedlab.core.types import SiteState
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Terms, epsilon_of
@@ -100,6 +100,19 @@ def test_a_site_without_its_state_or_its_ledger_refuses():
     first.site_states.save("site-0", kept)
     with pytest.raises(PrivacyError, match=r"its ledger is missing.*nothing was sent"):
         next(run)
+
+
+def test_a_state_that_is_lost_or_damaged_on_disk_is_refused():
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])):
+        for admission in (None, Admission()):
+            run = each_round(trainer(), blob_sites(), privacy=Noise(), rounds=2, admission=admission)
+            damage(next(run).site_states.path("site-0"))
+            if admission is None:
+                with pytest.raises(RunError, match="restore it from a copy"):
+                    next(run)
+            else:  # the others go on
+                finished = next(run)
+                assert list(finished.sites) == ["site-1"] and "restore it from a copy" in finished.absent["site-0"]
 
 
 def test_a_ledger_of_another_site_is_refused():

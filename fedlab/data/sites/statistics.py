@@ -74,8 +74,8 @@ def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 
         minimum: smallest number of patients behind every value; 1 withholds nothing.
         epsilon: of all the statistics together; None adds no noise.
         charge: called with the privacy to be spent before any noise is drawn, to enter it in the site's ledger:
-            `LedgerFile(folder, site.name).charging(delta=...)` of `fedlab.privacy.accounting.ledger_file`, or
-            `Ledger.charging`. If it raises, nothing is released.
+            `LedgerFile(folder, site.name).charging(delta=...)` of `fedlab.privacy.accounting.ledger_file`. If it
+            raises, nothing is released.
         seed: of the noise, to repeat an experiment. None uses the operating system's entropy: an adversary who knows
             the seed can remove the noise.
 
