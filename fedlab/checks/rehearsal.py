@@ -279,41 +279,56 @@ class Watched(Privacy):
 class _InPlaceOf:
     """Does what another part of a run does, but for what is overridden here."""
 
-    def __init__(self, part: Any, seen: Rehearsal, **settings: Any) -> None:
-        self.stands_for, self.seen, self.settings = part, seen, settings
+    def __init__(self, part: Any) -> None:
+        self.stands_for = part
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stands_for, name)
-
-    def bind(self, run: Run) -> Any:
-        return type(self)(self.stands_for.bind(run), self.seen, **self.settings)
 
 
 class _ScriptedTrainer(_InPlaceOf):
     """Goes through all of a round but returns an update that was chosen beforehand."""
 
+    def __init__(self, trainer: SiteTrainer, script: Script) -> None:
+        super().__init__(trainer)
+        self.script = script
+
     def fit(self, kit: Kit, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Update:
-        return Update(site=site.name, delta=dict(self.settings["script"](site.name, state.round)), steps=1,
-                      weight=float(len(site.train)), metrics={"loss": 0.5})
+        return Update(site=site.name, delta=dict(self.script(site.name, state.round)), weight=float(len(site.train)),
+                      steps=1, metrics={"loss": 0.5})
 
 
 class _StandingStrategy(_InPlaceOf):
     """Leaves the model where it is, so that only what sites keep tells one round from the next."""
+
+    def __init__(self, strategy: Strategy, seen: Rehearsal) -> None:
+        super().__init__(strategy)
+        self.seen = seen
+
+    def bind(self, run: Run) -> _StandingStrategy:
+        return _StandingStrategy(self.stands_for.bind(run), self.seen)
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
         self.seen.moved[state.round] = mean
         return replace(state, round=state.round + 1)
 
 
-class _WatchedAggregation(_InPlaceOf):
-    """Is watched in mask() and after(), as the layer after the last one."""
+class _WatchedAggregation(Aggregation):
+    """An aggregation that is watched in mask() and after(), as the layer after the last one."""
+
+    def __init__(self, aggregation: Aggregation, seen: Rehearsal, layer: int) -> None:
+        self.stands_for, self.seen, self.layer = aggregation, seen, layer
+        vars(self).update({name: getattr(aggregation, name) for name in ("units", "hides_updates", "before", "answer")})
+
+    def bind(self, run: Run) -> Aggregation:
+        return _WatchedAggregation(self.stands_for.bind(run), self.seen, self.layer)
 
     def mask(self, update: Update, state: SiteState, rng: torch.Generator) -> Any:
-        return self.seen.watch(self.settings["layer"], update, state, lambda: self.stands_for.mask(update, state, rng))
+        return self.seen.watch(self.layer, update, state, lambda: self.stands_for.mask(update, state, rng))
 
     def after(self, mean: Update, keys: Any, exchange: Exchange) -> Update:
-        out: Update = self.stands_for.after(mean, keys, exchange)
-        self.seen.released.setdefault(self.seen.round, {})[self.settings["layer"]] = out
+        out = self.stands_for.after(mean, keys, exchange)
+        self.seen.released.setdefault(self.seen.round, {})[self.layer] = out
         return out
 
 
@@ -357,9 +372,9 @@ def rehearse(stage: Stage, *, script: Script | None = None, rounds: int = 1, see
     seen.states = states = SiteStates()
     for site in sites:
         states.save(site.name, SiteState(enrolled=True, namespaces={DECOY: {"x": torch.ones(2)}}))
-    trainer: Any = stage.trainer if script is None else _ScriptedTrainer(stage.trainer, seen, script=script)
+    trainer: Any = stage.trainer if script is None else _ScriptedTrainer(stage.trainer, script)
     strategy: Any = _StandingStrategy(stage.strategy, seen)
-    aggregation: Any = _WatchedAggregation(stage.aggregation, seen, layer=len(stage.technique.layers))
+    aggregation = _WatchedAggregation(stage.aggregation, seen, len(stage.technique.layers))
     try:
         for _ in each_round(trainer, sites, strategy=strategy, aggregation=aggregation, rounds=rounds, seed=seed,
                             privacy=Watched(stage.technique, seen, seed=seed, checked=checked), site_states=states,

@@ -59,8 +59,8 @@ class Inversion:
                              f"{tuple(self.image.shape)}; give the patch of the update")
         pair = torch.stack([self.image.double().flatten(), truth.double().flatten()])
         if bool((pair.std(dim=1) == 0).any()):
-            raise ValueError("the patch or its reconstruction is constant, so there is no correlation; take a patch "
-                             "with tissue in it")
+            raise ValueError("the patch or its reconstruction has the same value everywhere, so there is no "
+                             "correlation; take a patch with tissue in it")
         return float(torch.corrcoef(pair)[0, 1])
 
     def __repr__(self) -> str:
