@@ -34,11 +34,11 @@ class DataError(FedlabError, ValueError):
 
 
 class PrivacyError(FedlabError):
-    """A privacy mechanism cannot give what it promises; nothing was sent."""
+    """A privacy mechanism cannot give its guarantee; nothing was sent."""
 
 
 class PrivacyBudgetExhausted(PrivacyError):
-    """A site would exceed its privacy budget and takes no further part; what it spent before stands."""
+    """A site would exceed its privacy budget and takes no further part; its earlier releases count."""
 
 
 class RunError(FedlabError):

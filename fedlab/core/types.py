@@ -177,7 +177,7 @@ class Failure(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """Privacy spent so far, never shown without what it means."""
+    """Privacy spent so far: ε, always with δ, unit, adjacency and accountant."""
 
     epsilon: float
     delta: float

@@ -56,7 +56,7 @@ class Ticket:
 
 @dataclass(eq=False, kw_only=True)
 class _Worker:
-    """A process, as the parent knows it."""
+    """A worker process, as its parent sees it."""
 
     process: BaseProcess
     connection: Connection
@@ -216,7 +216,7 @@ class Pool:
         worker.knows |= {task.number, site.number}
 
     def _listen(self) -> None:
-        """Waits until a worker says something or dies."""
+        """Waits until a worker sends a message or dies."""
         sources: dict[Any, _Worker] = {}
         for worker in self._workers:
             if not worker.ready or worker.ticket is not None:

@@ -147,7 +147,7 @@ class Arrivals:
         if not _finite(moved):
             # Every update was finite, but their sum, or a square of the server's optimiser, is not.
             if admission is None:
-                raise RunError(f"after round {self.state.round} the model would hold NaN or infinite values; look at "
+                raise RunError(f"after round {self.state.round} the model would hold NaN or infinite values; check "
                                "the norms of its updates, and bound them with admission=Admission(max_norm=...)")
             moved = self.void(NotFinite("the model would hold NaN or infinite values"))
         drawn = [name for name in self._drawn if name in self._absent and name not in self._asked]

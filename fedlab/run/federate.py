@@ -244,7 +244,7 @@ def _check_numbers(run: Run) -> None:
 
 
 def _check_server(run: Run) -> None:
-    """Refuses what works at one server where no one server sees all updates, or where its proof would not hold."""
+    """Refuses parts that need one server with all updates where there is none, or where their proof does not hold."""
     if getattr(run.strategy, "one_server", False) and not run.topology.one_server:
         raise ValueError(f"{run.strategy!r} needs all updates of a round at one server, which {run.topology!r} does "
                          "not have; use topology=star")

@@ -59,8 +59,8 @@ def _combine(run: Run, updates: Iterator[Update], arrivals: Arrivals) -> Update:
 
 
 def _release(run: Run, mean: Update, arrivals: Arrivals, state: ServerState) -> Update:
-    """What the techniques do to the mean before the model moves."""
-    # Noise depends on what it is added to: two runs of one seed on other data never share it.
+    """The mean after the techniques' part at the server."""
+    # Noise depends on the mean to which it is added: two runs of one seed on other data never share it.
     seed = derive(run.seed, weights_sha256(mean.delta))
     out = run.privacy.release(mean, arrivals.took_part, state.of("privacy"), generator(seed, "release", state.round))
     arrivals.charge(out.spent)

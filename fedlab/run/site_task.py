@@ -49,14 +49,14 @@ class SiteWork:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteTask:
-    """Equip, train, protect, mask, check: what an engine runs at a site in a round, wherever that site is.
+    """Equip, train, protect, mask, check: the task that an engine runs at a site in a round, wherever that site is.
 
     Args:
         trainer: trains locally.
         privacy: protects the update.
         seed: of the run; the streams of a site and round derive from it. An adversary who knows the seed can subtract
             the noise of techniques that draw from it: deployments say `secure_mode=True` in the technique.
-        strategy: what it changes in the training at a site; see `Strategy.equip`.
+        strategy: may change the training at a site; see `Strategy.equip`.
         aggregation: hides the update, if sums are secure.
     """
 

@@ -225,7 +225,7 @@ def moved(params: Tensors, delta: Tensors, length: float) -> dict[str, torch.Ten
     after = {name: p.double().add(delta[name].double(), alpha=length).to(p.dtype) for name, p in params.items()}
     for name, p in after.items():
         if not torch.isfinite(p).all():
-            raise NotFinite(f"the model would become NaN or infinite in {name}; look at the norms of the updates, and "
+            raise NotFinite(f"the model would become NaN or infinite in {name}; check the norms of the updates, and "
                             "lower the learning rates")
     return after
 

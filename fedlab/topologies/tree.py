@@ -85,11 +85,11 @@ class Tree(Workflow):
         if isinstance(self.between, Gossip):
             names = list(self.regions)
             models: dict[str, Tensors] = {name: state.models.get(name, state.params) for name in names}
-            came = []
+            received = []
             for update in self._regional(run, replace(state, models=models), arrivals, present):
                 models[update.site] = moved(models[update.site], update.delta, 1.0)
-                came.append(update.site)
-            return self.between.mixed(state, models, names, came)
+                received.append(update.site)
+            return self.between.mixed(state, models, names, received)
         params = state.params
         for region in present:
             for update in self._regional(run, replace(state, params=params), arrivals, {region: present[region]}):

@@ -236,7 +236,7 @@ def test_finite_updates_that_overflow_together_leave_the_model():
     assert all("NaN or infinite" in reason for reason in history.records[1]["absent"].values())
     assert len(history.records[1]["absent"]) == 3
     assert all(bool(torch.isfinite(t).all()) for t in history.state.params.values())
-    with pytest.raises(ValueError, match="look at the norms of the updates"):
+    with pytest.raises(ValueError, match="check the norms of the updates"):
         run(Corrupt(how="overflow", rounds=(1,)), strategy=strategy)
 
 
