@@ -219,8 +219,8 @@ def test_predict_in_bfloat16_is_close():
 
 
 @pytest.mark.parametrize(("model", "message"), [
-    (torch.nn.Conv3d(4, 2, 1), r"logits of shape \(1, 3, 32, 32, 32\), one channel for each of TC, WT, ET; "
-     r"the model returned \(1, 2"),
+    (torch.nn.Conv3d(4, 2, 1), r"logits of shape \(1, 3, 32, 32, 32\), "
+     r"one channel for each of TC, WT, ET; the model returned \(1, 2"),
     (torch.nn.Conv3d(4, 3, 2), r"the model returned \(1, 3, 31, 31, 31\)"),
     (Reader(shift=float("nan")), "has NaN or infinite values; check whether its training diverged"),
 ])
