@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cohorts import blob_sites
@@ -288,6 +288,7 @@ FIELDS = {"site": garbage, "delta": garbage | st.fixed_dictionaries({"w": garbag
 
 
 @settings(max_examples=400, deadline=None)
+@example({"spent": (Spent(torch.ones(2), 0.0, "site", "", ""),)})
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)), st.none(), min_size=1, max_size=3).flatmap(
     lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names})))
 def test_garbage_in_an_update_is_a_privacy_error_or_harmless(changes):
