@@ -66,7 +66,7 @@ class Arrived(NamedTuple):
 
 
 def receive(connection: Connection) -> Arrived:
-    """The next parcel.
+    """The next parcel, which can execute code when it is opened: only for a pipe to a process that this one started.
 
     Raises:
         EOFError, OSError: the other end is closed.
