@@ -22,7 +22,7 @@ from common import write
 from fedlab.core.types import Patient
 from fedlab.data.phantom.anatomy import Grid
 from fedlab.data.phantom.generator import generate_patient, make_cohort, site_profiles
-from fedlab.data.readers.brats import read_cohort
+from fedlab.data.readers.folders import read_cohort
 from fedlab.data.sites.fingerprint import LENGTH, THRESHOLD, Fingerprint, find_duplicates, fingerprint
 
 SITES, SEED = 13, 0

@@ -23,7 +23,7 @@ from fedlab.apps.comparison import Job
 from fedlab.apps.comparison_data import Phantoms
 from fedlab.core.types import ServerState, Site, SiteState
 from fedlab.data.phantom.generator import make_cohort, write_brats
-from fedlab.data.readers.brats import find_patients, read_cohort
+from fedlab.data.readers.folders import find_patients, read_cohort
 from fedlab.training.trainer import SiteTrainer
 
 STEPS = 20

@@ -17,7 +17,7 @@ from .checks.privacy import check_privacy
 from .core.errors import FedlabError, PrivacyError
 from .core.types import MODALITIES, REGIONS, Patient, Site, Update
 from .data.phantom.generator import make_cohort
-from .data.readers.brats import read_cohort, read_sites
+from .data.readers.folders import read_cohort, read_sites
 from .privacy.accounting.ledger import noise_multiplier_for
 from .privacy.base import Privacy
 from .privacy.dp.dpsgd import DPSGD

@@ -125,7 +125,7 @@ def _refuse_existing(path: Path, option: str) -> None:
 def _statistics(options: argparse.Namespace) -> Any:
     """The statistics of the folder's patients, taken as one site."""
     from fedlab.core.types import Site
-    from fedlab.data.readers.brats import read_cohort
+    from fedlab.data.readers.folders import read_cohort
     from fedlab.data.sites.statistics import site_statistics
 
     patients = read_cohort(options.folder, layout=options.layout, label_convention=options.label_convention,

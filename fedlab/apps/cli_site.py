@@ -78,7 +78,7 @@ def add_export(commands: Any) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
-    from fedlab.data.readers.brats import find_patients
+    from fedlab.data.readers.folders import find_patients
     from fedlab.deploy.settings import read_settings, write_settings
 
     if not options.name.isprintable() or not options.name.strip() or len(options.name) > 200:

@@ -29,7 +29,7 @@ from fedlab.core.regions import regions_to_labels
 from fedlab.core.types import Patient, Round, ServerState, Site
 from fedlab.core.weights import load_weights
 from fedlab.core.workers import Workers, start_workers, tell
-from fedlab.data.readers.brats import check_sites, find_patients, read_patient
+from fedlab.data.readers.folders import check_sites, find_patients, read_patient
 from fedlab.data.sites.partition import Partition
 from fedlab.data.store import load_sites, save_sites
 from fedlab.evidence.contributions import Contributions, KeepUpdates, dice_on, site_contributions

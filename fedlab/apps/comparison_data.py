@@ -8,7 +8,7 @@ from fedlab.core.types import Site
 from fedlab.core.workers import Workers
 from fedlab.data.phantom.anatomy import Grid
 from fedlab.data.phantom.generator import make_cohort
-from fedlab.data.readers.brats import read_sites
+from fedlab.data.readers.folders import read_sites
 
 __all__ = ["Folder", "Phantoms"]
 
@@ -55,7 +55,7 @@ class Phantoms:
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A folder of scans and its institution table as the data of a job; see `fedlab.data.readers.brats.read_sites`.
+    """A folder of scans and its institution table as the data of a job; see `fedlab.data.readers.folders.read_sites`.
 
     Args:
         data: folder in one of `fedlab.data.readers.layouts.LAYOUTS`, or a CSV table of paths.

@@ -16,7 +16,7 @@ from fedlab.core.hardware import pick_device
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import REGIONS
 from fedlab.core.weights import trainable, weights_sha256
-from fedlab.data.readers.brats import PatientFiles, read_cohort, read_label, save_prediction, to_native
+from fedlab.data.readers.folders import PatientFiles, read_cohort, read_label, save_prediction, to_native
 from fedlab.data.readers.scan import native_volume
 from fedlab.training.metrics import COLUMNS, predict, score_rows, summary
 from fedlab.training.networks import load_model

@@ -1,6 +1,6 @@
 """Patients from folders or from a generator, and how they are distributed over sites.
 
-Read `readers/brats` first for own data and `phantom/generator` for generated data. `sites` holds partitions,
+Read `readers/folders` first for own data and `phantom/generator` for generated data. `sites` holds partitions,
 statistics, fingerprints and harmonisation; `cards` describes a data set. May import `privacy` and the packages below
 it.
 """

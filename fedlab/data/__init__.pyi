@@ -1,6 +1,6 @@
 from .cards.card import DataCard, card_template, fill_card, read_card
 from .phantom.generator import make_cohort, write_brats
-from .readers.brats import read_cohort, read_patient, read_sites
+from .readers.folders import read_cohort, read_patient, read_sites
 from .readers.inspection import inspect_folder
 from .readers.patient_folder import PatientFolder
 from .sites.fingerprint import find_duplicates, fingerprint, fingerprint_site, same_person

@@ -12,7 +12,7 @@ from fedlab.core.errors import RunError
 from fedlab.core.files import filled_in, write_whole
 from fedlab.core.types import Site
 from fedlab.data.cards.card import read_card
-from fedlab.data.readers.brats import read_cohort, read_sites
+from fedlab.data.readers.folders import read_cohort, read_sites
 from fedlab.data.sites.partition import split_patients
 from fedlab.deploy.policy import Budget, Required, SitePolicy
 

@@ -488,7 +488,7 @@ def test_command_line_turns_a_finished_card_into_croissant(
 
 
 def test_a_card_from_the_real_scans(real_scans: Path) -> None:
-    from fedlab.data.readers.brats import read_cohort
+    from fedlab.data.readers.folders import read_cohort
 
     with pytest.warns(UserWarning, match="marks no enhancing tumour"):
         cohort = read_cohort(real_scans / "brats2021_2mm", progress=False)

@@ -13,7 +13,7 @@ import pytest
 
 from fedlab.apps.cli import main
 from fedlab.data.fetch import SETS
-from fedlab.data.readers.brats import read_cohort
+from fedlab.data.readers.folders import read_cohort
 from folders import ball, write_msd
 
 

@@ -172,7 +172,7 @@ def test_a_broken_message_is_refused(text: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:(?s).*no enhancing tumour")
 def test_the_real_duplicate_is_found_and_the_others_are_not(real_scans: Path) -> None:
-    from fedlab.data.readers.brats import find_patients, read_patient
+    from fedlab.data.readers.folders import find_patients, read_patient
 
     def prints(folder: str) -> list[Fingerprint]:
         return [fingerprint(read_patient(files)) for files in find_patients(real_scans / folder).values()]

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fedlab.core.errors import DataError
-from fedlab.data.readers.brats import read_cohort, read_sites
 from fedlab.data.readers.findings import CODES
+from fedlab.data.readers.folders import read_cohort, read_sites
 from fedlab.data.readers.inspection import inspect_folder
 from fedlab.data.readers.nifti import read_volume
 from fedlab.data.readers.tables import merge_columns

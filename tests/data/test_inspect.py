@@ -13,8 +13,8 @@ import pytest
 
 from fedlab.apps.cli import main
 from fedlab.core.errors import DataError, RunError
-from fedlab.data.readers.brats import find_patients, read_cohort
 from fedlab.data.readers.findings import CODES, Finding
+from fedlab.data.readers.folders import find_patients, read_cohort
 from fedlab.data.readers.inspection import inspect_folder
 from fedlab.view.inspection_page import write_page
 from folders import LPS, ball, poke_header, rewrite, save, save_files, write_layout, write_paths

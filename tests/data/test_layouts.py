@@ -15,8 +15,8 @@ from fedlab.apps.comparison_data import Folder
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions
 from fedlab.data.phantom.generator import write_brats
-from fedlab.data.readers.brats import find_patients, read_cohort, read_patient, read_sites, to_native
 from fedlab.data.readers.conventions import CONVENTIONS, count_values, detect_convention, to_internal
+from fedlab.data.readers.folders import find_patients, read_cohort, read_patient, read_sites, to_native
 from fedlab.data.readers.layouts import LAYOUTS, list_patients
 from fedlab.data.readers.nifti import from_ras
 from fedlab.training.networks import save_model, segresnet

@@ -253,7 +253,7 @@ def test_wrong_settings_say_what_to_do(call: Callable[[], Partition], message: s
 
 @pytest.mark.filterwarnings("ignore:(?s).*no enhancing tumour")
 def test_the_split_is_the_one_that_reading_a_folder_makes(real_scans: Path) -> None:
-    from fedlab.data.readers.brats import read_sites
+    from fedlab.data.readers.folders import read_sites
 
     folder = real_scans / "brats2021_2mm"
     sites = read_sites(folder, folder / "partitioning.csv", spacing_mm=8.0, held_out=0.5, seed=3, progress=False)

@@ -22,7 +22,7 @@ from fedlab.checks.engine import Marks
 from fedlab.core.errors import FedlabError, PrivacyError, SiteError
 from fedlab.core.types import Site
 from fedlab.core.weights import weights_sha256
-from fedlab.data.readers.brats import read_cohort
+from fedlab.data.readers.folders import read_cohort
 from fedlab.data.readers.patient_folder import PatientFolder
 from fedlab.engines import worker_pool as pool
 from fedlab.engines.processes import Processes

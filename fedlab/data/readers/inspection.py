@@ -13,9 +13,9 @@ import numpy as np
 
 from fedlab.core.errors import DataError
 from fedlab.core.types import MODALITIES, REGIONS
-from fedlab.data.readers.brats import in_parallel
 from fedlab.data.readers.conventions import CONVENTIONS, Convention, check_convention, detect_convention, to_internal
 from fedlab.data.readers.findings import Finding
+from fedlab.data.readers.folders import in_parallel
 from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.nifti import to_ras
 from fedlab.data.readers.patient_files import Listing, PatientFiles

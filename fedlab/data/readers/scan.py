@@ -283,7 +283,7 @@ def read_patient(files: PatientFiles, *, spacing_mm: float | None = None, shape:
     dimmed; on a finer grid, images are interpolated. A region label is kept where it fills at least half a voxel.
 
     Args:
-        files: from `fedlab.data.readers.brats.find_patients`.
+        files: from `fedlab.data.readers.folders.find_patients`.
         spacing_mm: edge of the new cubic voxels in mm; None keeps the scan's own voxels.
         shape: voxels of the new grid, with the brain at its centre; None takes the smallest multiple of 16 that
             holds the brain. A brain that does not fit is refused, never cut.

@@ -9,7 +9,7 @@ import torch
 
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions
-from fedlab.data.readers.brats import (
+from fedlab.data.readers.folders import (
     CONVENTIONS,
     find_patients,
     read_label,
