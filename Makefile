@@ -24,6 +24,10 @@ export JUPYTER_RUNTIME_DIR := $(CACHE)/jupyter/runtime
 # The extension of itkwidgets asks a CDN for scripts at every start of JupyterLab, used or not: it starts switched off.
 LABCONFIG := $(VENV)/etc/jupyter/labconfig
 QUIET := {"disabledExtensions": {"imjoy-jupyterlab-extension": true}}
+# jupyter nbconvert --to html writes pages that load scripts from a CDN: here it uses the template of fedlab, which loads
+# nothing. The option --template lab chooses the usual one.
+NBCONVERT := $(VENV)/etc/jupyter/jupyter_nbconvert_config.json
+OFFLINE := {"HTMLExporter": {"template_name": "$(CURDIR)/fedlab/view/templates/notebook_html"}}
 # JupyterLab looks for language servers with npm, which writes a log.
 export npm_config_cache := $(CACHE)/npm
 
@@ -123,6 +127,7 @@ $(STAMP): pyproject.toml constraints.txt $(PY)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade
 	@$(PY) -m pip install -c constraints.txt -e '.[dev,itk,lab,test]'
 	@[ -e $(LABCONFIG)/page_config.json ] || { mkdir -p $(LABCONFIG); echo '$(QUIET)' > $(LABCONFIG)/page_config.json; }
+	@echo '$(OFFLINE)' > $(NBCONVERT)
 	@$(PY) -c 'import fedlab'
 	@pwd -P > $@
 
