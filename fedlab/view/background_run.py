@@ -19,6 +19,7 @@ import torch
 
 from fedlab.core.errors import RunError
 from fedlab.core.protocols import Engine
+from fedlab.core.settings import check_whole
 from fedlab.core.types import Round, Site
 from fedlab.core.weights import load_weights
 from fedlab.privacy.base import Privacy
@@ -43,8 +44,8 @@ class BackgroundRun:
     """`federate` in a thread: start, watch, pause, run single rounds, stop, wait. `RunDashboard` displays it.
 
     The weights are bit-equal to those of `federate` with the same arguments, however often the run was paused: it
-    pauses between rounds, never within one. It trains a copy of the trainer's model, so the model may be used
-    meanwhile; `wait()` copies the weights into it.
+    pauses between rounds, never within one. It trains a copy of the trainer's model; `wait()` copies the weights into
+    the model.
 
     Only one run at a time: torch has one random number generator per process, and two runs would draw from it in turn.
     For the same reason a network with dropout repeats bit by bit only if nothing else draws from torch's global
@@ -52,22 +53,20 @@ class BackgroundRun:
 
     A second call with the same objects while the run is under way, as when its cell is run again, returns the same run.
     After the end, a call makes a new run that begins at the trainer's initial weights, or where its `checkpoint` ends.
-    An interrupt of the kernel ends the cell, such as `wait()`, and not the run. The thread ends with its process.
+    An interrupt of the kernel ends the cell, such as `wait()`, and not the run.
 
     Args:
         trainer, sites: as in `federate`.
-        **settings: the other arguments of `federate` by name, such as strategy, privacy, rounds, validate, on_round
-            (called in the thread) and checkpoint; all except progress.
+        **settings: the other arguments of `federate` by name, except progress; on_round is called in the thread.
 
     Attributes:
         state: of the run; see `State`.
         history: so far, as `federate` returns it.
-        privacy: the techniques of the run.
         error: why it failed, if it did; `wait()` raises it.
         diagnostics: round -> site -> numbers that techniques left in the state of the site, such as norms before
             clipping, for the rounds of this process. A simulation holds the states of all sites; in a deployment these
             numbers never leave the site.
-        views: the widgets that display this run, by kind; a second view of one kind shares the widgets of the first.
+        views: the widgets that display this run, by kind.
 
     Raises:
         TypeError: `federate` has no such argument.
@@ -85,7 +84,7 @@ class BackgroundRun:
         if "progress" in settings:
             raise TypeError("RunDashboard shows the progress, not a bar: leave progress out")
         signature(federate).bind(trainer, sites, **settings)  # raises where federate has no such argument
-        self.trainer, self.sites, self.settings = trainer, tuple(sites), dict(settings)
+        self.trainer, self.sites, self.settings = trainer, tuple(sites), settings
         self.privacy: Privacy = settings.get("privacy") or Privacy()
         self.engine: Engine = settings.get("engine") or Local()
         self.rounds: int = settings.get("rounds", signature(federate).parameters["rounds"].default)
@@ -118,11 +117,7 @@ class BackgroundRun:
         return self._go(math.inf)
 
     def step(self) -> BackgroundRun:
-        """Runs one round and pauses; during a round, pauses after it.
-
-        Raises:
-            RunError: as `start`.
-        """
+        """Runs one round and pauses; during a round, pauses after it. Raises as `start` does."""
         return self._go(1)
 
     def pause(self) -> BackgroundRun:
@@ -143,17 +138,11 @@ class BackgroundRun:
         return self._notify()
 
     def wait(self, timeout: float | None = None) -> History:
-        """Waits until the run has ended or pauses, and copies its weights into the trainer's model.
-
-        Args:
-            timeout: seconds to wait at most; None for no limit.
-
-        Returns:
-            The history so far.
+        """Waits until the run has ended or pauses, copies its weights into the trainer's model, returns the history.
 
         Raises:
             RunError: the run was never started.
-            TimeoutError: it is still working; the run continues.
+            TimeoutError: it is still working after `timeout` seconds; the run continues.
             KeyboardInterrupt: the kernel was interrupted; the run continues.
             BaseException: the error that ended the run.
         """
@@ -183,12 +172,13 @@ class BackgroundRun:
 
     def _same(self, trainer: SiteTrainer, sites: Sequence[Site], settings: dict[str, Any]) -> bool:
         """Whether these arguments make the same run from the same objects."""
-        return (self.trainer is trainer and len(self.sites) == len(sites)
-                and all(a is b for a, b in zip(self.sites, sites, strict=True))
-                and self.settings.get("engine") is settings.get("engine") and self.settings.keys() == settings.keys()
+        own = [id(part) for part in (self.trainer, self.settings.get("engine"), *self.sites)]
+        return (own == [id(part) for part in (trainer, settings.get("engine"), *sites)]
+                and self.settings.keys() == settings.keys()
                 and all(_alike(value, settings[name]) for name, value in self.settings.items() if name != "engine"))
 
     def _go(self, rounds: float) -> BackgroundRun:
+        global _current
         with _STARTING, self._gate:
             if self.ended:
                 raise RunError(f"the run is {self.state}: make a new BackgroundRun, which begins anew or, with the "
@@ -196,7 +186,11 @@ class BackgroundRun:
             if self.state == "stopping":
                 return self
             if self._thread is None:
-                self._claim()
+                if (other := self.under_way()) is not None:
+                    raise RunError(f"another run is {other.state} in this process ({len(other.history.records)} of "
+                                   f"{other.rounds} rounds finished); stop() it, or wait() for it, before the next "
+                                   "one. BackgroundRun.under_way() returns it if its name is lost")
+                _current = self
                 self._thread = threading.Thread(target=self._run, name="fedlab run", daemon=True,
                                                 args=(torch.get_num_threads(),))
                 self._left, self.state = rounds, "running"
@@ -218,21 +212,14 @@ class BackgroundRun:
                     self._listeners.remove(call)
         return self
 
-    def _claim(self) -> None:
-        global _current
-        if (other := self.under_way()) is not None:
-            raise RunError(f"another run is {other.state} in this process ({len(other.history.records)} of "
-                           f"{other.rounds} rounds finished); stop() it, or wait() for it, before the next one. "
-                           "BackgroundRun.under_way() returns it if its name is lost")
-        _current = self
-
     def _run(self, threads: int) -> None:
-        """The thread."""
         end: State = "finished"
         try:
             torch.set_num_threads(threads)  # new threads do not inherit this setting everywhere
             self._pass_gate()
-            self.history = federate(_with_own_model(self.trainer), self.sites, **{
+            model = copy.deepcopy(self.trainer.model)
+            load_weights(model, self.trainer.initial())
+            self.history = federate(replace(self.trainer, model=model), self.sites, **{
                 **self.settings, "engine": self.engine, "on_round": self._between, "progress": False})
         except _Stop:
             end = "stopped"
@@ -250,8 +237,9 @@ class BackgroundRun:
             # The rounds before a resumed run goes on.
             self.history.records.extend(Checkpoint(Path(self.settings["checkpoint"])).records()[:-1])
         self.history.add(finished)
-        self.diagnostics[finished.number] = {name: numbers for name in finished.sites
-                                             if (numbers := _diagnostics(finished, name))}
+        self.diagnostics[finished.number] = {  # of the sites that work on this machine
+            name: {key: float(value) for key, value in finished.site_states[name].diagnostics.items()
+                   if value.dim() == 0} for name in finished.sites if name in finished.site_states}
         calls = self.settings.get("on_round", ())
         for call in calls if isinstance(calls, Sequence) else (calls,):
             call(finished)
@@ -283,13 +271,6 @@ class _Stop(Exception):
     """Leaves `federate` between two rounds."""
 
 
-def _with_own_model(trainer: SiteTrainer) -> SiteTrainer:
-    """The trainer with a copy of its model, and the same initial weights."""
-    model = copy.deepcopy(trainer.model)
-    load_weights(model, trainer.initial())
-    return replace(trainer, model=model)
-
-
 def _alike(one: Any, other: Any) -> bool:
     """Whether two settings are the same object, print as the same code, or are a function defined again unchanged."""
     if one is other:
@@ -301,19 +282,12 @@ def _alike(one: Any, other: Any) -> bool:
     return type(one) is type(other) and repr(one) == repr(other)
 
 
-def _diagnostics(finished: Round, site: str) -> dict[str, float]:
-    """Single numbers that techniques left in a site's diagnostics, where the site works on this machine."""
-    noted = finished.site_states[site].diagnostics if site in finished.site_states else {}
-    return {name: float(value) for name, value in noted.items() if value.dim() == 0}
-
-
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class SiteDice:
     """For `federate(validate=…)`: the mean Dice of each site's held-out patients, as "Dice, <site>", and of all.
 
     The score of a patient is the mean over WT, TC and ET; a region that the patient lacks scores 1 if none is
-    predicted and 0 if one is, as in BraTS. "Dice" is the mean over all patients. These numbers depend on patients and
-    are outside any guarantee of the run.
+    predicted and 0 if one is, as in BraTS. These numbers depend on patients and are outside any guarantee of the run.
 
     Args:
         sites: their held-out patients are scored; sites without any are left out.
@@ -331,9 +305,8 @@ class SiteDice:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, value in (("every", self.every), ("patients", self.patients)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is a positive whole number, got {value}")
+        check_whole(every=self.every)
+        check_whole(optional=True, patients=self.patients)
         if not any(len(site.val) for site in self.sites):
             raise ValueError("no site holds out a patient, so there is no Dice to measure")
 
@@ -342,9 +315,8 @@ class SiteDice:
             return {}
         scored = [replace(site, val=list(site.val[:self.patients])) for site in self.sites if len(site.val)]
         table = evaluate(model, scored, precision=self.precision)
-        each = {f"Dice, {site}": float(summary(rows)["dice"]["mean"])
-                for site, rows in table.groupby("site", sort=False)}
-        return {"Dice": float(summary(table)["dice"]["mean"]), **each}
+        parts = {"Dice": table} | {f"Dice, {site}": rows for site, rows in table.groupby("site", sort=False)}
+        return {name: float(summary(rows)["dice"]["mean"]) for name, rows in parts.items()}
 
     def __repr__(self) -> str:
         names = ", ".join(site.name for site in self.sites)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -35,10 +35,8 @@ class RunDashboard:
 
     For each site: training loss, Dice of its held-out patients (with `validate=SiteDice(sites=…)`), norm and bytes of
     its updates, the share that was clipped, ε spent against the budget, and the rounds it missed, with the reason.
-    Numbers that a guarantee keeps at the site are named. An ε is always shown with δ, unit, adjacency and accountant.
-
-    A second dashboard of a run, as when its cell is run again, shares the widgets of the first. Without a kernel, as in
-    an exported notebook, the state last sent remains: that at the start, at a pause, at the end, and after `wait()`.
+    A second dashboard of a run shares the widgets of the first. Without a kernel, as in an exported notebook, the state
+    last sent remains: that at the start, at a pause, at the end, and after `wait()`.
 
     Args:
         run: a `BackgroundRun`, started or not.
@@ -162,33 +160,48 @@ class _Page:
 
     def __init__(self, run: BackgroundRun, budget: float | None, metric: str) -> None:
         self.run, self.metric = run, metric
-        self.records = list(run.history.records)
-        self.diagnostics = dict(run.diagnostics)
+        self.records, self.diagnostics = list(run.history.records), dict(run.diagnostics)
         self.budgets = _budgets(run, budget)
         self.sites = [site.name for site in run.sites]
         self.styles: dict[str, Style] = {
             name: (LINES[k % len(LINES)], _DASHES[k // len(LINES) % len(_DASHES)]) for k, name in enumerate(self.sites)}
         self.private = bool(run.privacy.units) or any(record["spent"] for record in self.records)
         self.at_server = any("server" in record["spent"] for record in self.records)
+        self.numbers = self._numbers()
 
     def html(self) -> str:
         run, done = self.run, len(self.records)
-        further = {"all": bool(self._metric()["all"]), "server": self.at_server}
+        further = {"all": bool(self.numbers["metric"]["all"]), "server": self.at_server}
         return render(
             "dashboard.html", colour=_COLOURS[run.state], done=done, rounds=run.history.rounds,
-            state={"pausing": "pausing after this round", "stopping": "stopping after this round"}.get(
-                run.state, run.state),
+            state=f"{run.state} after this round" if run.state in ("pausing", "stopping") else run.state,
             pace=f"{sum(record['seconds'] for record in self.records) / max(done, 1):.3g}",
             share=f"{100 * done / max(run.history.rounds, 1):.1f}", stopped=run.history.stopped, error=run.error,
             technique="no privacy technique" if run.history.privacy == repr(Privacy()) else run.history.privacy,
             styles=self.styles | {name: (INK, "") for name, shown in further.items()
                                   if shown and name not in self.styles},
-            charts=[*((drawn, "") for drawn in self._charts()), *self._epsilons()],
-            metric=self.metric,
+            charts=[*((drawn, "") for drawn in self._charts()), *self._epsilons()], metric=self.metric,
             rows=[self._row(name) for name in (*self.sites, *["server"] * self.at_server)] if done else [],
-            private=self.private, diagnostics=any(
-                numbers for sites in self.diagnostics.values() for numbers in sites.values()) and any(
-                self._per_site(self._clipped).values()))
+            private=self.private,
+            diagnostics=any(any(sites.values()) for sites in self.diagnostics.values())
+            and any(self.numbers["clipped"].values()))
+
+    def _numbers(self) -> dict[str, dict[str, Points]]:
+        """Loss, metric, norm, clipped share and MB sent: site -> (rounds finished, value) where it is known."""
+        def points(read: Callable[[dict[str, Any], str], float | None], *further: str) -> dict[str, Points]:
+            return {name: [(record["round"] + 1.0, value) for record in self.records
+                           if (value := read(record, name)) is not None] for name in (*self.sites, *further)}
+
+        def of_site(key: str) -> dict[str, Points]:
+            return points(lambda record, site: record["sites"].get(site, {}).get(key))
+
+        keys = {name: f"{self.metric}, {name}" for name in self.sites} | {"all": self.metric}
+        rounds = [record["round"] + 1.0 for record in self.records]
+        sent = {name: accumulate(record["sites"].get(name, {}).get("bytes", 0.0) / 1e6 for record in self.records)
+                for name in self.sites}
+        return {"loss": of_site("loss"), "norm": of_site("norm"), "clipped": points(self._clipped),
+                "metric": points(lambda record, name: record["metrics"].get(keys[name]), "all"),
+                "MB": {name: list(zip(rounds, values, strict=True)) for name, values in sent.items()}}
 
     def _chart(self, title: str, lines: Mapping[str, Points], **more: Any) -> str:
         # For a long run the axis ends shortly after the finished rounds, or they would be squeezed to its beginning.
@@ -196,48 +209,32 @@ class _Page:
         return chart(title, lines, styles=self.styles, rounds=rounds, **more)
 
     def _charts(self) -> list[str]:
-        reason = " A guarantee keeps it at the site." if self.private else ""
+        reason, numbers = " A guarantee keeps it at the site." if self.private else "", self.numbers
         notes = ["nothing yet"] * 3 if not self.records else [
             f"No site reports its loss.{reason}", "Not measured: give validate=SiteDice(sites=sites)",
             "No technique of this run reports what it clipped."]
         return [
-            self._chart("Training loss", self._per_site(lambda r, site: r["sites"][site].get("loss")), note=notes[0]),
-            self._chart(f"{self.metric} of held-out patients", self._metric(), bottom=0,
+            self._chart("Training loss", numbers["loss"], note=notes[0]),
+            self._chart(f"{self.metric} of held-out patients", numbers["metric"], bottom=0,
                         top=1 if self.metric == "Dice" else None, bold="all", note=notes[1]),
-            self._chart("Norm of the update that was sent", self._per_site(lambda r, site: r["sites"][site]["norm"]),
-                        bottom=0),
-            self._chart("Share that was clipped", self._per_site(self._clipped), bottom=0, top=1, note=notes[2]),
-            self._chart("Bytes sent so far [MB]", self._bytes(), bottom=0),
+            self._chart("Norm of the update that was sent", numbers["norm"], bottom=0),
+            self._chart("Share that was clipped", numbers["clipped"], bottom=0, top=1, note=notes[2]),
+            self._chart("Bytes sent so far [MB]", numbers["MB"], bottom=0),
         ]
-
-    def _per_site(self, read: Callable[[dict[str, Any], str], float | None]) -> dict[str, Points]:
-        """Name -> (rounds finished, value) for every round in which the site took part and has the number."""
-        return {name: [(record["round"] + 1.0, value) for record in self.records if name in record["sites"]
-                       and (value := read(record, name)) is not None] for name in self.sites}
-
-    def _metric(self) -> dict[str, Points]:
-        names = {name: f"{self.metric}, {name}" for name in self.sites} | {"all": self.metric}
-        return {name: [(record["round"] + 1.0, record["metrics"][key]) for record in self.records
-                       if key in record["metrics"]] for name, key in names.items()}
 
     def _clipped(self, record: dict[str, Any], site: str) -> float | None:
         """Share that the site clipped: of its patients' gradients, or of its update as a whole (0 or 1)."""
-        numbers = record["sites"][site]
-        noted = self.diagnostics.get(record["round"], {}).get(site, {})
-        if "clipped" in numbers:
-            return float(numbers["clipped"])
-        if "within_clip" in numbers:
-            return float(numbers["within_clip"] < 0)
-        if "share beyond the clipping norm" in noted:
-            return noted["share beyond the clipping norm"]
-        if "norm after clipping" in noted:
-            return float(noted["norm after clipping"] < noted["norm before clipping"] * (1 - 1e-9))
+        known = self.diagnostics.get(record["round"], {}).get(site, {}) | record["sites"].get(site, {})
+        match known:
+            case {"clipped": share}:
+                return float(share)
+            case {"within_clip": within}:
+                return float(within < 0)
+            case {"share beyond the clipping norm": share}:
+                return float(share)
+            case {"norm before clipping": before, "norm after clipping": after}:
+                return float(after < before * (1 - 1e-9))
         return None
-
-    def _bytes(self) -> dict[str, Points]:
-        rounds = [record["round"] + 1.0 for record in self.records]
-        return {name: list(zip(rounds, accumulate(record["sites"].get(name, {}).get("bytes", 0.0) / 1e6
-                                                  for record in self.records), strict=True)) for name in self.sites}
 
     def _epsilons(self) -> list[tuple[str, str]]:
         """A chart per unit with its terms, or one that says why there is no ε."""
@@ -245,7 +242,7 @@ class _Page:
         terms: dict[str, dict[str, None]] = {}
         for record in self.records:
             for site, entries in record["spent"].items():
-                for s in _spent(entries):
+                for s in (Spent(**entry) for entry in entries):
                     units.setdefault(s.unit, {}).setdefault(site, []).append((record["round"] + 1.0, s.epsilon))
                     words = f"δ = {s.delta:g}, per {s.unit}, {s.adjacency}, {s.accountant} accountant"
                     terms.setdefault(s.unit, {})[words] = None
@@ -259,26 +256,21 @@ class _Page:
 
     def _row(self, name: str) -> list[str]:
         """The last known numbers of a site."""
-        present = [record for record in self.records if name in record["sites"]]
-        last = present[-1]["sites"][name] if present else {}
-        scores = self._metric().get(name)
-        clipped = self._clipped(present[-1], name) if present else None
+        def last(key: str, style: str = "{:.3g}") -> str:
+            points = self.numbers[key].get(name)
+            return style.format(points[-1][1]) if points else "–"
+
+        present = sum(name in record["sites"] for record in self.records)
         away = [(record["round"], record["absent"][name]) for record in self.records
                 if name in record.get("absent", {})]
+        entries = next((record["spent"][name] for record in reversed(self.records) if name in record["spent"]), [])
         spending = [f"{s}" + (f", of {self.budgets[s.unit]:g}" if s.unit in self.budgets else "")
-                    for s in next((_spent(record["spent"][name]) for record in reversed(self.records)
-                                   if name in record["spent"]), [])]
-        return [name, f"{len(present)}" if name in self.sites else "–", _number(last.get("loss")),
-                _number(scores[-1][1] if scores else None), _number(last.get("norm")),
-                "–" if clipped is None else f"{100 * clipped:.0f} %",
-                f"{sum(record['sites'][name]['bytes'] for record in present) / 1e6:.3f}" if present else "–",
+                    for s in (Spent(**entry) for entry in entries)]
+        return [name, f"{present}" if name in self.sites else "–", last("loss"), last("metric"), last("norm"),
+                last("clipped", "{:.0%}").replace("%", " %"), last("MB", "{:.3f}") if present else "–",
                 "; ".join(spending) or "–",
                 f"{len(away)} of {len(self.records)} rounds, last round {away[-1][0] + 1}: {away[-1][1]}"
                 if away else ""]
-
-
-def _spent(entries: Iterable[dict[str, Any]]) -> list[Spent]:
-    return [Spent(**entry) for entry in entries]
 
 
 def _budgets(run: BackgroundRun, given: float | None) -> dict[str, float]:
@@ -291,7 +283,3 @@ def _budgets(run: BackgroundRun, given: float | None) -> dict[str, float]:
         if limit is not None and terms is not None:
             budgets[terms.unit] = min(budgets.get(terms.unit, math.inf), float(limit))
     return budgets
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"

@@ -35,12 +35,7 @@ _TIMEOUT = 3.0  # seconds to reach the viewer's address
 
 
 def require() -> None:
-    """Checks that itkwidgets can work here, without importing it.
-
-    Raises:
-        RunError: it is not installed, no JupyterLab is connected, the user has not agreed to code from the internet,
-            or the viewer's address cannot be reached; with what to do.
-    """
+    """Raises `RunError` with the remedy where itkwidgets cannot work; it is not imported."""
     spec = importlib.util.find_spec("itkwidgets")
     if spec is None or spec.origin is None:
         raise MissingExtra("backend='itk' needs itkwidgets, which is not installed. Install it with: "

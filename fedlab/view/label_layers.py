@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -43,17 +43,14 @@ class RegionFacts(NamedTuple):
 
 
 def as_labels(patient: Patient, prediction: Prediction, *, name: str = "prediction") -> Bytes:
-    """Converts a prediction in any of its forms to BraTS labels on the patient's grid.
+    """Converts a prediction in any of its forms to BraTS labels on the patient's grid, uint8, shape (X, Y, Z).
 
     Args:
         patient: defines the grid.
-        prediction: label map of shape (X, Y, Z) with the values 0, 1, 2, 4; regions or their probabilities of shape
-            (3, X, Y, Z) in the order of `REGIONS`, thresholded at 0.5; a nibabel image or the path of a NIfTI file
-            with labels, whose affine must be the patient's.
+        prediction: label map of shape (X, Y, Z) with the values 0, 1, 2, 4, not copied if it is uint8; regions or
+            their probabilities of shape (3, X, Y, Z) in the order of `REGIONS`, thresholded at 0.5; a nibabel image or
+            the path of a NIfTI file with labels, whose affine must be the patient's.
         name: of the prediction in error messages.
-
-    Returns:
-        uint8, shape (X, Y, Z). A uint8 array is returned as it is, not copied.
 
     Raises:
         ValueError: another shape or affine, invalid labels or probabilities, NaN, or an unreadable file
@@ -93,9 +90,9 @@ def _array(patient: Patient, prediction: Prediction, name: str) -> npt.NDArray[A
     else:
         raise ValueError(f"{name} is a {type(prediction).__name__}; expected a tensor or array of labels (X, Y, Z) or "
                          "regions (3, X, Y, Z), a nibabel image, or the path of a NIfTI file")
-    own, given = patient_grid(patient), _grid(array.shape, affine)
-    if own.shape == given.shape and not same_grid(own, given):
-        own_mm, given_mm = (", ".join(f"{mm:.1f}" for mm in grid.affine[:3, 3]) for grid in (own, given))
+    grid = patient_grid(patient)
+    if array.shape == grid.shape and not same_grid(grid, replace(grid, affine=affine)):
+        own_mm, given_mm = (", ".join(f"{mm:.1f}" for mm in known[:3, 3]) for known in (grid.affine, affine))
         raise ValueError(f"{name} of patient {patient.id} lies elsewhere: its affine puts voxel (0, 0, 0) at "
                          f"({given_mm}) mm, the patient's at ({own_mm}) mm (RAS); resample it to the patient's grid, "
                          "or use the affine of the scan it was made from")
@@ -104,12 +101,8 @@ def _array(patient: Patient, prediction: Prediction, name: str) -> npt.NDArray[A
 
 def patient_grid(patient: Patient) -> Volume:
     """Shape and affine of a patient, without voxels."""
-    return _grid(tuple(patient.image.shape[1:]), np.asarray(patient.affine, dtype=np.float64))
-
-
-def _grid(shape: tuple[int, ...], affine: npt.NDArray[np.float64]) -> Volume:
-    x, y, z = shape
-    return Volume(path=Path(), shape=(x, y, z), affine=affine, codes=(1, 1))
+    x, y, z = patient.image.shape[1:]
+    return Volume(path=Path(), shape=(x, y, z), affine=np.asarray(patient.affine, dtype=np.float64), codes=(1, 1))
 
 
 def _valid_labels(patient: Patient, array: npt.NDArray[Any], name: str) -> Bytes:
@@ -117,8 +110,7 @@ def _valid_labels(patient: Patient, array: npt.NDArray[Any], name: str) -> Bytes
     if labels is not array and not np.array_equal(labels, array):
         raise ValueError(f"{name} of patient {patient.id} holds invalid labels, from {array.min():g} to "
                          f"{array.max():g}; expected 0, 1, 2 and 4, or probabilities of regions of shape (3, X, Y, Z)")
-    invalid = sorted(set(np.flatnonzero(np.bincount(labels.ravel(), minlength=5)).tolist()) - {0, *LABEL_COLOURS})
-    if invalid:
+    if invalid := sorted(set(np.flatnonzero(np.bincount(labels.ravel())).tolist()) - {0, *LABEL_COLOURS}):
         hint = "; BraTS 2023 and later encode the enhancing tumour as 3: torch.where(labels == 3, 4, labels)" \
             if invalid == [3] else ""
         raise ValueError(f"{name} of patient {patient.id} holds the value{'s' * (len(invalid) > 1)} "
@@ -153,11 +145,7 @@ class Case:
         return grey_values(self.patient, modality, self.box)
 
     def layer(self, name: str) -> Bytes:
-        """The labels of a layer.
-
-        Raises:
-            ValueError: there is no layer of this name.
-        """
+        """The labels of a layer; raises `ValueError` if there is none of this name."""
         if name not in self.layers:
             known = ", ".join(self.layers) or "none: the patient has no label map and no prediction was given"
             raise ValueError(f"there is no layer {name!r}; there are {known}")
@@ -199,11 +187,9 @@ class Case:
 
     def centre(self) -> tuple[int, int, int]:
         """Voxel of the box where the planes with most tumour meet, in the first layer with tumour; else the middle."""
-        for labels in self.layers.values():
-            if labels.any():
-                x, y, z = (largest_slice(labels, axis) for axis in range(3))
-                return x, y, z
-        x, y, z = (size // 2 for size in self.shape)
+        tumour = next((labels for labels in self.layers.values() if labels.any()), None)
+        x, y, z = (size // 2 if tumour is None else largest_slice(tumour, axis)
+                   for axis, size in enumerate(self.shape))
         return x, y, z
 
 
@@ -227,9 +213,7 @@ def grey_values(patient: Patient, modality: str, box: Box = (slice(None), slice(
     volume -= low
     volume *= 245 / max(float(high - low), 1e-6)
     np.clip(volume, 0, 245, out=volume)
-    volume += 10  # the brain stands out from the background
-    volume *= brain
-    return volume.astype(np.uint8)
+    return ((volume + 10) * brain).astype(np.uint8)  # the brain stands out from the background
 
 
 def largest_slice(labels: npt.NDArray[Any], axis: int) -> int:
@@ -240,11 +224,7 @@ def largest_slice(labels: npt.NDArray[Any], axis: int) -> int:
 
 
 def check_ras(patient: Patient) -> None:
-    """Refuses a patient whose axes are not right, anterior, superior: left and right could be mistaken.
-
-    Raises:
-        ValueError: other axes.
-    """
+    """Raises `ValueError` for axes other than right, anterior, superior: left and right could be mistaken."""
     codes = nib.orientations.aff2axcodes(patient.affine)
     if codes != ("R", "A", "S"):
         raise ValueError(f"the axes of patient {patient.id} point {', '.join(map(str, codes))}, but figures mark left "
@@ -252,15 +232,11 @@ def check_ras(patient: Patient) -> None:
 
 
 def make_case(patient: Patient, arms: Mapping[str, Prediction]) -> Case:
-    """Checks a patient and predictions, and crops them to the head.
-
-    Args:
-        patient: axes right, anterior, superior.
-        arms: name of an arm -> its prediction.
+    """Checks a patient and the predictions of arms, and crops them to the head.
 
     Raises:
-        ValueError: an image that is not four 3-D modalities, other axes, a label map of another shape, an arm named
-            "reference", or an invalid prediction (see `as_labels`).
+        ValueError: an image that is not four 3-D modalities, axes other than right, anterior, superior, a label map of
+            another shape, an arm named "reference", or an invalid prediction (see `as_labels`).
     """
     if not isinstance(patient, Patient):
         more = f" of {len(patient)} patients; fedlab.compare shows several" if isinstance(patient, Sequence) else ""
@@ -281,13 +257,13 @@ def make_case(patient: Patient, arms: Mapping[str, Prediction]) -> Case:
 
 def _head(patient: Patient, layers: Sequence[Bytes]) -> Box:
     """Bounds of all voxels that are nonzero in any modality or layer, with a margin; the whole grid if none is."""
+    from scipy.ndimage import find_objects
+
     used = (patient.image.detach() != 0).any(dim=0).cpu().numpy()
     for labels in layers:
         used |= labels != 0
     if not used.any():
         used[:] = True
-    spans = []
-    for axis, size in enumerate(used.shape):
-        inside = np.flatnonzero(used.any(axis=tuple(other for other in range(3) if other != axis)))
-        spans.append(slice(max(0, int(inside[0]) - _MARGIN), min(size, int(inside[-1]) + 1 + _MARGIN)))
-    return spans[0], spans[1], spans[2]
+    x, y, z = (slice(max(0, part.start - _MARGIN), min(size, part.stop + _MARGIN))
+               for part, size in zip(find_objects(used.view(np.uint8))[0], used.shape, strict=True))
+    return x, y, z

@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from fedlab.core.errors import DataError
 from fedlab.core.files import write_new
+from fedlab.core.setting_checks import check_choice
 from fedlab.core.types import Patient
 from fedlab.data.readers.nifti import write_label
 from fedlab.view.colours import REGION_LABELS
-from fedlab.view.label_layers import REFERENCE, Case, Prediction, as_labels, make_case, patient_grid
+from fedlab.view.label_layers import REFERENCE, Prediction, as_labels, make_case, patient_grid
 
 __all__ = ["Surface", "export_labels", "surface"]
 
@@ -49,8 +50,8 @@ class Surface:
     @property
     def bounds_mm(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Smallest and largest coordinates in mm, RAS."""
-        low, high = (tuple(float(v) for v in edge) for edge in (self.vertices.min(axis=0), self.vertices.max(axis=0)))
-        return (low[0], low[1], low[2]), (high[0], high[1], high[2])
+        low, high = (tuple(edge.tolist()) for edge in (self.vertices.min(axis=0), self.vertices.max(axis=0)))
+        return low, high
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a binary STL or PLY file in mm and RAS, as its header states.
@@ -58,11 +59,10 @@ class Surface:
         Raises:
             DataError: the name does not end in .stl or .ply, or the file exists already.
         """
-        writers = {".stl": _stl, ".ply": _ply}
-        suffix = Path(path).suffix.lower()
-        if suffix not in writers:
+        write = {".stl": _stl, ".ply": _ply}.get(Path(path).suffix.lower())
+        if write is None:
             raise DataError(f"{path}: expected a name that ends in .stl or .ply")
-        return write_new(path, writers[suffix](self), error=DataError)
+        return write_new(path, write(self), error=DataError)
 
     def __repr__(self) -> str:
         return f"<Surface of {self.name}: {len(self.faces):,} triangles around {self.volume_ml:.1f} ml>"
@@ -83,12 +83,16 @@ def surface(patient: Patient, prediction: Prediction | None = None, *, part: Par
         ValueError: no labels, invalid labels, labels without `part`, or a `smooth_mm` that is negative or leaves
             nothing.
     """
-    if part not in (*PARTS, "brain"):
-        raise ValueError(f"part is one of {', '.join(PARTS)} or brain, got {part!r}")
+    check_choice((*PARTS, "brain"), part=part)
     if not 0 <= smooth_mm < 20:
         raise ValueError(f"smooth_mm goes from 0 to 20 mm, got {smooth_mm}")
     case = make_case(patient, {} if prediction is None else {"prediction": prediction})
-    body = _body(case, None if prediction is None else "prediction", part)
+    if part == "brain":
+        body = (patient.image[(slice(None), *case.box)] != 0).any(dim=0).cpu().numpy()
+    elif not case.layers:
+        raise ValueError(f"patient {patient.id} has no label map; give a prediction, or part='brain'")
+    else:
+        body = np.isin(case.layer(REFERENCE if prediction is None else "prediction"), PARTS[part])
     if not body.any():
         raise ValueError(f"there is no {part} in the labels of patient {patient.id}, so it has no surface")
     from scipy.ndimage import gaussian_filter
@@ -109,21 +113,10 @@ def surface(patient: Patient, prediction: Prediction | None = None, *, part: Par
                    faces=np.ascontiguousarray(faces, dtype=np.int32))
 
 
-def _body(case: Case, layer: str | None, part: str) -> npt.NDArray[np.bool_]:
-    if part == "brain":
-        brain: npt.NDArray[np.bool_] = (case.patient.image[(slice(None), *case.box)] != 0).any(dim=0).cpu().numpy()
-        return brain
-    if layer is None and REFERENCE not in case.layers:
-        raise ValueError(f"patient {case.patient.id} has no label map; give a prediction, or part='brain'")
-    found: npt.NDArray[np.bool_] = np.isin(case.layer(layer or REFERENCE), PARTS[part])
-    return found
-
-
 def export_labels(path: str | os.PathLike[str], patient: Patient, prediction: Prediction | None = None) -> Path:
-    """Writes labels as a NIfTI file with the patient's grid and affine.
+    """Writes labels as a NIfTI file with the patient's grid and affine, and the values 1, 2 and 4 of BraTS.
 
-    The values are those of BraTS: 1, 2 and 4. For a scan read from disk, `fedlab evaluate` writes predictions on the
-    grid of the file itself.
+    For a scan read from disk, `fedlab evaluate` writes predictions on the grid of the file itself.
 
     Args:
         path: a name that ends in .nii or .nii.gz.

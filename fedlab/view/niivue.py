@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -20,7 +21,7 @@ import traitlets
 from ipyniivue import MultiplanarType, NiiVue, ShowRender, SliceType
 from ipyniivue import Volume as NiiVueVolume
 from ipyniivue.traits import LUT
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgba
 
 from fedlab.core.types import MODALITIES
 from fedlab.view.colours import LABEL_ABBREVIATIONS, arm_label
@@ -36,27 +37,12 @@ _SLICES: Mapping[str, SliceType] = {
     "sagittal": SliceType.SAGITTAL, "3-D": SliceType.RENDER,
 }
 _LARGEST = max(LABEL_ABBREVIATIONS)
-_POSTER = """
-export default {
-  render({ model, el }) {
-    const image = document.createElement("img");
-    image.src = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
-    image.style.cssText = "position: absolute; z-index: 1; width: 100%; object-fit: contain; background: white;"
-      + `height: ${model.get("height")}px`;
-    el.style.cssText = "position: relative; height: 0; overflow: visible";
-    el.append(image);
-    const make_way = () => { if (model.get("covered")) image.remove(); };
-    model.on("change:covered", make_way);
-    make_way();
-  }
-};
-"""
 
 
 class _Poster(anywidget.AnyWidget):
     """A still picture over the canvas until the browser has drawn the volumes; without WebGL it stays."""
 
-    _esm = _POSTER
+    _esm = (Path(__file__).parent / "templates" / "poster.js").read_text("utf-8")
     png = traitlets.Bytes().tag(sync=True)
     height = traitlets.Int().tag(sync=True)
     covered = traitlets.Any().tag(sync=True)
@@ -82,21 +68,18 @@ class _Layer(NiiVueVolume):  # type: ignore[misc]
 def _nifti(array: npt.NDArray[np.uint8], affine: npt.NDArray[np.float64]) -> bytes:
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
-    data: bytes = image.to_bytes()
-    return data
+    return bytes(image.to_bytes())
 
 
 class NiiVuePanel:
     """Canvas, controls, legend and numbers of one case, kept in step.
 
     Attributes:
-        case: the case shown.
-        settings: what is shown now.
+        case, settings: the case, and its present view.
         canvas: the NiiVue widget.
         poster: a still picture in its place until the browser has drawn it; permanent where there is no WebGL.
         controls: the ipywidgets by name: modality, view, arm, overlay, opacity, NCR, ED, ET, sagittal, coronal, axial.
-        numbers: volumes and Dice of the layer shown.
-        legend: the meaning of the colours.
+        numbers, legend: volumes and Dice of the layer shown, and the meaning of the colours.
         widget: all of these in one box, to be displayed.
     """
 
@@ -127,7 +110,14 @@ class NiiVuePanel:
             control.observe(self._changed, names="value")
         self._write()
         self._move_crosshair()
-        self.widget = self._arranged()
+        rows = (("modality", "view", "arm", "overlay"), (*AXES, "opacity"))
+        above, below = (ipywidgets.HBox([self.controls[name] for name in row],
+                                        layout=ipywidgets.Layout(flex_flow="row wrap")) for row in rows)
+        labels = ipywidgets.HBox([self.controls[name] for name in LABEL_ABBREVIATIONS.values()])
+        side = ipywidgets.VBox([self.numbers, labels, self.legend], layout=ipywidgets.Layout(width="270px"))
+        wide = ipywidgets.Layout(flex="1 1 auto", display="block")  # in a flexible box a canvas is 0 pixels wide
+        middle = ipywidgets.HBox([ipywidgets.Box([self.poster, self.canvas], layout=wide), side])
+        self.widget = ipywidgets.VBox([above, middle, below])
 
     def close(self) -> None:
         """Frees the canvas in the browser and the bytes in the kernel."""
@@ -135,25 +125,13 @@ class NiiVuePanel:
                      self.legend, self.widget):
             part.close()
 
-    def _arranged(self) -> Any:
-        controls = self.controls
-        rows = (("modality", "view", "arm", "overlay"), (*AXES, "opacity"))
-        above, below = (ipywidgets.HBox([controls[name] for name in row],
-                                        layout=ipywidgets.Layout(flex_flow="row wrap")) for row in rows)
-        labels = ipywidgets.HBox([controls[name] for name in LABEL_ABBREVIATIONS.values()])
-        side = ipywidgets.VBox([self.numbers, labels, self.legend], layout=ipywidgets.Layout(width="270px"))
-        wide = ipywidgets.Layout(flex="1 1 auto", display="block")  # in a flexible box a canvas is 0 pixels wide
-        middle = ipywidgets.HBox([ipywidgets.Box([self.poster, self.canvas], layout=wide), side])
-        return ipywidgets.VBox([above, middle, below])
-
     def _changed(self, change: Any) -> None:
         """Updates the view after a control has moved, and sends only what has changed."""
         if self._moving:
             return
         before, value = self.settings, {name: control.value for name, control in self.controls.items()}
         self.settings = now = replace(
-            before, modality=value["modality"], view=value["view"], layer=value["arm"], overlay=value["overlay"],
-            opacity=value["opacity"],
+            before, layer=value["arm"], **{name: value[name] for name in ("modality", "view", "overlay", "opacity")},
             labels=tuple(label for label, name in LABEL_ABBREVIATIONS.items() if value[name]),
             crosshair=tuple(value[plane] - self.case.box[axis].start for plane, axis in AXES.items()))
         if now.modality != before.modality:
@@ -177,10 +155,10 @@ class NiiVuePanel:
 
     def _colour_table(self) -> LUT:
         """One colour per value from 0 on; labels that are not drawn are transparent."""
-        shown = replace(self.settings, opacity=1.0).colours()
-        rows = [tuple(round(255 * part) for part in (*to_rgb(shown[value][0]), shown[value][1])) if value in shown
-                else (0, 0, 0, 0) for value in range(_LARGEST + 1)]
-        return LUT(lut=[part for row in rows for part in row], min=0, max=_LARGEST)
+        table = np.zeros((_LARGEST + 1, 4))
+        for value, (colour, opacity) in replace(self.settings, opacity=1.0).colours().items():
+            table[value] = to_rgba(colour, opacity)
+        return LUT(lut=np.rint(255 * table).astype(int).ravel().tolist(), min=0, max=_LARGEST)
 
     def _move_crosshair(self) -> None:
         """Puts the crosshair into the centre of its voxel; NiiVue counts in fractions of the box."""
@@ -189,17 +167,17 @@ class NiiVuePanel:
 
     def _clicked(self, location: dict[str, Any]) -> None:
         """Moves the sliders to a click into a slice, and sends nothing back."""
-        voxel = [min(max(int(share * size), 0), size - 1)
-                 for share, size in zip(location["frac"], self.case.shape, strict=False)]
-        if len(voxel) != 3:
+        if len(location["frac"]) != 3:
             return
+        last = np.subtract(self.case.shape, 1)
+        x, y, z = np.clip(np.multiply(location["frac"], self.case.shape).astype(int), 0, last).tolist()
         self._moving = True
         try:
             for plane, axis in AXES.items():
-                self.controls[plane].value = voxel[axis] + self.case.box[axis].start
+                self.controls[plane].value = (x, y, z)[axis] + self.case.box[axis].start
         finally:
             self._moving = False
-        self.settings = replace(self.settings, crosshair=(voxel[0], voxel[1], voxel[2]))
+        self.settings = replace(self.settings, crosshair=(x, y, z))
 
     def _write(self) -> None:
         layer, case = self.settings.layer, self.case
@@ -215,16 +193,15 @@ class NiiVuePanel:
 def _controls(case: Case, settings: ViewSettings) -> dict[str, Any]:
     layers: Sequence[tuple[str, str | None]] = [(arm_label(name), name) for name in case.layers] or [("none", None)]
     overlays = OVERLAYS if REFERENCE in case.layers and len(case.layers) > 1 else ("labels", "none")
-    menus: dict[str, tuple[str, Sequence[Any], Any]] = {
-        "modality": ("modality", MODALITIES, settings.modality),
-        "view": ("plane", [("planes and 3-D", "all"), *((name, name) for name in VIEWS[1:])], settings.view),
-        "arm": ("arm", layers, settings.layer),
-        "overlay": ("overlay", overlays, settings.overlay),
+    menu = ipywidgets.Dropdown
+    controls: dict[str, Any] = {
+        "modality": menu(options=MODALITIES, value=settings.modality, description="modality"),
+        "view": menu(options=[("planes and 3-D", "all"), *((name, name) for name in VIEWS[1:])], value=settings.view,
+                     description="plane"),
+        "arm": menu(options=layers, value=settings.layer, description="arm"),
+        "overlay": menu(options=overlays, value=settings.overlay, description="overlay"),
+        "opacity": ipywidgets.FloatSlider(value=settings.opacity, max=1.0, step=0.05, description="opacity"),
     }
-    controls: dict[str, Any] = {name: ipywidgets.Dropdown(options=options, value=value, description=label)
-                                for name, (label, options, value) in menus.items()}
-    controls["opacity"] = ipywidgets.FloatSlider(value=settings.opacity, min=0.0, max=1.0, step=0.05,
-                                                 description="opacity")
     for plane, axis in AXES.items():
         start, size = case.box[axis].start, case.shape[axis]
         controls[plane] = ipywidgets.IntSlider(value=start + settings.crosshair[axis], min=start,

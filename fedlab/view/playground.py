@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import generator
+from fedlab.core.setting_checks import check_positive, check_share
 from fedlab.core.types import MODALITIES, Patient, SiteState, Spent, Update
 from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["Knobs", "PrivacyPlayground"]
 
 _WAIT = 0.5  # seconds without a change before an attack begins
-_WIDTH, _HEIGHT, _BINS = 440, 130, 61  # of the histogram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +57,17 @@ class Knobs:
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip < math.inf:
-            raise ValueError(f"clip is a positive number, got {self.clip!r}")
+        check_positive(clip=self.clip)
+        check_share(fraction=self.fraction)
         if not 0 <= self.noise_multiplier < math.inf:
             raise ValueError(f"noise_multiplier is 0 or a positive number, got {self.noise_multiplier!r}")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction is above 0 and at most 1, got {self.fraction!r}")
 
     def privacy(self, *, delta: float) -> Privacy:
         """These settings as techniques for `federate`; clipping without noise is not a technique."""
-        techniques: list[Privacy] = []
-        if self.noise_multiplier > 0:
-            techniques.append(LocalGaussian(clip=self.clip, noise_multiplier=self.noise_multiplier, delta=delta,
-                                            accountant="gdp"))
-        if self.fraction < 1:
-            techniques.append(PartialSharing(fraction=self.fraction))
-        return sum(techniques[1:], start=techniques[0]) if techniques else Privacy()
+        noise = LocalGaussian(clip=self.clip, noise_multiplier=self.noise_multiplier, delta=delta,
+                              accountant="gdp") if self.noise_multiplier > 0 else None
+        sharing = PartialSharing(fraction=self.fraction) if self.fraction < 1 else None
+        return noise + sharing if noise and sharing else noise or sharing or Privacy()
 
     def protect(self, update: Update, *, delta: float, seed: int) -> Update:
         """The update as it would leave the site, with the privacy spent in one round."""
@@ -92,25 +88,24 @@ class Knobs:
 
 
 class PrivacyPlayground:
-    """Sliders for clipping norm, σ, fraction and ε over one real update: what is sent, and what it reveals.
+    """Sliders for clipping norm, σ, fraction and ε over one real update: the update sent, and what it reveals.
 
     The update is one plain gradient step of a network on one patch around a tumour. `LocalGaussian` and
     `PartialSharing` clip, perturb and thin it as in a run; the accountant states the cost of `rounds` such rounds; and
-    a gradient inversion (`fedlab.evidence.inversion`) searches for the patch in what is sent, anew for every setting,
-    in a thread, within seconds. It is the easiest case for an adversary: one patch, one step, known labels. A failed
-    reconstruction proves nothing; the accountant's ε does.
+    a gradient inversion (`fedlab.evidence.inversion`) searches for the patch in the update sent, anew for every
+    setting, in a thread, within seconds. It is the easiest case for an adversary: one patch, one step, known labels.
+    A failed reconstruction proves nothing; the accountant's ε does.
 
     Args:
         patient: with a label; by default a generated one, which takes a few seconds.
-        model: maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); by default a small untrained `patch_net`. A large
-            one takes long to attack.
+        model: maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); by default a small untrained `patch_net`.
         crop: edge of the patch in voxels.
         rounds: the number of rounds to which ε refers.
         delta: of the guarantee.
         steps: of an attack, at most.
         max_seconds: of an attack, at most.
         seed: of the patient, the network, the noise and the attack.
-        auto: attack automatically after a change; else on the button.
+        auto: whether every change starts an attack; else the button does.
 
     Raises:
         ValueError: a patient without a label or a tumour, or smaller than the patch; a number out of range.
@@ -124,13 +119,20 @@ class PrivacyPlayground:
                              f"0 and 1 and positive seconds, got rounds={rounds}, steps={steps}, crop={crop}, "
                              f"delta={delta}, max_seconds={max_seconds}")
         self.rounds, self.delta, self.steps, self.max_seconds, self.seed = rounds, delta, steps, max_seconds, seed
-        self.patient = _generated(seed) if patient is None else patient
+        if patient is None:
+            from fedlab.data.phantom.generator import make_cohort
+
+            patient = make_cohort(sizes=[1], held_out=0, shape=(48, 64, 48), seed=seed, workers=0,
+                                  progress=False)[0].train[0]
+        self.patient = patient
         self.model = patch_net(seed=seed) if model is None else copy.deepcopy(model)
         self.patch, self.regions = _patch(self.patient, crop)
         self.update = one_step_update(self.model, self.patch, self.regions, site=self.patient.id)
         self._found: dict[Knobs, Inversion] = {}
         self._progress: tuple[Knobs, int, torch.Tensor] | None = None  # of a running attack
         self._failed = ""
+        self._running: threading.Thread | None = None
+        self._cancelled = threading.Event()
         self._silent = False
         self._renew: Callable[[], None] = lambda: None  # renews the static copy in the cell that displays it
         self._build(auto)
@@ -171,12 +173,8 @@ class PrivacyPlayground:
         return self
 
     def reconstruct(self) -> Inversion:
-        """Attacks what is sent under the present settings, in this thread, and shows the result.
-
-        Returns:
-            The result of the attack, cached per setting.
-        """
-        _Attack.cancel_any()
+        """Attacks the update sent under the present settings, in this thread; the result is kept per setting."""
+        self._cancel()
         knobs = self.knobs
         if knobs not in self._found:
             self._found[knobs] = self._attack(knobs, lambda taken, patch: True)
@@ -190,7 +188,8 @@ class PrivacyPlayground:
 
     def html(self) -> str:
         """Update and reconstruction as they are now: self-contained HTML."""
-        return f'<div style="font-family:sans-serif;background:#fff;color:#222">{self._facts()}{self._pictures()}</div>'
+        return ('<div style="font-family:sans-serif;background:#fff;color:#222">'
+                f"{self._facts_box.value}{self._picture_box.value}</div>")
 
     def figure(self) -> Picture:
         """The true patch and its reconstruction, one column per modality; only the patch before an attack.
@@ -200,15 +199,13 @@ class PrivacyPlayground:
         from fedlab.view.picture import Picture, styled
 
         found = self._found.get(self.knobs)
-        rows = [("the patch", self.patch)] + ([("reconstruction", found.image)] if found is not None else [])
+        rows = {"the patch": self.patch} | ({"reconstruction": found.image} if found is not None else {})
         with styled():
             figure = Picture(figsize=(7.2, 1.9 * len(rows) + 0.6), layout="constrained")
-            for (name, volume), axes in zip(rows, figure.subplots(len(rows), 4, squeeze=False), strict=True):
+            for (name, volume), axes in zip(rows.items(), figure.subplots(len(rows), 4, squeeze=False), strict=True):
                 for ax, modality, channel in zip(axes, MODALITIES, volume, strict=True):
                     ax.imshow(_grey(channel), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-                    ax.set_xticks([])
-                    ax.set_yticks([])
-                    ax.set_title(modality)
+                    ax.set(xticks=[], yticks=[], title=modality)
                 axes[0].set_ylabel(name)
             figure.suptitle(self._outcome(), fontsize=9)
         figure.alt = self._outcome()
@@ -240,44 +237,36 @@ class PrivacyPlayground:
         self._auto = widgets.Checkbox(value=auto, description="reconstruct automatically", indent=False)
         self._button = widgets.Button(description="Reconstruct", icon="search", button_style="primary")
         self._facts_box, self._picture_box = widgets.HTML(), widgets.HTML()
-        moved = {self._sigma: self._sigma_moved, self._epsilon: self._epsilon_moved}
         for control in (self._clip, self._sigma, self._epsilon, self._fraction, self._noise, self._auto):
-            control.observe(self._observer(moved.get(control, self._changed)), names="value")
+            control.observe(partial(self._moved, control), names="value")
         self._button.on_click(lambda button: self._begin())
         knobs = widgets.VBox([self._clip, widgets.HBox([self._sigma, self._noise]), self._epsilon, self._fraction,
                               widgets.HBox([self._button, self._auto])])
         self._box = widgets.VBox([knobs, self._facts_box, self._picture_box])
 
-    def _observer(self, act: Callable[[], None]) -> Callable[[object], None]:
-        return lambda change: None if self._silent else act()
+    def _moved(self, control: Any, change: object) -> None:
+        """After the user has moved a control; σ and ε follow each other, and both add noise."""
+        if self._silent:
+            return
+        with self._quiet():
+            if control is self._epsilon:
+                self._sigma.value = self._sigma_for(float(self._epsilon.value))
+            if control in (self._sigma, self._epsilon):
+                self._noise.value = True
+        self._changed()
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """The program moves the sliders, not the user."""
+        """Within it the program moves the sliders, not the user."""
         self._silent = True
         try:
             yield
         finally:
             self._silent = False
 
-    def _sigma_moved(self) -> None:
-        with self._quiet():
-            self._noise.value = True
-        self._changed()
-
-    def _epsilon_moved(self) -> None:
-        with self._quiet():
-            self._sigma.value, self._noise.value = self._sigma_for(float(self._epsilon.value)), True
-        self._changed()
-
     def _sigma_for(self, epsilon: float) -> float:
-        """The smallest σ of the slider's range that keeps all rounds within ε.
-
-        Raises:
-            ValueError: `epsilon` is not a positive number.
-        """
-        if not 0 < epsilon < math.inf:
-            raise ValueError(f"epsilon is a positive number, got {epsilon!r}")
+        """The smallest σ of the slider's range that keeps all rounds within ε."""
+        check_positive(epsilon=epsilon)
         low, high = 1e-5, 1e3
         while high / low > 1.001:
             middle = math.sqrt(low * high)
@@ -287,56 +276,71 @@ class PrivacyPlayground:
 
     def _changed(self) -> None:
         """Updates everything after a setting has changed."""
-        self._sent = self.knobs.protect(self.update, delta=self.delta, seed=self.seed)
+        sent = self.knobs.protect(self.update, delta=self.delta, seed=self.seed)
         spent = self.knobs.spent(delta=self.delta, rounds=self.rounds)
         if spent is not None:
             with self._quiet():
                 self._epsilon.value = min(max(spent.epsilon, 1e-2), 1e12)
-        self._facts_box.value = self._facts()
+        self._facts_box.value = self._facts(sent, spent)
         if self._auto.value and self.knobs not in self._found:
             self._begin()
         else:
-            _Attack.cancel_any()
+            self._cancel()
             self._show()
 
     def _begin(self) -> None:
+        """Starts an attack in a thread, in place of a running one."""
+        self._cancelled.set()
         self._progress, self._failed = None, ""
         if self.knobs not in self._found:
-            _Attack.begin(self, self.knobs)
+            self._cancelled = threading.Event()
+            self._running = threading.Thread(target=self._attack_later, args=(self.knobs, self._cancelled),
+                                             name="fedlab attack", daemon=True)
+            self._running.start()
         self._show()
+
+    def _cancel(self) -> None:
+        """Ends the attack of the thread."""
+        self._cancelled.set()
+        if self._running is not None:
+            self._running.join()
+
+    def _attack_later(self, knobs: Knobs, cancelled: threading.Event) -> None:
+        """The thread: attacks once the sliders rest."""
+        def on_step(taken: int, patch: torch.Tensor) -> bool:
+            if taken % 20 == 0 and not cancelled.is_set():
+                self._progress = (knobs, taken, patch)
+                self._show()
+            return not cancelled.is_set()
+
+        if cancelled.wait(_WAIT):
+            return
+        try:
+            found = self._attack(knobs, on_step)
+        except Exception as error:  # a thread has no cell to show it
+            self._failed = f"{type(error).__name__}: {error}"
+            self._show()
+            return
+        if not cancelled.is_set():
+            self._found[knobs] = found
+            self._show()
+            self._renew()
 
     def _attack(self, knobs: Knobs, on_step: Callable[[int, torch.Tensor], bool]) -> Inversion:
         sent = knobs.protect(self.update, delta=self.delta, seed=self.seed)
         return invert_update(sent.delta, model=self.model, regions=self.regions, steps=self.steps, seed=self.seed,
                              max_seconds=self.max_seconds, on_step=on_step)
 
-    def _show(self) -> None:
-        self._picture_box.value = self._pictures()
-
-    def _facts(self) -> str:
+    def _facts(self, sent: Update, spent: Spent | None) -> str:
         """The update that leaves the site, and its privacy cost."""
-        knobs, sent = self.knobs, self._sent
-        spent = knobs.spent(delta=self.delta, rounds=self.rounds)
-        before, after = _flat(self.update), _flat(sent)
-        cosine = float(torch.cosine_similarity(before, after, dim=0))
-        share = float((after != 0).float().mean())
-        norm = self.update.norm()
-        clipped = f"clipped to {knobs.clip:.3g}" if norm > knobs.clip else f"within the clipping norm {knobs.clip:.3g}"
-        noise = knobs.noise_multiplier * knobs.clip
-        facts = {"norm of the update": f"{norm:.3g}, {clipped}",
-                 "noise": f"σ × clip = {noise:.3g} on each of {before.numel()} entries, of norm about "
-                          f"{noise * math.sqrt(before.numel()):.3g} in all" if noise else "none",
-                 "sent": f"norm {sent.norm():.3g}, {100 * share:.0f} % of the entries, {sent.nbytes / 1e3:.1f} "
-                         f"of {self.update.nbytes / 1e3:.1f} kB; cosine with the true update {cosine:.3f}",
-                 "accountant": f"{spent}, after {self.rounds} rounds" if spent is not None
-                               else "no noise, so no formal guarantee: there is no ε, whatever is clipped or left out",
-                 "as code": repr(knobs.privacy(delta=self.delta)) if spent is not None or knobs.fraction < 1
-                            else "none of fedlab's techniques: clipping alone protects nothing"}
+        knobs = self.knobs
+        before, after = (torch.cat([t.flatten().double() for t in one.delta.values()]) for one in (self.update, sent))
         edge = float(np.quantile(torch.cat([before, after]).abs().numpy(), 0.999)) or float(before.abs().max()) or 1.0
-        return render("playground_facts.html", facts=facts, width=_WIDTH, height=_HEIGHT,
-                      ends=[f"{value:.2g}" for value in (-edge, 0.0, edge)],
-                      histograms=[(_histogram(values, edge), colour, opacity) for values, colour, opacity in
-                                  ((after, ORANGE, 0.45), (before, BLUE, 0.35))])
+        return render("playground_facts.html", update=self.update, sent=sent, spent=spent, knobs=knobs,
+                      rounds=self.rounds, entries=before.numel(), share=float((after != 0).float().mean()),
+                      cosine=float(torch.cosine_similarity(before, after, dim=0)), edge=edge,
+                      code=repr(knobs.privacy(delta=self.delta)) if spent is not None or knobs.fraction < 1 else "",
+                      histograms=((_heights(after, edge), ORANGE, 0.45), (_heights(before, edge), BLUE, 0.35)))
 
     def _outcome(self) -> str:
         found = self._found.get(self.knobs)
@@ -345,7 +349,10 @@ class PrivacyPlayground:
         return (f"correlation with the true patch {found.correlation(self.patch):.2f} (1: the patch itself, 0: "
                 f"unrelated) after {found.steps} steps in {found.seconds:.1f} s")
 
-    def _pictures(self) -> str:
+    def _show(self) -> None:
+        """Displays the patch, and the reconstruction under the present settings as far as it has come."""
+        from fedlab.view.picture import png_base64
+
         found, progress = self._found.get(self.knobs), self._progress
         outcome, volumes = self._outcome(), {"the patch": self.patch}
         if found is not None:
@@ -353,65 +360,9 @@ class PrivacyPlayground:
         elif progress is not None and progress[0] == self.knobs:
             outcome = f"attack running: step {progress[1]} of {self.steps}"
             volumes["reconstruction"] = progress[2]
-        return render("playground_images.html", outcome=outcome, failed=self._failed, modalities=MODALITIES,
-                      rows={name: _images(volume) for name, volume in volumes.items()})
-
-
-class _Attack(threading.Thread):
-    """An attack in a thread. One at a time in this process: a new one cancels the running one."""
-
-    _running = threading.Lock()
-    _current: _Attack | None = None
-
-    def __init__(self, playground: PrivacyPlayground, knobs: Knobs) -> None:
-        super().__init__(name="fedlab attack", daemon=True)
-        self.playground, self.knobs, self.cancelled = playground, knobs, threading.Event()
-
-    @classmethod
-    def begin(cls, playground: PrivacyPlayground, knobs: Knobs) -> None:
-        if cls._current is not None:
-            cls._current.cancelled.set()
-        cls._current = cls(playground, knobs)
-        cls._current.start()
-
-    @classmethod
-    def cancel_any(cls) -> None:
-        current, cls._current = cls._current, None
-        if current is not None:
-            current.cancelled.set()
-            current.join()
-
-    def run(self) -> None:
-        with self._running:
-            if not self.cancelled.wait(_WAIT):
-                self._attack()
-
-    def _attack(self) -> None:
-        playground = self.playground
-        try:
-            found = playground._attack(self.knobs, self._on_step)
-        except Exception as error:  # a thread has no cell to show it
-            playground._failed = f"{type(error).__name__}: {error}"
-            playground._show()
-            return
-        if not self.cancelled.is_set():
-            playground._found[self.knobs] = found
-            playground._show()
-            playground._renew()
-
-    def _on_step(self, taken: int, patch: torch.Tensor) -> bool:
-        if taken % 20 == 0 and not self.cancelled.is_set():
-            self.playground._progress = (self.knobs, taken, patch)
-            self.playground._show()
-        return not self.cancelled.is_set()
-
-
-def _generated(seed: int) -> Patient:
-    """A generated patient, as in the tutorials."""
-    from fedlab.data.phantom.generator import make_cohort
-
-    sites = make_cohort(sizes=[1], held_out=0, shape=(48, 64, 48), seed=seed, workers=0, progress=False)
-    return sites[0].train[0]
+        images = {name: [png_base64(_grey(channel)) for channel in volume] for name, volume in volumes.items()}
+        self._picture_box.value = render("playground_images.html", outcome=outcome, failed=self._failed,
+                                         modalities=MODALITIES, rows=images)
 
 
 def _patch(patient: Patient, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -423,13 +374,9 @@ def _patch(patient: Patient, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"expected a patient with a tumour and at least {crop} voxels along each axis; {patient.id} "
                          f"has {len(where)} tumour voxels on a grid of {tuple(patient.label.shape)}")
     middle = where.float().mean(dim=0).round().long()
-    cut = tuple(slice(start := int(min(max(0, int(m) - crop // 2), size - crop)), start + crop)
-                for m, size in zip(middle, patient.label.shape, strict=True))
+    first = (middle - crop // 2).clamp(min=0).minimum(torch.tensor(patient.label.shape) - crop)
+    cut = tuple(slice(start, start + crop) for start in first.tolist())
     return patient.image[(slice(None), *cut)].float(), labels_to_regions(patient.label[cut])
-
-
-def _flat(update: Update) -> torch.Tensor:
-    return torch.cat([t.flatten().double() for t in update.delta.values()])
 
 
 def _grey(channel: torch.Tensor) -> npt.NDArray[np.float64]:
@@ -440,17 +387,8 @@ def _grey(channel: torch.Tensor) -> npt.NDArray[np.float64]:
     return grey
 
 
-def _images(volume: torch.Tensor) -> list[str]:
-    """The middle slices of the modalities as PNG."""
-    from fedlab.view.picture import png_base64
-
-    return [png_base64(_grey(channel)) for channel in volume]
-
-
-def _histogram(values: torch.Tensor, edge: float) -> str:
-    """Numbers of values between two edges, on a logarithmic scale, as an SVG path."""
-    counts, _ = np.histogram(values.clamp(-edge, edge).numpy(), bins=_BINS, range=(-edge, edge))
-    tall = np.log10(counts + 1) / math.log10(len(values) + 1) * (_HEIGHT - 34)
-    steps = "".join(f"H{k * _WIDTH / _BINS:.1f}V{_HEIGHT - 16 - t:.1f}H{(k + 1) * _WIDTH / _BINS:.1f}"
-                    for k, t in enumerate(tall))
-    return f"M0 {_HEIGHT - 16}{steps}V{_HEIGHT - 16}Z"
+def _heights(values: torch.Tensor, edge: float) -> list[float]:
+    """A histogram between two edges, on a logarithmic scale from 0 to 1; values beyond count at the edge."""
+    counts, _ = np.histogram(values.clamp(-edge, edge).numpy(), bins=61, range=(-edge, edge))
+    heights: list[float] = (np.log10(counts + 1) / math.log10(len(values) + 1)).tolist()
+    return heights

@@ -23,16 +23,11 @@ OVERLAYS = ("labels", *(f"errors {region}" for region in REGION_NAMES), "none")
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSettings:
-    """What is shown of a case.
+    """What is shown of a case; as the arguments of `fedlab.show`, except:
 
     Attributes:
-        modality: one of `MODALITIES`.
-        view: one of `VIEWS`.
         layer: name of the layer over the scan: "reference" or an arm; None where there is none.
-        overlay: one of `OVERLAYS`.
-        opacity: of the overlay, from 0 to 1.
-        labels: which of the labels 1, 2, 4 are drawn.
-        crosshair: voxel of the box where the planes meet.
+        crosshair: voxel of the case's box where the planes meet.
 
     Raises:
         ValueError: an unknown choice, or an opacity out of range.

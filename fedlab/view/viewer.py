@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from fedlab.core.extras import MissingExtra, install_command
+from fedlab.core.setting_checks import check_choice
 from fedlab.core.types import MODALITIES, Patient
 from fedlab.view.label_layers import REFERENCE, Case, Prediction, make_case
 from fedlab.view.view_settings import View, ViewSettings
@@ -31,7 +32,6 @@ class Viewer:
     Attributes:
         case: the patient and the layers over it.
         backend: "niivue", "itk" or "static".
-        panel: canvas and controls of the interactive backend; None for the static one.
     """
 
     def __init__(self, case: Case, settings: ViewSettings, backend: str, height: int) -> None:
@@ -55,15 +55,10 @@ class Viewer:
     @property
     def settings(self) -> ViewSettings:
         """What is shown now; the controls of the interactive backend change it."""
-        settings: ViewSettings = self._settings if self._panel is None else self._panel.settings
-        return settings
+        return self._settings if self._panel is None else self._panel.settings  # type: ignore[no-any-return]
 
     def picture(self, *, every: bool = True) -> Picture:
-        """The current view as a matplotlib figure.
-
-        Args:
-            every: one row per layer, the reference and the arms; False for the chosen layer only.
-        """
+        """The current view as a figure: one row per layer, the reference and the arms, or only the layer shown."""
         from fedlab.view.static_view import draw_case
 
         errors = self.settings.region is not None
@@ -86,16 +81,13 @@ class Viewer:
         """Displays a still picture at once; the canvas replaces it when the browser has loaded it."""
         from IPython.display import display
 
-        poster: Any = None
+        show_bundle: Any = display
         if self.backend == "niivue" and self._panel is None:
             png, size = self._poster()
-            poster = display({"image/png": png, "text/plain": repr(self)}, raw=True,  # type: ignore[no-untyped-call]
-                             metadata={"image/png": size}, display_id=True)
+            show_bundle = display({"image/png": png, "text/plain": repr(self)},  # type: ignore[no-untyped-call]
+                                  raw=True, metadata={"image/png": size}, display_id=True).update
         bundle, metadata = self._repr_mimebundle_()
-        if poster is None:
-            display(bundle, raw=True, metadata=metadata)  # type: ignore[no-untyped-call]
-        else:
-            poster.update(bundle, raw=True, metadata=metadata)
+        show_bundle(bundle, raw=True, metadata=metadata)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         drawn = self.picture()
@@ -112,9 +104,7 @@ def show(patient: Patient, prediction: Prediction | Mapping[str, Prediction] | N
          backend: Backend = "auto", height: int = 380) -> Viewer:
     """Shows a patient in linked slices and in 3-D: four modalities, the expert's labels, and predictions of arms.
 
-    The controls choose modality, plane, arm, overlay (labels, or the false positives and false negatives of a region),
-    its opacity, the labels drawn, and the point where the planes meet. Volumes [ml] and Dice of the layer stand beside
-    the canvas. The arguments set the initial choices.
+    Controls beside the canvas change every choice; volumes [ml] and Dice of the layer stand next to them.
 
     Args:
         patient: axes right, anterior, superior, as `read_patient` and `make_cohort` return it.
@@ -123,7 +113,8 @@ def show(patient: Patient, prediction: Prediction | Mapping[str, Prediction] | N
         modality: one of `MODALITIES`.
         view: "all" (three planes and 3-D), "axial", "coronal", "sagittal" or "3-D".
         arm: the layer over the scan, "reference" or an arm; by default the first arm, else the reference.
-        overlay: "labels", "errors WT", "errors TC", "errors ET" or "none".
+        overlay: "labels", the false positives and negatives of a region as "errors WT", "errors TC" or "errors ET",
+            or "none".
         opacity: of the overlay, from 0 to 1.
         labels: which of 1 (NCR), 2 (ED) and 4 (ET) are drawn.
         crosshair: voxel of the patient's grid where the planes meet; by default in the largest part of the tumour.
@@ -148,24 +139,19 @@ def show(patient: Patient, prediction: Prediction | Mapping[str, Prediction] | N
         raise ValueError(f"patient {patient.id} has no label map, so there is no error map; overlay='labels' shows the "
                          "prediction")
     if crosshair is not None:
-        settings = replace(settings, crosshair=_in_box(case, crosshair))
+        grid = tuple(patient.image.shape[1:])
+        if len(crosshair) != 3 or not all(0 <= voxel < size for voxel, size in zip(crosshair, grid, strict=True)):
+            raise ValueError(f"crosshair is a voxel of the grid {grid}, got {crosshair}")
+        x, y, z = (min(max(voxel - part.start, 0), part.stop - part.start - 1)
+                   for voxel, part in zip(crosshair, case.box, strict=True))
+        settings = replace(settings, crosshair=(x, y, z))
     case.grey(modality)  # an image that cannot be shown raises here, not while the notebook draws it
     return Viewer(case, settings, _usable(backend), height)
 
 
-def _in_box(case: Case, crosshair: tuple[int, int, int]) -> tuple[int, int, int]:
-    grid = tuple(case.patient.image.shape[1:])
-    if len(crosshair) != 3 or not all(0 <= voxel < size for voxel, size in zip(crosshair, grid, strict=True)):
-        raise ValueError(f"crosshair is a voxel of the grid {grid}, got {crosshair}")
-    x, y, z = (min(max(voxel - part.start, 0), part.stop - part.start - 1)
-               for voxel, part in zip(crosshair, case.box, strict=True))
-    return x, y, z
-
-
 def _usable(backend: str) -> str:
     """Resolves "auto", and checks that the backend can work here."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    check_choice(get_args(Backend), backend=backend)
     if backend == "auto":
         return "niivue" if _in_notebook() and _installed("ipyniivue", "ipywidgets") else "static"
     if backend == "niivue" and not _installed("ipyniivue", "ipywidgets"):

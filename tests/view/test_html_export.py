@@ -1,4 +1,4 @@
-"""`jupyter nbconvert --execute --to html`: a picture for each viewer and dashboard, and nothing from another machine."""
+"""`jupyter nbconvert --execute --to html`: a picture for each viewer and dashboard, and no address to load from."""
 
 from __future__ import annotations
 
