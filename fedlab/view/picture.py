@@ -1,16 +1,14 @@
-"""The figure class and the matplotlib settings of all figures. Import it inside functions: it loads matplotlib."""
+"""The class of all figures, and parts that they share. Import it inside functions: it loads matplotlib."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
@@ -19,21 +17,9 @@ from matplotlib.ticker import MaxNLocator
 
 from fedlab.view.colours import INK
 
-__all__ = ["SHADES", "Picture", "blended", "figure_png", "over_rounds", "png_base64", "styled", "whole_ticks"]
+__all__ = ["Picture", "blended", "figure_png", "matrix", "over_rounds", "png_base64", "whole_ticks"]
 
-#: Colour map of heat maps.
-SHADES = LinearSegmentedColormap.from_list("fedlab", ["#F6F8FB", "#C9DDEE", "#6FA8D2", "#0072B2", "#003A66"])
-_STYLE: Any = {
-    "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10,
-    "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9.5, "figure.titlesize": 13,
-    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlepad": 8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.linewidth": 0.8,
-    "axes.grid": False, "grid.color": "#E4E4E4", "grid.linewidth": 0.8, "axes.axisbelow": True,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": "#555555",
-    "ytick.color": "#555555", "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "legend.frameon": False, "lines.linewidth": 2.0, "lines.solid_capstyle": "round",
-    "figure.facecolor": "white", "savefig.facecolor": "white",
-}
+_SHADES = LinearSegmentedColormap.from_list("fedlab", ["#F6F8FB", "#C9DDEE", "#6FA8D2", "#0072B2", "#003A66"])
 
 
 class Picture(Figure):
@@ -59,11 +45,6 @@ def figure_png(figure: Figure, dpi: int) -> tuple[bytes, dict[str, int]]:
     return buffer.getvalue(), {"width": width, "height": height}
 
 
-def styled() -> AbstractContextManager[None]:
-    """The matplotlib settings of our figures within a `with` block; the user's settings return after it."""
-    return rc_context(_STYLE)
-
-
 def whole_ticks(ax: Axes, most: int = 10) -> None:
     """Ticks of the horizontal axis at whole numbers, at most `most` of them."""
     ax.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True))
@@ -76,6 +57,22 @@ def over_rounds(ax: Axes, title: str) -> None:
     ax.set_xlabel("rounds finished")
     ax.margins(x=0.02)
     whole_ticks(ax)
+
+
+def matrix(ax: Axes, values: npt.NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], *, low: float,
+           high: float, text: Callable[[int, int, float], str], fontsize: float) -> None:
+    """A matrix as shades with texts in its cells, grey where a value is missing, and a colour bar beside it."""
+    image = ax.imshow(np.ma.masked_invalid(values), cmap=_SHADES.with_extremes(bad="#DDDDDD"), vmin=low, vmax=high,
+                      aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        dark = np.isfinite(value) and value > low + 0.55 * (high - low)
+        ax.text(column, row, text(row, column, value), ha="center", va="center", fontsize=fontsize,
+                color="white" if dark else INK)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.figure.colorbar(image, ax=ax).outline.set_visible(False)
 
 
 def blended(grey: npt.NDArray[np.uint8], values: npt.NDArray[Any] | None,

@@ -29,6 +29,7 @@ from fedlab.privacy.sparse.partial_sharing import PartialSharing
 from fedlab.view.colours import BLUE, ORANGE
 from fedlab.view.page_templates import render
 from fedlab.view.slices import slice_image
+from fedlab.view.style import styled
 from fedlab.view.widget_snapshot import display_snapshot, snapshot
 
 if TYPE_CHECKING:
@@ -191,23 +192,23 @@ class PrivacyPlayground:
         return ('<div style="font-family:sans-serif;background:#fff;color:#222">'
                 f"{self._facts_box.value}{self._picture_box.value}</div>")
 
+    @styled
     def figure(self) -> Picture:
         """The true patch and its reconstruction, one column per modality; only the patch before an attack.
 
         Axial slices through the middle, the patient's right on the left.
         """
-        from fedlab.view.picture import Picture, styled
+        from fedlab.view.picture import Picture
 
         found = self._found.get(self.knobs)
         rows = {"the patch": self.patch} | ({"reconstruction": found.image} if found is not None else {})
-        with styled():
-            figure = Picture(figsize=(7.2, 1.9 * len(rows) + 0.6), layout="constrained")
-            for (name, volume), axes in zip(rows.items(), figure.subplots(len(rows), 4, squeeze=False), strict=True):
-                for ax, modality, channel in zip(axes, MODALITIES, volume, strict=True):
-                    ax.imshow(_grey(channel), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-                    ax.set(xticks=[], yticks=[], title=modality)
-                axes[0].set_ylabel(name)
-            figure.suptitle(self._outcome(), fontsize=9)
+        figure = Picture(figsize=(7.2, 1.9 * len(rows) + 0.6), layout="constrained")
+        for (name, volume), axes in zip(rows.items(), figure.subplots(len(rows), 4, squeeze=False), strict=True):
+            for ax, modality, channel in zip(axes, MODALITIES, volume, strict=True):
+                ax.imshow(_grey(channel), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                ax.set(xticks=[], yticks=[], title=modality)
+            axes[0].set_ylabel(name)
+        figure.suptitle(self._outcome(), fontsize=9)
         figure.alt = self._outcome()
         return figure
 

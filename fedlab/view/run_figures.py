@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fedlab.evidence.contributions import Contributions
 from fedlab.run.history import History
 from fedlab.view.colours import ARMS, BLUE, GREY, INK, ORANGE, RED, REGION_NAMES, arm_colours, arm_label, arm_of
+from fedlab.view.style import styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,7 @@ __all__ = ["contributions_figure", "cross_site_heatmap", "curves", "dice_by_arm"
 _METRIC_TITLES = {"dice": "Dice", "Dice": "Dice of held-out patients", "hd95_mm": "95 % Hausdorff distance [mm]"}
 
 
+@styled
 def curves(histories: Mapping[str, History], *, metric: str = "Dice") -> Picture:
     """Training loss and a metric of the model over the rounds, one line per arm.
 
@@ -36,36 +38,33 @@ def curves(histories: Mapping[str, History], *, metric: str = "Dice") -> Picture
     Raises:
         ValueError: no history holds a finished round, or neither a loss nor the metric.
     """
-    from fedlab.view.picture import Picture, over_rounds, styled
+    from fedlab.view.picture import Picture, over_rounds
 
     tables = {name: table for name, history in histories.items() if len(table := history.table())}
     if not tables:
         raise ValueError("none of the histories holds a finished round, so there is no curve to draw")
-    panels = [(column, title) for column, title in (("loss", "Mean training loss"),
-                                                    (metric, _METRIC_TITLES.get(metric, metric)))
-              if any(column in table for table in tables.values())]
+    titles = {"loss": "Mean training loss", metric: _METRIC_TITLES.get(metric, metric)}
+    panels = {column: title for column, title in titles.items() if any(column in table for table in tables.values())}
     if not panels:
         raise ValueError(f"the rounds hold neither a loss nor {metric!r}, only "
                          f"{sorted({str(c) for table in tables.values() for c in table})}; name one as metric=")
     colours, kinds = arm_colours(tables), [arm_of(name) for name in tables]
-    with styled():
-        figure = Picture(figsize=(10, 3.9), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"wspace": 0.06})[0]
-        lines: dict[str, Any] = {}
-        for ax, (column, title) in zip(axes, panels, strict=True):
-            for name, table in tables.items():
-                models = kinds.count(arm_of(name))
-                label = f"{arm_of(name)} ({models} models)" if models > 1 else arm_label(name)
-                values = table[column].dropna() if column in table else table.iloc[:0, 0]
-                line = _line(ax, values, colours[name], strong=models == 1, label=label,
-                             alpha=0.75 if models > 1 else 1.0)
-                lines.setdefault(label, line)
-            over_rounds(ax, title)
-            if column == metric:
-                ax.set_ylim(bottom=0)
-        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    figure = Picture(figsize=(10, 3.9), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"wspace": 0.06})[0]
+    lines: dict[str, Any] = {}
+    for ax, (column, title) in zip(axes, panels.items(), strict=True):
+        for name, table in tables.items():
+            models = kinds.count(arm_of(name))
+            label = f"{arm_of(name)} ({models} models)" if models > 1 else arm_label(name)
+            values = table[column].dropna() if column in table else table.iloc[:0, 0]
+            lines.setdefault(label, _line(ax, values, colours[name], strong=models == 1, label=label,
+                                          alpha=0.75 if models > 1 else 1.0))
+        over_rounds(ax, title)
+        if column == metric:
+            ax.set_ylim(bottom=0)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
     last = {name: table[metric].dropna() for name, table in tables.items() if metric in table}
-    figure.alt = " ".join([f"{' and '.join(title for _, title in panels)} over the rounds.", *(
+    figure.alt = " ".join([f"{' and '.join(panels.values())} over the rounds.", *(
         f"{arm_label(name)} ends at {values.iloc[-1]:.2f}." for name, values in last.items() if len(values))])
     return figure
 
@@ -77,6 +76,7 @@ def _line(ax: Axes, values: pd.Series[float], colour: str, *, strong: bool = Tru
     return line
 
 
+@styled
 def privacy_curves(history: History, *, metric: str = "Dice", budget: float | None = None) -> Picture:
     """The ε of every site after every round, and a metric of the model beside it.
 
@@ -91,28 +91,24 @@ def privacy_curves(history: History, *, metric: str = "Dice", budget: float | No
     Raises:
         ValueError: the run has no formal guarantee, so there is no ε to draw.
     """
-    from fedlab.view.picture import Picture, over_rounds, styled
+    from fedlab.view.picture import Picture, over_rounds
 
-    spent = history.spent()
+    spent, table = history.spent(), history.table()
     if spent.empty:
         raise ValueError("the run has no formal guarantee, so there is no ε to draw; fedlab.curves shows what it "
                          "learned")
-    table = history.table()
-    units = list(dict.fromkeys(spent.index.get_level_values("unit")))
-    sentences = []
-    with styled():
-        shown = metric in table and bool(table[metric].notna().any())
-        figure = Picture(figsize=(5 * (len(units) + shown), 4.1), layout="constrained")
-        axes = figure.subplots(1, len(units) + shown, squeeze=False)[0]
-        for ax, unit in zip(axes, units, strict=False):
-            of_unit = spent[spent.index.get_level_values("unit") == unit].droplevel("unit")
-            sentences.append(_spending(ax, of_unit, str(unit), budget))
-        if shown:
-            values = table[metric].dropna()
-            _line(axes[-1], values, INK)
-            axes[-1].set_ylim(bottom=0)
-            over_rounds(axes[-1], f"{metric} of the model")
-            sentences.append(f"{metric} ends at {values.iloc[-1]:.2f}.")
+    units = dict.fromkeys(spent.index.get_level_values("unit"))
+    shown = metric in table and bool(table[metric].notna().any())
+    figure = Picture(figsize=(5 * (len(units) + shown), 4.1), layout="constrained")
+    axes = figure.subplots(1, len(units) + shown, squeeze=False)[0]
+    sentences = [_spending(ax, spent.xs(unit, level="unit"), str(unit), budget)
+                 for ax, unit in zip(axes, units, strict=False)]
+    if shown:
+        values = table[metric].dropna()
+        _line(axes[-1], values, INK)
+        axes[-1].set_ylim(bottom=0)
+        over_rounds(axes[-1], f"{metric} of the model")
+        sentences.append(f"{metric} ends at {values.iloc[-1]:.2f}.")
     figure.alt = " ".join(sentences)
     return figure
 
@@ -142,6 +138,7 @@ def _spending(ax: Axes, spent: pd.DataFrame, unit: str, budget: float | None) ->
             + (f", the budget is {budget:g}." if budget is not None else "."))
 
 
+@styled
 def cross_site_heatmap(table: pd.DataFrame, *, title: str = "Mean Dice of each model on each site's patients",
                        own: Mapping[str, str] | None = None) -> Picture:
     """The score of each model on each site's patients, as shades with the numbers in them.
@@ -157,7 +154,7 @@ def cross_site_heatmap(table: pd.DataFrame, *, title: str = "Mean Dice of each m
     """
     from matplotlib.patches import Rectangle
 
-    from fedlab.view.picture import SHADES, Picture, styled
+    from fedlab.view.picture import Picture, matrix
 
     if table.empty:
         raise ValueError("the table of models and sites is empty: give one row per model and one column per site")
@@ -165,44 +162,33 @@ def cross_site_heatmap(table: pd.DataFrame, *, title: str = "Mean Dice of each m
     if own is None:
         own = {model: site for model in models for site in sites if model in (site, f"local: {site}", f"local {site}")}
     values = table.to_numpy(dtype=float)
-    with styled():
-        names = max(map(len, models)) * 0.085 + 0.4
-        cell = min(1.15, (9.0 - names) / len(sites))
-        tall = min(0.52, max(0.36, cell))
-        tilt = max(map(len, sites)) * 0.085 > cell
-        head, foot = 0.68 + (max(map(len, sites)) * 0.04 if tilt else 0.0), 0.5 if own else 0.15
-        width, height = names + cell * len(sites) + 0.85, head + tall * len(models) + foot
-        figure = Picture(figsize=(width, height))
-        ax = figure.add_axes((names / width, foot / height, cell * len(sites) / width, tall * len(models) / height))
-        low = min(0.5, np.floor(np.nanmin(values) * 10) / 10) if np.isfinite(values).any() else 0.0
-        image = ax.imshow(np.ma.masked_invalid(values), cmap=SHADES, vmin=low, vmax=1.0, aspect="auto")
-        for axis, count in ((ax.axhline, len(models)), (ax.axvline, len(sites))):
-            for edge in range(1, count):
-                axis(edge - 0.5, color="white", linewidth=1.5)
-        for (row, column), value in np.ndenumerate(values):
-            dark = np.isfinite(value) and (value - low) / (1 - low) > 0.55
-            ax.text(column, row, f"{value:.2f}" if np.isfinite(value) else "–", ha="center", va="center",
-                    fontsize=10 if cell > 0.55 else 7.5, color="white" if dark else INK)
-        for row, model in enumerate(models):
-            if own.get(model) in sites:
-                ax.add_patch(Rectangle((sites.index(own[model]) - 0.47, row - 0.47), 0.94, 0.94, fill=False,
-                                       edgecolor=ORANGE, linewidth=2.2))
-        ax.set_yticks(range(len(models)), [arm_label(model) for model in models])
-        ax.set_xticks(range(len(sites)), sites, rotation=35 if tilt else 0, ha="left" if tilt else "center")
-        ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
-        ax.spines[:].set_visible(False)
-        figure.text(0.12 / width, 1 - 0.12 / height, title, fontweight="bold", fontsize=11, va="top")
-        bar = figure.add_axes(((width - 0.7) / width, ax.get_position().y0, 0.13 / width, ax.get_position().height))
-        figure.colorbar(image, cax=bar).outline.set_visible(False)
-        if own:
-            figure.text(names / width, 0.18 / height, "framed: the model was trained on this site alone",
-                        fontsize=9, color=GREY)
+    longest, names = 0.085 * max(map(len, sites)), 0.085 * max(map(len, models)) + 0.4  # inches of text
+    cell = min(1.15, (9.0 - names) / len(sites))
+    figure = Picture(figsize=(names + cell * len(sites) + 0.9, 1.4 + min(0.52, max(0.36, cell)) * len(models)
+                              + (longest / 2 if longest > cell else 0)), layout="constrained")
+    ax = figure.subplots()
+    matrix(ax, values, [arm_label(model) for model in models], sites, high=1.0, fontsize=10 if cell > 0.55 else 7.5,
+           low=min(0.5, np.floor(np.nanmin(values) * 10) / 10) if np.isfinite(values).any() else 0.0,
+           text=lambda row, column, value: f"{value:.2f}" if np.isfinite(value) else "–")
+    ax.hlines(np.arange(1, len(models)) - 0.5, -0.5, len(sites) - 0.5, color="white", linewidth=1.5)
+    ax.vlines(np.arange(1, len(sites)) - 0.5, -0.5, len(models) - 0.5, color="white", linewidth=1.5)
+    for model, site in own.items():
+        if model in models and site in sites:
+            ax.add_patch(Rectangle((sites.index(site) - 0.47, models.index(model) - 0.47), 0.94, 0.94, fill=False,
+                                   edgecolor=ORANGE, linewidth=2.2))
+    ax.tick_params(top=False, labeltop=True, labelbottom=False)
+    if longest > cell:
+        ax.tick_params(axis="x", labelrotation=35)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    if own:
+        figure.supxlabel("framed: the model was trained on this site alone", fontsize=9, color=GREY)
     figure.alt = " ".join([f"{title}: {len(models)} models by {len(sites)} sites.", *(
         f"{arm_label(model)} from {np.nanmin(row):.2f} to {np.nanmax(row):.2f}."
         for model, row in zip(models, values, strict=True) if np.isfinite(row).any())])
     return figure
 
 
+@styled
 def dice_by_arm(scores: pd.DataFrame, *, metric: str = "dice") -> Picture:
     """The arms side by side for each region: a bar for the mean over patients, a dot per patient.
 
@@ -215,7 +201,9 @@ def dice_by_arm(scores: pd.DataFrame, *, metric: str = "dice") -> Picture:
     Raises:
         ValueError: a column is missing, or it holds no number.
     """
-    from fedlab.view.picture import Picture, styled
+    from matplotlib.colors import to_rgb
+
+    from fedlab.view.picture import Picture
 
     missing = [column for column in ("arm", "region", "patient", metric) if column not in scores]
     if missing:
@@ -225,50 +213,40 @@ def dice_by_arm(scores: pd.DataFrame, *, metric: str = "dice") -> Picture:
     if known.empty:
         raise ValueError(f"no row of the scores has a number as {metric}")
     arms, measured = list(known["arm"].unique()), list(known["region"].unique())
-    regions = [*(region for region in REGION_NAMES if region in measured),
-               *(region for region in measured if region not in REGION_NAMES)]
+    regions = sorted(measured, key=[*REGION_NAMES, *measured].index)
     values = {(str(arm), str(region)): group[metric].to_numpy(dtype=float)
               for (arm, region), group in known.groupby(["arm", "region"], sort=False)}
     colours, kinds = arm_colours(arms), [arm_of(arm) for arm in arms]
-    tints = {arm: _lighter(colours[arm], kinds[:number].count(kinds[number])) for number, arm in enumerate(arms)}
+    # The second, third, ... arm of one kind has its colour mixed with white.
+    shares = {arm: 0.75 ** (2 * kinds[:number].count(kinds[number])) for number, arm in enumerate(arms)}
+    tints = {arm: tuple(1 - shares[arm] * (1 - part) for part in to_rgb(colours[arm])) for arm in arms}
     patients, title = known["patient"].nunique(), _METRIC_TITLES.get(metric, metric)
-    with styled():
-        figure = Picture(figsize=(10, 4.2), layout="constrained")
-        ax = figure.subplots()
-        width = 0.84 / max(sum((arm, region) in values for arm in arms) for region in regions)
-        for column, region in enumerate(regions):
-            present = [arm for arm in arms if (arm, region) in values]
-            for number, arm in enumerate(present):
-                _bar(ax, column + (number + 0.5 - len(present) / 2) * width, width, values[arm, region], tints[arm])
-        for arm in arms:
-            ax.bar(0, 0, color=tints[arm], label=arm_label(arm))
-        ax.set_title(title)
-        ax.grid(axis="y")
-        if metric == "dice":
-            ax.set_ylim(0, 1.09)
-            ax.set_yticks(np.linspace(0, 1, 6))
-        labels = [f"{REGION_NAMES[region]} ({region})" if region in REGION_NAMES else region for region in regions]
-        ax.set_xticks(range(len(regions)), labels, fontsize=10)
-        ax.tick_params(axis="x", length=0, pad=20)
-        figure.legend(loc="outside lower center", ncols=min(5, len(arms)))
-        ax.set_title(f"bars: mean over {patients} patients, dots: single patients", loc="right", fontsize=9,
-                     fontweight="normal", color=GREY)
+    figure = Picture(figsize=(10, 4.2), layout="constrained")
+    ax = figure.subplots()
+    width = 0.84 / max(sum((arm, region) in values for arm in arms) for region in regions)
+    for column, region in enumerate(regions):
+        present = [arm for arm in arms if (arm, region) in values]
+        for number, arm in enumerate(present):
+            _bar(ax, column + (number + 0.5 - len(present) / 2) * width, width, values[arm, region], tints[arm])
+    for arm in arms:
+        ax.bar(0, 0, color=tints[arm], label=arm_label(arm))
+    ax.set_title(title)
+    ax.grid(axis="y")
+    if metric == "dice":
+        ax.set(ylim=(0, 1.09), yticks=np.linspace(0, 1, 6))
+    labels = [f"{REGION_NAMES[region]} ({region})" if region in REGION_NAMES else region for region in regions]
+    ax.set_xticks(range(len(regions)), labels, fontsize=10)
+    ax.tick_params(axis="x", length=0, pad=20)
+    figure.legend(loc="outside lower center", ncols=min(5, len(arms)))
+    ax.set_title(f"bars: mean over {patients} patients, dots: single patients", loc="right", fontsize=9,
+                 fontweight="normal", color=GREY)
     figure.alt = f"{title} by arm and region, means over {patients} patients: " + "; ".join(
         f"{arm_label(arm)} " + ", ".join(f"{region} {values[arm, region].mean():.2f}" for region in regions
                                         if (arm, region) in values) for arm in arms) + "."
     return figure
 
 
-def _lighter(colour: str, steps: int) -> str:
-    """The colour mixed with white, for the second, third, ... arm of one kind."""
-    from matplotlib.colors import to_hex, to_rgb
-
-    share = 0.75 ** (2 * steps)
-    red, green, blue = (1 - share * (1 - part) for part in to_rgb(colour))
-    return to_hex((red, green, blue))
-
-
-def _bar(ax: Axes, x: float, width: float, values: npt.NDArray[Any], colour: str) -> None:
+def _bar(ax: Axes, x: float, width: float, values: npt.NDArray[Any], colour: Any) -> None:
     """A bar for the mean with its number below, and a dot per patient in the order of the values."""
     mean = float(values.mean())
     ax.bar(x, mean, width * 0.9, color=colour)
@@ -278,6 +256,7 @@ def _bar(ax: Axes, x: float, width: float, values: npt.NDArray[Any], colour: str
                 fontsize=min(10.0, 70 * width), fontweight="bold")
 
 
+@styled
 def contributions_figure(found: Contributions, *, metric: str = "Dice") -> Picture:
     """Shapley values as bars with their standard errors, leave-one-out as marks; one row per site, the largest on top.
 
@@ -288,23 +267,22 @@ def contributions_figure(found: Contributions, *, metric: str = "Dice") -> Pictu
     Raises:
         ValueError: there is no site.
     """
-    from fedlab.view.picture import Picture, styled
+    from fedlab.view.picture import Picture
 
     if found.table.empty:
         raise ValueError("there is no site to draw")
     table = found.table.sort_values("shapley")
-    with styled():
-        figure = Picture(figsize=(8, 1.5 + 0.36 * len(table)), layout="constrained")
-        ax = figure.subplots()
-        rows, errors = range(len(table)), table["standard error"].to_numpy()
-        ax.barh(rows, table["shapley"], color=ARMS["federated"], height=0.6, label="Shapley value",
-                xerr=errors if errors.any() else None, error_kw={"ecolor": INK, "capsize": 3})
-        ax.plot(table["leave one out"], rows, "D", color=ARMS["local"], markersize=6, label="leave one out")
-        ax.axvline(0, color="#888888", linewidth=0.8)
-        ax.set_yticks(rows, [str(name) for name in table.index])
-        ax.set_xlabel(f"{metric} that a site's updates add")
-        ax.set_title(f"From {found.nobody:.3f} to {found.everybody:.3f}: contributions of the sites")
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure = Picture(figsize=(8, 1.5 + 0.36 * len(table)), layout="constrained")
+    ax = figure.subplots()
+    rows, errors = range(len(table)), table["standard error"].to_numpy()
+    ax.barh(rows, table["shapley"], color=ARMS["federated"], height=0.6, label="Shapley value",
+            xerr=errors if errors.any() else None, error_kw={"ecolor": INK, "capsize": 3})
+    ax.plot(table["leave one out"], rows, "D", color=ARMS["local"], markersize=6, label="leave one out")
+    ax.axvline(0, color="#888888", linewidth=0.8)
+    ax.set_yticks(rows, [str(name) for name in table.index])
+    ax.set_xlabel(f"{metric} that a site's updates add")
+    ax.set_title(f"From {found.nobody:.3f} to {found.everybody:.3f}: contributions of the sites")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     total = found.everybody - found.nobody
     figure.alt = " ".join([f"Shapley values of {len(table)} sites, which add up to {total:.3f} {metric}.",
                            *(f"{name} {value:.3f}." for name, value in table["shapley"][::-1].items())])

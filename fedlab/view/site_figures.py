@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedlab.core.types import Patient, Site
+from fedlab.core.setting_checks import check_choice
+from fedlab.core.types import Site
 from fedlab.data.sites.heterogeneity import Heterogeneity, heterogeneity
 from fedlab.data.sites.partition import Partition
-from fedlab.data.sites.statistics import Distribution, SiteStatistics
-from fedlab.view.colours import INK, LABEL_COLOURS, MODALITY_COLOURS, REGION_COLOURS
+from fedlab.data.sites.statistics import SiteStatistics
+from fedlab.view.colours import LABEL_COLOURS, MODALITY_COLOURS, REGION_COLOURS
+from fedlab.view.style import styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["heterogeneity_figure", "intensity_figure", "partition_figure", "sites_figure"]
 
+_OFFSETS = (-0.22, 0.0, 0.22)  # of three quantities in the row of a site
 
+
+@styled
 def sites_figure(sites: Sequence[Site]) -> Picture:
     """The number of patients of each site, and the volumes of the parts of their tumours in ml.
 
@@ -30,30 +34,30 @@ def sites_figure(sites: Sequence[Site]) -> Picture:
     Raises:
         ValueError: there is no site.
     """
-    from fedlab.view.picture import Picture, styled
+    from fedlab.view.picture import Picture
 
     if not sites:
         raise ValueError("there is no site to show")
     counts = {site.name: (len(site.train), len(site.val)) for site in sites}
-    with styled():
-        figure = Picture(figsize=(10, 1.7 + 0.38 * len(sites)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
-        _patients(left, counts)
-        for offset, (label, name) in zip((-0.22, 0.0, 0.22), {2: "oedema", 1: "core", 4: "enhancing"}.items(),
-                                         strict=True):
-            points = [(volume, row + offset) for row, site in enumerate(sites) for patients in (site.train, site.val)
-                      for patient in patients if (volume := _millilitres(patient, label)) > 0]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            right.scatter(x, y, s=20, color=LABEL_COLOURS[label], edgecolor="#444444", linewidth=0.4, alpha=0.85,
-                          label=name)
-        right.set_xscale("log")
-        right.xaxis.set_major_formatter("{x:g}")
-        right.set_title("Volumes of the parts of the tumours [ml], one dot per patient")
-        _finish(figure, list(counts))
-    figure.alt = _spoken("Patients of each site", counts) + " Volumes of tumour parts."
+    figure = Picture(figsize=(10, 1.7 + 0.38 * len(sites)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+    _patients(left, counts)
+    volumes = [(row, np.bincount(patient.label.flatten(), minlength=5) * np.prod(patient.spacing_mm) / 1000)
+               for row, site in enumerate(sites) for patients in (site.train, site.val)
+               for patient in patients if patient.label is not None]
+    for offset, (label, name) in zip(_OFFSETS, {2: "oedema", 1: "core", 4: "enhancing"}.items(), strict=True):
+        points = [(of_labels[label], row + offset) for row, of_labels in volumes if of_labels[label]]
+        right.scatter(*np.reshape(points, (-1, 2)).T, s=20, color=LABEL_COLOURS[label], edgecolor="#444444",
+                      linewidth=0.4, alpha=0.85, label=name)
+    right.set_xscale("log")
+    right.xaxis.set_major_formatter("{x:g}")
+    right.set_title("Volumes of the parts of the tumours [ml], one dot per patient")
+    _finish(figure, counts, "Patients of each site")
+    figure.alt += " Volumes of tumour parts."
     return figure
 
 
+@styled
 def partition_figure(partition: Partition, statistics: Sequence[SiteStatistics] = ()) -> Picture:
     """One row per site: patients, tumour volumes, and the distance of its intensities from those of the other sites.
 
@@ -65,7 +69,7 @@ def partition_figure(partition: Partition, statistics: Sequence[SiteStatistics] 
     Raises:
         ValueError: statistics of a site that is not in the partition.
     """
-    from fedlab.view.picture import Picture, styled
+    from fedlab.view.picture import Picture
 
     table = partition.table()
     names = [str(name) for name in table.index]
@@ -74,15 +78,13 @@ def partition_figure(partition: Partition, statistics: Sequence[SiteStatistics] 
         raise ValueError(f"the partition has no site {', '.join(sorted(unknown))}; it has {', '.join(names)}")
     counts = {name: (int(train), int(held_out)) for name, train, held_out
               in zip(names, table["train"], table["held out"], strict=True)}
-    with styled():
-        figure = Picture(figsize=(11 if released else 6, 1.7 + 0.38 * len(names)), layout="constrained")
-        axes = figure.subplots(1, 3 if released else 1, sharey=True, squeeze=False)[0]
-        _patients(axes[0], counts)
-        if released:
-            _volumes(axes[1], [released.get(name) for name in names])
-            _shifts(axes[2], names, released)
-        _finish(figure, names)
-    figure.alt = _spoken(f"Patients of each site in partition {partition.id}", counts)
+    figure = Picture(figsize=(11 if released else 6, 1.7 + 0.38 * len(names)), layout="constrained")
+    axes = figure.subplots(1, 3 if released else 1, sharey=True, squeeze=False)[0]
+    _patients(axes[0], counts)
+    if released:
+        _volumes(axes[1], [released.get(name) for name in names])
+        _shifts(axes[2], names, released)
+    _finish(figure, counts, f"Patients of each site in partition {partition.id}")
     return figure
 
 
@@ -90,50 +92,38 @@ def _patients(ax: Axes, counts: Mapping[str, tuple[int, int]]) -> None:
     """A bar per site for the patients to train on, continued by the held-out ones."""
     from fedlab.view.picture import whole_ticks
 
-    rows, (train, held_out) = np.arange(len(counts)), zip(*counts.values(), strict=True)
+    rows, (train, held_out) = range(len(counts)), zip(*counts.values(), strict=True)
     ax.barh(rows, train, height=0.62, color="#4C5C6B", label="to train on")
-    ax.barh(rows, held_out, height=0.62, left=train, color="#B8C4CF", label="held out")
-    for row, both in enumerate(counts.values()):
-        ax.annotate(" + ".join(map(str, both)), (sum(both), row), (4, 0), textcoords="offset points", va="center",
-                    fontsize=9)
+    ends = ax.barh(rows, held_out, height=0.62, left=train, color="#B8C4CF", label="held out")
+    ax.bar_label(ends, [" + ".join(map(str, both)) for both in counts.values()], padding=4, fontsize=9)
     ax.set_xlim(0, max(map(sum, counts.values())) * 1.25 + 0.5)
     whole_ticks(ax, 6)
     ax.set_title("Patients")
 
 
-def _finish(figure: Picture, names: Sequence[str]) -> None:
-    """Stripes, names of the sites and legend of a figure with one row per site."""
+def _finish(figure: Picture, counts: Mapping[str, tuple[int, int]], title: str) -> None:
+    """Stripes, names of the sites, legend and description of a figure with one row per site."""
     for ax in figure.axes:
-        for row in range(0, len(names), 2):
+        for row in range(0, len(counts), 2):
             ax.axhspan(row - 0.5, row + 0.5, color="#F6F7F8", zorder=0)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
         ax.grid(axis="x")
-    figure.axes[0].set_yticks(range(len(names)), names)
-    figure.axes[0].set_ylim(len(names) - 0.4, -0.6)
+    figure.axes[0].set_yticks(range(len(counts)), list(counts))
+    figure.axes[0].set_ylim(len(counts) - 0.4, -0.6)
     figure.legend(loc="outside lower center", ncols=5, columnspacing=1.4)
-
-
-def _spoken(title: str, counts: Mapping[str, tuple[int, int]]) -> str:
-    return f"{title}, to train on and held out: " + "; ".join(
+    figure.alt = f"{title}, to train on and held out: " + "; ".join(
         f"{name} {train} and {held_out}" for name, (train, held_out) in counts.items()) + "."
 
 
-def _millilitres(patient: Patient, label: int) -> float:
-    if patient.label is None:
-        return 0.0
-    return int((patient.label == label).sum()) * float(np.prod(patient.spacing_mm)) / 1000
-
-
 def _volumes(ax: Axes, statistics: Sequence[SiteStatistics | None]) -> None:
-    for offset, (region, colour) in zip((-0.22, 0.0, 0.22), REGION_COLOURS.items(), strict=True):
+    for offset, (region, colour) in zip(_OFFSETS, REGION_COLOURS.items(), strict=True):
         for row, each in enumerate(statistics):
             spread = None if each is None else each.volumes_ml.get(region)
             if spread is not None and spread.quantiles:
-                values = [value for _, value in spread.quantiles]
-                ax.plot([values[0], values[-1]], [row + offset] * 2, color=colour, linewidth=2.5)
-                if (median := dict(spread.quantiles).get(0.5)) is not None:
-                    ax.plot(median, row + offset, "o", color=colour, markersize=5)
+                values = dict(spread.quantiles)
+                ax.hlines(row + offset, min(values.values()), max(values.values()), color=colour, linewidth=2.5)
+                ax.plot(values.get(0.5, np.nan), row + offset, "o", color=colour, markersize=5)
         ax.plot([], [], "o-", color=colour, label=region)
     ax.set_xlim(left=0)
     ax.set_title("Volumes [ml]")
@@ -153,6 +143,7 @@ def _shifts(ax: Axes, names: Sequence[str], released: Mapping[str, SiteStatistic
     ax.set_xlabel("earth mover's distance")
 
 
+@styled
 def heterogeneity_figure(report: Heterogeneity, *, measure: str = "jensen_shannon") -> Picture:
     """One matrix per quantity: the distance between each two sites. Grey: withheld.
 
@@ -163,74 +154,62 @@ def heterogeneity_figure(report: Heterogeneity, *, measure: str = "jensen_shanno
     Raises:
         ValueError: another measure.
     """
-    from fedlab.view.picture import SHADES, Picture, styled
+    from fedlab.view.picture import Picture, matrix
 
-    if measure not in ("jensen_shannon", "wasserstein"):
-        raise ValueError(f"measure is 'jensen_shannon' or 'wasserstein', got {measure!r}")
+    check_choice(("jensen_shannon", "wasserstein"), measure=measure)
     bounded = measure == "jensen_shannon"
     matrices = report.jensen_shannon if bounded else report.wasserstein
     columns = min(4, len(matrices))
     rows = -(-len(matrices) // columns)
     title = ("Jensen–Shannon distance between sites (0 the same, 1 no overlap)" if bounded
              else "Earth mover's distance between sites (intensity units; ml)")
-    sentences = [f"{title}."]
-    with styled():
-        figure = Picture(figsize=(2.9 * columns, 3.0 * rows + 0.3), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for ax, (name, matrix) in zip(axes, matrices.items(), strict=False):
-            top = 1.0 if bounded else max(float(np.nanmax(np.append(matrix.ravel(), 0.0))), 1e-9)
-            image = ax.imshow(np.ma.masked_invalid(matrix), cmap=SHADES.with_extremes(bad="#DDDDDD"), vmin=0, vmax=top)
-            _write_numbers(ax, matrix, top)
-            ax.set_title(name)
-            ax.set_xticks(range(len(report.sites)), report.sites, rotation=90)
-            ax.set_yticks(range(len(report.sites)), report.sites)
-            ax.tick_params(length=0, labelsize=7)
-            figure.colorbar(image, ax=ax, shrink=0.7)
-            apart = matrix[np.triu_indices(len(matrix), 1)]
-            mean = float(np.nanmean(apart)) if np.isfinite(apart).any() else float("nan")
-            sentences.append(f"{name}: {mean:.2f} on average.")
-        for ax in axes[len(matrices):]:
-            ax.set_visible(False)
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    figure.alt = " ".join(sentences)
+    figure = Picture(figsize=(2.9 * columns, 3.0 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure.alt = f"{title}."
+    few = len(report.sites) <= 8  # the cells have room for numbers
+
+    def text(row: int, column: int, value: float) -> str:
+        shown = few and row != column and np.isfinite(value)
+        return (f"{value:.2f}" if value < 10 else f"{value:.0f}") if shown else ""
+
+    for ax, (name, values) in zip(axes, matrices.items(), strict=False):
+        known = values[np.triu_indices(len(values), 1)]
+        known = known[np.isfinite(known)]
+        matrix(ax, values, report.sites, report.sites, low=0.0, text=text, fontsize=7,
+               high=1.0 if bounded else max([*known, 1e-9]))
+        ax.set(title=name, aspect="equal")
+        ax.tick_params(labelsize=7)
+        ax.tick_params(axis="x", labelrotation=90)
+        figure.alt += f" {name}: {known.mean() if len(known) else np.nan:.2f} on average."
+    for ax in axes[len(matrices):]:
+        ax.set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 
 
-def _write_numbers(ax: Axes, matrix: NDArray[np.float64], top: float) -> None:
-    if len(matrix) > 8:
-        return
-    for (row, column), value in np.ndenumerate(matrix):
-        if np.isfinite(value) and row != column:
-            ax.text(column, row, f"{value:.2f}" if value < 10 else f"{value:.0f}", ha="center", va="center",
-                    fontsize=7, color="white" if value > 0.55 * top else INK)
-
-
+@styled
 def intensity_figure(statistics: Sequence[SiteStatistics]) -> Picture:
     """The intensity histograms of the sites, one panel per modality, one line per site.
 
     Raises:
         ValueError: no site released its intensities.
     """
-    from fedlab.view.picture import Picture, styled
+    from fedlab.view.picture import Picture
 
     modalities = list(dict.fromkeys(name for each in statistics for name in each.intensity))
     if not modalities:
         raise ValueError("none of the sites released its intensities")
-    with styled():
-        figure = Picture(figsize=(3.0 * len(modalities), 3.0), layout="constrained")
-        axes = figure.subplots(1, len(modalities), squeeze=False)[0]
-        for ax, name in zip(axes, modalities, strict=True):
-            spreads: dict[str, Distribution] = {each.site: each.intensity[name] for each in statistics
-                                                if name in each.intensity}
-            for site, spread in spreads.items():
-                ax.stairs(spread.shares() / np.diff(spread.edges), spread.edges, linewidth=1.3, label=site)
-            ax.set_title(name)
-            # From the 0.2nd to the 99.8th percentile of the site that goes furthest.
-            ax.set_xlim(*(furthest(spread.quantile(share) for spread in spreads.values())
-                          for furthest, share in ((min, 0.002), (max, 0.998))))
-            ax.set_yticks([])
-            ax.spines["left"].set_visible(False)
-            ax.set_xlabel("intensity")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    figure = Picture(figsize=(3.0 * len(modalities), 3.0), layout="constrained")
+    axes = figure.subplots(1, len(modalities), squeeze=False)[0]
+    for ax, name in zip(axes, modalities, strict=True):
+        spreads = {each.site: each.intensity[name] for each in statistics if name in each.intensity}
+        for site, spread in spreads.items():
+            ax.stairs(spread.shares() / np.diff(spread.edges), spread.edges, linewidth=1.3, label=site)
+        # From the 0.2nd to the 99.8th percentile of the site that goes furthest.
+        ax.set(title=name, yticks=[], xlabel="intensity", xlim=tuple(
+            furthest(spread.quantile(share) for spread in spreads.values())
+            for furthest, share in ((min, 0.002), (max, 0.998))))
+        ax.spines["left"].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
     figure.alt = f"Histograms of {', '.join(modalities)} over the brain at {len(statistics)} sites."
     return figure

@@ -17,6 +17,7 @@ import torch
 from fedlab.core.types import MODALITIES, Patient
 from fedlab.view.colours import GREY, LABEL_COLOURS, LABEL_NAMES, arm_label
 from fedlab.view.label_layers import Prediction, as_labels, check_ras, grey_values, largest_slice
+from fedlab.view.style import styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,10 +62,6 @@ def write_sides(ax: Axes, letters: tuple[str, str], x: tuple[float, float], y: f
 def best_slice(label: LabelMap, *, plane: Plane = "axial") -> int:
     """Index of the slice with the largest tumour area; of several equal ones, the middle.
 
-    Args:
-        label: BraTS labels, shape (X, Y, Z), RAS.
-        plane: "axial", "coronal" or "sagittal".
-
     Raises:
         ValueError: an unknown plane, or no tumour in `label`.
     """
@@ -74,6 +71,7 @@ def best_slice(label: LabelMap, *, plane: Plane = "axial") -> int:
     return largest_slice(labels, axis)
 
 
+@styled
 def overlay(ax: Axes, patient: Patient, label: LabelMap | None, *, modality: str = "FLAIR", plane: Plane = "axial",
             index: int | None = None, outline: LabelMap | None = None, view: View | None = None) -> None:
     """Draws a slice of a patient with the labels of a tumour over it.
@@ -93,8 +91,6 @@ def overlay(ax: Axes, patient: Patient, label: LabelMap | None, *, modality: str
     """
     from matplotlib.patheffects import withStroke
 
-    from fedlab.view.picture import styled
-
     _check(patient, label, outline)
     if index is None:
         index = _index(patient, plane, [label, outline, patient.label])
@@ -103,27 +99,25 @@ def overlay(ax: Axes, patient: Patient, label: LabelMap | None, *, modality: str
     across, up = _spacing(patient, plane)
     grey = slice_image(grey_values(patient, modality), plane, index)
 
-    def contours(mask: npt.NDArray[np.bool_]) -> tuple[Any, Any, Any]:
-        """Positions in mm and the mask with an empty rim, so that contours close at the edge."""
-        rows, columns = mask.shape
-        return np.arange(-1, columns + 1) * across, np.arange(-1, rows + 1) * up, np.pad(mask, 1).astype(float)
-
-    with styled():
-        ax.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="bilinear", aspect="equal",
-                  extent=(-across / 2, (grey.shape[1] - 0.5) * across, (grey.shape[0] - 0.5) * up, -up / 2))
-        for value, colour in LABEL_COLOURS.items() if label is not None else ():
-            if (mask := slice_image(_numpy(label) == value, plane, index)).any():
-                ax.contourf(*contours(mask), levels=[0.5, 1.5], colors=[colour], alpha=0.48)
-                ax.contour(*contours(mask), levels=[0.5], colors=[colour], linewidths=1.1)
-        if outline is not None and (mask := slice_image(_numpy(outline) > 0, plane, index)).any():
-            line = ax.contour(*contours(mask), levels=[0.5], colors=["white"], linewidths=1.0)
-            line.set_path_effects([withStroke(linewidth=2.0, foreground=(0, 0, 0, 0.55))])
-        ax.set(xlim=(x - width / 2, x + width / 2), ylim=(y + height / 2, y - height / 2), xticks=[], yticks=[],
-               facecolor="black")
-        ax.spines[:].set_visible(False)
-        write_sides(ax, SIDES[plane], (0.03, 0.97), 0.97, transform=ax.transAxes)
+    rows, columns = grey.shape
+    extent = (-across, columns * across, -up, rows * up)  # of a mask with an empty rim: contours close at the edge
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="bilinear", aspect="equal",
+              extent=(-across / 2, (columns - 0.5) * across, (rows - 0.5) * up, -up / 2))
+    for value, colour in LABEL_COLOURS.items() if label is not None else ():
+        if (mask := slice_image(_numpy(label) == value, plane, index)).any():
+            padded = np.pad(mask, 1).astype(float)
+            ax.contourf(padded, levels=[0.5, 1.5], colors=[colour], alpha=0.48, extent=extent)
+            ax.contour(padded, levels=[0.5], colors=[colour], linewidths=1.1, extent=extent)
+    if outline is not None and (mask := slice_image(_numpy(outline) > 0, plane, index)).any():
+        line = ax.contour(np.pad(mask, 1).astype(float), levels=[0.5], colors=["white"], linewidths=1.0, extent=extent)
+        line.set_path_effects([withStroke(linewidth=2.0, foreground=(0, 0, 0, 0.55))])
+    ax.set(xlim=(x - width / 2, x + width / 2), ylim=(y + height / 2, y - height / 2), xticks=[], yticks=[],
+           facecolor="black")
+    ax.spines[:].set_visible(False)
+    write_sides(ax, SIDES[plane], (0.03, 0.97), 0.97, transform=ax.transAxes)
 
 
+@styled
 def show_patient(patient: Patient, prediction: LabelMap | None = None, *, plane: Plane = "axial",
                  index: int | None = None) -> Picture:
     """One slice of a patient: the four modalities, the reference labels if there are any, and the prediction.
@@ -138,8 +132,6 @@ def show_patient(patient: Patient, prediction: LabelMap | None = None, *, plane:
     Raises:
         ValueError: as `overlay`.
     """
-    from fedlab.view.picture import styled
-
     _check(patient, prediction)
     if index is None:
         index = _index(patient, plane, [patient.label, prediction])
@@ -152,20 +144,20 @@ def show_patient(patient: Patient, prediction: LabelMap | None = None, *, plane:
     labelled = len(panels) > len(MODALITIES)
     figure, axes = _grid(_view([patient], plane), rows=2 if labelled else 1,
                          columns=3 if labelled else len(MODALITIES), top=0.72, foot=0.75 if labelled else 0.45)
-    with styled():
-        for ax, (title, modality, label) in zip(axes.flat, panels, strict=False):
-            overlay(ax, patient, label, modality=modality, plane=plane, index=index,
-                    outline=patient.label if title.startswith("prediction") else None)
-            ax.set_title(title, fontweight="normal" if label is None else "bold", loc="center", pad=4)
-        for ax in axes.flat[len(panels):]:
-            ax.set_axis_off()
-        where = f"{plane} slice {index}"
-        figure.suptitle(f"{patient.id}, {where}", fontweight="bold", y=1 - 0.12 / figure.get_figheight(), va="top")
-        _legend(figure, plane, labels=labelled, line=prediction is not None and patient.label is not None)
+    for ax, (title, modality, label) in zip(axes.flat, panels, strict=False):
+        overlay(ax, patient, label, modality=modality, plane=plane, index=index,
+                outline=patient.label if title.startswith("prediction") else None)
+        ax.set_title(title, fontweight="normal" if label is None else "bold", loc="center", pad=4)
+    for ax in axes.flat[len(panels):]:
+        ax.set_axis_off()
+    where = f"{plane} slice {index}"
+    figure.suptitle(f"{patient.id}, {where}", fontweight="bold", y=1 - 0.12 / figure.get_figheight(), va="top")
+    _legend(figure, plane, labels=labelled, line=prediction is not None and patient.label is not None)
     figure.alt = f"{where.capitalize()} of patient {patient.id}: {', '.join(title for title, _, _ in panels)}."
     return figure
 
 
+@styled
 def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[Prediction]], *, modality: str = "FLAIR",
             plane: Plane = "axial") -> Picture:
     """The same slices segmented by the reference and by each arm: one row per patient, one column per arm.
@@ -184,8 +176,6 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[Prediction]
     Raises:
         ValueError: no patient, an arm with another number of label maps than patients, or as `overlay`.
     """
-    from fedlab.view.picture import styled
-
     if not patients:
         raise ValueError("there is no patient to compare arms on")
     for name, predictions in arms.items():
@@ -201,26 +191,23 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[Prediction]
     figure, axes = _grid(view, rows=len(patients), columns=len(heads), foot=0.8, left=0.35,
                          top=0.45 + 0.17 * max(1 + head.count("\n") for head in wrapped))
     sentences = []
-    with styled():
-        for patient, guesses, row in zip(patients, maps, axes, strict=True):
-            _check(patient)
-            index = _index(patient, plane, [patient.label, *guesses])
-            panels: list[LabelMap | None] = [None, *([patient.label] if known else [])]
-            for ax, label in zip(row, panels, strict=False):
-                overlay(ax, patient, label, modality=modality, plane=plane, index=index, view=view)
-            scores = [_dice(patient, guess) for guess in guesses]
-            for ax, guess, score in zip(row[len(panels):], guesses, scores, strict=True):
-                overlay(ax, patient, guess, modality=modality, plane=plane, index=index, view=view,
-                        outline=patient.label)
-                ax.set_title(score.lstrip(", "), fontsize=9.5, loc="center", pad=3, fontweight="normal")
-            row[0].text(-0.06, 0.5, patient.id, transform=row[0].transAxes, rotation=90, va="center", ha="right",
-                        fontsize=9)
-            spoken = [f"{arm_label(name)}{score}" for name, score in zip(arms, scores, strict=True)]
-            sentences += [f"{patient.id}: {'; '.join(spoken)}."] if known else []
-        for ax, head in zip(axes[0], wrapped, strict=True):
-            ax.annotate(head, (0.5, 1), (0, 19), xycoords="axes fraction", textcoords="offset points", ha="center",
-                        va="bottom", fontweight="bold", fontsize=10)
-        _legend(figure, plane, labels=True, line=known and bool(arms))
+    for patient, guesses, row in zip(patients, maps, axes, strict=True):
+        _check(patient)
+        index = _index(patient, plane, [patient.label, *guesses])
+        scores = [_dice(patient, guess) for guess in guesses]
+        panels = [(None, ""), *([(patient.label, "")] if known else []), *zip(guesses, scores, strict=True)]
+        for column, (ax, (label, score)) in enumerate(zip(row, panels, strict=True)):
+            overlay(ax, patient, label, modality=modality, plane=plane, index=index, view=view,
+                    outline=patient.label if column > known else None)
+            ax.set_title(score.lstrip(", "), fontsize=9.5, loc="center", pad=3, fontweight="normal")
+        row[0].text(-0.06, 0.5, patient.id, transform=row[0].transAxes, rotation=90, va="center", ha="right",
+                    fontsize=9)
+        spoken = [f"{arm_label(name)}{score}" for name, score in zip(arms, scores, strict=True)]
+        sentences += [f"{patient.id}: {'; '.join(spoken)}."] if known else []
+    for ax, head in zip(axes[0], wrapped, strict=True):
+        ax.annotate(head, (0.5, 1), (0, 19), xycoords="axes fraction", textcoords="offset points", ha="center",
+                    va="bottom", fontweight="bold", fontsize=10)
+    _legend(figure, plane, labels=True, line=known and bool(arms))
     figure.alt = " ".join([f"{plane.capitalize()} {modality} slices of {len(patients)} patients with the tumour "
                            f"according to {', '.join(heads[1:])}.", *sentences])
     return figure
@@ -249,14 +236,13 @@ def _index(patient: Patient, plane: Plane, labels: Sequence[LabelMap | None]) ->
     for label in labels:
         if label is not None and bool((label > 0).any()):
             return best_slice(label, plane=plane)
-    axis = _axis(plane)
-    inside = np.flatnonzero(_brain(patient).any(axis=tuple(other for other in range(3) if other != axis)))
-    return int(np.median(inside)) if len(inside) else patient.image.shape[1 + axis] // 2
+    brain = np.moveaxis(_brain(patient), _axis(plane), 0)
+    inside = np.flatnonzero(brain.any(axis=(1, 2)))
+    return int(np.median(inside)) if len(inside) else len(brain) // 2
 
 
 def _brain(patient: Patient) -> npt.NDArray[np.bool_]:
-    brain: npt.NDArray[np.bool_] = (patient.image != 0).any(dim=0).cpu().numpy()
-    return brain
+    return np.asarray((patient.image != 0).any(dim=0).cpu())
 
 
 def _spacing(patient: Patient, plane: Plane) -> tuple[float, float]:
@@ -294,16 +280,14 @@ def _grid(view: View, *, rows: int, columns: int, top: float, foot: float,
 
     gap, title, ratio = 0.08, 0.26, view[1] / view[0]
     most = ((_TALLEST - top - foot) / rows - title) / ratio  # many patients get small panels
-    panel = min((10.0 - left - 0.05 - gap * (columns - 1)) / columns, 2.9, max(most, 0.5))
-    tall = panel * ratio
-    used = left + 0.05 + panel * columns + gap * (columns - 1)
-    width = max(used, 8.0) if panel == most else used  # room for the legend
-    left += (width - used) / 2
-    height = top + rows * tall + (rows - 1) * title + foot
+    margins = left + 0.05 + gap * (columns - 1)
+    panel = min((10.0 - margins) / columns, 2.9, max(most, 0.5))
+    spare = max(0.0, 8.0 - margins - panel * columns) if panel == most else 0.0  # room for the legend
+    width, height = margins + panel * columns + spare, top + rows * (panel * ratio + title) - title + foot
     figure = Picture(figsize=(width, height))
     axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={
-        "left": left / width, "right": 1 - (0.05 + (width - used) / 2) / width, "top": 1 - top / height,
-        "bottom": foot / height, "wspace": gap / panel, "hspace": title / tall})
+        "left": (left + spare / 2) / width, "right": 1 - (0.05 + spare / 2) / width, "top": 1 - top / height,
+        "bottom": foot / height, "wspace": gap / panel, "hspace": title / (panel * ratio)})
     return figure, axes
 
 

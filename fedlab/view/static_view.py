@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fedlab.view.colours import GREY, REGION_NAMES, arm_label
 from fedlab.view.label_layers import Case, RegionFacts
 from fedlab.view.slices import AXES, SIDES, slice_image, write_sides
+from fedlab.view.style import styled
 from fedlab.view.view_settings import VIEWS, ViewSettings
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Cell = tuple[float, float, float]
 _CROSSHAIR = "#7FD4FF"
 
 
+@styled
 def draw_case(case: Case, settings: ViewSettings, *, layers: Sequence[str] | None = None) -> Picture:
     """One row per layer: the three planes through the crosshair and the tumour in the translucent brain.
 
@@ -37,7 +39,6 @@ def draw_case(case: Case, settings: ViewSettings, *, layers: Sequence[str] | Non
     from matplotlib.patches import Rectangle
 
     from fedlab.view.depth_rendering import rendered
-    from fedlab.view.picture import styled
 
     names: list[str | None] = [*layers] if layers else [settings.layer]
     views = [*VIEWS[1:]] if settings.view == "all" else [settings.view]
@@ -46,24 +47,23 @@ def draw_case(case: Case, settings: ViewSettings, *, layers: Sequence[str] | Non
     facts = {name: case.facts(name) for name in names if name is not None}
     grey = case.grey(settings.modality)
     bodies = rendered(case, settings, values) if "3-D" in views else {}
-    with styled():
-        figure, ax, corners = _sheet(len(cells), len(views) if len(views) > 1 else min(4, len(cells)))
-        for (name, view), (left, bottom, side) in zip(cells, corners, strict=True):
-            ax.add_patch(Rectangle((left, bottom), side, side, facecolor="black", edgecolor="none", zorder=0))
-            if view == "3-D":
-                ax.imshow(bodies[name], interpolation="bilinear", aspect="auto", zorder=1,
-                          extent=(left, left + side, bottom, bottom + side))
-                write_sides(ax, ("R", "L"), (left + 0.07, left + side - 0.07), bottom + 0.28)
-            else:
-                _slice(ax, case, settings, grey, values[name], view, (left, bottom, side))
-            if view == views[0]:
-                ax.text(left, bottom + side + 0.05, _caption(case, name, facts, whole=len(views) > 1),
-                        fontsize=9 if len(views) > 1 else 8, fontweight="bold", va="bottom")
-        width, height = (float(inches) for inches in figure.get_size_inches())
-        ax.set(xlim=(0, width), ylim=(0, height), aspect="auto")
-        figure.suptitle(f"{case.patient.id}, {settings.modality}", x=0.5, y=1 - 0.1 / height, va="top",
-                        fontweight="bold")
-        _legend(figure, settings)
+    figure, ax, corners = _sheet(len(cells), len(views) if len(views) > 1 else min(4, len(cells)))
+    for (name, view), (left, bottom, side) in zip(cells, corners, strict=True):
+        ax.add_patch(Rectangle((left, bottom), side, side, facecolor="black", edgecolor="none", zorder=0))
+        if view == "3-D":
+            ax.imshow(bodies[name], interpolation="bilinear", aspect="auto", zorder=1,
+                      extent=(left, left + side, bottom, bottom + side))
+            write_sides(ax, ("R", "L"), (left + 0.07, left + side - 0.07), bottom + 0.28)
+        else:
+            _slice(ax, case, settings, grey, values[name], view, (left, bottom, side))
+        if view == views[0]:
+            ax.text(left, bottom + side + 0.05, _caption(case, name, facts, whole=len(views) > 1),
+                    fontsize=9 if len(views) > 1 else 8, fontweight="bold", va="bottom")
+    width, height = (float(inches) for inches in figure.get_size_inches())
+    ax.set(xlim=(0, width), ylim=(0, height), aspect="auto")
+    figure.suptitle(f"{case.patient.id}, {settings.modality}", x=0.5, y=1 - 0.1 / height, va="top",
+                    fontweight="bold")
+    _legend(figure, settings)
     described = "; ".join(f"{name}: " + ", ".join(
         f"{fact.region} {fact.ml:.1f} ml" + (f" (Dice {fact.dice:.2f})" if case.scored(name) else "")
         for fact in known) for name, known in facts.items())

@@ -10,6 +10,7 @@ from fedlab.core.protocols import Topology
 from fedlab.core.types import Site
 from fedlab.topologies.tree import Tree
 from fedlab.view.colours import BLUE, INK
+from fedlab.view.style import styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ _LAKE = "#C44E00"
 Place = tuple[float, float]
 
 
+@styled
 def workflow_figure(workflows: Topology | Mapping[str, Topology | None], sites: Sequence[Site]) -> Picture:
     """Draws one workflow, or several side by side.
 
@@ -35,7 +37,7 @@ def workflow_figure(workflows: Topology | Mapping[str, Topology | None], sites: 
     Raises:
         ValueError: no workflow or no site.
     """
-    from fedlab.view.picture import Picture, styled
+    from fedlab.view.picture import Picture
 
     drawn = workflows if isinstance(workflows, Mapping) else {type(workflows).__name__: workflows}
     if not drawn or not sites:
@@ -43,13 +45,9 @@ def workflow_figure(workflows: Topology | Mapping[str, Topology | None], sites: 
     names = [site.name for site in sites]
     columns = min(len(drawn), 3)
     rows = math.ceil(len(drawn) / columns)
-    with styled():
-        figure = Picture(figsize=(3.6 * columns, 3.5 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
-        for ax, (title, topology) in zip(axes, drawn.items(), strict=False):
-            _draw(ax, title, topology, names)
-        for ax in list(axes)[len(drawn):]:
-            ax.set_axis_off()
+    figure = Picture(figsize=(3.6 * columns, 3.5 * rows), layout="constrained")
+    for number, (title, topology) in enumerate(drawn.items()):
+        _draw(figure.add_subplot(rows, columns, number + 1), title, topology, names)
     figure.alt = "Workflows of " + ", ".join(names) + ": " + "; ".join(drawn)
     return figure
 
