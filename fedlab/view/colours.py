@@ -1,12 +1,19 @@
-"""Colours and names of labels, regions, modalities and arms: one table for all figures, viewers and pages."""
+"""The look of all figures, viewers and pages: colours and names of labels, regions and arms, matplotlib's settings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 __all__ = ["ARMS", "BLUE", "ERRORS", "GREEN", "GREY", "INK", "LABEL_ABBREVIATIONS", "LABEL_COLOURS", "LABEL_NAMES",
            "LINES", "MODALITY_COLOURS", "ORANGE", "RED", "REGION_COLOURS", "REGION_LABELS", "REGION_NAMES",
-           "arm_colours", "arm_label", "arm_of"]
+           "arm_colours", "arm_label", "arm_of", "styled"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_STYLE = Path(__file__).parent / "templates" / "fedlab.mplstyle"
 
 BLUE, ORANGE, GREEN, INK, RED, GREY = "#0072B2", "#E08A00", "#009E73", "#222222", "#B3261E", "#666666"
 #: Colours of lines (Okabe & Ito 2008, safe for the colour-blind), in an order in which neighbours differ.
@@ -35,6 +42,18 @@ MODALITY_COLOURS: Mapping[str, str] = {"FLAIR": BLUE, "T1": GREEN, "T1c": ORANGE
 ARMS: Mapping[str, str] = {"federated": BLUE, "centralised": "#444444", "local": ORANGE, "thresholding": "#9A9A9A"}
 _FURTHER = tuple(colour for colour in LINES if colour not in ARMS.values())
 _ARM_LABELS = {"local_own": "local, own patients", "local_others": "local, others' patients"}
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """A decorator: the function draws with the settings of our figures, and the user's settings return after it."""
+    @functools.wraps(draw)
+    def drawing(*args: P.args, **kwargs: P.kwargs) -> R:
+        from matplotlib import style
+
+        with style.context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return drawing
 
 
 def arm_of(name: str) -> str:

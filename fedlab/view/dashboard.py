@@ -263,7 +263,8 @@ class _Page:
         present = sum(name in record["sites"] for record in self.records)
         away = [(record["round"], record["absent"][name]) for record in self.records
                 if name in record.get("absent", {})]
-        entries = next((record["spent"][name] for record in reversed(self.records) if name in record["spent"]), [])
+        entries: list[Any] = next((record["spent"][name] for record in reversed(self.records)
+                                   if name in record["spent"]), [])
         spending = [f"{s}" + (f", of {self.budgets[s.unit]:g}" if s.unit in self.budgets else "")
                     for s in (Spent(**entry) for entry in entries)]
         return [name, f"{present}" if name in self.sites else "–", last("loss"), last("metric"), last("norm"),

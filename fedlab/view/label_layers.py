@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from fedlab.core.regions import regions_to_labels
+from fedlab.core.setting_checks import check_choice
 from fedlab.core.types import MODALITIES, REGIONS, Patient
 from fedlab.data.readers.nifti import Volume, read_volume, same_grid, to_ras
 from fedlab.view.colours import LABEL_COLOURS, REGION_LABELS
@@ -163,8 +164,7 @@ class Case:
         """
         if REFERENCE not in self.layers:
             raise ValueError(f"patient {self.patient.id} has no label map, so there is no error map")
-        if region not in REGION_LABELS:
-            raise ValueError(f"region is one of {', '.join(REGION_LABELS)}, got {region!r}")
+        check_choice(REGION_LABELS, region=region)
         guess, truth = (np.isin(self.layer(name), REGION_LABELS[region]) for name in (layer, REFERENCE))
         return guess + np.uint8(2) * truth
 
@@ -199,8 +199,7 @@ def grey_values(patient: Patient, modality: str, box: Box = (slice(None), slice(
     Raises:
         ValueError: an unknown modality, or NaN in it.
     """
-    if modality not in MODALITIES:
-        raise ValueError(f"modality is one of {', '.join(MODALITIES)}, got {modality!r}")
+    check_choice(MODALITIES, modality=modality)
     volume = patient.image[MODALITIES.index(modality)][box].detach().cpu().to(torch.float32, copy=True).numpy()
     if invalid := int(np.count_nonzero(~np.isfinite(volume))):
         raise ValueError(f"{modality} of patient {patient.id} holds NaN or Inf in {invalid:,} voxels and cannot be "
@@ -213,7 +212,8 @@ def grey_values(patient: Patient, modality: str, box: Box = (slice(None), slice(
     volume -= low
     volume *= 245 / max(float(high - low), 1e-6)
     np.clip(volume, 0, 245, out=volume)
-    return ((volume + 10) * brain).astype(np.uint8)  # the brain stands out from the background
+    grey: Bytes = ((volume + 10) * brain).astype(np.uint8)  # the brain stands out from the background
+    return grey
 
 
 def largest_slice(labels: npt.NDArray[Any], axis: int) -> int:

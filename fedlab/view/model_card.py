@@ -30,11 +30,7 @@ __all__ = ["ModelCard", "make_model_card"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """A model card.
-
-    Attributes:
-        text: Markdown with front matter, as model hubs read it.
-    """
+    """A model card; `text` is Markdown with front matter, as model hubs read it."""
 
     text: str
 
@@ -44,11 +40,7 @@ class ModelCard:
         return self.text.count(MARK)
 
     def save(self, path: Path | str) -> Path:
-        """Writes the card as a new file.
-
-        Raises:
-            RunError: the file exists already.
-        """
+        """Writes the card as a new file; raises `RunError` if it exists already."""
         return write_new(path, self.text.encode())
 
     def __repr__(self) -> str:
@@ -91,7 +83,8 @@ def make_model_card(history: History, *, name: str, sites: Sequence[Site], setti
     return ModelCard(text=render(
         "model_card.md", name=name, front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True),
         mark=MARK, generated=generated, details=details.items(), **_evaluation(scores), trace=trace,
-        sites=[(site.name, len(site.train), len(site.val), _card_name(site.card)) for site in sites],
+        sites=[(site.name, len(site.train), len(site.val),
+                "none" if site.card is None else getattr(site.card, "name", site.card)) for site in sites],
         technique="" if history.privacy == "Privacy()" else history.privacy, guarantee=history.guarantee(),
         absent=dict(sorted(Counter(site for record in history.records for site in record["absent"]).items())),
         rounds=len(history.records), stopped=history.stopped))
@@ -110,7 +103,3 @@ def _evaluation(scores: pd.DataFrame | None) -> dict[str, Any]:
             "score_columns": [f"Dice {region}" for region in regions],
             "scores": [(site, counts[site], *(f"{by_site.loc[site, region]:.3f}" for region in regions))
                        for site in by_site.index]}
-
-
-def _card_name(card: object) -> str:
-    return "none" if card is None else str(getattr(card, "name", card))

@@ -26,10 +26,9 @@ from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.clipping import clip_update
 from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.privacy.sparse.partial_sharing import PartialSharing
-from fedlab.view.colours import BLUE, ORANGE
+from fedlab.view.colours import BLUE, ORANGE, styled
 from fedlab.view.page_templates import render
 from fedlab.view.slices import slice_image
-from fedlab.view.style import styled
 from fedlab.view.widget_snapshot import display_snapshot, snapshot
 
 if TYPE_CHECKING:

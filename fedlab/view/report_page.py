@@ -9,6 +9,8 @@ from numbers import Integral, Number, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedlab.core.files import write_new
 from fedlab.run.history import History
 from fedlab.view.page_templates import render
@@ -59,10 +61,7 @@ class Section:
 def privacy_section(history: History, *, metric: str = "Dice", budget: float | None = None) -> Section:
     """The guarantee of a run, with ε of each site after each round beside a metric of the model.
 
-    Args:
-        history: of the run.
-        metric: of the rounds, shown where it was measured.
-        budget: ε that no site should exceed.
+    The arguments are those of `fedlab.view.run_figures.privacy_curves`.
     """
     spent, rounds = history.spent(), history.table()
     technique = "" if history.privacy == "Privacy()" else f" Technique: {history.privacy}."
@@ -76,7 +75,7 @@ def privacy_section(history: History, *, metric: str = "Dice", budget: float | N
         wide.insert(0, metric, rounds[metric].reindex(wide.index))
     thinned = len(wide) > _MOST_ROUNDS
     if thinned:
-        wide = wide.iloc[sorted({round(k * (len(wide) - 1) / (_MOST_ROUNDS - 1)) for k in range(_MOST_ROUNDS)})]
+        wide = wide.iloc[np.linspace(0, len(wide) - 1, _MOST_ROUNDS).round().astype(int)]
     stopped = f" The run ended early: {history.stopped}." if history.stopped else ""
     text = (f"The run guarantees: {history.guarantee()}. The table shows the ε that each site has spent after each "
             f"round{', with some rounds left out' if thinned else ''}.{technique}{stopped}")
@@ -92,7 +91,7 @@ def write_report(
     """Writes one self-contained page without scripts that loads nothing and can be mailed and printed.
 
     Args:
-        path: of the new file, such as "report.html".
+        path: of the new file.
         title: of the page.
         lead: one paragraph in plain words: the question and the result.
         sections: the parts of the page, in order.
@@ -101,15 +100,16 @@ def write_report(
         versions: of the programs used.
         notes: what a reader must know to judge the results, such as limits and the treatment of empty regions.
 
-    Returns:
-        The path of the file.
-
     Raises:
         RunError: the file exists already.
     """
+    import pandas as pd
+
+    flat = pd.json_normalize(dict(settings), sep=", ").to_dict("records")[0] if settings else {}
     page = render("report_page.html", title=title, lead=_paragraphs(lead), results=dict(results or {}),
                   notes=list(notes), sections=[_prepared(section, number) for number, section in enumerate(sections)],
-                  settings=_flat(settings or {}), versions=dict(versions or {}))
+                  settings={name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+                            for name, value in flat.items()}, versions=dict(versions or {}))
     return write_new(path, page.encode())
 
 
@@ -131,16 +131,13 @@ def _prepared(section: Section, number: int) -> dict[str, Any]:
     """The values of a section for the template."""
     from fedlab.view.picture import figure_png
 
-    shown: dict[str, Any] = {
-        "id": f"part-{number + 1}", "title": section.title, "text": _paragraphs(section.text),
-        "caption": section.caption, "table": None, "image": None,
-    }
-    if section.table is not None:
-        shown["table"] = _table(section.table)
+    image = None
     if section.figure is not None:
         png, size = figure_png(section.figure, dpi=150)
-        shown["image"] = {"data": base64.b64encode(png).decode("ascii"), **size, "alt": section.description}
-    return shown
+        image = {"data": base64.b64encode(png).decode("ascii"), **size, "alt": section.description}
+    return {"id": f"part-{number + 1}", "title": section.title, "text": _paragraphs(section.text),
+            "caption": section.caption, "table": None if section.table is None else _table(section.table),
+            "image": image}
 
 
 def _table(table: pd.DataFrame) -> dict[str, Any]:
@@ -148,13 +145,10 @@ def _table(table: pd.DataFrame) -> dict[str, Any]:
     return {
         "corner": ["" if name is None else str(name) for name in table.index.names],
         "columns": [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in table.columns],
-        "rows": [([_text(name) for name in names], [(_text(value), _is_number(value)) for value in row])
+        "rows": [([_text(name) for name in names],
+                  [(_text(value), isinstance(value, Number) and not isinstance(value, bool)) for value in row])
                  for names, row in zip(index, table.itertuples(index=False, name=None), strict=True)],
     }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Number) and not isinstance(value, bool)
 
 
 def _text(value: Any) -> str:
@@ -169,19 +163,6 @@ def _text(value: Any) -> str:
     if isinstance(value, Integral) and abs(int(value)) >= 10_000:
         return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
     return str(value)
-
-
-def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """Settings with exact numbers; nested mappings and sequences are written out."""
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{before}{name}, ")
-        elif isinstance(value, (list, tuple)):
-            flat[f"{before}{name}"] = ", ".join(map(str, value))
-        else:
-            flat[f"{before}{name}"] = str(value)
-    return flat
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from fedlab.evidence.contributions import Contributions
 from fedlab.run.history import History
-from fedlab.view.colours import ARMS, BLUE, GREY, INK, ORANGE, RED, REGION_NAMES, arm_colours, arm_label, arm_of
-from fedlab.view.style import styled
+from fedlab.view.colours import ARMS, BLUE, GREY, INK, ORANGE, RED, REGION_NAMES, arm_colours, arm_label, arm_of, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,7 +100,7 @@ def privacy_curves(history: History, *, metric: str = "Dice", budget: float | No
     shown = metric in table and bool(table[metric].notna().any())
     figure = Picture(figsize=(5 * (len(units) + shown), 4.1), layout="constrained")
     axes = figure.subplots(1, len(units) + shown, squeeze=False)[0]
-    sentences = [_spending(ax, spent.xs(unit, level="unit"), str(unit), budget)
+    sentences = [_spending(ax, spent[spent.index.get_level_values("unit") == unit].droplevel("unit"), str(unit), budget)
                  for ax, unit in zip(axes, units, strict=False)]
     if shown:
         values = table[metric].dropna()

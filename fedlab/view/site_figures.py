@@ -12,8 +12,7 @@ from fedlab.core.types import Site
 from fedlab.data.sites.heterogeneity import Heterogeneity, heterogeneity
 from fedlab.data.sites.partition import Partition
 from fedlab.data.sites.statistics import SiteStatistics
-from fedlab.view.colours import LABEL_COLOURS, MODALITY_COLOURS, REGION_COLOURS
-from fedlab.view.style import styled
+from fedlab.view.colours import LABEL_COLOURS, MODALITY_COLOURS, REGION_COLOURS, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedlab.core.setting_checks import check_choice
 from fedlab.core.types import MODALITIES, Patient
-from fedlab.view.colours import GREY, LABEL_COLOURS, LABEL_NAMES, arm_label
+from fedlab.view.colours import GREY, LABEL_COLOURS, LABEL_NAMES, arm_label, styled
 from fedlab.view.label_layers import Prediction, as_labels, check_ras, grey_values, largest_slice
-from fedlab.view.style import styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -214,8 +214,7 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[Prediction]
 
 
 def _axis(plane: str) -> int:
-    if plane not in AXES:
-        raise ValueError(f"plane is one of {', '.join(AXES)}, got {plane!r}")
+    check_choice(AXES, plane=plane)
     return AXES[plane]
 
 

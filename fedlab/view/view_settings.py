@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
+from fedlab.core.setting_checks import check_choice
 from fedlab.core.types import MODALITIES
 from fedlab.view.colours import ERRORS, LABEL_COLOURS, LABEL_NAMES, REGION_NAMES
 from fedlab.view.label_layers import Case
@@ -42,10 +43,9 @@ class ViewSettings:
     crosshair: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("modality", self.modality, MODALITIES), ("view", self.view, VIEWS),
-                                   ("overlay", self.overlay, OVERLAYS)):
-            if value not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, got {value!r}")
+        check_choice(MODALITIES, modality=self.modality)
+        check_choice(VIEWS, view=self.view)
+        check_choice(OVERLAYS, overlay=self.overlay)
         if not 0 <= self.opacity <= 1:
             raise ValueError(f"opacity goes from 0 to 1, got {self.opacity}")
         if unknown := set(self.labels) - set(LABEL_COLOURS):
@@ -57,11 +57,7 @@ class ViewSettings:
         return self.overlay.split()[1] if self.overlay.startswith("errors") else None
 
     def values(self, case: Case, layer: str | None) -> npt.NDArray[np.uint8] | None:
-        """Values of the overlay in the box: labels, or an error map; None for no overlay.
-
-        Raises:
-            ValueError: an error map without a reference, or an unknown layer.
-        """
+        """Values of the overlay in the box: labels, or an error map; None for no overlay."""
         if layer is None or self.overlay == "none":
             return None
         return case.layer(layer) if self.region is None else case.errors(layer, self.region)

@@ -55,7 +55,7 @@ class Viewer:
     @property
     def settings(self) -> ViewSettings:
         """What is shown now; the controls of the interactive backend change it."""
-        return self._settings if self._panel is None else self._panel.settings  # type: ignore[no-any-return]
+        return self._settings if self._panel is None else self._panel.settings
 
     def picture(self, *, every: bool = True) -> Picture:
         """The current view as a figure: one row per layer, the reference and the arms, or only the layer shown."""

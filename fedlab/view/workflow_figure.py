@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from fedlab.core.protocols import Topology
 from fedlab.core.types import Site
 from fedlab.topologies.tree import Tree
-from fedlab.view.colours import BLUE, INK
-from fedlab.view.style import styled
+from fedlab.view.colours import BLUE, INK, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

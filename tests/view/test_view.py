@@ -113,7 +113,7 @@ def test_best_slice_has_the_largest_area() -> None:
     assert best_slice(label.numpy()) == 11
     with pytest.raises(ValueError, match="no tumour"):
         best_slice(torch.zeros(SHAPE))
-    with pytest.raises(ValueError, match="axial, got 'oblique'"):
+    with pytest.raises(ValueError, match="'axial', got 'oblique'"):
         best_slice(label, plane="oblique")
 
 
@@ -148,7 +148,7 @@ def test_wrong_input_is_refused_with_what_to_do() -> None:
     who, ax = patient(), Figure().add_subplot()
     with pytest.raises(ValueError, match=r"shape \(30, 36, 24\), the label map \(3, 3, 3\)"):
         overlay(ax, who, torch.ones(3, 3, 3))
-    with pytest.raises(ValueError, match="FLAIR, T1, T1c, T2, got 'T9'"):
+    with pytest.raises(ValueError, match="'FLAIR', 'T1', 'T1c', 'T2', got 'T9'"):
         overlay(ax, who, None, modality="T9")
     with pytest.raises(ValueError, match="from 0 to 23, got 24"):
         overlay(ax, who, None, index=24)
