@@ -177,7 +177,7 @@ def cross_site_heatmap(table: pd.DataFrame, *, title: str = "Mean Dice of each m
                                    edgecolor=ORANGE, linewidth=2.2))
     ax.tick_params(top=False, labeltop=True, labelbottom=False)
     if longest > cell:
-        ax.tick_params(axis="x", labelrotation=35)
+        ax.set_xticks(range(len(sites)), sites, rotation=35, ha="left")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     if own:
         figure.supxlabel("framed: the model was trained on this site alone", fontsize=9, color=GREY)
