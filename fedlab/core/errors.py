@@ -51,8 +51,8 @@ class SiteError(FedlabError):
     Attributes:
         site: name of the site.
         round: number of the round, counted from 0.
-        stage: "ledger", "equip", "fit", "protect", "check" or "remember"; "reach" where the site could not be reached
-            or was lost while it worked.
+        stage: "ledger", "equip", "fit", "protect", "check" or "remember"; "exchange" of messages with other sites;
+            "reach" where the site could not be reached or was lost while it worked.
     """
 
     def __init__(self, site: str, round: int, stage: str, reason: str) -> None:
@@ -61,3 +61,11 @@ class SiteError(FedlabError):
 
     def __reduce__(self) -> tuple[type[SiteError], tuple[str, int, str, str]]:
         return SiteError, (self.site, self.round, self.stage, self.reason)  # survives worker processes
+
+    def in_round(self, round: int) -> SiteError:
+        """The same failure in the round in which the server has noticed it; a site may not know it."""
+        if round == self.round:
+            return self
+        error = SiteError(self.site, round, self.stage, self.reason)
+        error.__cause__ = self.__cause__
+        return error

@@ -6,13 +6,17 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlab.core.errors import FedlabError, RunError
 
-__all__ = ["filled_in", "replacing", "write_json", "write_new", "write_whole"]
+if TYPE_CHECKING:
+    import jinja2
+
+__all__ = ["append_whole", "filled_in", "replacing", "write_json", "write_new", "write_whole"]
 
 
 def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabError] = RunError) -> Path:
@@ -53,6 +57,19 @@ def write_whole(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
+def append_whole(path: Path, data: bytes) -> None:
+    """Adds data to the end of a file and forces them onto the disk. If that fails, the file is as it was before."""
+    with path.open("ab", buffering=0) as file:
+        before, left = file.tell(), memoryview(data)
+        try:
+            while left:
+                left = left[file.write(left):]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON that people can read, as a whole file."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
@@ -60,9 +77,14 @@ def write_json(path: Path, content: Any) -> None:
 
 def filled_in(package: str, name: str, /, **values: Any) -> str:
     """A text from the jinja2 template `templates/NAME.j2` of a package; every value that it names must be given."""
+    text: str = _template(package, name).render(**values)
+    return text
+
+
+@cache
+def _template(package: str, name: str) -> jinja2.Template:
     import jinja2
 
-    template = (files(package) / "templates" / f"{name}.j2").read_text(encoding="utf-8")
-    text: str = jinja2.Template(template, trim_blocks=True, keep_trailing_newline=True,
-                                undefined=jinja2.StrictUndefined).render(**values)
-    return text
+    source = (files(package) / "templates" / f"{name}.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(source)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, SiteError
+from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, RunError, SiteError
 from fedlab.core.settings import check_whole
 from fedlab.core.types import Answer, Failure, ServerState, Site, SiteState, Update, Withdrawal
 from fedlab.core.workers import available_cores
-from fedlab.engines.shared_tensors import Parcel
+from fedlab.engines.shared_tensors import SharedObject
 from fedlab.engines.worker_pool import Pool, Ticket
 from fedlab.run.local import answer_of, exchange_here, with_ledger
 from fedlab.run.site_states import SiteStates
@@ -41,8 +41,8 @@ class Processes(AbstractContextManager["Processes"]):
     round, and another worker takes over; with `Admission` rules the run goes on. The workers end with a `with` block,
     with `close()`, with the engine, with Ctrl-C and with this process.
 
-    Techniques, strategies and models may be defined in a notebook cell. A script runs below
-    `if __name__ == "__main__":`. Workers import modules once: `close()` the engine after changing one.
+    Techniques, strategies and models may be defined in a notebook cell or in the script that runs, which the workers
+    do not import. Workers import modules once: `close()` the engine after changing one.
 
     Args:
         workers: number of workers; by default one per GPU of `devices`, else as many as there are cores for `threads`.
@@ -81,7 +81,7 @@ class Processes(AbstractContextManager["Processes"]):
         threads = self.threads or torch.get_num_threads()
         count = self._count(threads)
         self._pool.prepare(task, workers=min(count, len(cohort)), settings=_settings(threads))
-        shared = None if state.models else Parcel(state)
+        shared = None if state.models else SharedObject.of(state)
         left = iter(cohort)
         begun: deque[_Begun] = deque()
         try:
@@ -101,8 +101,8 @@ class Processes(AbstractContextManager["Processes"]):
         finally:
             for site in begun:
                 self._pool.give_up(site.ticket)
-                with suppress(_GivenUp), site.held:
-                    raise _GivenUp
+                with suppress(RunError), site.held:
+                    raise RunError("its update is no longer needed")  # so its state stays as it was
 
     exchange = staticmethod(exchange_here)  # the sites' keys are in this process
 
@@ -111,10 +111,10 @@ class Processes(AbstractContextManager["Processes"]):
         self._pool.close()
 
     def _fill(self, begun: deque[_Begun], left: Iterator[Site], state: ServerState, states: SiteStates,
-              shared: Parcel | None, count: int) -> None:
+              shared: SharedObject | None, count: int) -> None:
         """Gives sites to workers until as many have begun as there are workers."""
         while len(begun) < count and (site := next(left, None)) is not None:
-            held, ticket = ExitStack(), Ticket(site=site.name)
+            held, ticket = ExitStack(), Ticket()
             site_state = held.enter_context(states.working(site.name))
             begun.append(_Begun(site.name, ticket, held, site_state))
             try:
@@ -122,13 +122,13 @@ class Processes(AbstractContextManager["Processes"]):
             except FedlabError as error:
                 ticket.answer = Failure(site.name, error)
                 continue
-            self._pool.submit(ticket, site, shared or Parcel(state.at(site.name)), Parcel(site_state))
+            self._pool.submit(ticket, site, shared or SharedObject.of(state.at(site.name)), SharedObject.of(site_state))
 
     def _finish(self, begun: _Begun, round: int) -> Answer:
         """A site's answer, with its state and its ledger up to date."""
-        answer, after = begun.ticket.take()
-        if after is not None:
-            begun.site_state.take_over(after)
+        answer, begun.ticket.answer = begun.ticket.answer, None  # held in one place only
+        if begun.ticket.site_state is not None:
+            begun.site_state.take_over(begun.ticket.site_state)
         if answer is None:
             answer = Failure(begun.site, SiteError(begun.site, round, "reach", begun.ticket.lost))
 
@@ -171,10 +171,6 @@ class _Begun(NamedTuple):
     ticket: Ticket
     held: ExitStack
     site_state: SiteState
-
-
-class _GivenUp(Exception):
-    """The site's update is no longer needed."""
 
 
 def _settings(threads: int) -> dict[str, Any]:

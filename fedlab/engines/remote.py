@@ -111,7 +111,7 @@ class Remote:
         waiting = dict.fromkeys(args)
         if not waiting:
             return
-        why = "no answer came"
+        reason = "the site did not respond"
         try:
             for name, answer in self.ask(list(args), method, args):
                 if name not in waiting:
@@ -121,9 +121,9 @@ class Remote:
                 del waiting[name]
                 yield name, answer
         except Exception as error:
-            why = f"the transport failed: {type(error).__name__}: {error}"
+            reason = f"the transport failed: {type(error).__name__}: {error}"
         for name in waiting:
-            yield name, SiteError(name, round, "reach", why)
+            yield name, SiteError(name, round, "reach", reason)
 
     def _read(self, name: str, answer: Any, limit: int, round: int) -> Answer:
         """The answer of a site, whatever was received."""
@@ -140,6 +140,8 @@ class Remote:
     def _failure(self, name: str, error: Exception, round: int) -> Failure:
         """The failure of a site, at which the run begins anew: the site may have been restarted."""
         self._ready.discard(name)
+        if isinstance(error, SiteError):
+            error = error.in_round(round)
         if isinstance(error, FedlabError):
             return Failure(name, error)
         return Failure(name, SiteError(name, round, "reach", f"{type(error).__name__}: {error}"))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 import os
 import signal
+import sys
 import traceback
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,8 +21,9 @@ import torch
 from fedlab.core.errors import FedlabError, RunError, SiteError
 from fedlab.core.types import Answer, Failure, Site, SiteState
 from fedlab.core.workers import forkserver, settle
-from fedlab.engines.shared_tensors import Arrived, Parcel, receive
+from fedlab.engines.shared_tensors import SharedObject
 from fedlab.run.local import answer_of
+from fedlab.run.recipe import versions
 from fedlab.run.site_task import SiteTask
 
 __all__ = ["Pool", "Ticket"]
@@ -36,22 +38,14 @@ class Ticket:
     """A site's work in a round, and its result.
 
     Attributes:
-        site: name of the site.
         answer: the result, once there is one.
         site_state: of the site afterwards; None where it has not changed.
         lost: why there is no result.
     """
 
-    site: str
     answer: Answer | None = None
     site_state: SiteState | None = None
     lost: str = ""
-
-    def take(self) -> tuple[Answer | None, SiteState | None]:
-        """Answer and state, which are then no longer held here."""
-        taken = self.answer, self.site_state
-        self.answer = self.site_state = None
-        return taken
 
 
 @dataclass(eq=False, kw_only=True)
@@ -63,7 +57,7 @@ class _Worker:
     place: int
     ready: bool = False
     ticket: Ticket | None = None
-    knows: set[int] = field(default_factory=set)  # numbers of tasks and sites that it has been sent
+    sites: weakref.WeakSet[Site] = field(default_factory=weakref.WeakSet)  # that it has read
 
     def end(self, *, patience: float) -> int | None:
         """Ends the process, after some seconds of patience; returns its exit code."""
@@ -77,22 +71,26 @@ class _Worker:
         return code
 
 
+class _Packed(NamedTuple):
+    """A task or a site, ready to be sent to any worker.
+
+    Attributes:
+        number: by which workers that have read it know it.
+        patients: of a site, with the versions of their tensors; they stay alive, so that none is taken for another.
+    """
+
+    number: int
+    shared: SharedObject
+    patients: list[tuple[Any, Any]]
+
+
 class _Order(NamedTuple):
-    """A worker's next job; the named parcels follow it."""
+    """A worker's next job. Four objects follow it: the task, the site, the server's state and the site's."""
 
     task: int
     site: int
-    parcels: tuple[str, ...]
-    forget: tuple[int, ...]
+    current: frozenset[int]  # numbers of all tasks and sites; a worker forgets the others
     settings: Mapping[str, Any]
-
-
-class _Packed(NamedTuple):
-    """A task or a site, ready to be sent to any worker."""
-
-    number: int
-    parcel: Parcel
-    patients: tuple[Any, ...]
 
 
 class _AtWorker(Exception):
@@ -123,23 +121,25 @@ class Pool:
     def prepare(self, task: SiteTask, *, workers: int, settings: Mapping[str, Any]) -> None:
         """Before the sites of a round: sets their task and starts enough workers."""
         if self._task is None or self._task[0] is not task:
-            self._task = task, _Packed(next(self._numbers), _parcel(task, "the trainer, strategy or technique"), ())
+            shared = _shared(task, "the trainer, strategy or technique")
+            self._task = task, _Packed(next(self._numbers), shared, [])
         self._settings, self._wanted = settings, workers
         if not self._workers and any(pool._workers for pool in _POOLS if pool is not self):
             gc.collect()  # ends engines that only an exception's traceback still held
         self._grow()
 
-    def submit(self, ticket: Ticket, site: Site, state: Parcel, site_state: Parcel) -> None:
+    def submit(self, ticket: Ticket, site: Site, state: SharedObject, site_state: SharedObject) -> None:
         """Gives a site to a worker, as soon as one is free."""
         packed = self._packed(site)
         for _ in range(3):
-            worker = self._idle(packed.number)
+            worker = self._idle(site)
             try:
                 self._send(worker, packed, state, site_state)
             except OSError:
-                self._drop(worker, patience=0)  # it died while it was idle
+                self._drop(worker)  # it died while it was idle
             else:
                 worker.ticket = ticket
+                worker.sites.add(site)
                 return
         raise RunError(f"three workers in turn died before they could begin with {site.name}; if this machine is out "
                        "of memory, take fewer of them: Processes(workers=1)")
@@ -152,7 +152,7 @@ class Pool:
     def give_up(self, ticket: Ticket) -> None:
         """Ends the worker that is at work on a ticket, if there is one."""
         for worker in [worker for worker in self._workers if worker.ticket is ticket]:
-            self._drop(worker, patience=0)
+            self._drop(worker)
 
     def close(self) -> None:
         """Ends all workers."""
@@ -172,48 +172,45 @@ class Pool:
         context = forkserver()
         while len(self._workers) < self._wanted:
             place = min(set(range(self._wanted)) - {worker.place for worker in self._workers})
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self._visible[place % len(self._visible)]),
+            connection, for_worker = context.Pipe()
+            process = context.Process(target=_serve, args=(for_worker, self._visible[place % len(self._visible)]),
                                       name=f"fedlab-site-worker-{place}", daemon=True)
-            process.start()
-            theirs.close()
-            self._workers.append(_Worker(process=process, connection=ours, place=place))
+            with _script_not_imported():
+                process.start()
+            for_worker.close()
+            self._workers.append(_Worker(process=process, connection=connection, place=place))
 
     def _packed(self, site: Site) -> _Packed:
         """The site as it is sent; packed again if its patients have changed."""
-        patients = tuple(patient for split in (site.train, site.val) if isinstance(split, list | tuple)
-                         for patient in split)
+        patients = [(patient, versions(patient)) for split in (site.train, site.val) if isinstance(split, list | tuple)
+                    for patient in split]
         packed = self._sites.get(site)
-        if packed is None or [*map(id, packed.patients)] != [*map(id, patients)]:
-            packed = _Packed(next(self._numbers), _parcel(site, f"the patients of {site.name}"), patients)
-            self._sites[site] = packed
+        if packed is None or [(id(p), v) for p, v in packed.patients] != [(id(p), v) for p, v in patients]:
+            shared = _shared(site, f"the patients of {site.name}")
+            packed = self._sites[site] = _Packed(next(self._numbers), shared, patients)
         return packed
 
-    def _idle(self, site: int) -> _Worker:
-        """Waits for an idle worker; preferably one that knows the site."""
+    def _idle(self, site: Site) -> _Worker:
+        """Waits for an idle worker; preferably one that has read the site."""
         while True:
             idle = [worker for worker in self._workers if worker.ready and worker.ticket is None]
             for worker in idle:
                 if worker.connection.poll() or not worker.process.is_alive():  # an idle worker only reports its end
-                    self._drop(worker, patience=0)
+                    self._drop(worker)
             alive = [worker for worker in idle if worker in self._workers]
             if alive:
-                return max(alive, key=lambda worker: site in worker.knows)
+                return max(alive, key=lambda worker: site in worker.sites)
             self._grow()
             self._listen()
 
-    def _send(self, worker: _Worker, site: _Packed, state: Parcel, site_state: Parcel) -> None:
+    def _send(self, worker: _Worker, site: _Packed, state: SharedObject, site_state: SharedObject) -> None:
         if self._task is None:
             raise RunError("the workers were ended in the middle of a round; close() the engine between rounds")
         task = self._task[1]
-        current = {task.number, *(packed.number for packed in self._sites.values())}
-        forget, worker.knows = worker.knows - current, worker.knows & current
-        parcels = {name: packed.parcel for name, packed in (("task", task), ("site", site))
-                   if packed.number not in worker.knows} | {"state": state, "site_state": site_state}
-        worker.connection.send(_Order(task.number, site.number, tuple(parcels), tuple(forget), self._settings))
-        for parcel in parcels.values():
-            parcel.send(worker.connection)
-        worker.knows |= {task.number, site.number}
+        current = frozenset({task.number, *(packed.number for packed in self._sites.values())})
+        worker.connection.send(_Order(task.number, site.number, current, self._settings))
+        for shared in (task.shared, site.shared, state, site_state):
+            shared.send(worker.connection)
 
     def _listen(self) -> None:
         """Waits until a worker sends a message or dies."""
@@ -231,56 +228,68 @@ class Pool:
                 except (EOFError, OSError):
                     heard = False
                 if not heard:
-                    self._drop(worker, patience=0)
+                    self._drop(worker)
 
     def _hear(self, worker: _Worker) -> bool:
         if not worker.ready:
             worker.ready = worker.connection.recv_bytes() == b"ready"
             return worker.ready
-        answer, site_state = receive(worker.connection), receive(worker.connection)
+        answer, text, site_state = SharedObject.receive(worker.connection).open()
         ticket, worker.ticket = worker.ticket, None
-        came, words = answer.open()
-        if came is None:
+        if answer is None:
             raise FedlabError("a worker process cannot read what it was sent; it must find the same modules as this "
                               "process (close() the engine after changing one), or say engine=Local()"
-                              ) from _AtWorker(words)
-        if isinstance(came, Failure):
-            came.error.__cause__ = _AtWorker(words)
+                              ) from _AtWorker(text)
+        if isinstance(answer, Failure):
+            answer.error.__cause__ = _AtWorker(text)
         if ticket is not None:
-            ticket.answer = came
-            ticket.site_state = copy.deepcopy(site_state.open())  # each mapping takes a file descriptor
+            ticket.answer, ticket.site_state = answer, site_state
         return True
 
-    def _drop(self, worker: _Worker, *, patience: float) -> None:
+    def _drop(self, worker: _Worker) -> None:
         """Removes a worker that is dead or no longer needed."""
         self._workers.remove(worker)
         killed = worker.process.is_alive()
-        code = worker.end(patience=patience)
+        code = worker.end(patience=0)
         if worker.ticket is not None:
             worker.ticket.lost = _why(code)
         elif not worker.ready and not killed:
             raise RunError(f"a worker process ended before it could begin (exit code {code}); see its own error "
-                           "output. A script must run below "
-                           'if __name__ == "__main__":, since workers import the script')
+                           "output, or say engine=Local()")
 
 
 def _why(code: int | None) -> str:
     if code == -signal.SIGKILL:
-        return ("its worker process was killed (SIGKILL), as systems do when memory runs out: take fewer workers, "
-                "smaller batches or smaller crops. Its state is as it was before the round")
-    if code is not None and code < 0:
-        return (f"its worker process crashed ({signal.Signals(-code).name}); engine=Local() shows where. Its state is "
-                "as it was before the round")
-    return (f"its worker process ended itself (exit code {code}); look for sys.exit() or os._exit() in what runs at "
-            "the site. Its state is as it was before the round")
+        reason = ("was killed (SIGKILL), as systems do when memory runs out: take fewer workers, smaller batches or "
+                  "smaller crops")
+    elif code is not None and code < 0:
+        reason = f"crashed ({signal.Signals(-code).name}); engine=Local() shows where"
+    else:
+        reason = f"ended itself (exit code {code}); look for sys.exit() or os._exit() in what runs at the site"
+    return f"its worker process {reason}. Its state is as it was before the round"
 
 
-def _parcel(thing: Any, what: str) -> Parcel:
+def _shared(value: Any, what: str) -> SharedObject:
     try:
-        return Parcel(thing)
+        return SharedObject.of(value)
     except Exception as error:  # whatever the user's objects raise
         raise ValueError(f"{what} cannot be sent to a worker process ({type(error).__name__}: {error}); keep open "
                          "files, locks and generators out of it, or say engine=Local()") from error
+
+
+@contextmanager
+def _script_not_imported() -> Iterator[None]:
+    """A process that is started here does not run the user's script again: its classes travel as code.
+
+    So a script needs no main guard, and may be read from standard input, where there is no file to import.
+    """
+    main = vars(sys.modules["__main__"])
+    hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main |= dict.fromkeys(hidden)
+    try:
+        yield
+    finally:
+        main |= hidden
 
 
 def _serve(connection: Connection, visible: str | None) -> None:
@@ -292,41 +301,41 @@ def _serve(connection: Connection, visible: str | None) -> None:
     try:
         connection.send_bytes(b"ready")
         while True:
-            order = connection.recv()
-            arrived = {name: receive(connection) for name in order.parcels}
-            for parcel in _work(order, arrived, known):
-                parcel.send(connection)
-            del arrived, parcel
+            _serve_one(connection, known)
     except (EOFError, OSError):
         return  # the parent has closed the connection, or has ended
 
 
-def _work(order: _Order, arrived: Mapping[str, Arrived], known: dict[int, Any]) -> tuple[Parcel, Parcel]:
-    """A site's round: its answer, and the site's state."""
+def _serve_one(connection: Connection, known: dict[int, Any]) -> None:
+    """Receives an order; sends the site's answer, the text of an exception, and the site's state."""
+    order = connection.recv()
+    received = [SharedObject.receive(connection) for _ in range(4)]
     try:
-        for number in order.forget:
-            known.pop(number)
-        for name, number in (("task", order.task), ("site", order.site)):
-            if name in arrived:
-                known[number] = arrived[name].open()
+        for number in known.keys() - order.current:
+            del known[number]
+        for number, shared in zip((order.task, order.site), received, strict=False):
+            if number not in known:
+                known[number] = shared.open()
         task, site = known[order.task], known[order.site]
-        state, site_state = arrived["state"].open(), arrived["site_state"].open()
+        state, site_state = (shared.open() for shared in received[2:])
     except Exception as error:  # of the user's own modules
-        return Parcel((None, "".join(traceback.format_exception(error)))), Parcel(None)
+        SharedObject.of((None, "".join(traceback.format_exception(error)), None)).send(connection)
+        return
     _compute_as(order.settings)
-    answer, words = answer_of(site.name, lambda: task(site, state, site_state)), ""
+    answer, text = answer_of(site.name, lambda: task(site, state, site_state)), ""
     if isinstance(answer, Failure):
-        words = "".join(traceback.format_exception(answer.error))
-        answer = Failure(site.name, _plain(answer.error))
+        text = "".join(traceback.format_exception(answer.error))
+        answer = Failure(site.name, _of_fedlab(answer.error))
     try:
-        return Parcel((answer, words)), Parcel(site_state)
+        sent = SharedObject.of((answer, text, site_state))
     except Exception as error:  # of a technique that keeps or sends what cannot be pickled
-        words = "".join(traceback.format_exception(error))
+        text = "".join(traceback.format_exception(error))
         reason = f"what the site sends or keeps cannot leave its process ({type(error).__name__}: {error})"
-        return Parcel((Failure(site.name, SiteError(site.name, state.round, "remember", reason)), words)), Parcel(None)
+        sent = SharedObject.of((Failure(site.name, SiteError(site.name, state.round, "remember", reason)), text, None))
+    sent.send(connection)
 
 
-def _plain(error: FedlabError) -> FedlabError:
+def _of_fedlab(error: FedlabError) -> FedlabError:
     """The error as one of fedlab's own types, which the parent has."""
     kind = next(kind for kind in type(error).__mro__ if kind.__module__.partition(".")[0] == "fedlab")
     if kind is type(error):

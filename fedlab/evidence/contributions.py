@@ -29,13 +29,12 @@ from fedlab.core.files import write_json, write_whole
 from fedlab.core.gate import check_update
 from fedlab.core.protocols import Engine, Strategy
 from fedlab.core.seeds import generator
-from fedlab.core.types import Answer, ServerState, Site, Tensors, Update
+from fedlab.core.types import Answer, Failure, Messages, ServerState, Site, Tensors, Update
 from fedlab.core.weights import load_weights, weights_sha256
 from fedlab.run.history import History
 from fedlab.run.recipe import recipe_sha256
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
-from fedlab.run.wrapped import Wrapped
 from fedlab.strategies.averaging import FedAvg, TooFewUpdates
 from fedlab.training.metrics import evaluate
 
@@ -131,7 +130,7 @@ def _exact(worth: Worth, player: str, others: frozenset[str]) -> float:
     return total
 
 
-class KeepUpdates(Wrapped):
+class KeepUpdates:
     """An engine that stores every update that arrives, one file per site and round.
 
     The server sees them anyway, so a guarantee given at the sites covers the files as well. Where noise is added at the
@@ -164,6 +163,11 @@ class KeepUpdates(Wrapped):
                 _write(folder / f"{quote(update.site, safe='')}.safetensors", update.delta,
                        {"weight": update.weight, "steps": update.steps})
             yield answer
+
+    def exchange(self, task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
+                 states: SiteStates) -> tuple[Messages, list[Failure]]:
+        """The exchange of the inner engine."""
+        return self.engine.exchange(task, step, inboxes, sites, states)
 
     def _begin(self, task: SiteTask, state: ServerState) -> None:
         if task.aggregation.hides_updates or task.privacy.works_at_server:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -17,11 +18,11 @@ from fedlab.core.errors import SiteError
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Engine, Trainer
 from fedlab.core.seeds import generator
+from fedlab.core.setting_checks import check_choice
 from fedlab.core.settings import check_positive
-from fedlab.core.types import Answer, Failure, Patient, ServerState, Site, SiteState, Tensors, Update
+from fedlab.core.types import Answer, Failure, Messages, Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
-from fedlab.run.wrapped import Wrapped
 
 __all__ = ["Corrupt", "Crash", "DropOut", "Fault", "Faulty", "Joins", "Leaves", "PoisonedLabels", "Replay", "Scale",
            "SignFlip", "Straggler"]
@@ -54,8 +55,7 @@ class Fault:
 
     def strikes(self, site: str, round: int, seed: int) -> bool:
         """Whether it strikes a site in a round."""
-        here = self.sites is None or site in self.sites
-        if not here or not (self.rounds is None or round in self.rounds):
+        if not all(chosen is None or name in chosen for name, chosen in ((site, self.sites), (round, self.rounds))):
             return False
         rng = generator(seed, "strikes", site, round)
         return self.probability == 1 or float(torch.rand((), generator=rng, dtype=torch.float64)) < self.probability
@@ -72,10 +72,10 @@ class Fault:
         """The kit that trains at the site instead, after privacy techniques have wrapped it."""
         return kit
 
-    def remember(self, update: Update, own: dict[str, torch.Tensor]) -> None:
+    def remember(self, update: Update, kept: dict[str, torch.Tensor]) -> None:
         """In every round, whether it strikes or not: keeps parts of an update in a namespace of the site's state."""
 
-    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
+    def send(self, update: Update, kept: Tensors, rng: torch.Generator) -> object:
         """The object that the server receives in place of the update."""
         return update
 
@@ -85,7 +85,7 @@ class DropOut(Fault):
     """The site does not answer, for example without a connection or during a restart."""
 
     def keeps_away(self) -> str | None:
-        return "it did not answer"
+        return "the site did not respond"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Joins(Fault):
         return round < self.round and super().strikes(site, round, seed)
 
     def keeps_away(self) -> str | None:
-        return f"it joins in round {self.round}"
+        return f"the site joins in round {self.round}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class Leaves(Fault):
         return round >= self.round and super().strikes(site, round, seed)
 
     def keeps_away(self) -> str | None:
-        return f"it left before round {self.round}"
+        return f"the site left before round {self.round}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Straggler(Fault):
         super().__post_init__()
         check_positive(seconds=self.seconds)
 
-    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
+    def send(self, update: Update, kept: Tensors, rng: torch.Generator) -> object:
         return replace(update, seconds=update.seconds + self.seconds)
 
 
@@ -174,7 +174,10 @@ class PoisonedLabels(Fault):
     labels: Mapping[int, int] = field(default_factory=lambda: {1: 0, 2: 0, 4: 0})
 
     def at_site(self, site: Site) -> Site:
-        return replace(site, train=_Relabelled(site.train, self.labels))
+        from monai.data.dataset import Dataset
+
+        patients: Any = Dataset(site.train, transform=partial(_relabelled, labels=self.labels))
+        return replace(site, train=patients)  # patients get their labels when they are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,7 @@ class SignFlip(Fault):
 
     factor: float = 1.0
 
-    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
+    def send(self, update: Update, kept: Tensors, rng: torch.Generator) -> object:
         return update.map(lambda tensor: tensor * -self.factor)
 
 
@@ -201,7 +204,7 @@ class Scale(Fault):
 
     factor: float
 
-    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
+    def send(self, update: Update, kept: Tensors, rng: torch.Generator) -> object:
         return update.map(lambda tensor: tensor * self.factor)
 
 
@@ -216,14 +219,14 @@ class Replay(Fault):
 
     disguised: bool = False
 
-    def remember(self, update: Update, own: dict[str, torch.Tensor]) -> None:
-        if not own:
+    def remember(self, update: Update, kept: dict[str, torch.Tensor]) -> None:
+        if not kept:
             numbers = torch.tensor([update.weight, float(update.round or 0)], dtype=torch.float64)
-            own.update({"weight, round": numbers, **{f"delta|{k}": t.clone() for k, t in update.delta.items()}})
+            kept.update({"weight, round": numbers, **{f"delta|{k}": t.clone() for k, t in update.delta.items()}})
 
-    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
-        weight, number = own["weight, round"].tolist()
-        delta = {name.removeprefix("delta|"): t for name, t in own.items() if name.startswith("delta|")}
+    def send(self, update: Update, kept: Tensors, rng: torch.Generator) -> object:
+        weight, number = kept["weight, round"].tolist()
+        delta = {name.removeprefix("delta|"): t for name, t in kept.items() if name.startswith("delta|")}
         return replace(update, delta=delta, weight=weight, round=update.round if self.disguised else int(number))
 
 
@@ -248,13 +251,14 @@ class Corrupt(Fault):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.how not in get_args(How):
-            raise ValueError(f"how is one of {', '.join(map(repr, get_args(How)))}; got {self.how!r}")
+        check_choice(get_args(How), how=self.how)
 
-    def send(self, update: Update, own: Tensors, rng: torch.Generator) -> object:
+    def send(self, update: Update, kept: Tensors, rng: torch.Generator) -> object:
+        garbage: Any = dict(delta=[b"\x00"], weight="many", steps=-1.5, metrics="none", spent={"epsilon": 0},
+                            encoded="small", round=None, seconds=[])
         changes: Mapping[str, Callable[[], object]] = {
-            "nan": lambda: replace(update, delta=_spoilt(update, math.nan, rng)),
-            "inf": lambda: replace(update, delta=_spoilt(update, math.inf, rng)),
+            "nan": lambda: _with_one_entry(update, math.nan, rng),
+            "inf": lambda: _with_one_entry(update, math.inf, rng),
             "shape": lambda: update.map(lambda t: t[None]),
             "integers": lambda: update.map(torch.Tensor.int),
             "names": lambda: replace(update, delta={f"other.{name}": t for name, t in update.delta.items()}),
@@ -262,14 +266,14 @@ class Corrupt(Fault):
             "weight": lambda: replace(update, weight=math.nan),
             "overflow": lambda: update.map(lambda t: torch.full_like(t, torch.finfo(t.dtype).max)),
             "sender": lambda: replace(update, site="elsewhere"),
-            "garbage": lambda: _garbage(update),
+            "garbage": lambda: Update(update.site, **garbage),
             "no update": lambda: "<html>502 Bad Gateway</html>",
         }
         return changes[self.how]()
 
 
 @dataclass(kw_only=True, eq=False)
-class Faulty(Wrapped):
+class Faulty:
     """An engine whose sites have faults.
 
     A fault keeps its values in the state of the site and strikes as the seed says, so a run that is resumed from a
@@ -289,41 +293,47 @@ class Faulty(Wrapped):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        odd = [fault for fault in self.faults if not isinstance(fault, Fault)]
-        if odd:
-            raise ValueError(f"faults are objects such as DropOut(probability=0.3), got {odd[0]!r}")
+        for fault in self.faults:
+            if not isinstance(fault, Fault):
+                raise ValueError(f"faults are objects such as DropOut(probability=0.3), got {fault!r}")
 
     def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
         """The answer of each site, or the failure that a fault caused."""
-        there = []
+        reached = []
         for site in cohort:
-            away = [why for _, fault in self._striking(site.name, state.round) if (why := fault.keeps_away())]
-            if away:
-                yield Failure(site.name, SiteError(site.name, state.round, "reach", away[0]))
+            reasons = [reason for _, fault in self._at_work(site.name, state.round) if (reason := fault.keeps_away())]
+            if reasons:
+                yield Failure(site.name, SiteError(site.name, state.round, "reach", reasons[0]))
             else:
-                there.append(site)
-        if not there:
+                reached.append(site)
+        if not reached:
             return
-        striking = tuple((fault, self._seed(index)) for index, fault in enumerate(self.faults))
-        trainer = cast("Any", _FaultyTrainer(stands_for=task.trainer, striking=striking))
-        for answer in self.engine.train(replace(task, trainer=trainer), state, there, states):
+        seeded = tuple((fault, self._seed(index)) for index, fault in enumerate(self.faults))
+        trainer: Any = _FaultyTrainer(stands_for=task.trainer, seeded=seeded)
+        for answer in self.engine.train(replace(task, trainer=trainer), state, reached, states):
             # A fault may turn an update into any object: the server has to check it.
             yield cast("Answer", self._sent(answer, state.round, states)) if isinstance(answer, Update) else answer
 
-    def _striking(self, site: str, round: int) -> list[tuple[int, Fault]]:
+    def exchange(self, task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
+                 states: SiteStates) -> tuple[Messages, list[Failure]]:
+        """The exchange of the inner engine."""
+        return self.engine.exchange(task, step, inboxes, sites, states)
+
+    def _at_work(self, site: str, round: int) -> list[tuple[int, Fault]]:
+        """The faults that strike a site in a round, with their places."""
         return [(index, fault) for index, fault in enumerate(self.faults)
                 if fault.strikes(site, round, self._seed(index))]
 
     def _sent(self, update: Update, round: int, states: SiteStates) -> object:
         site = update.site
         with states.working(site) as site_state:
-            own = [site_state.of(f"fault {index}").own for index in range(len(self.faults))]
-            for fault, kept in zip(self.faults, own, strict=True):
-                fault.remember(update, kept)
+            kept = [site_state.of(f"fault {index}").own for index in range(len(self.faults))]
+            for fault, values in zip(self.faults, kept, strict=True):
+                fault.remember(update, values)
         sent: object = update
-        for index, fault in self._striking(site, round):
+        for index, fault in self._at_work(site, round):
             if isinstance(sent, Update):
-                sent = fault.send(sent, own[index], generator(self._seed(index), "send", site, round))
+                sent = fault.send(sent, kept[index], generator(self._seed(index), "send", site, round))
         return sent
 
     def _seed(self, index: int) -> int:
@@ -336,24 +346,24 @@ class _FaultyTrainer:
 
     Attributes:
         stands_for: the user's trainer.
-        striking: faults and their seeds.
+        seeded: faults and their seeds.
     """
 
     stands_for: Trainer
-    striking: tuple[tuple[Fault, int], ...]
+    seeded: tuple[tuple[Fault, int], ...]
 
     def prepare(self, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Kit:
-        for fault in self._strike(site.name, state.round):
+        for fault in self._at_work(site.name, state.round):
             site = fault.at_site(site)
         return self.stands_for.prepare(site, state, site_state=site_state, seed=seed)
 
     def fit(self, kit: Kit, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Update:
-        for fault in self._strike(site.name, state.round):
+        for fault in self._at_work(site.name, state.round):
             kit = fault.in_training(kit)
         return self.stands_for.fit(kit, site, state, site_state=site_state, seed=seed)
 
-    def _strike(self, site: str, round: int) -> list[Fault]:
-        return [fault for fault, seeded in self.striking if fault.strikes(site, round, seeded)]
+    def _at_work(self, site: str, round: int) -> list[Fault]:
+        return [fault for fault, seed in self.seeded if fault.strikes(site, round, seed)]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "stands_for":
@@ -382,39 +392,20 @@ class _BreaksOff:
         raise RuntimeError(f"a simulated crash after {self.after} batches")
 
 
-class _Relabelled(Sequence[Patient]):
-    """Patients with other labels, changed when they are read."""
-
-    def __init__(self, patients: Sequence[Patient], labels: Mapping[int, int]) -> None:
-        self.patients, self.labels = patients, labels
-
-    def __len__(self) -> int:
-        return len(self.patients)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return _Relabelled(self.patients[index], self.labels)
-        patient = self.patients[index]
-        if patient.label is None:
-            return patient
-        label = patient.label.clone()
-        for drawn, instead in self.labels.items():
-            label[patient.label == drawn] = instead
-        return replace(patient, label=label)
+def _relabelled(patient: Patient, labels: Mapping[int, int]) -> Patient:
+    """The patient with other labels."""
+    if patient.label is None:
+        return patient
+    label = patient.label.clone()
+    for right, wrong in labels.items():
+        label[patient.label == right] = wrong
+    return replace(patient, label=label)
 
 
-def _spoilt(update: Update, value: float, rng: torch.Generator) -> dict[str, torch.Tensor]:
-    """The delta with one entry replaced."""
+def _with_one_entry(update: Update, value: float, rng: torch.Generator) -> Update:
+    """The update with one entry of its delta replaced."""
     delta = {name: tensor.clone() for name, tensor in update.delta.items()}
     names = list(delta)
     flat = delta[names[int(torch.randint(len(names), (), generator=rng))]].view(-1)
     flat[int(torch.randint(flat.numel(), (), generator=rng))] = value
-    return delta
-
-
-def _garbage(update: Update) -> Update:
-    """An update with invalid values in every field but the sender's."""
-    odd: Any = replace
-    wrong: Update = odd(update, delta=[b"\x00"], weight="many", steps=-1.5, metrics="none", spent={"epsilon": 0},
-                        encoded="small", round=None, seconds=[])
-    return wrong
+    return replace(update, delta=delta)

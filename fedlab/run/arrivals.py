@@ -32,7 +32,8 @@ class Arrivals:
 
     Attributes:
         cohort: the sites that still take part.
-        present: names of the sites whose update was let in, in order.
+        present: names of the sites whose update was admitted, in order.
+        withdrawn: the sites that have withdrawn in this round, and the reasons.
     """
 
     def __init__(self, run: Run, state: ServerState, cohort: Sequence[Site]) -> None:
@@ -44,7 +45,7 @@ class Arrivals:
         self._seen: dict[str, dict[str, float]] = {}
         self._spent: dict[str, tuple[Spent, ...]] = {}
         self._absent: dict[str, str] = {}
-        self._withdrawn: set[str] = set()
+        self.withdrawn: dict[str, str] = {}
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -73,7 +74,7 @@ class Arrivals:
         """
         waiting = {site.name for site in sites}
         self._asked += [site.name for site in sites]
-        nothing = "it sent nothing"
+        silent = "it sent nothing"
         try:
             for answer in answers:
                 sender = getattr(answer, "site", None)
@@ -81,7 +82,7 @@ class Arrivals:
                     stray = f"an update of {sender!r}" if isinstance(sender, str) else "an object that is no update"
                     if self.run.admission is None:
                         raise ValueError(f"received {stray}; still expected: {sorted(waiting)}")
-                    nothing = f"it sent nothing under its name; {stray[:120]} was received and left out"
+                    silent = f"it sent nothing under its name; {stray[:120]} was received and left out"
                     continue
                 waiting.remove(sender)
                 if (reason := self._refuse(answer, state)) is not None:
@@ -92,8 +93,8 @@ class Arrivals:
         finally:
             if isinstance(answers, Generator):  # sites that are still at work end with a round that breaks off
                 answers.close()
-        self._absent |= dict.fromkeys(waiting, nothing)
-        if self._withdrawn and self._withdrawn >= self._drawn:
+        self._absent |= dict.fromkeys(waiting, silent)
+        if self.withdrawn and self.withdrawn.keys() >= self._drawn:
             raise PrivacyBudgetExhausted("no site is left: " + "; ".join(self._absent.values()))
 
     def charge(self, spent: tuple[Spent, ...]) -> None:
@@ -113,6 +114,8 @@ class Arrivals:
         sent: Messages
         failures: list[Failure]
         sent, failures = self.run.engine.exchange(self.run.task, step, inboxes, asked, self.run.site_states)
+        failures = [Failure(name, error.in_round(self.state.round) if isinstance(error, SiteError) else error)
+                    for name, error in failures]
         for failure in failures:
             if self.run.admission is None:
                 raise failure.error
@@ -158,7 +161,7 @@ class Arrivals:
     def _refuse(self, answer: Answer, state: ServerState) -> str | None:
         """Why an answer has no place in the model, or None."""
         if isinstance(answer, Withdrawal):
-            self._withdrawn.add(answer.site)
+            self.withdrawn[answer.site] = answer.reason
             return answer.reason
         try:
             if isinstance(answer, Failure):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -33,10 +34,14 @@ class Checkpoint:
 
     A round is written beside the previous one and renamed into place when complete, so a kill at any moment leaves one
     whole round.
+
+    Attributes:
+        folder: of the run.
+        recipe: of the run when it began.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, recipe: Mapping[str, Json] | None = None) -> None:
+        self.folder, self.recipe = folder, dict(recipe or {})
 
     @classmethod
     def open(cls, folder: Path | str, *, recipe: Mapping[str, Json], start: Tensors) -> Checkpoint:
@@ -51,24 +56,36 @@ class Checkpoint:
             RunError: the folder holds something else, or another run.
         """
         folder = Path(folder)
-        wanted = {"format": _FORMAT, "start_sha256": weights_sha256(start), **recipe}
-        note = folder / "run.json"
+        wanted = json.loads(json.dumps({"format": _FORMAT, "start_sha256": weights_sha256(start), **recipe}))
+        note, left = folder / "run.json", folder / "as-left.json"
         if note.is_file():
             try:
                 found = json.loads(note.read_text(encoding="utf-8"))
+                as_left = {**found, **(json.loads(left.read_text(encoding="utf-8")) if left.is_file() else {})}
             except ValueError as error:
-                raise RunError(f"{note} is damaged ({error}); remove the folder to start over") from error
-            differing = differences(found, json.loads(json.dumps(wanted)))
-            if differing:
+                raise RunError(f"{folder} is damaged ({error}); remove the folder to start over") from error
+            differing = differences(found, wanted)
+            if differing and as_left != wanted:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 raise RunError(f"{folder} holds a run with other settings or data ({'; '.join(differing[:3])}{more}); "
-                               "choose another folder")
+                               "choose another folder, or remove this one to train anew")
         elif folder.exists() and any(folder.iterdir()):
             raise RunError(f"{folder} is not empty and holds no fedlab run; choose another folder")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(note, wanted)
-        return cls(folder)
+            found = wanted
+            write_json(note, found)
+        return cls(folder, {name: found[name] for name in recipe})
+
+    def leave(self, parts: Mapping[str, Json]) -> None:
+        """Notes the recipe of the parts as this process leaves them, if the run itself has changed them.
+
+        A technique that keeps a log in an attribute is then still the same when the run goes on in this process.
+        """
+        left = json.loads(json.dumps(parts))
+        if left != {name: self.recipe[name] for name in left}:
+            with suppress(OSError):  # a full disk has its own error
+                write_json(self.folder / "as-left.json", left)
 
     def new_states(self, names: Sequence[str]) -> SiteStates:
         """The states of the sites for a run that begins."""

@@ -12,14 +12,15 @@ import torch
 
 from fedlab.core.errors import FedlabError, PrivacyError
 from fedlab.core.kit import Kit
-from fedlab.core.types import ServerState, Site, SiteState, Tensors
+from fedlab.core.types import Tensors
 from fedlab.core.weights import load_weights, trainable
+from fedlab.run.site_task import SiteWork
 
 __all__ = ["FailedSite"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class FailedSite:
+@dataclass(kw_only=True, eq=False, repr=False)
+class FailedSite(SiteWork):
     """The live objects of a site at the moment at which it failed.
 
     They hold the site's patients, so they stay in this process: they cannot be copied or pickled. Under a privacy
@@ -27,29 +28,13 @@ class FailedSite:
     it.
 
     Attributes:
-        site: that failed.
-        round: its number, counted from 0.
-        stage: of the failure, as in `SiteError`.
         error: as the server sees it; the first exception is chained to it. For a debugger:
             `import pdb; pdb.post_mortem(failed.cause.__traceback__)`.
-        kit: model, optimiser, loader and loss, as the techniques had wrapped them; None if it failed before that.
-        state: the server's, with which the site began its round.
-        site_state: the site's, at the failure.
         weights: of the model at the failure. The model itself is used for the next site: see `restore`.
-        batch: images and regions of the last batch drawn, or None.
-        guarded: whether the run has a privacy guarantee.
     """
 
-    site: Site
-    round: int
-    stage: str
     error: FedlabError
-    kit: Kit | None
-    state: ServerState
-    site_state: SiteState
     weights: Tensors
-    batch: tuple[torch.Tensor, torch.Tensor] | None
-    guarded: bool
 
     @classmethod
     def of(cls, error: FedlabError) -> FailedSite:
@@ -63,9 +48,17 @@ class FailedSite:
             raise ValueError(f"{error!r} carries no objects of a site; only errors raised in this process do")
         weights = {} if work.kit is None else {
             name: p.detach().cpu().clone() for name, p in trainable(work.trainer.model).items()}
-        return cls(site=work.site, round=work.state.round, stage=work.stage, error=error, kit=work.kit,
-                   state=work.state, site_state=work.site_state.copy(), weights=weights,
-                   batch=None if work.kit is None else work.kit.batch, guarded=work.guarded)
+        return cls(**{**vars(work), "site_state": work.site_state.copy()}, error=error, weights=weights)
+
+    @property
+    def round(self) -> int:
+        """Number of the round, counted from 0."""
+        return self.state.round
+
+    @property
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Images and regions of the last batch drawn."""
+        return None if self.kit is None else self.kit.batch
 
     @property
     def cause(self) -> BaseException:

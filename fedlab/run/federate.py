@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
+from safetensors import SafetensorError
 
-from fedlab.core.errors import PrivacyBudgetExhausted
+from fedlab.core.errors import PrivacyBudgetExhausted, RunError
 from fedlab.core.protocols import Elsewhere, Engine, Run, Strategy, Topology
 from fedlab.core.settings import check_whole
 from fedlab.core.types import Round, ServerState, Site
@@ -29,6 +34,9 @@ from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["check_sites", "each_round", "federate", "loop", "make_run", "run_recipe"]
+
+#: Characters of a site's name in the names of files; most file systems allow 255 for the whole name.
+_LONGEST_NAME = 200
 
 
 def make_run(
@@ -163,30 +171,36 @@ def federate(
     run = make_run(trainer, sites, strategy=strategy, privacy=privacy, aggregation=aggregation, rounds=rounds,
                    topology=topology, engine=engine, admission=admission, seed=seed)
     history = History(rounds=rounds, privacy=_protection(run))
-    what = run_recipe(run) if checkpoint is not None or trace is not None else {}
+    identity = run_recipe(run) if checkpoint is not None or trace is not None else {}
     saved, site_states = None, None
     if checkpoint is not None:
-        saved = Checkpoint.open(checkpoint, recipe=what, start=trainer.initial())
+        saved = Checkpoint.open(checkpoint, recipe=identity, start=trainer.initial())
+        identity = saved.recipe
         history.state, site_states, records = saved.load() or (None, saved.new_states(run.names), [])
         history.site_states = site_states
         history.records.extend(records)
+        run = replace(run, task=replace(run.task, identity=identity))
     rounds_left = _rounds(run, history.state, site_states)
     traced = None if trace is None else Trace.open(
-        trace, recipe=what, settings=_as_code(run), sites=run.sites, state=history.state, start=trainer.initial(),
+        trace, recipe=identity, settings=_as_code(run), sites=run.sites, state=history.state, start=trainer.initial(),
         resumable=saved is not None)
-    with history.progress(enabled=progress) as show:
-        for finished in _until_exhausted(rounds_left, history):
-            if validate is not None:
-                metrics = validate(_with_weights(trainer, finished.state), finished.number)
-                finished = replace(finished, metrics={**finished.metrics, **metrics})
-            history.add(finished)
-            if traced is not None:
-                traced.add(finished)  # before the checkpoint: a repeated round is visible, a missing one would not be
-            if saved is not None:
-                saved.save(finished.state, finished.site_states, history.records)
-            show()
-            for call in on_round if isinstance(on_round, Sequence) else (on_round,):
-                call(finished)
+    try:
+        with _full_disk_explained(), history.progress(enabled=progress) as show:
+            for finished in _until_exhausted(rounds_left, history):
+                if validate is not None:
+                    metrics = validate(_with_weights(trainer, finished.state), finished.number)
+                    finished = replace(finished, metrics={**finished.metrics, **metrics})
+                history.add(finished)
+                if traced is not None:
+                    traced.add(finished)  # first: a repeated round is visible, a missing one would not be
+                if saved is not None:
+                    saved.save(finished.state, finished.site_states, history.records)
+                show()
+                for call in on_round if isinstance(on_round, Sequence) else (on_round,):
+                    call(finished)
+    finally:
+        if saved is not None:
+            saved.leave(_parts_recipe(run))
     if traced is not None:
         traced.end(round=0 if history.state is None else history.state.round, stopped=history.stopped)
     if history.state is not None:
@@ -194,11 +208,27 @@ def federate(
     return history
 
 
+@contextmanager
+def _full_disk_explained() -> Iterator[None]:
+    """Says what to do where something cannot be saved for lack of space."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"the run cannot be saved ({error}); free some space and start it again: with its checkpoint "
+                       "it goes on after the last round that was saved") from error
+
+
 def run_recipe(run: Run) -> dict[str, Json]:
     """The identity of a run by content: its parts, seed and the data of each site."""
     sites = {site.name: "elsewhere" if len(site.train) == 0 else patients_sha256(site.train) for site in run.sites}
+    return {**_parts_recipe(run), "patients": dict(sites)}
+
+
+def _parts_recipe(run: Run) -> dict[str, Json]:
     parts = ("trainer", "strategy", "privacy", "aggregation", "topology", "admission", "seed")
-    return {**{name: recipe(getattr(run, name)) for name in parts}, "patients": dict(sites)}
+    return {name: recipe(getattr(run, name)) for name in parts}
 
 
 def _as_code(run: Run) -> dict[str, str]:
@@ -237,9 +267,13 @@ def _placed(sites: Sequence[Site | str], engine: Any) -> tuple[Site, ...]:
 def _check_numbers(run: Run) -> None:
     if not run.sites:
         raise ValueError("a run needs at least one site, got none")
-    doubled = sorted({name for name in run.names if run.names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"site names are unique within a run, but these occur twice: {doubled}")
+    for name, count in Counter(run.names).items():
+        if not isinstance(name, str) or not 0 < len(quote(name, safe="")) <= _LONGEST_NAME:
+            raise ValueError(f"a site's name has 1 to {_LONGEST_NAME} characters, since files are named after it; "
+                             "others than A-Z, a-z, 0-9 and -_.~ count as three or more. Got "
+                             f"{str(name)[:40]!r}, {len(str(name))} characters")
+        if count > 1:
+            raise ValueError(f"site names are unique within a run, but {name!r} occurs {count} times")
     check_whole(rounds=run.rounds)
 
 
@@ -251,6 +285,9 @@ def _check_server(run: Run) -> None:
     if run.privacy.works_at_server and not run.topology.one_server:
         raise ValueError(f"{run.privacy!r} works on the mean of all updates at one server, which {run.topology!r} does "
                          "not have; use topology=star, or a technique that protects each update at its site")
+    if run.guarded and getattr(run.admission, "deadline", None) is not None:
+        raise ValueError("no guarantee covers the time that a site takes, so it is not sent and admission cannot apply "
+                         "a deadline; leave deadline out, and limit the wait with NVFlare(seconds=...)")
     if run.admission is not None and run.privacy.works_at_server and run.admission.min_sites > 1:
         raise ValueError(f"whether a round counts would show how many sites took part, which {run.privacy!r} does not "
                          "account for; use min_sites=1")

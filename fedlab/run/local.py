@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError
+from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.types import Answer, Failure, Messages, ServerState, Site, SiteState, Update, Withdrawal
 from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.accounting.ledger_file import LedgerFile
@@ -28,6 +28,10 @@ def exchange_here(task: SiteTask, step: str, inboxes: Messages, sites: Sequence[
                                                          states.with_secrets(site.name))
         except FedlabError as error:
             failures.append(Failure(site.name, error))
+        except Exception as error:
+            # The server adds the round.
+            failures.append(Failure(site.name, SiteError(site.name, 0, "exchange", f"{type(error).__name__}: {error}")))
+            failures[-1].error.__cause__ = error
     return answers, failures
 
 

@@ -34,11 +34,11 @@ from torch import nn
 from fedlab.core.types import Patient
 from fedlab.core.weights import weights_sha256
 
-__all__ = ["differences", "patients_sha256", "recipe", "recipe_sha256"]
+__all__ = ["differences", "patients_sha256", "recipe", "recipe_sha256", "sha256_of", "versions"]
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
-#: Attributes of a torch module that are no settings: its tensors have a hash of their own, hooks change.
+#: Attributes of a torch module that are no settings: its tensors have a hash of their values, hooks change.
 _MODULE_STATE = frozenset(vars(nn.Module())) | {"training"}
 #: The note of how an object was made (`fedlab.deploy.objects.built`), which changes nothing that it computes.
 _NOTE = "_built"
@@ -58,7 +58,12 @@ def recipe(value: Any) -> Json:
 
 def recipe_sha256(value: Any) -> str:
     """The SHA-256 of an object's recipe."""
-    return hashlib.sha256(json.dumps(recipe(value), sort_keys=True).encode()).hexdigest()
+    return sha256_of(recipe(value))
+
+
+def sha256_of(recipe: Json) -> str:
+    """The SHA-256 of a recipe."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def differences(one: Json, other: Json, path: str = "") -> list[str]:
@@ -75,24 +80,28 @@ def patients_sha256(patients: Sequence[Patient]) -> str:
     Args:
         patients: of a site; a collection may define `content_sha256()` where that is cheaper than reading every scan.
     """
-    own = getattr(patients, "content_sha256", None)
-    if own is not None:
-        return str(own())
+    known = getattr(patients, "content_sha256", None)
+    if known is not None:
+        return str(known())
     digest = hashlib.sha256()
     for patient in patients:
         digest.update(_patient_sha256(patient).encode())
     return digest.hexdigest()
 
 
+def versions(patient: Patient) -> tuple[int, ...]:
+    """Numbers that change when the patient's image or label is changed in place."""
+    return tuple(-1 if t.is_inference() else t._version for t in (patient.image, patient.label) if t is not None)
+
+
 def _patient_sha256(patient: Patient) -> str:
-    tensors = {"image": patient.image, "affine": torch.from_numpy(np.ascontiguousarray(patient.affine))}
-    if patient.label is not None:
-        tensors["label"] = patient.label
-    versions = tuple(-1 if t.is_inference() else t._version for t in tensors.values())  # of changes in place
     known = _PATIENTS.get(patient)
-    if known is None or known[0] != versions:
+    if known is None or known[0] != versions(patient):
+        tensors = {"image": patient.image, "affine": torch.from_numpy(np.ascontiguousarray(patient.affine))}
+        if patient.label is not None:
+            tensors["label"] = patient.label
         content = hashlib.sha256(f"{patient.id}|{weights_sha256(tensors)}".encode()).hexdigest()
-        known = _PATIENTS[patient] = versions, content
+        known = _PATIENTS[patient] = versions(patient), content
     return known[1]
 
 
@@ -179,7 +188,9 @@ def _function(function: types.FunctionType, above: tuple[int, ...]) -> Json:
     if _of_a_library(function):
         return _named(function, above)
     code = function.__code__
-    around = {name: function.__globals__[name] for name in _globals(code) if name in function.__globals__}
+    names = {str(step.argval) for part in _codes(code) for step in dis.get_instructions(part)
+             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    around = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
     cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
     return {"function": function.__qualname__, "source": _source(code) or _code(code, above),
             "around": {name: _used(value, code, above) for name, value in around.items()},
@@ -191,16 +202,23 @@ def _used(value: Any, code: types.CodeType, above: tuple[int, ...]) -> Json:
     """A global of a function; of a user's module the parts that the function names."""
     if not isinstance(value, types.ModuleType) or _of_a_library(value):
         return _recipe(value, above)
-    return {"module": value.__name__, "parts": {name: _recipe(vars(value)[name], above) for name in sorted(_names(code))
-                                                if name in vars(value)}}
+    names = {name for part in _codes(code) for name in part.co_names}
+    return {"module": value.__name__, "parts": {name: _recipe(vars(value)[name], above)
+                                                for name in sorted(names & vars(value).keys())}}
 
 
 def _source(code: types.CodeType) -> str:
-    """The source of a function; of a lambda none, since its line holds other things too."""
+    """The source of a function without comments and layout; of a lambda none, since its line holds more than it."""
+    if code.co_name == "<lambda>":
+        return ""
     try:
-        return "" if code.co_name == "<lambda>" else _normal(inspect.getsource(code))
+        source = inspect.getsource(code)
     except (OSError, TypeError, tokenize.TokenError):
         return ""
+    try:
+        return ast.unparse(ast.parse(textwrap.dedent(source)))
+    except SyntaxError:
+        return " ".join(source.split())
 
 
 def _code(code: types.CodeType, above: tuple[int, ...]) -> Json:
@@ -217,55 +235,34 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _globals(code: types.CodeType) -> list[str]:
-    return sorted({str(step.argval) for part in _codes(code) for step in dis.get_instructions(part)
-                   if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")})
-
-
-def _names(code: types.CodeType) -> set[str]:
-    return {name for part in _codes(code) for name in part.co_names}
-
-
-def _normal(source: str) -> str:
-    """Source without comments, indentation and layout."""
-    try:
-        return ast.unparse(ast.parse(textwrap.dedent(source)))
-    except SyntaxError:
-        return " ".join(source.split())
-
-
 def _module(module: nn.Module, above: tuple[int, ...]) -> Json:
     """A torch module: its class, settings and children; of its tensors those that are not trained."""
-    own = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE and name != _NOTE}
+    values = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE and name != _NOTE}
     fixed: dict[str, torch.Tensor] = dict(module.named_buffers(recurse=False))
     fixed |= {name: p for name, p in module.named_parameters(recurse=False) if not p.requires_grad}
     trained: dict[str, Json] = {name: [str(p.dtype), *p.shape] for name, p in module.named_parameters(recurse=False)
                                 if p.requires_grad}
-    return {"module": _recipe(type(module), above), "settings": {name: _recipe(v, above) for name, v in own.items()},
+    return {"module": _recipe(type(module), above), "settings": {name: _recipe(v, above) for name, v in values.items()},
             "trained": trained, "fixed": weights_sha256(fixed) if fixed else "",
             "children": {name: _recipe(child, above) for name, child in module.named_children()}}
 
 
 def _object(value: Any, above: tuple[int, ...]) -> dict[str, Json]:
-    slots = _slots(type(value))
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if name[:2] != "__"]
     if is_dataclass(value):
-        own = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        values = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
     elif hasattr(value, "adj"):  # a networkx graph is its nodes and edges
         edges = sorted(repr(sorted(map(repr, edge))) for edge in value.edges)
-        own = {"nodes": sorted(map(repr, value.nodes)), "edges": edges}
+        values = {"nodes": sorted(map(repr, value.nodes)), "edges": edges}
     elif hasattr(value, "__dict__") or slots:
-        own = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+        values = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
         cached = {name for kind in type(value).__mro__ for name, part in vars(kind).items()
                   if isinstance(part, functools.cached_property)}
-        own = {name: part for name, part in own.items() if name != _NOTE and name not in cached}
+        values = {name: part for name, part in values.items() if name != _NOTE and name not in cached}
     else:  # of a type written in C
-        own = {"shown": re.sub(r" at 0x[0-9a-f]+", "", repr(value))}
-    settings: dict[str, Json] = {name: _recipe(part, above) for name, part in sorted(own.items())}
+        values = {"shown": re.sub(r" at 0x[0-9a-f]+", "", repr(value))}
+    settings: dict[str, Json] = {name: _recipe(part, above) for name, part in sorted(values.items())}
     return {"object": _recipe(type(value), above), "settings": settings}
-
-
-def _slots(cls: type) -> list[str]:
-    return [name for kind in cls.__mro__ for name in getattr(kind, "__slots__", ()) if not name.startswith("__")]
 
 
 def _short(value: Json) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -19,7 +20,7 @@ from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
-from fedlab.run.recipe import patients_sha256, recipe_sha256
+from fedlab.run.recipe import Json, patients_sha256, recipe_sha256, sha256_of
 from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
@@ -58,6 +59,7 @@ class SiteTask:
             the noise of techniques that draw from it: deployments say `secure_mode=True` in the technique.
         strategy: may change the training at a site; see `Strategy.equip`.
         aggregation: hides the update, if sums are secure.
+        identity: the recipes of these parts when the run began, if they are known; the noise depends on them.
     """
 
     trainer: SiteTrainer
@@ -65,6 +67,7 @@ class SiteTask:
     seed: int
     strategy: Strategy = field(default_factory=FedAvg)
     aggregation: Aggregation = field(default_factory=Aggregation)
+    identity: Mapping[str, Json] | None = None
 
     @property
     def guarded(self) -> bool:
@@ -73,6 +76,8 @@ class SiteTask:
 
     @cached_property
     def _recipe(self) -> str:
+        if self.identity is not None:
+            return sha256_of([self.identity[name] for name in ("trainer", "strategy", "privacy", "aggregation")])
         return self._recipe_with(self.privacy)
 
     def _recipe_with(self, privacy: Privacy) -> str:
@@ -167,17 +172,17 @@ def _with_spent(update: Update, ledger: Ledger, units: frozenset[str], what: str
 
 def _check_namespaces(site_state: SiteState) -> None:
     for owner, slots in site_state.namespaces.items():
-        odd = [name for name, t in slots.items() if not isinstance(name, str) or not isinstance(t, torch.Tensor)]
-        if odd:
-            raise TypeError(f"state.own of {owner!r} holds tensors by name, got {type(slots[odd[0]]).__name__} under "
-                            f"{odd[0]!r}; keep torch.tensor(...)")
+        for name, value in slots.items():
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+                raise TypeError(f"state.own of {owner!r} holds tensors by name, got {type(value).__name__} under "
+                                f"{name!r}; keep torch.tensor(...)")
 
 
 def _as_site_error(error: Exception, work: SiteWork) -> FedlabError:
     """The error as the server may see it."""
     site, round = work.site.name, work.state.round
     if isinstance(error, PrivacyBudgetExhausted):
-        return PrivacyBudgetExhausted(f"{site} takes no part from round {round} on: {error}")
+        return PrivacyBudgetExhausted(f"{site} takes no part in round {round}: {error}")
     if isinstance(error, PrivacyError):
         return PrivacyError(f"round {round}, {site}, {work.stage}: {error}; nothing was sent")
     if isinstance(error, FedlabError):

@@ -1,19 +1,21 @@
-"""Line charts as inline SVG: drawn in a millisecond, in any thread, without a library or global settings."""
+"""Line charts as inline SVG: drawn in a millisecond, in any thread, without a plotting library or global settings."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+
+from fedlab.core.files import filled_in
 
 __all__ = ["Points", "Style", "chart"]
 
 Points = Sequence[tuple[float, float]]
 #: Colour and dash pattern of a line.
 Style = tuple[str, str]
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 340, 190, 46, 10, 28, 24
+#: The frame of the axes in pixels; the template has the size of the picture.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 330, 28, 166
 _MOST = 240  # points per line; more cannot be seen
 
 
@@ -43,54 +45,37 @@ def chart(title: str, lines: Mapping[str, Points], *, rounds: int, styles: Mappi
     elif top is None:
         high += 0.06 * (high - low)
 
-    def at(x: float, y: float) -> str:
-        across = _LEFT + (_WIDTH - _LEFT - _RIGHT) * (x - 1) / max(rounds - 1, 1)
-        down = _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (y - low) / (high - low)
-        return f"{across:.1f} {down:.1f}"
+    def across(x: float) -> float:
+        return round(_LEFT + (_RIGHT - _LEFT) * (x - 1) / max(rounds - 1, 1), 1)
 
-    drawn = [_line(name, points, at, (styles or {}).get(name, ("#222222", "")), strong=name == bold)
-             for name, points in sorted(kept.items(), key=lambda item: item[0] == bold)]
-    if limit is not None:
-        drawn.append(f'<path d="M{at(1, limit)}L{at(max(rounds, 2), limit)}" stroke="#B3261E" stroke-width="1.4" '
-                     'stroke-dasharray="6 4"/>')
-    if kept or limit is not None:
-        drawn.insert(0, _axes(at, low, high, rounds))
-    if not kept:
-        drawn.append(_wrapped(note))
-    spoken = ", ".join(f"{name} {points[-1][1]:.3g}" for name, points in kept.items()) or "nothing yet"
-    return (f'<svg role="img" aria-label="{escape(f"{title}: {spoken}")}" width="{_WIDTH}" height="{_HEIGHT}" '
-            f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" font-size="10" fill="none" '
-            'style="background:#fff;margin:0 10px 10px 0">'
-            f'<text x="6" y="15" font-size="12.5" font-weight="bold" fill="#222">{escape(title)}</text>'
-            f"{''.join(drawn)}</svg>")
+    def down(y: float) -> float:
+        return round(_BOTTOM - (_BOTTOM - _TOP) * (y - low) / (high - low), 1)
+
+    drawn = []
+    for name, points in sorted(kept.items(), key=lambda item: item[0] == bold):
+        pieces = [[(across(x), down(y)) for x, y in piece] for piece in _pieces(points)]
+        drawn.append({"name": name, "last": points[-1][1], "pieces": pieces, "strong": name == bold,
+                      "style": (styles or {}).get(name, ("#222222", "")),
+                      "dots": {*(piece[0] for piece in pieces if len(piece) == 1), pieces[-1][-1]}})
+    axes = bool(kept) or limit is not None
+    whole = {max(1, round(value)) for value in _ticks(1, max(rounds, 2), 5)} | {1}
+    return filled_in(
+        "fedlab.run", "chart.svg", title=title, lines=drawn, frame=(_LEFT, _RIGHT),
+        rows=[(value, down(value)) for value in _ticks(low, high, 4)] if axes else [],
+        columns=[(number, across(number)) for number in sorted(whole)] if axes else [],
+        limit=None if limit is None else (down(limit), across(max(rounds, 2))),
+        note=[] if kept else textwrap.wrap(note, 50))
 
 
-def _line(name: str, points: Points, at: Callable[[float, float], str], style: Style, *, strong: bool) -> str:
-    """A line that is broken where rounds are missing, with a dot at its end and at isolated points."""
+def _pieces(points: Points) -> list[list[tuple[float, float]]]:
+    """A line in pieces, broken where rounds are missing."""
     gap = 1.5 * max(1.0, min((b[0] - a[0] for a, b in pairwise(points)), default=1.0))
-    path, isolated = "", []
-    for k, (x, y) in enumerate(points):
-        begins = k == 0 or x - points[k - 1][0] > gap
-        path += f"{'M' if begins else 'L'}{at(x, y)}"
-        if begins and (k + 1 == len(points) or points[k + 1][0] - x > gap):
-            isolated.append((x, y))
-    colour, dash = style
-    dots = "".join('<circle cx="{}" cy="{}" r="2.6" fill="{}"/>'.format(*at(x, y).split(), colour)
-                   for x, y in {*isolated, points[-1]})
-    return (f'<g><title>{escape(name)}: {points[-1][1]:.4g}</title><path d="{path}" stroke="{colour}" '
-            f'stroke-width="{2.4 if strong else 1.5}" stroke-dasharray="{dash}" stroke-linejoin="round"/>{dots}</g>')
-
-
-def _axes(at: Callable[[float, float], str], low: float, high: float, rounds: int) -> str:
-    parts = []
-    for value in _ticks(low, high, 4):
-        x, y = at(1, value).split()
-        parts.append(f'<path d="M{x} {y}H{_WIDTH - _RIGHT}" stroke="#E4E4E4"/><text x="{float(x) - 5}" '
-                     f'y="{float(y) + 3.5}" text-anchor="end" fill="#444">{value:g}</text>')
-    for number in sorted({max(1, round(value)) for value in _ticks(1, max(rounds, 2), 5)} | {1}):
-        x = at(number, low).split()[0]
-        parts.append(f'<text x="{x}" y="{_HEIGHT - 9}" text-anchor="middle" fill="#444">{number}</text>')
-    return "".join(parts)
+    pieces = [[points[0]]]
+    for before, point in pairwise(points):
+        if point[0] - before[0] > gap:
+            pieces.append([])
+        pieces[-1].append(point)
+    return pieces
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
@@ -105,11 +90,3 @@ def _thinned(points: Points) -> Points:
     """Every n-th point of a long line, and always the last."""
     every = math.ceil(len(points) / _MOST)
     return points if every <= 1 else [*points[:-1:every], points[-1]]
-
-
-def _wrapped(text: str) -> str:
-    """A sentence in the middle of the chart."""
-    lines = textwrap.wrap(text, 50)
-    top = _HEIGHT / 2 - 7 * (len(lines) - 1)
-    return "".join(f'<text x="{_WIDTH / 2}" y="{top + 14 * k:g}" text-anchor="middle" font-size="11" '
-                   f'fill="#666">{escape(line)}</text>' for k, line in enumerate(lines))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.core.errors import DataError, RunError
-from fedlab.core.types import Patient, Round, ServerState, Site, Tensors
+from fedlab.core.files import append_whole
+from fedlab.core.types import Round, ServerState, Site, Tensors
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.partition import Partition
 from fedlab.run.checkpoint import Checkpoint
@@ -74,22 +73,27 @@ class Trace:
                  "recipe_sha256": {part: hashlib.sha256(_canonical(what)).hexdigest() for part, what in recipe.items()}}
         number = 0 if state is None else state.round
         model = model_sha256(state.params if state else start, state.models if state else {})
-        if resumable and path.exists() and _barely_begun(path):
-            path.unlink()
-        if not path.exists():
+        lines, rest = _complete_lines(path) if path.exists() else ([], b"")
+        first_bytes = _canonical({"format": _FORMAT})[:-1]
+        if resumable and not lines and rest[:len(first_bytes)] == first_bytes[:len(rest)]:
+            rest = b""  # a kill left only a part of the first line
+        if not lines and not rest:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
             trace = cls(path, model=model)
             trace._write("start", round=number, model=model, **begin)
             return trace
         if not resumable:
             raise RunError(f"{path} exists and is not overwritten; choose another file for the trace of this run")
-        lines, rest = _complete_lines(path)
         entries = [entry for line in lines if (entry := _parse(line)) is not None]
         if not entries or len(entries) < len(lines) or entries[0].get("format") != _FORMAT:
             raise RunError(f"{path} is no trace, or a damaged one; see 'fedlab verify {path}'")
         first, last = entries[0], entries[-1]
-        _check_same_run(path, first, begin)
-        rounds = _rounds_after(entries)
+        of_file, of_run = ({**part["recipe_sha256"], "sites": part["sites"]} for part in (first, begin))
+        if differing := sorted(k for k in of_file.keys() | of_run.keys() if of_file.get(k) != of_run.get(k)):
+            raise RunError(f"{path} is the trace of a run with other settings ({', '.join(differing)} differ); choose "
+                           "another file")
+        rounds = max(int(entry["round"]) + int(entry["kind"] == "round") for entry in entries)
         planned = [entry["settings"]["rounds"] for entry in entries if "rounds" in entry.get("settings", {})]
         if last["kind"] == "end" and (rounds, last["model"], planned[-1]) == (number, model, settings["rounds"]):
             return cls(path, lines=len(lines), head=last["sha256"], model=model)
@@ -104,8 +108,9 @@ class Trace:
 
     def add(self, finished: Round) -> None:
         """Adds a finished round, which is on the disk when this returns."""
-        before, self._model = self._model, model_sha256(finished.state.params, finished.state.models)
-        self._write("round", cohort=list(finished.cohort), before=before, after=self._model, **record_of(finished))
+        after = model_sha256(finished.state.params, finished.state.models)
+        self._write("round", cohort=list(finished.cohort), before=self._model, after=after, **record_of(finished))
+        self._model = after
 
     def end(self, *, round: int, stopped: str | None) -> None:
         """Ends the trace, if it has not ended.
@@ -119,13 +124,12 @@ class Trace:
             self._write("end", round=round, model=self._model, stopped=stopped)
 
     def _write(self, kind: str, **content: Any) -> None:
+        # JSON has no NaN and no infinity.
+        content = json.loads(json.dumps(content), parse_constant=lambda word: str(float(word)))
         entry = {"kind": kind, "line": self._lines, "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                 **_plain(content), "previous": self.head}
+                 **content, "previous": self.head}
         entry["sha256"] = _hash_of(entry)
-        with self.path.open("ab") as file:
-            file.write(_canonical(entry) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_whole(self.path, _canonical(entry) + b"\n")
         self._lines, self.head = self._lines + 1, entry["sha256"]
 
     def __repr__(self) -> str:
@@ -247,33 +251,28 @@ class _Reading:
         if self.ended and kind != "resume":
             self.problems.append(f"{where} comes after the end of the run")
         self.ended = kind == "end"
-        if kind == "start":
-            self.planned = str(entry["settings"].get("rounds", "?"))
+        match kind:
+            case "start" | "resume":
+                self.planned = str(entry["settings"].get("rounds", self.planned))
+                self._begin(entry, number, where)
+                self.expected, self.models[number] = number, entry["model"]
+            case "round":
+                self._round(entry, number, where)
+                self.expected, self.models[number + 1] = number + 1, entry["after"]
+            case "end":
+                last = self.expected, self.models.get(self.expected or 0)
+                if self.expected is not None and (number, entry["model"]) != last:
+                    self.problems.append(f"{where}: the end of the run does not match its last round")
+                if entry["stopped"]:
+                    self.notes.append(f"the run ended early: {entry['stopped']}")
+            case _:
+                self.problems.append(f"{where} is of an unknown kind, {kind!r}")
+
+    def _begin(self, entry: dict[str, Any], number: int, where: str) -> None:
+        if entry["kind"] == "start":
             if number:
                 self.notes.append(f"the trace begins in round {number}; the rounds before are not in it")
-            self.expected, self.models[number] = number, entry["model"]
-        elif kind == "resume":
-            self._go_on(entry, number, where)
-        elif kind == "round":
-            if self.expected is not None and number != self.expected:
-                self.problems.append(f"{where} is round {number}, expected round {self.expected}")
-            elif self.expected is not None and entry["before"] != self.models.get(number):
-                self.problems.append(f"{where}: round {number} begins with another model than round {number - 1} ended "
-                                     "with")
-            if self.models.get(number + 1, entry["after"]) != entry["after"]:
-                self.notes.append(f"round {number} was run again and gave another model: other data, or another "
-                                  "machine")
-            self.expected, self.models[number + 1] = number + 1, entry["after"]
-        elif kind == "end":
-            if self.expected is not None and (number, entry["model"]) != (self.expected, self.models[self.expected]):
-                self.problems.append(f"{where}: the end of the run does not match its last round")
-            if entry["stopped"]:
-                self.notes.append(f"the run ended early: {entry['stopped']}")
-        else:
-            self.problems.append(f"{where} is of an unknown kind, {kind!r}")
-
-    def _go_on(self, entry: dict[str, Any], number: int, where: str) -> None:
-        self.planned = str(entry["settings"].get("rounds", self.planned))
+            return
         if self.expected is not None and number > self.expected:
             self.problems.append(f"{where}: rounds {self.expected} to {number - 1} were run but are not in the trace")
         elif self.models.get(number, entry["model"]) != entry["model"]:
@@ -282,7 +281,14 @@ class _Reading:
             self.notes.append(f"rounds {number} to {self.expected - 1} were run again after an interruption")
         if entry["cut_bytes"]:
             self.notes.append(f"a line that a crash had cut off was removed before line {entry['line'] + 1}")
-        self.expected, self.models[number] = number, entry["model"]
+
+    def _round(self, entry: dict[str, Any], number: int, where: str) -> None:
+        if self.expected is not None and number != self.expected:
+            self.problems.append(f"{where} is round {number}, expected round {self.expected}")
+        elif self.expected is not None and entry["before"] != self.models.get(number):
+            self.problems.append(f"{where}: round {number} begins with another model than the round before ended with")
+        if self.models.get(number + 1, entry["after"]) != entry["after"]:
+            self.notes.append(f"round {number} was run again and gave another model: other data, or another machine")
 
     def compare(self, folder: Path) -> None:
         """Compares the trace with the saved model."""
@@ -305,8 +311,8 @@ def model_sha256(params: Tensors, models: Mapping[str, Tensors]) -> str:
     """Hash of the global model, and of the sites' own where they have some."""
     if not models:
         return weights_sha256(params)
-    own = {name: weights_sha256(model) for name, model in models.items()}
-    return hashlib.sha256(_canonical({"params": weights_sha256(params), "models": own})).hexdigest()
+    hashes = {name: weights_sha256(model) for name, model in models.items()}
+    return hashlib.sha256(_canonical({"params": weights_sha256(params), "models": hashes})).hexdigest()
 
 
 def _saved_model(folder: Path) -> tuple[str, int | None, str] | None:
@@ -327,6 +333,12 @@ def _saved_model(folder: Path) -> tuple[str, int | None, str] | None:
     return None
 
 
+def _versions() -> dict[str, str]:
+    ours = import_module("fedlab").__version__  # by name: the package imports this module
+    return {"fedlab": ours, "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "monai", "opacus")}}
+
+
 def _data_of(sites: Sequence[Site]) -> dict[str, Any]:
     """Hashes of each site's patients and card."""
     try:
@@ -339,7 +351,9 @@ def _data_of(sites: Sequence[Site]) -> dict[str, Any]:
         if len(site.train) == 0:  # its patients are not in this process
             rows[site.name] = {"train": None, "held_out": None, "patients_sha256": None, "card_sha256": None}
             continue
-        ids = sorted([*_ids(site.train), *_ids(site.val)])
+        # A folder knows the ids of its patients without reading their scans.
+        ids = sorted(id for split in (site.train, site.val) for id in getattr(split, "ids", None) or [
+            patient.id for patient in split])
         card = None if site.card is None else getattr(site.card, "to_markdown", site.card.__repr__)()
         rows[site.name] = {
             "train": len(site.train), "held_out": len(site.val),
@@ -348,42 +362,10 @@ def _data_of(sites: Sequence[Site]) -> dict[str, Any]:
     return {"partition": partition, "sites": rows}
 
 
-def _ids(patients: Sequence[Patient]) -> list[str]:
-    known = getattr(patients, "ids", None)  # of a folder whose scans need not be read for it
-    return list(known) if known is not None else [patient.id for patient in patients]
-
-
-def _versions() -> dict[str, str]:
-    ours = import_module("fedlab").__version__  # by name: the package imports this module
-    return {"fedlab": ours, "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "monai", "opacus")}}
-
-
-def _check_same_run(path: Path, first: Mapping[str, Any], begin: Mapping[str, Any]) -> None:
-    there = {**first["recipe_sha256"], "sites": first["sites"]}
-    here = {**begin["recipe_sha256"], "sites": begin["sites"]}
-    differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
-    if differing:
-        raise RunError(f"{path} is the trace of a run with other settings ({', '.join(differing)} differ); choose "
-                       "another file")
-
-
-def _rounds_after(entries: Sequence[Any]) -> int:
-    """The number of rounds that a trace has seen, including those before it began."""
-    return max(int(entry["round"]) + int(entry["kind"] == "round") for entry in entries)
-
-
 def _complete_lines(path: Path) -> tuple[list[bytes], bytes]:
     """The complete lines, and the rest of a last line that was cut off."""
     *lines, rest = path.read_bytes().split(b"\n")
     return lines, rest
-
-
-def _barely_begun(path: Path) -> bool:
-    """Whether a kill left only a part of the first line."""
-    lines, rest = _complete_lines(path)
-    beginning = _canonical({"format": _FORMAT})[:-1]
-    return not lines and rest[:len(beginning)] == beginning[:len(rest)]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -402,12 +384,3 @@ def _hash_of(entry: Mapping[str, Any]) -> str:
 def _canonical(value: Any) -> bytes:
     """JSON that is the same for the same content."""
     return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
-
-
-def _plain(value: Any) -> Any:
-    """Plain values for JSON, which has no NaN and no infinity."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,13 +1,15 @@
 """Numbers of a run for experiment trackers: calls for `federate(..., on_round=...)`.
 
-Each goes on where it stopped when a run is resumed. If a run is killed between its checkpoint and its tracker, the
-tracker lacks that round; `History` and the trace have it.
+A tracker goes on where it stopped when a run is resumed, and refuses a second run. If a run is killed between its
+checkpoint and its tracker, the tracker lacks that round; `History` and the trace have it.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from typing import Any
 
 from fedlab.core.errors import RunError
 from fedlab.core.extras import install_command
-from fedlab.core.files import replacing
+from fedlab.core.files import append_whole, replacing
 from fedlab.core.types import Round
 
 __all__ = ["CsvTracker", "MLflowTracker", "TensorBoardTracker"]
@@ -24,33 +26,41 @@ __all__ = ["CsvTracker", "MLflowTracker", "TensorBoardTracker"]
 _COLUMNS = ("round", "site", "name", "value")
 
 
+class _Tracker:
+    """Opens its record at its first round, and again where a round does not follow the one before: for another run."""
+
+    _expected: int | None = None
+
+    def __call__(self, finished: Round) -> None:
+        if finished.number != self._expected:
+            self._open(finished.number)
+        self._expected = None  # until the round is written
+        self._write(finished)
+        self._expected = finished.number + 1
+
+    def _open(self, number: int) -> None:
+        raise NotImplementedError
+
+    def _write(self, finished: Round) -> None:
+        raise NotImplementedError
+
+
 @dataclass(kw_only=True, eq=False)
-class CsvTracker:
+class CsvTracker(_Tracker):
     """Writes every number of every round into a CSV table: round, site (empty for the global model), name, value.
 
     Args:
         path: a new file, or that of this run; rounds that are run again are replaced.
 
     Raises:
-        RunError: at the first round, if the file is another table or another run's.
+        RunError: at the first round, if the file is another table or another run's, or cannot be written.
     """
 
     path: Path | str
-    _checked: bool = field(default=False, init=False, repr=False)
 
-    def __call__(self, finished: Round) -> None:
-        path = Path(self.path)
-        if not self._checked:
-            self._take_up(path, finished.number)
-            self._checked = True
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if file.tell() == 0:
-                writer.writerow(_COLUMNS)
-            writer.writerows((finished.number, *row) for row in numbers(finished))
-
-    def _take_up(self, path: Path, number: int) -> None:
+    def _open(self, number: int) -> None:
         """Keeps the rounds before this one; drops later rows, and a row that a kill cut off."""
+        path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.stat().st_size == 0:
             return
@@ -64,9 +74,16 @@ class CsvTracker:
         with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([_COLUMNS, *kept])
 
+    def _write(self, finished: Round) -> None:
+        text, path = io.StringIO(newline=""), Path(self.path)
+        if not path.exists() or path.stat().st_size == 0:
+            csv.writer(text).writerow(_COLUMNS)
+        csv.writer(text).writerows((finished.number, *row) for row in numbers(finished))
+        append_whole(path, text.getvalue().encode())
+
 
 @dataclass(kw_only=True, eq=False)
-class MLflowTracker:
+class MLflowTracker(_Tracker):
     """Logs every round to MLflow (`pip install 'fedlab-workbench[tracking]'`).
 
     Metrics have the names of the history, those of a site "site/name". Names of sites and the numbers that the server
@@ -91,23 +108,12 @@ class MLflowTracker:
     _client: Any = field(default=None, init=False, repr=False)
     _id: str = field(default="", init=False, repr=False)
 
-    def __call__(self, finished: Round) -> None:
-        if self._client is None:
-            self._take_up(finished.number)
-        now = int(time.time() * 1000)
-        from mlflow.entities import Metric
-
-        shown = [Metric(_key(site, name), value, now, finished.number) for site, name, value in numbers(finished)
-                 if math.isfinite(value)]  # not every store of MLflow takes NaN
-        for first in range(0, len(shown), 1000):  # MLflow's limit per call
-            self._client.log_batch(self._id, metrics=shown[first:first + 1000])
-
     def end(self) -> None:
         """Marks the MLflow run as finished."""
         if self._client is not None:
             self._client.set_terminated(self._id)
 
-    def _take_up(self, number: int) -> None:
+    def _open(self, number: int) -> None:
         try:
             from mlflow import MlflowClient
         except ImportError as error:
@@ -116,7 +122,9 @@ class MLflowTracker:
         if path.exists():
             if number == 0:
                 raise RunError(f"{path} names the MLflow run of an earlier run; choose another file for this one")
-            self._id = _read_id(path)
+            self._id = path.read_text(encoding="utf-8").strip()
+            if re.fullmatch("[0-9a-f]{32}", self._id) is None:
+                raise RunError(f"{path} does not hold the id of an MLflow run; remove it to begin a new one")
             client.set_terminated(self._id, status="RUNNING")
         else:
             known = client.get_experiment_by_name(self.experiment)
@@ -128,9 +136,18 @@ class MLflowTracker:
             path.write_text(self._id + "\n", encoding="utf-8")
         self._client = client
 
+    def _write(self, finished: Round) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        shown = [Metric(_key(site, name), value, now, finished.number) for site, name, value in numbers(finished)
+                 if math.isfinite(value)]  # not every store of MLflow takes NaN
+        for first in range(0, len(shown), 1000):  # MLflow's limit per call
+            self._client.log_batch(self._id, metrics=shown[first:first + 1000])
+
 
 @dataclass(kw_only=True, eq=False)
-class TensorBoardTracker:
+class TensorBoardTracker(_Tracker):
     """Writes every round for TensorBoard (`pip install 'fedlab-workbench[tracking]'`; `tensorboard --logdir FOLDER`).
 
     Args:
@@ -144,14 +161,7 @@ class TensorBoardTracker:
     folder: Path | str
     _writer: Any = field(default=None, init=False, repr=False)
 
-    def __call__(self, finished: Round) -> None:
-        if self._writer is None:
-            self._take_up(finished.number)
-        for site, name, value in numbers(finished):
-            self._writer.add_scalar(_key(site, name), value, finished.number)
-        self._writer.flush()
-
-    def _take_up(self, number: int) -> None:
+    def _open(self, number: int) -> None:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
@@ -161,6 +171,11 @@ class TensorBoardTracker:
         writer: Any = SummaryWriter
         self._writer = writer(str(self.folder), purge_step=number or None)
 
+    def _write(self, finished: Round) -> None:
+        for site, name, value in numbers(finished):
+            self._writer.add_scalar(_key(site, name), value, finished.number)
+        self._writer.flush()
+
 
 def numbers(finished: Round) -> Iterator[tuple[str, str, float]]:
     """Every number of a round as (site, name, value); the site is empty for the global model."""
@@ -168,8 +183,8 @@ def numbers(finished: Round) -> Iterator[tuple[str, str, float]]:
     yield "", "sites in the model", float(len(finished.sites))
     for name, value in finished.metrics.items():
         yield "", name, float(value)
-    for site, own in finished.sites.items():
-        for name, value in own.items():
+    for site, values in finished.sites.items():
+        for name, value in values.items():
             yield site, name, float(value)
     for site, spent in finished.spent.items():
         for one in spent:
@@ -180,12 +195,4 @@ def numbers(finished: Round) -> Iterator[tuple[str, str, float]]:
 
 def _key(site: str, name: str) -> str:
     """A name that MLflow and TensorBoard accept: letters, digits, _ - . / and blanks."""
-    whole = f"{site}/{name}" if site else name
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_-./ ") else "_" for c in whole)[:250]
-
-
-def _read_id(path: Path) -> str:
-    found = path.read_text(encoding="utf-8").strip()
-    if len(found) != 32 or not set(found) <= set("0123456789abcdef"):
-        raise RunError(f"{path} does not hold the id of an MLflow run; remove it to begin a new one")
-    return found
+    return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", f"{site}/{name}" if site else name)[:250]

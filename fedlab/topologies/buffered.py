@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from fedlab.core.errors import PrivacyBudgetExhausted
 from fedlab.core.protocols import Run
 from fedlab.core.settings import check_whole
 from fedlab.core.types import Round, ServerState
@@ -65,12 +66,17 @@ class Buffered(Workflow):
             after = run.strategy.step(state, run.strategy.combine(updates))
         except Void as error:  # the clock still advances; otherwise a site that has left would stop it for ever
             after = arrivals.void(error)
+        withdrawn = {name: float(state.moments.get("withdrawn", {}).get(name, 0)) for name in names}
+        withdrawn |= {site.name: float(site.name in arrivals.withdrawn) for site in first}
+        if all(withdrawn.values()):
+            raise PrivacyBudgetExhausted(f"no site is left: {', '.join(names)} have withdrawn, the last ones with: "
+                                         + "; ".join(arrivals.withdrawn.values()))
         for site in first:
             ready[site.name] = now + self.seconds.get(site.name, 1.0)
             begun[site.name] = after.round
         models = {name: after.params if name in overtaken else state.at(name).params for name in names}
         clock: dict[str, Mapping[str, float]] = {"ready": ready, "begun": begun, "overtaken": overtaken,
-                                                 "clock": {"seconds": now}}
+                                                 "withdrawn": withdrawn, "clock": {"seconds": now}}
         kept = {group: {name: torch.tensor(float(value), dtype=torch.float64) for name, value in slots.items()}
                 for group, slots in clock.items()}
         return arrivals.close(replace(after, models=models, moments={**after.moments, **kept}))

@@ -24,10 +24,9 @@ from fedlab.engines import NVFlare
 from fedlab.engines.nvflare.admin import watch
 from fedlab.engines.nvflare.environments import raise_if_failed
 from fedlab.engines.nvflare.kits import check_site_names
-from fedlab.engines.nvflare.run_folder import FinishedRounds, read_round
-from fedlab.engines.nvflare.saved_run import SavedRun
+from fedlab.engines.nvflare.run_folder import FinishedRounds, SavedRun, read_round
 from fedlab.engines.nvflare.simulation import prepare_simulation
-from fedlab.engines.nvflare.time_limits import Calls, Ended
+from fedlab.engines.nvflare.site_calls import Ended, SiteCalls
 from fedlab.privacy.base import Privacy
 from fedlab.run import Admission
 from fedlab.run.federate import check_sites, make_run
@@ -54,7 +53,7 @@ class Proxy:
         return 1
 
 
-def asked(calls: Calls, *names: str) -> dict[str, Any]:
+def asked(calls: SiteCalls, *names: str) -> dict[str, Any]:
     return dict(calls.ask(names, "train", {name: (name,) for name in names}))
 
 
@@ -69,8 +68,8 @@ def test_answers_come_as_they_are_ready_and_errors_are_values() -> None:
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("gone wrong")
 
-    calls = Calls({"a": Proxy(late), "b": Proxy(), "c": Proxy(refuse), "d": Proxy(broken), "e": Proxy(lambda *a: b"?")},
-                  seconds=7)
+    calls = SiteCalls({"a": Proxy(late), "b": Proxy(), "c": Proxy(refuse), "d": Proxy(broken),
+                       "e": Proxy(lambda *a: b"?")}, seconds=7)
     order = list(calls.ask(("a", "b", "c", "d", "e", "f"), "train", {name: (1,) for name in "abcdef"}))
     came = dict(order)
     assert order[-1][0] == "a" and came["a"] == b"late" and came["b"] == (1,)
@@ -84,7 +83,7 @@ def test_answers_come_as_they_are_ready_and_errors_are_values() -> None:
 def test_a_site_that_falls_silent_is_given_up_and_found_again() -> None:
     stuck = threading.Event()
     site = Proxy(lambda *arguments: stuck.wait(60) and {"value": b"done"})
-    calls = Calls({"a": site, "b": Proxy()}, seconds=60, patience=0.6)
+    calls = SiteCalls({"a": site, "b": Proxy()}, seconds=60, patience=0.6)
     site.gone.set()
     began = time.monotonic()
     assert "no sign of life" in str(asked(calls, "a")["a"]) and time.monotonic() - began < 5
@@ -100,12 +99,12 @@ def test_a_site_that_works_long_is_waited_for() -> None:
         time.sleep(1.5)
         return {"value": b"long"}
 
-    assert asked(Calls({"a": Proxy(long)}, seconds=60, patience=0.3), "a") == {"a": b"long"}
+    assert asked(SiteCalls({"a": Proxy(long)}, seconds=60, patience=0.3), "a") == {"a": b"long"}
 
 
 def test_an_aborted_job_stops_waiting() -> None:
     end = threading.Event()
-    calls = Calls({"a": Proxy(lambda *arguments: time.sleep(30))}, seconds=60, aborted=end.is_set)
+    calls = SiteCalls({"a": Proxy(lambda *arguments: time.sleep(30))}, seconds=60, aborted=end.is_set)
     threading.Timer(0.3, end.set).start()
     with pytest.raises(Ended):
         asked(calls, "a")
@@ -113,7 +112,7 @@ def test_an_aborted_job_stops_waiting() -> None:
 
 def test_while_everybody_is_gone_nobody_is_asked() -> None:
     sites = {name: Proxy() for name in "ab"}
-    calls = Calls(sites, seconds=60, patience=0.3)
+    calls = SiteCalls(sites, seconds=60, patience=0.3)
     calls.silent |= {"a", "b"}
     for site in sites.values():
         site.gone.set()
@@ -221,7 +220,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from fedlab.engines.nvflare import admin as module
 
     monkeypatch.setattr(module, "_PAUSE", 0.0)
-    monkeypatch.setattr(module, "_LOOK", 0.0)
+    monkeypatch.setattr(module, "_CHECK_EVERY", 0.0)
     yield
 
 

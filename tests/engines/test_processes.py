@@ -386,8 +386,8 @@ def test_no_file_descriptor_and_no_memory_is_left_of_a_round(processes):
 
 def test_patients_travel_once_and_again_only_where_they_changed(processes, monkeypatch):
     sent = []
-    packed = pool._parcel
-    monkeypatch.setattr(pool, "_parcel", lambda thing, what: sent.append(thing) or packed(thing, what))
+    packed = pool._shared
+    monkeypatch.setattr(pool, "_shared", lambda thing, what: sent.append(thing) or packed(thing, what))
     sites = blob_sites((2, 1))
     run(processes, sites, rounds=3)
     assert sum(isinstance(thing, Site) for thing in sent) == 2
@@ -400,12 +400,20 @@ def test_patients_travel_once_and_again_only_where_they_changed(processes, monke
     assert len(processes._pool._sites) == 0
 
 
+def test_labels_that_are_corrected_in_place_between_two_runs_reach_the_workers(processes):
+    sites = blob_sites((2, 1))
+    before = bits(run(processes, sites))
+    sites[0].train[0].label.zero_()
+    assert bits(run(processes, sites)) == bits(run(Local(), sites)) != before
+
+
 def test_patients_of_a_folder_are_read_by_the_workers(processes, tmp_path):
     for number in range(3):
         write_patient(tmp_path, f"P{number}", seed=number)
     folder = read_cohort(tmp_path, progress=False)
     sites = [Site("a", folder[:2]), Site("b", folder[2:])]
-    assert isinstance(sites[0].train, PatientFolder) and pool._parcel(sites[0], "a").size == 0
+    assert isinstance(sites[0].train, PatientFolder)
+    assert 100 * pool._shared(sites[0], "a").nbytes < folder[0].image.nbytes  # no image of a patient is in it
     assert bits(run(processes, sites)) == bits(run(Local(), sites))
 
 

@@ -54,6 +54,38 @@ def test_a_notebook_s_own_cell_and_nothing_left_when_its_kernel_ends(tmp_path):
     wait_for(lambda: not any(alive(int(pid)) for pid in workers.split()), seconds=10, why="workers outlive it")
 
 
+SCRIPT = """
+import torch
+torch.set_num_threads(1)
+print("the script runs")
+from cohorts import TinyNet, blob_sites
+from fedlab import Local, Privacy, SiteTrainer, federate
+from fedlab.core import weights_sha256
+from fedlab.engines import Processes
+
+class Halves(Privacy):
+    def protect(self, update, state, rng):
+        return update.map(lambda t: t / 2)
+
+trainer = SiteTrainer(model=TinyNet(), lr=1e-2, steps=1, crop=(16, 16, 16), augment=None, precision="fp32")
+for engine in (Processes(workers=2), Local()):
+    done = federate(trainer, blob_sites((1, 1)), privacy=Halves(), rounds=1, progress=False, engine=engine)
+    print(weights_sha256(done.state.params))
+"""
+
+
+@pytest.mark.parametrize("how", ["standard input", "file", "module"])
+def test_a_script_without_a_main_guard_works(how, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    arguments = {"standard input": ["-"], "file": [str(tmp_path / "script.py")], "module": ["-m", "script"]}[how]
+    out = subprocess.run([sys.executable, *arguments], input=SCRIPT, capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "PYTHONPATH": os.pathsep.join(
+                             [str(Path(__file__).parents[1]), str(tmp_path), os.environ.get("PYTHONPATH", "")])})
+    assert out.returncode == 0, out.stderr
+    said, ours, theirs = out.stdout.splitlines()
+    assert said == "the script runs" and ours == theirs and len(ours) == 64
+
+
 def test_workers_end_with_the_block_the_engine_and_close():
     with Processes(workers=2) as engine:
         run(engine, rounds=1)

@@ -31,6 +31,7 @@ from fedlab.deploy.host import SiteHost
 from fedlab.deploy.messages import pack_answer, unpack_state
 from fedlab.deploy.plan import Plan, built
 from fedlab.deploy.policy import Budget, Required, SitePolicy
+from fedlab.engines.processes import Processes
 from fedlab.engines.remote import Remote
 from fedlab.privacy import AtSites, LedgerFile, LocalGaussian, PersonalLayers, SharePercentile
 from fedlab.run import Admission, History, SiteStates
@@ -265,6 +266,60 @@ def test_a_site_lost_in_an_exchange_of_secure_aggregation_does_not_end_the_run(h
         assert sha(there) == sha(alone("SecureAggregation"))
 
 
+@pytest.mark.parametrize("rules", [None, Admission(min_sites=2)], ids=["no rules", "rules"])
+@pytest.mark.parametrize("where", ["Local", "Processes", "Remote"])
+def test_an_exception_in_an_exchange_is_one_failed_site_on_every_engine(
+        hosts: Hosts, where: str, rules: Admission | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    answer = SecureAggregation.answer
+
+    def fails(self: SecureAggregation, step: str, site: str, *details: Any) -> Any:
+        asked.extend([site] if step == "keys" else [])
+        if (site, step) == ("site-2", "keys") and asked.count(site) == 2:  # in round 1
+            raise KeyError("lost")
+        return answer(self, step, site, *details)
+
+    monkeypatch.setattr(SecureAggregation, "answer", fails)
+    case: dict[str, Any] = {**CASES["SecureAggregation"], "admission": rules, "seed": 5, "rounds": 3}
+
+    def there() -> History:
+        if where == "Remote":
+            return run(hosts, **case)
+        with Processes(workers=1) as processes:
+            return federate(trainer(), blob_sites(SIZES), progress=False, **case,
+                            engine=processes if where == "Processes" else Local())
+
+    reason = "site 'site-2' failed in round 1 at stage 'exchange': KeyError: 'lost'"
+    if rules is None:
+        with pytest.raises(SiteError, match=reason):
+            there()
+    else:
+        history = there()
+        assert [record["absent"] for record in history.records] == [{}, {"site-2": reason}, {}]
+
+
+def test_an_error_of_a_site_names_the_round_in_which_the_server_has_asked(hosts: Hosts) -> None:
+    """The site itself does not know it where it fails before it has seen the round's state."""
+    counted: list[int] = []
+
+    def restart(name: str, method: str) -> None:
+        if (name, method) == ("site-0", "train"):
+            counted.append(1)
+            if len(counted) == 2:  # in round 1
+                hosts.restart(name)
+
+                def fails(*details: Any) -> Any:
+                    raise ValueError("no such part here")
+
+                hosts.hosts[name]._task = fails  # type: ignore[method-assign]
+                raise ConnectionError("reset by peer")
+
+    hosts.trouble = restart
+    absent = [record["absent"].get("site-0", "") for record in run(hosts, admission=Admission()).records]
+    assert absent[0] == "" and "failed in round 1 at stage 'reach'" in absent[1]
+    assert absent[2] == "site 'site-0' failed in round 2 at stage 'begin': ValueError: no such part here"
+
+
 def test_fewer_than_the_threshold_reveal_nothing(hosts: Hosts) -> None:
     def lose(name: str, method: str) -> None:
         if name != "site-0" and method == "exchange":
@@ -362,7 +417,7 @@ def test_answers_are_handed_on_in_the_order_of_the_cohort_as_soon_as_they_can_be
             answers.append(answer)
     assert handed == ["site-0", "site-1", "site-2", "site-3"]
     assert [type(a).__name__ for a in answers] == ["Update", "Update", "Failure", "Update"]
-    assert "no answer came" in str(answers[2].error)
+    assert "the site did not respond" in str(answers[2].error)
 
 
 def test_what_a_site_refuses_reaches_the_server_with_its_reason(tmp_path: Path) -> None:

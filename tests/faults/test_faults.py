@@ -63,7 +63,7 @@ def weights(history):
 
 #: A fault in round 1, and what is recorded of it.
 EXCLUDED = [
-    (DropOut(sites=(BAD,), rounds=(1,)), "did not answer"),
+    (DropOut(sites=(BAD,), rounds=(1,)), "the site did not respond"),
     (Straggler(seconds=7200, sites=(BAD,), rounds=(1,)), "late: it took 7.2e\\+03 s, the deadline is 3600 s"),
     (Crash(sites=(BAD,), rounds=(1,)), "stage 'fit': RuntimeError: a simulated crash after 1 batches"),
     (Crash(after=9, sites=(BAD,), rounds=(1,)), "after 9 batches"),
@@ -163,8 +163,8 @@ def test_a_site_may_join_late_and_leave():
     history = run(Joins(round=2, sites=("site-2",)), Leaves(round=1, sites=("site-0",)), admission=rules())
     assert [sorted(record["sites"]) for record in history.records] == [["site-0", "site-1"], ["site-1"],
                                                                      ["site-1", "site-2"]]
-    assert "it joins in round 2" in history.records[0]["absent"]["site-2"]
-    assert "it left before round 1" in history.records[2]["absent"]["site-0"]
+    assert "the site joins in round 2" in history.records[0]["absent"]["site-2"]
+    assert "the site left before round 1" in history.records[2]["absent"]["site-0"]
 
 
 def test_a_buffer_does_not_wait_for_a_site_that_left():
@@ -178,15 +178,16 @@ def test_a_site_that_joins_late_is_new_to_its_ledger_and_a_lost_ledger_is_not(tm
     privacy = LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=1e-3)
     late = Joins(round=2, sites=("site-2",))
     if interrupted:
-        run(late, rounds=2, admission=rules(), privacy=privacy, checkpoint=tmp_path / "run")
-    history = run(late, rounds=4, admission=rules(), privacy=privacy, checkpoint=tmp_path / "run")
+        run(late, rounds=2, admission=rules(deadline=None), privacy=privacy, checkpoint=tmp_path / "run")
+    history = run(late, rounds=4, admission=rules(deadline=None), privacy=privacy, checkpoint=tmp_path / "run")
     spent = history.spent()["epsilon"].unstack("site").droplevel("unit")
     assert spent["site-2"].isna().tolist() == [True, True, False, False]
     assert spent.loc[2, "site-2"] == pytest.approx(spent.loc[0, "site-1"])  # its first release, not its third
     assert spent.loc[3, "site-2"] < spent.loc[3, "site-1"]
 
     engine = Faulty(engine=Local(), faults=[late])
-    rounds = each_round(trainer(), blob_sites((2, 2, 1)), rounds=4, privacy=privacy, engine=engine, admission=rules())
+    rounds = each_round(trainer(), blob_sites((2, 2, 1)), rounds=4, privacy=privacy, engine=engine,
+                        admission=rules(deadline=None))
     states = next(rounds).site_states
     assert states["site-2"].updates == 0 and not Ledger(states["site-2"]).spent()
     states.save("site-1", SiteState())  # this one has released something, and lost its record of it
@@ -256,7 +257,7 @@ def test_a_sabotaged_trainer_prints_like_the_honest_one_and_leaves_it_alone():
     engine = Faulty(engine=Local(), faults=[Crash(rounds=(0,), sites=("site-0",))])
     finished = next(each_round(honest, blob_sites(), engine=engine, admission=rules()))
     assert set(finished.absent) == {"site-0"} and repr(honest) == before and "fit" not in vars(honest)
-    faulty = _FaultyTrainer(stands_for=honest, striking=((Crash(), 0),))
+    faulty = _FaultyTrainer(stands_for=honest, seeded=((Crash(), 0),))
     assert repr(faulty) == before and recipe(faulty) == recipe(honest)
 
 

@@ -66,7 +66,7 @@ def test_a_trace_says_what_happened(done):
     assert "s1p0" not in (folder / "trace.jsonl").read_text()  # nobody is named
     assert start["model"] == rounds[0]["before"] == weights_sha256(trainer().initial())
     assert rounds[2]["after"] == end["model"] == weights_sha256(history.state.params)
-    assert "did not answer" in rounds[1]["absent"]["site-1"] and set(rounds[1]["sites"]) == {"site-0"}
+    assert "the site did not respond" in rounds[1]["absent"]["site-1"] and set(rounds[1]["sites"]) == {"site-0"}
     assert rounds[0]["sites"]["site-0"]["weight"] == 3 and rounds[0]["cohort"] == ["site-0", "site-1"]
     assert rounds[0]["sites"]["site-0"]["norm"] == history.sites().loc[(0, "site-0"), "norm"]
     verdict = verify(folder)

@@ -69,6 +69,29 @@ def test_a_run_tells_several_trackers(tmp_path):
     assert loss == history.sites()["loss"].unstack("site")["site-1"].tolist()
 
 
+@pytest.mark.parametrize("make, library", [
+    (lambda folder: CsvTracker(path=folder / "rounds.csv"), "csv"),
+    (lambda folder: MLflowTracker(run_file=folder / "id", uri=(folder / "mlruns").as_uri()), "mlflow"),
+    (lambda folder: TensorBoardTracker(folder=folder / "events"), "tensorboard")], ids=["csv", "mlflow", "tensorboard"])
+def test_one_tracker_is_of_one_run(make, library, tmp_path, monkeypatch):
+    pytest.importorskip(library, reason="not installed: pip install -e '.[tracking]'")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    tracker = make(tmp_path)
+    federate(trainer(), blob_sites(), rounds=2, progress=False, on_round=tracker)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="choose another"):
+        federate(trainer(), blob_sites(), rounds=2, progress=False, on_round=tracker, seed=1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_tracker_replaces_rounds_that_are_run_again(tmp_path):
+    tracker = CsvTracker(path=tmp_path / "rounds.csv")
+    for number, dice in ((0, 0.1), (1, 0.2), (2, 0.3), (1, 0.4), (2, 0.5)):  # resumed from the checkpoint of round 0
+        tracker(finished(number, dice=dice))
+    table = pd.read_csv(tmp_path / "rounds.csv")
+    assert table[table["name"] == "Dice"]["value"].tolist() == [0.1, 0.4, 0.5]
+
+
 @pytest.mark.parametrize("tracker, module", [
     (lambda folder: MLflowTracker(run_file=folder / "id"), "mlflow"),
     (lambda folder: TensorBoardTracker(folder=folder / "events"), "torch.utils.tensorboard.writer")])

@@ -160,6 +160,24 @@ def test_a_full_buffer_of_equal_sites_is_the_star():
     assert weights_sha256(whole.state.params) == weights_sha256(flat.state.params)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_run_of_a_buffer_ends_when_all_budgets_are_used_up(size, tmp_path):
+    """However few sites send in one round, and also where the run is resumed in between."""
+    budget = LocalGaussian(clip=1.0, noise_multiplier=2.0, delta=1e-3, max_epsilon=6.0)
+    alone = federate(trainer(), SITES[:1], rounds=20, privacy=budget, progress=False)
+    releases = len(alone.records)
+    assert alone.stopped and 1 < releases < 5
+    settings = dict(topology=Buffered(size=size), privacy=budget, strategy=FedAvg(weights="uniform"), progress=False)
+    history = federate(trainer(), SITES, rounds=50, **settings)
+    sent = [name for record in history.records for name in record["sites"]]
+    assert {name: sent.count(name) for name in sent} == dict.fromkeys((site.name for site in SITES), releases)
+    assert "no site is left" in history.stopped and "budget is ε = 6" in history.stopped
+    assert len(history.records) < 4 * (releases + 1) // size + 1
+    federate(trainer(), SITES, rounds=len(history.records) - 1, checkpoint=tmp_path / "run", **settings)
+    resumed = federate(trainer(), SITES, rounds=50, checkpoint=tmp_path / "run", **settings)
+    assert resumed.stopped == history.stopped and len(resumed.records) == len(history.records)
+
+
 def test_a_ring_of_one_is_plain_training():
     alone = blob_sites((3,))
     assert weights_sha256(federate(trainer(), alone, rounds=2, topology=ring, progress=False).state.params) \

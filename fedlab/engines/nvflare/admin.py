@@ -17,17 +17,16 @@ from typing import Any
 from fedlab.core.errors import FedlabError, RunError
 from fedlab.core.types import Round
 from fedlab.engines.nvflare.kits import need_nvflare
-from fedlab.engines.nvflare.run_folder import read_round
-from fedlab.engines.nvflare.saved_run import SavedRun
+from fedlab.engines.nvflare.run_folder import SavedRun, read_round
 
 __all__ = ["Admin", "watch"]
 
 #: Seconds between questions, and between checks of the job and the sites.
-_PAUSE, _LOOK = 0.5, 3.0
+_PAUSE, _CHECK_EVERY = 0.5, 3.0
 #: Seconds after which a job that is reported as running, and is not, is over.
 _STALE = 15.0
 #: Jobs in a row that end without a new round and without a reason, before the run is given up.
-_VAIN = 3
+_MOST_EMPTY = 3
 
 
 class Admin:
@@ -185,7 +184,7 @@ def watch(admin: Admin, saved: SavedRun, *, have: int, wait: float,
     Raises:
         RunError: the server cannot be reached, or its jobs end without a reason.
     """
-    vain, followed = 0, set[str]()
+    empty, followed = 0, set[str]()
     while True:
         # A notebook that was closed has left its job running: it is followed, not begun again.
         left = admin.job_of(saved.job_name, besides=followed)
@@ -199,9 +198,9 @@ def watch(admin: Admin, saved: SavedRun, *, have: int, wait: float,
             return follower.end
         if have >= saved.plan.rounds:  # the job's last message was lost
             return {"stopped": None}
-        vain = 0 if have > before or follower.end is not None else vain + 1
-        if vain >= _VAIN:
-            raise RunError(f"{vain} jobs have ended without a round or a reason; the last one is {follower.status}. "
+        empty = 0 if have > before or follower.end is not None else empty + 1
+        if empty >= _MOST_EMPTY:
+            raise RunError(f"{empty} jobs have ended without a round or a reason; the last one is {follower.status}. "
                            "fedlab deploy logs shows the logs of server and sites")
 
 
@@ -223,7 +222,7 @@ class _Follower:
 
     def rounds(self, have: int) -> Iterator[Round]:
         """The job's rounds from a number on, until it ends."""
-        looked = -math.inf
+        checked = -math.inf
         while self.end is None:
             reply = self.admin.ask(self.job, {"have": have, **({"pause": True} if self._pause else {})})
             for text in reply.get("rounds", []) if reply else []:
@@ -235,10 +234,10 @@ class _Follower:
                 have += 1
             if reply:
                 self._heard, self.end = time.monotonic(), reply.get("end")
-            if self.end is None and time.monotonic() - looked > _LOOK:
-                looked = time.monotonic()
+            if self.end is None and time.monotonic() - checked > _CHECK_EVERY:
+                checked = time.monotonic()
                 if reply:
-                    self._look_for(reply.get("lost", []))
+                    self._pause_for_returned(reply.get("lost", []))
                 elif self._is_over(not_running=reply is not None):
                     return
             if not reply or not reply.get("rounds"):
@@ -257,7 +256,7 @@ class _Follower:
                            f"is of {list(self.sites)}")
         return False
 
-    def _look_for(self, lost: object) -> None:
+    def _pause_for_returned(self, lost: object) -> None:
         """Asks the job to end after its round if a site that it has lost, or never had, is connected again."""
         if not isinstance(lost, list):
             raise FedlabError("the server sent something else than names of lost sites")

@@ -22,8 +22,7 @@ from fedlab.core.types import Round, Site
 from fedlab.deploy.plan import Plan
 from fedlab.engines.nvflare.admin import Admin, watch
 from fedlab.engines.nvflare.kits import begin, check_site_names, class_rules, free_port, make_kits, need_nvflare, stop
-from fedlab.engines.nvflare.run_folder import FinishedRounds
-from fedlab.engines.nvflare.saved_run import SavedRun
+from fedlab.engines.nvflare.run_folder import FinishedRounds, SavedRun
 from fedlab.engines.nvflare.simulation import SIMULATION, prepare_simulation
 
 __all__ = ["Environment", "Production", "ProofOfConcept", "Simulation"]
@@ -63,7 +62,7 @@ class Simulation:
             if "stopped" in (how_it_ended(run) or {}):  # an earlier simulation in this folder has completed the run
                 yield from FinishedRounds(run).since(have)
                 return raise_if_failed(how_it_ended(run))
-            for left in reversed(range(self.tries)):
+            for tries_left in reversed(range(self.tries)):
                 with tempfile.TemporaryDirectory() as scratch:
                     job = saved.write_job(Path(scratch) / "job", threads)
                     for finished in self._once(folder, job, saved.plan, have, _variables(folder, threads)):
@@ -72,7 +71,7 @@ class Simulation:
                 how = how_it_ended(run)
                 if how is not None or have >= saved.plan.rounds:
                     return raise_if_failed(how)
-                if not left:
+                if not tries_left:
                     raise RunError(f"the simulation ended before its last round; its log says:\n{_tail(folder)}")
 
     def _once(self, folder: Path, job: Path, plan: Plan, have: int, environment: Mapping[str, str]) -> Iterator[Round]:

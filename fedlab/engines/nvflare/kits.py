@@ -52,8 +52,8 @@ def need_nvflare() -> None:
 
 def check_site_names(names: Sequence[str]) -> None:
     """Raises `ValueError` for names that NVFLARE does not accept."""
-    odd = [name for name in names if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name) is None or name in ("server", "admin")]
-    if odd or not names or len(set(names)) != len(names):
+    valid = [name for name in names if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name) and name not in ("server", "admin")]
+    if not names or len(set(valid)) != len(names):
         raise ValueError(f"on NVFLARE sites have different names of letters, digits, - and _, other than 'server' and "
                          f"'admin'; got {list(names)!r}")
 

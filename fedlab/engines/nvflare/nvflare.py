@@ -13,7 +13,7 @@ from fedlab.core.weights import weights_sha256
 from fedlab.deploy.messages import pack_weights
 from fedlab.deploy.plan import Plan
 from fedlab.engines.nvflare.environments import Environment, Simulation
-from fedlab.engines.nvflare.saved_run import SavedRun
+from fedlab.engines.nvflare.run_folder import SavedRun
 from fedlab.run.federate import make_run
 from fedlab.training.trainer import SiteTrainer
 

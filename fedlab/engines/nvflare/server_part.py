@@ -23,7 +23,7 @@ from fedlab.deploy.plan import Plan
 from fedlab.engines.nvflare.kits import server_policy
 from fedlab.engines.nvflare.run_folder import FinishedRounds
 from fedlab.engines.nvflare.simulation import SIMULATION, simulated_policy
-from fedlab.engines.nvflare.time_limits import Call, Calls, Ended
+from fedlab.engines.nvflare.site_calls import Ended, SiteCall, SiteCalls
 from fedlab.engines.remote import Remote
 from fedlab.run.federate import federate
 
@@ -68,8 +68,8 @@ class ServerPart:
         folder.mkdir(parents=True, exist_ok=True)
         finished = self._finished = FinishedRounds(folder)
         call = collab.context
-        calls = Calls({site.name: partial(Call, site) for site in collab.clients}, seconds=self.seconds,
-                      patience=self.patience, aborted=call.is_aborted)
+        calls = SiteCalls({site.name: partial(SiteCall, site) for site in collab.clients}, seconds=self.seconds,
+                          patience=self.patience, aborted=call.is_aborted)
         self._lost = lambda: sorted(calls.silent | (set(plan.sites) - set(calls.sites)))
         context.get_engine().register_app_command("fedlab", self.reply)
 

@@ -14,14 +14,14 @@ from typing import Any
 from fedlab.core.errors import FedlabError, PrivacyError
 from fedlab.deploy.messages import printable
 
-__all__ = ["Call", "Calls", "Ended"]
+__all__ = ["Ended", "SiteCall", "SiteCalls"]
 
 
 class Ended(BaseException):
     """The job ends. Not an `Exception`, which would count as a failure of the sites and let the run continue."""
 
 
-class Call:
+class SiteCall:
     """One call to a site over NVFLARE.
 
     NVFLARE ends a job only when all of its calls have returned, and a call to a site that is gone returns when its time
@@ -46,22 +46,22 @@ class Call:
         self._signal.trigger(True)
 
     def _with_signal(self, proxy: Any) -> Any:
-        own, backend = copy.copy(proxy), copy.copy(proxy.backend)
-        backend.abort_signal = self._signal
-        own.backend = backend
-        own.children = {name: self._with_signal(child) for name, child in proxy.children.items()}
-        return own
+        copied = copy.copy(proxy)
+        copied.backend = copy.copy(proxy.backend)
+        copied.backend.abort_signal = self._signal
+        copied.children = {name: self._with_signal(child) for name, child in proxy.children.items()}
+        return copied
 
 
-class Calls:
-    """Asks sites and hands on their answers as they arrive.
+class SiteCalls:
+    """Asks sites and yields their answers as they arrive.
 
-    NVFLARE does not report that a site has gone: the call lasts until its time limit. So a site at work is asked now
-    and then whether it is alive. One that stays silent for `patience` seconds is given up for this question; the next
+    NVFLARE does not report that a site is gone: the call lasts until its time limit. So a site at work is asked
+    repeatedly whether it is alive. One that stays silent for `patience` seconds is given up for this question; the next
     question first asks whether it is back.
 
     Args:
-        sites: for each site of this job, by name, a function that makes a `Call`.
+        sites: for each site of this job, by name, a function that makes a `SiteCall`.
         seconds: longest time for an answer.
         patience: seconds without a sign of life after which a site counts as gone.
         aborted: whether the job ends.
@@ -70,7 +70,7 @@ class Calls:
         silent: names of the sites that were gone when last asked.
     """
 
-    def __init__(self, sites: Mapping[str, Callable[[], Call]], *, seconds: float, patience: float = 30.0,
+    def __init__(self, sites: Mapping[str, Callable[[], SiteCall]], *, seconds: float, patience: float = 30.0,
                  aborted: Callable[[], bool] = lambda: False) -> None:
         self.sites, self.seconds, self.patience, self.aborted = dict(sites), seconds, patience, aborted
         self.silent: set[str] = set()
@@ -85,7 +85,7 @@ class Calls:
         self._wait_for_any_site()
         answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         for name in names:
-            _begin(answers, lambda name=name: (name, self._one(name, method, arguments[name])))  # type: ignore[misc]
+            _in_thread(answers, lambda name=name: (name, self._answer_of(name, method, arguments[name])))  # type: ignore[misc]
         for _ in names:
             answer = None
             while answer is None:
@@ -100,25 +100,25 @@ class Calls:
         while self.sites and self.silent.issuperset(self.sites):
             if self.aborted():
                 raise Ended
-            if not any(self._is_there(name, within=min(5.0, self.patience)) for name in self.sites):
+            if not any(self._is_alive(name, within=min(5.0, self.patience)) for name in self.sites):
                 time.sleep(1.0)
 
-    def _one(self, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
+    def _answer_of(self, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
         """What a site answers; an exception is returned, not raised."""
         if name not in self.sites:
             return FedlabError(f"{name} was not connected when this job began")
         beat = min(5.0, self.patience / 3)
-        if name in self.silent and not self._is_there(name, within=beat):
+        if name in self.silent and not self._is_alive(name, within=beat):
             return FedlabError(f"{name} is not connected")
         outcome: SimpleQueue[Any] = SimpleQueue()
         call = self.sites[name]()
-        _begin(outcome, partial(self._call, call, name, method, arguments))
+        _in_thread(outcome, partial(self._call, call, name, method, arguments))
         heard = time.monotonic()
         while not self.aborted():
             try:
                 return outcome.get(timeout=beat)
             except Empty:
-                if self._is_there(name, within=beat):
+                if self._is_alive(name, within=beat):
                     heard = time.monotonic()
                 elif time.monotonic() - heard > self.patience:
                     call.hang_up()
@@ -127,7 +127,7 @@ class Calls:
         call.hang_up()
         return FedlabError("the job ends")
 
-    def _call(self, call: Call, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
+    def _call(self, call: SiteCall, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
         try:
             reply = call.ask(method, arguments, seconds=self.seconds)
         except Exception as error:  # several kinds of NVFLARE's, about the connection or raised at the site
@@ -141,7 +141,7 @@ class Calls:
                 return (PrivacyError if kind == "PrivacyError" else FedlabError)(printable(text[:4000]))
         return FedlabError(f"{name} answered with a {type(reply).__name__} that fedlab does not send")
 
-    def _is_there(self, name: str, *, within: float) -> bool:
+    def _is_alive(self, name: str, *, within: float) -> bool:
         try:
             self.sites[name]().ask("alive", (), seconds=within)
         except Exception:  # whatever NVFLARE raises, there is no sign of life
@@ -150,6 +150,6 @@ class Calls:
         return True
 
 
-def _begin(results: SimpleQueue[Any], work: Callable[[], Any]) -> None:
+def _in_thread(results: SimpleQueue[Any], work: Callable[[], Any]) -> None:
     """Work in a thread that does not delay the end of the process: a call to a site that is gone takes its time."""
     threading.Thread(target=lambda: results.put(work()), daemon=True, name="fedlab-call").start()

@@ -1,0 +1,48 @@
+"""Settings that cannot work are refused before the first round, with the reason, for every engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cohorts import blob_sites
+from fedlab.engines import NVFlare, Processes
+from fedlab.faults.sites import Faulty
+from fedlab.privacy import CentralGaussian, LocalGaussian
+from fedlab.run.admission import Admission
+from fedlab.run.federate import federate, make_run
+from fedlab.run.local import Local
+from fedlab.strategies import FedAvg
+from trainers import trainer
+
+ENGINES = [Local(), Processes(workers=1), Faulty(engine=Local(), faults=[]), NVFlare()]
+NOISE = dict(clip=1.0, noise_multiplier=1.0, delta=1e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: type(engine).__name__)
+@pytest.mark.parametrize("privacy", [LocalGaussian(**NOISE), CentralGaussian(**NOISE)], ids=lambda p: type(p).__name__)
+def test_a_deadline_under_a_guarantee(engine, privacy):
+    """The time of a site is withheld, so that the deadline would never apply."""
+    parts = dict(privacy=privacy, strategy=FedAvg(weights="uniform"), engine=engine)
+    with pytest.raises(ValueError, match=r"no guarantee covers the time.*leave deadline out"):
+        make_run(trainer(), blob_sites(), admission=Admission(deadline=60.0), **parts)
+    assert make_run(trainer(), blob_sites(), admission=Admission(), **parts).guarded
+    assert not make_run(trainer(), blob_sites(), admission=Admission(deadline=60.0), engine=engine).guarded
+
+
+@pytest.mark.parametrize("name, said", [
+    ("s" * 300, "1 to 200 characters, since files are named after it.*300 characters"), ("", "1 to 200 characters"),
+    ("ä" * 40, "count as three or more")])
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: type(engine).__name__)
+def test_a_name_that_no_file_can_have(engine, name, said):
+    sites = [replace(blob_sites()[0], name=name)]
+    with pytest.raises(ValueError, match=said):
+        make_run(trainer(), sites, engine=engine)
+
+
+def test_the_longest_name_works(tmp_path):
+    sites = [replace(site, name=letter * 200) for site, letter in zip(blob_sites(), "ab", strict=True)]
+    parts = dict(privacy=LocalGaussian(**NOISE), engine=Local(ledgers=tmp_path / "ledgers"), rounds=2, progress=False)
+    history = federate(trainer(), sites, checkpoint=tmp_path / "run", **parts)
+    assert len(history.records) == 2 and history.site_states["b" * 200].updates == 2
