@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,19 +29,31 @@ def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabEr
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("xb") as file:
-            file.write(data)
+        file = path.open("xb")
     except FileExistsError as exists:
         raise error(f"{path} exists already and is not overwritten: remove it, or give another path") from exists
+    try:
+        with file:
+            file.write(data)
+    except BaseException:
+        path.unlink(missing_ok=True)  # half a file on a full disk
+        raise
     return path
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, renamed into its place if the block ends without an exception."""
+    """A file or folder beside `path` to write to, renamed into its place if the block succeeds, removed if it fails."""
     scratch = path.with_name(path.name + ".part")
-    yield scratch
-    os.replace(scratch, path)
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except BaseException:
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: Path, data: bytes) -> None:
