@@ -284,7 +284,7 @@ def _script_not_imported() -> Iterator[None]:
     So a script needs no main guard, and may be read from standard input, where there is no file to import.
     """
     main = vars(sys.modules["__main__"])
-    hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    hidden: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     main |= dict.fromkeys(hidden)
     try:
         yield
