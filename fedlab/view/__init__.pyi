@@ -4,10 +4,9 @@ from .meshes import Surface, export_labels, surface
 from .model_card import ModelCard, make_model_card
 from .playground import PrivacyPlayground
 from .run_figures import contributions_figure, cross_site_heatmap, curves, dice_by_arm
-from .site_figures import heterogeneity_figure, intensity_figure, partition_figure, sites_figure
+from .site_figures import heterogeneity_figure, intensity_figure, partition_figure, sites_figure, workflow_figure
 from .slices import compare, show_patient
 from .viewer import Viewer, show
-from .workflow_figure import workflow_figure
 
 __all__ = [
     "BackgroundRun", "ModelCard", "PrivacyPlayground", "RunDashboard", "SiteDice", "Surface", "Viewer", "compare",

@@ -67,11 +67,7 @@ def arm_label(name: str) -> str:
 
 
 def arm_colours(names: Iterable[str]) -> dict[str, str]:
-    """One colour per name: that of its arm, or the next free colour for an arm that is not in `ARMS`.
-
-    Raises:
-        ValueError: more unknown arms than free colours.
-    """
+    """One colour per name: that of its arm, or the next free colour for an arm that is not in `ARMS`."""
     names = list(names)
     unknown = list(dict.fromkeys(arm for name in names if (arm := arm_of(name)) not in ARMS))
     if len(unknown) > len(_FURTHER):

@@ -71,11 +71,7 @@ class RunDashboard:
         return _Page(self.run, self.budget, self.metric).html()
 
     def figure(self) -> Picture:
-        """The curves as a figure: ε and the metric under a guarantee, else loss and metric.
-
-        Raises:
-            ValueError: no round has ended yet.
-        """
+        """The curves as a figure, once a round has ended: ε and the metric under a guarantee, else loss and metric."""
         history = self.run.history
         if not history.records:
             raise ValueError("no round has ended yet, so there is no curve to draw")

@@ -15,14 +15,10 @@ __all__ = ["write_page"]
 
 
 def write_page(path: Path | str, inspection: Inspection) -> Path:
-    """Writes one self-contained page that loads nothing.
-
-    Raises:
-        RunError: the file exists already.
-    """
+    """Writes one self-contained page that loads nothing; raises `RunError` if the file exists already."""
     page = render("inspection_page.html", title=f"Scans in {inspection.folder.name}", summary=inspection.summary()[1:],
                   legend=[(LABEL_COLOURS[value], LABEL_NAMES[value]) for value in LABEL_COLOURS],
-                  cases=[_prepared(case) for case in inspection.cases])
+                  patients=[_prepared(case) for case in inspection.cases])
     return write_new(path, page.encode("utf-8", "replace"))
 
 
@@ -34,12 +30,10 @@ def _prepared(case: Case) -> dict[str, Any]:
     facts = [case.label_convention and f"labels {case.label_convention}", case.orientation,
              case.shape and "x".join(map(str, case.shape)),
              case.spacing_mm and " x ".join(f"{s:.3g}" for s in case.spacing_mm) + " mm", ", ".join(case.modalities)]
-    image = None
+    prepared = {"case": case, "facts": " · ".join(filter(None, facts)), "volumes": " · ".join(known), "png": None}
     if (picture := case.picture) is not None:
         (rows, columns), (height, width) = picture.grey.shape, picture.pixel_mm
         colours = {value: (colour, 0.45) for value, colour in LABEL_COLOURS.items()}
-        image = {"png": png_base64(blended(picture.grey, picture.label, colours)),
-                 "proportions": f"{columns * width:g} / {rows * height:g}",
-                 "alt": f"axial {picture.modality} slice of {case.patient}"}
-    return {"patient": case.patient, "usable": case.usable, "facts": " · ".join(fact for fact in facts if fact),
-            "volumes": " · ".join(known) or "no tumour volumes", "findings": case.findings, "image": image}
+        prepared |= {"png": png_base64(blended(picture.grey, picture.label, colours)),
+                     "proportions": f"{columns * width:g} / {rows * height:g}"}
+    return prepared

@@ -21,8 +21,7 @@ import numpy as np
 
 from fedlab.core.errors import RunError
 from fedlab.core.extras import MissingExtra, install_command
-from fedlab.view.label_layers import Case
-from fedlab.view.view_settings import ViewSettings
+from fedlab.view.label_layers import Case, ViewSettings
 from fedlab.view.widget_snapshot import running_kernel
 
 __all__ = ["ALLOWED", "ItkPanel", "require"]

@@ -1,4 +1,4 @@
-"""A patient with layers of labels, the reference and the predictions of arms, cropped to the head for viewers."""
+"""A patient with layers of labels, the reference and the predictions of arms, and what a viewer shows of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import nibabel as nib
 import numpy as np
@@ -18,16 +18,21 @@ from fedlab.core.regions import regions_to_labels
 from fedlab.core.setting_checks import check_choice
 from fedlab.core.types import MODALITIES, REGIONS, Patient
 from fedlab.data.readers.nifti import Volume, read_volume, same_grid, to_ras
-from fedlab.view.colours import LABEL_COLOURS, REGION_LABELS
+from fedlab.view.colours import ERRORS, LABEL_COLOURS, LABEL_NAMES, REGION_LABELS, REGION_NAMES
 
-__all__ = ["REFERENCE", "Case", "Prediction", "RegionFacts", "as_labels", "check_ras",
-           "grey_values", "largest_slice", "make_case", "patient_grid"]
+__all__ = ["OVERLAYS", "REFERENCE", "VIEWS", "Case", "Prediction", "RegionFacts", "View", "ViewSettings", "as_labels",
+           "check_ras", "grey_values", "largest_slice", "make_case", "patient_grid"]
 
 #: The forms of a prediction: labels (X, Y, Z), regions (3, X, Y, Z), a NIfTI image, or the path of one.
 Prediction: TypeAlias = torch.Tensor | npt.NDArray[Any] | nib.spatialimages.SpatialImage | str | os.PathLike[str]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Box: TypeAlias = tuple[slice, slice, slice]
 
+View: TypeAlias = Literal["all", "axial", "coronal", "sagittal", "3-D"]
+#: Three planes and the 3-D view together, or one of them.
+VIEWS: tuple[str, ...] = get_args(View)
+#: What is drawn over the scan: labels, the errors of a region, or nothing.
+OVERLAYS = ("labels", *(f"errors {region}" for region in REGION_NAMES), "none")
 #: Name of the layer with the expert's labels.
 REFERENCE = "reference"
 _MARGIN = 2  # voxels around the head
@@ -157,11 +162,7 @@ class Case:
         return name is not None and name != REFERENCE and REFERENCE in self.layers
 
     def errors(self, layer: str, region: str = "WT") -> Bytes:
-        """The differences of a layer from the reference: 1 false positive, 2 false negative, 3 both, 0 neither.
-
-        Raises:
-            ValueError: an unknown layer or region, or no reference.
-        """
+        """The differences of a layer from the reference: 1 false positive, 2 false negative, 3 both, 0 neither."""
         if REFERENCE not in self.layers:
             raise ValueError(f"patient {self.patient.id} has no label map, so there is no error map")
         check_choice(REGION_LABELS, region=region)
@@ -194,11 +195,7 @@ class Case:
 
 
 def grey_values(patient: Patient, modality: str, box: Box = (slice(None), slice(None), slice(None))) -> Bytes:
-    """A modality within a box, scaled between two percentiles of its nonzero voxels to 10...255; 0 stays 0.
-
-    Raises:
-        ValueError: an unknown modality, or NaN in it.
-    """
+    """A modality within a box, scaled between two percentiles of its nonzero voxels to 10...255; 0 stays 0."""
     check_choice(MODALITIES, modality=modality)
     volume = patient.image[MODALITIES.index(modality)][box].detach().cpu().to(torch.float32, copy=True).numpy()
     if invalid := int(np.count_nonzero(~np.isfinite(volume))):
@@ -232,12 +229,7 @@ def check_ras(patient: Patient) -> None:
 
 
 def make_case(patient: Patient, arms: Mapping[str, Prediction]) -> Case:
-    """Checks a patient and the predictions of arms, and crops them to the head.
-
-    Raises:
-        ValueError: an image that is not four 3-D modalities, axes other than right, anterior, superior, a label map of
-            another shape, an arm named "reference", or an invalid prediction (see `as_labels`).
-    """
+    """Checks a patient and the predictions of arms, and crops them to the head; raises `ValueError` as `show` does."""
     if not isinstance(patient, Patient):
         more = f" of {len(patient)} patients; fedlab.compare shows several" if isinstance(patient, Sequence) else ""
         raise ValueError(f"expected one Patient, got a {type(patient).__name__}{more}")
@@ -267,3 +259,59 @@ def _head(patient: Patient, layers: Sequence[Bytes]) -> Box:
     x, y, z = (slice(max(0, part.start - _MARGIN), min(size, part.stop + _MARGIN))
                for part, size in zip(find_objects(used.view(np.uint8))[0], used.shape, strict=True))
     return x, y, z
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSettings:
+    """What is shown of a case; as the arguments of `fedlab.show`, except:
+
+    Attributes:
+        layer: name of the layer over the scan: "reference" or an arm; None where there is none.
+        crosshair: voxel of the case's box where the planes meet.
+
+    Raises:
+        ValueError: an unknown choice, or an opacity out of range.
+    """
+
+    modality: str = MODALITIES[0]
+    view: str = "all"
+    layer: str | None = None
+    overlay: str = "labels"
+    opacity: float = 0.6
+    labels: tuple[int, ...] = (1, 2, 4)
+    crosshair: tuple[int, int, int] = (0, 0, 0)
+
+    def __post_init__(self) -> None:
+        check_choice(MODALITIES, modality=self.modality)
+        check_choice(VIEWS, view=self.view)
+        check_choice(OVERLAYS, overlay=self.overlay)
+        if not 0 <= self.opacity <= 1:
+            raise ValueError(f"opacity goes from 0 to 1, got {self.opacity}")
+        if unknown := set(self.labels) - set(LABEL_COLOURS):
+            raise ValueError(f"labels are some of {', '.join(map(str, LABEL_COLOURS))}, got {sorted(unknown)}")
+
+    @property
+    def region(self) -> str | None:
+        """Region of the error map, None where labels are shown."""
+        return self.overlay.split()[1] if self.overlay.startswith("errors") else None
+
+    def values(self, case: Case, layer: str | None) -> Bytes | None:
+        """Values of the overlay in the box: labels, or an error map; None for no overlay."""
+        if layer is None or self.overlay == "none":
+            return None
+        return case.layer(layer) if self.region is None else case.errors(layer, self.region)
+
+    def colours(self) -> dict[int, tuple[str, float]]:
+        """Value of the overlay -> its colour and opacity, without the labels that are not drawn."""
+        if self.region is None:
+            return {value: (LABEL_COLOURS[value], self.opacity) for value in LABEL_COLOURS if value in self.labels}
+        return {value: (colour, self.opacity * (0.35 if value == 3 else 1.0))
+                for value, (colour, _) in ERRORS.items()}
+
+    def legend(self) -> dict[str, str]:
+        """Colour -> its meaning."""
+        if self.overlay == "none":
+            return {}
+        if self.region is None:
+            return {LABEL_COLOURS[value]: LABEL_NAMES[value] for value in LABEL_COLOURS if value in self.labels}
+        return {colour: f"{name} {self.region}" for colour, name in ERRORS.values()}

@@ -25,10 +25,9 @@ from matplotlib.colors import to_rgba
 
 from fedlab.core.types import MODALITIES
 from fedlab.view.colours import LABEL_ABBREVIATIONS, arm_label
-from fedlab.view.label_layers import REFERENCE, Case
+from fedlab.view.label_layers import OVERLAYS, REFERENCE, VIEWS, Case, ViewSettings
 from fedlab.view.page_templates import render
 from fedlab.view.slices import AXES
-from fedlab.view.view_settings import OVERLAYS, VIEWS, ViewSettings
 
 __all__ = ["NiiVuePanel"]
 
@@ -72,15 +71,13 @@ def _nifti(array: npt.NDArray[np.uint8], affine: npt.NDArray[np.float64]) -> byt
 
 
 class NiiVuePanel:
-    """Canvas, controls, legend and numbers of one case, kept in step.
+    """Canvas, controls, legend and numbers of one case, kept in step; `widget` is the box to be displayed.
 
     Attributes:
-        case, settings: the case, and its present view.
         canvas: the NiiVue widget.
         poster: a still picture in its place until the browser has drawn it; permanent where there is no WebGL.
         controls: the ipywidgets by name: modality, view, arm, overlay, opacity, NCR, ED, ET, sagittal, coronal, axial.
         numbers, legend: volumes and Dice of the layer shown, and the meaning of the colours.
-        widget: all of these in one box, to be displayed.
     """
 
     def __init__(self, case: Case, settings: ViewSettings, *, height: int, poster: bytes) -> None:

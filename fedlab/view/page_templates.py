@@ -12,12 +12,7 @@ __all__ = ["render"]
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills a template. Values in HTML are escaped; those in Markdown need the filter `markdown`. A missing one raises.
-
-    Args:
-        template: name of the file without ".j2".
-        **values: the variables of the template.
-    """
+    """Fills a template, named without ".j2". Values in HTML are escaped, those in Markdown by the filter `markdown`."""
     return _environment().get_template(f"{template}.j2").render(**values)
 
 

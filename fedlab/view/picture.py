@@ -26,11 +26,9 @@ class Picture(Figure):
     """A matplotlib figure that a notebook shows as the value of a cell, once, with any backend.
 
     It is not registered with pyplot, so no figure stays open.
-
-    Attributes:
-        alt: a description in one sentence, for readers who do not see the figure.
     """
 
+    #: A description in words, for readers who do not see the figure.
     alt: str = ""
 
     def _repr_png_(self, *, dpi: int = 160) -> tuple[bytes, dict[str, int]]:
@@ -77,12 +75,9 @@ def matrix(ax: Axes, values: npt.NDArray[np.float64], rows: Sequence[str], colum
 
 def blended(grey: npt.NDArray[np.uint8], values: npt.NDArray[Any] | None,
             colours: Mapping[int, tuple[str, float]]) -> npt.NDArray[np.uint8]:
-    """A grey image (rows, columns) as RGB with an overlay.
+    """A grey image (rows, columns) as RGB under an overlay of the same shape.
 
-    Args:
-        grey: from 0 to 255.
-        values: of the overlay, same shape; None for no overlay.
-        colours: value -> its colour and opacity; other values are transparent.
+    `colours` maps a value of the overlay to its colour and opacity; other values are transparent.
     """
     image = np.repeat(grey[..., None], 3, axis=2).astype(np.float32)
     for value, (colour, opacity) in colours.items() if values is not None else ():

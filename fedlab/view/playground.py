@@ -41,15 +41,12 @@ _WAIT = 0.5  # seconds without a change before an attack begins
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs:
-    """The settings of a `PrivacyPlayground`.
+    """The settings of a `PrivacyPlayground`; a number out of range raises `ValueError`.
 
     Args:
         clip: clipping norm of the update, in the unit of the weights.
         noise_multiplier: σ, standard deviation of the noise divided by `clip`; 0 for no noise.
         fraction: share of the entries that is sent, the largest ones.
-
-    Raises:
-        ValueError: a number out of range.
     """
 
     clip: float
@@ -146,11 +143,7 @@ class PrivacyPlayground:
 
     def set(self, *, clip: float | None = None, noise_multiplier: float | None = None, fraction: float | None = None,
             epsilon: float | None = None) -> PrivacyPlayground:
-        """Moves the sliders; settings that are not given stay.
-
-        Args:
-            clip, noise_multiplier, fraction: as in `Knobs`.
-            epsilon: of all rounds; sets the noise multiplier accordingly.
+        """Moves the sliders; settings that are not given stay. `epsilon`, of all rounds, sets the noise multiplier.
 
         Raises:
             ValueError: a number out of range, or both a noise multiplier and an ε.
@@ -193,14 +186,10 @@ class PrivacyPlayground:
 
     @styled
     def figure(self) -> Picture:
-        """The true patch and its reconstruction, one column per modality; only the patch before an attack.
-
-        Axial slices through the middle, the patient's right on the left.
-        """
+        """Middle axial slices of the patch and of its reconstruction, one column per modality."""
         from fedlab.view.picture import Picture
 
-        found = self._found.get(self.knobs)
-        rows = {"the patch": self.patch} | ({"reconstruction": found.image} if found is not None else {})
+        rows = self._volumes()
         figure = Picture(figsize=(7.2, 1.9 * len(rows) + 0.6), layout="constrained")
         for (name, volume), axes in zip(rows.items(), figure.subplots(len(rows), 4, squeeze=False), strict=True):
             for ax, modality, channel in zip(axes, MODALITIES, volume, strict=True):
@@ -343,25 +332,28 @@ class PrivacyPlayground:
                       histograms=((_heights(after, edge), ORANGE, 0.45), (_heights(before, edge), BLUE, 0.35)))
 
     def _outcome(self) -> str:
-        found = self._found.get(self.knobs)
+        found, progress = self._found.get(self.knobs), self._progress
         if found is None:
-            return "no attack on these settings yet"
+            running = progress is not None and progress[0] == self.knobs
+            return f"attack running: step {progress[1]} of {self.steps}" if running else \
+                "no attack on these settings yet"
         return (f"correlation with the true patch {found.correlation(self.patch):.2f} (1: the patch itself, 0: "
                 f"unrelated) after {found.steps} steps in {found.seconds:.1f} s")
 
+    def _volumes(self) -> dict[str, torch.Tensor]:
+        """The patch, and the reconstruction under the present settings as far as it has come."""
+        volumes = {"the patch": self.patch}
+        if (found := self._found.get(self.knobs)) is not None:
+            volumes["reconstruction"] = found.image
+        elif self._progress is not None and self._progress[0] == self.knobs:
+            volumes["reconstruction"] = self._progress[2]
+        return volumes
+
     def _show(self) -> None:
-        """Displays the patch, and the reconstruction under the present settings as far as it has come."""
         from fedlab.view.picture import png_base64
 
-        found, progress = self._found.get(self.knobs), self._progress
-        outcome, volumes = self._outcome(), {"the patch": self.patch}
-        if found is not None:
-            volumes["reconstruction"] = found.image
-        elif progress is not None and progress[0] == self.knobs:
-            outcome = f"attack running: step {progress[1]} of {self.steps}"
-            volumes["reconstruction"] = progress[2]
-        images = {name: [png_base64(_grey(channel)) for channel in volume] for name, volume in volumes.items()}
-        self._picture_box.value = render("playground_images.html", outcome=outcome, failed=self._failed,
+        images = {name: [png_base64(_grey(channel)) for channel in volume] for name, volume in self._volumes().items()}
+        self._picture_box.value = render("playground_images.html", outcome=self._outcome(), failed=self._failed,
                                          modalities=MODALITIES, rows=images)
 
 

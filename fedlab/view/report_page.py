@@ -27,18 +27,14 @@ _MOST_ROUNDS = 12  # of a table, before it leaves some out
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Section:
-    """A part of a report.
+    """A part of a report. A figure without a description raises `ValueError`.
 
     Attributes:
         title: the heading; without one the section continues the one before it.
         text: plain text; an empty line starts a new paragraph.
         table: shown with its index, numbers with three decimals.
-        figure: any matplotlib figure.
         caption: one line under the figure or table.
         alt: a description for readers who do not see the figure; by default the figure's own `alt`, or the caption.
-
-    Raises:
-        ValueError: a figure without a description.
     """
 
     title: str = ""
@@ -114,12 +110,7 @@ def write_report(
 
 
 def save_figure(figure: Figure, path: Path | str, *, dpi: int = 200) -> Path:
-    """Writes a figure as a PNG file with `dpi` pixels per inch.
-
-    Raises:
-        ValueError: the name does not end in .png.
-        RunError: the file exists already.
-    """
+    """Writes a figure as a new PNG file with `dpi` pixels per inch; raises `RunError` if it exists already."""
     from fedlab.view.picture import figure_png
 
     if Path(path).suffix.lower() != ".png":

@@ -38,11 +38,7 @@ _TALLEST = 44.0  # inches of a figure
 
 
 def slice_image(volume: npt.NDArray[Any], plane: str, index: int) -> npt.NDArray[Any]:
-    """A slice of an RAS volume (X, Y, Z) as an image: rows downwards, the patient's right or face on the left.
-
-    Raises:
-        ValueError: an index outside the volume.
-    """
+    """A slice of an RAS volume (X, Y, Z) as an image: rows downwards, the patient's right or face on the left."""
     axis = AXES[plane]
     if not 0 <= index < volume.shape[axis]:
         raise ValueError(f"{plane} slices go from 0 to {volume.shape[axis] - 1}, got {index}")
@@ -60,11 +56,7 @@ def write_sides(ax: Axes, letters: tuple[str, str], x: tuple[float, float], y: f
 
 
 def best_slice(label: LabelMap, *, plane: Plane = "axial") -> int:
-    """Index of the slice with the largest tumour area; of several equal ones, the middle.
-
-    Raises:
-        ValueError: an unknown plane, or no tumour in `label`.
-    """
+    """Index of the slice with the largest tumour area; of several equal ones, the middle."""
     axis, labels = _axis(plane), _numpy(label)
     if not labels.any():
         raise ValueError("the label map holds no tumour, so there is no best slice; choose one by index")
@@ -78,9 +70,9 @@ def overlay(ax: Axes, patient: Patient, label: LabelMap | None, *, modality: str
 
     Args:
         ax: the axes to draw into.
-        patient: shows `modality`, one of `MODALITIES`.
+        patient: shows `modality`.
         label: BraTS labels to fill with their colours, shape (X, Y, Z); None for the image alone.
-        plane: "axial", "coronal" or "sagittal".
+        plane: that the slice lies in.
         index: of the slice; by default the best of `label`, of `outline` or of the patient's own labels.
         outline: a second label map, such as the reference, whose whole tumour is drawn as a white line.
         view: width and height in mm of the part shown around the centre of the brain; by default the whole brain.
@@ -125,9 +117,9 @@ def show_patient(patient: Patient, prediction: LabelMap | None = None, *, plane:
     Args:
         patient: the patient shown.
         prediction: BraTS labels, shape (X, Y, Z).
-        plane: "axial", "coronal" or "sagittal".
-        index: of the slice; by default the one with most tumour in the reference labels, else in the prediction,
-            else the middle one.
+        plane: that the slice lies in.
+        index: of the slice; by default the one with most tumour in the reference, else in the prediction, else the
+            middle one.
 
     Raises:
         ValueError: as `overlay`.
@@ -135,25 +127,23 @@ def show_patient(patient: Patient, prediction: LabelMap | None = None, *, plane:
     _check(patient, prediction)
     if index is None:
         index = _index(patient, plane, [patient.label, prediction])
-    panels: list[tuple[str, str, LabelMap | None]] = [(modality, modality, None) for modality in MODALITIES]
-    background = MODALITIES[0]
-    if patient.label is not None:
-        panels.append(("reference", background, patient.label))
+    labels = {"reference": patient.label}
     if prediction is not None:
-        panels.append((f"prediction{_dice(patient, prediction)}", background, prediction))
-    labelled = len(panels) > len(MODALITIES)
-    figure, axes = _grid(_view([patient], plane), rows=2 if labelled else 1,
-                         columns=3 if labelled else len(MODALITIES), top=0.72, foot=0.75 if labelled else 0.45)
-    for ax, (title, modality, label) in zip(axes.flat, panels, strict=False):
-        overlay(ax, patient, label, modality=modality, plane=plane, index=index,
-                outline=patient.label if title.startswith("prediction") else None)
-        ax.set_title(title, fontweight="normal" if label is None else "bold", loc="center", pad=4)
-    for ax in axes.flat[len(panels):]:
+        labels[f"prediction{_dice(patient, prediction)}"] = prediction
+    labels = {title: label for title, label in labels.items() if label is not None}
+    titles = [*MODALITIES, *labels]
+    figure, axes = _grid(_view([patient], plane), rows=2 if labels else 1, columns=3 if labels else len(MODALITIES),
+                         top=0.72, foot=0.75 if labels else 0.45)
+    for ax, title in zip(axes.flat, titles, strict=False):
+        overlay(ax, patient, labels.get(title), modality=MODALITIES[0] if title in labels else title, plane=plane,
+                index=index, outline=patient.label if title.startswith("prediction") else None)
+        ax.set_title(title, fontweight="bold" if title in labels else "normal", loc="center", pad=4)
+    for ax in axes.flat[len(titles):]:
         ax.set_axis_off()
     where = f"{plane} slice {index}"
     figure.suptitle(f"{patient.id}, {where}", fontweight="bold", y=1 - 0.12 / figure.get_figheight(), va="top")
-    _legend(figure, plane, labels=labelled, line=prediction is not None and patient.label is not None)
-    figure.alt = f"{where.capitalize()} of patient {patient.id}: {', '.join(title for title, _, _ in panels)}."
+    _legend(figure, plane, labels=bool(labels), line=len(labels) == 2)
+    figure.alt = f"{where.capitalize()} of patient {patient.id}: {', '.join(titles)}."
     return figure
 
 
@@ -171,7 +161,7 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[Prediction]
         arms: name of an arm -> its predictions, one per patient in the same order: label maps (X, Y, Z), regions
             or probabilities (3, X, Y, Z), or NIfTI files; as `fedlab.show` accepts them.
         modality: shown under the labels.
-        plane: "axial", "coronal" or "sagittal".
+        plane: that the slices lie in.
 
     Raises:
         ValueError: no patient, an arm with another number of label maps than patients, or as `overlay`.

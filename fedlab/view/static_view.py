@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlab.view.colours import GREY, REGION_NAMES, arm_label, styled
-from fedlab.view.label_layers import Case
+from fedlab.view.label_layers import VIEWS, Case, ViewSettings
 from fedlab.view.slices import AXES, SIDES, slice_image, write_sides
-from fedlab.view.view_settings import VIEWS, ViewSettings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

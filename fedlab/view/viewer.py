@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from fedlab.core.extras import MissingExtra, install_command
 from fedlab.core.setting_checks import check_choice
 from fedlab.core.types import MODALITIES, Patient
-from fedlab.view.label_layers import REFERENCE, Case, Prediction, make_case
-from fedlab.view.view_settings import View, ViewSettings
+from fedlab.view.label_layers import REFERENCE, Case, Prediction, View, ViewSettings, make_case
 from fedlab.view.widget_snapshot import running_kernel
 
 if TYPE_CHECKING:

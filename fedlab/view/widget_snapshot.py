@@ -20,14 +20,10 @@ def running_kernel() -> Any:
 
 
 def snapshot(widget: Any, *, text: str, html: str, picture: Callable[[], Picture] | None = None) -> dict[str, Any]:
-    """The display data of a widget, with its present state as text, HTML and PNG.
+    """The display data of a widget, with its present state as text, self-contained HTML and PNG.
 
-    Args:
-        widget: an ipywidgets widget.
-        text: for terminals.
-        html: self-contained, for notebooks without a kernel.
-        picture: draws a figure for converters that accept PNG only. Called in the main thread only, because
-            matplotlib's settings, which it changes for a moment, belong to the whole process.
+    The PNG is for converters that accept nothing else. `picture` is called in the main thread only, because
+    matplotlib's settings, which it changes for a moment, belong to the whole process.
     """
     bundle: dict[str, Any] = {"text/plain": text, "text/html": html}
     if picture is not None and threading.current_thread() is threading.main_thread():

@@ -21,10 +21,9 @@ from fedlab.training.metrics import score
 from fedlab.view import itk
 from fedlab.view import viewer as show_module
 from fedlab.view.colours import LABEL_COLOURS
-from fedlab.view.label_layers import as_labels, make_case
+from fedlab.view.label_layers import ViewSettings, as_labels, make_case
 from fedlab.view.niivue import NiiVuePanel
 from fedlab.view.static_view import draw_case
-from fedlab.view.view_settings import ViewSettings
 
 SHAPE = (20, 24, 16)
 WIDGET = "application/vnd.jupyter.widget-view+json"
