@@ -21,7 +21,7 @@ from fedlab.data.readers.nifti import Volume, read_volume, same_grid, to_ras
 from fedlab.view.colours import ERRORS, LABEL_COLOURS, LABEL_NAMES, REGION_LABELS, REGION_NAMES
 
 __all__ = ["OVERLAYS", "REFERENCE", "VIEWS", "Case", "Prediction", "RegionFacts", "View", "ViewSettings", "as_labels",
-           "check_ras", "grey_values", "largest_slice", "make_case", "patient_grid"]
+           "check_ras", "grey_values", "head_box", "largest_slice", "make_case", "patient_grid"]
 
 #: The forms of a prediction: labels (X, Y, Z), regions (3, X, Y, Z), a NIfTI image, or the path of one.
 Prediction: TypeAlias = torch.Tensor | npt.NDArray[Any] | nib.spatialimages.SpatialImage | str | os.PathLike[str]
@@ -241,13 +241,13 @@ def make_case(patient: Patient, arms: Mapping[str, Prediction]) -> Case:
         raise ValueError(f"the arm name {REFERENCE!r} is reserved for the patient's own label map")
     layers = {} if patient.label is None else {REFERENCE: as_labels(patient, patient.label, name="the label map")}
     layers |= {name: as_labels(patient, labels, name=f"prediction {name!r}") for name, labels in arms.items()}
-    box = _head(patient, list(layers.values()))
+    box = head_box(patient, *layers.values(), margin=_MARGIN)
     affine = np.array(patient.affine, dtype=np.float64)
     affine[:3, 3] += affine[:3, :3] @ np.array([part.start for part in box], dtype=np.float64)
     return Case(patient=patient, layers={name: labels[box] for name, labels in layers.items()}, box=box, affine=affine)
 
 
-def _head(patient: Patient, layers: Sequence[Bytes]) -> Box:
+def head_box(patient: Patient, *layers: Bytes, margin: int = 0) -> Box:
     """Bounds of all voxels that are nonzero in any modality or layer, with a margin; the whole grid if none is."""
     from scipy.ndimage import find_objects
 
@@ -256,7 +256,7 @@ def _head(patient: Patient, layers: Sequence[Bytes]) -> Box:
         used |= labels != 0
     if not used.any():
         used[:] = True
-    x, y, z = (slice(max(0, part.start - _MARGIN), min(size, part.stop + _MARGIN))
+    x, y, z = (slice(max(0, part.start - margin), min(size, part.stop + margin))
                for part, size in zip(find_objects(used.view(np.uint8))[0], used.shape, strict=True))
     return x, y, z
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from fedlab.view.colours import INK
+from fedlab.view.colours import GREY, INK
 
-__all__ = ["Picture", "blended", "figure_png", "matrix", "over_rounds", "png_base64", "whole_ticks"]
+__all__ = ["Picture", "blended", "figure_png", "foot", "matrix", "over_rounds", "png_base64", "whole_ticks"]
 
 _SHADES = LinearSegmentedColormap.from_list("fedlab", ["#F6F8FB", "#C9DDEE", "#6FA8D2", "#0072B2", "#003A66"])
 
@@ -71,6 +73,15 @@ def matrix(ax: Axes, values: npt.NDArray[np.float64], rows: Sequence[str], colum
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.figure.colorbar(image, ax=ax).outline.set_visible(False)
+
+
+def foot(figure: Figure, colours: Mapping[str, str], text: str, *further: Artist) -> None:
+    """A legend of colours and their meanings, and a line of text below it, at the foot of a figure."""
+    height = figure.get_figheight()
+    if handles := [*(Patch(facecolor=colour, label=name) for colour, name in colours.items()), *further]:
+        figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.26 / height), ncols=len(handles),
+                      handlelength=1.3, handleheight=1.0, columnspacing=1.5, fontsize=8.5)
+    figure.text(0.5, 0.1 / height, text, ha="center", va="bottom", fontsize=8, color=GREY)
 
 
 def blended(grey: npt.NDArray[np.uint8], values: npt.NDArray[Any] | None,

@@ -16,8 +16,8 @@ import torch
 
 from fedlab.core.setting_checks import check_choice
 from fedlab.core.types import MODALITIES, Patient
-from fedlab.view.colours import GREY, LABEL_COLOURS, LABEL_NAMES, arm_label, styled
-from fedlab.view.label_layers import Prediction, as_labels, check_ras, grey_values, largest_slice
+from fedlab.view.colours import LABEL_COLOURS, LABEL_NAMES, arm_label, styled
+from fedlab.view.label_layers import Prediction, as_labels, check_ras, grey_values, head_box, largest_slice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,52 +57,52 @@ def write_sides(ax: Axes, letters: tuple[str, str], x: tuple[float, float], y: f
 
 def best_slice(label: LabelMap, *, plane: Plane = "axial") -> int:
     """Index of the slice with the largest tumour area; of several equal ones, the middle."""
-    axis, labels = _axis(plane), _numpy(label)
+    axis, labels = _axis(plane), np.asarray(label)
     if not labels.any():
         raise ValueError("the label map holds no tumour, so there is no best slice; choose one by index")
     return largest_slice(labels, axis)
 
 
 @styled
-def overlay(ax: Axes, patient: Patient, label: LabelMap | None, *, modality: str = "FLAIR", plane: Plane = "axial",
-            index: int | None = None, outline: LabelMap | None = None, view: View | None = None) -> None:
+def overlay(ax: Axes, patient: Patient, label: Prediction | None, *, modality: str = "FLAIR", plane: Plane = "axial",
+            index: int | None = None, outline: Prediction | None = None, view: View | None = None) -> None:
     """Draws a slice of a patient with the labels of a tumour over it.
 
     Args:
         ax: the axes to draw into.
         patient: shows `modality`.
-        label: BraTS labels to fill with their colours, shape (X, Y, Z); None for the image alone.
+        label: labels to fill with their colours, in any form that `fedlab.show` accepts; None for the image alone.
         plane: that the slice lies in.
         index: of the slice; by default the best of `label`, of `outline` or of the patient's own labels.
         outline: a second label map, such as the reference, whose whole tumour is drawn as a white line.
         view: width and height in mm of the part shown around the centre of the brain; by default the whole brain.
 
     Raises:
-        ValueError: an unknown modality or plane, a label map of another shape, an index outside the volume, or a
-            patient whose axes are not right, anterior, superior.
+        ValueError: an unknown modality or plane, invalid labels, an index outside the volume, or a patient whose axes
+            are not right, anterior, superior.
     """
     from matplotlib.patheffects import withStroke
 
-    _check(patient, label, outline)
+    check_ras(patient)
+    filled, line = (None if one is None else as_labels(patient, one, name="label map") for one in (label, outline))
     if index is None:
-        index = _index(patient, plane, [label, outline, patient.label])
+        index = _index(patient, plane, [filled, line, patient.label])
     width, height = _view([patient], plane) if view is None else view
-    (y, x), _ = _brain_frame(patient, plane)
-    across, up = _spacing(patient, plane)
+    (x, y), _, (across, up) = _brain_frame(patient, plane)
     grey = slice_image(grey_values(patient, modality), plane, index)
 
     rows, columns = grey.shape
     extent = (-across, columns * across, -up, rows * up)  # of a mask with an empty rim: contours close at the edge
     ax.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="bilinear", aspect="equal",
               extent=(-across / 2, (columns - 0.5) * across, (rows - 0.5) * up, -up / 2))
-    for value, colour in LABEL_COLOURS.items() if label is not None else ():
-        if (mask := slice_image(_numpy(label) == value, plane, index)).any():
+    for value, colour in LABEL_COLOURS.items() if filled is not None else ():
+        if (mask := slice_image(np.equal(filled, value), plane, index)).any():
             padded = np.pad(mask, 1).astype(float)
             ax.contourf(padded, levels=[0.5, 1.5], colors=[colour], alpha=0.48, extent=extent)
             ax.contour(padded, levels=[0.5], colors=[colour], linewidths=1.1, extent=extent)
-    if outline is not None and (mask := slice_image(_numpy(outline) > 0, plane, index)).any():
-        line = ax.contour(np.pad(mask, 1).astype(float), levels=[0.5], colors=["white"], linewidths=1.0, extent=extent)
-        line.set_path_effects([withStroke(linewidth=2.0, foreground=(0, 0, 0, 0.55))])
+    if line is not None and (mask := slice_image(line > 0, plane, index)).any():
+        drawn = ax.contour(np.pad(mask, 1).astype(float), levels=[0.5], colors=["white"], linewidths=1.0, extent=extent)
+        drawn.set_path_effects([withStroke(linewidth=2.0, foreground=(0, 0, 0, 0.55))])
     ax.set(xlim=(x - width / 2, x + width / 2), ylim=(y + height / 2, y - height / 2), xticks=[], yticks=[],
            facecolor="black")
     ax.spines[:].set_visible(False)
@@ -110,13 +110,13 @@ def overlay(ax: Axes, patient: Patient, label: LabelMap | None, *, modality: str
 
 
 @styled
-def show_patient(patient: Patient, prediction: LabelMap | None = None, *, plane: Plane = "axial",
+def show_patient(patient: Patient, prediction: Prediction | None = None, *, plane: Plane = "axial",
                  index: int | None = None) -> Picture:
     """One slice of a patient: the four modalities, the reference labels if there are any, and the prediction.
 
     Args:
         patient: the patient shown.
-        prediction: BraTS labels, shape (X, Y, Z).
+        prediction: in any form that `fedlab.show` accepts.
         plane: that the slice lies in.
         index: of the slice; by default the one with most tumour in the reference, else in the prediction, else the
             middle one.
@@ -124,13 +124,14 @@ def show_patient(patient: Patient, prediction: LabelMap | None = None, *, plane:
     Raises:
         ValueError: as `overlay`.
     """
-    _check(patient, prediction)
-    if index is None:
-        index = _index(patient, plane, [patient.label, prediction])
-    labels = {"reference": patient.label}
+    check_ras(patient)
+    labels = {} if patient.label is None else {
+        "reference": as_labels(patient, patient.label, name="the label map")}
     if prediction is not None:
-        labels[f"prediction{_dice(patient, prediction)}"] = prediction
-    labels = {title: label for title, label in labels.items() if label is not None}
+        guess = as_labels(patient, prediction)
+        labels[f"prediction{_dice(patient, guess)}"] = guess
+    if index is None:
+        index = _index(patient, plane, list(labels.values()))
     titles = [*MODALITIES, *labels]
     figure, axes = _grid(_view([patient], plane), rows=2 if labels else 1, columns=3 if labels else len(MODALITIES),
                          top=0.72, foot=0.75 if labels else 0.45)
@@ -182,7 +183,7 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[Prediction]
                          top=0.45 + 0.17 * max(1 + head.count("\n") for head in wrapped))
     sentences = []
     for patient, guesses, row in zip(patients, maps, axes, strict=True):
-        _check(patient)
+        check_ras(patient)
         index = _index(patient, plane, [patient.label, *guesses])
         scores = [_dice(patient, guess) for guess in guesses]
         panels = [(None, ""), *([(patient.label, "")] if known else []), *zip(guesses, scores, strict=True)]
@@ -208,56 +209,35 @@ def _axis(plane: str) -> int:
     return AXES[plane]
 
 
-def _numpy(label: LabelMap | None) -> npt.NDArray[Any]:
-    return label.detach().cpu().numpy() if isinstance(label, torch.Tensor) else np.asarray(label)
-
-
-def _check(patient: Patient, *labels: LabelMap | None) -> None:
-    check_ras(patient)
-    for label in labels:
-        if label is not None and tuple(label.shape) != tuple(patient.image.shape[1:]):
-            raise ValueError(f"the scan of patient {patient.id} has shape {tuple(patient.image.shape[1:])}, the label "
-                             f"map {tuple(label.shape)}; they must lie on one grid")
-
-
 def _index(patient: Patient, plane: Plane, labels: Sequence[LabelMap | None]) -> int:
     """The slice with most tumour in the first label map that has any, or the middle of the brain."""
     for label in labels:
         if label is not None and bool((label > 0).any()):
             return best_slice(label, plane=plane)
-    brain = np.moveaxis(_brain(patient), _axis(plane), 0)
-    inside = np.flatnonzero(brain.any(axis=(1, 2)))
-    return int(np.median(inside)) if len(inside) else len(brain) // 2
-
-
-def _brain(patient: Patient) -> npt.NDArray[np.bool_]:
-    return np.asarray((patient.image != 0).any(dim=0).cpu())
-
-
-def _spacing(patient: Patient, plane: Plane) -> tuple[float, float]:
-    """Voxel size in mm across and down a slice."""
-    across, up = (size for axis, size in enumerate(patient.spacing_mm) if axis != _axis(plane))
-    return across, up
+    box = head_box(patient)[_axis(plane)]
+    return int(box.start + box.stop - 1) // 2
 
 
 def _brain_frame(patient: Patient, plane: Plane) -> npt.NDArray[np.float64]:
-    """Centre and size of the brain in all slices together, in mm down and across; of the grid for an empty scan."""
-    seen = np.asarray(_brain(patient).any(axis=_axis(plane)))[::-1, ::-1].T
-    pixels = np.argwhere(seen if seen.any() else ~seen)
-    first, last = pixels.min(axis=0), pixels.max(axis=0)
-    return np.multiply([(first + last) / 2, last - first + 1], _spacing(patient, plane)[::-1], dtype=np.float64)
+    """Centre, size and voxel size of the brain in mm, each across and down a picture that shows all its slices."""
+    axes = [axis for axis in range(3) if axis != _axis(plane)]
+    box, grid, spacing = head_box(patient), patient.image.shape[1:], np.asarray(patient.spacing_mm)[axes]
+    start, stop = np.transpose([(box[axis].start, box[axis].stop) for axis in axes])
+    # A picture counts its pixels from the end of either axis, as `slice_image` does.
+    return np.asarray([np.subtract([grid[axis] for axis in axes], 1) - (start + stop - 1) / 2, stop - start,
+                       [1.0, 1.0]]) * spacing
 
 
 def _view(patients: Sequence[Patient], plane: Plane) -> View:
     """Width and height in mm that show each of the brains whole, with a margin."""
-    height, width = 1.08 * np.max([_brain_frame(patient, plane)[1] for patient in patients], axis=0)
+    width, height = 1.08 * np.max([_brain_frame(patient, plane)[1] for patient in patients], axis=0)
     return float(width), float(height)
 
 
-def _dice(patient: Patient, label: LabelMap) -> str:
+def _dice(patient: Patient, label: npt.NDArray[np.uint8]) -> str:
     if patient.label is None:
         return ""
-    truth, guess = _numpy(patient.label) > 0, _numpy(label) > 0
+    truth, guess = np.asarray(patient.label) > 0, label > 0
     both = np.count_nonzero(truth) + np.count_nonzero(guess)
     return f", WT Dice {2 * np.count_nonzero(truth & guess) / both:.2f}" if both else ", no tumour"
 
@@ -283,18 +263,12 @@ def _grid(view: View, *, rows: int, columns: int, top: float, foot: float,
 def _legend(figure: Picture, plane: Plane, *, labels: bool, line: bool) -> None:
     """The colours of the labels, and the sides of the patient."""
     from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
     from matplotlib.patheffects import withStroke
 
-    height = figure.get_figheight()
-    if labels:
-        handles: list[Any] = [Patch(facecolor=colour, edgecolor=colour, label=LABEL_NAMES[value], alpha=0.85)
-                              for value, colour in LABEL_COLOURS.items()]
-        if line:
-            handles.append(Line2D([], [], color="white", linewidth=1.6, label="whole tumour of the reference",
-                                  path_effects=[withStroke(linewidth=3.4, foreground="#555555")]))
-        figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.3 / height), ncols=len(handles),
-                      handlelength=1.4, handleheight=1.0, columnspacing=1.6)
-    sides = ("A: anterior, P: posterior" if plane == "sagittal"
-             else "Radiological convention: the patient's right (R) is on the left of the picture")
-    figure.text(0.5, 0.12 / height, sides, ha="center", va="bottom", fontsize=8.5, color=GREY)
+    from fedlab.view.picture import foot
+
+    outline = Line2D([], [], color="white", linewidth=1.6, label="whole tumour of the reference",
+                     path_effects=[withStroke(linewidth=3.4, foreground="#555555")])
+    foot(figure, {LABEL_COLOURS[value]: LABEL_NAMES[value] for value in LABEL_COLOURS} if labels else {},
+         "A: anterior, P: posterior" if plane == "sagittal"
+         else "Radiological convention: the patient's right (R) is on the left of the picture", *[outline] * line)

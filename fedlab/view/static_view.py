@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedlab.view.colours import GREY, REGION_NAMES, arm_label, styled
+from fedlab.view.colours import REGION_NAMES, arm_label, styled
 from fedlab.view.label_layers import VIEWS, Case, ViewSettings
 from fedlab.view.slices import AXES, SIDES, slice_image, write_sides
 
@@ -44,6 +44,8 @@ def draw_case(case: Case, settings: ViewSettings, *, layers: Sequence[str] | Non
     """
     from matplotlib.patches import Rectangle
 
+    from fedlab.view.picture import foot
+
     names: list[str | None] = [*layers] if layers else [settings.layer]
     views = [*VIEWS[1:]] if settings.view == "all" else [settings.view]
     cells = [(name, view) for name in names for view in views]
@@ -66,7 +68,8 @@ def draw_case(case: Case, settings: ViewSettings, *, layers: Sequence[str] | Non
     width, height = (float(inches) for inches in figure.get_size_inches())
     ax.set(xlim=(0, width), ylim=(0, height), aspect="auto")
     figure.suptitle(f"{case.patient.id}, {settings.modality}", y=1 - 0.1 / height, va="top", fontweight="bold")
-    _legend(figure, settings)
+    foot(figure, settings.legend(), "R, L, A, P: the patient's right, left, front and back; the lines meet at the "
+         "crosshair")
     figure.alt = (f"{settings.modality} of patient {case.patient.id}, {settings.overlay}. "
                   f"{'; '.join(captions.values())}.")
     return figure
@@ -122,17 +125,6 @@ def _caption(case: Case, name: str | None) -> str:
     if not any(fact.ml for fact in known.values()):
         words = ["no tumour" + dice["WT"].replace("Dice", "Dice WT")]
     return f"{arm_label(name)}   {' · '.join(words)}"
-
-
-def _legend(figure: Picture, settings: ViewSettings) -> None:
-    from matplotlib.patches import Patch
-
-    height = figure.get_figheight()
-    if handles := [Patch(facecolor=colour, label=name) for colour, name in settings.legend().items()]:
-        figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.22 / height), ncols=len(handles),
-                      handlelength=1.2, handleheight=1.0, columnspacing=1.4, fontsize=8.5)
-    figure.text(0.5, 0.08 / height, "R, L, A, P: the patient's right, left, front and back; the lines meet at the "
-                "crosshair", ha="center", va="bottom", fontsize=7.5, color=GREY)
 
 
 def _rendered(case: Case, settings: ViewSettings,
