@@ -334,9 +334,8 @@ class PrivacyPlayground:
     def _outcome(self) -> str:
         found, progress = self._found.get(self.knobs), self._progress
         if found is None:
-            running = progress is not None and progress[0] == self.knobs
-            return f"attack running: step {progress[1]} of {self.steps}" if running else \
-                "no attack on these settings yet"
+            return (f"attack running: step {progress[1]} of {self.steps}"
+                    if progress is not None and progress[0] == self.knobs else "no attack on these settings yet")
         return (f"correlation with the true patch {found.correlation(self.patch):.2f} (1: the patch itself, 0: "
                 f"unrelated) after {found.steps} steps in {found.seconds:.1f} s")
 

@@ -95,9 +95,10 @@ def overlay(ax: Axes, patient: Patient, label: Prediction | None, *, modality: s
     extent = (-across, columns * across, -up, rows * up)  # of a mask with an empty rim: contours close at the edge
     ax.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="bilinear", aspect="equal",
               extent=(-across / 2, (columns - 0.5) * across, (rows - 0.5) * up, -up / 2))
-    for value, colour in LABEL_COLOURS.items() if filled is not None else ():
-        if (mask := slice_image(np.equal(filled, value), plane, index)).any():
-            padded = np.pad(mask, 1).astype(float)
+    shown = np.zeros(1) if filled is None else np.pad(slice_image(filled, plane, index), 1)
+    for value, colour in LABEL_COLOURS.items():
+        if (shown == value).any():
+            padded = (shown == value).astype(float)
             ax.contourf(padded, levels=[0.5, 1.5], colors=[colour], alpha=0.48, extent=extent)
             ax.contour(padded, levels=[0.5], colors=[colour], linewidths=1.1, extent=extent)
     if line is not None and (mask := slice_image(line > 0, plane, index)).any():
@@ -224,8 +225,8 @@ def _brain_frame(patient: Patient, plane: Plane) -> npt.NDArray[np.float64]:
     box, grid, spacing = head_box(patient), patient.image.shape[1:], np.asarray(patient.spacing_mm)[axes]
     start, stop = np.transpose([(box[axis].start, box[axis].stop) for axis in axes])
     # A picture counts its pixels from the end of either axis, as `slice_image` does.
-    return np.asarray([np.subtract([grid[axis] for axis in axes], 1) - (start + stop - 1) / 2, stop - start,
-                       [1.0, 1.0]]) * spacing
+    centre = np.subtract([grid[axis] for axis in axes], 1) - (start + stop - 1) / 2
+    return np.asarray([centre * spacing, (stop - start) * spacing, spacing], dtype=np.float64)
 
 
 def _view(patients: Sequence[Patient], plane: Plane) -> View:
