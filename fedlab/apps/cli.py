@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import errno
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from fedlab.apps.cli_arguments import help_texts
 from fedlab.apps.cli_data import add_data
 from fedlab.apps.cli_deploy import add_deploy
 from fedlab.apps.cli_runs import add_runs
 from fedlab.apps.cli_site import add_export, add_site
+from fedlab.apps.standard_streams import robust_streams
 from fedlab.core.errors import FedlabError
 
 __all__ = ["main"]
 
-_ABOUT = """
-    Privacy-preserving federated learning on 3-D brain-tumour MRI.
-
-    Start with 'fedlab demo'. It generates patients of several hospitals, trains one network on them without pooling
-    the scans, compares it with each hospital alone and with all data pooled, and writes a report. Then open the
-    notebooks ('make lab')."""
+#: Errors of a disk that end a command wherever they appear, and the remedy.
+_FULL = {errno.ENOSPC: ("the disk is full", "free some space"),
+         errno.EDQUOT: ("the disk quota is used up", "free some space"),
+         errno.EROFS: ("the file system is read-only", "choose a path on another one")}
+_DENIED = "permission denied", "change the permissions, or choose another path"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,26 +31,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     `fedlab data inspect` has one more, see its help.
     """
-    options = _parser().parse_args(arguments)
-    try:
-        status: int | None = options.command(options)
-    except (FedlabError, ValueError, OSError) as error:
-        print(f"fedlab: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        run = options.out if getattr(options, "resumable", False) else None
-        print(f"\nfedlab: interrupted{f'; continue with: fedlab resume {run}' if run else ''}", file=sys.stderr)
-        return 130
-    return status or 0
+    with robust_streams():
+        options = _parser().parse_args(arguments)
+        try:
+            status: int | None = options.command(options)
+            sys.stdout.flush()
+        except Exception as error:
+            text = _explanation(error, options)
+            if text is None:
+                raise
+            print(f"fedlab: {text}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            run = _resumable(options)
+            print(f"\nfedlab: interrupted{f'; continue with: fedlab resume {run}' if run else ''}", file=sys.stderr)
+            return 130
+        return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fedlab", description=inspect.cleandoc(_ABOUT),
+    parser = argparse.ArgumentParser("fedlab", description=help_texts()["about"].strip(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (add_runs, add_data, add_site, add_export, add_deploy):
         add(commands)
     return parser
+
+
+def _resumable(options: argparse.Namespace) -> Path | None:
+    """The run directory that `fedlab resume` continues, if the command works in one."""
+    return options.out if getattr(options, "resumable", False) else None
+
+
+def _explanation(error: Exception, options: argparse.Namespace) -> str | None:
+    """An error in words with a remedy; None for a mistake in fedlab, which needs its traceback."""
+    # Errors of a disk can arrive in those of a library or of a site.
+    found = re.search(r"(?:Errno|os error) (\d+)\b", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    what, remedy = _FULL.get(number or 0, ("", ""))
+    if isinstance(error, PermissionError):
+        what, remedy = _DENIED
+    if what:
+        place = getattr(error, "filename", None) or getattr(options, "out", None)
+        run = _resumable(options)
+        then = f"continue with: fedlab resume {run}" if run else "repeat the command"
+        return f"{what}{f': {place}' if place else ''}; {remedy}, then {then}"
+    if isinstance(error, FedlabError | ValueError | OSError):
+        return _with_options(str(error), options)
+    return None
+
+
+def _with_options(text: str, options: argparse.Namespace) -> str:
+    """A message with the options that a user types in place of the keywords of fedlab's functions."""
+    text = re.sub(r" \(--[a-z-]+( on the command line)?\)", "", text.replace("broken='skip'", "skip_broken"))
+    for name, option in options.options.items():
+        keyword = "spacing_mm" if name == "spacing" else name
+        # "seed=3", "seed is" at the beginning, and a word with an underscore wherever it stands.
+        bare = rf"{keyword}(?![\w/-])" if "_" in keyword else rf"^{keyword}(?= (?:is|must|lies) )"
+        text = re.sub(rf"(?<![\w/.-])(?:{keyword}(=)|{bare})",
+                      lambda match, option=option: f"{option} " if match[1] else option, text)
+    return text
 
 
 if __name__ == "__main__":

@@ -3,50 +3,62 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import time
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
+from functools import cache, reduce
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_command", "add_group", "add_layout", "add_reading", "new_path", "read_shape"]
+__all__ = ["FLAG", "LAYOUT", "READING", "REQUIRED_PATH", "Arguments", "add_command", "add_group", "help_texts", "new_path",
+           "read_shape"]
+
+#: Settings of an argument for argparse's `add_argument`, by its name, or names separated by spaces.
+Arguments = Mapping[str, Mapping[str, Any]]
+
+FLAG = {"action": "store_true"}
+REQUIRED_PATH = {"type": Path, "required": True}
+#: Arguments for folders that leave their layout or label convention open.
+LAYOUT: Arguments = {"--layout": {}, "--label-convention": {"metavar": "NAME"}}
+#: Arguments of commands that read patients.
+READING: Arguments = {**LAYOUT, "--skip-broken": FLAG}
 
 
-def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None] | None = None, *, help: str,
-                about: str = "") -> argparse.ArgumentParser:
-    """Adds a command to argparse's sub-parsers.
+@cache
+def help_texts() -> dict[str, Any]:
+    """The content of help.toml."""
+    return tomllib.loads((files("fedlab.apps") / "help.toml").read_text(encoding="utf-8"))
+
+
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None] | None = None,
+                arguments: Arguments | None = None) -> argparse.ArgumentParser:
+    """Adds a command, with its texts from help.toml, to argparse's sub-parsers.
 
     Args:
         commands: what `add_subparsers` or `add_group` returns.
-        name: the word that calls it.
+        name: all words of the command, such as "data inspect".
         run: does the work; returns the exit status, None for 0. None for a command that has commands of its own.
-        help: one line for the list of commands.
-        about: the text at the top of its own help, laid out as it is printed.
+        arguments: of the command. `options` of what `run` receives has the option for each attribute.
     """
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=inspect.cleandoc(about) or help,
-                                                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(command=run)
+    texts: dict[str, Any] = reduce(lambda level, word: level[word], name.split(), help_texts())
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name.split()[-1], help=texts["help"], description=texts.get("about", texts["help"]).strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    lines = {**help_texts()["shared"], **texts.get("arguments", {})}
+    options = {}
+    for names, settings in (arguments or {}).items():
+        first, *others = names.split()
+        action = parser.add_argument(first, *others, help=lines[first], **settings)
+        if action.option_strings:
+            options[action.dest] = first
+    parser.set_defaults(command=run, options=options)
     return parser
 
 
-def add_group(commands: Any, name: str, *, help: str, about: str = "", metavar: str = "COMMAND") -> Any:
+def add_group(commands: Any, name: str, *, metavar: str = "COMMAND") -> Any:
     """Adds a command that has commands of its own; returns argparse's sub-parsers for them."""
-    return add_command(commands, name, help=help, about=about).add_subparsers(required=True, metavar=metavar)
-
-
-def add_layout(parser: argparse.ArgumentParser) -> None:
-    """Adds --layout and --label-convention, for folders that leave them open."""
-    parser.add_argument("--layout", help="brats2018, brats2019, brats2020, brats2021, brats2023, fets, msd or table "
-                                         "(default: detected)")
-    parser.add_argument("--label-convention", metavar="NAME", help="brats2021 (1/2/4), brats2023 (3 enhancing), "
-                        "brats2024 (4 cavity), msd (1 oedema) or brats2013 (3 non-enhancing) (default: detected)")
-
-
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Adds --layout, --label-convention and --skip-broken, for commands that read patients."""
-    add_layout(parser)
-    parser.add_argument("--skip-broken", action="store_true",
-                        help="leave out patients whose files have errors, instead of stopping")
+    return add_command(commands, name).add_subparsers(required=True, metavar=metavar)
 
 
 def read_shape(text: str) -> tuple[int, int, int]:

@@ -8,57 +8,36 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedlab.apps.cli_arguments import add_command, add_group, add_layout, add_reading, new_path, read_shape
+from fedlab.apps.cli_arguments import (
+    FLAG,
+    LAYOUT,
+    READING,
+    REQUIRED_PATH,
+    add_command,
+    add_group,
+    new_path,
+    read_shape,
+)
+from fedlab.core.errors import RunError
 
 __all__ = ["add_data"]
 
 
 def add_data(commands: Any) -> None:
     """Adds `data` and its own commands to argparse's sub-parsers."""
-    kinds = add_group(commands, "data", help="generate, inspect or fetch data, write a data card")
-    phantom = add_command(kinds, "phantom", _phantom, help="write generated patients as a BraTS folder", about="""
-        Generates patients and writes them in the layout of BraTS 2021, with partitioning.csv as institution table,
-        so that any reader or viewer can open them.""")
-    phantom.add_argument("--out", type=Path, required=True, help="new directory")
-    phantom.add_argument("--sites", type=int, default=4, help="number of sites (default 4)")
-    phantom.add_argument("--patients", type=int, default=16, help="patients of all sites together (default 16)")
-    phantom.add_argument("--shape", type=read_shape, default=(64, 64, 64), help="voxels (default 64,64,64)")
-    phantom.add_argument("--spacing", type=float, default=3.0, metavar="MM", help="voxel size (default 3 mm)")
-    phantom.add_argument("--seed", type=int, default=0, help="of anatomy, tumours and scanners (default 0)")
-
-    inspect = add_command(kinds, "inspect", _inspect, help="what a folder of scans holds and what is wrong with it",
-                          about="""
-        Reads every file of every patient of a folder in any BraTS layout, FeTS, the Medical Segmentation Decathlon
-        or a CSV table of paths. Prints a table and all findings and writes an HTML page with one slice per patient.
-        Changes nothing. Exit status: 0 every patient is usable (there may be warnings), 3 some patient has an error,
-        1 the folder cannot be inspected at all, 2 wrong arguments.""")
-    inspect.add_argument("folder", type=Path, metavar="DIR", help="the folder, or a CSV table of paths")
-    add_layout(inspect)
-    inspect.add_argument("--json", action="store_true", help="print JSON, one entry per patient, instead of the "
-                                                             "table; writes the page only if --html is given")
-    inspect.add_argument("--html", "--out", dest="html", type=Path, metavar="FILE",
-                         help="the page, a new file (default runs/inspect-TIME.html)")
-
-    fetch = add_command(kinds, "fetch", _fetch, help="download a public data set whose licence allows it", about="""
-        Prints licence and citation, then downloads with MONAI's downloader, compares the checksum and unpacks.
-        Data sets: msd-brain (Medical Segmentation Decathlon, Task01_BrainTumour, about 7 GB).""")
-    fetch.add_argument("name", metavar="NAME", help="the data set")
-    fetch.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
-    fetch.add_argument("--url", help="another address of the same archive, such as a mirror in your hospital")
-    fetch.add_argument("--md5", help="checksum of the archive at --url, if it differs")
-
-    card = add_command(kinds, "card", _card, help="a data card for a folder of scans, or croissant.json of a finished "
-                       "card", about="""
-        For a folder: reads its patients as one site, counts what the site may publish, and writes card.md, in which
-        the parts that only people can fill in are marked, and croissant.json as a draft. For a card (FILE.md): lists
-        the parts still to be completed and, if there are none, writes croissant.json. Nothing is overwritten or
-        sent.""")
-    card.add_argument("folder", type=Path, metavar="DIR", help="the folder, a CSV table of paths, or a card (FILE.md)")
-    add_reading(card)
-    card.add_argument("--site", metavar="NAME", help="name of the site (default: the folder's name)")
-    card.add_argument("--minimum", type=int, default=5, metavar="N",
-                      help="withhold counts of fewer than N patients (default 5)")
-    card.add_argument("--out", type=Path, metavar="DIR", help="new directory (default runs/card-TIME)")
+    kinds = add_group(commands, "data")
+    add_command(kinds, "data phantom", _phantom, {
+        "--out": REQUIRED_PATH, "--sites": {"type": int, "default": 4}, "--patients": {"type": int, "default": 16},
+        "--shape": {"type": read_shape, "default": (64, 64, 64)},
+        "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, "--seed": {"type": int, "default": 0}})
+    add_command(kinds, "data inspect", _inspect, {
+        "folder": {"type": Path, "metavar": "DIR"}, **LAYOUT, "--json": FLAG,
+        "--html --out": {"dest": "html", "type": Path, "metavar": "FILE"}})
+    add_command(kinds, "data fetch", _fetch, {
+        "name": {"metavar": "NAME"}, "--out": {**REQUIRED_PATH, "metavar": "DIR"}, "--url": {}, "--md5": {}})
+    add_command(kinds, "data card", _card, {
+        "folder": {"type": Path, "metavar": "DIR"}, **READING, "--site": {"metavar": "NAME"},
+        "--minimum": {"type": int, "default": 5, "metavar": "N"}, "--out": {"type": Path, "metavar": "DIR"}})
 
 
 def _phantom(options: argparse.Namespace) -> None:

@@ -6,80 +6,30 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedlab.apps.cli_arguments import add_command, add_reading, new_path, read_shape
+from fedlab.apps.cli_arguments import FLAG, READING, REQUIRED_PATH, Arguments, add_command, new_path, read_shape
 
 __all__ = ["add_runs"]
 
 
+_TRAINING: Arguments = {
+    "--rounds": {"type": int}, "--steps": {"type": int}, "--seed": {"type": int, "default": 0}, "--out": {"type": Path},
+    "--keep": FLAG, "--contributions": FLAG}
+
+
 def add_runs(commands: Any) -> None:
     """Adds `demo`, `run`, `resume`, `evaluate` and `verify` to argparse's sub-parsers."""
-    demo = add_command(commands, "demo", _demo, help="federated learning on generated patients, against the "
-                       "alternatives", about="""
-        Trains three arms with equal numbers of gradient steps on generated patients: federated (FedAvg), all data
-        pooled, and each site alone. Writes a run directory with report.html and summary.json.""")
-    demo.add_argument("--sites", type=int, help="number of sites (default 4)")
-    demo.add_argument("--patients", type=int, help="patients of all sites together (default 18 per site; a third is "
-                                                   "held out)")
-    demo.add_argument("--shape", type=read_shape, help="voxels of a volume, such as 48,64,48 (the default) or 64,64,64")
-    demo.add_argument("--full", action="store_true",
-                      help="13 sites and 285 patients at 64,64,64, of sizes as unequal as in a real study; takes far "
-                           "longer")
-    demo.add_argument("--real", metavar="DIR", help="also evaluate the federated model on real scans (BraTS folder); "
-                                                    "no model is trained on them")
-    _add_training(demo)
-
-    run = add_command(commands, "run", _run, help="the same comparison on real scans", about="""
-        Trains the three arms on a folder of scans: any BraTS layout, FeTS, Medical Segmentation Decathlon, or a CSV
-        table of paths (see 'fedlab data inspect'). A CSV table with the columns Partition_ID,Subject_ID assigns the
-        patients to sites.""")
-    run.add_argument("--data", required=True, metavar="DIR", help="the folder of scans")
-    run.add_argument("--sites", required=True, metavar="TABLE.csv", help="the institution table")
-    run.add_argument("--spacing", type=float, default=3.0, metavar="MM", help="voxel size to train at (default 3 mm)")
-    add_reading(run)
-    _add_training(run)
-
-    resume = add_command(commands, "resume", _resume,
-                         help="continue an interrupted demo or run, to the bit-equal result")
-    resume.add_argument("out", type=Path, metavar="RUN", help="its run directory, such as runs/demo")
-
-    evaluate = add_command(commands, "evaluate", _evaluate, help="run a trained model on a folder of scans", about="""
-        Segments every patient of a folder of scans with a model.safetensors. Writes the label maps as NIfTI on each
-        patient's own grid, and scores them where there are expert labels.""")
-    evaluate.add_argument("model", type=Path, metavar="MODEL", help="model.safetensors of a run")
-    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR",
-                          help="the folder of scans, or a CSV table of paths")
-    add_reading(evaluate)
-    evaluate.add_argument("--out", type=Path,
-                          help="new directory for predictions and summary.json (default runs/evaluate-TIME)")
-
-    verify = add_command(commands, "verify", _verify, help="check a run's trace and its model against tampering",
-                         about="""
-        Checks the trace of a run. It has one line per round: which sites took part with which weight, which were
-        absent and why, and hashes of the model before and after. Each line holds the hash of the line before. A line
-        that was changed, removed, added or moved is found and named; the saved model must be the one that the trace
-        ends with.
-
-        A person who can write the file can also rewrite all of it. Note the head, the hash of the last line, where
-        others cannot change it, and pass it later:
-
-          fedlab verify runs/demo                    prints the head
-          fedlab verify runs/demo --head 3f9a...     fails unless that line is still there
-
-        Exit status: 0 the trace is whole, 1 it is not.""")
-    verify.add_argument("path", type=Path, metavar="RUN", help="run directory, or a trace.jsonl")
-    verify.add_argument("--head", metavar="HASH", help="the head noted earlier")
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, help="federated rounds")
-    parser.add_argument("--steps", type=int, help="gradient steps of a site per round")
-    parser.add_argument("--seed", type=int, default=0, help="of data, first weights and training (default 0)")
-    parser.add_argument("--out", type=Path, help="new run directory (default runs/NAME-TIME)")
-    parser.add_argument("--keep", action="store_true",
-                        help="keep prepared data and checkpoints (about 100 MB), after a resume too")
-    parser.add_argument("--contributions", action="store_true",
-                        help="compute what each site contributed (Shapley values); stores every update, about 5 MB per "
-                             "site and round")
+    add_command(commands, "demo", _demo, {
+        "--sites": {"type": int}, "--patients": {"type": int}, "--shape": {"type": read_shape}, "--full": FLAG,
+        "--real": {"metavar": "DIR"}, **_TRAINING})
+    add_command(commands, "run", _run, {
+        "--data": {"required": True, "metavar": "DIR"}, "--sites": {"required": True, "metavar": "TABLE.csv"},
+        "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING})
+    add_command(commands, "resume", _resume, {"out": {"type": Path, "metavar": "RUN"}})
+    add_command(commands, "evaluate", _evaluate, {
+        "model": {"type": Path, "metavar": "MODEL"}, "--data": {**REQUIRED_PATH, "metavar": "DIR"}, **READING,
+        "--spacing": {"type": float, "metavar": "MM"}, "--out": {"type": Path}})
+    add_command(commands, "verify", _verify, {
+        "path": {"type": Path, "metavar": "RUN"}, "--head": {"metavar": "HASH"}})
 
 
 def _given(**settings: Any) -> dict[str, Any]:

@@ -11,70 +11,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedlab.apps.cli_arguments import add_command, add_group, add_layout, read_shape
+from fedlab.apps.cli_arguments import FLAG, LAYOUT, REQUIRED_PATH, add_command, add_group, read_shape
+from fedlab.core.errors import RunError
 
 __all__ = ["add_export", "add_site"]
 
 
 def add_site(commands: Any) -> None:
     """Adds `site` and its own commands to argparse's sub-parsers."""
-    kinds = add_group(commands, "site", help="at a hospital: declare which patients take part and what is allowed")
-    init = add_command(kinds, "init", _init, help="make a site's folder", about="""
-        Makes a folder with site.toml, in which a site declares its name, its patients and its policy: required
-        techniques, its privacy budget, the largest number of rounds, approved files. All of it stays at the site and
-        no server can relax it. Scans are inspected and left where they are; nothing is sent.
-
-          fedlab site init --data /data/brats hospital-a
-          (edit hospital-a/site.toml)
-          fedlab site show hospital-a""")
-    init.add_argument("name", metavar="NAME", help="the site's name, by which the server knows it")
-    init.add_argument("--data", type=Path, required=True, metavar="DIR",
-                      help="folder of scans, or a CSV table of paths")
-    add_layout(init)
-    init.add_argument("--table", type=Path, metavar="CSV",
-                      help="institution table, if only some of the patients are this site's")
-    init.add_argument("--partition", metavar="NAME", help="the site's name in the table (default NAME)")
-    init.add_argument("--spacing", type=float, metavar="MM", help="voxel size, the same at all sites (default 3 mm)")
-    init.add_argument("--shape", type=read_shape,
-                      help="voxels, such as 64,64,64 (default: large enough for every brain)")
-    init.add_argument("--held-out", type=float, metavar="SHARE",
-                      help="share of the patients that is never trained on (default 0.2)")
-    init.add_argument("--card", type=Path, metavar="FILE", help="the site's data card")
-    init.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default ./NAME)")
-
-    show = add_command(kinds, "show", _show, help="a site's data, policy and privacy spent", about="""
-        Prints the settings and the policy of a site, whether approved files are unchanged, how many models it has
-        answered, and the privacy it has spent so far: ε with its δ, unit, adjacency and accountant.""")
-    show.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder")
-
-    approve = add_command(kinds, "approve", _approve, help="allow a technique's file at this site", about="""
-        Shows a Python file, asks, copies it into the site's techniques/ and enters its SHA-256 into site.toml. A run
-        may then name classes and functions that the file defines; their code runs at this site with access to its
-        scans, so review it first. Later changes of the file are detected and refused.""")
-    approve.add_argument("folder", type=Path, metavar="FOLDER", help="the site's folder")
-    approve.add_argument("file", type=Path, metavar="FILE", help="the technique's file, such as my_technique.py")
-    approve.add_argument("--yes", action="store_true", help="do not ask: I have reviewed the file")
+    kinds = add_group(commands, "site")
+    folder = {"type": Path, "metavar": "FOLDER"}
+    add_command(kinds, "site init", _init, {
+        "name": {"metavar": "NAME"}, "--data": {**REQUIRED_PATH, "metavar": "DIR"}, **LAYOUT,
+        "--table": {"type": Path, "metavar": "CSV"}, "--partition": {"metavar": "NAME"},
+        "--spacing": {"type": float, "metavar": "MM"}, "--shape": {"type": read_shape},
+        "--held-out": {"type": float, "metavar": "SHARE"}, "--card": {"type": Path, "metavar": "FILE"},
+        "--out": folder})
+    add_command(kinds, "site show", _show, {"folder": folder})
+    add_command(kinds, "site approve", _approve, {
+        "folder": folder, "file": {"type": Path, "metavar": "FILE"}, "--yes": FLAG})
 
 
 def add_export(commands: Any) -> None:
     """Adds `export` to argparse's sub-parsers."""
-    kinds = add_group(commands, "export", metavar="WHAT",
-                      help="write a definition of a notebook into a file that sites can approve")
-    technique = add_command(kinds, "technique", _export, help="a privacy technique of a notebook", about="""
-        Writes a class of a notebook's cell into a file, with the imports, functions and constants of other cells
-        that it needs. The notebook is read, not run. A separate process imports the file and passes it to
-        fedlab.check_privacy; if either fails, nothing is written.
-
-          fedlab export technique SharePercentile --from 03_privacy.ipynb --to share_percentile.py
-          fedlab export technique Mine --from n.ipynb --to mine.py --call "Mine(keep=0.1)"
-
-        Then import it from the file in the notebook, and at each site: fedlab site approve FOLDER FILE""")
-    technique.add_argument("name", metavar="NAME", help="the class")
-    technique.add_argument("--from", dest="notebook", type=Path, required=True, metavar="NOTEBOOK.ipynb",
-                           help="the notebook that defines it")
-    technique.add_argument("--to", type=Path, required=True, metavar="FILE.py", help="new file")
-    technique.add_argument("--call", metavar="CODE", help="an expression that makes one for the check (default NAME())")
-    technique.add_argument("--no-check", action="store_true", help="import the file, but leave out check_privacy")
+    add_command(add_group(commands, "export", metavar="WHAT"), "export technique", _export, {
+        "name": {"metavar": "NAME"}, "--from": {**REQUIRED_PATH, "dest": "notebook", "metavar": "NOTEBOOK.ipynb"},
+        "--to": {**REQUIRED_PATH, "metavar": "FILE.py"}, "--call": {"metavar": "CODE"}, "--no-check": FLAG})
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -150,7 +112,6 @@ def _state_of(path: Path, digest: str) -> str:
 
 
 def _approve(options: argparse.Namespace) -> int:
-    from fedlab.core.errors import RunError
     from fedlab.core.files import write_whole
     from fedlab.deploy.settings import enter_approved, read_settings
 
@@ -182,7 +143,6 @@ def _approve(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from fedlab.core.errors import RunError
     from fedlab.core.files import write_new
     from fedlab.deploy.technique_file import source_of
 
@@ -201,7 +161,6 @@ def _export(options: argparse.Namespace) -> None:
 
 def _try_out(module: str, source: str, name: str, call: str | None, *, check: bool) -> str:
     """Imports the file and checks the technique in a separate process; returns what that prints."""
-    from fedlab.core.errors import RunError
 
     code = _TRY.format(module=module, name=name, call=call or f"{name}()", check=check)
     with tempfile.TemporaryDirectory() as folder:
