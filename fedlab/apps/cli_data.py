@@ -76,38 +76,27 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> None:
+    from fedlab.core.types import Site
     from fedlab.data.cards.card import card_template, fill_card, read_card
+    from fedlab.data.readers.folders import read_cohort
+    from fedlab.data.sites.statistics import site_statistics
 
     out = new_path(options.out, "card")
     _refuse_existing(out, "--out")
     if options.folder.suffix.lower() == ".md" and not options.folder.is_dir():
         card = read_card(options.folder)
-        card.save_croissant(out / "croissant.json")
-        print(f"{card}\n\nmetadata: {out / 'croissant.json'}")
+        print(f"{card}\n\nmetadata: {card.save_croissant(out / 'croissant.json')}")
         return
-    card = fill_card(card_template(), _statistics(options))
-    card.save(out / "card.md")
-    card.save_croissant(out / "croissant.json", draft=True)
-    print(f"{card}\n\nStill to be completed by people at the hospital:")
-    print(*(f"  - {part}" for part in card.open), sep="\n")
-    print(f"\ncard: {out / 'card.md'}\ndraft of the metadata: {out / 'croissant.json'}\n"
-          f"When it is complete: fedlab data card {out / 'card.md'}")
-
-
-def _refuse_existing(path: Path, option: str) -> None:
-    from fedlab.core.errors import RunError
-
-    if path.exists():
-        raise RunError(f"{path} exists already and is not overwritten; choose another {option}")
-
-
-def _statistics(options: argparse.Namespace) -> Any:
-    """The statistics of the folder's patients, taken as one site."""
-    from fedlab.core.types import Site
-    from fedlab.data.readers.folders import read_cohort
-    from fedlab.data.sites.statistics import site_statistics
-
     patients = read_cohort(options.folder, layout=options.layout, label_convention=options.label_convention,
                            broken="skip" if options.skip_broken else "raise")
     site = Site(name=options.site or options.folder.resolve().name, train=patients)
-    return site_statistics(site, minimum=options.minimum)
+    card = fill_card(card_template(), site_statistics(site, minimum=options.minimum))
+    written, draft = card.save(out / "card.md"), card.save_croissant(out / "croissant.json", draft=True)
+    print(f"{card}\n\nStill to be completed by people at the hospital:")
+    print(*(f"  - {part}" for part in card.open), sep="\n")
+    print(f"\ncard: {written}\ndraft of the metadata: {draft}\nWhen it is complete: fedlab data card {written}")
+
+
+def _refuse_existing(path: Path, option: str) -> None:
+    if path.exists():
+        raise RunError(f"{path} exists already and is not overwritten; choose another {option}")

@@ -59,7 +59,7 @@ def _stop(options: argparse.Namespace) -> None:
 
     for kit in options.kit:
         ended = stop(kit)
-        print(f"{kit}: {ended} process{'' if ended == 1 else 'es'} ended" if ended else f"{kit}: was not running")
+        print(f"{kit}: {ended} process{'es' * (ended > 1)} ended" if ended else f"{kit}: was not running")
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -73,9 +73,8 @@ def _status(options: argparse.Namespace) -> None:
         if (kit / "startup" / "fed_admin.json").is_file():
             _ask_server(kit)
         else:
-            processes = running(kit)
-            print(f"{kit.name}: " + (f"runs here: {', '.join(f'process {p.pid}' for p in processes)}"
-                                     if processes else "doesn't run on this machine"))
+            processes = ", ".join(f"process {process.pid}" for process in running(kit))
+            print(f"{kit.name}: " + (f"runs here: {processes}" if processes else "does not run on this machine"))
 
 
 def _ask_server(kit: Path) -> None:
@@ -86,10 +85,11 @@ def _ask_server(kit: Path) -> None:
         print(f"connected: {', '.join(sites) or 'no site'}")
         for job in jobs:
             name, state = str(job.get("job_id")), str(job.get("status"))
-            reply = admin.ask(name, {"have": 0}) if state == "RUNNING" else None
-            more = "" if not reply else f", {len(reply['rounds'])} rounds" + (
-                f", lost: {', '.join(reply['lost'])}" if reply["lost"] else "")
-            print(f"job {name} ({job.get('job_name')}): {state}{more}")
+            line = f"job {name} ({job.get('job_name')}): {state}"
+            if state == "RUNNING" and (reply := admin.ask(name, {"have": 0})):
+                line += f", {len(reply['rounds'])} rounds"
+                line += f", lost: {', '.join(reply['lost'])}" if reply["lost"] else ""
+            print(line)
 
 
 def _submit(options: argparse.Namespace) -> None:

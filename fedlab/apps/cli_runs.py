@@ -107,7 +107,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     options.out = new_path(options.out, "evaluate")
     result = evaluate_folder(options.model, options.data, options.out, layout=options.layout,
-                             label_convention=options.label_convention, skip_broken=options.skip_broken)
+                             label_convention=options.label_convention, skip_broken=options.skip_broken,
+                             spacing_mm=options.spacing)
     print(f"{describe_evaluation(result)}\n\npredictions and summary.json: {options.out}")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,7 @@ from typing import Any
 from fedlab.apps.cli_arguments import FLAG, LAYOUT, REQUIRED_PATH, add_command, add_group, read_shape
 from fedlab.core.errors import RunError
 
-__all__ = ["add_export", "add_site"]
+__all__ = ["add_export", "add_site", "try_technique"]
 
 
 def add_site(commands: Any) -> None:
@@ -63,14 +65,12 @@ def _show(options: argparse.Namespace) -> None:
     from fedlab.privacy.accounting.ledger_file import LedgerFile
 
     settings = read_settings(options.folder)
-    print(f"site      {settings.name}\ndata      {settings.data}")
-    for name in ("table", "partition", "layout", "label_convention", "card"):
-        if getattr(settings, name) is not None:
-            print(f"{name:10s}{getattr(settings, name)}")
+    for name in ("name", "data", "table", "partition", "layout", "label_convention", "card"):
+        if (value := getattr(settings, name)) is not None:
+            print(f"{'site' if name == 'name' else name:10s}{value}")
     shape = "large enough for every brain" if settings.shape is None else "x".join(map(str, settings.shape))
     print(f"grid      {settings.spacing_mm:g} mm, {shape}\nheld out  {settings.held_out:g}\n\npolicy")
-    for line in _policy_lines(settings.policy):
-        print(f"  {line}")
+    print(*(f"  {line}" for line in settings.policy.lines()), sep="\n")
     for module, digest in settings.policy.approved.items():
         print(f"  approved {module}.py: {_state_of(options.folder / 'techniques' / f'{module}.py', digest)}")
     answers = options.folder / "ledger" / "answers.json"
@@ -85,25 +85,6 @@ def _show(options: argparse.Namespace) -> None:
         print(f"privacy   {spent}" + (f"; the budget is ε = {budget.epsilon:g}" if budget else "; no budget is set"))
 
 
-def _policy_lines(policy: Any) -> list[str]:
-    lines = [f"requires {required!r}" for required in policy.require]
-    lines += [f"spends at most ε = {budget.epsilon:g} per {unit} at δ = {budget.delta:g}"
-              for unit, budget in policy.budgets.items()]
-    if policy.secure_mode:
-        lines.append("draws noise from the operating system only (secure_mode)")
-    for name in ("max_rounds", "max_updates"):
-        if getattr(policy, name) is not None:
-            lines.append(f"{name} = {getattr(policy, name)}")
-    if policy.min_sites > 1:
-        lines.append(f"takes part in runs of at least {policy.min_sites} sites")
-    if policy.installed:
-        lines.append(f"runs may name the installed modules {', '.join(policy.installed)}")
-    if policy.tell_errors:
-        lines.append("sends the server the text of errors where no guarantee forbids it")
-    return lines or ["demands nothing but code known to this site: anyone with the server's key can request plain "
-                     "updates; see site.toml"]
-
-
 def _state_of(path: Path, digest: str) -> str:
     if not path.is_file():
         return "missing; runs that need it are refused"
@@ -113,6 +94,7 @@ def _state_of(path: Path, digest: str) -> str:
 
 def _approve(options: argparse.Namespace) -> int:
     from fedlab.core.files import write_whole
+    from fedlab.deploy.messages import printable
     from fedlab.deploy.settings import enter_approved, read_settings
 
     settings, module = read_settings(options.folder), options.file.stem
@@ -120,26 +102,32 @@ def _approve(options: argparse.Namespace) -> int:
         raise RunError(f"expected a Python file with an importable name, such as my_technique.py, got {options.file}")
     source = options.file.read_bytes()
     digest = hashlib.sha256(source).hexdigest()
-    there = options.folder / "techniques" / options.file.name
-    if there.exists() and there.read_bytes() != source:
-        raise RunError(f"{there} exists with another content and is not overwritten; rename the new "
-                       "version, or remove the old one by hand")
-    if settings.policy.approved.get(module) == digest and there.exists():
+    target = options.folder / "techniques" / options.file.name
+    if target.exists() and target.read_bytes() != source:
+        raise RunError(f"{target} exists with another content and is not overwritten; rename the new version, or "
+                       "remove the old one by hand")
+    if settings.policy.approved.get(module) == digest and target.exists():
         print(f"{module}.py is approved already, unchanged: {digest}")
         return 0
     for number, line in enumerate(source.decode("utf-8", "replace").splitlines(), 1):
-        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.expandtabs())
-        print(f"{number:5d}  {shown}")
+        print(f"{number:5d}  {printable(line.expandtabs())}")
     print(f"\nSHA-256 {digest}\nIts code will run at {settings.name} with access to its scans, whenever a run names "
           f"the module {module!r}.")
-    if not options.yes and input("Approve it? [y/N] ").strip().lower() not in ("y", "yes"):
+    if not options.yes and not _confirmed():
         print("Nothing was changed.")
         return 1
-    there.parent.mkdir(exist_ok=True)
-    write_whole(there, source)
+    target.parent.mkdir(exist_ok=True)
+    write_whole(target, source)
     enter_approved(options.folder, module, digest)
-    print(f"approved: {there}")
+    print(f"approved: {target}")
     return 0
+
+
+def _confirmed() -> bool:
+    try:
+        return input("Approve it? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError as error:
+        raise RunError("there is nobody to ask: standard input is closed; review the file and pass --yes") from error
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -151,44 +139,42 @@ def _export(options: argparse.Namespace) -> None:
         raise RunError(f"{target} cannot be imported by its name; choose one such as my_technique.py")
     if target.exists():
         raise RunError(f"{target} exists and is not overwritten; choose another name")
-    source = source_of(options.notebook, options.name)
-    report = _try_out(target.stem, source, options.name, options.call, check=not options.no_check)
-    write_new(target, source.encode())
-    print(f"{report.strip()}\n\nwritten: {target}\nsha256:  {hashlib.sha256(source.encode()).hexdigest()}\n\n"
+    source = source_of(options.notebook, options.name).encode()
+    call = "" if options.no_check else options.call or f"{options.name}()"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / target.name).write_bytes(source)
+        command = "import sys; from fedlab.apps.cli_site import try_technique; try_technique(*sys.argv[1:])"
+        tried = subprocess.run([sys.executable, "-c", command, folder, target.stem, options.name, call],
+                               capture_output=True, encoding="utf-8", timeout=1800, check=False,
+                               env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    if tried.returncode:
+        last = "\n".join(tried.stderr.strip().splitlines()[-25:])
+        raise RunError(f"nothing was written: the file with {options.name} fails.\n{tried.stdout}{last}")
+    write_new(target, source)
+    print(f"{tried.stdout.strip()}\n\nwritten: {target}\nsha256:  {hashlib.sha256(source).hexdigest()}\n\n"
           f"In the notebook, in place of the class: from {target.stem} import {options.name}\n"
           f"At each site: fedlab site approve FOLDER {target.name}")
 
 
-def _try_out(module: str, source: str, name: str, call: str | None, *, check: bool) -> str:
-    """Imports the file and checks the technique in a separate process; returns what that prints."""
-
-    code = _TRY.format(module=module, name=name, call=call or f"{name}()", check=check)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / f"{module}.py").write_text(source, encoding="utf-8")
-        found = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=1800,
-                               check=False)
-    if found.returncode:
-        last = "\n".join(found.stderr.strip().splitlines()[-25:])
-        raise RunError(f"nothing was written: the file with {name} fails.\n{found.stdout}{last}")
-    return found.stdout
-
-
-_TRY = """\
-import sys
-sys.path.insert(0, sys.argv[1])
-import {module} as module
-from fedlab import Privacy, check_privacy
-found = module.{name}
-if not (isinstance(found, type) and issubclass(found, Privacy)):
-    sys.exit("{name} is no class derived from fedlab.Privacy")
-if {check}:
-    try:
-        technique = eval({call!r}, vars(module))
-    except TypeError as error:
-        sys.exit(f"{name} needs arguments ({{error}}): give --call \\"{name}(…)\\", or --no-check")
-    from fedlab.deploy.plan import describe, make
+def try_technique(folder: str, module: str, name: str, call: str) -> None:
+    """Imports a technique's file and checks what the expression `call` makes, if it is not empty; ends this process
+    with an error if either fails. It is called in a process of its own.
+    """
+    from fedlab.checks.privacy import check_privacy
+    from fedlab.deploy.objects import describe, make
+    from fedlab.privacy.base import Privacy
     from fedlab.run.recipe import recipe
+
+    sys.path.insert(0, folder)
+    defined = vars(importlib.import_module(module))
+    if not (isinstance(defined[name], type) and issubclass(defined[name], Privacy)):
+        sys.exit(f"{name} is no class derived from fedlab.Privacy")
+    if not call:
+        return
+    try:
+        technique = eval(call, defined)
+    except TypeError as error:
+        sys.exit(f'{name} needs arguments ({error}): give --call "{name}(…)", or --no-check')
     if recipe(make(describe(technique), approve=lambda module: None)) != recipe(technique):
         sys.exit("the technique cannot be sent: store each argument of __init__ unchanged in an attribute of its name")
     print(check_privacy(technique))
-"""

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 
 from fedlab.apps.comparison_data import Folder, Phantoms
 from fedlab.core.errors import DataError, RunError
-from fedlab.core.files import write_json
+from fedlab.core.files import replacing, write_json
 from fedlab.core.regions import regions_to_labels
+from fedlab.core.settings import check_whole
 from fedlab.core.types import Patient, Round, ServerState, Site
 from fedlab.core.weights import load_weights
 from fedlab.core.workers import Workers, start_workers, tell
@@ -42,7 +43,10 @@ from fedlab.training.metrics import COLUMNS, evaluate, predict, score_rows
 from fedlab.training.networks import save_model, segresnet
 from fedlab.training.trainer import PolyDecay, SiteTrainer, augmentation
 
-__all__ = ["Evaluation", "Job", "Outcome", "open_job", "read_job", "remove_working_files", "run_job", "sole_use"]
+__all__ = ["Job", "Outcome", "open_job", "read_job", "remove_working_files", "run_job", "sole_use"]
+
+_FORMAT = "fedlab-job-1"
+_SOURCES = {"phantoms": Phantoms, "folder": Folder}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +54,13 @@ class Job:
     """The settings of a comparison: data, network and training. The defaults are the demo's.
 
     Args:
-        source: `Phantoms` or `Folder`.
         rounds: of the federated arm; the other arms take as many gradient steps.
         steps: gradient steps of a site per round.
         batch_size: crops per step.
         lr: learning rate of the first round, falling to 0 by `PolyDecay`.
         filters: width of the network; 32 is the paper's.
         crop: voxels of a training crop.
-        seed: of the data, the first weights and the training.
-        real: folder of real scans in a BraTS layout on which the federated model is evaluated; not trained on.
+        real: folder of real scans on which the federated model is evaluated; not trained on.
         watch_every: rounds between two measurements of the Dice of held-out patients.
         keep: whether prepared data and checkpoints are kept after the run is complete.
         contributions: whether to store all updates and compute from them what each site contributed.
@@ -81,9 +83,7 @@ class Job:
     contributions: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "steps", "batch_size", "watch_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is a positive whole number, got {getattr(self, name)}")
+        check_whole(rounds=self.rounds, steps=self.steps, batch_size=self.batch_size, watch_every=self.watch_every)
 
     def trainer(self) -> SiteTrainer:
         """The trainer of every arm: same network, same start, same schedule, moments kept in all."""
@@ -95,35 +95,17 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """How well the models of all arms segment.
-
-    Attributes:
-        scores: one row per arm, patient and region, on the held-out patients of all sites.
-        predictions: label maps of the patients shown, by arm and patient id.
-        train: scores of the federated model on its own training patients, if those are real.
-        real: scores of the federated model on the folder of real scans, if there is one.
-        real_cases: these patients with the federated model's label maps.
-    """
-
-    scores: pd.DataFrame
-    predictions: dict[str, dict[str, torch.Tensor]]
-    train: pd.DataFrame | None
-    real: pd.DataFrame | None
-    real_cases: list[tuple[Patient, torch.Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome(Evaluation):
+class Outcome:
     """The result of a job.
 
     Attributes:
-        job: the settings.
         trainer: how every arm was trained, as code.
-        sites: the prepared sites.
-        partition: the patients of each site, as in the run's partition.json.
         histories: by arm: "federated", "centralised", "local site-01", ...
-        contributions: what each site contributed, if the job asks for it.
+        scores: one row per arm, patient and region, on the held-out patients of all sites.
+        predictions: label maps of the first held-out patient of each site, by arm and patient id.
+        train: scores of the federated model on its own training patients, if those are real.
+        real: scores of the federated model on the folder of real scans, if there is one.
+        real_cases: these patients with the federated model's label maps.
         seconds: wall time of data, train, evaluate and total.
     """
 
@@ -132,6 +114,11 @@ class Outcome(Evaluation):
     sites: list[Site]
     partition: Partition
     histories: dict[str, History]
+    scores: pd.DataFrame
+    predictions: dict[str, dict[str, torch.Tensor]]
+    train: pd.DataFrame | None
+    real: pd.DataFrame | None
+    real_cases: list[tuple[Patient, torch.Tensor]]
     contributions: Contributions | None
     seconds: dict[str, float]
 
@@ -149,15 +136,14 @@ def open_job(job: Job, out: Path) -> None:
     except FileExistsError as error:
         raise RunError(f"{out} exists and is left as it is; choose another --out, or continue it with "
                        f"'fedlab resume {out}'") from error
-    kind = {Phantoms: "phantoms", Folder: "folder"}[type(job.source)]
-    write_json(out / "job.json", {"format": "fedlab-job-1", "source_kind": kind, **asdict(job)})
+    kind = next(name for name, source in _SOURCES.items() if isinstance(job.source, source))
+    write_json(out / "job.json", {"format": _FORMAT, "source_kind": kind, **asdict(job)})
 
 
 def _check_inputs(job: Job) -> None:
     """Detects mistyped paths and ambiguous labels before anything is written."""
     if isinstance(job.source, Folder):
-        check_sites(job.source.data, job.source.table, layout=job.source.layout,
-                    label_convention=job.source.label_convention, broken="skip" if job.source.skip_broken else "raise")
+        check_sites(job.source.data, job.source.table, **job.source.reading)
     if job.real is not None and all(files.label is None for files in find_patients(job.real).values()):
         raise DataError(f"no patient in {job.real} has an expert's label to compare with; 'fedlab evaluate' segments "
                         "scans without labels")
@@ -169,12 +155,11 @@ def read_job(out: Path) -> Job:
     Raises:
         RunError: the directory has no job, or a damaged one.
     """
-    path = out / "job.json"
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        if note.pop("format") != "fedlab-job-1":
+        note = json.loads((out / "job.json").read_text(encoding="utf-8"))
+        if note.pop("format") != _FORMAT:
             raise ValueError("written by another version of fedlab")
-        source = {"phantoms": Phantoms, "folder": Folder}[note.pop("source_kind")]
+        source = _SOURCES[note.pop("source_kind")]
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in note.pop("source").items()}
         note["crop"] = tuple(note["crop"])
         return Job(source=source(**fields), **note)
@@ -201,11 +186,7 @@ def sole_use(out: Path) -> Iterator[None]:
 
 
 def run_job(job: Job, out: Path) -> Outcome:
-    """Runs `job` in its run directory, continuing from the state found there.
-
-    Args:
-        job: the settings.
-        out: a directory that `open_job` made.
+    """Runs `job` in the directory that `open_job` made, continuing from the state found there.
 
     Raises:
         FedlabError: data, sites or privacy failed; the run can be resumed after the cause is removed.
@@ -236,29 +217,26 @@ def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     train_done = time.perf_counter()
     saved = workers.submit(_save_model, job, histories["federated"].state, out / "model.safetensors")
     worth = workers.submit(_contributions, job, histories["federated"], out) if job.contributions else None
-    evaluation = _evaluate(job, sites, histories, prepared, workers)
+    results = _evaluate(job, sites, histories, prepared, workers)
     trainer = saved.result()
     contributed = worth.result() if worth is not None else None
     done = time.perf_counter()
     seconds = {"data": data_done - started, "train": train_done - data_done, "evaluate": done - train_done,
                "total": done - started}
     return Outcome(job=job, trainer=trainer, sites=sites, partition=partition, histories=histories, seconds=seconds,
-                   contributions=contributed, **vars(evaluation))
+                   contributions=contributed, **results)
 
 
 def _save_partition(job: Job, sites: Sequence[Site], path: Path) -> Partition:
     """Writes the patients of each site into the run directory; a resumed run must have the same ones as before."""
     partition = replace(Partition.of(sites), how=f"{job.source!r}, seed={job.seed}")
-    if path.is_file():
-        known = Partition.load(path)
-        if known.id != partition.id:
-            raise RunError(f"{path} says that this run began with other patients (partition {known.id}, now "
-                           f"{partition.id}): the scans or their table were changed; begin a new run")
-        return partition
-    scratch = path.with_name(path.name + ".part")
-    scratch.unlink(missing_ok=True)
-    partition.save(scratch)
-    os.replace(scratch, path)
+    if not path.is_file():
+        with replacing(path) as scratch:
+            scratch.unlink(missing_ok=True)
+            partition.save(scratch)
+    elif (known := Partition.load(path)).id != partition.id:
+        raise RunError(f"{path} says that this run began with other patients (partition {known.id}, now "
+                       f"{partition.id}): the scans or their table were changed; begin a new run")
     return partition
 
 
@@ -281,30 +259,26 @@ def _save_model(job: Job, state: ServerState | None, path: Path) -> str:
 def _train(job: Job, sites: Sequence[Site], out: Path, workers: Workers) -> dict[str, History]:
     # How many sites' steps each arm takes in a round; the long arms start first.
     weight = {"federated": len(sites), "centralised": len(sites), **{f"local {site.name}": 1 for site in sites}}
-    total = job.rounds * job.steps * sum(weight.values())
     futures = {arm: workers.submit(_train_arm, job, arm, out) for arm in weight}
     shown: dict[str, str] = {}
-    with tqdm(total=total, desc="training", unit="step", smoothing=0.05) as bar:
-        def look() -> None:
-            for arm, dice in workers.messages():
-                if dice is not None:
-                    shown[f"Dice {arm}"] = f"{dice:.2f}"
-                bar.set_postfix(shown, refresh=False)
-                bar.update(job.steps * weight[arm])
-
-        _watch(futures.values(), look)
+    with tqdm(total=job.rounds * job.steps * sum(weight.values()), desc="training", unit="step", smoothing=0.05) as bar:
+        for arm, dice in _messages_until_done(futures.values(), workers):
+            if dice is not None:
+                shown[f"Dice {arm}"] = f"{dice:.2f}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update(job.steps * weight[arm])
     return {arm: future.result() for arm, future in futures.items()}
 
 
-def _watch(futures: Iterable[Future[Any]], look: Callable[[], object]) -> None:
-    """Calls `look` twice per second until all futures are done; raises the error of the first one that fails."""
+def _messages_until_done(futures: Iterable[Future[Any]], workers: Workers) -> Iterator[Any]:
+    """What the workers tell until all futures are done; raises the error of the first one that fails."""
     waiting = set(futures)
     while waiting:
         done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
-        look()
+        yield from workers.messages()
         for future in done:
             future.result()
-    look()
+    yield from workers.messages()
 
 
 def _train_arm(job: Job, arm: str, out: Path) -> History:
@@ -312,7 +286,7 @@ def _train_arm(job: Job, arm: str, out: Path) -> History:
     sites = load_sites(out / "prepared")
     trainer = job.trainer()
     # One held-out patient per site shows the progress of training; the final scores come from all of them.
-    shown = [] if arm.startswith("local") else [site.val[0] for site in sites if len(site.val)]
+    shown = [] if arm.startswith("local") else _first_held_out(sites)
 
     def validate(model: torch.nn.Module, number: int) -> dict[str, float]:
         if not shown or (number + 1) % job.watch_every:
@@ -336,52 +310,51 @@ def _train_arm(job: Job, arm: str, out: Path) -> History:
 
 
 def _evaluate(job: Job, sites: Sequence[Site], histories: Mapping[str, History], prepared: Path,
-              workers: Workers) -> Evaluation:
+              workers: Workers) -> dict[str, Any]:
+    """The scores and label maps of an `Outcome`, by its attributes."""
     federated = histories["federated"].state
     total = sum(len(site.val) for site in sites) * len(histories)
     train = real = None
-    if isinstance(job.source, Folder):
-        train = workers.submit(_score_training, job, federated, prepared)
+    if isinstance(job.source, Folder):  # shows whether the model has learned anything at all
+        train = workers.submit(_segment_sites, job, federated, prepared, "train")
         total += sum(len(site.train) for site in sites)
     if job.real is not None:
-        real = workers.submit(_evaluate_real, job, job.real, federated)
+        real = workers.submit(_segment_real, job, job.real, federated)
         total += len(find_patients(job.real))
-    arms = {arm: workers.submit(_evaluate_arm, job, history.state, prepared) for arm, history in histories.items()}
+    arms = {arm: workers.submit(_segment_sites, job, history.state, prepared, "val")
+            for arm, history in histories.items()}
     with tqdm(total=total, desc="evaluating", unit="patient") as bar:
-        _watch([future for future in (train, real, *arms.values()) if future is not None],
-               lambda: bar.update(len(list(workers.messages()))))
+        for _ in _messages_until_done([f for f in (train, real, *arms.values()) if f is not None], workers):
+            bar.update()
     results = {arm: future.result() for arm, future in arms.items()}
-    scores = pd.concat([table.assign(arm=arm) for arm, (table, _) in results.items()], ignore_index=True)
     real_scores, real_cases = (None, []) if real is None else real.result()
-    return Evaluation(scores=scores, predictions={arm: shown for arm, (_, shown) in results.items()},
-                      train=None if train is None else train.result(), real=real_scores, real_cases=real_cases)
+    return {"scores": pd.concat([table.assign(arm=arm) for arm, (table, _) in results.items()], ignore_index=True),
+            "predictions": {arm: labels for arm, (_, labels) in results.items()},
+            "train": None if train is None else train.result()[0], "real": real_scores, "real_cases": real_cases}
+
+
+def _first_held_out(sites: Iterable[Site]) -> list[Patient]:
+    return [site.val[0] for site in sites if len(site.val)]
 
 
 def _contributions(job: Job, history: History, out: Path) -> Contributions:
     """In a worker: Shapley values of the sites, measured on one held-out patient of each."""
     sites = load_sites(out / "prepared")
-    measured = [site.val[0] for site in sites if len(site.val)]
-    utility = dice_on(_model(job, history.state), measured)
+    utility = dice_on(_model(job, history.state), _first_held_out(sites))
     return site_contributions(history, out / "arms" / "updates", utility,
                               permutations=None if len(sites) <= 5 else 20, seed=job.seed)
 
 
-def _evaluate_arm(job: Job, state: ServerState | None, prepared: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
-    """In a worker: scores on every held-out patient, and the label map of each site's first."""
-    sites = load_sites(prepared)
-    scores, labels = _segment(job, state, ((site.name, patient) for site in sites for patient in site.val))
-    shown = [site.val[0].id for site in sites if len(site.val)]
-    return scores, {patient: labels[patient] for patient in shown}
+def _segment_sites(job: Job, state: ServerState | None, prepared: Path,
+                   split: str) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+    """In a worker: scores on every patient of the split "train" or "val", and the label map of each site's first."""
+    of_sites = {site.name: list(getattr(site, split)) for site in load_sites(prepared)}
+    scores, labels = _segment(job, state, ((name, patient) for name, own in of_sites.items() for patient in own))
+    return scores, {patient.id: labels[patient.id] for own in of_sites.values() for patient in own[:1]}
 
 
-def _score_training(job: Job, state: ServerState | None, prepared: Path) -> pd.DataFrame:
-    """In a worker: scores on the training patients, which show whether a model has learned anything at all."""
-    patients = ((site.name, patient) for site in load_sites(prepared) for patient in site.train)
-    return _segment(job, state, patients)[0]
-
-
-def _evaluate_real(job: Job, folder: str, state: ServerState | None,
-                   ) -> tuple[pd.DataFrame, list[tuple[Patient, torch.Tensor]]]:
+def _segment_real(job: Job, folder: str, state: ServerState | None,
+                  ) -> tuple[pd.DataFrame, list[tuple[Patient, torch.Tensor]]]:
     """In a worker: scores on real scans, and the patients with their label maps."""
     patients = [read_patient(files, spacing_mm=job.source.spacing_mm) for files in find_patients(folder).values()]
     scores, labels = _segment(job, state, (("real", patient) for patient in patients))

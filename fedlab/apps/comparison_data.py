@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fedlab.core.types import Site
 from fedlab.core.workers import Workers
@@ -18,11 +19,7 @@ class Phantoms:
     """Generated patients as the data of a job; see `fedlab.data.phantom.generator.make_cohort`.
 
     Args:
-        sites: number of sites.
         patients: of all sites together.
-        shape: voxels of the common grid.
-        spacing_mm: edge of a voxel in mm.
-        held_out: patients that each site holds out, a number or a share.
         equal: whether all sites have the same number of patients; otherwise sizes are as unequal as in a real study.
 
     Raises:
@@ -58,12 +55,8 @@ class Folder:
     """A folder of scans and its institution table as the data of a job; see `fedlab.data.readers.folders.read_sites`.
 
     Args:
-        data: folder in one of `fedlab.data.readers.layouts.LAYOUTS`, or a CSV table of paths.
-        table: CSV file with the columns Partition_ID and Subject_ID.
-        spacing_mm: edge of a voxel in mm.
-        held_out: patients that each site holds out, a number or a share.
-        layout: of the folder; None to detect it.
-        label_convention: one of `fedlab.data.readers.conventions.CONVENTIONS`; None to detect it.
+        data: the folder, or a CSV table of paths.
+        table: the institution table.
         skip_broken: whether to leave out patients whose files have errors.
 
     Raises:
@@ -82,7 +75,12 @@ class Folder:
         if not 0.1 <= self.spacing_mm <= 20:
             raise ValueError(f"spacing_mm lies between 0.1 and 20 mm, got {self.spacing_mm}")
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the folder is read, as arguments of `read_sites` and `check_sites`."""
+        return {"layout": self.layout, "label_convention": self.label_convention,
+                "broken": "skip" if self.skip_broken else "raise"}
+
     def prepare(self, *, seed: int, workers: Workers) -> list[Site]:
         return read_sites(self.data, self.table, spacing_mm=self.spacing_mm, held_out=self.held_out, seed=seed,
-                          layout=self.layout, label_convention=self.label_convention,
-                          broken="skip" if self.skip_broken else "raise")
+                          **self.reading)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import platform
 import shutil
+import tomllib
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from fedlab import __version__
 from fedlab.apps.comparison import Outcome
 from fedlab.apps.comparison_data import Folder
-from fedlab.core.files import write_json
+from fedlab.core.files import write_json, write_whole
 from fedlab.core.types import REGIONS
 from fedlab.core.weights import weights_sha256
 from fedlab.run.trace import verify
@@ -25,15 +27,17 @@ from fedlab.view.run_figures import contributions_figure, cross_site_heatmap, cu
 from fedlab.view.site_figures import sites_figure
 from fedlab.view.slices import compare
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "versions", "write_results"]
 
 _LOCAL = "local "
 _COLUMNS = ("WT", "TC", "ET", "mean")
 #: Held-out patients below which their mean is no estimate for other patients.
 _FEW = 20
-_SPOKEN = {"federated": "federated", "centralised": "all data pooled",
-           "local_own": "each site alone, on its own patients",
-           "local_others": "each site alone, on the other sites' patients"}
+_TEXTS: dict[str, Any] = tomllib.loads((files("fedlab.apps") / "report.toml").read_text(encoding="utf-8"))
+_SPOKEN: dict[str, str] = _TEXTS["arms"]
 
 
 def _groups(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -76,6 +80,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     held_out = [patient for site in outcome.sites for patient in site.val]
     found: dict[str, Any] = {
         "dice": {arm: _rounded(row) for arm, row in table.iterrows()},
+        "empty_regions": _rule(_groups(outcome.scores)["federated"]),
         "thresholding": {"WT": round(threshold_dice(held_out).dice, 4)},
         "seconds": {name: round(value, 1) for name, value in outcome.seconds.items()},
         "patients": sum(len(site.train) + len(site.val) for site in outcome.sites),
@@ -98,6 +103,11 @@ def _rounded(dice: pd.Series[Any]) -> dict[str, float]:
     return {str(name): round(float(value), 4) for name, value in dice.items()}
 
 
+def _rule(scores: pd.DataFrame) -> str:
+    """How empty regions count, in words, with the number of such cases."""
+    return str(summary(scores).attrs["rule"])
+
+
 def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     """Writes the results into the run directory and returns the summary.
 
@@ -106,16 +116,20 @@ def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     job asks for it, history.json, model_card.md, figures/, report.html, and last summary.json, which marks the run as
     complete. Files that an interrupted attempt left are overwritten.
     """
-    (out / "report.html").unlink(missing_ok=True)
+    for name in ("report.html", "model_card.md"):
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "figures", ignore_errors=True)
-    outcome.scores.to_csv(out / "scores.csv", index=False)
-    dice_table(outcome.scores).to_csv(out / "dice.csv", index_label="arm")
-    cross_site(outcome.scores).to_csv(out / "cross_site.csv")
-    for name, table in (("train", outcome.train), ("real", outcome.real)):
-        if table is not None:
-            table.to_csv(out / f"{name}.csv", index=False)
-    if outcome.contributions is not None:
-        outcome.contributions.table.to_csv(out / "contributions.csv")
+    worth = outcome.contributions
+    for name, text in {
+        "scores": outcome.scores.to_csv(index=False),
+        "dice": dice_table(outcome.scores).to_csv(index_label="arm"),
+        "cross_site": cross_site(outcome.scores).to_csv(),
+        "train": None if outcome.train is None else outcome.train.to_csv(index=False),
+        "real": None if outcome.real is None else outcome.real.to_csv(index=False),
+        "contributions": None if worth is None else worth.table.to_csv(),
+    }.items():
+        if text is not None:
+            write_whole(out / f"{name}.csv", text.encode())
     write_json(out / "history.json", {arm: history.records for arm, history in outcome.histories.items()})
     _write_model_card(outcome, out / "model_card.md")
     found = summarise(outcome)
@@ -127,11 +141,9 @@ def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
 def _write_model_card(outcome: Outcome, path: Path) -> None:
     settings = {"trainer": outcome.trainer, "strategy": "FedAvg()", "seed": str(outcome.job.seed),
                 "data": repr(outcome.job.source), "voxel size": f"{outcome.job.source.spacing_mm:g} mm"}
-    card = make_model_card(outcome.histories["federated"], name=path.parent.name, sites=outcome.sites,
-                           scores=_groups(outcome.scores)["federated"], settings=settings, trace=verify(path.parent),
-                           generated=not isinstance(outcome.job.source, Folder))
-    path.unlink(missing_ok=True)
-    card.save(path)
+    make_model_card(outcome.histories["federated"], name=path.parent.name, sites=outcome.sites,
+                    scores=_groups(outcome.scores)["federated"], settings=settings, trace=verify(path.parent),
+                    generated=not isinstance(outcome.job.source, Folder)).save(path)
 
 
 def caution(outcome: Outcome) -> str:
@@ -139,10 +151,8 @@ def caution(outcome: Outcome) -> str:
     held_out = sum(len(site.val) for site in outcome.sites)
     if held_out >= _FEW:
         return ""
-    trained = sum(len(site.train) for site in outcome.sites)
-    patients = "patient was" if held_out == 1 else "patients were"
-    return (f"Only {held_out} {patients} held out and {trained} trained on: nothing generalises from so few, and these "
-            "figures say nothing about other patients.")
+    return _text("notes", "few", held_out=held_out, patients="patient was" if held_out == 1 else "patients were",
+                 trained=sum(len(site.train) for site in outcome.sites))
 
 
 def describe(found: dict[str, Any], *, note: str = "") -> str:
@@ -156,6 +166,7 @@ def describe(found: dict[str, Any], *, note: str = "") -> str:
     lines = [f"{'Dice on held-out patients':<44}" + "".join(f"{name:>8}" for name in _COLUMNS)]
     lines += [f"{text:<44}" + "".join(f"{dice[name]:8.3f}" for name in _COLUMNS if name in dice)
               for text, dice in rows.items()]
+    lines.append(found["empty_regions"])
     seconds = found["seconds"]
     lines.append(f"{found['patients']} patients of {found['sites']} sites, {found['rounds']} rounds, seed "
                  f"{found['seed']}; {seconds['total']:.0f} s (data {seconds['data']:.0f}, training "
@@ -164,61 +175,57 @@ def describe(found: dict[str, Any], *, note: str = "") -> str:
 
 
 def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
-    job, dice = outcome.job, found["dice"]
-    shown = [site.val[0] for site in outcome.sites if len(site.val)][:6]
-    overlays = {arm: [outcome.predictions[arm][p.id] for p in shown] for arm in ("federated", "centralised")}
-    overlays["local, the patient's own site"] = [outcome.predictions[_LOCAL + site.name][site.val[0].id]
-                                                 for site in outcome.sites if len(site.val)][:6]
-    figures = {
-        "tumours": compare(shown, overlays),
-        "dice": dice_by_arm(outcome.scores.assign(arm=_spoken_arms(outcome.scores))),
-        "cross_site": cross_site_heatmap(cross_site(outcome.scores)),
-        "curves": curves(outcome.histories),
-        "sites": sites_figure(outcome.sites),
-    }
-    table = dice_table(outcome.scores).rename(index=_SPOKEN)
-    sections = [
-        Section(title="Accuracy", text=_rule(_groups(outcome.scores)["federated"]), table=table,
-                figure=figures["dice"], caption="Dice of held-out patients of all sites, by a model's training data."),
-        Section(title="The same patients by each model", figure=figures["tumours"],
-                caption="One held-out patient of each site. White line: the reference's whole tumour."),
-        Section(title="Every model on every site", figure=figures["cross_site"],
-                caption="Mean Dice over WT, TC and ET of each model on each site's held-out patients."),
-        Section(title="Training", figure=figures["curves"],
-                caption="Mean training loss, and Dice on one held-out patient per site, by round."),
-        Section(title="Sites", figure=figures["sites"], caption="Patients of each site and volumes of their tumours.",
-                text=f"partition.json lists the training and held-out patients of each site (partition "
-                     f"{outcome.partition.id}).", table=outcome.partition.table()),
-    ]
-    if outcome.train is not None:
-        sections.insert(1, _scored(
-            outcome.train, "The federated model on its own training patients. This shows whether it has learned them, "
-            "not how well it segments others.", title="On the patients it was trained on"))
-    if outcome.real is not None:
-        figures["real"] = compare([p for p, _ in outcome.real_cases],
-                                  {"federated": [labels for _, labels in outcome.real_cases]})
-        sections.insert(-3, _scored(
-            outcome.real, f"The federated model on {found['real']['patients']} real patients it has never seen, "
-            f"resampled to {job.source.spacing_mm:g} mm.", title="On real scans", figure=figures["real"],
-            caption="Reference and the federated model on real scans."))
-    if outcome.contributions is not None:
-        worth = outcome.contributions
-        figures["contributions"] = contributions_figure(worth, metric="mean Dice")
-        sections.insert(-2, Section(
-            title="What each site contributed", table=worth.table, figure=figures["contributions"],
-            caption="Shapley values and leave-one-out of the sites, from the updates of this run.",
-            text=f"{worth.how}, from {worth.nobody:.3f} (untrained) to {worth.everybody:.3f} mean Dice on one held-out "
-                 f"patient of each site. It took {worth.evaluations} evaluations, {worth.seconds:.0f} s and "
-                 f"{worth.stored_bytes / 1e6:.0f} MB of stored updates. The values hold for these patients."))
-    for name, figure in figures.items():
-        save_figure(figure, out / "figures" / f"{name}.png")
+    sections = _sections(outcome, found)
+    for name, section in sections.items():
+        if section.figure is not None:
+            save_figure(section.figure, out / "figures" / f"{name}.png")
     write_report(
-        out / "report.html", title="Federated brain tumour segmentation", lead=_lead(outcome, found),
-        results={f"mean Dice, {_SPOKEN[arm]}": f"{means['mean']:.2f}" for arm, means in dice.items()},
-        sections=sections, versions=found["versions"],
-        settings={**asdict(job), "trainer": outcome.trainer, "weights_sha256": found["weights_sha256"],
+        out / "report.html", title=_TEXTS["title"], lead=_lead(outcome, found),
+        results={f"mean Dice, {_SPOKEN[arm]}": f"{means['mean']:.2f}" for arm, means in found["dice"].items()},
+        sections=list(sections.values()), versions=found["versions"],
+        settings={**asdict(outcome.job), "trainer": outcome.trainer, "weights_sha256": found["weights_sha256"],
                   "seconds": found["seconds"]},
-        notes=_notes(outcome))
+        notes=_notes(outcome, found))
+
+
+def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
+    """The sections of the report, by the names of their figures."""
+    job, worth = outcome.job, outcome.contributions
+    first = {site.name: site.val[0] for site in outcome.sites if len(site.val)}
+    shown = list(first.values())[:6]
+    overlays = {arm: [outcome.predictions[arm][p.id] for p in shown] for arm in ("federated", "centralised")}
+    overlays["local, the patient's own site"] = [
+        outcome.predictions[_LOCAL + site][patient.id] for site, patient in first.items()][:6]
+    sections = {"dice": _section(
+        "dice", rule=found["empty_regions"], table=dice_table(outcome.scores).rename(index=_SPOKEN),
+        figure=dice_by_arm(outcome.scores.assign(arm=_spoken_arms(outcome.scores))))}
+    if outcome.train is not None:
+        sections["train"] = _section("train", rule=_rule(outcome.train), table=_means(outcome.train))
+    sections["tumours"] = _section("tumours", figure=compare(shown, overlays))
+    if outcome.real is not None:
+        patients, labels = zip(*outcome.real_cases, strict=True)
+        sections["real"] = _section(
+            "real", patients=found["real"]["patients"], spacing_mm=job.source.spacing_mm, rule=_rule(outcome.real),
+            table=_means(outcome.real), figure=compare(list(patients), {"federated": list(labels)}))
+    sections["cross_site"] = _section("cross_site", figure=cross_site_heatmap(cross_site(outcome.scores)))
+    if worth is not None:
+        sections["contributions"] = _section("contributions", worth=worth, megabytes=worth.stored_bytes / 1e6,
+                                             table=worth.table, figure=contributions_figure(worth, metric="mean Dice"))
+    sections["curves"] = _section("curves", figure=curves(outcome.histories))
+    sections["sites"] = _section("sites", partition=outcome.partition.id, table=outcome.partition.table(),
+                                 figure=sites_figure(outcome.sites))
+    return sections
+
+
+def _section(name: str, *, table: pd.DataFrame | None = None, figure: Figure | None = None,
+             **values: Any) -> Section:
+    """A section with its texts from report.toml, in which the values are filled in."""
+    texts = {key: text.format(**values) for key, text in _TEXTS["sections"][name].items()}
+    return Section(**texts, table=table, figure=figure)
+
+
+def _text(group: str, name: str, **values: Any) -> str:
+    return " ".join(str(_TEXTS[group][name]).format(**values).split())
 
 
 def _spoken_arms(scores: pd.DataFrame) -> pd.Series[str]:
@@ -229,35 +236,21 @@ def _spoken_arms(scores: pd.DataFrame) -> pd.Series[str]:
     return named
 
 
-def _scored(scores: pd.DataFrame, text: str, **parts: Any) -> Section:
-    return Section(text=f"{text} {_rule(scores)}", table=summary(scores)[["dice", "hd95_mm", "patients"]], **parts)
-
-
-def _rule(scores: pd.DataFrame) -> str:
-    return str(summary(scores).attrs["rule"])
+def _means(scores: pd.DataFrame) -> pd.DataFrame:
+    return summary(scores)[["dice", "hd95_mm", "patients"]]
 
 
 def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
-    dice, job = found["dice"], outcome.job
-    text = (f"{found['sites']} sites with {found['patients']} patients trained one network for {found['rounds']} "
-            f"rounds without sharing a scan. On held-out patients it reaches a mean Dice of "
-            f"{dice['federated']['mean']:.2f}; the same network with all data in one place reaches "
-            f"{dice['centralised']['mean']:.2f}")
-    if "local_others" in dice:
-        text += f", and a site that trains alone {dice['local_others']['mean']:.2f} on the other sites' patients"
-    text += f". All arms took the same number of gradient steps, {job.rounds * job.steps * found['sites']} in all."
+    parts = ["always", *(["several_sites"] if "local_others" in found["dice"] else []), "end"]
+    steps = outcome.job.rounds * outcome.job.steps * found["sites"]
+    text = "".join(_text("lead", part, steps=steps, **found) for part in parts)
     return f"{text} {caution(outcome)}".rstrip()
 
 
-def _notes(outcome: Outcome) -> list[str]:
+def _notes(outcome: Outcome, found: dict[str, Any]) -> list[str]:
+    generated = [] if isinstance(outcome.job.source, Folder) else [_text("notes", "generated")]
     held_out = sum(len(site.val) for site in outcome.sites)
-    notes = [caution(outcome) or f"{held_out} held-out patients: differences of a few hundredths between arms can be "
-             "chance; repeat with other seeds before drawing conclusions.",
-             "Local models are each trained with a site's own share of the steps.",
-             "No privacy technique was applied: updates left the sites unchanged, with no formal guarantee."]
-    without = [site.name for site in outcome.sites if not len(site.val)]
-    if without:
-        notes.append(f"No patient is held out at: {', '.join(without)}. All patients there are training patients.")
-    if isinstance(outcome.job.source, Folder):
-        return notes
-    return ["The patients are generated: real anatomy, simulated tumours and scanners.", *notes]
+    without = ", ".join(site.name for site in outcome.sites if not len(site.val))
+    return [*generated, caution(outcome) or _text("notes", "chance", held_out=held_out), _text("notes", "steps"),
+            _text("notes", "privacy"), _text("notes", "empty", rule=found["empty_regions"]),
+            *([_text("notes", "without", names=without)] if without else [])]

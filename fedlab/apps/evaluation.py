@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from fedlab.core.errors import RunError
-from fedlab.core.files import write_json
+from fedlab.core.files import write_json, write_whole
 from fedlab.core.hardware import pick_device
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import REGIONS
 from fedlab.core.weights import trainable, weights_sha256
+from fedlab.data.readers.conventions import convention_of_layout, describe
 from fedlab.data.readers.folders import PatientFiles, read_cohort, read_label, save_prediction, to_native
 from fedlab.data.readers.scan import native_volume
+from fedlab.deploy.weights_file import load_run_weights
 from fedlab.training.metrics import COLUMNS, predict, score_rows, summary
 from fedlab.training.networks import load_model
 
@@ -25,49 +28,54 @@ __all__ = ["describe_evaluation", "evaluate_folder"]
 
 
 def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | None = None,
-                    label_convention: str | None = None, skip_broken: bool = False,
+                    label_convention: str | None = None, skip_broken: bool = False, spacing_mm: float | None = None,
                     progress: bool = True) -> dict[str, Any]:
     """Segments every patient of a folder and writes predictions, scores.csv and summary.json.
 
     The model sees each patient resampled to the voxel size it was trained at. Its prediction is resampled back to the
-    patient's own grid, written as `<ID>_pred.nii.gz` and scored against the expert's labels.
+    patient's own grid, written as `<ID>_pred.nii.gz` with the label values of the folder's own convention, and scored
+    against the expert's labels. Without a label map the convention is that of the layout.
 
     Args:
-        model_file: model.safetensors of a run.
+        model_file: model.safetensors of a run, or weights.safetensors of `fedlab deploy submit`.
         data: folder in one of `fedlab.data.readers.layouts.LAYOUTS`, or a CSV table of paths; labels optional.
         out: a directory that does not exist yet.
         layout: of the folder; None to detect it.
         label_convention: of the labels; None to detect it.
         skip_broken: whether to leave out patients whose files have errors.
+        spacing_mm: voxel size that the model was trained at, where its file does not state it.
         progress: show a progress bar.
 
     Returns:
-        The content of summary.json: patients, Dice and HD95 [mm] per region over the labelled ones, the rule for
-        empty regions, the model's hash.
+        The content of summary.json: patients, conventions of the label maps and their meaning, Dice and HD95 [mm] per
+        region over the labelled patients, the rule for empty regions, the model's hash.
 
     Raises:
         RunError: `out` exists, or the model cannot be read.
         DataError: the folder cannot be used.
+        ValueError: the voxel size is not known, or is another one than the file states.
     """
     if out.exists():
         raise RunError(f"{out} exists and is left as it is; choose another --out")
-    model, spacing_mm = load_model(model_file)
+    model, spacing_mm = _load(model_file, spacing_mm)
     found = read_cohort(data, layout=layout, label_convention=label_convention, spacing_mm=spacing_mm,
                         broken="skip" if skip_broken else "raise", progress=progress)
-    device = pick_device("auto")
-    model.to(device)
+    model.to(pick_device("auto"))
     out.mkdir(parents=True)
     rows: list[dict[str, str | float]] = []
+    conventions: dict[str, str] = {}
     for files in tqdm(found.files.values(), desc="segmenting", unit="patient", disable=not progress):
         patient = found.read(files.id)
         labels = to_native(predict(model, patient), patient=patient, files=files)
-        save_prediction(out / f"{files.id}_pred.nii.gz", labels, files=files)
+        convention = files.label_convention or convention_of_layout(files.layout)
+        conventions[convention] = describe(convention)
+        save_prediction(out / f"{files.id}_pred.nii.gz", labels, files=files, label_convention=convention)
         rows += _scores(labels, files)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    table.to_csv(out / "scores.csv", index=False)
+    write_whole(out / "scores.csv", table.to_csv(index=False).encode())
     result: dict[str, Any] = {
         "patients": len(found), "labelled": sum(files.label is not None for files in found.files.values()),
-        "spacing_mm": spacing_mm, "model_sha256": weights_sha256(trainable(model)),
+        "label_conventions": conventions, "spacing_mm": spacing_mm, "model_sha256": weights_sha256(trainable(model)),
     }
     if result["labelled"]:
         means = summary(table)
@@ -80,17 +88,32 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | No
 
 def describe_evaluation(result: dict[str, Any]) -> str:
     """The result of `evaluate_folder` in a few lines for a terminal."""
-    if not result["labelled"]:
-        return f"{result['patients']} patients segmented; none has an expert's label, so there is no score"
-    lines = [f"{result['patients']} patients segmented, {result['labelled']} with an expert's label",
-             f"{'':<10}" + "".join(f"{name:>9}" for name in result["dice"])]
-    for name, key in (("Dice", "dice"), ("HD95 [mm]", "hd95_mm")):
-        lines.append(f"{name:<10}" + "".join(f"{value:9.3f}" for value in result[key].values()))
-    return "\n".join([*lines, result["empty_regions"]])
+    written = "; ".join(f"{name}: {meaning}" for name, meaning in result["label_conventions"].items())
+    lines = [f"{result['patients']} patients segmented, {result['labelled'] or 'none'} with an expert's label"
+             f"{'' if result['labelled'] else ', so there is no score'}", f"values of the label maps: {written}"]
+    if result["labelled"]:
+        lines.append(f"{'':<10}" + "".join(f"{name:>9}" for name in result["dice"]))
+        lines += [f"{name:<10}" + "".join(f"{value:9.3f}" for value in result[key].values())
+                  for name, key in (("Dice", "dice"), ("HD95 [mm]", "hd95_mm"))]
+        lines.append(result["empty_regions"])
+    return "\n".join(lines)
+
+
+def _load(model_file: Path, spacing_mm: float | None) -> tuple[nn.Module, float]:
+    """The model and the voxel size in mm that it was trained at."""
+    model = load_run_weights(model_file)
+    if model is None:
+        model, stated = load_model(model_file)
+        if spacing_mm not in (None, stated):
+            raise ValueError(f"the model was trained at {stated:g} mm, got spacing_mm={spacing_mm:g}; leave it out")
+        return model, stated
+    if spacing_mm is None:
+        raise ValueError(f"{model_file} does not state the voxel size that it was trained at; pass spacing_mm= as the "
+                         "sites of the run have it")
+    return model, spacing_mm
 
 
 def _scores(labels: np.ndarray, files: PatientFiles) -> list[dict[str, str | float]]:
-    spacing_mm = native_volume(files).spacing_mm
     reference = read_label(files)[0] if files.label is not None else None
-    prediction = labels_to_regions(torch.from_numpy(labels))
-    return score_rows(prediction, reference, spacing_mm=spacing_mm, site="", patient=files.id)
+    return score_rows(labels_to_regions(torch.from_numpy(labels)), reference, patient=files.id, site="",
+                      spacing_mm=native_volume(files).spacing_mm)

@@ -102,7 +102,7 @@ class SiteHost:
 
         Raises:
             PrivacyError: the policy of this site refuses, or the plan needs something that is not approved.
-            FedlabError: no plan, other weights than it names, or parts that do not work together here.
+            FedlabError: an invalid plan, other weights than it names, or parts that do not work together here.
         """
         try:
             plan = Plan.from_json(plan_json)
@@ -125,12 +125,12 @@ class SiteHost:
         """This site's packed answer to a packed state of the run; a failure is returned in it, never raised."""
         round = None
         try:
-            now = self._begun(run)
-            shown = unpack_state(state, limit=4 * limit_for(now.start))
+            begun = self._begun(run)
+            shown = unpack_state(state, limit=4 * limit_for(begun.start))
             round = shown.round
-            _check_state(shown, now)
+            _check_state(shown, begun)
             self._log(f"round {round}: training")
-            packed = self._work(now, shown, hashlib.sha256(state).hexdigest())
+            packed = self._work(begun, shown, hashlib.sha256(state).hexdigest())
             self._log(f"round {round}: answered with {len(packed)} bytes")
             return packed
         except PrivacyBudgetExhausted as error:
@@ -147,13 +147,13 @@ class SiteHost:
             FedlabError: an unknown step, invalid messages, or a refusal by the aggregation.
         """
         try:
-            now = self._begun(run)
-            aggregation = now.task.aggregation
+            begun = self._begun(run)
+            aggregation = begun.task.aggregation
             if step not in aggregation.steps:
                 raise PrivacyError(f"the run's aggregation has no step {str(step)[:40]!r}")
-            if not are_notes(inbox, now.plan.sites) or sum(map(len, inbox.values())) > _LARGEST_INBOX:
+            if not are_notes(inbox, begun.plan.sites) or sum(map(len, inbox.values())) > _LARGEST_INBOX:
                 raise PrivacyError("an inbox holds short messages of the run's sites, by name; this one does not")
-            sent = aggregation.answer(step, self.site.name, dict(inbox), now.snapshots.with_secrets())
+            sent = aggregation.answer(step, self.site.name, dict(inbox), begun.snapshots.with_secrets())
             return {str(name): bytes(message) for name, message in sent.items()}
         except Exception as error:
             self._log(f"exchange {str(step)[:40]!r} failed: {type(error).__name__}: {error}")
@@ -186,33 +186,33 @@ class SiteHost:
         check_sites(run, [self.site])
         return cast("SiteTask", run.task)
 
-    def _work(self, now: _Run, state: ServerState, digest: str) -> bytes:
+    def _work(self, begun: _Run, state: ServerState, digest: str) -> bytes:
         """Trains, and packs the update once the ledger on disk accounts for it."""
-        self._count(now, state.round, digest, enter=False)
-        site_state = now.snapshots.before(state.round)
+        self._count(begun, state.round, digest, enter=False)
+        site_state = begun.snapshots.before(state.round)
         with LedgerFile(self.folder / "ledger", self.site.name).kept(site_state):
-            update = now.task(self.site, state, site_state)
+            update = begun.task(self.site, state, site_state)
             self.policy.check_spent(Ledger(site_state).spent() if site_state.ledger else ())
             packed = pack_answer(update)
-            self._count(now, state.round, digest, enter=True)
-        now.snapshots.save(site_state, state.round)
+            self._count(begun, state.round, digest, enter=True)
+        begun.snapshots.save(site_state, state.round)
         return packed
 
-    def _count(self, now: _Run, round: int, digest: str, *, enter: bool) -> None:
+    def _count(self, begun: _Run, round: int, digest: str, *, enter: bool) -> None:
         """Counts the models that this site has answered; a repeated request counts once."""
         path = self.folder / "ledger" / "answers.json"
         try:
             known: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if not all(isinstance(answers, list) for answers in known.values()):
-                raise ValueError("it is no list of answers by run")
+                raise ValueError("expected a list of answers per run")
         except (OSError, ValueError, AttributeError) as error:
             raise PrivacyError(f"{path} is damaged ({error}); restore it from a copy: it counts what this site has "
                                "answered") from error
-        own, mark = known.setdefault(now.name, []), f"{round}:{digest[:32]}"
-        if mark in own:
+        of_run, answer = known.setdefault(begun.name, []), f"{round}:{digest[:32]}"
+        if answer in of_run:
             return
-        own.append(mark)
-        for name, most, count in (("max_rounds", self.policy.max_rounds, len(own)),
+        of_run.append(answer)
+        for name, most, count in (("max_rounds", self.policy.max_rounds, len(of_run)),
                                   ("max_updates", self.policy.max_updates, sum(map(len, known.values())))):
             if most is not None and count > most:
                 raise PrivacyBudgetExhausted(f"{name}: {self.site.name} answers at most {most} models, "
@@ -247,15 +247,15 @@ class SiteHost:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.site.name}: {line}\n")
 
 
-def _check_state(state: ServerState, now: _Run) -> None:
+def _check_state(state: ServerState, begun: _Run) -> None:
     """Refuses a state of another model, of a round that the plan does not have, or with NaN in it."""
-    if state.round >= now.plan.rounds:
-        raise PrivacyError(f"round {state.round} was asked for, the plan has {now.plan.rounds}")
-    own = {name: (t.shape, t.dtype) for name, t in now.start.items()}
-    doubles = {name: (shape, torch.float64) for name, (shape, _) in own.items()}
+    if state.round >= begun.plan.rounds:
+        raise PrivacyError(f"round {state.round} was asked for, the plan has {begun.plan.rounds}")
+    expected = {name: (t.shape, t.dtype) for name, t in begun.start.items()}
+    doubles = {name: (shape, torch.float64) for name, (shape, _) in expected.items()}
     for what, group in (("params", state.params), *state.moments.items()):
         shapes = {name: (t.shape, t.dtype) for name, t in group.items()}
-        if shapes != own and (what == "params" or shapes != doubles):
+        if shapes != expected and (what == "params" or shapes != doubles):
             raise PrivacyError(f"the tensors {what!r} of the state are not those of the run's model")
         if not all(bool(torch.isfinite(t).all()) for t in group.values()):
             raise PrivacyError(f"the tensors {what!r} of the state hold NaN or infinite values")

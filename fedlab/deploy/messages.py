@@ -1,8 +1,8 @@
 """Messages between server and sites: tensors as safetensors, everything else as JSON in the header.
 
-Reading executes nothing. A message that is not exactly of this form is refused as a whole, and the error names its
-sender. Tensors arrive with the types, shapes, bits and order with which they were sent: the order of a model's tensors
-is the order in which noise is drawn.
+Reading executes nothing. A message that is not exactly of this form is refused as a whole with a `FedlabError` that
+names its sender. Tensors arrive with the types, shapes, bits and order with which they were sent: the order of a
+model's tensors is the order in which noise is drawn.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from itertools import accumulate
 from typing import Any
@@ -28,19 +28,53 @@ __all__ = ["are_notes", "limit_for", "pack_answer", "pack_state", "pack_weights"
 _Groups = dict[tuple[str, str], dict[str, torch.Tensor]]
 
 _FORMAT = "fedlab-message-2"
-#: For each kind of message its fields, and the groups that its tensors belong to.
-_KINDS: dict[str, tuple[set[str], set[str]]] = {
-    "weights": (set(), {"weights"}),
-    "state": ({"round"}, {"params", "moments", "broadcast"}),
-    "update": ({f.name for f in fields(Update)} - {"delta"}, {"delta"}),
-    "refusal": ({"site", "type", "round", "stage", "text"}, set()),  # a withdrawal or a failure
-}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
            torch.int8, torch.uint8, torch.bool)
 _LARGEST_HEADER, _LARGEST_MESSAGE, _LARGEST_NOTE = 8 * 2**20, 16 * 2**30, 2**20
 _LONGEST_TEXT = 4000
 _ERRORS: dict[str, type[FedlabError]] = {
     cls.__name__: cls for cls in (FedlabError, PrivacyError, PrivacyBudgetExhausted, RunError, DataError)}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_TEXT + 2
+
+
+def _is_spent(value: Any) -> bool:
+    match value:
+        case [epsilon, delta, "patient" | "site", accountant, adjacency]:
+            return (epsilon == "inf" or _is_number(epsilon)) and _is_number(delta) and all(
+                map(_is_text, (accountant, adjacency)))
+    return False
+
+
+def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_valid(value)
+
+
+def _are_metrics(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= 1000 and all(map(_is_number, value.values()))
+
+
+#: For each kind of message the checks of its fields, and the groups that its tensors belong to.
+_KINDS: dict[str, tuple[dict[str, Callable[[Any], bool]], set[str]]] = {
+    "weights": ({}, {"weights"}),
+    "state": ({"round": _is_count}, {"params", "moments", "broadcast"}),
+    "update": ({"site": _is_text, "weight": _is_number, "steps": _is_count, "metrics": _are_metrics,
+                "spent": lambda value: isinstance(value, list) and len(value) <= 100 and all(map(_is_spent, value)),
+                "encoded": _or_none(_is_count), "round": _or_none(_is_count), "seconds": _is_number}, {"delta"}),
+    # A withdrawal or a failure.
+    "refusal": ({"site": _is_text, "type": _is_text, "round": _or_none(_is_count), "stage": _or_none(_is_text),
+                 "text": _is_text}, set()),
+}
 
 
 def limit_for(params: Tensors) -> int:
@@ -54,13 +88,8 @@ def pack_weights(params: Tensors) -> bytes:
 
 
 def unpack_weights(data: bytes, *, sender: str = "the server", limit: int | None = None) -> dict[str, torch.Tensor]:
-    """Weights from a message of `pack_weights`, of at most `limit` bytes.
-
-    Raises:
-        FedlabError: another message; the error names the sender.
-    """
-    _, _, groups = _unpack(data, ("weights",), sender=sender, limit=limit)
-    return groups.get(("weights", ""), {})
+    """Weights from a message of `pack_weights`, of at most `limit` bytes."""
+    return _unpack(data, ("weights",), sender=sender, limit=limit)[2].get(("weights", ""), {})
 
 
 def pack_state(state: ServerState) -> bytes:
@@ -77,14 +106,8 @@ def pack_state(state: ServerState) -> bytes:
 
 
 def unpack_state(data: bytes, *, sender: str = "the server", limit: int | None = None) -> ServerState:
-    """The state from a message of `pack_state`, of at most `limit` bytes.
-
-    Raises:
-        FedlabError: another message; the error names the sender.
-    """
+    """The state from a message of `pack_state`, of at most `limit` bytes."""
     _, note, groups = _unpack(data, ("state",), sender=sender, limit=limit)
-    if not _count(note["round"]):
-        raise _odd(sender, "it has no valid round number")
     moments = {name: tensors for (group, name), tensors in groups.items() if group == "moments"}
     return ServerState(round=note["round"], params=groups.get(("params", ""), {}), moments=moments,
                        broadcast=groups.get(("broadcast", ""), {}))
@@ -100,75 +123,54 @@ def pack_answer(answer: Answer) -> bytes:
         note = {f.name: getattr(answer, f.name) for f in fields(Update) if f.name != "delta"}
         note["spent"] = [["inf" if s.epsilon == math.inf else s.epsilon, *s[1:]] for s in answer.spent]
         return _pack("update", {**note, "metrics": dict(answer.metrics)}, [("delta", "", answer.delta)])
-    error, text = (None, answer.reason) if isinstance(answer, Withdrawal) else (answer.error, str(answer.error))
-    kind = "Withdrawal" if error is None else type(error).__name__
-    note = {"type": kind if kind in ("Withdrawal", *_ERRORS) else "FedlabError", "round": None, "stage": None}
-    if isinstance(error, SiteError):
-        note, text = {"type": "SiteError", "round": error.round, "stage": error.stage}, error.reason
+    note = {"site": answer.site, "type": "Withdrawal", "round": None, "stage": None}
+    if isinstance(answer, Withdrawal):
+        text = answer.reason
+    elif isinstance(answer.error, SiteError):
+        note |= {"type": "SiteError", "round": answer.error.round, "stage": answer.error.stage}
+        text = answer.error.reason
+    else:
+        kind, text = type(answer.error).__name__, str(answer.error)
+        note["type"] = kind if kind in _ERRORS else "FedlabError"
     short = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} …"
-    return _pack("refusal", {"site": answer.site, **note, "text": short}, [])
+    return _pack("refusal", {**note, "text": short}, [])
 
 
 def unpack_answer(data: bytes, *, site: str, limit: int | None = None) -> Answer:
     """The answer from a message of `pack_answer`, of at most `limit` bytes.
 
     The values of an update are checked where it enters the model, as of any update. `site` is the sender, as the
-    transport knows it.
-
-    Raises:
-        FedlabError: another message, or one in another site's name.
+    transport knows it; a message in another site's name is refused.
     """
     kind, note, groups = _unpack(data, ("update", "refusal"), sender=site, limit=limit)
     if note["site"] != site:
-        raise _odd(site, f"it says it is of {str(note['site'])[:80]!r}")
-    return _update(note, groups.get(("delta", ""), {}), site) if kind == "update" else _refusal(note, site)
-
-
-def _update(note: Mapping[str, Any], delta: Tensors, site: str) -> Update:
-    metrics, spent = note["metrics"], note["spent"]
-    if not (_number(note["weight"]) and _count(note["steps"]) and _number(note["seconds"])
-            and (note["encoded"] is None or _count(note["encoded"]))
-            and (note["round"] is None or _count(note["round"]))):
-        raise _odd(site, "its weight, steps, size, round or seconds is no valid number")
-    if not isinstance(metrics, dict) or len(metrics) > 1000 or not all(map(_number, metrics.values())):
-        raise _odd(site, "its metrics are not numbers by name")
-    if not isinstance(spent, list) or len(spent) > 100:
-        raise _odd(site, "it has no valid list of privacy spent")
-    return Update(delta=delta, **{**note, "spent": tuple(_spent(one, site) for one in spent)})
-
-
-def _spent(value: Any, site: str) -> Spent:
-    match value:
-        case [epsilon, delta, "patient" | "site" as unit, str() as accountant, str() as adjacency]:
-            epsilon = math.inf if epsilon == "inf" else epsilon
-            if _number(epsilon) and _number(delta):
-                return Spent(epsilon, delta, unit, _clean(accountant, site), _clean(adjacency, site))
-    raise _odd(site, "one of its statements of privacy spent is invalid")
-
-
-def _refusal(note: Mapping[str, Any], site: str) -> Withdrawal | Failure:
-    text = _clean(note["text"], site)
+        raise _refused(site, f"it says it is of {note['site'][:80]!r}")
+    if kind == "update":
+        spent = tuple(Spent(math.inf if epsilon == "inf" else epsilon, delta, unit, *map(printable, texts))
+                      for epsilon, delta, unit, *texts in note["spent"])
+        return Update(delta=groups.get(("delta", ""), {}), **{**note, "spent": spent})
+    text = printable(note["text"])
     match note:
         case {"type": "Withdrawal", "round": None, "stage": None}:
             return Withdrawal(site, text)
-        case {"type": "SiteError", "round": round, "stage": stage} if _count(round):
-            return Failure(site, SiteError(site, round, _clean(stage, site)[:40], text))
-        case {"type": str() as kind, "round": None, "stage": None} if kind in _ERRORS:
+        case {"type": "SiteError", "round": int() as round, "stage": str() as stage}:
+            return Failure(site, SiteError(site, round, printable(stage)[:40], text))
+        case {"type": kind, "round": None, "stage": None} if kind in _ERRORS:
             return Failure(site, _ERRORS[kind](text))
-    raise _odd(site, "it names an error that fedlab does not have")
+    raise _refused(site, "it names an error that fedlab does not have")
 
 
 def _pack(kind: str, note: Mapping[str, Any], groups: Sequence[tuple[str, str, Tensors]]) -> bytes:
     tensors: dict[str, torch.Tensor] = {}
     names: list[list[str]] = []
-    seen: set[int] = set()
+    stored: set[int] = set()
     for group, part, members in groups:
         for name, tensor in members.items():
-            plain = tensor.detach().cpu().contiguous()
-            if plain.data_ptr() in seen:  # a safetensors file holds each tensor on its own
-                plain = plain.clone()
-            seen.add(plain.data_ptr())
-            tensors[str(len(names))] = plain
+            values = tensor.detach().cpu().contiguous()
+            if values.data_ptr() in stored:  # a safetensors file holds each tensor on its own
+                values = values.clone()
+            stored.add(values.data_ptr())
+            tensors[str(len(names))] = values
             names.append([group, part, name])
     try:
         text = json.dumps({"format": _FORMAT, "kind": kind, "tensors": names, **note}, allow_nan=False)
@@ -180,53 +182,53 @@ def _pack(kind: str, note: Mapping[str, Any], groups: Sequence[tuple[str, str, T
 def _unpack(data: bytes, kinds: tuple[str, ...], *, sender: str, limit: int | None,
             ) -> tuple[str, dict[str, Any], _Groups]:
     """Kind, fields and tensors by group of a message of one of these kinds, checked against its header."""
-    note = _header(data, sender, limit)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise _refused(sender, f"expected bytes, got {type(data).__name__}")
+    data = bytes(data)
+    note = _header(data, sender, _LARGEST_MESSAGE if limit is None else limit)
     kind, form, names = note.pop("kind", None), note.pop("format", None), note.pop("tensors", None)
     if form != _FORMAT or kind not in kinds:
-        raise _odd(sender, f"expected {' or '.join(map(repr, kinds))} in format {_FORMAT!r}, got {str(kind)[:40]!r} in "
-                           f"{str(form)[:40]!r}")
-    fields, known = _KINDS[kind]
-    if note.keys() != fields:
-        raise _odd(sender, f"a message of kind {kind!r} has the fields {sorted(fields)}")
+        raise _refused(sender, f"expected {' or '.join(map(repr, kinds))} in format {_FORMAT!r}, got "
+                               f"{str(kind)[:40]!r} in {str(form)[:40]!r}")
+    checks, known = _KINDS[kind]
+    if note.keys() != checks.keys():
+        raise _refused(sender, f"a message of kind {kind!r} has the fields {sorted(checks)}")
+    if invalid := [name for name, is_valid in checks.items() if not is_valid(note[name])]:
+        raise _refused(sender, f"its values of {', '.join(invalid)} are not valid")
     if not isinstance(names, list) or not all(
             isinstance(n, list) and len(n) == 3 and all(isinstance(part, str) for part in n) for n in names):
-        raise _odd(sender, "its tensors have invalid names")
-    if len({tuple(n) for n in names}) != len(names):
-        raise _odd(sender, "two of its tensors have the same name")
+        raise _refused(sender, "its tensors have invalid names")
+    if len(set(map(tuple, names))) != len(names):
+        raise _refused(sender, "two of its tensors have the same name")
     if any(group not in known or (part and group != "moments") for group, part, _ in names):
-        raise _odd(sender, f"it has a group of tensors that a message of kind {kind!r} does not have")
+        raise _refused(sender, f"it has a group of tensors that a message of kind {kind!r} does not have")
     try:
-        tensors = load(bytes(data))
+        tensors = load(data)
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, AssertionError) as error:
-        raise _odd(sender, f"its tensors cannot be read ({str(error)[:200]})") from error
+        raise _refused(sender, f"its tensors cannot be read ({str(error)[:200]})") from error
     if tensors.keys() != {str(k) for k in range(len(names))}:
-        raise _odd(sender, "its tensors are not those that its header names")
+        raise _refused(sender, "its tensors are not those that its header names")
     if any(t.dtype not in _DTYPES or t.dim() > 16 or any(n >= 2**40 for n in t.shape) for t in tensors.values()):
-        raise _odd(sender, "one of its tensors has a type or shape that fedlab does not send")
+        raise _refused(sender, "one of its tensors has a type or shape that fedlab does not send")
     groups: _Groups = {}
     for k, (group, part, name) in enumerate(names):
         groups.setdefault((group, part), {})[name] = tensors[str(k)]
     return kind, note, groups
 
 
-def _header(data: bytes, sender: str, limit: int | None) -> dict[str, Any]:
+def _header(data: bytes, sender: str, limit: int) -> dict[str, Any]:
     """Fedlab's note in the header."""
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise _odd(sender, f"expected bytes, got {type(data).__name__}")
-    most = _LARGEST_MESSAGE if limit is None else limit
-    if len(data) > most:
-        raise _odd(sender, f"it has {len(data)} bytes, at most {most} are expected")
-    length = int.from_bytes(bytes(data[:8]), "little")
+    if len(data) > limit:
+        raise _refused(sender, f"it has {len(data)} bytes, at most {limit} are expected")
+    length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 2 <= length <= min(_LARGEST_HEADER, len(data) - 8):
-        raise _odd(sender, "it is truncated or no safetensors message")
-    header = strict_json(bytes(data[8:8 + length]), sender=sender)
-    outer = header.pop("__metadata__", None) if isinstance(header, dict) else None
-    if not isinstance(outer, dict) or outer.keys() != {"fedlab"} or not isinstance(outer["fedlab"], str):
-        raise _odd(sender, "its header has no note of fedlab")
-    note = strict_json(outer["fedlab"].encode("utf-8", "surrogatepass"), sender=sender)
-    if not isinstance(note, dict):
-        raise _odd(sender, "the note in its header is no JSON object")
-    return note
+        raise _refused(sender, "it is truncated or no safetensors message")
+    match strict_json(data[8:8 + length], sender=sender):
+        case {"__metadata__": {"fedlab": str() as text, **others}} if not others:
+            note = strict_json(text.encode("utf-8", "surrogatepass"), sender=sender)
+            if isinstance(note, dict):
+                return note
+    raise _refused(sender, "its header has no note of fedlab, which is a JSON object")
 
 
 def strict_json(data: bytes, *, sender: str) -> Any:
@@ -260,7 +262,7 @@ def strict_json(data: bytes, *, sender: str) -> Any:
             raise ValueError("it is nested too deeply or has too many parts")
         return json.loads(text, object_pairs_hook=pairs, parse_constant=real, parse_float=real, parse_int=whole)
     except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
-        raise _odd(sender, f"it holds no valid JSON ({str(error)[:200]})") from error
+        raise _refused(sender, f"it holds no valid JSON ({str(error)[:200]})") from error
 
 
 def are_notes(value: object, sites: Collection[str]) -> bool:
@@ -270,24 +272,10 @@ def are_notes(value: object, sites: Collection[str]) -> bool:
         and len(message) <= _LARGEST_NOTE for name, message in value.items())
 
 
-def _odd(sender: str, why: str) -> FedlabError:
-    return FedlabError(f"the message of {sender} was refused: {why}")
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _clean(text: Any, site: str) -> str:
-    if not isinstance(text, str) or len(text) > _LONGEST_TEXT + 2:
-        raise _odd(site, f"it holds something else than a text of at most {_LONGEST_TEXT} characters")
-    return printable(text)
-
-
 def printable(text: str) -> str:
     """Text from outside without characters that act on a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _refused(sender: str, reason: str) -> FedlabError:
+    return FedlabError(f"the message of {sender} was refused: {reason}")

@@ -46,7 +46,7 @@ _Made = TypeVar("_Made")
 _NAME = re.compile(r"(?P<module>[A-Za-z]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z]\w*)", re.ASCII)
 _DEEPEST, _MOST, _LONGEST = 20, 20_000, 1_000_000
 _PACKAGES = ("fedlab", "monai", "torch")
-#: Names that a plan may use one by one, by module; what follows from a base class is in `_is_of_a_kind`.
+#: Names that a plan may use one by one, by module; what follows from a base class is in `_found`.
 _LISTED: Mapping[str, list[str]] = tomllib.loads(
     (files("fedlab.deploy") / "plan_names.toml").read_text(encoding="utf-8"))
 
@@ -92,33 +92,31 @@ def _described(value: Any, *, depth: int) -> Json:
     if depth > _DEEPEST:
         raise ValueError(f"settings that are nested more than {_DEEPEST} deep, or contain themselves, cannot travel")
 
-    def inner(item: Any) -> Json:
-        return _described(item, depth=depth + 1)
+    def call(factory: Any, settings: Mapping[str, Any], word: str = "make") -> Json:
+        return {word: _name_of(factory),
+                "with": {name: _described(item, depth=depth + 1) for name, item in settings.items()}}
 
-    def call(factory: Any, settings: Mapping[str, Any]) -> Json:
-        return {"make": _name_of(factory), "with": {name: inner(item) for name, item in settings.items()}}
-
+    if value is None or isinstance(value, bool | str):
+        return value
+    if type(value) is int:
+        if not -2**63 <= value < 2**63:
+            raise ValueError(f"a plan carries whole numbers of 64 bits, got {str(value)[:40]}")
+        return value
+    if type(value) is float:
+        if math.isnan(value):
+            raise ValueError("a plan does not carry NaN; give a number")
+        return value if math.isfinite(value) else call(infinity, {"sign": "+" if value > 0 else "-"})
+    if type(value) is list:
+        return [_described(item, depth=depth + 1) for item in value]
+    if type(value) is tuple:
+        return call(tuple_of, {"items": list(value)})
+    if type(value) is dict:
+        return call(dict_of, {"pairs": [list(pair) for pair in value.items()]})
     match value:
-        case None | bool() | str():
-            return value
-        case int() if type(value) is int:
-            if not -2**63 <= value < 2**63:
-                raise ValueError(f"a plan carries whole numbers of 64 bits, got {str(value)[:40]}")
-            return value
-        case float() if type(value) is float:
-            if math.isnan(value):
-                raise ValueError("a plan does not carry NaN; give a number")
-            return value if math.isfinite(value) else call(infinity, {"sign": "+" if value > 0 else "-"})
-        case list() if type(value) is list:
-            return [inner(item) for item in value]
-        case tuple() if type(value) is tuple:
-            return call(tuple_of, {"items": list(value)})
-        case dict() if type(value) is dict:
-            return call(dict_of, {"pairs": [[key, item] for key, item in value.items()]})
         case partial():
             if value.args:
                 raise ValueError(f"{value!r} has arguments by position; name them: partial(function, name=…)")
-            return {"partial": _name_of(value.func), "with": {k: inner(v) for k, v in value.keywords.items()}}
+            return call(value.func, value.keywords, "partial")
         case FunctionType() | type():
             return {"name": _name_of(value)}
         case Privacy():
@@ -186,22 +184,26 @@ def _settings(value: Any) -> dict[str, Any]:
     if cls.__module__.partition(".")[0] in {*sys.stdlib_module_names, "numpy"} or isinstance(value, torch.Tensor):
         raise ValueError(f"a plan carries plain values and parts of a run, no {cls.__name__}: {str(value)[:80]}; "
                          "express it in text or numbers")
-    remedy = (f"make it with fedlab.deploy.built({cls.__name__}, name=value, …), which notes how it was made, or keep "
-              "each constructor argument in an attribute of the same name")
+
+    def unknown(reason: str) -> ValueError:
+        return ValueError(f"it is unknown how this {cls.__name__} was made{reason}; make it with fedlab.deploy.built("
+                          f"{cls.__name__}, name=value, …), which notes it, or keep each constructor argument in an "
+                          "attribute of the same name")
+
     try:
         wanted = inspect.signature(cls).parameters
     except (TypeError, ValueError) as error:
-        raise ValueError(f"it is unknown how a {cls.__name__} was made; {remedy}") from error
-    own = getattr(value, "__dict__", {})
-    known = {**own.get("_modules", {}), **own.get("_parameters", {}), **own} if isinstance(value, nn.Module) else own
+        raise unknown("") from error
+    known = getattr(value, "__dict__", {})
+    if isinstance(value, nn.Module):
+        known = {**value._modules, **value._parameters, **known}
     for name, parameter in wanted.items():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise ValueError(f"a plan names every argument, which {cls.__name__}({parameter}) does not allow; {remedy}")
+            raise unknown(f": a plan names every argument, which {cls.__name__}({parameter}) does not allow")
         if name not in known:
-            raise ValueError(f"a {cls.__name__} has an argument but no attribute {name!r}, so it is unknown how it was "
-                             f"made; {remedy}")
-    if isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters()) and not wanted:
-        raise ValueError(f"it is unknown how this {cls.__name__} was made; {remedy}")
+            raise unknown(f": it has an argument but no attribute {name!r}")
+    if not wanted and isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters()):
+        raise unknown("")
     return {name: known[name] for name in wanted}
 
 
@@ -239,13 +241,17 @@ def make(plan: Json, *, approve: Approve, load: Load = importlib.import_module) 
 
 def check_plain(plan: Json, approve: Approve) -> None:
     """Checks the whole plan, and asks for approval of every module in it, before anything is imported."""
-    left, seen = [(plan, 0)], 0
+    left, count = [(plan, 0)], 0
     while left:
         value, depth = left.pop()
-        seen += 1
-        if depth > 3 * _DEEPEST or seen > _MOST:
+        count += 1
+        if depth > 3 * _DEEPEST or count > _MOST:
             raise ValueError(f"a plan has at most {_MOST} parts, {_DEEPEST} deep")
         match value:
+            case list():
+                left += [(item, depth + 1) for item in value]
+            case dict():
+                left += [(item, depth + 1) for item in _settings_of(value, approve)]
             case None | bool():
                 pass
             case str() if len(value) <= _LONGEST:
@@ -254,10 +260,6 @@ def check_plain(plan: Json, approve: Approve) -> None:
                 pass
             case float() if math.isfinite(value):
                 pass
-            case list():
-                left += [(item, depth + 1) for item in value]
-            case dict():
-                left += [(item, depth + 1) for item in _settings_of(value, approve)]
             case _:
                 raise ValueError(f"a plan holds plain JSON, got {str(value)[:80]!r} ({type(value).__name__})")
 
@@ -265,7 +267,7 @@ def check_plain(plan: Json, approve: Approve) -> None:
 def _settings_of(value: Mapping[str, Json], approve: Approve) -> list[Json]:
     """The settings in a call or name, which has a place in a plan as far as names tell."""
     match dict(value):
-        case ({"name": str() as full, **rest}) if not rest:
+        case {"name": str() as full, **rest} if not rest:
             settings: dict[str, Json] = {}
         case ({"make": str() as full, "with": dict() as settings, **rest}
               | {"partial": str() as full, "with": dict() as settings, **rest}) if not rest:
@@ -281,7 +283,7 @@ def _settings_of(value: Mapping[str, Json], approve: Approve) -> list[Json]:
     # Outside of the three packages the site decides.
     if module.partition(".")[0] in _PACKAGES and name not in _LISTED.get(module, ()) and not module.startswith(
             ("fedlab.privacy.", "fedlab.strategies.", "fedlab.topologies.", "torch.optim.")):
-        raise PrivacyError(_no_place(full))
+        raise _no_place(full)
     approve(module)
     bad = [key for key in settings if not (isinstance(key, str) and key.isidentifier() and key[0] != "_")]
     if bad:
@@ -295,22 +297,16 @@ def _make(plan: Json, load: Load) -> Any:
             return [_make(item, load) for item in plan]
         case {"name": str() as name}:
             return _found(name, load)
-        case {"partial": str() as name, "with": dict() as settings}:
+        case ({"make": str() as name, "with": dict() as settings}
+              | {"partial": str() as name, "with": dict() as settings}):
             target, given = _found(name, load), {key: _make(item, load) for key, item in settings.items()}
-            _check_fit(name, inspect.Signature.bind_partial, target, given)
-            return partial(target, **given)
-        case {"make": str() as name, "with": dict() as settings}:
-            target, given = _found(name, load), {key: _make(item, load) for key, item in settings.items()}
-            _check_fit(name, inspect.Signature.bind, target, given)
-            return _called(name, target, given)
+            bind = inspect.Signature.bind if "make" in plan else inspect.Signature.bind_partial
+            try:
+                bind(inspect.signature(target), **given)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} takes other settings than {sorted(given)}: {error}") from error
+            return _called(name, target, given) if "make" in plan else partial(target, **given)
     return plan  # a plain value; `check_plain` lets nothing else through
-
-
-def _check_fit(name: str, bind: Callable[..., Any], target: Any, given: dict[str, Any]) -> None:
-    try:
-        bind(inspect.signature(target), **given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} takes other settings than {sorted(given)}: {error}") from error
 
 
 def _called(name: str, target: Any, given: dict[str, Any]) -> Any:
@@ -321,16 +317,15 @@ def _called(name: str, target: Any, given: dict[str, Any]) -> Any:
         raise
     except Exception as error:
         raise ValueError(f"{name} cannot be made with {str(given)[:200]}: {error}") from error
-    own = getattr(made, "__dict__", None)
+    attributes = getattr(made, "__dict__", None)
     of_library = target.__module__.partition(".")[0] in ("monai", "torch")
-    if own is not None and "_built" not in own and (
-            type(made) is not target or of_library or isinstance(made, nn.Module)):
-        own["_built"] = (target, given)
+    if attributes is not None and (type(made) is not target or of_library or isinstance(made, nn.Module)):
+        attributes.setdefault("_built", (target, given))
     return made
 
 
 def _found(full: str, load: Load) -> Any:
-    """The class or function of that name; its module has been approved."""
+    """The class or function of that name, if it is of a kind that has a place in a plan; its module is approved."""
     module_name, _, name = full.partition(":")
     try:
         module = load(module_name)
@@ -340,27 +335,20 @@ def _found(full: str, load: Load) -> Any:
     if not isinstance(found, type | FunctionType) or found.__module__ != module_name or found.__qualname__ != name:
         raise PrivacyError(f"{full} is no class or function that {module_name} defines; a plan names things where they "
                            "are defined")
-    if not _is_of_a_kind(found, module_name, name):
-        raise PrivacyError(_no_place(full))
+    package = module_name.partition(".")[0]
+    if package in _PACKAGES and name not in _LISTED.get(module_name, ()):
+        wanted: Any = Privacy | FedAvg | Aggregation if package == "fedlab" else torch.optim.Optimizer
+        if not isinstance(found, type) or not (
+                follows(found, Topology) if module_name.startswith("fedlab.topologies.") else issubclass(found, wanted)):
+            raise _no_place(full)
     return found
 
 
-def _is_of_a_kind(found: Any, module: str, name: str) -> bool:
-    """Whether the object found under an accepted name is of a kind that has a place in a plan."""
-    package = module.partition(".")[0]
-    if package not in _PACKAGES or name in _LISTED.get(module, ()):
-        return True
-    if not isinstance(found, type):
-        return False
-    if module.startswith("fedlab.topologies."):
-        return follows(found, Topology)
-    return issubclass(found, Privacy | FedAvg | Aggregation if package == "fedlab" else torch.optim.Optimizer)
-
-
-def _no_place(full: str) -> str:
-    return (f"{full} has no place in a plan: of fedlab it names techniques, aggregations, strategies, topologies and "
-            "parts of trainers, of torch and MONAI optimisers and a list of losses, networks and transforms; wrap "
-            "anything else in a function of a file that the site approves")
+def _no_place(full: str) -> PrivacyError:
+    return PrivacyError(
+        f"{full} has no place in a plan: of fedlab it names techniques, aggregations, strategies, topologies and parts "
+        "of trainers, of torch and MONAI optimisers and a list of losses, networks and transforms; wrap anything else "
+        "in a function of a file that the site approves")
 
 
 def follows(found: type, protocol: type) -> bool:

@@ -39,7 +39,6 @@ class Plan:
     Attributes:
         trainer, strategy, privacy, aggregation, topology, admission: as `describe` gives them.
         rounds: number of the last round.
-        seed: of the run.
         sites: names of all sites, in order.
         model: `weights_sha256` of the first weights.
     """
@@ -56,7 +55,8 @@ class Plan:
     model: str
 
     def __post_init__(self) -> None:
-        if not _whole(self.rounds, 1) or not _whole(self.seed, -2**63):
+        if not all(type(value) is int and least <= value < 2**63 for value, least in (
+                (self.rounds, 1), (self.seed, -2**63))):
             raise ValueError("rounds is a positive whole number and seed a whole number, both of 64 bits, got "
                              f"{str(self.rounds)[:40]} and {str(self.seed)[:40]}")
         if not isinstance(self.sites, tuple) or not 1 <= len(self.sites) <= 10_000 or not all(
@@ -83,10 +83,10 @@ class Plan:
                    sites=tuple(site if isinstance(site, str) else site.name for site in sites),
                    model=weights_sha256(trainer.initial()))
         for name, part in parts.items():
-            there = recipe(make(getattr(plan, name), approve=lambda module: None))
-            if odd := differences(there, recipe(part), name):
+            made = recipe(make(getattr(plan, name), approve=lambda module: None))
+            if differing := differences(made, recipe(part), name):
                 raise ValueError(f"other processes would make another {name} than {repr(part)[:200]}: "
-                                 f"{'; '.join(odd[:3])}. Make networks, losses and transforms with "
+                                 f"{'; '.join(differing[:3])}. Make networks, losses and transforms with "
                                  "fedlab.deploy.built(factory, …) and change nothing but trained weights afterwards; "
                                  "other classes keep each constructor argument unchanged in an attribute of its name")
         return plan
@@ -143,7 +143,7 @@ class Plan:
         self._check_parts(approve)
         self._check_size(start, load)
         made = {name: make(getattr(self, name), approve=approve, load=load) for name in _PARTS}
-        for name, right, expected in (
+        for name, is_valid, expected in (
             ("trainer", isinstance(made["trainer"], SiteTrainer), "a SiteTrainer"),
             ("strategy", follows(type(made["strategy"]), Strategy), "an object with all methods of a strategy"),
             ("privacy", isinstance(made["privacy"], Privacy), "a privacy technique"),
@@ -151,7 +151,7 @@ class Plan:
             ("topology", follows(type(made["topology"]), Topology) and callable(made["topology"]), "a topology"),
             ("admission", isinstance(made["admission"], Admission | None), "Admission rules or None"),
         ):
-            if not right:
+            if not is_valid:
                 raise ValueError(f"the plan's {name} is {expected}, got a {type(made[name]).__name__}")
         load_weights(made["trainer"].model, start)
         # A copy takes the weights that the model has now for the start of its runs.
@@ -167,13 +167,9 @@ class Plan:
         match self.trainer:
             case {"with": {"model": {"make": str() as name} as model}} if name.startswith(("fedlab.", "monai.")):
                 with torch.device("meta"):
-                    there = trainable(make(model, approve=lambda module: None, load=load))
-                if {name: p.shape for name, p in there.items()} != {name: t.shape for name, t in start.items()}:
+                    made = trainable(make(model, approve=lambda module: None, load=load))
+                if {name: p.shape for name, p in made.items()} != {name: t.shape for name, t in start.items()}:
                     raise ValueError("these are weights of another model than the plan's")
 
     def __repr__(self) -> str:
         return f"<Plan {self.run}: {self.rounds} rounds of {len(self.sites)} sites, model {self.model[:12]}>"
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63

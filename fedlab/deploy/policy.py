@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
+from fedlab.core.settings import check_whole
 from fedlab.core.types import Spent
 from fedlab.deploy.plan import Plan
 from fedlab.privacy.aggregation import Aggregation
@@ -46,7 +48,7 @@ class Required:
         if not isinstance(self.technique, str) or not self.technique:
             raise ValueError(f"technique is the name of a class, such as 'DPSGD', got {self.technique!r}")
         for name, limit in (*self.least.items(), *self.most.items()):
-            if not _number(limit) or not math.isfinite(limit):
+            if not _is_number(limit) or not math.isfinite(limit):
                 raise ValueError(f"the limit of {self.technique}'s {name} is a number, got {limit!r}")
 
     @classmethod
@@ -69,23 +71,15 @@ class Required:
 
     def check(self, privacy: Privacy, aggregation: Aggregation) -> None:
         """Raises `PrivacyError` unless a technique or the aggregation is the required one, within its limits."""
-        own = [part for part in (*privacy.layers, aggregation) if self._is(type(part))]
-        if not own:
+        found = [part for part in (*privacy.layers, aggregation) if self.technique in _names(type(part))]
+        if not found:
             raise PrivacyError(f"this site insists on {self.technique}, the plan protects with {privacy!r} and "
                                f"{aggregation!r}")
-        limits = [(relation, name, limit) for relation, limits in (
-            ("at least", self.least), ("at most", self.most), ("exactly", self.exactly))
-            for name, limit in limits.items()]
-        for part in own:
-            for relation, name, limit in limits:
+        for relation, limits in (("at least", self.least), ("at most", self.most), ("exactly", self.exactly)):
+            for part, (name, limit) in itertools.product(found, limits.items()):
                 if not _holds(value := getattr(part, name, None), limit, relation):
                     raise PrivacyError(f"this site insists on {self.technique} with {name} of {relation} {limit!r}, "
                                        f"the plan has {value!r}")
-
-    def _is(self, cls: type) -> bool:
-        if ":" in self.technique:
-            return f"{cls.__module__}:{cls.__qualname__}" == self.technique
-        return cls.__module__.startswith("fedlab.privacy.") and cls.__qualname__ == self.technique
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +94,8 @@ class Budget:
     delta: float
 
     def __post_init__(self) -> None:
-        if not _number(self.epsilon) or not 0 < self.epsilon < math.inf or not _number(self.delta) \
-                or not 0 < self.delta < 1:
+        if not (_is_number(self.epsilon) and 0 < self.epsilon < math.inf
+                and _is_number(self.delta) and 0 < self.delta < 1):
             raise ValueError(f"a budget is a positive epsilon and a delta between 0 and 1, got {self!r}")
 
 
@@ -136,11 +130,8 @@ class SitePolicy:
     tell_errors: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rounds", "max_updates", "min_sites"):
-            value = getattr(self, name)
-            if (value is not None or name == "min_sites") and (
-                    isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a positive whole number, got {value!r}")
+        check_whole(optional=True, max_rounds=self.max_rounds, max_updates=self.max_updates)
+        check_whole(min_sites=self.min_sites)
         for name in ("secure_mode", "tell_errors"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is true or false, got {getattr(self, name)!r}")
@@ -178,11 +169,10 @@ class SitePolicy:
                 raise PrivacyError(f"budget: this site spends at most ε = {budget.epsilon:g} per {unit}, and "
                                    f"{privacy!r} with {aggregation!r} gives no guarantee per {unit}: the loss would "
                                    "have no bound")
-            stated = [delta for part in parts if unit in part.units
-                      and (delta := getattr(part, "delta", None)) is not None]
-            if any(delta > budget.delta for delta in stated):
+            stated = max([getattr(part, "delta", None) or 0.0 for part in parts if unit in part.units])
+            if stated > budget.delta:
                 raise PrivacyError(f"budget: this site states ε per {unit} at δ of at most {budget.delta:g}, the plan "
-                                   f"has {max(stated):g}")
+                                   f"has {stated:g}")
 
     def check_spent(self, spent: Sequence[Spent]) -> None:
         """Before an update leaves: whether this site's ledger is within its budgets.
@@ -191,16 +181,33 @@ class SitePolicy:
             PrivacyBudgetExhausted: it is not; the update must not leave.
             PrivacyError: the ledger has no statement about a unit that has a budget.
         """
-        known: dict[str, Spent] = {one.unit: one for one in spent}
+        by_unit: dict[str, Spent] = {one.unit: one for one in spent}
         for unit, budget in self.budgets.items():
-            one = known.get(unit)
+            terms = f"ε = {budget.epsilon:g} per {unit} at δ = {budget.delta:g}"
+            one = by_unit.get(unit)
             if one is None or not one.delta <= budget.delta:
-                raise PrivacyError(f"budget: this site's ledger says {one or 'nothing'} about the {unit}, where a "
-                                   f"budget of ε = {budget.epsilon:g} at δ = {budget.delta:g} is set")
+                raise PrivacyError(f"budget: the site's budget is {terms}; its ledger says {one or 'nothing'} about "
+                                   f"the {unit}")
             if not one.epsilon <= budget.epsilon:
-                raise PrivacyBudgetExhausted(f"this site's budget is ε = {budget.epsilon:g} per {unit} at δ = "
-                                             f"{budget.delta:g}; with this update it would have spent "
+                raise PrivacyBudgetExhausted(f"this site's budget is {terms}; with this update it would have spent "
                                              f"{one.epsilon:.4g} at δ = {one.delta:g}")
+
+    def lines(self) -> list[str]:
+        """The policy in words, a line per rule; approved files are left out."""
+        rules = [
+            *(f"requires {required!r}" for required in self.require),
+            *(f"spends at most ε = {budget.epsilon:g} per {unit} at δ = {budget.delta:g}"
+              for unit, budget in self.budgets.items()),
+            self.secure_mode and "draws noise from the operating system only (secure_mode)",
+            self.max_rounds and f"max_rounds = {self.max_rounds}",
+            self.max_updates and f"max_updates = {self.max_updates}",
+            self.min_sites > 1 and f"takes part in runs of at least {self.min_sites} sites",
+            self.installed and f"runs may name the installed modules {', '.join(self.installed)}",
+            self.tell_errors and "sends the server the text of errors where no guarantee forbids it",
+        ]
+        return [rule for rule in rules if isinstance(rule, str)] or [
+            "demands nothing but code known to this site: anyone with the server's key can request plain updates; see "
+            "site.toml"]
 
     def access(self, techniques: Path) -> dict[str, Any]:
         """Arguments of `Plan.parts`: how code is approved and loaded here. `techniques` holds the approved files."""
@@ -265,8 +272,14 @@ def _holds(value: Any, limit: Any, relation: str) -> bool:
     if relation == "exactly":
         return type(value) is type(limit) and bool(value == limit)
     value = getattr(value, "start", value)  # of an AdaptiveClip
-    return _number(value) and bool(value >= limit if relation == "at least" else value <= limit)
+    return _is_number(value) and bool(value >= limit if relation == "at least" else value <= limit)
 
 
-def _number(value: Any) -> bool:
+def _names(cls: type) -> tuple[str, ...]:
+    """The names by which a policy can require a class: only fedlab's own need no module."""
+    full = f"{cls.__module__}:{cls.__qualname__}"
+    return (full, cls.__qualname__) if cls.__module__.startswith("fedlab.privacy.") else (full,)
+
+
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fedlab.core.errors import RunError
-from fedlab.core.files import filled_in, write_whole
+from fedlab.core.files import filled_in, write_new, write_whole
 from fedlab.core.types import Site
 from fedlab.data.cards.card import read_card
 from fedlab.data.readers.folders import read_cohort, read_sites
@@ -78,15 +78,15 @@ def _policy(found: dict[str, Any]) -> SitePolicy:
         if not isinstance(terms, dict) or terms.keys() != {"max_epsilon", "delta"}:
             raise ValueError(f"[policy.budget.{unit}] has max_epsilon and delta and nothing else, got {terms!r}")
         budgets[unit] = Budget(epsilon=terms["max_epsilon"], delta=terms["delta"])
-    require = tuple(map(Required.read, found.pop("require", [])))
-    return SitePolicy(**{**found, "installed": tuple(found.get("installed", ()))}, budgets=budgets, require=require)
+    require, installed = map(Required.read, found.pop("require", [])), found.pop("installed", ())
+    return SitePolicy(**found, installed=tuple(installed), budgets=budgets, require=tuple(require))
 
 
 def _table(found: dict[str, Any], name: str, known: set[str], path: Path) -> dict[str, Any]:
     table = found.pop(name, {})
     if not isinstance(table, dict) or not table.keys() <= known:
-        odd = sorted(table.keys() - known) if isinstance(table, dict) else table
-        raise ValueError(f"{path}: [{name}] knows {', '.join(sorted(known))}; got {odd!r}")
+        unknown = sorted(table.keys() - known) if isinstance(table, dict) else table
+        raise ValueError(f"{path}: [{name}] knows {', '.join(sorted(known))}; got {unknown!r}")
     return table
 
 
@@ -99,26 +99,25 @@ def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bo
         DataError: the patients cannot be used.
     """
     card = None if settings.card is None else read_card(settings.card)
-    how: dict[str, Any] = {
+    reading: dict[str, Any] = {
         "layout": settings.layout, "label_convention": settings.label_convention, "spacing_mm": settings.spacing_mm,
         "shape": settings.shape, "broken": "skip" if settings.skip_broken else "raise", "cache": cache,
         "progress": progress}
     if settings.table is not None:
-        sites = read_sites(settings.data, settings.table, held_out=settings.held_out, **how)
-        wanted = settings.partition or settings.name
-        own = [site for site in sites if site.name == wanted]
-        if not own:
-            raise ValueError(f"{settings.table} has no site {wanted!r}, only {[site.name for site in sites]}; set "
-                             "partition = \"…\"")
-        return Site(name=settings.name, train=own[0].train, val=own[0].val, card=card)
-    found = read_cohort(settings.data, **how)
+        sites = {site.name: site for site in read_sites(settings.data, settings.table, held_out=settings.held_out,
+                                                        **reading)}
+        name = settings.partition or settings.name
+        if name not in sites:
+            raise ValueError(f"{settings.table} has no site {name!r}, only {list(sites)}; set partition = \"…\"")
+        return replace(sites[name], name=settings.name, card=card)
+    found = read_cohort(settings.data, **reading)
     labelled = [patient for patient in found.ids if found.files[patient].label is not None]
     train, val = split_patients(labelled, held_out=settings.held_out, seed=0, site=settings.name)
     return Site(name=settings.name, train=list(map(found.read, train)), val=list(map(found.read, val)), card=card)
 
 
 def write_settings(folder: Path | str, *, name: str, data: Path | str, **given: Any) -> Path:
-    """Makes a site's folder with a commented site.toml. See `fedlab.apps.cli_site`.
+    """Makes a site's folder with a commented site.toml; `given` are fields of `SiteSettings`.
 
     Raises:
         RunError: the folder exists and is not empty.
@@ -126,13 +125,10 @@ def write_settings(folder: Path | str, *, name: str, data: Path | str, **given: 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty and is left as it is; choose another folder")
-    path = folder / _FILE
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "techniques").mkdir(exist_ok=True)
     optional = {key: _toml(value) for key, value in given.items() if value is not None}
-    path.write_text(filled_in("fedlab.deploy", "site.toml", name=_toml(name), data=_toml(Path(data)), given=optional),
-                    encoding="utf-8")
-    return path
+    (folder / "techniques").mkdir(parents=True, exist_ok=True)
+    return write_new(folder / _FILE, filled_in("fedlab.deploy", "site.toml", name=_toml(name), data=_toml(Path(data)),
+                                               given=optional).encode())
 
 
 def enter_approved(folder: Path | str, module: str, digest: str) -> None:

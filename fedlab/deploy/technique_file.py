@@ -14,7 +14,6 @@ from fedlab.core.errors import RunError
 
 __all__ = ["source_of"]
 
-_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _COMPUTING = (ast.Call, ast.Await, ast.Yield, ast.NamedExpr, ast.ListComp, ast.DictComp)
 
 
@@ -22,10 +21,15 @@ _COMPUTING = (ast.Call, ast.Await, ast.Yield, ast.NamedExpr, ast.ListComp, ast.D
 class _Piece:
     """A statement at the top of a cell: its text, the names that it defines, and the names that it needs."""
 
+    statement: ast.stmt
     text: str
     names: frozenset[str]
     needs: frozenset[str] = frozenset()
-    kind: str = "plain"  # or "import", "class", or "computed": importing it would compute something
+    computed: bool = False  # importing it would compute something
+
+    @property
+    def imported(self) -> bool:
+        return isinstance(self.statement, ast.Import | ast.ImportFrom)
 
 
 def source_of(notebook: Path | str, name: str) -> str:
@@ -41,9 +45,9 @@ def source_of(notebook: Path | str, name: str) -> str:
             not defined.
     """
     pieces = list(_pieces(Path(notebook)))
-    last = {given: piece for piece in pieces for given in piece.names}
+    last = {defined: piece for piece in pieces for defined in piece.names}
     if name not in last:
-        offered = sorted(n for n, piece in last.items() if piece.kind == "class")
+        offered = sorted(n for n, piece in last.items() if isinstance(piece.statement, ast.ClassDef))
         raise RunError(f"{notebook} defines no {name!r} at the top of a cell; its classes are "
                        f"{', '.join(offered) or 'none'}")
     wanted, left = {last[name]}, [last[name]]
@@ -53,17 +57,17 @@ def source_of(notebook: Path | str, name: str) -> str:
             if found is None and not hasattr(builtins, needed):
                 raise RunError(f"{name} uses {needed!r}, which no cell of {notebook} defines by name; import or define "
                                "it there, by its name and not with *")
-            if found is not None and found.kind == "computed":
+            if found is not None and found.computed:
                 raise RunError(f"{name} uses {needed!r}, which the notebook computes ({found.text[:60]!r}): a file "
                                "must not compute when it is imported. Make it an argument of the constructor, or a "
                                "plain constant")
             if found is not None and found not in wanted:
                 wanted.add(found)
                 left.append(found)
-    imports = sorted({piece.text for piece in wanted if piece.kind == "import"})
-    others = [piece.text for piece in pieces if piece in wanted and piece.kind != "import"]
-    head = [f'"""{name}, from the notebook {Path(notebook).name}."""', "from __future__ import annotations"]
-    return "\n\n".join([*head, *(["\n".join(imports)] if imports else [])]) + "\n\n\n" + "\n\n\n".join(others) + "\n"
+    imports = "\n".join(sorted({piece.text for piece in wanted if piece.imported}))
+    head = [f'"""{name}, from the notebook {Path(notebook).name}."""', "from __future__ import annotations", imports]
+    others = [piece.text for piece in pieces if piece in wanted and not piece.imported]
+    return "\n\n\n".join(["\n\n".join(filter(None, head)), *others]) + "\n"
 
 
 def _pieces(notebook: Path) -> Iterator[_Piece]:
@@ -100,25 +104,21 @@ def _read(statement: ast.stmt, code: str) -> Iterator[_Piece]:
             one = ast.Import([alias]) if isinstance(statement, ast.Import) else ast.ImportFrom(
                 statement.module, [alias], statement.level)
             name = alias.asname or alias.name.partition(".")[0]
-            yield _Piece(text=ast.unparse(one), names=frozenset({name}), kind="import")
+            yield _Piece(statement=statement, text=ast.unparse(one), names=frozenset({name}))
         return
     # The statement as it stands in the cell, with its decorators.
     first = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", []))])
     text = "\n".join(code.splitlines()[first - 1:statement.end_lineno]).rstrip()
-    if isinstance(statement, _DEFINITIONS):
-        kind = "class" if isinstance(statement, ast.ClassDef) else "plain"
-        yield _Piece(text=text, names=frozenset({statement.name}), needs=_needs(text) - {statement.name}, kind=kind)
-    elif isinstance(statement, ast.Assign | ast.AnnAssign):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        names = frozenset(n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
-        computed = any(isinstance(node, _COMPUTING) for node in ast.walk(statement))
-        yield _Piece(text=text, names=names, needs=_needs(text) - names, kind="computed" if computed else "plain")
-    else:  # loops, with-blocks and the like define names by computing
-        yield _Piece(text=text, kind="computed", names=frozenset(
-            n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)))
+    if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        names, computed = frozenset({statement.name}), False
+    else:  # of loops, with-blocks and the like all names count as computed
+        names = frozenset(n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        computed = not isinstance(statement, ast.Assign | ast.AnnAssign) or any(
+            isinstance(node, _COMPUTING) for node in ast.walk(statement))
+    yield _Piece(statement=statement, text=text, names=names, needs=_global_names(text) - names, computed=computed)
 
 
-def _needs(text: str) -> frozenset[str]:
+def _global_names(text: str) -> frozenset[str]:
     """Names that a statement takes from the module around it, at any depth."""
     def names(table: symtable.SymbolTable) -> Iterator[str]:
         top = table.get_type() == "module"

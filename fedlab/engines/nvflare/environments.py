@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError
 from fedlab.core.types import Round, Site
 from fedlab.deploy.plan import Plan
+from fedlab.deploy.weights_file import save_run_weights
 from fedlab.engines.nvflare.admin import Admin, watch
 from fedlab.engines.nvflare.kits import begin, check_site_names, class_rules, free_port, make_kits, need_nvflare, stop
 from fedlab.engines.nvflare.run_folder import FinishedRounds, SavedRun
@@ -185,7 +185,7 @@ class Production:
                    f"{finished.seconds:.1f} s{absent}")
         for last in kept.since(max(0, len(kept) - 1)):
             weights = folder / "weights.safetensors"
-            save_file({name: tensor.contiguous() for name, tensor in last.state.params.items()}, weights)
+            save_run_weights(weights, last.state.params, plan=saved.plan)
             yield f"weights after round {last.number + 1}: {weights}"
 
 
