@@ -86,10 +86,10 @@ def _with_options(text: str, options: argparse.Namespace) -> str:
     text = re.sub(r" \(--[a-z-]+( on the command line)?\)", "", text.replace("broken='skip'", "skip_broken"))
     for name, option in options.options.items():
         keyword = "spacing_mm" if name == "spacing" else name
-        # "seed=3", "seed is" at the beginning, and a word with an underscore wherever it stands.
-        bare = rf"{keyword}(?![\w/-])" if "_" in keyword else rf"^{keyword}(?= (?:is|must|lies) )"
-        text = re.sub(rf"(?<![\w/.-])(?:{keyword}(=)|{bare})",
-                      lambda match, option=option: f"{option} " if match[1] else option, text)
+        text = re.sub(rf"(?<![\w/.-]){keyword}=", f"{option} ", text)
+        # Without "=" only a word with an underscore, or one that a message begins with, is a keyword.
+        bare = rf"(?<![\w/.-]){keyword}(?![\w/-])" if "_" in keyword else rf"^{keyword}(?= (?:is|must|lies) )"
+        text = re.sub(bare, option, text)
     return text
 
 

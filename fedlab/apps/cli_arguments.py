@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FLAG", "LAYOUT", "READING", "REQUIRED_PATH", "Arguments", "add_command", "add_group", "help_texts", "new_path",
-           "read_shape"]
+__all__ = ["FLAG", "LAYOUT", "READING", "REQUIRED_PATH", "Arguments", "add_command", "add_group", "help_texts",
+           "new_path", "read_shape"]
 
 #: Settings of an argument for argparse's `add_argument`, by its name, or names separated by spaces.
 Arguments = Mapping[str, Mapping[str, Any]]

@@ -297,15 +297,16 @@ def _make(plan: Json, load: Load) -> Any:
             return [_make(item, load) for item in plan]
         case {"name": str() as name}:
             return _found(name, load)
-        case ({"make": str() as name, "with": dict() as settings}
-              | {"partial": str() as name, "with": dict() as settings}):
+        case {"with": dict() as settings, **others}:
+            ((word, full),) = others.items()
+            name = str(full)
             target, given = _found(name, load), {key: _make(item, load) for key, item in settings.items()}
-            bind = inspect.Signature.bind if "make" in plan else inspect.Signature.bind_partial
+            bind = inspect.Signature.bind if word == "make" else inspect.Signature.bind_partial
             try:
                 bind(inspect.signature(target), **given)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name} takes other settings than {sorted(given)}: {error}") from error
-            return _called(name, target, given) if "make" in plan else partial(target, **given)
+            return _called(name, target, given) if word == "make" else partial(target, **given)
     return plan  # a plain value; `check_plain` lets nothing else through
 
 
@@ -337,9 +338,9 @@ def _found(full: str, load: Load) -> Any:
                            "are defined")
     package = module_name.partition(".")[0]
     if package in _PACKAGES and name not in _LISTED.get(module_name, ()):
-        wanted: Any = Privacy | FedAvg | Aggregation if package == "fedlab" else torch.optim.Optimizer
-        if not isinstance(found, type) or not (
-                follows(found, Topology) if module_name.startswith("fedlab.topologies.") else issubclass(found, wanted)):
+        kind: Any = Privacy | FedAvg | Aggregation if package == "fedlab" else torch.optim.Optimizer
+        topology = module_name.startswith("fedlab.topologies.")
+        if not isinstance(found, type) or not (follows(found, Topology) if topology else issubclass(found, kind)):
             raise _no_place(full)
     return found
 

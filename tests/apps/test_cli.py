@@ -81,8 +81,8 @@ def test_a_foreign_folder_is_not_resumed(tmp_path, capsys):
     (["--sites", "4", "--patients", "9"], "use 8 patients"),
     (["--full", "--patients", "20"], "at least 26 patients"),
     (["--full", "--sites", "0"], "at least one site, got 0"),
-    (["--rounds", "0"], "rounds is a positive whole number"),
-    (["--steps", "0"], "steps is a positive whole number"),
+    (["--rounds", "0"], "--rounds is a positive whole number"),
+    (["--steps", "0"], "--steps is a positive whole number"),
     (["--seed", "x"], "invalid int value"),
     (["--real", "nowhere"], "nowhere is not a folder"),
     (["--unknown"], "unrecognized arguments"),
@@ -102,7 +102,7 @@ def test_wrong_arguments_of_run(tmp_path, capsys):
     assert "--sites" in refused(capsys, "run", "--data", empty, "--out", out)
     table.write_text("site,patient\n1,A\n")
     assert "no column Partition_ID" in refused(capsys, "run", "--data", empty, "--sites", table, "--out", out)
-    assert "spacing_mm" in refused(capsys, "run", "--data", empty, "--sites", table, "--spacing", "0", "--out", out)
+    assert "--spacing" in refused(capsys, "run", "--data", empty, "--sites", table, "--spacing", "0", "--out", out)
     assert not out.exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -93,10 +94,19 @@ def test_the_terminal_shows_the_same_figures(demo):
     assert "Only 4 patients were held out and 6 trained on: nothing generalises from so few" in demo.printed
 
 
+def test_every_place_with_a_dice_says_how_empty_regions_counted(demo):
+    rule = summary_of(demo.folder)["empty_regions"]
+    assert rule.startswith("BraTS rule: a region that both reference and prediction lack has Dice 1")
+    assert rule in demo.printed
+    page = html.unescape((demo.folder / "report.html").read_text(encoding="utf-8"))
+    assert f"Every Dice on this page counts empty regions alike. For the federated model: {rule}" in page
+    assert rule in (demo.folder / "model_card.md").read_text(encoding="utf-8")
+
+
 def test_the_summary_has_exactly_the_promised_keys(demo):
     found = summary_of(demo.folder)
-    assert set(found) == {"dice", "thresholding", "seconds", "patients", "sites", "rounds", "seed", "weights_sha256",
-                          "versions"}
+    assert set(found) == {"dice", "empty_regions", "thresholding", "seconds", "patients", "sites", "rounds", "seed",
+                          "weights_sha256", "versions"}
     assert set(found["dice"]) == set(ARMS)
     assert all(set(found["dice"][arm]) == {"WT", "TC", "ET", "mean"} for arm in ARMS)
     assert set(found["thresholding"]) == {"WT"} and 0 < found["thresholding"]["WT"] < 1

@@ -12,12 +12,23 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.networks.nets import BasicUNet
+from safetensors.torch import save_file
 
 from fedlab.apps.cli import main
 from fedlab.apps.evaluation import describe_evaluation, evaluate_folder
 from fedlab.core.errors import DataError, RunError
+from fedlab.core.regions import labels_to_regions
 from fedlab.core.weights import trainable, weights_sha256
+from fedlab.data.readers.conventions import CONVENTIONS, describe, from_internal
+from fedlab.deploy.plan import Plan, built
+from fedlab.deploy.weights_file import save_run_weights
+from fedlab.privacy.base import Privacy
+from fedlab.strategies.averaging import FedAvg
+from fedlab.topologies import star
 from fedlab.training.networks import load_model
+from fedlab.training.trainer import SiteTrainer
+from folders import write_patient
 from runs import command, contents, finished_demo
 
 
@@ -99,8 +110,10 @@ def test_scores_are_those_of_the_written_predictions(evaluated, scans):
 
 def test_the_summary_says_what_was_evaluated(evaluated, demo):
     found = json.loads((evaluated[0] / "summary.json").read_text())
-    assert set(found) == {"patients", "labelled", "spacing_mm", "model_sha256", "dice", "hd95_mm", "empty_regions"}
+    assert set(found) == {"patients", "labelled", "label_conventions", "spacing_mm", "model_sha256", "dice", "hd95_mm",
+                          "empty_regions"}
     assert (found["patients"], found["labelled"], found["spacing_mm"]) == (3, 2, 3.0)
+    assert found["label_conventions"] == {"brats2021": "1 core, 2 oedema, 4 enhancing"}
     assert found["model_sha256"] == json.loads((demo / "summary.json").read_text())["weights_sha256"]
     assert set(found["hd95_mm"]) == {"WT", "TC", "ET", "mean"} and "373.13" in found["empty_regions"]
 
@@ -110,6 +123,53 @@ def test_a_patient_without_a_label_gets_a_prediction_and_no_score(evaluated):
     assert len(rows) == 3
     assert all(row["dice"] == row["hd95_mm"] == row["reference_ml"] == "" for row in rows)
     assert any(float(row["predicted_ml"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_predictions_have_the_values_of_the_folders_own_convention(demo, tmp_path, monkeypatch, capsys, convention):
+    path = write_patient(tmp_path / "scans", "P1") / "P1_seg.nii.gz"
+    image = nibabel.load(path)
+    stored = from_internal(np.asanyarray(image.dataobj).astype(np.uint8), convention)
+    path.unlink()
+    nibabel.save(nibabel.Nifti1Image(stored, image.affine), path)
+    write_patient(tmp_path / "scans", "P2", label=False)
+    # A perfect model at the scans' own voxel size: the prediction is what the expert has drawn.
+    monkeypatch.setattr("fedlab.apps.evaluation._load", lambda file, spacing_mm: (load_model(file)[0], 1.0))
+    monkeypatch.setattr("fedlab.apps.evaluation.predict", lambda model, patient: labels_to_regions(
+        patient.label if patient.label is not None else torch.zeros(patient.image.shape[1:])).float())
+    assert main(["evaluate", str(demo / "model.safetensors"), "--data", str(tmp_path / "scans"), "--label-convention",
+                 convention, "--out", str(tmp_path / "out")]) == 0
+    written = nibabel.load(tmp_path / "out" / "P1_pred.nii.gz")
+    assert np.array_equal(np.asanyarray(written.dataobj), stored)
+    meaning = describe(convention)
+    assert written.header["descrip"].item().decode() == f"fedlab, labels {convention}: {meaning}"[:79]
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert found["label_conventions"] == {convention: meaning} and found["dice"]["mean"] == 1.0
+    assert f"values of the label maps: {convention}: {meaning}" in capsys.readouterr().out
+
+
+def test_weights_of_a_submitted_run_are_evaluated_at_the_voxel_size_that_is_given(demo, scans, tmp_path, capsys):
+    for number, model in enumerate((load_model(demo / "model.safetensors")[0], built(
+            BasicUNet, spatial_dims=3, in_channels=4, out_channels=3, features=(8, 8, 8, 8, 8, 8)))):
+        plan = Plan.of(trainer=SiteTrainer(model=model, steps=1), strategy=FedAvg(), privacy=Privacy(), topology=star,
+                       admission=None, rounds=1, seed=0, sites=["a"])
+        params = {name: tensor + 0.01 for name, tensor in trainable(model).items()}
+        weights = tmp_path / f"{number}" / "weights.safetensors"
+        weights.parent.mkdir()
+        save_run_weights(weights, params, plan=plan)
+        arguments = ["evaluate", str(weights), "--data", str(scans), "--out", str(tmp_path / f"out{number}")]
+        assert main(arguments) == 1
+        assert "does not state the voxel size that it was trained at; pass --spacing" in capsys.readouterr().err
+        assert main([*arguments, "--spacing", "3"]) == 0
+        found = json.loads((tmp_path / f"out{number}" / "summary.json").read_text())
+        assert found["model_sha256"] == weights_sha256(params) and found["spacing_mm"] == 3.0
+
+
+def test_weights_of_a_network_from_a_users_file_are_refused_with_the_reason(demo, scans, tmp_path, capsys):
+    header = {"format": "fedlab-weights-1", "model": json.dumps({"make": "cohorts:TinyNet", "with": {}})}
+    save_file({"x": torch.ones(1)}, tmp_path / "weights.safetensors", metadata=header)
+    assert main(["evaluate", str(tmp_path / "weights.safetensors"), "--data", str(scans)]) == 1
+    assert "load the weights with safetensors in Python" in capsys.readouterr().err
 
 
 def test_without_any_label_there_is_no_score(demo, scans, tmp_path):

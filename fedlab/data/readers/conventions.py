@@ -18,8 +18,8 @@ import numpy as np
 from fedlab.core.errors import DataError
 from fedlab.data.readers.nifti import read_volume
 
-__all__ = ["CONVENTIONS", "Convention", "check_convention", "count_values", "detect_convention", "file_values",
-           "to_internal", "wrong_values"]
+__all__ = ["CONVENTIONS", "Convention", "check_convention", "convention_of_layout", "count_values", "describe",
+           "detect_convention", "file_values", "from_internal", "to_internal", "wrong_values"]
 
 #: Label conventions: value in the file -> label inside fedlab (1 core, 2 oedema, 4 enhancing, 0 no tumour).
 CONVENTIONS: Mapping[str, Mapping[int, int]] = {
@@ -123,6 +123,34 @@ def to_internal(array: np.ndarray, convention: str) -> np.ndarray:
             here = np.abs(array - value) < _TOLERANCE if array.dtype.kind == "f" else array == value
             np.copyto(label, inside, where=here)
     return label
+
+
+def from_internal(label: np.ndarray, convention: str) -> np.ndarray:
+    """Labels 0, 1, 2 and 4 in the values of a convention, uint8, same shape: the inverse of `to_internal`.
+
+    Where two values of the convention have one meaning, the first is written.
+    """
+    table = np.zeros(5, dtype=np.uint8)
+    for value, inside in reversed(list(CONVENTIONS[convention].items())):
+        table[inside] = value
+    return np.asarray(table[label])
+
+
+def describe(convention: str, values: Collection[float] | None = None) -> str:
+    """The meaning of the values of a convention, such as "1 core, 2 oedema, 4 enhancing".
+
+    Args:
+        convention: one of `CONVENTIONS`.
+        values: the values to describe; None for all but 0.
+    """
+    table = CONVENTIONS[convention]
+    chosen = table.keys() - {0} if values is None else values
+    return ", ".join(f"{value:g} {_MEANINGS[table[int(value)]]}" for value in sorted(chosen))
+
+
+def convention_of_layout(layout: str) -> str:
+    """The convention of label maps that are written into a folder of this layout in which no patient is labelled."""
+    return "msd" if layout == "msd" else _OF_LAYOUT.get(layout, "brats2021")
 
 
 def detect_convention(values: Mapping[str, Collection[float]], *, layout: str,

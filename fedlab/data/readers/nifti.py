@@ -280,8 +280,10 @@ def resample(volume: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Ten
     return torch.einsum("cxjk,ix->cijk", out, x)
 
 
-def write_label(path: str | os.PathLike[str], label: np.ndarray, *, like: Volume) -> Path:
+def write_label(path: str | os.PathLike[str], label: np.ndarray, *, like: Volume, description: str = "") -> Path:
     """Writes a uint8 label map, shape (X, Y, Z) in stored order, with the geometry of `like`.
+
+    `description` is cut to the 79 bytes that a NIfTI header has for it.
 
     Raises:
         DataError: the file exists already, its name ends neither in .nii nor in .nii.gz, or the shape differs.
@@ -294,5 +296,6 @@ def write_label(path: str | os.PathLike[str], label: np.ndarray, *, like: Volume
     image = nib.Nifti1Image(label, like.affine)
     image.set_sform(like.affine, code=like.codes[0])
     image.set_qform(like.affine, code=like.codes[1])
+    image.header["descrip"] = description.encode()[:79]
     data = image.to_bytes()
     return write_new(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data, error=DataError)

@@ -16,7 +16,14 @@ from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions, regions_to_labels
 from fedlab.core.types import MODALITIES, REGIONS, Patient
 from fedlab.data.brain import bounding_box, normalise
-from fedlab.data.readers.conventions import check_convention, count_values, to_internal, wrong_values
+from fedlab.data.readers.conventions import (
+    check_convention,
+    count_values,
+    describe,
+    from_internal,
+    to_internal,
+    wrong_values,
+)
 from fedlab.data.readers.findings import Finding, Severity, usable
 from fedlab.data.readers.nifti import (
     Volume,
@@ -397,10 +404,21 @@ def to_native(prediction: torch.Tensor, *, patient: Patient, files: PatientFiles
     return from_ras(regions_to_labels(back).numpy(), own.affine)
 
 
-def save_prediction(path: str | os.PathLike[str], label: np.ndarray, *, files: PatientFiles) -> Path:
-    """Writes labels 0/1/2/4 on the patient's own grid (from `to_native`) as uint8 NIfTI with the scan's affine.
+def save_prediction(path: str | os.PathLike[str], label: np.ndarray, *, files: PatientFiles,
+                    label_convention: str = "brats2021") -> Path:
+    """Writes labels on the patient's own grid (from `to_native`) as uint8 NIfTI with the scan's affine.
+
+    Args:
+        path: a new file.
+        label: labels 0/1/2/4.
+        files: of the patient.
+        label_convention: the convention in which the labels are written; the header's description names it.
 
     Raises:
-        DataError: `path` exists already, ends neither in .nii nor in .nii.gz, or the labels have another shape.
+        DataError: `path` exists already, ends neither in .nii nor in .nii.gz, or the labels have another shape or
+            other values.
     """
-    return write_label(path, label, like=native_volume(files))
+    if label.dtype != np.uint8 or label.max(initial=0) > 4:
+        raise DataError(f"{path}: expected uint8 labels 0, 1, 2 and 4, got {label.dtype} up to {label.max(initial=0)}")
+    return write_label(path, from_internal(label, label_convention), like=native_volume(files),
+                       description=f"fedlab, labels {label_convention}: {describe(label_convention)}")
