@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from fedlab.apps.comparison_data import Folder, Phantoms
 from fedlab.core.errors import DataError, RunError
-from fedlab.core.files import replacing, write_json
+from fedlab.core.files import locked, replacing, write_json
 from fedlab.core.regions import regions_to_labels
 from fedlab.core.settings import check_whole
 from fedlab.core.types import Patient, Round, ServerState, Site
@@ -168,21 +168,14 @@ def read_job(out: Path) -> Job:
                        "folder of an interrupted 'fedlab demo' or 'fedlab run'") from error
 
 
-@contextmanager
-def sole_use(out: Path) -> Iterator[None]:
-    """Locks a run directory for this process; the lock of a process that died does not count.
+def sole_use(out: Path) -> AbstractContextManager[None]:
+    """Locks a run directory for this process.
 
     Raises:
         RunError: another process works there.
     """
-    from filelock import FileLock, Timeout
-
-    try:
-        lock = FileLock(out / "run.lock").acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(f"another process works in {out} right now; wait until it ends, or stop it first") from error
-    with lock:
-        yield
+    return locked(out / "run.lock", RunError(f"another process works in {out} right now; wait until it ends, or stop "
+                                             "it first"))
 
 
 def run_job(job: Job, out: Path) -> Outcome:

@@ -42,11 +42,9 @@ _SPOKEN: dict[str, str] = _TEXTS["arms"]
 
 def _groups(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Rows of each compared group; local models form two, on their own and on the other sites' patients."""
-    local = scores[scores["arm"].str.startswith(_LOCAL)]
-    own = local["arm"].str.removeprefix(_LOCAL) == local["site"]
-    groups = {"federated": scores[scores["arm"] == "federated"], "centralised": scores[scores["arm"] == "centralised"],
-              "local_own": local[own], "local_others": local[~own]}
-    return {name: rows for name, rows in groups.items() if len(rows)}
+    local, own = scores["arm"].str.startswith(_LOCAL), scores["arm"] == _LOCAL + scores["site"]
+    group = scores["arm"].mask(own, "local_own").mask(local & ~own, "local_others")
+    return {name: scores[group == name] for name in _SPOKEN if (group == name).any()}
 
 
 def dice_table(scores: pd.DataFrame, *, empty: str = "brats") -> pd.DataFrame:
@@ -229,11 +227,9 @@ def _text(group: str, name: str, **values: Any) -> str:
 
 
 def _spoken_arms(scores: pd.DataFrame) -> pd.Series[str]:
-    named, groups = scores["arm"].copy(), _groups(scores)
-    for group, text in (("local_own", "local, own patients"), ("local_others", "local, other sites' patients")):
-        if group in groups:
-            named[groups[group].index] = text
-    return named
+    """The arm of each row as a figure names it."""
+    names = {"local_own": "local, own patients", "local_others": "local, other sites' patients"}
+    return pd.concat([pd.Series(names.get(group, group), index=rows.index) for group, rows in _groups(scores).items()])
 
 
 def _means(scores: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from fedlab.core.errors import FedlabError, RunError
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["append_whole", "filled_in", "replacing", "write_json", "write_new", "write_whole"]
+__all__ = ["append_whole", "filled_in", "locked", "replacing", "write_json", "write_new", "write_whole"]
 
 
 def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabError] = RunError) -> Path:
@@ -54,6 +54,19 @@ def replacing(path: Path) -> Iterator[Path]:
         else:
             scratch.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(path: Path, refusal: FedlabError) -> Iterator[None]:
+    """Holds a lock file; raises `refusal` if another process holds it. The lock of a process that died is free."""
+    from filelock import FileLock, Timeout
+
+    try:
+        lock = FileLock(path).acquire(timeout=0)
+    except Timeout as error:
+        raise refusal from error
+    with lock:
+        yield
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,7 @@ from typing import cast
 import torch
 
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
-from fedlab.core.files import write_whole
+from fedlab.core.files import locked, write_whole
 from fedlab.core.types import Failure, ServerState, Site, Spent, Tensors, Withdrawal
 from fedlab.deploy.messages import are_notes, limit_for, pack_answer, unpack_state, unpack_weights
 from fedlab.deploy.plan import Plan
@@ -60,19 +61,15 @@ class SiteHost:
 
     def __init__(self, *, site: Site, folder: Path | str, policy: SitePolicy | None = None,
                  techniques: Path | str | None = None) -> None:
-        from filelock import FileLock, Timeout
-
         self.site, self.folder = site, Path(folder)
         self.policy = policy or SitePolicy()
         self.techniques = Path(techniques or self.folder / "techniques")
         self._run: _Run | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunError(f"another process is using the site's folder {self.folder}; stop it first: two would spend "
-                           "one budget and overwrite each other's state") from error
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(self.folder / ".lock", RunError(
+            f"another process is using the site's folder {self.folder}; stop it first: two would spend one budget and "
+            "overwrite each other's state")))
 
     @classmethod
     def open(cls, folder: Path | str, *, progress: bool = True) -> SiteHost:
@@ -167,7 +164,7 @@ class SiteHost:
     def close(self) -> None:
         """Releases the folder for other processes."""
         self._run = None
-        self._lock.release()
+        self._lock.close()
 
     def __enter__(self) -> SiteHost:
         return self
