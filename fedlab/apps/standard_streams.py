@@ -12,24 +12,12 @@ from typing import Any
 __all__ = ["robust_streams"]
 
 
-class _Descriptor(io.RawIOBase):
+class _Descriptor(io.FileIO):
     """An open file descriptor; what is written after its reader has closed the pipe is dropped."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def fileno(self) -> int:
-        return self._number
-
-    def isatty(self) -> bool:
-        return os.isatty(self._number)
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, data: Any) -> int:
         try:
-            return os.write(self._number, data)
+            return super().write(data)
         except BrokenPipeError:
             return len(data)
 
@@ -43,15 +31,15 @@ def robust_streams() -> Iterator[None]:
     """
     with ExitStack() as stack:
         for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
-            present, original = getattr(sys, name), getattr(sys, f"__{name}__")
-            if present is not original:
-                continue
-            number = os.open(os.devnull, os.O_WRONLY) if present is None else present.fileno()
-            stream = io.TextIOWrapper(
-                io.BufferedWriter(_Descriptor(number)), encoding=getattr(present, "encoding", "utf-8"),
-                errors="backslashreplace", line_buffering=getattr(present, "line_buffering", True))
-            stack.callback(_flush, stream)
-            stack.enter_context(redirect(stream))
+            present = getattr(sys, name)
+            if present is getattr(sys, f"__{name}__"):  # None where the shell has closed it
+                number = os.open(os.devnull, os.O_WRONLY) if present is None else present.fileno()
+                file = io.BufferedWriter(_Descriptor(number, "w", closefd=False))
+                stream = io.TextIOWrapper(file, encoding=getattr(present, "encoding", "utf-8"),
+                                          errors="backslashreplace",
+                                          line_buffering=getattr(present, "line_buffering", True))
+                stack.callback(_flush, stream)
+                stack.enter_context(redirect(stream))
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -135,22 +136,20 @@ def enter_approved(folder: Path | str, module: str, digest: str) -> None:
     """Enters a file's SHA-256 under [policy.approved] in site.toml and leaves the rest of its text as it is.
 
     Raises:
-        ValueError: there is no such table, so it has to be entered by hand.
+        ValueError: the table is missing or of another form, so that the file has to be entered by hand.
     """
     path, line = Path(folder) / _FILE, f'{module} = "{digest}"'
     before = path.read_bytes()
     kept = [old for old in before.decode().splitlines() if old.split("=")[0].strip() != module]
-    if "[policy.approved]" not in kept:
-        raise ValueError(f"{path} has no line [policy.approved]; add one at its end, and below it: {line}")
-    kept.insert(kept.index("[policy.approved]") + 1, line)
-    write_whole(path, ("\n".join(kept) + "\n").encode())
-    try:
-        entered = read_settings(folder).policy.approved.get(module) == digest
-    except (RunError, ValueError):
-        entered = False
-    if not entered:
+    if "[policy.approved]" in kept:
+        kept.insert(kept.index("[policy.approved]") + 1, line)
+        write_whole(path, ("\n".join(kept) + "\n").encode())
+        with suppress(RunError, ValueError):
+            if read_settings(folder).policy.approved.get(module) == digest:
+                return
         write_whole(path, before)
-        raise ValueError(f"{path} has a form that this command cannot change; add to [policy.approved]: {line}")
+    raise ValueError(f"{path} has no line [policy.approved], or a form that this command cannot change; add the line "
+                     f"at its end, and below it: {line}")
 
 
 def _toml(value: Any) -> str:

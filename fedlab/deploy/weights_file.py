@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,13 +27,10 @@ _FORMAT = "fedlab-weights-1"
 
 def save_run_weights(path: Path, params: Tensors, *, plan: Plan) -> None:
     """Writes weights with the description of their network in the header."""
-    match plan.trainer:
-        case {"with": {"model": model}}:
-            header = {"format": _FORMAT, "model": json.dumps(model, sort_keys=True)}
-            with replacing(path) as scratch:
-                save_file({name: t.detach().cpu().contiguous() for name, t in params.items()}, scratch, metadata=header)
-        case _:
-            raise ValueError(f"the plan's trainer has no network: {str(plan.trainer)[:80]}")
+    trainer: Any = plan.trainer
+    header = {"format": _FORMAT, "model": json.dumps(trainer["with"]["model"], sort_keys=True)}
+    with replacing(path) as scratch:
+        save_file({name: t.detach().cpu().contiguous() for name, t in params.items()}, scratch, metadata=header)
 
 
 def load_run_weights(path: Path) -> nn.Module | None:
@@ -54,10 +52,10 @@ def load_run_weights(path: Path) -> nn.Module | None:
     try:
         described = strict_json(header["model"].encode(), sender=str(path))
         model = make(described, approve=partial(SitePolicy().approve, techniques=path.parent))
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"it describes a {type(model).__name__}")
         load_weights(model, tensors)
+        return model
     except (FedlabError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} has no network of fedlab, MONAI or torch, or other weights than its network ({error}); "
                        "for a network from a file of yours, load the weights with safetensors in Python") from error
-    if not isinstance(model, nn.Module):
-        raise RunError(f"{path} describes a {type(model).__name__}, expected a network")
-    return model
