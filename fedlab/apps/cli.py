@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlab.apps.cli_arguments import help_texts
+from fedlab.apps.cli_arguments import HELP
 from fedlab.apps.cli_data import add_data
 from fedlab.apps.cli_deploy import add_deploy
 from fedlab.apps.cli_runs import add_runs
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fedlab", description=help_texts()["about"].strip(),
+    parser = argparse.ArgumentParser("fedlab", description=HELP["about"].strip(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (add_runs, add_data, add_site, add_export, add_deploy):

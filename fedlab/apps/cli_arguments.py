@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import time
-import tomllib
 from collections.abc import Callable, Mapping
-from functools import cache, reduce
-from importlib.resources import files
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FLAG", "LAYOUT", "READING", "REQUIRED_PATH", "Arguments", "add_command", "add_group", "help_texts",
-           "new_path", "read_shape"]
+from fedlab.core.files import packaged_toml
+
+__all__ = ["FLAG", "HELP", "LAYOUT", "READING", "REQUIRED_PATH", "Arguments", "add_command", "add_group", "new_path",
+           "read_shape"]
 
 #: Settings of an argument for argparse's `add_argument`, by its name, or names separated by spaces.
 Arguments = Mapping[str, Mapping[str, Any]]
@@ -23,12 +23,8 @@ REQUIRED_PATH = {"type": Path, "required": True}
 LAYOUT: Arguments = {"--layout": {}, "--label-convention": {"metavar": "NAME"}}
 #: Arguments of commands that read patients.
 READING: Arguments = {**LAYOUT, "--skip-broken": FLAG}
-
-
-@cache
-def help_texts() -> dict[str, Any]:
-    """The content of help.toml."""
-    return tomllib.loads((files("fedlab.apps") / "help.toml").read_text(encoding="utf-8"))
+#: The texts of the command line.
+HELP = packaged_toml("fedlab.apps", "help.toml")
 
 
 def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None] | None = None,
@@ -41,11 +37,11 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
         run: does the work; returns the exit status, None for 0. None for a command that has commands of its own.
         arguments: of the command. `options` of what `run` receives has the option for each attribute.
     """
-    texts: dict[str, Any] = reduce(lambda level, word: level[word], name.split(), help_texts())
+    texts: dict[str, Any] = reduce(lambda level, word: level[word], name.split(), HELP)
     parser: argparse.ArgumentParser = commands.add_parser(
         name.split()[-1], help=texts["help"], description=texts.get("about", texts["help"]).strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    lines = {**help_texts()["shared"], **texts.get("arguments", {})}
+    lines = {**HELP["shared"], **texts.get("arguments", {})}
     options = {}
     for names, settings in (arguments or {}).items():
         first, *others = names.split()

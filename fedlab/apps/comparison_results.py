@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
-import tomllib
 from dataclasses import asdict
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ import pandas as pd
 from fedlab import __version__
 from fedlab.apps.comparison import Outcome
 from fedlab.apps.comparison_data import Folder
-from fedlab.core.files import write_json, write_whole
+from fedlab.core.files import packaged_toml, write_json, write_whole
 from fedlab.core.types import REGIONS
 from fedlab.core.weights import weights_sha256
 from fedlab.run.trace import verify
@@ -36,7 +34,7 @@ _LOCAL = "local "
 _COLUMNS = ("WT", "TC", "ET", "mean")
 #: Held-out patients below which their mean is no estimate for other patients.
 _FEW = 20
-_TEXTS: dict[str, Any] = tomllib.loads((files("fedlab.apps") / "report.toml").read_text(encoding="utf-8"))
+_TEXTS = packaged_toml("fedlab.apps", "report.toml")
 _SPOKEN: dict[str, str] = _TEXTS["arms"]
 
 
@@ -47,15 +45,10 @@ def _groups(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {name: scores[group == name] for name in _SPOKEN if (group == name).any()}
 
 
-def dice_table(scores: pd.DataFrame, *, empty: str = "brats") -> pd.DataFrame:
-    """Mean Dice of each arm: a row per arm, columns WT, TC, ET and mean.
-
-    Args:
-        scores: one row per arm, site, patient and region, as in `fedlab.apps.comparison.Outcome`.
-        empty: how empty regions count, see `fedlab.training.metrics.summary`.
-    """
+def dice_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Mean Dice of each arm (rows) for WT, TC, ET and their mean; `scores` as in `fedlab.apps.comparison.Outcome`."""
     columns = list(_COLUMNS)
-    rows = {name: summary(group, empty=empty)["dice"][columns] for name, group in _groups(scores).items()}  # type: ignore[arg-type]
+    rows = {name: summary(group)["dice"][columns] for name, group in _groups(scores).items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).astype(float)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +18,7 @@ from fedlab.core.errors import FedlabError, RunError
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["append_whole", "filled_in", "locked", "replacing", "write_json", "write_new", "write_whole"]
+__all__ = ["append_whole", "filled_in", "locked", "packaged_toml", "replacing", "write_json", "write_new", "write_whole"]
 
 
 def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabError] = RunError) -> Path:
@@ -99,6 +100,11 @@ def append_whole(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON that people can read, as a whole file."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def packaged_toml(package: str, name: str, /) -> dict[str, Any]:
+    """The content of a TOML file of a package."""
+    return tomllib.loads((files(package) / name).read_text(encoding="utf-8"))
 
 
 def filled_in(package: str, name: str, /, **values: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -239,9 +240,12 @@ class SiteHost:
         return SiteError(self.site.name, round, stage, text)
 
     def _log(self, text: str) -> None:
-        line = " ".join(text.split())
-        with (self.folder / "site.log").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.site.name}: {line}\n")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.site.name}: {' '.join(text.split())}"
+        try:
+            with (self.folder / "site.log").open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError as error:  # on a full disk too the server gets an answer, and the site's staff the reason
+            print(f"fedlab: {self.folder / 'site.log'} cannot be written ({error}); {line}", file=sys.stderr)
 
 
 def _check_state(state: ServerState, begun: _Run) -> None:

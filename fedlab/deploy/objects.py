@@ -13,11 +13,9 @@ import math
 import operator
 import re
 import sys
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial, reduce
-from importlib.resources import files
 from numbers import Number
 from types import FunctionType, ModuleType
 from typing import Any, Literal, TypeVar
@@ -27,6 +25,7 @@ import torch
 from torch import nn
 
 from fedlab.core.errors import FedlabError, PrivacyError
+from fedlab.core.files import packaged_toml
 from fedlab.core.protocols import Topology
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy, importable
@@ -47,8 +46,7 @@ _NAME = re.compile(r"(?P<module>[A-Za-z]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z]\
 _DEEPEST, _MOST, _LONGEST = 20, 20_000, 1_000_000
 _PACKAGES = ("fedlab", "monai", "torch")
 #: Names that a plan may use one by one, by module; what follows from a base class is in `_found`.
-_LISTED: Mapping[str, list[str]] = tomllib.loads(
-    (files("fedlab.deploy") / "plan_names.toml").read_text(encoding="utf-8"))
+_LISTED: Mapping[str, list[str]] = packaged_toml("fedlab.deploy", "plan_names.toml")
 
 
 def built(factory: Callable[..., _Made], **settings: Any) -> _Made:

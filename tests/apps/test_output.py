@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from fedlab.apps.cli import main
-from fedlab.apps.cli_arguments import help_texts
+from fedlab.apps.cli_arguments import HELP
+from fedlab.core.errors import RunError, SiteError
 from fedlab.data.readers.conventions import CONVENTIONS
 from fedlab.data.readers.layouts import LAYOUTS
 from folders import write_patient, write_table
@@ -193,6 +195,30 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_space(demo: Path, tmp_path: 
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
 
 
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("error", [
+    NO_SPACE, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RunError(f"the checkpoint cannot be written ({NO_SPACE})"), SiteError("a", 0, "keep", f"OSError: {NO_SPACE}")],
+    ids=lambda error: type(error).__name__)
+def test_a_full_disk_is_recognised_in_the_errors_of_libraries_and_sites(
+        error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("fedlab.apps.comparison.run_job", fail)
+    assert main(["demo", *SMALL, "--out", "run"]) == 1
+    assert capsys.readouterr().err == ("fedlab: the disk is full: run; free some space, then continue with: fedlab "
+                                       "resume run\n")
+
+
+def test_a_mistake_in_fedlab_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlab.apps.comparison.run_job", lambda *_: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        main(["demo", *SMALL, "--out", "run"])
+
+
 @pytest.mark.parametrize(("number", "words"), [
     (errno.EROFS, "the file system is read-only: x/page.html; choose a path on another one, then repeat the command"),
     (errno.EDQUOT, "the disk quota is used up: x/page.html; free some space, then repeat the command"),
@@ -234,7 +260,7 @@ def test_the_question_of_approve_needs_a_terminal(scans: Path, tmp_path: Path, m
 
 
 def test_the_help_names_every_layout_and_convention_and_no_other() -> None:
-    texts = help_texts()["shared"]
+    texts = HELP["shared"]
     layouts = texts["--layout"].split(" (")[0].replace(" or ", ", ").split(", ")
     assert layouts == list(LAYOUTS)
     named = [word for word in texts["--label-convention"].replace(",", " ").split() if word in CONVENTIONS]
@@ -246,7 +272,7 @@ def test_every_text_of_the_help_belongs_to_an_argument(capsys: pytest.CaptureFix
         with pytest.raises(SystemExit):
             main([*words.split(), "--help"])
         printed = "".join(capsys.readouterr().out.split())
-        texts: Any = help_texts()
+        texts: Any = HELP
         for word in words.split():
             texts = texts[word]
         for line in texts.get("arguments", {}).values():

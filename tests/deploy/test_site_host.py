@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -369,6 +371,25 @@ def test_the_text_of_errors_stays_in_the_sites_log(host: Any, tmp_path: Path) ->
     guarded = Clumsy() + LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)
     assert "Jane" not in str(ask(one, begin(one, plan_of(privacy=guarded)), 0).error)
     assert (tmp_path / "site" / "site.log").read_text(encoding="utf-8").count("patient-Jane-Doe") == 3
+
+
+def test_a_site_with_a_full_disk_answers_with_a_failure(host: Any, monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    one = host()
+    run = begin(one, plan_of())
+    original = Path.open
+
+    def full(path: Path, mode: str = "r", *more: Any, **settings: Any) -> Any:
+        if set(mode) & set("wa"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, mode, *more, **settings)
+
+    monkeypatch.setattr(Path, "open", full)
+    answer = ask(one, run, 0)
+    assert isinstance(answer, Failure) and "OSError" in str(answer.error)
+    assert "site.log cannot be written" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert isinstance(ask(one, run, 0), Update)
 
 
 @pytest.mark.parametrize(("step", "inbox"), [
