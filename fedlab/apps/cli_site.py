@@ -127,7 +127,8 @@ def _confirmed() -> bool:
     try:
         return input("Approve it? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError as error:
-        raise RunError("there is nobody to ask: standard input is closed; review the file and pass --yes") from error
+        raise RunError("standard input is closed, so the question has no answer; review the file and pass "
+                       "--yes") from error
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ class SiteHost:
             raise PrivacyError(f"{self.site.name} refuses: {error}") from error
         except Exception as error:
             self._log(f"could not begin a run: {type(error).__name__}: {error}")
-            raise self._told(error, "begin") from error
+            raise self._error_for_server(error, "begin") from error
         snapshots = SiteSnapshots(self.folder / "states" / plan.run, site=self.site.name, run=plan.run)
         self._run = _Run(name=plan.run, plan=plan, task=task, start=first, snapshots=snapshots)
         self._log(f"begins run {plan.run}: {plan.rounds} rounds of {len(plan.sites)} sites, {task.privacy!r}, "
@@ -136,7 +136,7 @@ class SiteHost:
             return pack_answer(Withdrawal(self.site.name, str(error)))
         except Exception as error:
             self._log(f"round {round}: failed: {type(error).__name__}: {error}")
-            return pack_answer(Failure(self.site.name, self._told(error, "keep", round or 0)))
+            return pack_answer(Failure(self.site.name, self._error_for_server(error, "keep", round or 0)))
 
     def exchange(self, run: str, step: str, inbox: Mapping[str, bytes]) -> dict[str, bytes]:
         """This site's messages, by recipient, in answer to those in its inbox, by sender; see `Aggregation.answer`.
@@ -155,7 +155,7 @@ class SiteHost:
             return {str(name): bytes(message) for name, message in sent.items()}
         except Exception as error:
             self._log(f"exchange {str(step)[:40]!r} failed: {type(error).__name__}: {error}")
-            raise self._told(error, "exchange") from error
+            raise self._error_for_server(error, "exchange") from error
 
     def spent(self) -> tuple[Spent, ...]:
         """The privacy spent in all runs, by this site's ledger on disk."""
@@ -224,7 +224,7 @@ class SiteHost:
             raise RunError(f"{self.site.name} has not begun run {str(run)[:64]!r}; send its plan first")
         return self._run
 
-    def _told(self, error: Exception, stage: str, round: int = 0) -> FedlabError:
+    def _error_for_server(self, error: Exception, stage: str, round: int = 0) -> FedlabError:
         """The error as the server receives it; the whole text stays in this site's log."""
         if isinstance(error, PrivacyError):
             return type(error)(str(error).replace(str(self.folder), "the site's folder"))
