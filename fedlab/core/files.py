@@ -18,7 +18,8 @@ from fedlab.core.errors import FedlabError, RunError
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["append_whole", "filled_in", "locked", "packaged_toml", "replacing", "write_json", "write_new", "write_whole"]
+__all__ = ["append_whole", "filled_in", "locked", "packaged_toml", "replacing", "write_json", "write_new",
+           "write_whole"]
 
 
 def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabError] = RunError) -> Path:
