@@ -169,7 +169,7 @@ class SitePolicy:
                 raise PrivacyError(f"budget: this site spends at most ε = {budget.epsilon:g} per {unit}, and "
                                    f"{privacy!r} with {aggregation!r} gives no guarantee per {unit}: the loss would "
                                    "have no bound")
-            stated = max([getattr(part, "delta", None) or 0.0 for part in parts if unit in part.units])
+            stated = max((getattr(part, "delta", None) or 0.0 for part in parts if unit in part.units), default=0.0)
             if stated > budget.delta:
                 raise PrivacyError(f"budget: this site states ε per {unit} at δ of at most {budget.delta:g}, the plan "
                                    f"has {stated:g}")
