@@ -83,6 +83,3 @@ class SiteSnapshots:
     def _write(self, number: int, state: SiteState) -> None:
         data = pack_site_state(state, site=self.site, run=self.run, number=number)
         write_whole(self._path(number), hashlib.sha256(data).digest() + data)
-
-    def __repr__(self) -> str:
-        return f"<SiteSnapshots of {self.site} in run {self.run}: before rounds {self._numbers()}>"
