@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tomllib
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -44,9 +45,13 @@ def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabEr
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file or folder beside `path` to write to, renamed into its place if the block succeeds, removed if it fails."""
-    scratch = path.with_name(path.name + ".part")
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A file or folder beside `path` to write to, renamed into its place if the block succeeds, removed if it fails.
+
+    Args:
+        shared: whether several processes may write the same file at once; each then has its own file to write to.
+    """
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part" if shared else f"{path.name}.part")
     try:
         yield scratch
         os.replace(scratch, path)

@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import nn
 
-from fedlab.core.types import Tensors
+from fedlab.core.types import Patient, Tensors
 
-__all__ = ["check_fit", "flatten", "load_weights", "matching", "trainable", "unflatten", "weights_sha256"]
+__all__ = ["check_fit", "flatten", "load_weights", "matching", "patient_sha256", "trainable", "unflatten",
+           "weights_sha256"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -59,6 +61,14 @@ def weights_sha256(params: Tensors) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def patient_sha256(patient: Patient) -> str:
+    """SHA-256 over a patient's id, image, label and affine."""
+    tensors = {"image": patient.image, "affine": torch.from_numpy(np.ascontiguousarray(patient.affine))}
+    if patient.label is not None:
+        tensors["label"] = patient.label
+    return hashlib.sha256(f"{patient.id}|{weights_sha256(tensors)}".encode()).hexdigest()
 
 
 def flatten(tensors: Tensors, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.queues import Queue
@@ -22,7 +24,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["Stopped", "Workers", "available_cores", "forkserver", "settle", "start_workers", "tell"]
+__all__ = ["Stopped", "Workers", "available_cores", "forkserver", "script_not_imported", "settle", "start_workers",
+           "tell"]
 
 _messages: Queue[Any] | None = None
 _stop: Event | None = None
@@ -45,6 +48,21 @@ def forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedlab.core.warm_imports"])
     return context
+
+
+@contextmanager
+def script_not_imported() -> Iterator[None]:
+    """A process that is started here does not run the user's script again.
+
+    So a script needs no main guard, and may be read from standard input, where there is no file to import.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    vars(main).update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 class Workers(ProcessPoolExecutor):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-__all__ = ["load", "path_of", "store"]
+from fedlab.core.files import replacing
+
+__all__ = ["file_state", "load", "path_of", "store"]
 
 
 def path_of(cache: Path, settings: str) -> Path:
@@ -31,18 +32,23 @@ def _checksum(settings: str, tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def file_state(path: Path) -> list[str | int]:
+    """Values that change when a file is written or replaced, even if its size and its time of change are set back.
+
+    The system sets inode and time of the last status change, and no program sets them back; comparing them costs some
+    microseconds. Where the system keeps no such time (Windows), it is the SHA-256 of the content.
+    """
+    state = path.stat()
+    if os.name == "posix":
+        return [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+    return [str(path.resolve()), hashlib.sha256(path.read_bytes()).hexdigest()]
+
+
 def store(cache: Path, settings: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes a cache file in one step: other processes see the whole file or none."""
     cache.mkdir(parents=True, exist_ok=True)
-    data = save(dict(tensors), metadata={"settings": settings, "checksum": _checksum(settings, tensors)})
-    handle, name = tempfile.mkstemp(dir=cache, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path_of(cache, settings))
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path_of(cache, settings), shared=True) as scratch:
+        scratch.write_bytes(save(dict(tensors), {"settings": settings, "checksum": _checksum(settings, tensors)}))
 
 
 def load(cache: Path, settings: str) -> dict[str, torch.Tensor] | None:

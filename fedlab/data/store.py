@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedlab.core.errors import DataError
+from fedlab.core.files import replacing
 from fedlab.core.types import Patient, Site
 
 __all__ = ["load_sites", "save_sites"]
@@ -30,10 +30,9 @@ def save_sites(sites: Sequence[Site], folder: Path) -> None:
                 tensors[key + "affine"] = torch.from_numpy(np.ascontiguousarray(patient.affine, dtype=np.float64))
                 if patient.label is not None:
                     tensors[key + "label"] = patient.label.contiguous()
-        order = {split: [p.id for p in patients] for split, patients in (("train", site.train), ("val", site.val))}
-        scratch = folder / f"site-{index:03d}.part"
-        save_file(tensors, scratch, metadata={"site": site.name, "order": json.dumps(order)})
-        os.replace(scratch, folder / f"site-{index:03d}.safetensors")
+        order = json.dumps({"train": [p.id for p in site.train], "val": [p.id for p in site.val]})
+        with replacing(folder / f"site-{index:03d}.safetensors") as scratch:
+            save_file(tensors, scratch, metadata={"site": site.name, "order": order})
 
 
 def load_sites(folder: Path) -> list[Site]:

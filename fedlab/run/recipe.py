@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from fedlab.core.types import Patient
-from fedlab.core.weights import weights_sha256
+from fedlab.core.weights import patient_sha256, weights_sha256
 
 __all__ = ["differences", "patients_sha256", "recipe", "recipe_sha256", "sha256_of", "versions"]
 
@@ -97,11 +97,7 @@ def versions(patient: Patient) -> tuple[int, ...]:
 def _patient_sha256(patient: Patient) -> str:
     known = _PATIENTS.get(patient)
     if known is None or known[0] != versions(patient):
-        tensors = {"image": patient.image, "affine": torch.from_numpy(np.ascontiguousarray(patient.affine))}
-        if patient.label is not None:
-            tensors["label"] = patient.label
-        content = hashlib.sha256(f"{patient.id}|{weights_sha256(tensors)}".encode()).hexdigest()
-        known = _PATIENTS[patient] = versions(patient), content
+        known = _PATIENTS[patient] = versions(patient), patient_sha256(patient)
     return known[1]
 
 

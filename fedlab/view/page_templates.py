@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from fedlab.core.text import escape_markdown
+
 if TYPE_CHECKING:
     import jinja2
 
@@ -24,10 +26,5 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("fedlab.view"), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",)))
-    environment.filters["markdown"] = _escape_markdown
+    environment.filters["markdown"] = escape_markdown
     return environment
-
-
-def _escape_markdown(text: object) -> str:
-    """One line of text without effect as Markdown, also in a table."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#!" else c for c in " ".join(str(text).split()))

@@ -22,9 +22,10 @@ from fedlab.core.errors import DataError
 from fedlab.data.readers.findings import CODES
 from fedlab.data.readers.folders import read_cohort, read_sites
 from fedlab.data.readers.inspection import inspect_folder
+from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.nifti import read_volume
-from fedlab.data.readers.tables import merge_columns
-from fedlab.data.sites.partition import read_partitioning
+from fedlab.data.readers.tables import merge_columns, read_table
+from fedlab.data.sites.partition import by_institution, read_partitioning, read_site_table
 from folders import OLD, ball, save_files, write_msd, write_paths, write_table
 
 SHAPE = (12, 14, 10)
@@ -245,6 +246,39 @@ def test_institution_tables_and_name_mappings(base, text, rows, flips):
             read_partitioning(path)
         with guarded():
             merge_columns([path], ["P0", "P1"])
+
+
+HEADS = st.lists(st.sampled_from(["Partition_ID", "Subject_ID", "PARTITION_ID", "subject id", "person", "Person", "",
+                                  "a;b", '"x"', '"', "\t", "BraTS-GLI-00001-100"]) | CELLS, min_size=1, max_size=5)
+
+
+@fuzz(300)
+@given(heading=HEADS, separator=st.sampled_from([",", ";", "\t", ";,", "|"]),
+       ending=st.sampled_from(["\n", "\r\n", "\r"]),
+       rows=st.lists(st.lists(CELLS | st.sampled_from(["1", "2", "BraTS-GLI-00001-100", "BraTS-GLI-00001-101"]),
+                              max_size=5), max_size=5),
+       encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]),
+       known=st.booleans(), cut=st.integers(0, 3), flips=st.lists(st.tuples(st.integers(0, 10**4), st.integers(1, 255)),
+                                                                  max_size=2))
+def test_separators_encodings_and_headings(heading, separator, ending, rows, encoding, known, cut, flips):
+    """Any table is read, or refused with a reason."""
+    lines = [["Partition_ID", "Subject_ID", "person"] if known else heading, *rows]
+    raw = bytearray(ending.join(separator.join(row) for row in lines).encode(encoding, "surrogatepass"))
+    for place, flip in flips:
+        if raw:
+            raw[place % len(raw)] ^= flip
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "table.csv"
+        path.write_bytes(raw[:len(raw) - cut])
+        seen["cases"] += 1
+        with guarded():
+            columns, read = read_table(path)
+            assert columns and all(set(row) == set(columns) for _, row in read)
+        with guarded():
+            sites, _ = read_site_table(path)
+            assert sites and by_institution(path, held_out=0.5).patients
+        with guarded():
+            list_patients(path)
 
 
 def test_a_damaged_table_stops_a_run_with_a_reason(base, tmp_path):

@@ -7,6 +7,8 @@ import json
 import math
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -349,6 +351,21 @@ def test_worker_processes_change_nothing(cache: Path, fresh: Path):
         assert a.id == b.id
         assert torch.equal(a.image, b.image) and torch.equal(a.label, b.label)
     assert not list(fresh.glob("*.part"))
+
+
+@pytest.mark.parametrize("from_stdin", [False, True])
+def test_a_script_without_a_main_guard_generates_with_workers(cache: Path, fresh: Path, tmp_path_factory, from_stdin):
+    settings = COARSE | {"workers": 2}
+    code = (f"import fedlab as fl\nprint('started')\nsites = fl.make_cohort(sizes=[2, 1], held_out=0, "
+            f"cache={str(fresh)!r}, **{settings!r})\nprint([len(site.train) for site in sites])\n")
+    script = tmp_path_factory.mktemp("script") / "script.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, "-" if from_stdin else str(script)], input=code if from_stdin else None,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["started", "[2, 1]"]  # no worker ran the script
+    here, there = (patients(make_cohort(sizes=[2, 1], held_out=0, cache=place, **COARSE)) for place in (cache, fresh))
+    assert all(torch.equal(a.image, b.image) for a, b in zip(here, there, strict=True))
 
 
 def cached_files(folder: Path) -> list[Path]:

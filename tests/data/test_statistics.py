@@ -408,6 +408,72 @@ def test_a_shifted_site_stands_out() -> None:
         heterogeneity([site_statistics(sites[0])])
 
 
+def tumour_site(name: str, volumes_ml: np.ndarray, *, enhancing: bool) -> Site:
+    """Patients with tumours of these volumes, in voxels of 1 ml."""
+    patients = []
+    for number, volume in enumerate(volumes_ml):
+        label = torch.zeros(16, 16, 16, dtype=torch.uint8)
+        label.view(-1)[:int(volume)] = 4 if enhancing else 1
+        patients.append(replace(blob_patient(f"{name}{number}", seed=number), label=label,
+                                affine=np.diag([10.0, 10.0, 10.0, 1.0])))
+    return Site(name, patients)
+
+
+@pytest.mark.parametrize("count", [5, 6, 8, 9, 10, 12, 15, 20, 40, 80])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_distances_of_tiny_sites_are_right_or_not_known(count: int, seed: int) -> None:
+    """Exact up to half of the sum of both standard deviations, or NaN with the reason; never 0 for different sites."""
+    rng = np.random.default_rng(seed)
+    volumes = [np.clip(median * np.exp(0.6 * rng.standard_normal(count)), 10, 250).astype(int)
+               for median in (60, 30, 60)]
+    sites = [tumour_site(name, own, enhancing=name != "b") for name, own in zip("abc", volumes, strict=True)]
+    told = [site_statistics(site, minimum=5) for site in sites]
+    report = heterogeneity(told)
+    exact = [volumes[0], np.zeros(count), volumes[2]]
+    for a, b in itertools.combinations(range(3), 2):
+        found = report.wasserstein["ET volume"][a, b]
+        true = stats.wasserstein_distance(exact[a], exact[b])
+        domain = 0.1 + 0.2 * (exact[a].mean() + exact[b].mean())  # half of a bin of half an octave
+        assert np.isnan(found) or abs(found - true) <= 0.5 * (exact[a].std() + exact[b].std()) + domain
+        assert np.isnan(found) == np.isnan(report.jensen_shannon["ET volume"][a, b])
+        if np.isnan(found):
+            assert any("the distribution of" in reason and "volume ET" in reason and "at least 5 patients" in reason
+                       for site in (a, b) for reason in report.reasons.get("abc"[site], ()))
+    if count < 10:
+        assert np.isnan(report.wasserstein["ET volume"][0]).all() and np.isnan(report.shift["ET volume"]).all()
+        assert np.isnan(report.wasserstein["WT volume"][0, 1])
+        assert "ET volume not known" in repr(report) and "not known" in report._repr_html_()
+        assert "bins of at least 5 patients are too wide" in report._repr_html_()
+    elif count == 80:
+        assert report.wasserstein["ET volume"][0, 1] == pytest.approx(exact[0].mean(), rel=0.1)
+        assert not report.reasons
+    assert report.wasserstein["FLAIR"][0, 1] < 0.1  # every patient has all intensities
+    assert [dict(each.volumes_ml["ET"].quantiles)[0.5] for each in told][1] == 0
+
+
+def test_a_site_without_a_region_is_known_to_have_none() -> None:
+    told = site_statistics(tumour_site("b", np.full(6, 40), enhancing=False), minimum=5)
+    assert (told.volumes_ml["ET"].edges, told.volumes_ml["ET"].counts) == ((0.0, 0.1), (6.0,))
+    assert not told.volumes_ml["ET"].coarse and not told.volumes_ml["WT"].coarse
+
+
+def test_coarse_distributions_stay_out_of_sums_unless_all_are() -> None:
+    rng = np.random.default_rng(0)
+    few, many = (site_statistics(tumour_site(name, np.clip(60 * np.exp(0.6 * rng.standard_normal(count)), 10, 250),
+                                             enhancing=True)) for name, count in (("few", 7), ("many", 60)))
+    assert few.volumes_ml["ET"].coarse and not many.volumes_ml["ET"].coarse
+    both = combine([few, many])
+    assert both.patients == 67 and both.volumes_ml["ET"].total == 60 and not both.volumes_ml["ET"].coarse
+    assert both.volumes_ml["ET"].mean == many.volumes_ml["ET"].mean
+    assert any(reason.startswith("few: the distribution of") for reason in both.withheld)
+    assert combine([few, replace(few, site="other")]).volumes_ml["ET"].coarse
+    assert SiteStatistics.from_json(few.to_json()) == few
+    older = json.loads(few.to_json())
+    for spread in (*older["intensity"].values(), *older["volumes_ml"].values()):
+        del spread["coarse"]  # as an earlier version wrote them
+    assert not SiteStatistics.from_json(json.dumps(older)).volumes_ml["ET"].coarse
+
+
 def test_figures_need_only_statistics() -> None:
     sites = [blob_site("a", 8, held=2), blob_site("bb", 8, shift=0.5), blob_site("ccc", 3)]
     told = [site_statistics(site) for site in sites]

@@ -13,6 +13,7 @@ from cohorts import TinyNet, blob_patient, blob_sites
 from fedlab.core.errors import DataError
 from fedlab.core.types import Site
 from fedlab.core.weights import weights_sha256
+from fedlab.data import cache, store
 from fedlab.data.store import load_sites, save_sites
 from fedlab.run.federate import federate
 from trainers import trainer
@@ -103,3 +104,22 @@ def test_damage_is_noticed(tmp_path):
             load_sites(tmp_path)
     file.write_bytes(whole)
     assert len(load_sites(tmp_path)) == 2
+
+
+def half_written(path, data):
+    with path.open("wb") as file:
+        file.write(data[:10])
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failed_write_leaves_the_former_file_and_no_other(tmp_path, monkeypatch):
+    save_sites(blob_sites((1,)), tmp_path)
+    cache.store(tmp_path, "settings", {"x": torch.ones(3)})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(store, "save_file", lambda tensors, path, metadata: half_written(path, bytes(100)))
+    with pytest.raises(OSError, match="No space left"):
+        save_sites(blob_sites((2,)), tmp_path)
+    monkeypatch.setattr("pathlib.Path.write_bytes", half_written)
+    with pytest.raises(OSError, match="No space left"):
+        cache.store(tmp_path, "settings", {"x": torch.zeros(3)})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

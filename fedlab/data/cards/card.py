@@ -21,6 +21,7 @@ import yaml
 
 from fedlab.core.errors import DataError
 from fedlab.core.files import write_new
+from fedlab.core.text import escape_markdown
 from fedlab.data.cards.croissant import croissant
 from fedlab.data.cards.schema import FIELDS, MARK, is_open, problems, read_front_matter, split_sections, summary
 from fedlab.data.readers.findings import bullets
@@ -83,7 +84,7 @@ class DataCard:
 
     def to_markdown(self) -> str:
         """The card as the content of a file; `parse` restores it."""
-        front = yaml.dump(dict(self.metadata), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=110)
+        front = yaml.dump(dict(self.metadata), Dumper=_NoAliasDumper, sort_keys=False, allow_unicode=True, width=110)
         return f"---\n{front}---\n\n{self.body}\n"
 
     @classmethod
@@ -155,7 +156,7 @@ class DataCard:
         return template.render(open=self.open, text=_markdown_html(self.body), metadata=self.metadata)
 
 
-class _PlainDumper(yaml.SafeDumper):
+class _NoAliasDumper(yaml.SafeDumper):
     """Writes repeated values out, since aliases are refused on reading."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -206,7 +207,7 @@ def fill_card(template: DataCard, statistics: SiteStatistics) -> DataCard:
               "statistics": _rows(statistics)}
     sections = [(heading, _patients(statistics) if heading == "Patients" else text)
                 for heading, text in split_sections(template.body)]
-    opening = "\n".join([f"# {_safe(name)}", *sections[0][1].splitlines()[1:]])
+    opening = "\n".join([f"# {escape_markdown(name)}", *sections[0][1].splitlines()[1:]])
     body = "\n\n".join([opening, *(f"## {heading}\n\n{text}" for heading, text in sections[1:])])
     known = {field: value for field, value in filled.items() if value}
     return replace(template, metadata={**copy.deepcopy(dict(template.metadata)), **known}, body=body)
@@ -243,11 +244,11 @@ def _patients(statistics: SiteStatistics) -> str:
     counts = ", ".join(f"{split['name']} {split['patients']}" for split in _splits(statistics))
     lines = [f"Patients: {counts}."]
     for name, table in (("Voxel size [mm]", statistics.spacing_mm), ("Voxels as read", statistics.shape)):
-        sizes = ", ".join(f"{_safe(key)}: {_number(count)} patients" for key, count in table.items())
+        sizes = ", ".join(f"{escape_markdown(key)}: {_number(count)} patients" for key, count in table.items())
         lines.append(f"{name}: {sizes or _WITHHELD}.")
     if rows := _rows(statistics):
         head = [["Quantity", "Patients", "Mean", "Standard deviation", "Median"], ["---", *["--:"] * len(_COLUMNS)]]
-        cells = [[_safe(row[column]) for column in ("quantity", *_COLUMNS)] for row in rows]
+        cells = [[escape_markdown(row[column]) for column in ("quantity", *_COLUMNS)] for row in rows]
         lines.append("\n".join(f"| {' | '.join(line)} |" for line in (*head, *cells)))
     if statistics.spent:
         lines.append("These numbers carry Laplace noise. Their cost per patient is "
@@ -256,24 +257,19 @@ def _patients(statistics: SiteStatistics) -> str:
         lines.append(f"A number of fewer than {_number(statistics.minimum)} patients is withheld; the median of a "
                      "volume is the mean of that many patients around it. These numbers carry no noise and no formal "
                      "guarantee.")
-    lines += [f"- Withheld: {_safe(reason)}" for reason in statistics.withheld]
+    lines += [f"- Withheld: {escape_markdown(reason)}" for reason in statistics.withheld]
     return "\n\n".join(lines)
-
-
-def _safe(text: str) -> str:
-    """One line of text without Markdown markup, also in a table."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#!" else c for c in " ".join(text.split()))
 
 
 def _markdown_html(text: str) -> str:
     """Markdown as HTML in which nothing is executed or loaded, and links lead to http(s) only."""
     import mistune
 
-    class Plain(mistune.HTMLRenderer):
+    class OfflineRenderer(mistune.HTMLRenderer):
         """Replaces images by their description, so that showing a card contacts no server."""
 
         def image(self, text: str, url: str, title: str | None = None) -> str:
             return f"[picture: {escape(text)}]"
 
-    rendered = mistune.create_markdown(renderer=Plain(escape=True), plugins=["table"])(text)
+    rendered = mistune.create_markdown(renderer=OfflineRenderer(escape=True), plugins=["table"])(text)
     return rendered if isinstance(rendered, str) else ""

@@ -260,7 +260,7 @@ def read_front_matter(text: str, *, where: str) -> tuple[dict[str, Any], str]:
         raise DataError(f"{where}: expected a front matter of at most {_LONGEST_FRONT} characters, got {len(front)}; "
                         "move long texts below it")
     try:
-        metadata = yaml.load(front, _PlainLoader)
+        metadata = yaml.load(front, _StrictLoader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{where}: the front matter cannot be read as YAML: {_reason(error)}") from error
     if not isinstance(metadata, dict):
@@ -268,7 +268,7 @@ def read_front_matter(text: str, *, where: str) -> tuple[dict[str, Any], str]:
     return {str(name): _dated(value) for name, value in metadata.items()}, "\n".join(lines[ends[1] + 1:]).strip()
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     """Refuses everything that plain data does not need."""
 
     depth = 0

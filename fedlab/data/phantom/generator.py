@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from fedlab.core.errors import DataError
 from fedlab.core.seeds import derive
 from fedlab.core.types import Patient, Site
-from fedlab.core.workers import start_workers
+from fedlab.core.workers import script_not_imported, start_workers
 from fedlab.data.brain import bounding_box, normalise
 from fedlab.data.cache import load, path_of, store
 from fedlab.data.phantom.anatomy import (
@@ -376,7 +376,8 @@ def _fill_cache(orders: Sequence[_Order], cache: Path, pool: Executor | None, pr
                 _make(order, cache)
                 bar.update()
             return
-        futures = [pool.submit(_make, order, cache) for order in orders]
+        with script_not_imported():
+            futures = [pool.submit(_make, order, cache) for order in orders]
         try:
             for future in as_completed(futures):
                 future.result()

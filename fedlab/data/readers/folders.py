@@ -36,7 +36,8 @@ from fedlab.data.readers.scan import (
     save_prediction,
     to_native,
 )
-from fedlab.data.sites.partition import read_partitioning, split_patients
+from fedlab.data.sites.partition import read_site_table, split_patients
+from fedlab.data.sites.persons import name_several
 
 __all__ = ["CONVENTIONS", "LAYOUTS", "Finding", "PatientFiles", "PatientFolder", "check_sites", "find_patients",
            "in_parallel", "read_cohort", "read_label", "read_patient", "read_sites", "save_prediction", "to_native"]
@@ -175,11 +176,11 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
 
     Args:
         folder, layout, label_convention, broken: as in `find_patients`.
-        table: see `read_partitioning`; patients in the folder but not in the table are left out with a warning.
+        table: see `read_site_table`; patients in the folder but not in the table are left out with a warning.
         spacing_mm: edge of the voxels in mm.
         shape: voxels of the common grid; None takes the smallest multiples of 16 that hold every brain.
-        held_out: fraction or number of patients a site holds out, see `split_patients`. A site with one
-            patient trains on it and holds none out.
+        held_out: fraction or number of patients a site holds out, see `split_patients`: all scans of a person are
+            trained on or held out. A site with one patient trains on it and holds none out.
         seed: of the split.
         cache, progress: as in `read_cohort`.
 
@@ -191,7 +192,7 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
         ValueError: options out of range.
     """
     folder = Path(folder)
-    partition = read_partitioning(table)
+    partition, same = read_site_table(table)
     found, findings = _choose(folder, partition, table, layout, label_convention, progress)
     read = partial(prepare_patient, grid=Grid(spacing_mm=spacing_mm, shape=shape, dtype=torch.float16),
                    cache=None if cache is None else Path(cache))
@@ -202,12 +203,14 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
         if patient is not None:
             patients[files.id] = patient
     good = usable(found, _once(findings), broken=broken, where=folder)
+    if progress and (several := name_several(good, same)):
+        print(f"fedlab: {table}: {several}", file=sys.stderr)
     common = shape or tuple(max(patients[name].image.shape[axis] for name in good) for axis in (1, 2, 3))
     sites = []
     for name, members in partition.items():
         own = [_pad(patients[member], common) for member in members if member in good]
         if own:
-            train, val = split_patients(own, held_out=held_out, seed=seed, site=name)
+            train, val = split_patients(own, held_out=held_out, seed=seed, site=name, same=same)
             sites.append(Site(name=name, train=train, val=val))
     return sites
 
@@ -223,7 +226,8 @@ def check_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *
         DataError: folder or table cannot be used, or patients have problems.
         ValueError: unknown options.
     """
-    found, findings = _choose(Path(folder), read_partitioning(table), table, layout, label_convention, progress=False)
+    partition, _ = read_site_table(table)
+    found, findings = _choose(Path(folder), partition, table, layout, label_convention, progress=False)
     errors = [f for f in findings if f.severity == "error"]
     if broken == "raise" or not without_errors(found, errors):
         usable(found, _once(errors), broken=broken, where=folder)

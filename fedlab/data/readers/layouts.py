@@ -25,7 +25,7 @@ from fedlab.data.readers.patient_files import (
     is_nifti,
     is_valid_id,
 )
-from fedlab.data.readers.tables import find_path_table, list_table, merge_columns
+from fedlab.data.readers.tables import TABLES, find_path_table, list_table, merge_columns
 
 __all__ = ["LAYOUTS", "list_patients"]
 
@@ -65,7 +65,7 @@ def list_patients(folder: str | os.PathLike[str], *, layout: str | None = None) 
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     folder = Path(folder)
-    if folder.suffix.lower() == ".csv" and folder.is_file():
+    if folder.suffix.lower() in TABLES and folder.is_file():
         return list_table(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected a folder with one subfolder per patient")

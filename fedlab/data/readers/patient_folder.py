@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ import torch
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import MODALITIES, Patient
+from fedlab.core.weights import patient_sha256
 from fedlab.core.workers import available_cores
-from fedlab.data.cache import load, store
+from fedlab.data.cache import file_state, load, store
 from fedlab.data.readers.conventions import Convention
 from fedlab.data.readers.findings import Finding, bullets, usable
 from fedlab.data.readers.patient_files import PatientFiles
@@ -29,6 +31,8 @@ __all__ = ["PatientFolder", "prepare_patient"]
 
 #: Changes whenever the same files would give other patients; part of every cache key.
 READER = "fedlab-reader-2"
+#: The hash of each patient that this process has read, by the settings and the state of the files that determine it.
+_CONTENT: dict[str | None, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -93,6 +97,22 @@ class PatientFolder(Sequence[Patient]):
             KeyError: an unknown id.
         """
         return replace(self, files={patient: self.files[patient] for patient in patients})
+
+    def content_sha256(self) -> str:
+        """The SHA-256 of the patients' ids, images, labels and affines, equal to that of a list of the same patients.
+
+        A patient is read for it once per process, and again when one of the files has changed.
+
+        Raises:
+            DataError: files cannot be used.
+        """
+        digest = hashlib.sha256()
+        for patient, files in self.files.items():
+            settings = _settings(files, self.grid)
+            if settings is None or settings not in _CONTENT:
+                _CONTENT[settings] = patient_sha256(self.read(patient))
+            digest.update(_CONTENT[settings].encode())
+        return digest.hexdigest()
 
     def dataset(self, *random: Callable[[Any], Any], keep: float = 1.0) -> CacheDataset:
         """A MONAI dataset that reads, resamples and normalises once, and applies random transforms on each access.
@@ -167,7 +187,7 @@ def _settings(files: PatientFiles, grid: Grid) -> str | None:
     """Everything that determines a prepared patient; None if a file's state cannot be read."""
     named = {modality: files.images[modality] for modality in MODALITIES if modality in files.images}
     try:
-        states = {name: [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        states = {name: file_state(path)
                   for name, path in ({**named, "label": files.label} if files.label else named).items()}
     except OSError:
         return None

@@ -1,8 +1,10 @@
-"""CSV tables beside scans: what they state about patients, and tables of paths in place of a layout."""
+"""Tables beside scans: what they state about patients, and tables of paths in place of a layout."""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -14,9 +16,12 @@ from fedlab.core.types import MODALITIES
 from fedlab.data.readers.findings import Finding
 from fedlab.data.readers.patient_files import Listing, PatientFiles, is_valid_id
 
-__all__ = ["find_path_table", "list_table", "merge_columns", "read_table"]
+__all__ = ["TABLES", "find_column", "find_path_table", "list_table", "merge_columns", "read_table"]
 
+#: Endings of the names of tables.
+TABLES = (".csv", ".tsv")
 _MAX_BYTES = 2**26
+_SEPARATORS = (",", ";", "\t")
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "patient": ("patient", "patientid", "id", "subject", "subjectid", "case", "caseid"),
     "FLAIR": ("flair", "t2f", "t2flair"),
@@ -28,31 +33,79 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Column names and rows of a CSV table in UTF-8, each row with its line number; cells are stripped, "" if empty.
+    """Column names and rows of a table, each row with its line number; cells are stripped, "" if empty.
 
-    Unnamed columns and rows without content are skipped.
+    The text is in UTF-8, or in UTF-16 with a byte order mark; commas, semicolons or tabs separate the cells. Unnamed
+    columns and rows without content are skipped.
 
     Raises:
-        DataError: the table cannot be read, has no header, repeats a column name, or a row has too many cells.
+        DataError: the table cannot be read, has no header, repeats a column name, a row has too many cells, or its
+            cells could be separated in two ways.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise DataError(f"{path}: {path.stat().st_size:,} bytes are too many for a table of patients")
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a CSV table in UTF-8 ({error})") from error
+        text = _decoded(path.read_bytes())
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text, path), strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as a CSV table in UTF-8 or UTF-16 ({error}); save it as CSV in "
+                        "UTF-8") from error
     columns = [name for name in header if name]
     if not columns:
         raise DataError(f"{path}: the first line contains no column name")
     if double := sorted({name for name in columns if columns.count(name) > 1}):
         raise DataError(f"{path}: two columns are named {', '.join(double)}; rename one")
     if longer := [line for line, row in rows if len(row) > len(header)]:
-        raise DataError(f"{path}: line {longer[0]} has more cells than the header has columns")
+        raise DataError(f"{path}: line {longer[0]} has more cells than the header has columns; put a cell that holds a "
+                        "separator in quotes")
     return columns, [(line, {name: cell.strip() for name, cell in zip_longest(header, row, fillvalue="") if name})
                      for line, row in rows]
+
+
+def _decoded(raw: bytes) -> str:
+    """The text of a table, without its byte order mark.
+
+    Raises:
+        UnicodeError: neither UTF-8 nor UTF-16 with a byte order mark.
+    """
+    if not raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if b"\0" in raw:
+            raise UnicodeError("it holds zero bytes, as UTF-16 without a byte order mark does")
+        return raw.decode("utf-8-sig")
+    text = raw.decode("utf-16")
+    if not any(mark in text for mark in _SEPARATORS):  # any bytes decode to letters of some script
+        raise UnicodeError("it holds no separator")
+    return text
+
+
+def _separator(text: str, path: Path) -> str:
+    """The one separator in the header, or the one that gives every row as many cells as the header.
+
+    Raises:
+        DataError: several do, or none.
+    """
+    found = [mark for mark in _SEPARATORS if mark in re.split("[\r\n]", text, maxsplit=1)[0]]
+    if len(found) < 2:
+        return found[0] if found else ","
+    lengths = {mark: {len(row) for row in csv.reader(io.StringIO(text, newline=""), delimiter=mark) if any(row)}
+               for mark in found}
+    fitting = [mark for mark in found if len(lengths[mark]) == 1 and lengths[mark] != {1}]
+    if len(fitting) != 1:
+        raise DataError(f"{path}: commas, semicolons or tabs could separate its cells; use one of them, and put cells "
+                        "that hold it in quotes")
+    return fitting[0]
+
+
+def find_column(columns: Collection[str], wanted: str) -> str | None:
+    """The column of this name, or the only one that differs in case, spaces and punctuation alone."""
+    alike = [name for name in columns if _letters(name) == _letters(wanted)]
+    return wanted if wanted in columns else alike[0] if len(alike) == 1 else None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.casefold())
 
 
 def merge_columns(tables: Collection[Path], patients: Collection[str]) -> dict[str, dict[str, str]]:
@@ -80,19 +133,18 @@ def merge_columns(tables: Collection[Path], patients: Collection[str]) -> dict[s
 
 def _meaning(columns: Collection[str]) -> dict[str, str]:
     """The column of the patient and the column of each modality's path."""
-    plain = {name: re.sub(r"[\W_]|path$|file$", "", re.sub(r"[\W_]", "", name.lower())) for name in columns}
-    return {kind: next(name for name in columns if plain[name] in names) for kind, names in _NAMES.items()
-            if any(plain[name] in names for name in columns)}
+    short = {name: re.sub("(path|file)$", "", _letters(name)) for name in columns}
+    return {kind: found[0] for kind, names in _NAMES.items() if (found := [c for c in columns if short[c] in names])}
 
 
 def find_path_table(folder: Path) -> Path | None:
-    """The only CSV file in a folder that gives paths for patients; None without one.
+    """The only table in a folder that gives paths for patients; None without one.
 
     Raises:
         DataError: there are several.
     """
     found = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES):
         try:
             meaning = _meaning(read_table(path)[0])
         except DataError:

@@ -19,7 +19,7 @@ from fedlab.core.types import MODALITIES, REGIONS, Spent
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["PERCENTILES", "QUANTILES", "RAW", "Distribution", "Domain", "SiteStatistics"]
+__all__ = ["PERCENTILES", "QUANTILES", "RAW", "Distribution", "Domain", "SiteStatistics", "wasserstein"]
 
 #: Percentiles of a patient's intensities that serve as landmarks (Nyúl et al. 2000, variant with the deciles).
 PERCENTILES = (1.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 99.0)
@@ -90,6 +90,8 @@ class Distribution:
         mean, sd: mean and standard deviation, or None if they are withheld.
         quantiles: pairs (fraction, value); of intensities the mean over patients of each patient's own quantile,
             of volumes the quantile over patients.
+        coarse: whether the bins, merged because of the minimum number of patients, are too wide to show the
+            distribution; it is then not compared with others.
 
     Raises:
         DataError: inconsistent numbers.
@@ -100,6 +102,7 @@ class Distribution:
     mean: float | None = None
     sd: float | None = None
     quantiles: tuple[tuple[float, float], ...] = ()
+    coarse: bool = False
 
     def __post_init__(self) -> None:
         numbers = [*self.counts, *(v for v in (self.mean, self.sd) if v is not None), *sum(self.quantiles, ())]
@@ -240,6 +243,17 @@ class SiteStatistics:
         return f"<p>{'<br>'.join(map(escape, lines))}</p>{table}"
 
 
+def wasserstein(one: Distribution, other: Distribution) -> float:
+    """Earth mover's distance: the area between the cumulative shares, in the unit of the edges."""
+    edges = np.array(sorted({*one.edges, *other.edges}))
+    gap = np.concatenate(([0.0], np.cumsum(one.shares(edges.tolist()) - other.shares(edges.tolist()))))
+    left, right = gap[:-1], gap[1:]
+    both = np.abs(left) + np.abs(right)
+    # If the curves cross within a bin, the area is that of two triangles.
+    area = np.where(left * right < 0, (left**2 + right**2) / np.where(both > 0, 2 * both, 1.0), both / 2)
+    return float(area @ np.diff(edges))
+
+
 def _on_simplex(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """The nearest non-negative numbers with the same sum, which removes noise added to all of them.
 
@@ -254,8 +268,8 @@ def _on_simplex(counts: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _read_distribution(*, edges: list[float], counts: list[float], mean: float | None, sd: float | None,
-                       quantiles: list[list[float]]) -> Distribution:
-    return Distribution(edges=tuple(edges), counts=tuple(counts), mean=mean, sd=sd,
+                       quantiles: list[list[float]], coarse: bool = False) -> Distribution:
+    return Distribution(edges=tuple(edges), counts=tuple(counts), mean=mean, sd=sd, coarse=bool(coarse),
                         quantiles=tuple((float(q), float(value)) for q, value in quantiles))
 
 

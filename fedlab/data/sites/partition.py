@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,27 +21,31 @@ from fedlab.core.files import write_new
 from fedlab.core.seeds import derive, generator
 from fedlab.core.types import Patient, Site
 from fedlab.data.readers.findings import bullets
-from fedlab.data.readers.tables import read_table
+from fedlab.data.readers.tables import find_column, read_table
+from fedlab.data.sites.persons import Person, group_by_person, persons_apart, several_scans
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Partition", "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution", "by_quantity",
-           "by_scanner", "read_partitioning", "sizes_from_shares", "split_patients", "tumour_types"]
+__all__ = ["Partition", "SiteTable", "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution",
+           "by_quantity", "by_scanner", "read_partitioning", "read_site_table", "sizes_from_shares", "split_patients",
+           "tumour_types"]
 
 T = TypeVar("T")
-#: The ids of one person; most have one.
-Person = tuple[str, ...]
+Groups = Sequence[frozenset[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
     """An assignment of every patient to one site and one split. The functions `by_...` create it.
 
+    All scans of a person are at one site and in one split. Who a scan is of is known from ids such as
+    BraTS-GLI-00005-101 (see `fedlab.data.sites.persons`) and from `same`.
+
     Attributes:
         train: ids of the patients to train on, by site.
         held_out: ids of the held-out patients, by site; the same sites.
-        same: groups of ids that belong to one person, for example from
+        same: further groups of ids that belong to one person, for example from
             `fedlab.data.sites.fingerprint.same_person`; ids that are at no site are ignored.
         how: the call that created it.
 
@@ -51,7 +55,7 @@ class Partition:
 
     train: Mapping[str, tuple[str, ...]]
     held_out: Mapping[str, tuple[str, ...]]
-    same: tuple[frozenset[str], ...] = ()
+    same: Groups = ()
     how: str = field(default="as given", compare=False)
 
     def __post_init__(self) -> None:
@@ -66,12 +70,7 @@ class Partition:
                 if patient in place_of:
                     problems.append(f"{patient} is at {place_of[patient]} and at {place}")
                 place_of[patient] = place
-        for person in self.same:
-            places = {place_of[patient]: patient for patient in sorted(person) if patient in place_of}
-            if len(places) > 1:
-                problems.append("one person is " + " and ".join(
-                    f"{patient} at {place}" for place, patient in places.items()))
-        if problems:
+        if problems := problems + persons_apart(place_of, self.same):
             raise DataError(f"every patient must be at one site and in one split:\n{bullets(problems)}\npass the ids "
                             "of one person as same= when the partition is created, or remove some with "
                             ".without([...])")
@@ -172,38 +171,60 @@ class Partition:
         return f"{self!r}\n{self.table().to_string()}"
 
     def __repr__(self) -> str:
+        several = len(several_scans(self.patients, self.same))
+        persons = f"; {several} persons with several scans, kept together" if several else ""
         return (f"<Partition {self.id}: {len(self.patients)} patients at {len(self.train)} sites, "
-                f"{sum(map(len, self.held_out.values()))} held out; {self.how}>")
+                f"{sum(map(len, self.held_out.values()))} held out; {self.how}{persons}>")
 
     def _repr_html_(self) -> str:
         table: str = self.table().to_html()
         return f"<p>{escape(repr(self)[1:-1])}</p>{table}"
 
 
+class SiteTable(NamedTuple):
+    """The ids of each site's patients in a table, and the groups of ids that its column `person` gives one person."""
+
+    sites: dict[str, list[str]]
+    same: Groups
+
+
 def read_partitioning(table: str | os.PathLike[str], *, site_column: str = "Partition_ID",
                       patient_column: str = "Subject_ID") -> dict[str, list[str]]:
+    """The patients of each site, as in `read_site_table`."""
+    return read_site_table(table, site_column=site_column, patient_column=patient_column).sites
+
+
+def read_site_table(table: str | os.PathLike[str], *, site_column: str = "Partition_ID",
+                    patient_column: str = "Subject_ID") -> SiteTable:
     """The patients of each site, from a CSV table such as those of FeTS (Pati et al. 2022).
 
+    A column `person` is optional: rows with the same value in it are scans of one person.
+
     Returns:
-        Patient ids by site, sites in the order of their numbers or names, ids in the order of the table.
+        Sites in the order of their numbers or names, ids in the order of the table.
 
     Raises:
-        DataError: the table cannot be read, lacks a column, has empty cells, or lists a patient twice.
+        DataError: the table cannot be read, lacks a column, has empty cells, lists a patient twice, or has scans of
+            one person at two sites: no split could keep that person out of the held-out scans of every model, and a
+            guarantee per patient would not hold for this person.
     """
     columns, rows = read_table(Path(table))
     return _by_site(table, "line", columns, rows, site_column, patient_column)
 
 
 def _by_site(table: object, unit: str, columns: Sequence[str], rows: Sequence[tuple[int, Mapping[str, str]]],
-             site_column: str, patient_column: str) -> dict[str, list[str]]:
-    if missing := [name for name in (site_column, patient_column) if name not in columns]:
+             site_column: str, patient_column: str) -> SiteTable:
+    site_key, patient_key, person_key = (find_column(columns, each) for each in (site_column, patient_column, "person"))
+    if site_key is None or patient_key is None:
+        missing = [name for name, key in ((site_column, site_key), (patient_column, patient_key)) if key is None]
         raise DataError(f"{table}: no column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}; rename "
                         f"them, or pass site_column= and patient_column=")
     sites: dict[str, list[str]] = {}
     listed: dict[str, tuple[str, int]] = {}
+    people: dict[str, set[str]] = {}
     problems: list[str] = []
     for line, row in rows:
-        site, patient = row[site_column].strip(), row[patient_column].strip()
+        site, patient, person = row[site_key].strip(), row[patient_key].strip(), row.get(person_key or "", "").strip()
         if not site or not patient:
             problems.append(f"{unit} {line}: {site_column if not site else patient_column} is empty")
         elif patient in listed:
@@ -212,58 +233,68 @@ def _by_site(table: object, unit: str, columns: Sequence[str], rows: Sequence[tu
         else:
             listed[patient] = site, line
             sites.setdefault(site, []).append(patient)
+            if person:
+                people.setdefault(person, set()).add(patient)
+    same = tuple(frozenset(person) for person in people.values() if len(person) > 1)
     if problems:
-        raise DataError(f"{table}: a patient must belong to exactly one site:\n{bullets(problems)}")
+        raise DataError(f"{table}: a patient must belong to exactly one site:\n{bullets(problems)}\ncorrect the table")
+    if apart := persons_apart({patient: f"site {site}" for patient, (site, _) in listed.items()}, same):
+        raise DataError(f"{table}: all scans of a person must be at one site:\n{bullets(apart)}\ncorrect the sites, or "
+                        "leave out all rows of that person but those of one site")
     if not sites:
         raise DataError(f"{table}: no row below its header; expected one row per patient")
-    return {site: sites[site] for site in sorted(sites, key=_by_number)}
+    return SiteTable({site: sites[site] for site in sorted(sites, key=_by_number)}, same)
 
 
 def _by_number(site: str) -> tuple[int, int, str]:
     return (0, int(site), site) if site.isdecimal() and len(site) < 19 else (1, 0, site)
 
 
-def split_patients(patients: Sequence[T], *, held_out: float, seed: int, site: str) -> tuple[list[T], list[T]]:
+def split_patients(patients: Sequence[T], *, held_out: float, seed: int, site: str,
+                   same: Groups = ()) -> tuple[list[T], list[T]]:
     """Patients to train on and held-out patients, drawn at random per (seed, site).
 
     Args:
-        patients: of one site; or their ids, or groups of ids.
-        held_out: below 1 a fraction, rounded, at least one patient unless 0; from 1 upwards a number of patients.
-            At least one patient always remains for training.
+        patients: of one site, or their ids. All scans of one person, by their ids or by `same`, are drawn together.
+        held_out: below 1 a fraction of the persons, rounded, at least one unless 0; from 1 upwards a number of persons.
+            At least one person always remains for training.
         seed: of the run.
         site: name of the site.
+        same: groups of ids that belong to one person.
 
     Raises:
         ValueError: `held_out` is negative, or above 1 and not a whole number.
     """
     if held_out < 0 or (held_out > 1 and held_out != int(held_out)):
         raise ValueError(f"held_out must be a fraction below 1 or a whole number of patients, got {held_out}")
-    count = int(held_out) if held_out >= 1 else max(round(held_out * len(patients)), 1 if held_out else 0)
-    count = min(count, len(patients) - 1)
-    order = torch.randperm(len(patients), generator=generator(seed, "split", site)).tolist()
-    chosen = set(order[:max(count, 0)])
-    return ([p for i, p in enumerate(patients) if i not in chosen], [p for i, p in enumerate(patients) if i in chosen])
+    ids = [str(getattr(patient, "id", patient)) for patient in patients]
+    people = group_by_person(ids, same)
+    count = int(held_out) if held_out >= 1 else max(round(held_out * len(people)), 1 if held_out else 0)
+    order = torch.randperm(len(people), generator=generator(seed, "split", site)).tolist()
+    chosen = {patient for index in order[:max(min(count, len(people) - 1), 0)] for patient in people[index]}
+    return ([p for p, own in zip(patients, ids, strict=True) if own not in chosen],
+            [p for p, own in zip(patients, ids, strict=True) if own in chosen])
 
 
 def by_institution(table: str | os.PathLike[str], *, held_out: float = 0.2, seed: int = 0,
-                   same: Sequence[frozenset[str]] = ()) -> Partition:
+                   same: Groups = ()) -> Partition:
     """The sites of a table of institutions such as that of FeTS, with the columns Partition_ID and Subject_ID.
 
     Args:
-        table: a CSV file.
+        table: a CSV file; see `read_site_table`.
         held_out: fraction or number of patients that each site holds out, see `split_patients`.
         seed: of the split.
-        same: groups of ids that belong to one person.
+        same: groups of ids that belong to one person, in addition to those that ids and table state.
 
     Raises:
-        DataError: see `read_partitioning` and `Partition`.
+        DataError: see `read_site_table` and `Partition`.
     """
-    how = f"by_institution({Path(table).name!r}"
-    return _partition(read_partitioning(table), how, {}, held_out, seed, same)
+    sites, persons = read_site_table(table)
+    return _partition(sites, f"by_institution({Path(table).name!r}", {}, held_out, seed, (*persons, *same))
 
 
 def by_column(table: str | os.PathLike[str] | pd.DataFrame, column: str, *, patient_column: str = "Subject_ID",
-              held_out: float = 0.2, seed: int = 0, same: Sequence[frozenset[str]] = ()) -> Partition:
+              held_out: float = 0.2, seed: int = 0, same: Groups = ()) -> Partition:
     """One site per value of a column: scanner, country, grade, or any other column of a table of patients.
 
     Args:
@@ -273,22 +304,21 @@ def by_column(table: str | os.PathLike[str] | pd.DataFrame, column: str, *, pati
         held_out, seed, same: as in `by_institution`.
 
     Raises:
-        DataError: see `read_partitioning` and `Partition`.
+        DataError: see `read_site_table` and `Partition`.
     """
     if isinstance(table, str | os.PathLike):
         name = repr(Path(table).name)
-        sites = read_partitioning(table, site_column=column, patient_column=patient_column)
+        sites, persons = read_site_table(table, site_column=column, patient_column=patient_column)
     else:
         frame = table.reset_index() if patient_column not in table and table.index.name == patient_column else table
-        text = frame.astype(object).where(frame.notna(), "").astype(str)
-        rows = [(number, {str(key): str(value) for key, value in row.items()})
-                for number, row in enumerate(text.to_dict("records"), start=1)]
-        name, sites = "table", _by_site("the table", "row", [*map(str, text.columns)], rows, column, patient_column)
-    return _partition(sites, f"by_column({name}, {column!r}", {}, held_out, seed, same)
+        text = frame.rename(columns=str).astype(object).where(frame.notna().to_numpy(), "").astype(str)
+        rows = list(enumerate(text.to_dict("records"), start=1))
+        name, (sites, persons) = "table", _by_site("the table", "row", list(text), rows, column, patient_column)
+    return _partition(sites, f"by_column({name}, {column!r}", {}, held_out, seed, (*persons, *same))
 
 
 def by_dirichlet_size(patients: Iterable[str], *, sites: int, alpha: float, at_least: int = 2, held_out: float = 0.2,
-                      seed: int = 0, same: Sequence[frozenset[str]] = ()) -> Partition:
+                      seed: int = 0, same: Groups = ()) -> Partition:
     """Patients assigned at random to sites whose sizes follow a Dirichlet distribution.
 
     Args:
@@ -301,16 +331,15 @@ def by_dirichlet_size(patients: Iterable[str], *, sites: int, alpha: float, at_l
     Raises:
         ValueError: too few patients, or alpha out of range.
     """
-    people = _people(patients, same)
-    _check_count(sites, len(people), at_least)
-    rng = np.random.default_rng(derive(seed, "partition", "dirichlet size"))
+    people = _people(patients, same, sites=sites, at_least=at_least)
+    rng = _random(seed, "dirichlet size")
     sizes = sizes_from_shares(_dirichlet(rng, alpha, sites), len(people), at_least)
-    return _partition(_flat(_assign(people, sizes, rng)), "by_dirichlet_size(patients",
+    return _partition(_assign(people, sizes, rng), "by_dirichlet_size(patients",
                       {"sites": sites, "alpha": alpha, "at_least": at_least}, held_out, seed, same)
 
 
 def by_quantity(patients: Iterable[str], *, sites: int, skew: float, at_least: int = 2, held_out: float = 0.2,
-                seed: int = 0, same: Sequence[frozenset[str]] = ()) -> Partition:
+                seed: int = 0, same: Groups = ()) -> Partition:
     """Patients assigned at random to sites of unequal size: the k-th site in proportion to k to the power of -skew.
 
     Args:
@@ -325,16 +354,14 @@ def by_quantity(patients: Iterable[str], *, sites: int, skew: float, at_least: i
     """
     if not 0.0 <= skew <= 10.0:
         raise ValueError(f"skew must be between 0 and 10, got {skew}")
-    people = _people(patients, same)
-    _check_count(sites, len(people), at_least)
+    people = _people(patients, same, sites=sites, at_least=at_least)
     sizes = sizes_from_shares(np.arange(1, sites + 1, dtype=np.float64) ** -skew, len(people), at_least)
-    rng = np.random.default_rng(derive(seed, "partition", "quantity"))
-    return _partition(_flat(_assign(people, sizes, rng)), "by_quantity(patients",
+    return _partition(_assign(people, sizes, _random(seed, "quantity")), "by_quantity(patients",
                       {"sites": sites, "skew": skew, "at_least": at_least}, held_out, seed, same)
 
 
 def by_dirichlet_type(types: Mapping[str, str], *, sites: int, alpha: float, at_least: int = 2, held_out: float = 0.2,
-                      seed: int = 0, same: Sequence[frozenset[str]] = ()) -> Partition:
+                      seed: int = 0, same: Groups = ()) -> Partition:
     """Sites with different types of patients: each type is spread over the sites by its own Dirichlet draw.
 
     As in Yurochkin et al. 2019 (arXiv:1905.12022) for classes of images. Sites that would have fewer than
@@ -351,9 +378,8 @@ def by_dirichlet_type(types: Mapping[str, str], *, sites: int, alpha: float, at_
     Raises:
         ValueError: too few patients, or alpha out of range.
     """
-    people = _people(types, same)
-    rng = np.random.default_rng(derive(seed, "partition", "dirichlet type"))
-    _check_count(sites, len(people), at_least)
+    people = _people(types, same, sites=sites, at_least=at_least)
+    rng = _random(seed, "dirichlet type")
     members: dict[str, list[Person]] = {name: [] for name in _names(sites)}
     for kind in sorted({types[person[0]] for person in people}):
         of_kind = [person for person in people if types[person[0]] == kind]
@@ -362,12 +388,12 @@ def by_dirichlet_type(types: Mapping[str, str], *, sites: int, alpha: float, at_
             members[name] += assigned
     while len(smallest := min(members.values(), key=len)) < at_least:
         smallest.append(max(members.values(), key=len).pop())
-    return _partition(_flat(members), "by_dirichlet_type(types",
+    return _partition(members, "by_dirichlet_type(types",
                       {"sites": sites, "alpha": alpha, "at_least": at_least}, held_out, seed, same)
 
 
 def by_scanner(scanners: Mapping[str, str], *, skew: float, held_out: float = 0.2, seed: int = 0,
-               same: Sequence[frozenset[str]] = ()) -> Partition:
+               same: Groups = ()) -> Partition:
     """As many sites as scanners, with the scanners' numbers of patients, from separate to fully mixed.
 
     For generated patients, where every site has its own scanner: `by_scanner({p.id: site.name for site in sites for p
@@ -384,18 +410,18 @@ def by_scanner(scanners: Mapping[str, str], *, skew: float, held_out: float = 0.
     if not 0.0 <= skew <= 1.0:
         raise ValueError(f"skew must be a share between 0 and 1, got {skew}")
     people = _people(scanners, same)
-    rng = np.random.default_rng(derive(seed, "partition", "scanner"))
+    rng = _random(seed, "scanner")
     names = [scanners[person[0]] for person in people]
     moving = rng.permutation(len(people))[:round((1 - skew) * len(people))]
     for place, source in zip(moving, rng.permutation(moving), strict=True):
         names[place] = scanners[people[source][0]]
     members = {name: [person for person, own in zip(people, names, strict=True) if own == name]
                for name in sorted(set(names), key=_by_number)}
-    return _partition(_flat(members), "by_scanner(scanners", {"skew": skew}, held_out, seed, same)
+    return _partition(members, "by_scanner(scanners", {"skew": skew}, held_out, seed, same)
 
 
 def tumour_types(patients: Iterable[Patient]) -> dict[str, str]:
-    """The type of each patient's tumour: "no enhancement", or else "small", "medium" or "large".
+    """The type of each patient's tumour: "no enhancement", or by its size "small", "medium" or "large".
 
     The sizes are terciles of the whole-tumour volume among the patients with enhancing tumour.
 
@@ -424,36 +450,27 @@ def sizes_from_shares(shares: NDArray[np.float64], people: int, at_least: int) -
     return [int(size) + at_least for size in sizes]
 
 
-def _people(patients: Iterable[str], same: Sequence[frozenset[str]]) -> list[Person]:
+def _people(patients: Iterable[str], same: Groups, *, sites: int = 1, at_least: int = 1) -> list[Person]:
     """Ids by person, in the given order.
 
     Raises:
-        DataError: an id occurs twice, or belongs to two persons.
+        DataError: an id occurs twice, or belongs to two groups.
+        ValueError: too few persons for the sites.
     """
     ids = list(patients)
-    group: dict[str, frozenset[str]] = {}
-    for person in same:
-        for patient in person:
-            if patient in group:
-                raise DataError(f"{patient} is in two groups of same=; join them")
-            group[patient] = person
-    if twice := [patient for patient, count in Counter(ids).items() if count > 1]:
-        raise DataError(f"{', '.join(twice[:5])} would be assigned twice; give each patient once")
-    people: dict[str | frozenset[str], Person] = {}
-    for patient in ids:
-        key = group.get(patient, patient)
-        people[key] = (*people.get(key, ()), patient)
-    return list(people.values())
+    for what, remedy, names in (("would be assigned twice", "give each patient once", ids),
+                                ("is in two groups of same=", "join them", [p for person in same for p in person])):
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(f"{', '.join(twice[:5])} {what}; {remedy}")
+    people = group_by_person(ids, same)
+    if sites < 1 or at_least < 1 or len(people) < sites * at_least:
+        raise ValueError(f"{sites} sites of at least {at_least} patients need {sites * at_least}, got {len(people)}; "
+                         "both must be 1 or more; lower them")
+    return people
 
 
-def _names(sites: int) -> list[str]:
-    return [f"site-{number:02d}" for number in range(1, sites + 1)]
-
-
-def _check_count(sites: int, people: int, at_least: int) -> None:
-    if sites < 1 or at_least < 1 or people < sites * at_least:
-        raise ValueError(f"{sites} sites of at least {at_least} patients need {sites * at_least}, got {people}; both "
-                         "must be 1 or more; lower them")
+def _random(seed: int, name: str) -> np.random.Generator:
+    return np.random.default_rng(derive(seed, "partition", name))
 
 
 def _dirichlet(rng: np.random.Generator, alpha: float, sites: int) -> NDArray[np.float64]:
@@ -463,25 +480,29 @@ def _dirichlet(rng: np.random.Generator, alpha: float, sites: int) -> NDArray[np
 
 
 def _assign(people: Sequence[Person], sizes: Sequence[int], rng: np.random.Generator) -> dict[str, list[Person]]:
+    """Persons in random order to sites of these sizes."""
     order = iter(rng.permutation(len(people)).tolist())
     return {name: [people[next(order)] for _ in range(size)]
             for name, size in zip(_names(len(sizes)), sizes, strict=True)}
 
 
-def _flat(members: Mapping[str, Iterable[Person]]) -> dict[str, tuple[str, ...]]:
-    return {site: tuple(patient for person in people for patient in person) for site, people in members.items()}
+def _names(sites: int) -> list[str]:
+    return [f"site-{number:02d}" for number in range(1, sites + 1)]
 
 
-def _partition(sites: Mapping[str, Iterable[str]], call: str, settings: Mapping[str, object], held_out: float,
-               seed: int, same: Sequence[frozenset[str]]) -> Partition:
+def _partition(sites: Mapping[str, Iterable[str | Person]], call: str, settings: Mapping[str, object],
+               held_out: float, seed: int, same: Groups) -> Partition:
     """The patients of each site split, the ids of a person together.
 
     Args:
+        sites: the ids, or the persons, of each site.
         call: the beginning of the call that is recorded, without its settings.
     """
-    splits = {site: split_patients(_people(members, same), held_out=held_out, seed=seed, site=site)
-              for site, members in sites.items()}
+    splits = {}
+    for site, members in sites.items():
+        ids = [patient for member in members for patient in ((member,) if isinstance(member, str) else member)]
+        splits[site] = split_patients(ids, held_out=held_out, seed=seed, site=site, same=same)
     shown = ", ".join(f"{name}={value}" for name, value in {**settings, "held_out": held_out, "seed": seed}.items())
-    return Partition(train=_flat({site: kept for site, (kept, _) in splits.items()}),
-                     held_out=_flat({site: held for site, (_, held) in splits.items()}), same=tuple(same),
+    return Partition(train={site: tuple(kept) for site, (kept, _) in splits.items()},
+                     held_out={site: tuple(held) for site, (_, held) in splits.items()}, same=tuple(same),
                      how=f"{call}, {shown})")

@@ -23,7 +23,15 @@ from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import derive
 from fedlab.core.types import MODALITIES, REGIONS, Site, Spent
-from fedlab.data.sites.distributions import PERCENTILES, QUANTILES, RAW, Distribution, Domain, SiteStatistics
+from fedlab.data.sites.distributions import (
+    PERCENTILES,
+    QUANTILES,
+    RAW,
+    Distribution,
+    Domain,
+    SiteStatistics,
+    wasserstein,
+)
 from fedlab.privacy.noise.laplace import noisy
 
 __all__ = ["ADJACENCY", "PARTS", "PERCENTILES", "QUANTILES", "RAW", "Distribution", "Domain", "SiteStatistics",
@@ -33,6 +41,9 @@ __all__ = ["ADJACENCY", "PARTS", "PERCENTILES", "QUANTILES", "RAW", "Distributio
 ADJACENCY = "add or remove one patient"
 #: One patient is counted in this many whole parts, so that a share of a patient is a whole number.
 PARTS = 2**16
+#: Merged bins show a distribution if merging moves it by at most this share of its standard deviation (earth mover's
+#: distance). So the distance between two sites is exact up to half of the sum of their standard deviations.
+COARSEST = 0.5
 _OTHER = "other"
 
 Counts = NDArray[np.int64]
@@ -207,11 +218,11 @@ def _exact(site: str, summaries: Sequence[_Summary], domain: Domain, minimum: in
         withheld.append(f"the split: fewer than {minimum} patients in a part of it")
     intensity = {}
     for name in domain.modalities:
-        bins = _merged([summary.counts[f"intensity {name}"] for summary in summaries], domain.intensity, minimum)
         mean, square = np.mean([summary.moments[name] for summary in summaries], axis=0)
         marks = np.mean([summary.landmarks[name] for summary in summaries], axis=0)
-        intensity[name] = replace(
-            bins, mean=_rounded(mean), sd=_deviation(mean, square),
+        intensity[name] = _merged(
+            [summary.counts[f"intensity {name}"] for summary in summaries], domain.intensity, minimum,
+            mean=_rounded(mean), sd=_deviation(mean, square),
             quantiles=tuple((p / 100, _rounded(mark)) for p, mark in zip(PERCENTILES, marks, strict=True)))
     labelled = [summary.volumes for summary in summaries if summary.volumes]
     volumes = {}
@@ -219,6 +230,10 @@ def _exact(site: str, summaries: Sequence[_Summary], domain: Domain, minimum: in
         withheld.append(f"volumes: fewer than {minimum} patients with, or without, a label")
     else:
         volumes = {name: _volumes([own[name] for own in labelled], domain, minimum) for name in domain.regions}
+    if coarse := [f"{kind} {name}" for kind, spreads in (("intensity", intensity), ("volume", volumes))
+                  for name, spread in spreads.items() if spread.coarse]:
+        withheld.append(f"the distribution of {', '.join(coarse)}: bins of at least {minimum} patients are too wide to "
+                        "show it")
     return SiteStatistics(
         site=site, patients=patients, train=None if hide_split else train, held_out=None if hide_split else held_out,
         intensity=intensity, volumes_ml=volumes, minimum=minimum, withheld=tuple(withheld),
@@ -234,13 +249,23 @@ def _volumes(values: Sequence[float], domain: Domain, minimum: int) -> Distribut
         first = round(q * (len(ordered) - 1) - (minimum - 1) / 2)
         if first >= 0 and first + minimum <= len(ordered):
             quantiles.append((q, _rounded(ordered[first:first + minimum].mean())))
-    bins = _merged([_histogram(np.array([v]), domain.volume_ml) for v in values], domain.volume_ml, minimum)
-    return replace(bins, mean=_rounded(ordered.mean()), sd=_rounded(ordered.std()), quantiles=tuple(quantiles))
+    return _merged([_histogram(np.array([v]), domain.volume_ml) for v in values], domain.volume_ml, minimum,
+                   mean=_rounded(ordered.mean()), sd=_rounded(ordered.std()), quantiles=tuple(quantiles))
 
 
-def _merged(counted: Sequence[Counts], edges: Sequence[float], minimum: int) -> Distribution:
-    """Patients by bin, neighbouring bins merged until at least `minimum` patients contribute to each."""
+def _merged(counted: Sequence[Counts], edges: Sequence[float], minimum: int, *, mean: float, sd: float,
+            quantiles: tuple[tuple[float, float], ...]) -> Distribution:
+    """Patients by bin, neighbouring bins merged until at least `minimum` patients contribute to each.
+
+    Outer bins without any patient are left out where the next one holds enough patients by itself.
+    """
     table = np.array([counts / counts.sum() for counts in counted])
+    finest = Distribution(edges=tuple(edges), counts=tuple(table.sum(axis=0).tolist()))
+    patients = (table > 0).sum(axis=0)
+    first, last = np.flatnonzero(patients)[[0, -1]]
+    low = first if patients[first] >= minimum else 0
+    high = last + 1 if patients[last] >= minimum else len(patients)
+    edges, table = edges[low:high + 1], table[:, low:high]
     kept, counts = [edges[0]], []
     pending = np.zeros(len(table))
     for column, edge in enumerate(edges[1:]):
@@ -252,7 +277,9 @@ def _merged(counted: Sequence[Counts], edges: Sequence[float], minimum: int) -> 
     if kept[-1] != edges[-1]:  # too few patients at the upper end belong to the bin below
         kept[-1] = edges[-1]
         counts[-1] += pending.sum()
-    return Distribution(edges=tuple(kept), counts=tuple(round(float(count), 3) for count in counts))
+    merged = Distribution(edges=tuple(kept), counts=tuple(round(float(count), 3) for count in counts), mean=mean, sd=sd,
+                          quantiles=quantiles)
+    return replace(merged, coarse=wasserstein(merged, finest) > max(COARSEST * sd, 1e-6))
 
 
 def _named(values: Iterator[str], known: Sequence[str] | None, minimum: int) -> dict[str, float]:
@@ -306,7 +333,8 @@ def combine(statistics: Sequence[SiteStatistics], *, name: str = "all sites") ->
     """The statistics of several sites as one, at the server.
 
     Counts are added, and every patient has equal weight in means and quantiles. If sites use different bins, the
-    patients of a bin are assumed to be spread evenly over it. Values that a site withholds are missing in the sums.
+    patients of a bin are assumed to be spread evenly over it. Values that a site withholds are missing in the sums, and
+    so are its distributions that are too coarse, unless all are.
 
     The ε of the result is the largest of the sites' if all of them added noise and no patient is at two sites:
     a patient is in one site's statistics only (parallel composition). If a site added no noise there is none.
@@ -329,7 +357,8 @@ def combine(statistics: Sequence[SiteStatistics], *, name: str = "all sites") ->
         spacing_mm=_tallied([own.spacing_mm for own in known]),
         shape=_tallied([own.shape for own in known]), minimum=min(own.minimum for own in statistics),
         spent=max((own.spent for own in statistics), key=lambda spent: spent[0].epsilon) if guaranteed else (),
-        withheld=(f"the patients of {', '.join(silent)}",) if silent else ())
+        withheld=(*((f"the patients of {', '.join(silent)}",) if silent else ()),
+                  *(f"{own.site}: {reason}" for own in known for reason in own.withheld)))
 
 
 def _added(numbers: Sequence[float | None]) -> float | None:
@@ -353,6 +382,7 @@ def _pooled(tables: Sequence[Mapping[str, Distribution]], *, per_patient: bool) 
     pooled = {}
     for name in dict.fromkeys(name for table in tables for name in table):
         parts = [table[name] for table in tables if name in table and table[name].total > 0]
+        parts = [part for part in parts if not part.coarse] or parts
         if not parts:
             continue
         bare = _added_up(parts)
@@ -369,7 +399,7 @@ def _added_up(parts: Sequence[Distribution]) -> Distribution:
     edges = sorted({edge for part in parts for edge in part.edges})
     counts = np.sum([part.total * part.shares(edges) for part in parts], axis=0)
     moments = [(p.mean, p.mean**2 + p.sd**2) for p in parts if p.mean is not None and p.sd is not None]
-    bare = Distribution(edges=tuple(edges), counts=tuple(counts.tolist()))
+    bare = Distribution(edges=tuple(edges), counts=tuple(counts.tolist()), coarse=any(part.coarse for part in parts))
     if len(moments) < len(parts):
         return bare
     mean, square = np.average(moments, axis=0, weights=[part.total for part in parts])
