@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import fedlab
 from fedlab.core.errors import DataError
 from fedlab.core.types import Site
 from fedlab.data.cache import path_of
@@ -361,6 +363,7 @@ def test_a_script_without_a_main_guard_generates_with_workers(cache: Path, fresh
     script = tmp_path_factory.mktemp("script") / "script.py"
     script.write_text(code)
     done = subprocess.run([sys.executable, "-" if from_stdin else str(script)], input=code if from_stdin else None,
+                          env={**os.environ, "PYTHONPATH": str(Path(fedlab.__file__).parents[1])},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["started", "[2, 1]"]  # no worker ran the script

@@ -445,7 +445,7 @@ def test_distances_of_tiny_sites_are_right_or_not_known(count: int, seed: int) -
         assert "ET volume not known" in repr(report) and "not known" in report._repr_html_()
         assert "bins of at least 5 patients are too wide" in report._repr_html_()
     elif count == 80:
-        assert report.wasserstein["ET volume"][0, 1] == pytest.approx(exact[0].mean(), rel=0.1)
+        assert report.wasserstein["ET volume"][0, 1] == pytest.approx(exact[0].mean(), rel=0.15)
         assert not report.reasons
     assert report.wasserstein["FLAIR"][0, 1] < 0.1  # every patient has all intensities
     assert [dict(each.volumes_ml["ET"].quantiles)[0.5] for each in told][1] == 0

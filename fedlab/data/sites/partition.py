@@ -311,9 +311,11 @@ def by_column(table: str | os.PathLike[str] | pd.DataFrame, column: str, *, pati
         sites, persons = read_site_table(table, site_column=column, patient_column=patient_column)
     else:
         frame = table.reset_index() if patient_column not in table and table.index.name == patient_column else table
-        text = frame.rename(columns=str).astype(object).where(frame.notna().to_numpy(), "").astype(str)
-        rows = list(enumerate(text.to_dict("records"), start=1))
-        name, (sites, persons) = "table", _by_site("the table", "row", list(text), rows, column, patient_column)
+        text = frame.astype(object).where(frame.notna(), "").astype(str)
+        rows = [(number, {str(key): str(value) for key, value in row.items()})
+                for number, row in enumerate(text.to_dict("records"), start=1)]
+        name, (sites, persons) = "table", _by_site("the table", "row", [*map(str, text.columns)], rows, column,
+                                                   patient_column)
     return _partition(sites, f"by_column({name}, {column!r}", {}, held_out, seed, (*persons, *same))
 
 
