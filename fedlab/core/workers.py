@@ -56,13 +56,13 @@ def script_not_imported() -> Iterator[None]:
 
     So a script needs no main guard, and may be read from standard input, where there is no file to import.
     """
-    main = sys.modules["__main__"]
-    hidden: dict[str, Any] = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
-    vars(main).update(dict.fromkeys(hidden))
+    main = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main |= dict.fromkeys(hidden)
     try:
         yield
     finally:
-        vars(main).update(hidden)
+        main |= hidden
 
 
 class Workers(ProcessPoolExecutor):

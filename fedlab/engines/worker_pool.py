@@ -6,11 +6,9 @@ import gc
 import itertools
 import os
 import signal
-import sys
 import traceback
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,7 +18,7 @@ import torch
 
 from fedlab.core.errors import FedlabError, RunError, SiteError
 from fedlab.core.types import Answer, Failure, Site, SiteState
-from fedlab.core.workers import forkserver, settle
+from fedlab.core.workers import forkserver, script_not_imported, settle
 from fedlab.engines.shared_tensors import SharedObject
 from fedlab.run.local import answer_of
 from fedlab.run.recipe import versions
@@ -175,7 +173,7 @@ class Pool:
             connection, for_worker = context.Pipe()
             process = context.Process(target=_serve, args=(for_worker, self._visible[place % len(self._visible)]),
                                       name=f"fedlab-site-worker-{place}", daemon=True)
-            with _script_not_imported():
+            with script_not_imported():
                 process.start()
             for_worker.close()
             self._workers.append(_Worker(process=process, connection=connection, place=place))
@@ -275,21 +273,6 @@ def _shared(value: Any, what: str) -> SharedObject:
     except Exception as error:  # whatever the user's objects raise
         raise ValueError(f"{what} cannot be sent to a worker process ({type(error).__name__}: {error}); keep open "
                          "files, locks and generators out of it, or say engine=Local()") from error
-
-
-@contextmanager
-def _script_not_imported() -> Iterator[None]:
-    """A process that is started here does not run the user's script again: its classes travel as code.
-
-    So a script needs no main guard, and may be read from standard input, where there is no file to import.
-    """
-    main = vars(sys.modules["__main__"])
-    hidden: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
-    main |= dict.fromkeys(hidden)
-    try:
-        yield
-    finally:
-        main |= hidden
 
 
 def _serve(connection: Connection, visible: str | None) -> None:
