@@ -82,15 +82,6 @@ class _Packed(NamedTuple):
     patients: list[tuple[Any, Any]]
 
 
-class _Order(NamedTuple):
-    """A worker's next job. Four objects follow it: the task, the site, the server's state and the site's."""
-
-    task: int
-    site: int
-    current: frozenset[int]  # numbers of all tasks and sites; a worker forgets the others
-    settings: Mapping[str, Any]
-
-
 class _AtWorker(Exception):
     """The text of an exception in a worker process, chained to the one raised in the parent."""
 
@@ -205,8 +196,8 @@ class Pool:
         if self._task is None:
             raise RunError("the workers were ended in the middle of a round; close() the engine between rounds")
         task = self._task[1]
-        current = frozenset({task.number, *(packed.number for packed in self._sites.values())})
-        worker.connection.send(_Order(task.number, site.number, current, self._settings))
+        current = {task.number, *(packed.number for packed in self._sites.values())}  # a worker forgets the others
+        worker.connection.send((task.number, site.number, current, self._settings))
         for shared in (task.shared, site.shared, state, site_state):
             shared.send(worker.connection)
 
@@ -291,20 +282,20 @@ def _serve(connection: Connection, visible: str | None) -> None:
 
 def _serve_one(connection: Connection, known: dict[int, Any]) -> None:
     """Receives an order; sends the site's answer, the text of an exception, and the site's state."""
-    order = connection.recv()
+    task_number, site_number, current, settings = connection.recv()
     received = [SharedObject.receive(connection) for _ in range(4)]
     try:
-        for number in known.keys() - order.current:
+        for number in known.keys() - current:
             del known[number]
-        for number, shared in zip((order.task, order.site), received, strict=False):
+        for number, shared in zip((task_number, site_number), received, strict=False):
             if number not in known:
                 known[number] = shared.open()
-        task, site = known[order.task], known[order.site]
+        task, site = known[task_number], known[site_number]
         state, site_state = (shared.open() for shared in received[2:])
     except Exception as error:  # of the user's own modules
         SharedObject.of((None, "".join(traceback.format_exception(error)), None)).send(connection)
         return
-    _compute_as(order.settings)
+    _compute_as(settings)
     answer, text = answer_of(site.name, lambda: task(site, state, site_state)), ""
     if isinstance(answer, Failure):
         text = "".join(traceback.format_exception(answer.error))

@@ -174,11 +174,11 @@ class KeepUpdates:
             what = task.aggregation if task.aggregation.hides_updates else task.privacy
             raise PrivacyError(f"single updates cannot be kept under {what!r}: its guarantee covers their mean only; "
                                "leave KeepUpdates out")
-        here = weights_sha256(state.params)
-        if state.models or (self._round is not None and self._round[0] == state.round and self._round[1] != here):
-            raise ValueError("a model without one site is defined for topology=star only, where all sites of a round "
-                             "start from one model")
-        self._round = state.round, here
+        star_only = ValueError("a model without one site is defined for topology=star only, where all sites of a round "
+                                "start from one model")
+        if state.models:
+            raise star_only
+        start = weights_sha256(state.params)
         note = {"format": _FORMAT, "seed": task.seed,
                 "recipe_sha256": recipe_sha256([task.trainer, task.strategy, task.privacy])}
         path = self.folder / "run.json"
@@ -193,6 +193,9 @@ class KeepUpdates:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / "start.safetensors", state.params, {})
             write_json(path, note)
+        if self._round is not None and self._round[0] == state.round and self._round[1] != start:
+            raise star_only
+        self._round = state.round, start
 
     def __repr__(self) -> str:
         return f"KeepUpdates(engine={self.engine!r}, folder={str(self.folder)!r})"

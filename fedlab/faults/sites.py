@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -152,13 +153,23 @@ class Crash(Fault):
     """Training ends with an exception in the middle of the round; nothing is sent.
 
     Args:
-        after: number of batches before the exception, at most all; by default half of them.
+        after: number of batches before the exception, from 1 to all; by default half of them.
     """
 
     after: int | None = None
 
     def in_training(self, kit: Kit) -> Kit:
-        return replace(kit, loader=_BreaksOff(kit.loader, self.after))
+        batches = len(cast("Any", kit.loader))
+        after = batches // 2 if self.after is None else self.after
+        trained = count(1)
+
+        def backward(kit_now: Kit, image: torch.Tensor, target: torch.Tensor) -> float | None:
+            loss = kit.backward(kit_now, image, target)
+            if next(trained) >= min(after, batches):
+                raise RuntimeError(f"a simulated crash after {after} batches")
+            return loss
+
+        return replace(kit, backward=backward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,24 +383,6 @@ class _FaultyTrainer:
 
     def __repr__(self) -> str:
         return repr(self.stands_for)
-
-
-class _BreaksOff:
-    """A loader that raises in the middle."""
-
-    def __init__(self, loader: Any, after: int | None) -> None:
-        self.loader = loader
-        self.after = len(loader) // 2 if after is None else after
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.loader):
-            if number >= self.after:
-                break
-            yield batch
-        raise RuntimeError(f"a simulated crash after {self.after} batches")
 
 
 def _relabelled(patient: Patient, labels: Mapping[int, int]) -> Patient:

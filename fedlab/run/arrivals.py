@@ -23,12 +23,7 @@ Void = (TooFewUpdates, NotFinite)
 
 
 class Arrivals:
-    """What the server receives in one round. It trusts no engine and no site.
-
-    Args:
-        run: the run.
-        state: before the round.
-        cohort: the sites drawn for this round.
+    """What the server receives in one round, of a cohort that was drawn. It trusts no engine and no site.
 
     Attributes:
         cohort: the sites that still take part.

@@ -23,10 +23,7 @@ def pooled(sites: Sequence[Site]) -> Site:
 def centralised(trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) -> History:
     """Trains on all data pooled, with as many gradient steps as all sites together take in a federated run.
 
-    Args:
-        trainer: as for the federated run.
-        sites: whose patients are pooled.
-        settings: rounds, seed, checkpoint, ... as for `federate`.
+    The trainer is that of the federated run; other settings, such as rounds, seed and checkpoint, go to `federate`.
     """
     load_weights(trainer.model, trainer.initial())
     if trainer.steps is not None:
@@ -35,11 +32,5 @@ def centralised(trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) ->
 
 
 def local_only(trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) -> dict[str, History]:
-    """Trains each site alone, from the same start and with the same steps as it takes in a federated run.
-
-    Args:
-        trainer: as for the federated run.
-        sites: each trained without the others.
-        settings: rounds, seed, ... as for `federate`.
-    """
+    """Trains each site alone, from the same start and with the same steps as in a federated run; see `centralised`."""
     return {site.name: federate(trainer, [site], **settings) for site in sites}

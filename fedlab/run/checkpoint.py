@@ -45,10 +45,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path | str, *, recipe: Mapping[str, Json], start: Tensors) -> Checkpoint:
-        """The checkpoint in `folder`, which is made if missing.
+        """The checkpoint in a folder that is new, empty, or of this very run.
 
         Args:
-            folder: new, empty, or of this very run.
             recipe: the content that makes a run the same run; see `fedlab.run.recipe`.
             start: the weights that the run begins with.
 

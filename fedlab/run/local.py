@@ -42,8 +42,8 @@ class Local:
         ledgers: a folder in which every site's privacy ledger outlives the run: read before each of the site's rounds
             and saved before its update is handed on; see `LedgerFile`. Without it ledgers end with the run and its
             checkpoint.
-        debug: keep the live objects of a failed site in `failed`, by its name: model, state, batch, exception and
-            more, see `FailedSite`.
+        debug: keep the live objects of a failed site in `failed`, by its name, until it fails again: model, state,
+            batch, exception and more, see `FailedSite`.
     """
 
     def __init__(self, *, ledgers: Path | str | None = None, debug: bool = False) -> None:
@@ -90,11 +90,7 @@ def answer_of(site: str, work: Callable[[], Update]) -> Answer:
 def with_ledger(ledgers: Path | None, site: str, state: SiteState, *, engine: str) -> Iterator[None]:
     """Around a site's work in a round: its ledger is read from its file before, and saved after the work succeeded.
 
-    Args:
-        ledgers: folder of the ledgers; None if the ledger is in `state` only and was never in a file.
-        site: name of the site.
-        state: of the site.
-        engine: name of the engine, for the message.
+    `ledgers` is the folder of these files; None if the ledger is in `state` only and was never in a file.
 
     Raises:
         PrivacyError: see `LedgerFile.kept`; or the ledger is in a file that the engine does not name.

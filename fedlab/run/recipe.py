@@ -48,11 +48,7 @@ _PATIENTS: weakref.WeakKeyDictionary[Patient, tuple[tuple[int, ...], str]] = wea
 
 
 def recipe(value: Any) -> Json:
-    """An object as plain data that is equal for objects that compute the same, in any process.
-
-    Args:
-        value: part of a run, such as a trainer, a technique, or a schedule defined in a notebook cell.
-    """
+    """An object as plain data that is equal for objects that compute the same, in any process."""
     return _recipe(value, ())
 
 

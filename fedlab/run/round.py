@@ -19,14 +19,7 @@ __all__ = ["Star", "Workflow", "one_round", "star"]
 
 
 def one_round(run: Run, state: ServerState) -> Round:
-    """Select, train, combine, release, step.
-
-    Args:
-        run: the parts of the run.
-        state: the server's, before the round.
-
-    Returns:
-        The finished round, with the state after it.
+    """Select, train, combine, release, step: from the server's state before a round to the finished round.
 
     Raises:
         PrivacyBudgetExhausted: every site of the cohort has withdrawn.

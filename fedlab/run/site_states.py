@@ -186,9 +186,7 @@ def _link(source: Path, target: Path) -> None:
 def pack_site_state(state: SiteState, **about: str | int) -> bytes:
     """A site's state as one safetensors file, without its secrets and the server's broadcast.
 
-    Args:
-        state: of the site.
-        about: values that must be the same when it is read, such as the run.
+    `about` are values that must be the same when it is read, such as the run.
     """
     tensors, header = _flattened(state, about)
     return save(tensors, metadata=header)
@@ -216,10 +214,8 @@ def unpack_site_state(data: bytes, *, what: str, expected: str | None = None, **
     """The state from a file of `pack_site_state`.
 
     Args:
-        data: of the file.
         what: name of the file, for the error.
         expected: SHA-256 of the data; not checked by default.
-        about: as in `pack_site_state`.
 
     Raises:
         RunError: the data are damaged, or about something else.

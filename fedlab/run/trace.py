@@ -60,9 +60,7 @@ class Trace:
             path: a new file, or the trace of this same run; a last line that a crash cut off is removed.
             recipe: the content that makes a run the same run; see `fedlab.run.recipe`.
             settings: of the run, as code.
-            sites: all that may take part.
-            start: the weights that the run began with.
-            state: from which it goes on, or None.
+            start, state: the weights that the run began with, and the state from which it goes on, if it does.
             resumable: whether the run has a checkpoint to go on from.
 
         Raises:
@@ -113,12 +111,7 @@ class Trace:
         self._model = after
 
     def end(self, *, round: int, stopped: str | None) -> None:
-        """Ends the trace, if it has not ended.
-
-        Args:
-            round: number of rounds that were run.
-            stopped: why the run ended early, if it did.
-        """
+        """Ends the trace after a number of rounds, if it has not ended; `stopped` says why the run ended early."""
         lines, _ = _complete_lines(self.path)
         if (_parse(lines[-1]) or {}).get("kind") != "end":
             self._write("end", round=round, model=self._model, stopped=stopped)

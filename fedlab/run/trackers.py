@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.core.errors import RunError
-from fedlab.core.extras import install_command
+from fedlab.core.extras import install_command, need
 from fedlab.core.files import append_whole, replacing
 from fedlab.core.types import Round
 
@@ -114,10 +114,9 @@ class MLflowTracker(_Tracker):
             self._client.set_terminated(self._id)
 
     def _open(self, number: int) -> None:
-        try:
-            from mlflow import MlflowClient
-        except ImportError as error:
-            raise ImportError(f"MLflowTracker needs MLflow: {install_command('tracking')}") from error
+        need("tracking", "mlflow", what="MLflowTracker")
+        from mlflow import MlflowClient
+
         client, path = MlflowClient(tracking_uri=self.uri), Path(self.run_file)
         if path.exists():
             if number == 0:

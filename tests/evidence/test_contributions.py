@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cohorts import blob_sites
+from cohorts import TinyNet, blob_sites
 from fedlab.core.errors import PrivacyError, RunError
 from fedlab.core.weights import weights_sha256
 from fedlab.evidence.contributions import (
@@ -159,6 +159,10 @@ def test_updates_of_another_run_are_refused(kept, tmp_path):
     with pytest.raises(RunError, match="another run"):
         federate(trainer(), blob_sites((3, 2, 1)), rounds=1, seed=1, progress=False,
                  engine=KeepUpdates(engine=Local(), folder=folder))
+    engine = KeepUpdates(engine=Local(), folder=tmp_path / "used twice")
+    federate(trainer(), blob_sites(), rounds=1, progress=False, engine=engine)
+    with pytest.raises(RunError, match="another run"):  # and not a word about topologies
+        federate(trainer(model=TinyNet(seed=1)), blob_sites(), rounds=1, seed=1, progress=False, engine=engine)
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(RunError, match="holds no updates"):
         federate(trainer(), blob_sites(), rounds=1, progress=False, engine=KeepUpdates(engine=Local(), folder=tmp_path))

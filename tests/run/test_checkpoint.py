@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from monai.losses import DiceFocalLoss, DiceLoss, TverskyLoss
@@ -19,8 +21,10 @@ from cohorts import TinyNet, blob_sites
 from fedlab.core.errors import RunError
 from fedlab.core.types import Site
 from fedlab.core.weights import weights_sha256
+from fedlab.data.readers.folders import read_cohort
 from fedlab.run.federate import federate
 from fedlab.training.trainer import DiceBCE, augmentation
+from folders import write_patient
 from trainers import trainer
 
 
@@ -108,6 +112,25 @@ def test_labels_that_are_corrected_in_place_are_other_patients(tmp_path):
     sites[1].train[0].label[0, 0, 0] = 4
     with pytest.raises(RunError, match=r"patients\.site-1"):
         federate(trainer(), sites, rounds=2, checkpoint=tmp_path / "run", progress=False)
+
+
+def test_a_finished_run_says_that_labels_were_corrected_on_disk(tmp_path):
+    for number in range(2):
+        write_patient(tmp_path / "scans", f"P{number}", seed=number)
+
+    def run():
+        sites = [Site("Bern", read_cohort(tmp_path / "scans", progress=False))]
+        return federate(trainer(), sites, rounds=1, checkpoint=tmp_path / "run", progress=False)
+
+    first = run()
+    assert weights_sha256(run().state.params) == weights_sha256(first.state.params)  # there is nothing left to do
+    file, = (tmp_path / "scans" / "P0").glob("*seg*")
+    label = nibabel.load(file)
+    values = np.asarray(label.dataobj).copy()
+    values[values == 1] = 2
+    nibabel.save(nibabel.Nifti1Image(values, label.affine), file)
+    with pytest.raises(RunError, match=r"patients\.Bern: .*choose another folder, or remove this one to train anew"):
+        run()
 
 
 KERNEL = """

@@ -29,7 +29,7 @@ _STALE = 15.0
 _MOST_EMPTY = 3
 
 
-class Admin:
+class Admin(contextlib.AbstractContextManager["Admin"]):
     """A session with the server, opened again when it was lost. Its methods raise `RunError` where the server refuses.
 
     Args:
@@ -48,9 +48,6 @@ class Admin:
             raise RunError(f"{kit} is no startup kit of a researcher (it has no startup/fed_admin.json)")
         self._user = json.loads(note.read_text(encoding="utf-8"))["admin"]["username"]
         self._session: Any = None
-
-    def __enter__(self) -> Admin:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -175,8 +172,6 @@ def watch(admin: Admin, saved: SavedRun, *, have: int, wait: float,
     server was restarted, or a site is back that the job had lost, the next job continues the run.
 
     Args:
-        admin: the connection.
-        saved: the run.
         have: number of the first round to yield.
         wait: seconds until enough sites must be connected for a job to begin.
         threads: of torch at the sites, 0 for their own choice.

@@ -273,8 +273,7 @@ def stop(kit: Path, *, within: float = 15.0) -> int:
 
 def free_port() -> int:
     """A free port of loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 

@@ -57,12 +57,9 @@ class NVFlare:
         return self._rounds(self._saved(run), run.sites, state)
 
     def save(self, folder: Path | str, trainer: SiteTrainer, sites: Sequence[Site | str], **settings: Any) -> Path:
-        """Writes a run to a new folder, for `fedlab deploy submit FOLDER --kit KIT`.
+        """Writes a run to a new or empty folder, for `fedlab deploy submit FOLDER --kit KIT`.
 
-        Args:
-            folder: new or empty.
-            trainer, sites: as of `each_round`.
-            settings: strategy, privacy, aggregation, rounds, topology, admission and seed, as of `each_round`.
+        Trainer, sites and settings are those of `each_round`.
 
         Raises:
             ValueError, PrivacyError: as in `rounds`, or parts that do not work together.

@@ -73,14 +73,10 @@ class SavedRun:
             raise RunError(f"{folder} holds no run written by NVFlare.save ({error})") from error
 
     def write_job(self, folder: Path, threads: int) -> Path:
-        """Writes the job into `folder`, which is made.
+        """Writes the job into a new folder, for so many torch threads at the sites (0: their own choice).
 
         NVFLARE's own recipe for Collab would put the source of fedlab's classes into the job and ask the sites to run
         it; here a job holds no code, and sites accept none.
-
-        Args:
-            folder: new.
-            threads: of torch at the sites, 0 for their own choice.
         """
         fewest = len(self.plan.sites)
         match self.plan.admission:
@@ -100,9 +96,6 @@ class FinishedRounds:
     """One entry per round: `NNNN.json` with its numbers, and `NNNN.safetensors` with the global weights after it.
 
     An entry is complete when its `.json` exists, and never changes.
-
-    Args:
-        folder: of the run.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -105,11 +105,8 @@ class ServerPart:
     def reply(self, topic: str, question: Any, context: Any) -> dict[str, Any]:
         """Answers the researcher: the new rounds, and pieces of the weights after one.
 
-        Args:
-            topic: the name under which NVFLARE passes the researcher's questions to the job.
-            question: `{"have": n}` asks for the rounds from n on, `{"weights": n, "from": bytes}` for a piece of the
-                weights after round n; `{"pause": true}` ends the job after the present round.
-            context: NVFLARE's.
+        `{"have": n}` asks for the rounds from n on, `{"weights": n, "from": bytes}` for a piece of the weights after
+        round n; `{"pause": true}` ends the job after the present round. Topic and context are NVFLARE's.
         """
         self._asked = time.monotonic()
         finished, question = self._finished, question if isinstance(question, dict) else {}

@@ -21,12 +21,9 @@ SIMULATION = "FEDLAB_SIMULATION"
 
 
 def prepare_simulation(folder: Path, sites: Sequence[Site], *, modules: Sequence[str]) -> None:
-    """Writes the patients of each site into a folder of its own, and which modules the plan may name.
+    """Writes the patients of each site into a folder of its own, and the modules that the plan names.
 
-    Args:
-        folder: of the simulation.
-        sites: with their patients.
-        modules: of the plan, all approved: the user who simulates has written or chosen them.
+    All of them are approved: the user who simulates has written or chosen them.
 
     Raises:
         RunError: the folder holds other patients of a site of that name: a run must not continue with others.
