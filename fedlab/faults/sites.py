@@ -153,7 +153,7 @@ class Crash(Fault):
     """Training ends with an exception in the middle of the round; nothing is sent.
 
     Args:
-        after: number of batches before the exception, from 1 to all; by default half of them.
+        after: number of batches before the exception, at most all; by default half of them.
     """
 
     after: int | None = None
@@ -164,7 +164,7 @@ class Crash(Fault):
         trained = count(1)
 
         def backward(kit_now: Kit, image: torch.Tensor, target: torch.Tensor) -> float | None:
-            loss = kit.backward(kit_now, image, target)
+            loss = kit.backward(kit_now, image, target) if after > 0 else None
             if next(trained) >= min(after, batches):
                 raise RuntimeError(f"a simulated crash after {after} batches")
             return loss
