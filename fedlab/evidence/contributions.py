@@ -53,71 +53,53 @@ Worth = Callable[[frozenset[str]], float]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Values:
-    """The values of the players of a game.
+    """The values of the players of a game."""
 
-    Attributes:
-        value: by player.
-        error: standard error of each value; 0 where all coalitions were evaluated.
-        evaluations: number of coalitions that were evaluated, each once.
-    """
-
-    value: Mapping[str, float]
-    error: Mapping[str, float]
-    evaluations: int
+    value: Mapping[str, float]  # by player
+    error: Mapping[str, float]  # standard error of each value; 0 where all coalitions were evaluated
+    evaluations: int  # number of coalitions that were evaluated, each once
 
 
 def shapley(worth: Worth, players: Sequence[str], *, permutations: int | None = None, tolerance: float = 0.0,
             seed: int = 0) -> Values:
     """The Shapley value: what each player adds, on average over the orders in which players may join.
 
-    The values add up to worth(everybody) - worth(nobody); players who add the same to every coalition have the same
-    value; one who adds nothing has the value 0 (Shapley 1953).
+    The values add up to the worth of all players minus that of none; players who add the same to every coalition have
+    the same value; one who adds nothing has the value 0 (Shapley 1953).
 
     Args:
         worth: of a coalition; called once for each.
         players: their names.
         permutations: number of random orders (Castro et al. 2009); None evaluates all 2^n coalitions.
-        tolerance: an order ends as soon as the worth of those who have joined is within this of everybody's
-            (truncation, Ghorbani and Zou 2019); the sum of the values is then exact to this much only.
+        tolerance: an order ends as soon as the worth of the joined players is within this of that of all (truncation,
+            Ghorbani and Zou 2019); the sum of the values is then exact to this much only.
         seed: of the orders.
 
     Raises:
         ValueError: too many players for all coalitions, fewer than 2 permutations, or a negative tolerance.
     """
-    import pandas as pd
-
     if permutations is None and len(players) > _EXACT:
         raise ValueError(f"{len(players)} players have 2^{len(players)} coalitions; give permutations=, such as 200")
     if permutations is not None and permutations < 2:
         raise ValueError(f"permutations is at least 2, since one order has no standard error; got {permutations}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance is at least 0, got {tolerance}")
-    known, everybody = functools.cache(worth), frozenset(players)
+    known = functools.cache(worth)
     if permutations is None:
-        value = {player: _exact(known, player, everybody - {player}) for player in players}
+        value = {player: _exact(known, player, frozenset(players) - {player}) for player in players}
         return Values(value=value, error=dict.fromkeys(players, 0.0), evaluations=known.cache_info().currsize)
-    rng, rows = generator(seed, "shapley"), []
-    for _ in range(permutations):
-        order = [players[k] for k in torch.randperm(len(players), generator=rng).tolist()]
-        row, joined = dict.fromkeys(players, 0.0), frozenset[str]()
-        for player in order:
-            if tolerance and abs(known(everybody) - known(joined)) <= tolerance:
-                break
-            row[player] = known(joined | {player}) - known(joined)
-            joined |= {player}
-        rows.append(row)
-    table = pd.DataFrame(rows, columns=list(players))
+    table = _sampled(known, players, permutations, tolerance, seed)
     mean, error = (dict(zip(players, map(float, numbers), strict=True)) for numbers in (table.mean(), table.sem()))
     return Values(value=mean, error=error, evaluations=known.cache_info().currsize)
 
 
 def leave_one_out(worth: Worth, players: Sequence[str]) -> Values:
-    """The worth of everybody minus that of everybody but one: n + 1 coalitions. The values have no particular sum.
+    """The worth of all players minus that of all but one: n + 1 coalitions. The values have no particular sum.
 
-    Of two sites with the same patients each seems worthless, since the other one is still there.
+    Of two sites with the same patients each seems worthless, since the other one remains.
     """
-    known, everybody = functools.cache(worth), frozenset(players)
-    value = {player: known(everybody) - known(everybody - {player}) for player in players}
+    known, everyone = functools.cache(worth), frozenset(players)
+    value = {player: known(everyone) - known(everyone - {player}) for player in players}
     return Values(value=value, error=dict.fromkeys(players, 0.0), evaluations=known.cache_info().currsize)
 
 
@@ -128,6 +110,23 @@ def _exact(worth: Worth, player: str, others: frozenset[str]) -> float:
         for coalition in map(frozenset, itertools.combinations(sorted(others), size)):
             total += share * (worth(coalition | {player}) - worth(coalition))
     return total
+
+
+def _sampled(worth: Worth, players: Sequence[str], permutations: int, tolerance: float, seed: int) -> pd.DataFrame:
+    """What each player adds (columns) in random orders (rows)."""
+    import pandas as pd
+
+    rng, rows, everyone = generator(seed, "shapley"), [], frozenset(players)
+    for _ in range(permutations):
+        order = [players[k] for k in torch.randperm(len(players), generator=rng).tolist()]
+        row, joined = dict.fromkeys(players, 0.0), frozenset[str]()
+        for player in order:
+            if tolerance and abs(worth(everyone) - worth(joined)) <= tolerance:
+                break
+            row[player] = worth(joined | {player}) - worth(joined)
+            joined |= {player}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=list(players))
 
 
 class KeepUpdates:
@@ -207,24 +206,24 @@ class Contributions:
 
     Attributes:
         table: one row per site: shapley, standard error, leave one out.
-        nobody: worth of the model before the first round.
-        everybody: worth of the model of all; the Shapley values add up to the difference.
+        start: worth of the model before the first round.
+        end: worth of the model with the updates of all sites; the Shapley values add up to the difference.
         evaluations: number of models that were formed and evaluated.
         stored_bytes: of all stored updates.
         seconds: wall time.
-        how: the method, in words.
+        method: in words.
     """
 
     table: pd.DataFrame
-    nobody: float
-    everybody: float
+    start: float
+    end: float
     evaluations: int
     stored_bytes: int
     seconds: float
-    how: str
+    method: str
 
     def _summary(self) -> str:
-        return (f"from {self.nobody:.4f} (nobody) to {self.everybody:.4f} (everybody); {self.how}; {self.evaluations} "
+        return (f"from {self.start:.4f} (no site) to {self.end:.4f} (all sites); {self.method}; {self.evaluations} "
                 f"models evaluated in {self.seconds:.1f} s, {self.stored_bytes / 1e6:.1f} MB of updates kept")
 
     def __str__(self) -> str:
@@ -261,19 +260,18 @@ def site_contributions(
     strategy = FedAvg() if strategy is None else strategy
     sites = sorted({name for record in history.records for name in record["sites"]})
     if history.state is None or not sites:
-        raise RunError("no update entered the model in this run, so there is nothing to divide among sites")
-    everybody = frozenset(sites)
-    if weights_sha256(_model_of(folder, history, strategy, everybody)) != weights_sha256(history.state.params):
+        raise RunError("no update entered the model in this run, so the sites have no contributions")
+    if weights_sha256(_model_of(folder, history, strategy, frozenset(sites))) != weights_sha256(history.state.params):
         raise RunError(f"the updates in {folder} do not give the model of this run: they are of another run, or it had "
                        f"another strategy than {strategy!r}")
     worth = functools.cache(lambda coalition: float(utility(_model_of(folder, history, strategy, coalition))))
     values = shapley(worth, sites, permutations=permutations, tolerance=tolerance, seed=seed)
     without = leave_one_out(worth, sites)
     table = pd.DataFrame({"shapley": values.value, "standard error": values.error, "leave one out": without.value})
-    how = "Shapley values over all coalitions" if permutations is None else (
+    method = "Shapley values over all coalitions" if permutations is None else (
         f"Shapley values from {permutations} permutations" + (f", truncated at {tolerance:g}" if tolerance else ""))
-    return Contributions(table=table.rename_axis("site"), nobody=worth(frozenset()), everybody=worth(everybody),
-                         evaluations=worth.cache_info().currsize, how=how, seconds=time.perf_counter() - started,
+    return Contributions(table=table.rename_axis("site"), start=worth(frozenset()), end=worth(frozenset(sites)),
+                         evaluations=worth.cache_info().currsize, method=method, seconds=time.perf_counter() - started,
                          stored_bytes=sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
 
 
@@ -310,14 +308,13 @@ def _model_of(folder: Path, history: History, strategy: Strategy, coalition: fro
 
 
 def _write(path: Path, tensors: Tensors, note: Mapping[str, float]) -> None:
-    header = {"order": json.dumps(list(tensors)), **{name: repr(value) for name, value in note.items()}}
+    header = {name: repr(value) for name, value in note.items()}
     write_whole(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=header))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            return {name: file.get_tensor(name) for name in json.loads(header["order"])}, header
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is missing or damaged ({error}); use KeepUpdates from the run's start on") from error

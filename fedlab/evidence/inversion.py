@@ -8,7 +8,6 @@ patch whose labels are known. A failure of this attack proves nothing; its succe
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fedlab.core.seeds import derive, generator
+from fedlab.core.setting_checks import check_count, check_positive
 from fedlab.core.types import Tensors, Update
 from fedlab.core.weights import check_fit, trainable
 from fedlab.training.trainer import DiceBCE
@@ -29,27 +29,17 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inversion:
-    """The result of an attack.
+    """The result of an attack."""
 
-    Attributes:
-        image: the reconstruction, float32, (4, X, Y, Z), in the units of a network's input.
-        distance: 1 − cosine between the update and the update of the reconstruction; 0 is a perfect match.
-        steps: number of steps taken.
-        seconds: wall time.
-    """
-
-    image: torch.Tensor
-    distance: float
+    image: torch.Tensor  # the reconstruction, float32, (4, X, Y, Z), in the units of a network's input
+    distance: float  # 1 − cosine between the update and that of the reconstruction; 0 is a perfect match
     steps: int
-    seconds: float
+    seconds: float  # wall time
 
     def correlation(self, truth: torch.Tensor) -> float:
-        """Pearson correlation of the reconstruction's values with the true ones, over all channels and voxels.
+        """Pearson correlation of the reconstruction with the patch of the update, over all channels and voxels.
 
         1 is the patch itself up to brightness and contrast; 0 is unrelated to it.
-
-        Args:
-            truth: the patch of the update, (4, X, Y, Z).
 
         Raises:
             ValueError: a patch of another shape, or one without any contrast.
@@ -72,17 +62,12 @@ class Inversion:
 def patch_net(*, width: int = 16, seed: int = 0) -> nn.Module:
     """A small network for patches that is quick to attack: convolutions of 3³, 3³ and 1³, and a smooth activation.
 
-    It maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z).
-
-    Args:
-        width: number of hidden channels.
-        seed: of the weights.
+    It maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z) by way of `width` channels.
 
     Raises:
         ValueError: `width` below 1.
     """
-    if width < 1:
-        raise ValueError(f"width is a positive whole number, got {width}")
+    check_count(width=width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "patch_net"))
         return nn.Sequential(nn.Conv3d(4, width, 3, padding=1), nn.Softplus(beta=4),
@@ -99,7 +84,7 @@ def one_step_update(model: nn.Module, image: torch.Tensor, regions: torch.Tensor
         regions: (3, X, Y, Z), as of `labels_to_regions`.
         lr: learning rate.
         loss: of logits and regions; `DiceBCE()` by default.
-        site: name of the sender.
+        site: the sender.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -144,7 +129,8 @@ def invert_update(
     Raises:
         ValueError: an update that is zero everywhere or does not fit the model, or a setting out of its range.
     """
-    _check(delta, model, steps=steps, lr=lr, limit=limit, max_seconds=max_seconds)
+    check_positive(steps=steps, lr=lr, limit=limit, max_seconds=max_seconds)
+    _check_update(delta, model)
     started, loss = time.perf_counter(), loss or DiceBCE()
     params = {name: p.detach() for name, p in trainable(model).items()}
     seen = torch.cat([-delta[name].detach().float().flatten() for name in params])
@@ -182,10 +168,7 @@ def _variation(patch: torch.Tensor) -> torch.Tensor:
     return torch.stack([patch.diff(dim=axis).abs().mean() for axis in (2, 3, 4)]).sum()
 
 
-def _check(delta: Tensors, model: nn.Module, **settings: float) -> None:
-    for name, value in settings.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} is a positive number, got {value!r}")
+def _check_update(delta: Tensors, model: nn.Module) -> None:
     try:
         check_fit(trainable(model), delta)
     except ValueError as error:

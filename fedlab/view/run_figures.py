@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fedlab.core.types import rounded_up
 from fedlab.evidence.contributions import Contributions
 from fedlab.run.history import History
 from fedlab.view.colours import ARMS, BLUE, GREY, INK, ORANGE, RED, REGION_NAMES, arm_colours, arm_label, arm_of, styled
@@ -133,7 +134,7 @@ def _spending(ax: Axes, spent: pd.DataFrame, unit: str, budget: float | None) ->
              for row in spent[["delta", "adjacency", "accountant"]].drop_duplicates().itertuples()]
     over_rounds(ax, f"ε per {unit}, spent so far")
     ax.set_xlabel("rounds finished\n" + "\n".join(terms), fontsize=8.5)
-    return (f"ε per {unit} ({'; '.join(terms)}) rises to {float(last[worst]):.3g} at {worst}"
+    return (f"ε per {unit} ({'; '.join(terms)}) rises to {rounded_up(float(last[worst]))} at {worst}"
             + (f", the budget is {budget:g}." if budget is not None else "."))
 
 
@@ -280,9 +281,9 @@ def contributions_figure(found: Contributions, *, metric: str = "Dice") -> Pictu
     ax.axvline(0, color="#888888", linewidth=0.8)
     ax.set_yticks(rows, [str(name) for name in table.index])
     ax.set_xlabel(f"{metric} that a site's updates add")
-    ax.set_title(f"From {found.nobody:.3f} to {found.everybody:.3f}: contributions of the sites")
+    ax.set_title(f"From {found.start:.3f} to {found.end:.3f}: contributions of the sites")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    total = found.everybody - found.nobody
+    total = found.end - found.start
     figure.alt = " ".join([f"Shapley values of {len(table)} sites, which add up to {total:.3f} {metric}.",
                            *(f"{name} {value:.3f}." for name, value in table["shapley"][::-1].items())])
     return figure

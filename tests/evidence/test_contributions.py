@@ -122,10 +122,10 @@ def test_contributions_of_a_linear_game(kept):
     found = site_contributions(history, folder, utility)
     size = 4 * sum(p.numel() for p in history.state.params.values())
     assert len(asked) == found.evaluations == 8 and 7 * size < found.stored_bytes < 7 * size + 7 * 1000
-    assert found.nobody == pytest.approx(utility(trainer().initial()))
-    assert found.everybody == pytest.approx(utility(history.state.params))
-    assert found.table["shapley"].sum() == pytest.approx(found.everybody - found.nobody)
-    only = {name: contributions_of(folder, history, name, utility) - found.nobody for name in found.table.index}
+    assert found.start == pytest.approx(utility(trainer().initial()))
+    assert found.end == pytest.approx(utility(history.state.params))
+    assert found.table["shapley"].sum() == pytest.approx(found.end - found.start)
+    only = {name: contributions_of(folder, history, name, utility) - found.start for name in found.table.index}
     assert found.table["shapley"].idxmax() in only and "all coalitions" in str(found)
     sampled = site_contributions(history, folder, utility, permutations=6, seed=2)
     assert (sampled.table["standard error"] >= 0).all() and "6 permutations" in sampled._repr_html_()
@@ -194,5 +194,5 @@ def test_the_figure_says_what_is_in_it(kept):
         found.table.sort_values("shapley").index)
     assert "3 sites" in figure.alt and len(figure.axes[0].patches) == 3
     with pytest.raises(ValueError):
-        contributions_figure(Contributions(table=found.table.iloc[:0], nobody=0, everybody=0, evaluations=0,
-                                           stored_bytes=0, seconds=0, how=""))
+        contributions_figure(Contributions(table=found.table.iloc[:0], start=0, end=0, evaluations=0,
+                                           stored_bytes=0, seconds=0, method=""))
