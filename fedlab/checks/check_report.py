@@ -2,75 +2,74 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from typing import Literal
 
-__all__ = ["CheckReport", "Finding", "verdict"]
+__all__ = ["Battery", "CheckReport", "Finding"]
 
 _COLOURS = {"passed": "#1B7F4D", "warned": "#A15C00", "failed": "#B3261E"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The outcome of one check.
+    """The outcome of one check; "warned" means that it works, but that there is something to know."""
 
-    Attributes:
-        check: its name.
-        outcome: "passed", "warned" (it works, but there is something to know) or "failed".
-        what: the observation.
-        remedy: what to do, unless the check passed.
-    """
-
-    check: str
+    check: str  # its name
     outcome: Literal["passed", "warned", "failed"]
-    what: str
-    remedy: str = ""
+    what: str  # the observation
+    remedy: str = ""  # unless the check passed
 
     def __str__(self) -> str:
         return f"{self.outcome:<7} {self.check}: {self.what}" + (f"\n        → {self.remedy}" if self.remedy else "")
 
 
-def verdict(check: str, wrong: str | None, right: str, remedy: str, *,
-            otherwise: Literal["warned", "failed"] = "failed") -> Finding:
-    """The finding of a check that passes as `right`, unless something is `wrong`."""
-    if not wrong:
-        return Finding(check=check, outcome="passed", what=right)
-    return Finding(check=check, outcome=otherwise, what=wrong, remedy=remedy)
+class Battery:
+    """The checks of one kind of part, such as strategies, in the words of `words.toml`."""
+
+    def __init__(self, kind: str) -> None:
+        self._words = tomllib.loads((files(__package__) / "words.toml").read_text(encoding="utf-8"))[kind]
+
+    def verdict(self, words: str, wrong: str | None, *, otherwise: Literal["warned", "failed"] = "failed",
+                check: str | None = None, **values: object) -> Finding:
+        """The finding of a check that passes unless something is `wrong`.
+
+        Args:
+            words: entry of `words.toml`, whose name is that of the check unless `check` is given.
+            wrong: the observation, if there is something wrong; `otherwise` is the outcome then.
+            values: for the names in braces.
+        """
+        text, name = self._words[words], check or words
+        if not wrong:
+            return Finding(check=name, outcome="passed", what=text["passes"].format(**values))
+        return Finding(check=name, outcome=otherwise, what=wrong, remedy=text["remedy"].format(**values))
 
 
+@dataclass(frozen=True)
 class CheckReport:
-    """The outcome of all checks; true if none failed.
+    """The outcome of all checks; true if none failed."""
 
-    Args:
-        subject: what was checked, as code.
-        findings: in the order of the checks.
-    """
-
-    def __init__(self, subject: str, findings: Sequence[Finding]) -> None:
-        self.subject = subject
-        self.findings = tuple(findings)
+    subject: str  # what was checked, as code
+    findings: Sequence[Finding]
 
     @property
     def failed(self) -> tuple[str, ...]:
         """Names of the checks that failed."""
-        return self._checks("failed")
+        return tuple(dict.fromkeys(f.check for f in self.findings if f.outcome == "failed"))
 
     @property
     def warned(self) -> tuple[str, ...]:
         """Names of the checks with a warning."""
-        return self._checks("warned")
-
-    def _checks(self, outcome: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(f.check for f in self.findings if f.outcome == outcome))
+        return tuple(dict.fromkeys(f.check for f in self.findings if f.outcome == "warned"))
 
     def __bool__(self) -> bool:
         return not self.failed
 
     def _summary(self) -> str:
-        counts = [f"{sum(f.outcome == outcome for f in self.findings)} {outcome}" for outcome in _COLOURS]
-        return ", ".join(counts)
+        return ", ".join(f"{sum(f.outcome == outcome for f in self.findings)} {outcome}" for outcome in _COLOURS)
 
     def __str__(self) -> str:
         return "\n".join([f"{self.subject}: {self._summary()}", *map(str, self.findings)])

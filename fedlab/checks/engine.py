@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedlab.checks.check_report import CheckReport, Finding, verdict
+from fedlab.checks.check_report import Battery, CheckReport, Finding
 from fedlab.checks.small_runs import noise_site, plain_descent, small_trainer
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.kit import Kit
@@ -25,10 +24,11 @@ from fedlab.core.weights import weights_sha256
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.personal_layers import PersonalLayers
-from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Local
+from fedlab.run.recipe import Json, differences
 from fedlab.strategies.averaging import FedAvg
 from fedlab.strategies.client_drift import SCAFFOLD
 from fedlab.topologies.cyclic import ring
@@ -37,6 +37,7 @@ from fedlab.training.trainer import SiteTrainer, adamw
 
 __all__ = ["FailsAt", "Marks", "check_engine"]
 
+_ENGINE = Battery("engine")
 _Factory = Callable[[], Engine | Elsewhere]
 
 
@@ -79,8 +80,7 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
         ValueError: a check failed, and the message is the report; or `only` holds an unknown name.
     """
     stage = _stage(trainer, sites)
-    checks: dict[str, _Check] = {name: partial(_equal, name, *how) for name, how in _compared(stage).items()}
-    checks |= _CHECKS
+    checks: dict[str, _Check] = {name: partial(_unequal, runs) for name, runs in _compared(stage).items()} | _CHECKS
     chosen = set(checks if only is None else only)
     if isinstance(only, str) or not chosen <= set(checks):
         raise ValueError(f"only holds some of {', '.join(map(repr, checks))}; got {only!r}")
@@ -88,12 +88,12 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
         subject = repr(engine)
         needed = () if isinstance(engine, Elsewhere) else ("train", "exchange")
         missing = [name for name in needed if not hasattr(engine, name)]
-    findings = [verdict("engine", f"{subject} has no {' and no '.join(missing)}" if missing else None,
-                        f"has {', '.join(needed) or 'rounds'}", "see fedlab.core.Engine")]
+    findings = [_ENGINE.verdict("engine", f"{subject} has no {' and no '.join(missing)}" if missing else None,
+                                methods=", ".join(needed) or "rounds")]
     for name, check in checks.items():
         if name in chosen and not missing:
             try:
-                findings.append(check(engine_factory, stage))
+                findings.append(_ENGINE.verdict(name, check(engine_factory, stage)))
             except Exception as error:  # the author's engine may raise anything
                 findings.append(Finding(check=name, outcome="failed", what=f"{type(error).__name__}: {error}",
                                         remedy="see the message; an error at a site is a Failure or a Withdrawal from "
@@ -105,13 +105,7 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
 
 
 class FailsAt(Privacy):
-    """A technique that fails at one site, or at all of them, in one round.
-
-    Args:
-        site: name of the site; None for all.
-        stage: where it fails; "withdraws" says that its budget is used up.
-        round: number of the round.
-    """
+    """A technique that fails at one site, or at all (None), in one round; "withdraws" means a used-up budget."""
 
     def __init__(self, *, site: str | None, stage: Literal["equip", "fit", "protect", "withdraws"],
                  round: int = 1) -> None:
@@ -143,9 +137,7 @@ def _breaks(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float:
 class Marks(Privacy):
     """A technique that writes its site's name into the site's state and refuses any other name there.
 
-    Args:
-        slow: name of a site that sleeps before it trains.
-        seconds: for how long.
+    The site `slow` sleeps for some `seconds` before it trains.
     """
 
     def __init__(self, *, slow: str | None = None, seconds: float = 0.0) -> None:
@@ -189,7 +181,20 @@ class _Outcome:
     hashes: list[str] = field(default_factory=list)
     error: FedlabError | None = None
     states: Mapping[str, SiteState] = field(default_factory=dict)
-    loose: frozenset[str] = frozenset()  # numbers that differ between two equal runs
+    random: frozenset[str] = frozenset()  # numbers that differ between two equal runs
+
+    def record(self, *, states: bool) -> Json:
+        """What two equal runs have in common, with or without the states of the sites."""
+        return {
+            "error": type(self.error).__name__ if self.error else None,
+            "round": {str(r.number): {
+                "absent": ", ".join(sorted(r.absent)), "spent": {site: repr(spent) for site, spent in r.spent.items()},
+                "weights": digest, "sites": {site: {name: repr(value) for name, value in numbers.items()
+                                                    if name not in self.random} for site, numbers in r.sites.items()}}
+                for r, digest in zip(self.rounds, self.hashes, strict=True)},
+            "state": {site: {"enrolled": state.enrolled, "updates": state.updates,
+                             **{owner: weights_sha256(slots) for owner, slots in state.namespaces.items()}}
+                      for site, state in self.states.items() if states}}
 
 
 def _stage(trainer: SiteTrainer | None, sites: Sequence[Site] | None) -> _Stage:
@@ -211,7 +216,7 @@ def _made(factory: _Factory) -> Iterator[Engine | Elsewhere]:
 def _run(engine: Engine | Elsewhere, stage: _Stage, *, plain: bool = False, rounds: int = 2,
          **settings: Any) -> _Outcome:
     # A masked update is random.
-    out = _Outcome(loose=frozenset({"seconds", "norm"} if "aggregation" in settings else {"seconds"}))
+    out = _Outcome(random=frozenset({"seconds", "norm"} if "aggregation" in settings else {"seconds"}))
     try:
         for finished in each_round(stage.plain if plain else stage.trainer, stage.sites, engine=engine, rounds=rounds,
                                    **settings):
@@ -241,126 +246,80 @@ def _hash(finished: Round) -> str:
 
 def _unlike(ours: _Outcome, theirs: _Outcome, where: str = "on Local") -> str | None:
     """The first difference of a run from another one, `where` that one was, or None."""
-    return next(_differences(ours, theirs, where), None)
-
-
-def _differences(ours: _Outcome, theirs: _Outcome, where: str) -> Iterator[str]:
+    known = bool(ours.states)  # those of sites elsewhere are not compared
+    different = differences(theirs.record(states=known), ours.record(states=known))
     if ours.error is not None and theirs.error is None:
-        yield f"the run ended with {type(ours.error).__name__}: {ours.error}"
-    if len(ours.rounds) != len(theirs.rounds):
-        yield f"{len(ours.rounds)} rounds were finished, {len(theirs.rounds)} {where}"
-    for mine, other in zip(ours.rounds, theirs.rounds, strict=True):
-        when = f"in round {other.number}"
-        if set(mine.sites) != set(other.sites) or set(mine.absent) != set(other.absent):
-            yield (f"{when} updates of {sorted(mine.sites)} were received, absent were {dict(mine.absent)}; {where} "
-                   f"{sorted(other.sites)} and {dict(other.absent)}")
-        for site, numbers in other.sites.items():
-            unequal = sorted(name for name in {**numbers, **mine.sites[site]} if name not in theirs.loose
-                             and not _same(numbers.get(name), mine.sites[site].get(name)))
-            if unequal:
-                yield f"{when} {site} has another {', '.join(unequal)} than {where}"
-        if mine.spent != other.spent:
-            yield f"{when} {mine.spent} was spent, {where} {other.spent}"
-    for number, (mine_hash, other_hash) in enumerate(zip(ours.hashes, theirs.hashes, strict=True)):
-        if mine_hash != other_hash:
-            yield f"after round {number} the model has other bits than {where}"
-    for site, state in theirs.states.items() if ours.states else ():  # states elsewhere are not compared
-        mine_state = ours.states.get(site, SiteState())
-        if (state.enrolled, state.updates) != (mine_state.enrolled, mine_state.updates):
-            yield f"{site} has sent {mine_state.updates} updates, {where} {state.updates}"
-        if odd := sorted(state.namespaces.keys() ^ mine_state.namespaces.keys()):
-            yield f"{site} keeps {', '.join(odd)} in one of the runs only, here or {where}"
-        for owner, slots in state.namespaces.items():
-            if weights_sha256(slots) != weights_sha256(mine_state.namespaces[owner]):
-                yield f"{site} keeps other tensors for {owner!r} than {where}"
+        return f"the run ended with {type(ours.error).__name__}: {ours.error}"
+    return f"{different[0]}; there means {where}" if different else None
 
 
-def _same(one: float | None, other: float | None) -> bool:
-    return one == other or (one is not None and other is not None and math.isnan(one) and math.isnan(other))
-
-
-def _compared(stage: _Stage) -> dict[str, tuple[list[dict[str, Any]], str]]:
-    """Runs without any failure that are compared with `Local`, by check: their settings, and the remedy."""
+def _compared(stage: _Stage) -> dict[str, list[dict[str, Any]]]:
+    """The settings of runs without any failure that are compared with `Local`, by check."""
     import networkx as nx
 
     count, first = len(stage.sites), next(iter(stage.trainer.initial()))
-    keep = "keep what the task leaves in the site's state for its next round"
     return {
-        "bits": ([{}], "run task(site, state, site_state) with this site's own state and as many torch threads as "
-                 "Local has, and send its result unchanged"),
-        "noise": ([dict(privacy=DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-3, sample_rate=0.5))],
-                  "pass on the task's seed, and the ledger with the rest of the site's state"),
-        "site states": ([dict(strategy=SCAFFOLD(), plain=True, rounds=3)], f"pass on state.moments, and {keep}"),
-        "personal layers": ([dict(privacy=PersonalLayers(names=[first]))], keep),
-        "exchange": ([dict(strategy=FedAvg(weights="uniform"),
-                           aggregation=SecureAggregation(clip=1.0, threshold=count))],
-                     "exchange() asks task.aggregation.answer(step, site, inbox, states.with_secrets(site)), and "
-                     "train() goes on with those secrets"),
-        "workflows": ([dict(topology=ring), dict(topology=Gossip(graph=nx.cycle_graph(count)))],
-                      "a site starts from state.at(site.name)"),
+        "bits": [{}],
+        "noise": [dict(privacy=DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-3, sample_rate=0.5))],
+        "site states": [dict(strategy=SCAFFOLD(), plain=True, rounds=3)],
+        "personal layers": [dict(privacy=PersonalLayers(names=[first]))],
+        "exchange": [dict(strategy=FedAvg(weights="uniform"),
+                          aggregation=SecureAggregation(clip=1.0, threshold=count))],
+        "workflows": [dict(topology=ring), dict(topology=Gossip(graph=nx.cycle_graph(count)))],
     }
 
 
-def _equal(check: str, runs: Sequence[Mapping[str, Any]], remedy: str, factory: _Factory, stage: _Stage) -> Finding:
-    wrong = next(filter(None, (_unlike(*_both(factory, stage, **settings)) for settings in runs)), None)
-    return verdict(check, wrong, "the same bits as on Local", remedy)
+def _unequal(runs: Sequence[Mapping[str, Any]], factory: _Factory, stage: _Stage) -> str | None:
+    return next(filter(None, (_unlike(*_both(factory, stage, **settings)) for settings in runs)), None)
 
 
-def _order(factory: _Factory, stage: _Stage) -> Finding:
+def _order(factory: _Factory, stage: _Stage) -> str | None:
     names = [site.name for site in stage.sites]
     with _made(factory) as engine:
         out = _run(engine, stage, privacy=Marks(slow=names[0], seconds=0.3))
-    wrong = str(out.error) if out.error else None
-    for finished in out.rounds:
-        if list(finished.sites) != names:
-            wrong = wrong or f"updates came in the order {list(finished.sites)}, the cohort was {names}"
-    return verdict("order", wrong, "updates come in the order of the cohort",
-                   "sums depend on the order: hold each update back until its turn")
+    if out.error:
+        return str(out.error)
+    return next((f"updates came in the order {list(finished.sites)}, the cohort was {names}"
+                 for finished in out.rounds if list(finished.sites) != names), None)
 
 
-def _isolation(factory: _Factory, stage: _Stage) -> Finding:
+def _isolation(factory: _Factory, stage: _Stage) -> str | None:
     with _made(factory) as engine:
         out = _run(engine, stage, privacy=Marks())
-    wrong = str(out.error) if out.error else None
+    if out.error:
+        return str(out.error)
     marks = {site: state.of("privacy").own for site, state in out.states.items() if "privacy" in state.namespaces}
-    odd = [site for site, mark in marks.items()
-           if (int(mark["name"]), int(mark["rounds"])) != (derive(0, site), len(out.rounds))]
-    if wrong is None and odd:
-        wrong = f"the state of {', '.join(odd)} is not as the site left it"
-    return verdict("isolation", wrong, "each site sees its own state",
-                   "take the state from states.working(site.name), and give it to no other site")
+    changed = [site for site, mark in marks.items()
+               if (int(mark["name"]), int(mark["rounds"])) != (derive(0, site), len(out.rounds))]
+    return f"the state of {', '.join(changed)} is not as the site left it" if changed else None
 
 
-def _failure(factory: _Factory, stage: _Stage) -> Finding:
-    name, wrong = stage.sites[1].name, None
+def _failure(factory: _Factory, stage: _Stage) -> str | None:
+    name = stage.sites[1].name
     for where in ("equip", "fit", "protect"):
         ours, local = _both(factory, stage, rounds=3, admission=Admission(min_sites=1),
                             privacy=FailsAt(site=name, stage=where))
         reason = ours.rounds[1].absent.get(name, "") if len(ours.rounds) > 1 else ""
         if ours.error is None and not (repr(name) in reason and repr(where) in reason):
-            wrong = wrong or f"when {name} failed at stage {where!r} in round 1, the reason given is {reason!r}"
-        wrong = wrong or _unlike(ours, local)
-    return verdict("failure", wrong, "a site that fails is one Failure with its name and the stage",
-                   "yield Failure(site.name, error) with the FedlabError that the task raised, inside "
-                   "states.working(site.name), and go on with the next site")
+            return f"when {name} failed at stage {where!r} in round 1, the reason given is {reason!r}"
+        if (wrong := _unlike(ours, local)) is not None:
+            return wrong
+    return None
 
 
-def _failure_ends_the_run(factory: _Factory, stage: _Stage) -> Finding:
-    name, wrong = stage.sites[1].name, None
+def _failure_ends_the_run(factory: _Factory, stage: _Stage) -> str | None:
+    name = stage.sites[1].name
     with _made(factory) as engine:
         error = _run(engine, stage, privacy=FailsAt(site=name, stage="fit")).error
         again = _run(engine, stage, rounds=1)  # the engine works afterwards
     if not isinstance(error, SiteError) or (error.site, error.round, error.stage) != (name, 1, "fit"):
-        wrong = f"when {name} failed at stage 'fit' in round 1, {error!r} was raised"
-    elif "on purpose, in fit" not in str(error):
-        wrong = f"the text of the user's own error is missing in {error}"
-    elif len(again.rounds) != 1:
-        wrong = f"another run with the same engine ended with {again.error!r}"
-    return verdict("failure ends the run", wrong, "it is raised, with the text of the user's own error",
-                   "pass SiteError on unchanged; it survives pickling")
+        return f"when {name} failed at stage 'fit' in round 1, {error!r} was raised"
+    if "on purpose, in fit" not in str(error):
+        return f"the text of the user's own error is missing in {error}"
+    return f"another run with the same engine ended with {again.error!r}" if len(again.rounds) != 1 else None
 
 
-def _withdrawal(factory: _Factory, stage: _Stage) -> Finding:
+def _withdrawal(factory: _Factory, stage: _Stage) -> str | None:
     name = stage.sites[-1].name
     ours, local = _both(factory, stage, rounds=3, privacy=FailsAt(site=name, stage="withdraws"))
     wrong = _unlike(ours, local)
@@ -370,11 +329,10 @@ def _withdrawal(factory: _Factory, stage: _Stage) -> Finding:
         error = _run(engine, stage, privacy=FailsAt(site=None, stage="withdraws")).error
     if not isinstance(error, PrivacyBudgetExhausted):
         wrong = wrong or f"when all sites withdrew, {error!r} was raised"
-    return verdict("withdrawal", wrong, "a site withdraws with its reason, and the others go on",
-                   "yield Withdrawal(site.name, reason) where the task raises PrivacyBudgetExhausted")
+    return wrong
 
 
-def _again(factory: _Factory, stage: _Stage) -> Finding:
+def _again(factory: _Factory, stage: _Stage) -> str | None:
     kinds: list[dict[str, Any]] = [{}, dict(seed=1, privacy=Marks()), dict(seed=2, strategy=SCAFFOLD(), plain=True)]
     with _made(factory) as engine:
         first, second = ([_run(engine, stage, **kind) for kind in kinds] for _ in range(2))
@@ -382,11 +340,10 @@ def _again(factory: _Factory, stage: _Stage) -> Finding:
     for kind, one, other in zip(kinds, first, second, strict=True):
         wrong = (wrong or _unlike(other, one, "in the first run on this engine")
                  or _unlike(one, _run(Local(), stage, **kind), "on a new Local"))
-    return verdict("again", wrong, "a second run is bit-equal to the first",
-                   "keep nothing of a run: no task, state, weights or site states of the run before")
+    return wrong
 
 
-def _resume(factory: _Factory, stage: _Stage) -> Finding:
+def _resume(factory: _Factory, stage: _Stage) -> str | None:
     settings: dict[str, Any] = dict(strategy=SCAFFOLD(), progress=False, privacy=Marks())
     whole = federate(stage.plain, stage.sites, rounds=3, **settings).state
     with tempfile.TemporaryDirectory() as folder:
@@ -395,23 +352,21 @@ def _resume(factory: _Factory, stage: _Stage) -> Finding:
                 resumed = federate(stage.plain, stage.sites, rounds=rounds, engine=engine,
                                    checkpoint=Path(folder) / "run", **settings).state
     same = whole is not None and resumed is not None and weights_sha256(whole.params) == weights_sha256(resumed.params)
-    return verdict("resume", None if same else "a run that went on with a new engine ends with other bits",
-                   "a run goes on with a new engine",
-                   "keep what sites keep in the states that train() is given, and nowhere else")
+    return None if same else "a run that went on with a new engine ends with other bits"
 
 
-def _untouched(factory: _Factory, stage: _Stage) -> Finding:
+def _untouched(factory: _Factory, stage: _Stage) -> str | None:
     before = stage.content()
     with _made(factory) as engine:
         out = _run(engine, stage, rounds=3)
     changed = [what for what, value in stage.content().items() if before[what] != value]
     if [_hash(finished) for finished in out.rounds] != out.hashes:
         changed.append("the state of a finished round")
-    return verdict("untouched", f"{' and '.join(changed)} changed" if changed else None,
-                   "nothing is changed in place", "copy what a site changes before it does")
+    return f"{' and '.join(changed)} changed" if changed else None
 
 
-_Check = Callable[[_Factory, _Stage], Finding]
+#: What is wrong with an engine, or None.
+_Check = Callable[[_Factory, _Stage], str | None]
 _CHECKS: dict[str, _Check] = {
     "order": _order, "isolation": _isolation, "failure": _failure, "failure ends the run": _failure_ends_the_run,
     "withdrawal": _withdrawal, "again": _again, "resume": _resume, "untouched": _untouched,

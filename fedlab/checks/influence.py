@@ -13,18 +13,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Literal
 
 import torch
 
-from fedlab.checks.check_report import Finding, verdict
+from fedlab.checks.check_report import Battery, Finding
 from fedlab.checks.rehearsal import Charge, Rehearsal, Script, Stage, rehearse
 from fedlab.checks.small_runs import plain_descent
 from fedlab.core.types import Patient, Site, Tensors
 from fedlab.core.weights import load_weights
 from fedlab.privacy.accounting.mechanisms import Concentrated, Gaussian, Pure, Release
 
-__all__ = ["Claim", "check_broadcast", "check_claim", "check_patients", "check_whole", "find_claims"]
+__all__ = ["PRIVACY", "Claim", "check_broadcast", "check_claim", "check_patients", "check_whole", "find_claims"]
 
+PRIVACY = Battery("privacy")
 #: Runs with other random numbers from which the noise is estimated.
 _RUNS = 12
 #: Relative error allowed to the measured influence: several times that of the estimate of the noise.
@@ -35,16 +37,10 @@ _ERRORS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The entries of one layer into a ledger in one round, and the place where its output is seen.
+    """The entries of one layer into a ledger in one round, and the place where its output is seen."""
 
-    Attributes:
-        layer: its place in the technique.
-        where: "training", "site" or "server".
-        charges: the entries.
-    """
-
-    layer: int
-    where: str
+    layer: int  # its place in the technique
+    where: Literal["training", "site", "server"]
     charges: tuple[Charge, ...]
 
     @property
@@ -89,11 +85,10 @@ def find_claims(stage: Stage, seen: Rehearsal) -> list[Claim]:
     for place in range(len(stage.parts)):
         first = next((s for s in seen.steps if s.layer == place), None)
         hidden = place == len(stage.technique.layers)  # a masked update is seen in the sum only
-        for where, charges in (("training", seen.equipped.get(place, ())),
-                               ("server" if hidden else "site", first.charged if first else ()),
-                               ("server", seen.settled.get(place, ()))):
-            if charges:
-                claims.append(Claim(layer=place, where=where, charges=charges))
+        found = [Claim(layer=place, where="training", charges=seen.equipped.get(place, ())),
+                 Claim(layer=place, where="server" if hidden else "site", charges=first.charged if first else ()),
+                 Claim(layer=place, where="server", charges=seen.settled.get(place, ()))]
+        claims += [claim for claim in found if claim.charges]
     return claims
 
 
@@ -132,8 +127,8 @@ def check_claim(stage: Stage, claim: Claim) -> Iterator[Finding]:
     # Tensors that are shared at all. Noise that chooses entries need not share any.
     tried = [*runs[:2], *(output(stage, "large everywhere", seed) for seed in (0, 1))]
     shared = {name for tensors in tried for name, t in tensors.items() if t.count_nonzero()}
-    noise = _noise(runs, shared, every=math.isfinite(claim.mu), layer=layer,
-                   remedy="add noise to every entry of every tensor that is shared, zeros included")
+    noise = _noise(runs, shared, every=math.isfinite(claim.mu), where=layer,
+                   entries="every entry of every tensor that is shared, zeros included")
     yield noise
     if noise.outcome == "failed" or not math.isfinite(claim.mu):
         return
@@ -156,8 +151,8 @@ def check_patients(stage: Stage, claim: Claim) -> Iterator[Finding]:
         return [claim.output(rehearse(changed, seed=seed), 0, site) for seed in seeds]
 
     runs = outputs(stage, usual, range(_RUNS))
-    noise = _noise(runs, set(stage.like), every=True, layer="training",
-                   remedy="add noise to the gradient of every trainable tensor, in every step")
+    noise = _noise(runs, set(stage.like), every=True, where="training",
+                   entries="the gradient of every trainable tensor, in every step")
     yield noise
     if noise.outcome == "failed":
         return
@@ -191,15 +186,11 @@ def check_whole(stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
         spread, shift = float((one.var() + other.var()) / 2), float((one.mean() - other.mean()).abs())
         allowed = math.sqrt(spread) * (chi * (1 + _SLACK) + _ERRORS * math.sqrt(2 / _RUNS))
         if shift > max(allowed, 1e-9):
-            yield Finding(
-                check="sensitivity", outcome="failed",
-                what=f"the update sent in {when} reveals far more of a large update than was charged: its sum along "
-                     f"the update moves by {shift:.3g}, the ledger allows {allowed:.3g}",
-                remedy="clip before noise is added; after the noise use neither the update as it was nor anything "
-                       "remembered from it")
+            yield PRIVACY.verdict("whole update", f"the update sent in {when} reveals far more of a large update than "
+                                  f"was charged: its sum along the update moves by {shift:.3g}, the ledger allows "
+                                  f"{allowed:.3g}", check="sensitivity")
             return
-    yield Finding(check="sensitivity", outcome="passed",
-                  what="the updates sent, in this round and the next, reveal no more than was charged")
+    yield PRIVACY.verdict("whole update", None, check="sensitivity")
 
 
 def check_broadcast(stage: Stage) -> Iterator[Finding]:
@@ -214,12 +205,12 @@ def check_broadcast(stage: Stage) -> Iterator[Finding]:
                if name not in usual or not torch.equal(t, usual[name])}
     bare = [name for name in changed if all(name in usual and torch.equal(t[name], usual[name]) for t in others)]
     if changed:
-        yield verdict("noise", f"the server broadcasts {bare[0]}, which depends on the updates but does not vary with "
-                      "the random numbers" if bare else None, f"the broadcast of {', '.join(changed)} has noise",
-                      "add noise to the values it is computed from, and charge the ledger for it")
+        yield PRIVACY.verdict("broadcast", f"the server broadcasts {bare[0]}, which depends on the updates but does "
+                              "not vary with the random numbers" if bare else None, check="noise",
+                              names=", ".join(changed))
 
 
-def _noise(runs: Sequence[Tensors], shared: set[str], *, every: bool, layer: str, remedy: str) -> Finding:
+def _noise(runs: Sequence[Tensors], shared: set[str], *, every: bool, where: str, entries: str) -> Finding:
     """Whether shared tensors vary with the random numbers: every entry or, where noise chooses entries, any."""
     silent = []
     for name in sorted(shared):
@@ -227,18 +218,16 @@ def _noise(runs: Sequence[Tensors], shared: set[str], *, every: bool, layer: str
         if not (moves.all() if every else moves.any()):
             silent.append(name)
     more = f"; {len(silent)} tensors in all" if len(silent) > 1 else ""
-    return verdict("noise", f"{layer} charges the ledger, but its output {silent[0]} does not vary with the random "
-                   f"numbers{more}" if silent else None, f"{layer}: every shared tensor has noise", remedy)
+    return PRIVACY.verdict("noise", f"{where} charges the ledger, but its output {silent[0]} does not vary with the "
+                           f"random numbers{more}" if silent else None, where=where, entries=entries)
 
 
 def _sensitivity(worst: float, claimed: float, where: str) -> Finding:
     """Whether the smallest noise multiplier that was measured, 1 / `worst`, is the charged one, 1 / `claimed`."""
     measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {1 / max(worst, 1e-99):.3g}"
-    return verdict(
-        "sensitivity", f"{where}: measured is {measured}, charged is {1 / claimed:.3g}"
-        if worst > claimed * (1 + _SLACK) else None, f"{where}: the worst case is {measured}, charged is "
-        f"{1 / claimed:.3g}", "bound the Euclidean norm of what noise is added to (clip), and let the noise be the "
-        "charged multiplier times the bound; with adjacency 'any two' the sensitivity is twice the clip")
+    charged = f"{1 / claimed:.3g}"
+    return PRIVACY.verdict("sensitivity", f"{where}: measured is {measured}, charged is {charged}"
+                           if worst > claimed * (1 + _SLACK) else None, where=where, measured=measured, charged=charged)
 
 
 def _worst(given: Mapping[str, Sequence[Tensors]], pairs: Iterable[tuple[str, str]], runs: Sequence[Tensors]
@@ -269,6 +258,6 @@ _PATIENTS: Mapping[str, Callable[[Patient], Patient]] = {
     "a patient": lambda patient: patient,
     "a scan 10 000 times as bright": lambda patient: _with(patient, scale=1e4),
     "an empty scan": lambda patient: _with(patient, scale=0.0),
-    "a scan all tumour": lambda patient: _with(patient, label=4),
+    "a scan that is all tumour": lambda patient: _with(patient, label=4),
     "a scan without tumour": lambda patient: _with(patient, label=0),
 }

@@ -8,15 +8,24 @@ from typing import Any
 
 import torch
 
-from fedlab.checks.check_report import CheckReport, Finding, verdict
-from fedlab.checks.influence import Claim, check_broadcast, check_claim, check_patients, check_whole, find_claims
+from fedlab.checks.check_report import CheckReport, Finding
+from fedlab.checks.influence import (
+    PRIVACY,
+    Claim,
+    check_broadcast,
+    check_claim,
+    check_patients,
+    check_whole,
+    find_claims,
+)
 from fedlab.checks.rehearsal import DECOY, Rehearsal, Stage, make_stage, rehearse
 from fedlab.checks.small_runs import lost_settings, other_random_numbers, same_bits
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.protocols import Strategy
 from fedlab.core.types import Site, Tensors, Update
 from fedlab.privacy.aggregation import Aggregation
-from fedlab.privacy.base import Privacy
+from fedlab.privacy.at_sites import AtSites
+from fedlab.privacy.base import Privacy, technique_at
 from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["check_privacy"]
@@ -46,7 +55,8 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
     probability below 1e-4.
 
     Args:
-        technique: used as it is, not copied; it must come out unchanged. An aggregation is checked by itself.
+        technique: used as it is, not copied; it must come out unchanged. An aggregation is checked by itself, and of
+            an `AtSites` all that works at its sites.
         trainer: with a network of the kind that the technique is for; by default a SegResNet of two levels.
         sites: by default three of noise, or as many as the secure aggregation needs, with patients enough for the
             technique's attribute `batch`.
@@ -59,21 +69,33 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
 
     Raises:
         PrivacyError: a check failed; the message is the report.
-        ValueError: `technique` is not a `Privacy`.
+        ValueError: `technique` is not a `Privacy`, or is for other sites than `sites`.
     """
     if isinstance(technique, Aggregation):
         aggregation, technique = technique, Privacy()
     if not isinstance(technique, Privacy):
         raise ValueError(f"a technique is an object of a class derived from fedlab.Privacy, got {technique!r}"
                          + ("; make one: put brackets behind its name" if isinstance(technique, type) else ""))
+    aggregation = Aggregation() if aggregation is None else aggregation
     with torch.random.fork_rng(devices=[]):
-        stage = make_stage(technique, trainer=trainer, sites=sites, strategy=strategy,
-                           aggregation=Aggregation() if aggregation is None else aggregation)
-        parts = [part for part in (technique, stage.aggregation) if type(part) not in (Privacy, Aggregation)]
-        report = CheckReport(" with ".join(map(repr, parts or [technique])), list(_findings(stage)))
+        findings = [finding for part in _at_each_site(technique, sites) for finding in _findings(
+            make_stage(part, trainer=trainer, sites=sites, strategy=strategy, aggregation=aggregation))]
+    parts = [part for part in (technique, aggregation) if type(part) not in (Privacy, Aggregation)]
+    report = CheckReport(" with ".join(map(repr, parts or [technique])), findings)
     if raise_ and not report:
         raise PrivacyError(str(report))
     return report
+
+
+def _at_each_site(technique: Privacy, sites: Sequence[Site] | None) -> list[Privacy]:
+    """What the technique is at the sites, once each; the technique itself where sites do not differ."""
+    named = [name for layer in technique.layers if isinstance(layer, AtSites) for name in layer.sites]
+    names = named if sites is None else [site.name for site in sites]
+    if unknown := sorted(set(named) - set(names)):
+        raise ValueError(f"{technique!r} is for the sites {unknown}, which are not among the given {names}; give sites "
+                         "of these names, or leave sites out")
+    found = {repr(part): part for part in (technique_at(technique, name) for name in names)}
+    return [part for part in found.values() if type(part) is not Privacy] or [technique]
 
 
 def _findings(stage: Stage) -> Iterator[Finding]:
@@ -89,7 +111,7 @@ def _findings(stage: Stage) -> Iterator[Finding]:
         if shapes.outcome == kept.outcome == "passed":
             yield _cause(real.error)
         return
-    yield Finding(check="fits the run", outcome="passed", what="two rounds of a small run ended")
+    yield PRIVACY.verdict("fits the run", None)
     repeats, claims = _determinism(stage), find_claims(stage, real)
     yield repeats
     yield _fails_closed(stage)
@@ -114,25 +136,23 @@ def _claims(stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
 
 def _cause(error: Exception) -> Finding:
     """What ended the rehearsal, under the name of the check that it belongs to."""
-    unpaid = isinstance(error, PrivacyError) and "entered nothing into the ledger" in str(error)
-    return Finding(check="ledger" if unpaid else "fits the run", outcome="failed",
-                   what=f"{type(error).__name__}: {error}",
-                   remedy="charge Ledger(state) in equip() or protect() before noise is added" if unpaid else
-                   "see the message; give check_privacy() a trainer, sites or a strategy that the technique is for")
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, PrivacyError) and "entered nothing into the ledger" in str(error):
+        return Finding(check="ledger", outcome="failed", what=what,
+                       remedy="charge Ledger(state) in equip() or protect() before noise is added")
+    return PRIVACY.verdict("fits the run", what)
 
 
 def _settings(stage: Stage) -> Finding:
     lost = [f"{type(layer).__name__}.{name}" for layer in stage.technique.layers for name in lost_settings(layer)]
-    return verdict("settings", f"{', '.join(lost)} cannot be read from the technique" if lost else None,
-                   f"prints as {stage.technique!r}", "keep every argument of __init__ as an attribute of its name: it "
-                   "then prints as code, and runs with other settings can be told apart", otherwise="warned")
+    return PRIVACY.verdict("settings", f"{', '.join(lost)} cannot be read from the technique" if lost else None,
+                           otherwise="warned", technique=repr(stage.technique))
 
 
 def _shapes(stage: Stage, seen: Rehearsal) -> Finding:
     wrong = (_misshapen(step.returned, step.given, f"{stage.name(step.layer)}.protect()") for step in seen.steps
              if step.layer < len(stage.technique.layers))
-    return verdict("shapes and names", next(filter(None, wrong), None), "every update keeps its tensors",
-                   "return update.map(...), or dataclasses.replace(update, delta=...) with all its tensors")
+    return PRIVACY.verdict("shapes and names", next(filter(None, wrong), None))
 
 
 def _misshapen(returned: object, given: Tensors, hook: str) -> str | None:
@@ -163,8 +183,7 @@ def _purity(stage: Stage, seen: Rehearsal, before: Mapping[str, Any]) -> Iterato
     changed = [name for name in {**before, **after} if not _equal(before.get(name), after.get(name))]
     public = [name for name in changed if not name.rpartition(".")[2].startswith("_")]
     if in_place or not changed:
-        yield verdict("purity", in_place, "nothing is changed in place",
-                      "use operations that make new tensors (t * 2, not t.mul_(2)), or work on t.clone()")
+        yield PRIVACY.verdict("purity", in_place)
     if public:
         yield Finding(check="purity", outcome="failed", what=f"a round changes {', '.join(public[:3])}",
                       remedy="keep what changes from round to round in state.own: one technique serves all sites, and "
@@ -187,9 +206,8 @@ def _state(seen: Rehearsal) -> Finding:
     foreign = sorted({owner for step in seen.steps for owner in step.foreign} | set(seen.foreign))
     gone = any(DECOY not in state.namespaces for state in seen.states.values())
     where = ", ".join(map(repr, foreign)) or "an existing namespace"
-    return verdict("state", f"writes into {where}, which is not its own, or something other than tensors by name"
-                   if foreign or gone else None, "only its own namespace is written",
-                   "write into the namespace of the technique only: state.own['clip'] = torch.tensor(1.0)")
+    return PRIVACY.verdict("state", f"writes into {where}, which is not its own, or something other than tensors by "
+                           "name" if foreign or gone else None)
 
 
 def _determinism(stage: Stage) -> Finding:
@@ -203,10 +221,9 @@ def _determinism(stage: Stage) -> Finding:
         same_bits(update.delta, other.sent[k][site].delta) for k, sent in one.sent.items()
         for site, update in sent.items()))
     secure = any(getattr(part, "secure_mode", False) for part in stage.parts)
-    return verdict("determinism", None if same or secure else "the same seed gave other numbers",
-                   "the same seed gives the same numbers" if same else "no two runs are alike, as secure_mode intends",
-                   "draw from the rng that protect() and release() are given, in equip() from "
-                   "fedlab.core.seeds.generator(kit.seed, 'my technique'); never from the global generators")
+    return PRIVACY.verdict("determinism", None if same or secure else "two runs with the same seed differ", what=
+                           "the same seed gives the same numbers" if same else
+                           "no two runs are alike, as secure_mode intends")
 
 
 def _fails_closed(stage: Stage) -> Finding:
@@ -220,20 +237,19 @@ def _fails_closed(stage: Stage) -> Finding:
         "an unknown tensor": lambda: {**good, "unknown": torch.ones(3)},
         "a misshapen tensor": lambda: {**good, first: torch.ones(*good[first].shape, 2)},
     }
-    sent, odd = [], []
+    sent, unclear = [], []
     for what, make in bad.items():
         delta = make()
         seen = rehearse(stage, script=lambda site, number, delta=delta: delta, catch=True)  # type: ignore[misc]
         if seen.error is None or seen.sent.get(0):
             sent.append(what)
         elif not isinstance(seen.error, PrivacyError | SiteError):
-            odd.append(f"{what}: {type(seen.error).__name__}")
-    if odd and not sent:
-        return Finding(check="fails closed", outcome="warned", what=f"nothing was sent, but {'; '.join(odd)}",
+            unclear.append(f"{what}: {type(seen.error).__name__}")
+    if unclear and not sent:
+        return Finding(check="fails closed", outcome="warned", what=f"nothing was sent, but {'; '.join(unclear)}",
                        remedy="raise PrivacyError with what to do")
-    return verdict("fails closed", f"an update was sent although training gave {', '.join(sent)}" if sent else None,
-                   "nothing is sent after damaged training", "do not hide damage (nan_to_num, comparisons that are "
-                   "false for NaN): let it through, the task refuses it, or raise PrivacyError")
+    return PRIVACY.verdict("fails closed", f"an update was sent although the trained one had {', '.join(sent)}"
+                           if sent else None)
 
 
 def _with_entry(t: torch.Tensor, value: float) -> torch.Tensor:
@@ -250,10 +266,9 @@ def _ledger(stage: Stage, seen: Rehearsal, claims: Sequence[Claim]) -> Iterator[
         return
     units = stage.technique.units | stage.aggregation.units
     if not units:
-        yield verdict("ledger", "charges the sites' ledgers but names no units" if claims and not server else None,
-                      "a guarantee through noise at the server, stated every round" if server else
-                      "no formal guarantee is claimed",
-                      "name what the guarantee protects: units = frozenset({'site'})", otherwise="warned")
+        yield PRIVACY.verdict("ledger", "charges the sites' ledgers but names no units" if claims and not server else
+                              None, otherwise="warned", what="a guarantee through noise at the server, stated every "
+                              "round" if server else "no formal guarantee is claimed")
         return
     extra = {charge.terms.unit for claim in claims for charge in claim.charges if claim not in server} - set(units)
     if extra:
@@ -276,33 +291,33 @@ def _budget(stage: Stage, once: float) -> Finding:
     # An aggregation refuses when it is bound to the run, before the first round.
     refused = (PrivacyBudgetExhausted, *([ValueError] if stage.aggregation.units else []))
     ended = "an update was sent" if tried.error is None else f"the run ended with {tried.error!r}"
-    return verdict("budget", None if isinstance(tried.error, refused) and not tried.sent.get(0) else
-                   f"with max_epsilon at a quarter of the cost of a round, {ended}", "a site withdraws before it would "
-                   "exceed max_epsilon", "pass max_epsilon to Ledger.charge, before noise is added")
+    return PRIVACY.verdict("budget", None if isinstance(tried.error, refused) and not tried.sent.get(0) else
+                           f"with max_epsilon at a quarter of the cost of a round, {ended}")
 
 
 def _order(stage: Stage) -> Iterator[Finding]:
     """What to know about the order, from the attributes of the layers."""
+    def warned(what: str, remedy: str) -> Finding:
+        return Finding(check="order", outcome="warned", what=what, remedy=remedy)
+
     layers = stage.technique.layers
     for place, layer in enumerate(layers):
         name = type(layer).__name__
         if "site" in layer.units and stage.aggregation.hides_updates:
-            yield Finding(check="order", outcome="warned", what=f"every site adds the noise of {name} before "
-                          f"{stage.name(-1)} forms the sum", remedy="the guarantee holds, with as many noises in the "
-                          "sum as there are sites; secure aggregation's own noise is in the sum only once")
+            yield warned(f"every site adds the noise of {name} before {stage.name(-1)} forms the sum",
+                         "the guarantee holds, with as many noises in the sum as there are sites; secure "
+                         "aggregation's own noise is in the sum only once")
         for other in layers[place + 1:]:
             about = type(other).__name__
             if layer.units and getattr(other, "error_feedback", False):
-                yield Finding(check="order", outcome="warned", what=f"{about} remembers what it left out of {name}'s "
-                              "noise and sends it later",
-                              remedy=f"it costs no privacy, but {about} before {name} would remember the update")
+                yield warned(f"{about} remembers what it left out of {name}'s noise and sends it later",
+                             f"it costs no privacy, but {about} before {name} would remember the update")
             if "patient" in layer.units and type(other).equip is not Privacy.equip:
-                yield Finding(check="order", outcome="warned", what=f"{about} changes the training that {name} has "
-                              "already wrapped", remedy=f"put {about} before {name}")
+                yield warned(f"{about} changes the training that {name} has already wrapped",
+                             f"put {about} before {name}")
             if layer.units & other.units:
-                unit = min(layer.units & other.units)
-                yield Finding(check="order", outcome="warned", what=f"{name} and {about} both protect each {unit}",
-                              remedy="both are charged and ε adds up; one of them with the noise of both is cheaper")
+                yield warned(f"{name} and {about} both protect each {min(layer.units & other.units)}",
+                             "both are charged and ε adds up; one of them with the noise of both is cheaper")
             if layer.units and not other.units and type(other).protect is not Privacy.protect:
                 yield Finding(check="order", outcome="passed", what=f"{about} receives the noisy updates of {name}: "
                               "this costs no privacy if it uses nothing else, which 'sensitivity' tries")

@@ -16,13 +16,13 @@ from fedlab.checks.small_runs import noise_site, same_bits, same_tensor, small_t
 from fedlab.core.gate import check_update
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Exchange, Run, Strategy
-from fedlab.core.seeds import generator
 from fedlab.core.types import Answer, Cohort, Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.privacy.accounting.ledger import Ledger, Terms
 from fedlab.privacy.accounting.mechanisms import RELEASES, Release
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.privacy.noise.streams import noise_generator
+from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.federate import each_round
 from fedlab.run.local import Local
 from fedlab.run.site_states import SiteStates
@@ -40,19 +40,11 @@ Script = Callable[[str, int], Tensors]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A technique, and the other parts of the runs in which it is watched.
-
-    Attributes:
-        technique: it is watched.
-        trainer: trains in earnest, one step per round.
-        sites: all of the same number of patients.
-        strategy: combines the updates.
-        aggregation: adds them up; it is watched too.
-    """
+    """A technique, and the other parts of the runs in which it is watched."""
 
     technique: Privacy
     trainer: SiteTrainer
-    sites: Sequence[Site]
+    sites: Sequence[Site]  # all with the same number of patients
     strategy: Strategy
     aggregation: Aggregation
 
@@ -122,61 +114,34 @@ class Charge(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One call of a layer's protect(), or of the aggregation's mask(), at one site.
+    """One call of a layer's protect(), or of the aggregation's mask(), at one site."""
 
-    Attributes:
-        layer: its place in the technique; the aggregation comes after the last.
-        round: number of the round.
-        site: name of the site.
-        given: a copy of the tensors of its input.
-        returned: the object that it returned.
-        in_place: names of tensors of its input that it changed.
-        foreign: namespaces that it changed though they are not its own; its own, if it holds non-tensors.
-        charged: what it entered into the ledger.
-    """
-
-    layer: int
+    layer: int  # its place in the technique; the aggregation comes after the last
     round: int
     site: str
-    given: Tensors
+    given: Tensors  # a copy of its input
     returned: object
-    in_place: tuple[str, ...]
-    foreign: tuple[str, ...]
-    charged: tuple[Charge, ...]
+    in_place: tuple[str, ...]  # names of tensors of its input that it changed
+    foreign: tuple[str, ...]  # as in `_Before.foreign`
+    charged: tuple[Charge, ...]  # entries that it made in the ledger
 
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """The observations of a rehearsal.
+    """The observations of a rehearsal; numbers of rounds, places of layers and names of sites are keys."""
 
-    Attributes:
-        round: number of the present round.
-        steps: every call of protect() and mask(), in order.
-        trained: the update that training gave: round -> site -> tensors.
-        equipped: layer -> what its equip() entered into the ledger of the first site in the first round.
-        settled: layer -> what its release() entered into the server's ledger in the first round.
-        foreign: namespaces changed by equip() or release() though they are not the layer's own; its own, if it holds
-            non-tensors.
-        sent: round -> site -> the update that left the site.
-        released: round -> layer -> the result of that layer's release(), or of the aggregation's after().
-        moved: round -> the update that moved the model.
-        states: of the sites.
-        broadcast: tensors that the server sends to the sites at the end.
-        error: what ended the run early.
-    """
-
-    round: int = 0
+    round: int = 0  # the present one
     steps: list[Step] = field(default_factory=list)
-    trained: dict[int, dict[str, Tensors]] = field(default_factory=dict)
-    equipped: dict[int, tuple[Charge, ...]] = field(default_factory=dict)
-    settled: dict[int, tuple[Charge, ...]] = field(default_factory=dict)
-    foreign: list[str] = field(default_factory=list)
-    sent: dict[int, dict[str, Update]] = field(default_factory=dict)
-    released: dict[int, dict[int, Update]] = field(default_factory=dict)
-    moved: dict[int, Update] = field(default_factory=dict)
+    trained: dict[int, dict[str, Tensors]] = field(default_factory=dict)  # round -> site -> result of training
+    equipped: dict[int, tuple[Charge, ...]] = field(default_factory=dict)  # layer -> entries of its first equip()
+    settled: dict[int, tuple[Charge, ...]] = field(default_factory=dict)  # layer -> entries of its first release()
+    foreign: list[str] = field(default_factory=list)  # as in `_Before.foreign`, of equip() and release()
+    sent: dict[int, dict[str, Update]] = field(default_factory=dict)  # round -> site -> the update that left it
+    released: dict[int, dict[int, Update]] = field(default_factory=dict)  # round -> layer -> of release() or after()
+    moved: dict[int, Update] = field(default_factory=dict)  # round -> the update that moved the model
     states: Mapping[str, SiteState] = field(default_factory=dict)
     broadcast: Tensors = field(default_factory=dict)
-    error: Exception | None = None
+    error: Exception | None = None  # what ended the run early
 
     def watch(self, layer: int, update: Update, state: SiteState, hook: Callable[[], Any]) -> Any:
         """Calls protect() or mask() of a layer, whose own the state is, and notes what it does."""
@@ -189,11 +154,7 @@ class Rehearsal:
 
 
 class _Before:
-    """The state of a party before a hook, to find out what the hook changes.
-
-    Args:
-        state: as the hook is given it; its owner is the hook's.
-    """
+    """The state of a party before a hook, as the hook is given it, to find out what the hook changes."""
 
     def __init__(self, state: SiteState | ServerState) -> None:
         self._state = state
@@ -208,28 +169,27 @@ class _Before:
         return tuple(Charge(RELEASES[e["kind"]](**e["release"]), Terms(**e["terms"])) for e in new[len(old):])
 
     def foreign(self) -> tuple[str, ...]:
-        """Other owners whose namespace has changed; and the owner itself, if its own holds non-tensors."""
+        """Other owners whose namespace the hook has changed; the hook's own, if it holds anything but tensors."""
         now, own = self._state.namespaces, self._state.owner
         changed = [owner for owner in {**self._namespaces, **now} if owner != own
                    and not same_bits(self._namespaces.get(owner, {}), now.get(owner, {}))]
-        odd = not all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in now.get(own, {}).items())
-        return (*changed, own) if odd else tuple(changed)
+        valid = all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in now.get(own, {}).items())
+        return tuple(changed) if valid else (*changed, own)
 
 
 class Watched(Privacy):
     """A technique whose layers are called as `+` calls them, while each is watched.
 
     Args:
-        technique: to be watched.
-        seen: where the observations are noted.
-        seed: of the noise at the server. The server's own depends on what it is added to, as it should; here two
-            inputs meet the same noise, so that they alone make the difference.
-        checked: whether its check() and check_site() are called.
+        technique, seen: what is watched, and where the observations are noted.
+        seed: of the noise, which in a run depends on the update or the mean that it is added to; here two inputs meet
+            the same noise, so that they alone make the difference.
+        checked: whether check() and check_site() are called.
     """
 
     def __init__(self, technique: Privacy, seen: Rehearsal, *, seed: int, checked: bool = True) -> None:
         self.stands_for, self.seen, self.seed, self.checked = technique, seen, seed, checked
-        self.units = technique.units
+        self.units, self.sends = technique.units, technique.sends
 
     @property
     def layers(self) -> tuple[Privacy, ...]:
@@ -254,6 +214,7 @@ class Watched(Privacy):
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         self.seen.trained.setdefault(self.seen.round, {})[update.site] = dict(update.delta)
+        rng = noise_generator(self.seed, "protect", update.site, self.seen.round)
         for place, layer in enumerate(self.layers):
             given, own = update, state.of(f"layer {place}")
             out = self.seen.watch(place, given, own, lambda: layer.protect(given, own, rng))  # noqa: B023
@@ -261,7 +222,7 @@ class Watched(Privacy):
         return update
 
     def release(self, mean: Update, cohort: Cohort, state: ServerState, rng: torch.Generator) -> Update:
-        rng = generator(self.seed, "release", cohort.round)
+        rng = noise_generator(self.seed, "release", cohort.round)
         for place in reversed(range(len(self.layers))):
             own = state.of(f"layer {place}")
             before = _Before(own)
@@ -277,7 +238,7 @@ class Watched(Privacy):
 
 
 class _InPlaceOf:
-    """Does what another part of a run does, but for what is overridden here."""
+    """Stands for another part of a run and does the same, except for what is overridden here."""
 
     def __init__(self, part: Any) -> None:
         self.stands_for = part
@@ -287,7 +248,7 @@ class _InPlaceOf:
 
 
 class _ScriptedTrainer(_InPlaceOf):
-    """Goes through all of a round but returns an update that was chosen beforehand."""
+    """Goes through a whole round but returns an update that was chosen beforehand."""
 
     def __init__(self, trainer: SiteTrainer, script: Script) -> None:
         super().__init__(trainer)
@@ -299,7 +260,7 @@ class _ScriptedTrainer(_InPlaceOf):
 
 
 class _StandingStrategy(_InPlaceOf):
-    """Leaves the model where it is, so that only what sites keep tells one round from the next."""
+    """Draws every site, and leaves the model where it is: only what sites keep tells one round from the next."""
 
     def __init__(self, strategy: Strategy, seen: Rehearsal) -> None:
         super().__init__(strategy)
@@ -307,6 +268,9 @@ class _StandingStrategy(_InPlaceOf):
 
     def bind(self, run: Run) -> _StandingStrategy:
         return _StandingStrategy(self.stands_for.bind(run), self.seen)
+
+    def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
+        return sites
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
         self.seen.moved[state.round] = mean
@@ -316,20 +280,24 @@ class _StandingStrategy(_InPlaceOf):
 class _WatchedAggregation(Aggregation):
     """An aggregation that is watched in mask() and after(), as the layer after the last one."""
 
-    def __init__(self, aggregation: Aggregation, seen: Rehearsal, layer: int) -> None:
-        self.stands_for, self.seen, self.layer = aggregation, seen, layer
+    def __init__(self, aggregation: Aggregation, seen: Rehearsal, layer: int, seed: int) -> None:
+        self.stands_for, self.seen, self.layer, self.seed = aggregation, seen, layer, seed
         vars(self).update({name: getattr(aggregation, name) for name in ("units", "hides_updates", "before", "answer")})
 
     def bind(self, run: Run) -> Aggregation:
-        return _WatchedAggregation(self.stands_for.bind(run), self.seen, self.layer)
+        return _WatchedAggregation(self.stands_for.bind(run), self.seen, self.layer, self.seed)
 
     def mask(self, update: Update, state: SiteState, rng: torch.Generator) -> Any:
+        rng = noise_generator(self.seed, "mask", update.site, self.seen.round)
         return self.seen.watch(self.layer, update, state, lambda: self.stands_for.mask(update, state, rng))
 
     def after(self, mean: Update, keys: Any, exchange: Exchange) -> Update:
         out = self.stands_for.after(mean, keys, exchange)
         self.seen.released.setdefault(self.seen.round, {})[self.layer] = out
         return out
+
+    def __repr__(self) -> str:
+        return repr(self.stands_for)
 
 
 class _Recorder(Local):
@@ -357,13 +325,12 @@ class _SameNoise(list[Patient]):
 
 def rehearse(stage: Stage, *, script: Script | None = None, rounds: int = 1, seed: int = 0, checked: bool = True,
              catch: bool = False) -> Rehearsal:
-    """A run of the stage's parts, through the real task of a site and the real server.
+    """A run of the stage's parts, through the real task of a site and the real server; the model does not move.
 
     Args:
         stage: its parts are not changed unless they change themselves.
         script: the updates that training gives; None to train.
-        rounds: how many; the model does not move.
-        seed: of the run.
+        rounds, seed: of the run.
         checked: whether the technique's check() and check_site() are called first.
         catch: whether an error is noted in the result instead of raised.
     """
@@ -374,7 +341,7 @@ def rehearse(stage: Stage, *, script: Script | None = None, rounds: int = 1, see
         states.save(site.name, SiteState(enrolled=True, namespaces={DECOY: {"x": torch.ones(2)}}))
     trainer: Any = stage.trainer if script is None else _ScriptedTrainer(stage.trainer, script)
     strategy: Any = _StandingStrategy(stage.strategy, seen)
-    aggregation = _WatchedAggregation(stage.aggregation, seen, len(stage.technique.layers))
+    aggregation = _WatchedAggregation(stage.aggregation, seen, len(stage.technique.layers), seed)
     try:
         for _ in each_round(trainer, sites, strategy=strategy, aggregation=aggregation, rounds=rounds, seed=seed,
                             privacy=Watched(stage.technique, seen, seed=seed, checked=checked), site_states=states,

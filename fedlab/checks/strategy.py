@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fedlab.checks.check_report import CheckReport, Finding, verdict
+from fedlab.checks.check_report import Battery, CheckReport, Finding
 from fedlab.checks.small_runs import lost_settings, noise_site, other_random_numbers, same_bits, small_trainer
 from fedlab.core.errors import FedlabError
 from fedlab.core.protocols import Strategy
@@ -24,6 +24,7 @@ from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["check_strategy"]
 
+_STRATEGY = Battery("strategy")
 #: Sums in float64 differ by less than this, whatever their order.
 _ROUNDING = 1e-9
 
@@ -115,8 +116,9 @@ def _findings(stage: _Stage) -> Iterator[Finding]:
     try:
         bound = replace(stage, strategy=make_run(stage.trainer, stage.sites, strategy=stage.strategy).strategy)
         yield from _round(bound)
-        for check in (_select, _order, _one, _weights, _uniform, _precision, _finite, _nothing):
-            yield check(bound)
+        for name, check in _CHECKS.items():
+            yield _STRATEGY.verdict(name, check(bound))
+        yield from (_weights(bound), _uniform(bound))
     except Exception as error:  # the author's code may raise anything
         yield Finding(check="fits the run", outcome="failed", what=f"{type(error).__name__}: {error}",
                       remedy="combine() takes an iterable of updates that can be read once and returns an Update; "
@@ -132,11 +134,10 @@ def _findings(stage: _Stage) -> Iterator[Finding]:
 
 def _settings(strategy: Strategy) -> Finding:
     lost, shown = lost_settings(strategy), repr(strategy)
-    address = " at 0x" in shown.partition("(")[0] or " object at 0x" in shown
-    return verdict("settings", f"{', '.join(lost)} cannot be read from the strategy" if lost else
-                   f"prints as {shown}" if address else None, f"prints as {shown}",
-                   "make it a frozen dataclass: it then prints as the code that makes it, and runs with other settings "
-                   "can be told apart")
+    wrong = f"{', '.join(lost)} cannot be read from the strategy" if lost else None
+    if " at 0x" in shown.partition("(")[0] or " object at 0x" in shown:
+        wrong = wrong or f"prints as {shown}"
+    return _STRATEGY.verdict("settings", wrong, strategy=shown)
 
 
 def _round(stage: _Stage) -> Iterator[Finding]:
@@ -154,48 +155,40 @@ def _round(stage: _Stage) -> Iterator[Finding]:
         wrong = "the step changes names, order, shapes or dtypes of the model"
     if wrong is None and after.round != state.round + 1:
         wrong = f"the step leads from round {state.round} to {after.round}"
-    yield verdict("shapes and dtypes", wrong, "the model keeps its tensors",
-                  "return one float64 tensor for each of an update's; call super().step(state, mean)")
+    yield _STRATEGY.verdict("shapes and dtypes", wrong)
     kept = {"an update": all(map(same_bits, before[0], [u.delta for u in updates])),
             "the state": same_bits(before[1], _groups(state)), "the mean": same_bits(mean_before, mean.delta)}
     touched = " and ".join(what for what, untouched in kept.items() if not untouched)
-    yield verdict("purity", f"{touched} is changed in place" if touched else None, "nothing is changed in place",
-                  "make new tensors (t * 2, not t.mul_(2)), or work on t.clone()")
+    yield _STRATEGY.verdict("purity", f"{touched} is changed in place" if touched else None)
     runs = []
     for number in (1, 2):
         with other_random_numbers(number):
             mean = stage.mean(stage.updates())
             runs.append({**_groups(stage.strategy.step(stage.begun(), mean)), **mean.delta})
-    yield verdict("determinism", None if same_bits(*runs) else "the same updates gave other numbers",
-                  "the same updates give the same bits", "draw nothing at random in combine() and step(), or from a "
-                  "generator seeded with the round")
+    yield _STRATEGY.verdict("determinism", None if same_bits(*runs) else "the same updates gave other numbers")
 
 
-def _select(stage: _Stage) -> Finding:
-    names, wrong = [site.name for site in stage.sites], None
+def _select(stage: _Stage) -> str | None:
+    names = [site.name for site in stage.sites]
     for number in range(20):
         one, other = ([site.name for site in stage.strategy.select(stage.sites, generator(number))] for _ in range(2))
         if one != other:
-            wrong = "the same random stream chose other sites"
-        elif not set(one) <= set(names) or len(set(one)) < len(one):
-            wrong = f"chose {one} out of {names}"
-        elif stage.strategy.sample == 1 and one != names:
-            wrong = f"says sample=1 but chose {len(one)} of {len(names)} sites"
-    return verdict("select", wrong, "a cohort is some of the sites, chosen by the given stream",
-                   "choose out of `sites` with the `rng` that select() is given, and state the probability in "
-                   "`sample`: the privacy accountant relies on it")
+            return "the same random stream chose other sites"
+        if not set(one) <= set(names) or len(set(one)) < len(one):
+            return f"chose {one} out of {names}"
+        if stage.strategy.sample == 1 and one != names:
+            return f"says sample=1 but chose {len(one)} of {len(names)} sites"
+    return None
 
 
-def _order(stage: _Stage) -> Finding:
+def _order(stage: _Stage) -> str | None:
     updates = stage.updates()
     mean, *others = (stage.mean(order) for order in (updates, updates[::-1], updates[3:] + updates[:3]))
     apart = max(_apart(mean.delta, other.delta) for other in others)
-    return verdict("order", f"another order of arrival changes the mean by {apart:.2g}" if apart > _ROUNDING else None,
-                   "updates may arrive in any order",
-                   "sort what you collect by update.site; no update may count by its place")
+    return f"another order of arrival changes the mean by {apart:.2g}" if apart > _ROUNDING else None
 
 
-def _one(stage: _Stage) -> Finding:
+def _one(stage: _Stage) -> str | None:
     update, wrong = stage.updates()[0], None
     for count in (1, len(stage.sites)):
         try:
@@ -204,9 +197,8 @@ def _one(stage: _Stage) -> Finding:
             continue  # a clear error
         along, aside = _along(mean.delta, update.delta)
         if not 0 < along <= 1 + _ROUNDING or aside > 1e-6:
-            wrong = f"{count} times the same update gives something else"
-    return verdict("one update", wrong, "gives that update, or a shorter one",
-                   "for equal updates the mean is that update: divide by the sum of the factors")
+            wrong = f"the mean of {count} equal updates is not that update"
+    return wrong
 
 
 def _weights(stage: _Stage) -> Finding:
@@ -222,10 +214,9 @@ def _weights(stage: _Stage) -> Finding:
     elif declared in ("patients", "steps") and ("weights" if declared == "patients" else "steps") not in counts:
         wrong = f"says weights={declared!r}, but they do not count"
     elif declared not in ("patients", "steps", "uniform") and counts:
-        return Finding(check="weights", outcome="warned", what=f"{' and '.join(counts)} count, but no attribute "
-                       "`weights` says so", remedy="inherit from FedAvg, or name the attribute")
-    return verdict("weights", wrong, f"count as weights={declared!r} says", "use self._weight(update) of FedAvg, or "
-                   "refuse other weights than 'uniform' in __post_init__")
+        wrong = f"{' and '.join(counts)} count, but no attribute `weights` says so"
+        return _STRATEGY.verdict("weights", wrong, otherwise="warned")
+    return _STRATEGY.verdict("weights", wrong, declared=declared)
 
 
 def _uniform(stage: _Stage) -> Finding:
@@ -235,22 +226,20 @@ def _uniform(stage: _Stage) -> Finding:
         plain = {name: torch.stack([u.delta[name].double() for u in updates]).mean(dim=0) for name in mean.delta}
         if _apart(mean.delta, plain) > _ROUNDING or mean.weight != len(updates):
             wrong = "says uniform_mean, but is not the sum of the updates over their number, of that weight"
-    return verdict("uniform mean", wrong, "every update counts the same, whatever it holds" if claimed else
-                   "is not claimed: noise at the server and secure aggregation refuse this strategy",
-                   "leave uniform_mean out, which is False where combine is overridden: noise would be too small")
+    return _STRATEGY.verdict("uniform mean", wrong, what="every update counts the same, whatever it holds" if claimed
+                             else "is not claimed: noise at the server and secure aggregation refuse this strategy")
 
 
-def _precision(stage: _Stage) -> Finding:
+def _precision(stage: _Stage) -> str | None:
     single = stage.updates()
     double = [update.map(lambda t: t.double()) for update in single]
     thirds = double[0].map(lambda t: t / 3)  # float32 cannot hold them
     _, aside = _along(stage.mean(replace(thirds, site=site.name) for site in stage.sites).delta, thirds.delta)
     apart = max(aside, _apart(stage.mean(single).delta, stage.mean(double).delta))
-    return verdict("precision", f"sums are off by {apart:.2g} of their size" if apart > _ROUNDING else None,
-                   "sums are in float64", "turn each tensor into float64 first: t.double()")
+    return f"sums are off by {apart:.2g} of their size" if apart > _ROUNDING else None
 
 
-def _finite(stage: _Stage) -> Finding:
+def _finite(stage: _Stage) -> str | None:
     accepted = []
     for value in (math.nan, math.inf):
         updates = stage.updates()
@@ -262,9 +251,7 @@ def _finite(stage: _Stage) -> Finding:
             f"step() accepts {value} in the mean": partial(
                 stage.strategy.step, stage.begun(), replace(mean, delta=spoilt))}
         accepted += [what for what, call in calls.items() if not _refuses(call)]
-    return verdict("not finite", "; ".join(accepted) or None, "NaN and infinite values are refused",
-                   "sorting and comparing hide NaN: raise ValueError unless torch.isfinite(t).all(), or end in "
-                   "weighted_mean() and FedAvg.step(), which do")
+    return "; ".join(accepted) or None
 
 
 def _refuses(call: Callable[[], object]) -> bool:
@@ -275,13 +262,17 @@ def _refuses(call: Callable[[], object]) -> bool:
     return False
 
 
-def _nothing(stage: _Stage) -> Finding:
+def _nothing(stage: _Stage) -> str | None:
     try:
-        wrong = None if _refuses(lambda: stage.mean([])) else "the combination of no update is not refused"
+        return None if _refuses(lambda: stage.mean([])) else "the combination of no update is not refused"
     except Exception as error:  # of the author's code
-        wrong = f"the combination of no update raises {type(error).__name__}: {error}"
-    return verdict("no update", wrong, "is a clear error", "raise fedlab.strategies.TooFewUpdates: with Admission "
-                   "rules the round is then void and the run goes on")
+        return f"the combination of no update raises {type(error).__name__}: {error}"
+
+
+#: Checks of the strategy bound to a run; each returns what is wrong.
+_CHECKS: dict[str, Callable[[_Stage], str | None]] = {
+    "select": _select, "order": _order, "one update": _one, "precision": _precision, "not finite": _finite,
+    "no update": _nothing}
 
 
 def _run(stage: _Stage) -> Iterator[Finding]:
@@ -297,21 +288,18 @@ def _run(stage: _Stage) -> Iterator[Finding]:
             run(2, Path(folder) / "run")
             resumed, states_resumed = run(3, Path(folder) / "run")
     except Exception as error:  # of the author's code
-        yield Finding(check="fits the run", outcome="failed", what=f"{type(error).__name__}: {error}",
-                      remedy="see the message; give check_strategy() a trainer or sites that the strategy is for")
+        yield _STRATEGY.verdict("fits the run", f"{type(error).__name__}: {error}")
         return
-    yield Finding(check="fits the run", outcome="passed", what="three rounds of a small run ended")
+    yield _STRATEGY.verdict("fits the run", None)
     foreign = sorted({owner for state in states.values() for owner in state.namespaces} - {"optimiser", "strategy"})
     own = sorted({name.partition("|")[0] for state in states.values() for name in state.of("strategy").own})
-    yield verdict("state", f"it writes for {', '.join(foreign)}" if foreign else None,
-                  f"sites keep {', '.join(own[:4])}" if own else "sites keep nothing for it",
-                  "write into site_state.own, as site_state.own['clip'] = torch.tensor(1.0)")
+    yield _STRATEGY.verdict("state", f"it writes for {', '.join(foreign)}" if foreign else None,
+                            names=", ".join(own[:4]) or "nothing")
     same = same_bits(_groups(whole), _groups(resumed)) and all(
         same_bits(slots, states_resumed[site].of(owner).own) for site, state in states.items()
         for owner, slots in state.namespaces.items())
-    yield verdict("resume", None if same else "a run stopped after two rounds ends with other bits than the whole one",
-                  "a stopped run goes on to the same bits", "keep nothing in the strategy: use ServerState.moments, at "
-                  "a site site_state.own")
+    yield _STRATEGY.verdict("resume", None if same else "a run stopped after two rounds ends with other bits than the "
+                            "whole one")
 
 
 def _copied(tensors: Tensors) -> dict[str, torch.Tensor]:

@@ -17,13 +17,14 @@ from fedlab.core.errors import PrivacyError
 from fedlab.core.seeds import generator
 from fedlab.core.types import Site
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Pure, Terms
+from fedlab.privacy.at_sites import AtSites
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import Quantise, ScaledSign, TopK
 from fedlab.privacy.dp.clipping import AdaptiveClip, clip_update
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.personal_layers import PersonalLayers
-from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.privacy.sparse.partial_sharing import SVT, PartialSharing, SparseVector
 from fedlab.strategies import FedAvg
 from trainers import trainer
@@ -510,3 +511,19 @@ def test_the_default_stage_is_a_small_segresnet():
     report = check_privacy(TopK(keep=0.1))
     assert report and report.subject == repr(TopK(keep=0.1))
     assert math.isfinite(len(report.findings))
+
+
+def test_a_technique_for_some_sites_is_checked_as_it_works_at_them():
+    report = check_privacy(AtSites(sites=("a", "b"), technique=local()), raise_=False)
+    assert report and report.subject.startswith("AtSites") and "sensitivity" in {f.check for f in report.findings}
+    assert check_privacy(AtSites(sites=("a",), technique=TooLittle()), raise_=False).failed == ("sensitivity",)
+    mixed = AtSites(sites=("site-0",), technique=local()) + AtSites(sites=("site-1",), technique=NoNoise())
+    assert small(mixed).failed == ("noise",)
+    with pytest.raises(ValueError, match="not among the given"):
+        small(AtSites(sites=("a",), technique=local()))
+
+
+def test_an_unpaid_promise_is_told_in_the_technique_s_own_name():
+    with pytest.raises(PrivacyError, match=r"Unpaid\(.*\) promises a guarantee per site but entered") as raised:
+        small(Unpaid(), raise_=True)
+    assert "Watched" not in str(raised.value) and "with Aggregation" not in str(raised.value)
