@@ -16,7 +16,7 @@ import torch
 from common import write
 from fedlab.core.types import SiteState, Update
 from fedlab.core.weights import trainable
-from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.strategies import weighted_mean
 from fedlab.training.networks import segresnet
 

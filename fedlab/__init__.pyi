@@ -21,7 +21,7 @@ from .data.readers.folders import read_cohort, read_sites
 from .privacy.accounting.ledger import noise_multiplier_for
 from .privacy.base import Privacy
 from .privacy.dp.dpsgd import DPSGD
-from .privacy.secure_aggregation.aggregation import SecureAggregation
+from .privacy.secure_aggregation.secure_sum import SecureAggregation
 from .run.baselines import centralised, local_only
 from .run.federate import each_round, federate
 from .run.local import Local

@@ -15,7 +15,19 @@ from torch import nn
 
 from fedlab.core.kit import Kit
 from fedlab.core.seeds import generator
-from fedlab.core.types import Answer, Cohort, Failure, Messages, Round, ServerState, Site, SiteState, Tensors, Update
+from fedlab.core.types import (
+    Answer,
+    Cohort,
+    Failure,
+    Messages,
+    Round,
+    ServerState,
+    Site,
+    SiteState,
+    Spent,
+    Tensors,
+    Update,
+)
 
 __all__ = ["Admission", "Aggregation", "Elsewhere", "Engine", "Exchange", "Privacy", "Run", "Strategy", "Topology",
            "Trainer"]
@@ -139,6 +151,11 @@ class Exchange(Protocol):
         """The sites that still take part, in order."""
         ...
 
+    @property
+    def shown(self) -> str:
+        """`shown_sha256` of the state that the sites are shown in this round."""
+        ...
+
     def send(self, step: str, inboxes: Messages) -> Messages:
         """Asks each of these sites for its answer to its inbox (sender -> message); sender -> recipient -> message."""
         ...
@@ -158,6 +175,8 @@ class Aggregation(Protocol):
     def bind(self, run: Run) -> Aggregation: ...
 
     def before(self, exchange: Exchange) -> Any: ...
+
+    def least_spent(self, update: Update) -> Spent | None: ...
 
     def mask(self, update: Update, state: SiteState, rng: torch.Generator) -> Update: ...
 

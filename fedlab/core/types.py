@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import ROUND_CEILING, Context
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from fedlab.core.errors import FedlabError
 
 __all__ = ["MODALITIES", "REGIONS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round", "ServerState",
-           "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal"]
+           "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal", "rounded_up"]
 
 #: Channel order of every image in fedlab.
 MODALITIES = ("FLAIR", "T1", "T1c", "T2")
@@ -131,6 +132,7 @@ class SiteState(_Owned):
         ledger: the record of privacy spent, as plain values; `fedlab.privacy.accounting.ledger.Ledger` reads and writes
             it. Empty for a site that has released nothing under a guarantee.
         broadcast: tensors that a technique at the server sent with the weights of this round.
+        shown: `shown_sha256` of the server's state in this round, where updates are hidden in a sum.
         secrets: keys of the present round; never written to disk.
         owner: whose namespace `own` is.
     """
@@ -142,12 +144,13 @@ class SiteState(_Owned):
     diagnostics: dict[str, torch.Tensor] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     broadcast: dict[str, torch.Tensor] = field(default_factory=dict)
+    shown: str = ""
     secrets: dict[str, Any] = field(default_factory=dict)
     owner: str = "site"
 
     def take_over(self, other: SiteState) -> None:
         """Takes every value of another state, in place."""
-        self.enrolled, self.updates, self.round = other.enrolled, other.updates, other.round
+        self.enrolled, self.updates, self.round, self.shown = other.enrolled, other.updates, other.round, other.shown
         parts: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
             (self.namespaces, other.namespaces), (self.diagnostics, other.diagnostics), (self.ledger, other.ledger),
             (self.broadcast, other.broadcast), (self.secrets, other.secrets))
@@ -176,6 +179,13 @@ class Failure(NamedTuple):
     error: FedlabError
 
 
+def rounded_up(value: float, digits: int = 3) -> str:
+    """A number in a few digits that say at least as much: an ε is never shown smaller than it is."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal_from_float(value)):.{digits}g}"
+
+
 class Spent(NamedTuple):
     """Privacy spent so far: ε, always with δ, unit, adjacency and accountant."""
 
@@ -186,7 +196,7 @@ class Spent(NamedTuple):
     adjacency: str
 
     def __str__(self) -> str:
-        return (f"ε = {self.epsilon:.3g} at δ = {self.delta:g} per {self.unit} "
+        return (f"ε = {rounded_up(self.epsilon)} at δ = {self.delta:g} per {self.unit} "
                 f"({self.adjacency}, {self.accountant} accountant)")
 
 

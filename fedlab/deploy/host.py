@@ -42,6 +42,7 @@ class _Run:
     task: SiteTask
     start: Tensors
     snapshots: SiteSnapshots
+    masked: frozenset[int]  # rounds in which an update was hidden in a sum that this process does not remember
 
 
 class SiteHost:
@@ -115,7 +116,9 @@ class SiteHost:
             self._log(f"could not begin a run: {type(error).__name__}: {error}")
             raise self._error_for_server(error, "begin") from error
         snapshots = SiteSnapshots(self.folder / "states" / plan.run, site=self.site.name, run=plan.run)
-        self._run = _Run(name=plan.run, plan=plan, task=task, start=first, snapshots=snapshots)
+        answered = self._answers().get(plan.run, []) if task.aggregation.hides_updates else []
+        self._run = _Run(name=plan.run, plan=plan, task=task, start=first, snapshots=snapshots,
+                         masked=frozenset(int(mark.partition(":")[0]) for mark in answered))
         self._log(f"begins run {plan.run}: {plan.rounds} rounds of {len(plan.sites)} sites, {task.privacy!r}, "
                   f"{task.aggregation!r}, {task.strategy!r}, {task.trainer!r}")
 
@@ -187,10 +190,14 @@ class SiteHost:
     def _work(self, begun: _Run, state: ServerState, digest: str) -> bytes:
         """Trains, and packs the update once the ledger on disk accounts for it."""
         self._count(begun, state.round, digest, enter=False)
+        if state.round in begun.masked:
+            raise PrivacyError(f"{self.site.name} hid an update in a sum of round {state.round} before it was "
+                               "restarted and no longer knows in which one: the difference of two sums could be one "
+                               "update. Go on with the next round, or begin a new run")
         site_state = begun.snapshots.before(state.round)
         with LedgerFile(self.folder / "ledger", self.site.name).kept(site_state):
             update = begun.task(self.site, state, site_state)
-            self.policy.check_spent(Ledger(site_state).spent() if site_state.ledger else ())
+            self.policy.check_spent(Ledger(site_state) if site_state.ledger else None)
             packed = pack_answer(update)
             self._count(begun, state.round, digest, enter=True)
         begun.snapshots.save(site_state, state.round)
@@ -198,14 +205,7 @@ class SiteHost:
 
     def _count(self, begun: _Run, round: int, digest: str, *, enter: bool) -> None:
         """Counts the models that this site has answered; a repeated request counts once."""
-        path = self.folder / "ledger" / "answers.json"
-        try:
-            known: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if not all(isinstance(answers, list) for answers in known.values()):
-                raise ValueError("expected a list of answers per run")
-        except (OSError, ValueError, AttributeError) as error:
-            raise PrivacyError(f"{path} is damaged ({error}); restore it from a copy: it counts what this site has "
-                               "answered") from error
+        known = self._answers()
         of_run, answer = known.setdefault(begun.name, []), f"{round}:{digest[:32]}"
         if answer in of_run:
             return
@@ -216,8 +216,24 @@ class SiteHost:
                 raise PrivacyBudgetExhausted(f"{name}: {self.site.name} answers at most {most} models, "
                                              f"this would be number {count}")
         if enter:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(known).encode())
+            self._answers_file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._answers_file, json.dumps(known).encode())
+
+    @property
+    def _answers_file(self) -> Path:
+        return self.folder / "ledger" / "answers.json"
+
+    def _answers(self) -> dict[str, list[str]]:
+        """The models that this site has answered, as "round:hash", by run."""
+        path = self._answers_file
+        try:
+            known: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if not all(isinstance(answers, list) for answers in known.values()):
+                raise ValueError("expected a list of answers per run")
+        except (OSError, ValueError, AttributeError) as error:
+            raise PrivacyError(f"{path} is damaged ({error}); restore it from a copy: it counts what this site has "
+                               "answered") from error
+        return known
 
     def _begun(self, run: str) -> _Run:
         if self._run is None or self._run.name != run:

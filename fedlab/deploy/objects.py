@@ -28,7 +28,7 @@ from fedlab.core.errors import FedlabError, PrivacyError
 from fedlab.core.files import packaged_toml
 from fedlab.core.protocols import Topology
 from fedlab.privacy.aggregation import Aggregation
-from fedlab.privacy.base import Privacy, importable
+from fedlab.privacy.base import Privacy
 from fedlab.run.recipe import Json
 from fedlab.strategies.averaging import FedAvg
 
@@ -117,10 +117,8 @@ def _described(value: Any, *, depth: int) -> Json:
             return call(value.func, value.keywords, "partial")
         case FunctionType() | type():
             return {"name": _name_of(value)}
-        case Privacy():
-            importable(value)
-            if len(value.layers) > 1:
-                return call(sum_of, {"techniques": list(value.layers)})
+        case Privacy() if len(value.layers) > 1:
+            return call(sum_of, {"techniques": list(value.layers)})
         case Number() | np.generic():
             raise ValueError(f"a plan carries plain numbers, got {value!r} ({type(value).__name__}); convert it with "
                              "float(...) or int(...)")
@@ -130,8 +128,16 @@ def _described(value: Any, *, depth: int) -> Json:
             raise ValueError(f"a plan carries plain undirected graphs, got {value!r}")
         return call(graph_of, {"nodes": list(value), "edges": [list(edge) for edge in value.edges]})
     factory, settings = getattr(value, "__dict__", {}).get("_built", (type(value), None))
-    _name_of(factory)  # before its settings are read
-    return call(factory, _settings(value) if settings is None else settings)
+    try:
+        _name_of(factory)  # before its settings are read
+        return call(factory, _settings(value) if settings is None else settings)
+    except _NotImportable as error:
+        if not isinstance(value, Privacy):
+            raise
+        raise PrivacyError(
+            f"{error.name} of {value!r} is defined in a notebook, a script or a function, from which other sites "
+            "cannot import it: write it into a file (fedlab export technique, or %%writefile my_technique.py as the "
+            "first line of its cell), have that file approved at every site, and import it from there") from error
 
 
 def tuple_of(*, items: list[Any]) -> tuple[Any, ...]:
@@ -205,6 +211,14 @@ def _settings(value: Any) -> dict[str, Any]:
     return {name: known[name] for name in wanted}
 
 
+class _NotImportable(ValueError):
+    """A class or function that no other process can import, and its name."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
 def _name_of(value: Any) -> str:
     """Module and name of a class or function, if another process can import it from there."""
     module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
@@ -212,7 +226,8 @@ def _name_of(value: Any) -> str:
     if module == "__main__" or _NAME.fullmatch(full) is None or getattr(sys.modules.get(module), name,
                                                                         None) is not value:
         kind = "a class" if isinstance(value, type) else "a function"
-        raise ValueError(
+        raise _NotImportable(
+            name or repr(value)[:80],
             f"{name or repr(value)[:80]} is {kind} of a notebook, a script or another function, or its name begins "
             "with an underscore, so other sites cannot import it: write it into a file (in a notebook: fedlab export "
             "technique, or %%writefile as the first line of its cell), have that file approved at every site, and "

@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.settings import check_whole
-from fedlab.core.types import Spent
+from fedlab.core.types import Spent, rounded_up
 from fedlab.deploy.plan import Plan
+from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.aggregation import Aggregation
-from fedlab.privacy.base import Privacy
+from fedlab.privacy.base import Privacy, technique_at
 
 __all__ = ["Budget", "Required", "SitePolicy"]
 
@@ -150,7 +151,7 @@ class SitePolicy:
         """
         if site not in plan.sites:
             raise PrivacyError(f"the plan names the sites {list(plan.sites)[:20]}, this one is {site!r}")
-        privacy = privacy.at(site)  # techniques for other sites do not protect this one
+        privacy = technique_at(privacy, site)  # techniques for other sites do not protect this one
         if len(plan.sites) < self.min_sites:
             raise PrivacyError(f"min_sites: this site takes part in runs of at least {self.min_sites} sites, the plan "
                                f"has {len(plan.sites)}")
@@ -174,23 +175,23 @@ class SitePolicy:
                 raise PrivacyError(f"budget: this site states ε per {unit} at δ of at most {budget.delta:g}, the plan "
                                    f"has {stated:g}")
 
-    def check_spent(self, spent: Sequence[Spent]) -> None:
-        """Before an update leaves: whether this site's ledger is within its budgets.
+    def check_spent(self, ledger: Ledger | None) -> None:
+        """Before an update leaves: whether this round was charged to the site's ledger, and within its budgets.
 
         Raises:
-            PrivacyBudgetExhausted: it is not; the update must not leave.
-            PrivacyError: the ledger has no statement about a unit that has a budget.
+            PrivacyBudgetExhausted: the ledger exceeds a budget; the update must not leave.
+            PrivacyError: the round was not charged for a unit that has a budget, or at a larger δ.
         """
-        by_unit: dict[str, Spent] = {one.unit: one for one in spent}
+        by_unit: dict[str, Spent] = {one.unit: one for one in ledger.spent()} if ledger else {}
         for unit, budget in self.budgets.items():
             terms = f"ε = {budget.epsilon:g} per {unit} at δ = {budget.delta:g}"
             one = by_unit.get(unit)
-            if one is None or not one.delta <= budget.delta:
-                raise PrivacyError(f"budget: the site's budget is {terms}; its ledger says {one or 'nothing'} about "
-                                   f"the {unit}")
+            if one is None or ledger is None or not ledger.charged(one.unit) or not one.delta <= budget.delta:
+                raise PrivacyError(f"budget: the site's budget is {terms}; its ledger was not charged per {unit} for "
+                                   f"this round at such a δ, it says {one or 'nothing'} about the {unit}")
             if not one.epsilon <= budget.epsilon:
                 raise PrivacyBudgetExhausted(f"this site's budget is {terms}; with this update it would have spent "
-                                             f"{one.epsilon:.4g} at δ = {one.delta:g}")
+                                             f"{rounded_up(one.epsilon, 4)} at δ = {one.delta:g}")
 
     def lines(self) -> list[str]:
         """The policy in words, a line per rule; approved files are left out."""

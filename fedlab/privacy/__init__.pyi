@@ -10,7 +10,7 @@ from .dp.dpsgd import DPSGD
 from .dp.site_level import CentralGaussian, LocalGaussian
 from .dp.validators import check_private, fix_private
 from .personal_layers import PersonalLayers, norms, norms_and_head
-from .secure_aggregation.aggregation import SecureAggregation
+from .secure_aggregation.secure_sum import SecureAggregation
 from .sparse.partial_sharing import SVT, PartialSharing, SparseVector, composed_epsilon
 
 __all__ = [

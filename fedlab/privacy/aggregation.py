@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,9 +10,17 @@ import torch
 
 from fedlab.core.errors import PrivacyError
 from fedlab.core.protocols import Exchange, Run
-from fedlab.core.types import SiteState, Update
+from fedlab.core.types import ServerState, SiteState, Spent, Update
+from fedlab.core.weights import weights_sha256
 
-__all__ = ["Aggregation"]
+__all__ = ["Aggregation", "shown_sha256"]
+
+
+def shown_sha256(state: ServerState) -> str:
+    """SHA-256 of everything in the server's state that the sites of a round are shown."""
+    groups = {"params": state.params, "broadcast": state.broadcast, **state.moments}
+    tensors = {f"{group}|{name}": t for group, slots in groups.items() for name, t in slots.items()}
+    return hashlib.sha256(f"{state.round}|{weights_sha256(tensors)}".encode()).hexdigest()
 
 
 class Aggregation:
@@ -34,6 +43,10 @@ class Aggregation:
             ValueError: it cannot work with the rest of the run.
         """
         return self
+
+    def least_spent(self, update: Update) -> Spent | None:
+        """As in `Privacy`."""
+        return None
 
     def before(self, exchange: Exchange) -> Any:
         """At the server, before training: agree with the sites on the keys of this round."""

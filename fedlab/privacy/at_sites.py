@@ -9,7 +9,7 @@ import torch
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run
 from fedlab.core.types import Site, SiteState, Update
-from fedlab.privacy.base import Privacy
+from fedlab.privacy.base import Privacy, layers_at, technique_at
 
 __all__ = ["AtSites"]
 
@@ -42,14 +42,16 @@ class AtSites(Privacy):
 
     @property
     def units(self) -> frozenset[str]:  # type: ignore[override]
-        return self.technique.units
+        """Those of the technique at the named sites; at the others nothing is promised, see `technique_at`."""
+        return frozenset().union(*(self.at(site).units for site in self.sites))
 
     def at(self, site: str) -> Privacy:
-        return self.technique.at(site) if site in self.sites else Privacy()
+        return technique_at(self.technique, site) if site in self.sites else Privacy()
 
     def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
         for site in self.sites:
-            self.technique.check_order(before=_at(site, before), after=_at(site, after))
+            for layer in layers_at(self.technique.layers, site):
+                layer.check_order(before=layers_at(before, site), after=layers_at(after, site))
 
     def check(self, run: Run) -> None:
         unknown = sorted(set(self.sites) - set(run.names))
@@ -65,8 +67,3 @@ class AtSites(Privacy):
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         return self.at(update.site).protect(update, state, rng)
-
-
-def _at(site: str, layers: Sequence[Privacy]) -> list[Privacy]:
-    """The techniques of these layers that work at a site."""
-    return [part for layer in layers for part in layer.at(site).layers if type(part) is not Privacy]

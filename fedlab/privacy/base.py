@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,9 +10,9 @@ from fedlab.core.errors import PrivacyError
 from fedlab.core.gate import check_update
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run
-from fedlab.core.types import Cohort, ServerState, Site, SiteState, Update
+from fedlab.core.types import Cohort, ServerState, Site, SiteState, Spent, Update
 
-__all__ = ["Privacy", "importable"]
+__all__ = ["Privacy", "layers_at", "technique_at"]
 
 
 class Privacy:
@@ -30,13 +26,24 @@ class Privacy:
     in which the ledger was not charged for such a unit is refused. Without units the technique has no formal
     guarantee and is labelled so.
 
+    Settings of one name mean the same in all techniques:
+        delta: of the guarantee, below 1 over the number of units.
+        accountant: "rdp", "prv" or, where every record takes part in every step, "gdp"; see `Terms`.
+        max_epsilon: the budget of a site, or of the server whose noise it is; no further part is taken rather than
+            exceed it.
+        secure_mode: noise from the operating system, different in every run. Without it noise repeats with the seed of
+            the run, and an adversary who knows the seed, such as the server, can subtract it: for research.
+
     Attributes:
         units: what the guarantee given at the site protects: {"patient"}, {"site"} or both.
         keeps_tensors: whether some tensors of the model stay at each site, so that the global model is not whole.
+        sends: names of the metrics that it sends beside the update, which its guarantee covers; under a guarantee all
+            others stay at the site.
     """
 
     units: frozenset[str] = frozenset()
     keeps_tensors: bool = False
+    sends: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> tuple[Privacy, ...]:
@@ -49,8 +56,12 @@ class Privacy:
         return any(type(layer).release is not Privacy.release for layer in self.layers)
 
     def at(self, site: str) -> Privacy:
-        """The part that works at a site: all of it, unless sites differ; see `AtSites`."""
+        """What it is at a site: itself, unless sites differ; see `AtSites` and `technique_at`."""
         return self
+
+    def least_spent(self, update: Update) -> Spent | None:
+        """What a site states as spent with such an update at least; None if that does not follow from the settings."""
+        return None
 
     def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
         """When joined by `+`: raises `ValueError` if this technique cannot stand between those."""
@@ -102,16 +113,14 @@ class _Sum(Privacy):
             layer.check_order(before=layers[:place], after=layers[place + 1:])
         self._layers = layers
         self.units = frozenset().union(*(layer.units for layer in layers))
+        self.sends = frozenset().union(*(layer.sends for layer in layers))
 
     @property
     def layers(self) -> tuple[Privacy, ...]:
         return self._layers
 
     def at(self, site: str) -> Privacy:
-        here = [part for layer in self.layers for part in layer.at(site).layers if type(part) is not Privacy]
-        if len(here) == len(self.layers) and all(map(operator.is_, here, self.layers)):
-            return self
-        return _Sum(*here) if len(here) > 1 else here[0] if here else Privacy()
+        return technique_at(self, site)
 
     def check(self, run: Run) -> None:
         for layer in self.layers:
@@ -144,48 +153,28 @@ class _Sum(Privacy):
         return " + ".join(map(repr, self.layers))
 
 
-def importable(technique: Privacy) -> tuple[str, ...]:
-    """Whether another machine can make this technique; a remote engine checks before it sends one.
+def technique_at(technique: Privacy, site: str) -> Privacy:
+    """All that works at a site, with every technique that differs from site to site replaced by what it is there."""
+    if all(layer.at(site) is layer for layer in technique.layers):
+        return technique
+    here = layers_at(technique.layers, site)
+    return _Sum(*here) if len(here) > 1 else here[0] if here else Privacy()
 
-    Returns:
-        Names of the modules beyond fedlab that hold its classes and functions: every site must have them.
+
+def layers_at(layers: Sequence[Privacy], site: str, *, depth: int = 0) -> list[Privacy]:
+    """The techniques that these layers are at a site; what one of them returns is asked again, until nothing changes.
 
     Raises:
-        PrivacyError: a part of it is defined in a notebook cell, in a script that was started, or in a function, from
-            which no other process can import it.
+        PrivacyError: there is no end to it.
     """
-    modules = set()
-    for layer in technique.layers:
-        for part in _parts(layer):
-            module, name = getattr(part, "__module__", None), getattr(part, "__qualname__", "")
-            if module == "builtins":
-                continue
-            found: Any = sys.modules.get(module or "")
-            for step in name.split("."):
-                found = getattr(found, step, None)
-            if module == "__main__" or found is not part:
-                raise PrivacyError(
-                    f"{name or repr(part)} of {layer!r} is defined in a notebook, a script or a function, from which "
-                    "other sites cannot import it: write it into a file (fedlab export technique, or %%writefile "
-                    "my_technique.py as the first line of its cell), have that file approved at every site, and import "
-                    "it from there")
-            modules.add(module or "")
-    return tuple(sorted(name for name in modules if name.partition(".")[0] != "fedlab"))
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """The classes and functions that an object is made of, those in its settings included."""
-    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-        yield value
-        return
-    yield type(value)
-    if isinstance(value, Mapping):
-        inner = list(value.values())
-    elif isinstance(value, list | tuple | set | frozenset):
-        inner = list(value)
-    elif is_dataclass(value):
-        inner = [getattr(value, f.name) for f in fields(value)]
-    else:
-        inner = [v for k, v in vars(value).items() if not k.startswith("_")] if isinstance(value, Privacy) else []
-    for item in inner:
-        yield from _parts(item)
+    if depth > 20:
+        raise PrivacyError(f"{layers[0]!r} never says what it is at {site}; return a technique whose at() returns "
+                           "itself")
+    found: list[Privacy] = []
+    for layer in layers:
+        here = layer.at(site)
+        if here is not layer:
+            found += layers_at(here.layers, site, depth=depth + 1)
+        elif type(layer) is not Privacy:
+            found.append(layer)
+    return found

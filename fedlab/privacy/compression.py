@@ -24,7 +24,7 @@ from fedlab.core.weights import flatten, unflatten
 from fedlab.privacy.base import Privacy
 
 __all__ = ["Quantise", "ScaledSign", "SharePercentile", "TopK", "decode_levels", "decode_sparse", "encode_levels",
-           "encode_sparse", "entries", "sparse_bytes"]
+           "encode_sparse", "entries", "largest", "sparse_bytes"]
 
 _DENSE, _BITMAP, _INDICES = b"\x00", b"\x01", b"\x02"
 
@@ -92,7 +92,7 @@ class TopK(Privacy):
 
     def _largest(self, t: torch.Tensor) -> torch.Tensor:
         flat = t.flatten()
-        chosen = flat.abs().topk(entries(self.keep, flat.numel()), sorted=False).indices
+        chosen = largest(flat, self.keep)
         return torch.zeros_like(flat).index_copy_(0, chosen, flat[chosen])
 
 
@@ -173,14 +173,11 @@ def _send(technique: SharePercentile | TopK | ScaledSign | Quantise, update: Upd
 
 
 def encode_sparse(delta: Tensors) -> bytes:
-    """Tensors with many zeros as bytes: the shortest of three codes.
+    """Finite tensors with many zeros as bytes, rounded to float32: the shortest of three codes, named by a byte.
 
-    One byte names the code. Dense: every entry. Bitmap: one bit per entry, then the entries that aren't 0. Indices:
-    their positions, then the entries, shorter than a bitmap below one in 32. Entries are little-endian float32 and
-    positions uint32, counted through all tensors in their order.
-
-    Args:
-        delta: finite tensors; rounded to float32.
+    Dense: every entry. Bitmap: one bit per entry, then the entries that are not 0. Indices: their positions, then the
+    entries, shorter than a bitmap below one in 32. Entries are little-endian float32 and positions uint32, counted
+    through all tensors in their order.
     """
     flat = flatten(delta).numpy()
     places = np.flatnonzero(flat)
@@ -193,11 +190,7 @@ def encode_sparse(delta: Tensors) -> bytes:
 
 
 def decode_sparse(wire: bytes, like: Tensors) -> Tensors:
-    """The inverse of `encode_sparse`, float32.
-
-    Args:
-        wire: the bytes.
-        like: tensors of the names and shapes that were encoded.
+    """The inverse of `encode_sparse`, float32, for tensors of the names and shapes of `like`.
 
     Raises:
         ValueError: the bytes have another length or code than such tensors.
@@ -227,9 +220,8 @@ def encode_levels(codes: list[torch.Tensor], scales: list[float], *, bits: int) 
     The scale is a little-endian float32; a tensor of scale 0 has no codes; the codes of a tensor fill whole bytes.
 
     Args:
-        codes: whole numbers from 0 to 2^bits − 1, one per entry.
+        codes: whole numbers from 0 to 2^bits − 1, one per entry; bits is 1 to 16.
         scales: the absolute value of the outermost levels, at least 0.
-        bits: 1 to 16.
     """
     parts = []
     for code, scale in zip(codes, scales, strict=True):
@@ -243,11 +235,6 @@ def encode_levels(codes: list[torch.Tensor], scales: list[float], *, bits: int) 
 
 def decode_levels(wire: bytes, like: Tensors, *, bits: int) -> Tensors:
     """The inverse of `encode_levels`, float32: one bit stands for −scale and scale, more for −scale … 0 … scale.
-
-    Args:
-        wire: the bytes.
-        like: tensors of the names and shapes that were encoded.
-        bits: of a code.
 
     Raises:
         ValueError: the bytes have another length than such tensors.
@@ -265,13 +252,16 @@ def decode_levels(wire: bytes, like: Tensors, *, bits: int) -> Tensors:
         if 8 * len(packed) < t.numel() * bits:
             raise ValueError(f"{len(wire)} bytes end within tensor {name}")
         ones = np.unpackbits(np.frombuffer(packed, np.uint8), count=t.numel() * bits).reshape(-1, bits)
-        numbers = np.zeros(t.numel())
-        for place in range(bits):
-            numbers += ones[:, place] * 2.0**place
+        numbers = ones @ 2.0 ** np.arange(bits)
         out[name] = torch.from_numpy((factor * (numbers - middle) / middle).astype(np.float32)).reshape(t.shape)
     if at != len(wire):
         raise ValueError(f"got {len(wire)} bytes, the tensors take {at}")
     return out
+
+
+def largest(flat: torch.Tensor, share: float) -> torch.Tensor:
+    """Positions of a share of the entries, those with the largest absolute values."""
+    return flat.abs().topk(entries(share, flat.numel()), sorted=False).indices
 
 
 def entries(share: float, size: int) -> int:

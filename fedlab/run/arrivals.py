@@ -14,6 +14,9 @@ from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError, S
 from fedlab.core.gate import check_update
 from fedlab.core.protocols import Run
 from fedlab.core.types import Answer, Cohort, Failure, Messages, Round, ServerState, Site, Spent, Update, Withdrawal
+from fedlab.privacy.accounting.ledger import check_statement
+from fedlab.privacy.aggregation import shown_sha256
+from fedlab.privacy.base import layers_at
 from fedlab.strategies.averaging import NotFinite, TooFewUpdates
 
 __all__ = ["Arrivals", "Void"]
@@ -102,6 +105,10 @@ class Arrivals:
         """The sites that still take part in an exchange of messages: all before training, then those present."""
         return self.present if self._asked else tuple(site.name for site in self.cohort)
 
+    @property
+    def shown(self) -> str:
+        return shown_sha256(self.state)
+
     def send(self, step: str, inboxes: Messages) -> Messages:
         """One exchange of messages between the sites that still take part; a site that fails is left out."""
         names = set(self.names)
@@ -165,6 +172,8 @@ class Arrivals:
             if answer.round != self.state.round:
                 raise PrivacyError(f"the update of {answer.site} answers round {answer.round}, not "
                                    f"{self.state.round}")
+            check_statement(answer, [*layers_at(self.run.privacy.layers, answer.site), self.run.aggregation])
+            self._spent[answer.site] = answer.spent  # it has left its site, whether it is admitted or not
         except Exception as error:
             if self.run.admission is None:
                 raise
@@ -180,7 +189,6 @@ class Arrivals:
                                    "steps": float(update.steps), "bytes": float(size)}
         if update.seconds > 0:  # withheld under a guarantee
             self._seen[update.site]["seconds"] = update.seconds
-        self._spent[update.site] = update.spent
 
 
 def _finite(state: ServerState) -> bool:

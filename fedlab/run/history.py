@@ -103,15 +103,19 @@ class History:
                        for name, reason in record["absent"].items()], "round", "site", columns=("reason",))
 
     def guarantee(self) -> str:
-        """The formal guarantee of the run so far, one sentence per unit."""
-        last: dict[tuple[str, str], Spent] = {}
+        """The formal guarantee of the run so far, one sentence per unit, and the sites for which it gives none."""
+        last: dict[str, dict[str, Spent]] = {}
         for record in self.records:
             for site, entries in record["spent"].items():
-                last.update({(entry["unit"], site): Spent(**entry) for entry in entries})
-        worst: dict[str, tuple[float, str]] = {}
-        for (unit, site), spent in last.items():
-            worst[unit] = max(worst.get(unit, (-1.0, "")), (spent.epsilon, f"{spent} at {site}"))
-        return "; ".join(text for _, text in worst.values()) or "no formal guarantee"
+                for entry in entries:
+                    last.setdefault(entry["unit"], {})[site] = Spent(**entry)
+        sent = {site for record in self.records for site in (*record["sites"], *record["spent"])} - {"server"}
+        out = []
+        for spent in last.values():
+            site = max(spent, key=lambda name, of=spent: (of[name].epsilon, name))  # type: ignore[misc]
+            bare = [] if "server" in spent else sorted(sent - spent.keys())
+            out.append(f"{spent[site]} at {site}" + (f", none at {', '.join(bare)}" if bare else ""))
+        return "; ".join(out) or "no formal guarantee"
 
     @contextmanager
     def progress(self, *, enabled: bool) -> Iterator[Callable[[], None]]:

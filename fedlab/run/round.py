@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 
 from fedlab.core.protocols import Run, Topology
-from fedlab.core.seeds import derive, generator
 from fedlab.core.types import Round, ServerState, Update
 from fedlab.core.weights import weights_sha256
+from fedlab.privacy.noise.streams import noise_generator
 from fedlab.run.arrivals import Arrivals, Void
 from fedlab.strategies.averaging import TooFewUpdates
 
@@ -54,8 +54,8 @@ def _combine(run: Run, updates: Iterator[Update], arrivals: Arrivals) -> Update:
 def _release(run: Run, mean: Update, arrivals: Arrivals, state: ServerState) -> Update:
     """The mean after the techniques' part at the server."""
     # Noise depends on the mean to which it is added: two runs of one seed on other data never share it.
-    seed = derive(run.seed, weights_sha256(mean.delta))
-    out = run.privacy.release(mean, arrivals.took_part, state.of("privacy"), generator(seed, "release", state.round))
+    rng = noise_generator(run.seed, "release", state.round, weights_sha256(mean.delta))
+    out = run.privacy.release(mean, arrivals.took_part, state.of("privacy"), rng)
     arrivals.charge(out.spent)
     return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,11 +14,12 @@ from fedlab.core.gate import check_update
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Strategy
 from fedlab.core.seeds import derive, generator
-from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
+from fedlab.core.types import ServerState, Site, SiteState, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.accounting.ledger import Ledger
-from fedlab.privacy.aggregation import Aggregation
-from fedlab.privacy.base import Privacy
+from fedlab.privacy.aggregation import Aggregation, shown_sha256
+from fedlab.privacy.base import Privacy, technique_at
+from fedlab.privacy.noise.streams import noise_generator, noise_stream
 from fedlab.run.recipe import Json, patients_sha256, recipe_sha256, sha256_of
 from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
@@ -92,13 +92,13 @@ class SiteTask:
             PrivacyBudgetExhausted: the site takes no further part; nothing is returned.
             PrivacyError: a technique failed or gave something unsafe; nothing is returned.
         """
-        privacy, state = self.privacy.at(site.name), state.at(site.name)
+        privacy, state = technique_at(self.privacy, site.name), state.at(site.name)
         seed = derive(self.seed, "site", site.name, state.round)
         work = SiteWork(site, state, site_state, self.trainer, self.guarded)
         started = time.perf_counter()
         try:
             site_state.round, site_state.broadcast = state.round, dict(state.broadcast)
-            units = privacy.units | self.aggregation.units
+            site_state.shown = shown_sha256(state) if self.aggregation.hides_updates else ""
             ledger, stream = self._open_ledger(privacy, site, state, site_state, seed)
 
             work.stage = "equip"
@@ -115,7 +115,7 @@ class SiteTask:
             trained = weights_sha256(update.delta) if ledger else ""
 
             work.stage = "protect"
-            rng = generator(stream, "protect")
+            rng = noise_generator(stream, "protect", trained) if ledger else generator(stream, "protect")
             update = privacy.protect(update, site_state.of("privacy"), rng)
             update = self.aggregation.mask(update, site_state.of("aggregation"), rng)
 
@@ -124,7 +124,7 @@ class SiteTask:
             if ledger:
                 ledger = Ledger(site_state)
                 ledger.bind(trained)
-                update = _with_spent(update, ledger, units, f"{privacy!r} with {self.aggregation!r}")
+                update = _with_spent(update, ledger, privacy, self.aggregation)
             site_state.updates += 1
 
             work.stage = "remember"
@@ -142,8 +142,9 @@ class SiteTask:
         """The site's ledger, if a technique needs one, and the seed of the noise.
 
         Noise depends on everything that the update depends on: the weights, the training, the protection, the
-        patients, and what the site remembers. A run with other settings or patients gets other noise, and both are
-        charged; so does a server that sends other weights under a round's number.
+        patients, and what the site remembers; noise that is added to the update depends on the update too. A run with
+        other settings or patients gets other noise, and both are charged; so does a server that sends other weights
+        under a round's number.
         """
         if not privacy.units | self.aggregation.units:
             return None, seed
@@ -154,20 +155,21 @@ class SiteTask:
             raise PrivacyError("this site has sent updates before but its ledger is missing; restore it")
         groups = {**site_state.namespaces, "broadcast": site_state.broadcast}
         remembered = {f"{owner}|{name}": t for owner, slots in groups.items() for name, t in slots.items()}
-        stream = derive(seed, weights_sha256(state.params), weights_sha256(remembered),
-                        self._recipe if privacy is self.privacy else self._recipe_with(privacy),
-                        patients_sha256(site.train))
-        return Ledger.open(site_state, site=site.name, model=_shape_of(state.params), round=state.round,
-                           stream=str(stream)), stream
+        known = self._recipe if privacy is self.privacy else self._recipe_with(privacy)
+        stream = noise_stream(self.seed, site.name, state.round, weights_sha256(state.params),
+                              weights_sha256(remembered), known, patients_sha256(site.train))
+        return Ledger.open(site_state, site=site.name, round=state.round, stream=str(stream)), stream
 
 
-def _with_spent(update: Update, ledger: Ledger, units: frozenset[str], what: str) -> Update:
+def _with_spent(update: Update, ledger: Ledger, privacy: Privacy, aggregation: Aggregation) -> Update:
     """The update with the privacy spent; numbers that no guarantee covers, such as the loss, stay at the site."""
-    unpaid = sorted(unit for unit in units if not ledger.charged(unit))  # type: ignore[arg-type]
-    if unpaid:
-        raise PrivacyError(f"{what} promises a guarantee per {' and per '.join(unpaid)} but entered nothing into the "
-                           "ledger; charge it in equip() or protect()")
-    return replace(update, spent=ledger.spent(), metrics={})
+    for part in (privacy, aggregation):
+        unpaid = sorted(unit for unit in part.units if not ledger.charged(unit))  # type: ignore[arg-type]
+        if unpaid:
+            raise PrivacyError(f"{part!r} promises a guarantee per {' and per '.join(unpaid)} but entered nothing into "
+                               "the ledger; charge it in equip() or protect()")
+    metrics = {name: value for name, value in update.metrics.items() if name in privacy.sends}
+    return replace(update, spent=ledger.spent(), metrics=metrics)
 
 
 def _check_namespaces(site_state: SiteState) -> None:
@@ -188,9 +190,3 @@ def _as_site_error(error: Exception, work: SiteWork) -> FedlabError:
     if isinstance(error, FedlabError):
         return error
     return SiteError(site, round, work.stage, f"{type(error).__name__}: {error}")
-
-
-def _shape_of(params: Tensors) -> str:
-    """A short name of a model's tensors and their shapes."""
-    text = ";".join(f"{name}:{tuple(t.shape)}" for name, t in sorted(params.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

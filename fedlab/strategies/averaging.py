@@ -105,9 +105,19 @@ class FedAvg:
     def uniform_mean(self) -> bool:
         """Whether every update counts the same, a condition of noise that is added to the mean.
 
-        False where `combine` is overridden: a strategy that still takes the plain mean says so by overriding this.
+        False where `combine` or `_weight` is overridden: a strategy that still takes the plain mean says so by
+        overriding this.
         """
-        return self.weights == "uniform" and type(self).combine is FedAvg.combine
+        return (self.weights == "uniform" and type(self).combine is FedAvg.combine
+                and type(self)._weight is FedAvg._weight)
+
+    @property
+    def independent_draws(self) -> bool:
+        """Whether each site is drawn independently with probability `sample`, which amplifies noise at the server.
+
+        False where `select` is overridden: a strategy that still draws so says so by overriding this.
+        """
+        return type(self).select is FedAvg.select
 
     def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
         if self.sample == 1:

@@ -69,7 +69,7 @@ class Knobs:
     def protect(self, update: Update, *, delta: float, seed: int) -> Update:
         """The update as it would leave the site, with the privacy spent in one round."""
         state = SiteState()
-        Ledger.open(state, site=update.site, model=None, round=0, stream=str(seed))
+        Ledger.open(state, site=update.site, round=0, stream=str(seed))
         clipped = clip_update(update, self.clip)
         sent = self.privacy(delta=delta).protect(clipped, state, generator(seed, "playground"))
         return replace(sent, spent=Ledger(state).spent())

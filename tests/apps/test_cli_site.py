@@ -128,7 +128,7 @@ def test_show_prints_policy_and_what_was_spent_with_its_terms(folder: Path, caps
     assert "nothing was released" in printed and "demands nothing" in printed
     state = SiteState()
     with LedgerFile(folder / "ledger", "a").kept(state):
-        ledger = Ledger.open(state, site="a", model="m", round=0, stream="s")
+        ledger = Ledger.open(state, site="a", round=0, stream="s")
         ledger.charge(Gaussian(noise_multiplier=1.0, sample_rate=0.5, steps=3),
                       terms=Terms(unit="patient", delta=1e-3, adjacency="add or remove one patient"))
     with (folder / "site.toml").open("a", encoding="utf-8") as file:

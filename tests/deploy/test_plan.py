@@ -287,7 +287,7 @@ HOSTILE = [
     {"make": "fedlab.privacy.accounting.ledger_file:LedgerFile", "with": {"folder": "x", "site": "y"}},
     {"make": "fedlab.privacy.base:_Sum", "with": {}}, {"make": "fedlab.privacy.base:__builtins__", "with": {}},
     {"make": "fedlab.privacy.base:Privacy.__init__", "with": {}},
-    {"make": "fedlab.privacy.base:importable", "with": {}},
+    {"make": "fedlab.privacy.base:technique_at", "with": {}},
     {"make": "fedlab.privacy.base:PrivacyError", "with": {}}, {"make": "fedlab.privacy.base:Any", "with": {}},
     {"make": "fedlab.privacy.secure_aggregation.crypto:seal", "with": {}},
     {"make": "torch:load", "with": {"f": "x"}}, {"make": "torch.hub:load", "with": {"repo_or_dir": "x", "model": "y"}},

@@ -9,6 +9,7 @@ from fedlab.core.errors import PrivacyError
 from fedlab.core.weights import trainable
 from fedlab.privacy.accounting.ledger import Gaussian, epsilon_of
 from fedlab.privacy.compression import TopK
+from fedlab.privacy.dp.clipping import AdaptiveClip
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.sparse.partial_sharing import SparseVector
@@ -69,3 +70,15 @@ def test_two_mechanisms_of_one_unit_add_up_in_one_ledger():
 def test_what_cannot_be_added_up_is_refused_and_nothing_is_sent(other):
     with pytest.raises(PrivacyError, match=r"use the same δ, adjacency and accountant; nothing was sent"):
         next(each_round(trainer(), blob_sites((2, 2)), privacy=local() + other))
+
+
+def test_an_adaptive_clip_at_the_server_follows_updates_that_are_private_at_the_site_already():
+    """The bits leave although the site's ledger holds back all other numbers: they are about the private update."""
+    central = CentralGaussian(clip=AdaptiveClip(start=10.0, bit_noise=4.0), noise_multiplier=0.1, delta=1e-3)
+    for technique in (patients() + central, local() + central):
+        finished = list(each_round(trainer(steps=2), blob_sites((3, 4)), privacy=technique, rounds=2,
+                                   strategy=FedAvg(weights="uniform")))
+        norms = [float(one.state.broadcast["clipping norm"]) for one in finished]
+        assert len(set(norms)) == 2 and all(0 < norm != 10.0 for norm in norms)
+        assert all(numbers.keys() & {"loss"} == set() and numbers["within_clip"] in (-0.5, 0.5)
+                   for one in finished for numbers in one.sites.values())

@@ -13,7 +13,6 @@ from cohorts import TinyNet, blob_patient, blob_sites
 from fedlab.core.errors import PrivacyError, SiteError
 from fedlab.core.kit import Kit
 from fedlab.core.regions import labels_to_regions
-from fedlab.core.seeds import derive
 from fedlab.core.types import Site, SiteState
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
@@ -21,6 +20,7 @@ from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.privacy.dp.clipping import AdaptiveClip
 from fedlab.privacy.dp.dpsgd import DPSGD, PatientBatches
 from fedlab.privacy.dp.gradients import MODES, per_patient
+from fedlab.privacy.noise.streams import noise_generator
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Local
 from fedlab.strategies import FedAvg
@@ -87,7 +87,7 @@ def test_every_mode_gives_the_same_clipped_noised_gradient_as_the_algorithm_writ
         results[gradients] = noisy_gradients(equipped(technique, site, steps=1))[0]
 
     model, image, target = TinyNet(), *batch_of([site])
-    objective, noise = trainer().loss, torch.Generator().manual_seed(derive(0, "noise"))
+    objective, noise = trainer().loss, noise_generator(0, "noise")
     single = [own_gradient(model, objective, image[k], target[k]) for k in range(3)]
     whole = [math.sqrt(sum(float(g.square().sum()) for g in one)) for one in single]
     assert min(whole) > 2 * clip  # every gradient is really clipped

@@ -14,7 +14,7 @@ from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.types import SiteState, Update
 from fedlab.privacy.accounting.ledger import Ledger, Pure, epsilon_of
 from fedlab.privacy.compression import encode_sparse
-from fedlab.privacy.noise.continuous_laplace import laplace, random_bits
+from fedlab.privacy.noise.continuous import laplace, random_bits
 from fedlab.privacy.sparse import partial_sharing as svt
 from fedlab.privacy.sparse.partial_sharing import SVT, PartialSharing, SparseVector, composed_epsilon
 from fedlab.privacy.sparse.sparse_vector import LaplaceScales, select, sparse_vector_cost
@@ -132,9 +132,9 @@ def test_one_seed_repeats_and_the_operating_system_does_not():
     one, two = (secure.protect(sent, SiteState(), generator(3)) for _ in range(2))
     assert not torch.equal(one.delta["a"], two.delta["a"])
     state = SiteState()
-    ledger = Ledger.open(state, site="here", model="m", round=0, stream="s")
+    ledger = Ledger.open(state, site="here", round=0, stream="s")
     secure.protect(sent, state, generator())
-    ledger = Ledger.open(state, site="here", model="m", round=0, stream="s")  # run again: what was released stays
+    ledger = Ledger.open(state, site="here", round=0, stream="s")  # run again: what was released stays
     assert len(ledger.releases()) == 2
 
 

@@ -21,7 +21,7 @@ from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import SharePercentile, TopK
 from fedlab.privacy.dp.clipping import AdaptiveClip, clip_update
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
-from fedlab.privacy.noise.gaussian import standard_normal
+from fedlab.privacy.noise.continuous import standard_normal
 from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.run.federate import each_round, federate
 from fedlab.strategies import CoordinateMedian, FedAvg, weighted_mean
@@ -288,7 +288,7 @@ def test_noise_of_the_operating_system_is_charged_each_time_a_round_is_run():
 def test_what_never_repeats_stays_in_the_ledger_beside_what_does():
     terms = {"terms": Terms(unit="site", delta=1e-3, adjacency="x")}
     step, state = Gaussian(noise_multiplier=1.0), SiteState()
-    here = {"site": "a", "model": "m", "stream": "s"}
+    here = {"site": "a", "stream": "s"}
     Ledger.open(state, round=0, **here).charge(step, **terms)
     opened = Ledger.open(state, round=1, **here)
     opened.charge(step, **terms)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cohorts import blob_sites
 from fedlab.core.types import Update
 from fedlab.privacy.dp.site_level import CentralGaussian
-from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.federate import each_round
 from fedlab.strategies import (
     SCAFFOLD,

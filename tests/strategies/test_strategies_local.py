@@ -16,7 +16,7 @@ from fedlab.privacy.compression import TopK
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.personal_layers import PersonalLayers, norms
-from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.baselines import local_only
 from fedlab.run.federate import each_round, federate
 from fedlab.strategies import (

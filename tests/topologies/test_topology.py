@@ -18,7 +18,7 @@ from fedlab.core.weights import weights_sha256
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
-from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
+from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
 from fedlab.run.round import Star, star

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.setting_checks import check_choice, check_positive
-from fedlab.core.types import Spent
+from fedlab.core.types import Spent, Update, rounded_up
 from fedlab.privacy.accounting.mechanisms import (
     RELEASES,
     Accountant,
@@ -23,8 +23,8 @@ from fedlab.privacy.accounting.mechanisms import (
     epsilon_of,
 )
 
-__all__ = ["Accountant", "Concentrated", "Gaussian", "HasLedger", "Ledger", "Pure", "Terms", "epsilon_of",
-           "noise_multiplier_for"]
+__all__ = ["Accountant", "Concentrated", "Gaussian", "HasLedger", "Ledger", "Pure", "Terms", "check_statement",
+           "epsilon_of", "noise_multiplier_for"]
 
 Unit = Literal["patient", "site"]
 
@@ -60,6 +60,12 @@ class Terms:
         if not self.adjacency:
             raise ValueError("adjacency says in words which change of the data stays hidden, got an empty text")
 
+    def spent(self, releases: Sequence[Release]) -> Spent:
+        """The statement of what these releases together have spent."""
+        epsilon = epsilon_of(releases, delta=self.delta, accountant=self.accountant)
+        return Spent(epsilon=epsilon, delta=self.delta, unit=self.unit, accountant=self.accountant,
+                     adjacency=self.adjacency)
+
     def check_delta(self, units: int, *, where: str = "") -> None:
         """Raises `ValueError` if δ is not below 1 over the number of units, which are counted `where`."""
         if self.delta >= 1 / units:
@@ -69,10 +75,28 @@ class Terms:
     def check_budget(self, releases: Sequence[Release], max_epsilon: float | None, *,
                      what: str = "the first round") -> None:
         """Raises `ValueError` if releases alone exceed a budget, or if these terms cannot account for them."""
-        once = epsilon_of(releases, delta=self.delta, accountant=self.accountant)
+        once = self.spent(releases).epsilon
         if max_epsilon is not None and once > max_epsilon:
-            raise ValueError(f"{what} alone costs ε = {once:.4g}, more than the budget of {max_epsilon:g}; add noise "
-                             "(see noise_multiplier_for), release less, or raise the budget")
+            raise ValueError(f"{what} alone costs ε = {rounded_up(once, 4)}, more than the budget of {max_epsilon:g}; "
+                             "add noise (see noise_multiplier_for), release less, or raise the budget")
+
+
+def check_statement(update: Update, parts: Sequence[Any]) -> None:
+    """Refuses an update that states less privacy as spent than the run's techniques or aggregation spend in a round.
+
+    Raises:
+        PrivacyError: it says nothing about a unit, or its statement cannot be that of the technique.
+    """
+    stated = {one.unit: one for one in update.spent}
+    for part in parts:
+        least = part.least_spent(update)
+        missing = sorted(part.units - stated.keys())
+        if missing or (least is not None and (
+                stated[least.unit][1:] != least[1:] or stated[least.unit].epsilon < least.epsilon * (1 - 1e-9))):
+            expected = least or " and ".join(f"an ε per {unit}" for unit in missing)
+            raise PrivacyError(f"the update of {update.site} states {'; '.join(map(str, update.spent)) or 'nothing'} "
+                               f"as spent; under {part!r} it is at least {expected}. Update the software of the site, "
+                               "or leave it out")
 
 
 def noise_multiplier_for(
@@ -82,10 +106,9 @@ def noise_multiplier_for(
 
     Args:
         target_epsilon: not to be exceeded over all steps.
-        delta: in (0, 1).
+        delta, accountant: as in `Terms`.
         sample_rate: expected share of records in a step.
         steps: of all rounds together.
-        accountant: as in `Terms`.
 
     Raises:
         ValueError: a setting is out of range, or no noise multiplier up to 1000 reaches the target.
@@ -119,7 +142,8 @@ class HasLedger(Protocol):
 class Ledger:
     """A site's record of everything it has released under a guarantee, kept in its state.
 
-    It only grows: the entries of a round stay when the round is run again, and count once if the round enters exactly
+    One ledger holds the releases of all runs of a site, whatever they train: the patients are the same. It only grows:
+    the entries of a round stay when the round is run again, and count once if the round enters exactly
     the same again.
 
     Args:
@@ -134,7 +158,7 @@ class Ledger:
         self._note = _parse(self._record) if self._record else _blank()
 
     @classmethod
-    def open(cls, state: HasLedger, *, site: str, model: str | None, round: int | None, stream: str | None) -> Ledger:
+    def open(cls, state: HasLedger, *, site: str, round: int | None, stream: str | None) -> Ledger:
         """The ledger of a site at the beginning of a round, or of work outside of any round.
 
         The entries that the same round made before with the same stream are set aside: a round that is run again draws
@@ -144,15 +168,14 @@ class Ledger:
         Args:
             state: of the site.
             site: whose ledger it must be.
-            model: identifies the model's tensors and shapes, as a ledger belongs to one model; None if none is trained.
-            round: number of the round; None outside of rounds.
+            round: None outside of rounds.
             stream: identifies the random numbers of this round and everything that they are added to.
 
         Raises:
-            PrivacyError: the ledger is damaged, or of another site or model.
+            PrivacyError: the ledger is damaged, or of another site.
         """
         ledger = cls(state)
-        ledger._claim(site=site, model=model)
+        ledger._claim(site)
         stream = f"once-{secrets.token_hex(8)}" if stream is None else stream
         known = ledger._all()
         again = [(e["round"], e["stream"]) == (round, stream) for e in known]
@@ -163,11 +186,10 @@ class Ledger:
 
     def charge(self, release: Release, *, terms: Terms, max_epsilon: float | None = None,
                repeatable: bool = True) -> None:
-        """Enters a release before it happens.
+        """Enters a release before it happens, under terms that are equal for all entries of a unit.
 
         Args:
-            release: what will be released.
-            terms: the meaning of its guarantee, equal for all entries of a unit.
+            release, terms: what will be released, and the meaning of its guarantee.
             max_epsilon: the site's budget for this unit; None for none.
             repeatable: whether the round, run again, draws the same noise. Noise from the operating system does not
                 repeat: the entries of this round then stay, however often it is run.
@@ -176,11 +198,7 @@ class Ledger:
             PrivacyBudgetExhausted: the total would exceed the budget; nothing is entered.
             PrivacyError: the unit's entries have other terms, so that they cannot be added up with this one.
         """
-        for entry in self._all():
-            known = Terms(**entry["terms"])
-            if known.unit == terms.unit and known != terms:
-                raise PrivacyError(f"earlier releases ({known}) cannot be added up with this one ({terms}); use the "
-                                   "same δ, adjacency and accountant")
+        self._check_terms(terms)
         now, entries = (self._note["round"], self._note["stream"]), self._note["entries"]
         stream = now[1]
         if not repeatable:
@@ -188,13 +206,12 @@ class Ledger:
             entries = [{**e, "stream": stream} if (e["round"], e["stream"]) == now else e for e in entries]
         entries = [*entries, {"round": now[0], "stream": stream, "terms": asdict(terms),
                               "kind": type(release).__name__, "release": asdict(release)}]
-        after = epsilon_of(_releases(_joined(entries, self._note["before"]), terms.unit), delta=terms.delta,
-                           accountant=terms.accountant)
+        after = terms.spent(_releases(_joined(entries, self._note["before"]), terms.unit)).epsilon
         if max_epsilon is not None and not after <= max_epsilon:
             before = next((s.epsilon for s in self.spent() if s.unit == terms.unit), 0.0)
             raise PrivacyBudgetExhausted(
-                f"the budget is ε = {max_epsilon:g} per {terms.unit} at δ = {terms.delta:g}; {before:.4g} is spent "
-                f"and this release would make it {after:.4g}")
+                f"the budget is ε = {max_epsilon:g} per {terms.unit} at δ = {terms.delta:g}; {rounded_up(before, 4)} "
+                f"is spent and this release would make it {rounded_up(after, 4)}")
         self._note.update(entries=entries, stream=stream)
         self._write()
 
@@ -210,16 +227,13 @@ class Ledger:
         if spent.delta != 0:
             raise ValueError(f"a release with δ = 0 was expected, got {spent}; enter it with charge()")
         terms = Terms(unit=spent.unit, delta=delta, adjacency=spent.adjacency, accountant=accountant)
-        ledger = cls.open(state, site=site, model=None, round=None, stream=None)
+        ledger = cls.open(state, site=site, round=None, stream=None)
         ledger.charge(Pure(epsilon=spent.epsilon), terms=terms, max_epsilon=max_epsilon)
 
     def bind(self, content: str) -> None:
-        """Ties this round's noise to the update it was added to, before anything is sent.
+        """Ties this round's noise to the update it was added to, such as by its hash, before anything is sent.
 
         The same noise on two different updates would cancel in their difference.
-
-        Args:
-            content: identifies the update that this round's noise protects, such as its hash.
 
         Raises:
             PrivacyError: the noise of this round has been used for another update.
@@ -238,14 +252,8 @@ class Ledger:
 
     def spent(self) -> tuple[Spent, ...]:
         """The privacy spent so far, one statement per unit; empty if nothing was released under a guarantee."""
-        out = []
-        for unit in get_args(Unit):
-            terms = next((Terms(**e["terms"]) for e in self._all() if e["terms"]["unit"] == unit), None)
-            if terms is not None:
-                epsilon = epsilon_of(self.releases(unit), delta=terms.delta, accountant=terms.accountant)
-                out.append(Spent(epsilon=epsilon, delta=terms.delta, unit=unit, accountant=terms.accountant,
-                                 adjacency=terms.adjacency))
-        return tuple(out)
+        terms = {e["terms"]["unit"]: Terms(**e["terms"]) for e in self._all()}
+        return tuple(terms[unit].spent(self.releases(unit)) for unit in get_args(Unit) if unit in terms)
 
     def charged(self, unit: Unit) -> bool:
         """Whether this round's entries hold one for `unit`."""
@@ -257,9 +265,12 @@ class Ledger:
         """Takes in the entries of another copy of this ledger; entries of both count once.
 
         Raises:
-            PrivacyError: the other is of another site or model, or the two disagree about what was sent.
+            PrivacyError: the other is of another site, its entries have other terms, or the two disagree about what
+                was sent.
         """
-        self._claim(site=other._note["site"], model=other._note["model"])
+        self._claim(other._note["site"])
+        for entry in other._all():
+            self._check_terms(Terms(**entry["terms"]))
         ours, theirs = self._note["noise_on"], other._note["noise_on"]
         if any(ours[key] != theirs[key] for key in ours.keys() & theirs.keys()):
             raise PrivacyError("two copies of the ledger disagree about what was sent in a round: one of them is of "
@@ -274,21 +285,24 @@ class Ledger:
         return out
 
     def close(self, *, in_file: bool) -> None:
-        """Ends a round.
-
-        Args:
-            in_file: whether a file holds the ledger too; from then on it is refused without that file.
-        """
+        """Ends a round; a ledger that a file holds too (`in_file`) is refused without that file from then on."""
         self._note.update(entries=self._all(), before=[], in_file=self._note["in_file"] or in_file)
         self._write()
 
-    def _claim(self, *, site: str | None, model: str | None) -> None:
-        for key, here in (("site", site), ("model", model)):
-            known = self._note[key]
-            if known is not None and here is not None and known != here:
-                raise PrivacyError(f"the ledger is of another {key} ({known!r}, not {here!r}); give each site its own "
-                                   "ledger back, or a new state if it has never taken part")
-            self._note[key] = known if here is None else here
+    def _claim(self, site: str | None) -> None:
+        known = self._note["site"]
+        if known is not None and site is not None and known != site:
+            raise PrivacyError(f"the ledger is of another site ({known!r}, not {site!r}); give each site its own "
+                               "ledger back, or a new state if it has never taken part")
+        self._note["site"] = known if site is None else site
+
+    def _check_terms(self, terms: Terms) -> None:
+        """Refuses other terms than those of the unit's entries so far."""
+        for entry in self._all():
+            known = Terms(**entry["terms"])
+            if known.unit == terms.unit and known != terms:
+                raise PrivacyError(f"earlier releases ({known}) cannot be added up with this one ({terms}); use the "
+                                   "same δ, adjacency and accountant")
 
     def _all(self) -> list[dict[str, Any]]:
         return _joined(self._note["entries"], self._note["before"])
@@ -320,7 +334,7 @@ def _releases(entries: Iterable[dict[str, Any]], unit: Unit | None) -> list[Rele
 
 
 def _blank() -> dict[str, Any]:
-    return {"format": _FORMAT, "site": None, "model": None, "round": None, "stream": None, "entries": [], "before": [],
+    return {"format": _FORMAT, "site": None, "round": None, "stream": None, "entries": [], "before": [],
             "noise_on": {}, "in_file": False}
 
 
@@ -328,6 +342,7 @@ def _parse(record: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a ledger's record, every entry checked: a damaged ledger is refused, not repaired."""
     try:
         note: dict[str, Any] = json.loads(json.dumps(record))
+        note.pop("model", None)  # of a ledger written when each network had its own
         if note["format"] != _FORMAT or note.keys() != _blank().keys():
             raise ValueError(f"its format is {note['format']!r}, expected {_FORMAT!r}")
         for entry in (*note["entries"], *note["before"]):

@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fedlab.core.errors import PrivacyError
 from fedlab.core.setting_checks import check_count, check_positive, check_share
 
 __all__ = ["RELEASES", "Accountant", "Concentrated", "Gaussian", "Pure", "Release", "epsilon_of"]
@@ -22,6 +21,8 @@ Accountant = Literal["rdp", "prv", "gdp"]
 #: Rényi orders at which a guarantee is tried; any order gives a valid ε, more orders a smaller one.
 _ORDERS = (*(1 + x / 100 for x in range(1, 10)), *(1 + x / 10 for x in range(1, 100)), *range(11, 64),
            *(64 * 2 ** (x / 4) // 1 for x in range(0, 21)))
+#: Error of ε in numerical composition, and values of its grid at most: seconds and a few hundred MiB.
+_PRV_ERROR, _LARGEST_GRID = 0.01, 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,6 @@ class Gaussian:
     Args:
         noise_multiplier: standard deviation of the noise over the sensitivity.
         sample_rate: probability with which a record takes part in a step; 1 if every record does.
-        steps: number of steps.
 
     Raises:
         ValueError: a setting is out of range.
@@ -51,10 +51,6 @@ class Gaussian:
 class Pure:
     """Releases of an ε-differentially private mechanism (δ = 0), such as Laplace noise or the sparse vector.
 
-    Args:
-        epsilon: of one release.
-        times: number of releases.
-
     Raises:
         ValueError: a setting is out of range.
     """
@@ -73,7 +69,6 @@ class Concentrated:
 
     Args:
         rho: of one release: its Rényi divergence of order α is at most ρ α, for every α.
-        times: number of releases.
 
     Raises:
         ValueError: a setting is out of range.
@@ -102,7 +97,8 @@ def epsilon_of(releases: Iterable[Release], *, delta: float, accountant: Account
 
     Under "rdp" Rényi divergences add up, order by order: at order α an ε-DP release has at most min(ε, α ε² / 2) (Bun
     and Steinke 2016, proposition 3.3), a ρ-zCDP release at most ρ α. Pure releases alone are also bounded by their
-    sum. Under "prv" and "gdp" the ε of pure releases is added to that of the Gaussian ones (basic composition).
+    sum. Under "prv" and "gdp" the ε of pure releases is added to that of the Gaussian ones (basic composition). Where
+    "prv" would need a large grid, or Rényi divergences give a smaller ε, theirs is taken: both are proven.
 
     Args:
         releases: of one unit and adjacency.
@@ -110,9 +106,11 @@ def epsilon_of(releases: Iterable[Release], *, delta: float, accountant: Account
         accountant: as in `Terms`.
 
     Raises:
-        ValueError: "gdp" for sampled records, for which it is an approximation, not a proof; "prv" or "gdp" for
-            concentrated releases, of which only the Rényi divergence is known.
+        ValueError: δ is not between 0 and 1; "gdp" for sampled records, for which it is an approximation, not a proof;
+            "prv" or "gdp" for concentrated releases, of which only the Rényi divergence is known.
     """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta lies between 0 and 1, got {delta}")
     gaussian: dict[tuple[float, float], int] = {}
     pure: dict[float, int] = {}
     rhos = []
@@ -138,9 +136,10 @@ def _epsilon(gaussian: _Gaussians, pure: _Pures, rho: float, delta: float, accou
         return 0.0
     if not gaussian and not rho:
         return min(basic, _renyi(gaussian, pure, rho, delta))
-    if accountant == "rdp":
-        return min(_renyi(gaussian, pure, rho, delta), basic + _renyi(gaussian, (), rho, delta))
-    return basic + (_prv(gaussian, delta) if accountant == "prv" else _gdp(gaussian, delta))
+    if accountant == "gdp":
+        return basic + _gdp(gaussian, delta)
+    renyi = min(_renyi(gaussian, pure, rho, delta), basic + _renyi(gaussian, (), rho, delta))
+    return renyi if accountant == "rdp" else min(renyi, basic + _prv(gaussian, delta))
 
 
 def _renyi(gaussian: _Gaussians, pure: _Pures, rho: float, delta: float) -> float:
@@ -190,20 +189,26 @@ def _renyi_by_quadrature(noise_multiplier: float, sample_rate: float, orders: np
 
 
 def _prv(gaussian: _Gaussians, delta: float) -> float:
+    """By numerical composition (Gopi et al. 2021); infinite where that fails or would need a larger grid."""
     if all(sample_rate == 1 for _, sample_rate, _ in gaussian):
         return _gdp(gaussian, delta)  # no sampling, no need to approximate
     from opacus.accountants import PRVAccountant
+    from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
 
     accountant = PRVAccountant()
     accountant.history = list(gaussian)
-    try:
-        with np.errstate(divide="ignore"), warnings.catch_warnings():  # log(1 - q) at q = 1 is minus infinity, rightly
-            warnings.filterwarnings("ignore", "Optimal order is", UserWarning)  # of a bound on its grid, nothing more
-            epsilon = float(accountant.get_epsilon(delta=delta))  # the upper end of its error interval
-    except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
-        raise PrivacyError(f"the PRV accountant fails for {gaussian} at δ = {delta} ({error}); "
-                           "say accountant='rdp'") from error
-    return max(0.0, epsilon)  # negative where δ alone suffices
+    with np.errstate(all="ignore"), warnings.catch_warnings():  # log(1 - q) at q = 1 is minus infinity, rightly
+        warnings.filterwarnings("ignore", "Optimal order is", UserWarning)  # of a bound on its grid, nothing more
+        try:
+            domain = accountant._get_domain(  # only plans the grid
+                prvs=[PoissonSubsampledGaussianPRV(rate, noise) for noise, rate, _ in gaussian],
+                num_self_compositions=[steps for *_, steps in gaussian], eps_error=_PRV_ERROR, delta_error=delta / 1000)
+            if not domain.size * len(gaussian) <= _LARGEST_GRID:
+                return math.inf
+            epsilon = float(accountant.get_epsilon(delta=delta, eps_error=_PRV_ERROR))  # its error's upper end
+        except (RuntimeError, ValueError, ArithmeticError, MemoryError):
+            return math.inf
+    return math.inf if math.isnan(epsilon) else max(0.0, epsilon)  # negative where δ alone suffices
 
 
 def _gdp(gaussian: _Gaussians, delta: float) -> float:

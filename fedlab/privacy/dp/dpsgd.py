@@ -15,16 +15,17 @@ from torch import nn
 from fedlab.core.hardware import pick_device, pick_precision
 from fedlab.core.kit import Kit, PatientCrops
 from fedlab.core.protocols import Run
-from fedlab.core.seeds import derive, generator
+from fedlab.core.seeds import derive
 from fedlab.core.setting_checks import check_choice, check_count, check_positive, check_share
-from fedlab.core.types import Site, SiteState
+from fedlab.core.types import Site, SiteState, Spent, Update
 from fedlab.core.weights import trainable
 from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.clipping import AdaptiveClip, check_clip, noise_beside_bits
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
 from fedlab.privacy.dp.validators import Loss, check_loss, check_private
-from fedlab.privacy.noise.gaussian import standard_normal
+from fedlab.privacy.noise.continuous import standard_normal
+from fedlab.privacy.noise.streams import noise_generator
 
 __all__ = ["DPSGD", "PatientBatches"]
 
@@ -48,9 +49,8 @@ class DPSGD(Privacy):
     covers the weights of all rounds; the same patient at two sites spends both ledgers. Not covered, and taken as
     public: the number of patients (`Update.weight`, sampling rate and expected batch follow from it), the number of
     steps, their duration, which grows with the patients drawn, and that the site did not fail. Losses stay at the site.
-    An adversary who knows the seed of the run can repeat noise and sampling and so undo the protection; `secure_mode`
-    takes both from the operating system. Noise is accounted as real numbers; floating point leaves gaps between them
-    that, as far as is known, `secure_mode` makes useless to an attacker (Mironov 2012; Holohan and Braghin 2021).
+    Noise is accounted as real numbers; floating point leaves gaps between them that, as far as is known, `secure_mode`
+    makes useless to an attacker (Mironov 2012; Holohan and Braghin 2021).
 
     Every gradient is clipped, so the step length no longer depends on the loss: learning rates that suit plain
     training are mostly too small. `SiteState.diagnostics` holds the norms of the patients' gradients, from which a clip
@@ -63,7 +63,7 @@ class DPSGD(Privacy):
             which is private (and may be 0). Infinite only without noise.
         noise_multiplier: standard deviation of the noise over the clipping norm; see `noise_multiplier_for`. With an
             `AdaptiveClip` that of gradients and bits together. 0 for no noise and no formal guarantee.
-        delta: of the guarantee, below 1 over the site's number of patients.
+        delta, accountant, max_epsilon: see `Privacy`.
         batch: expected number of patients per step, at most the site's number; or
         sample_rate: probability with which each patient takes part in a step. Exactly one of the two is given. The
             trainer sets the number of steps per round: with `epochs`, give its `batch_size` the same number.
@@ -71,10 +71,8 @@ class DPSGD(Privacy):
         per_layer: clip each of the L tensors to clip / √L (McMahan et al. 2018, arXiv 1710.06963).
         gradients: how gradients of single patients are computed: "backward" is the fastest and leanest here, takes any
             network, and is the only one for half precision; see `fedlab.privacy.dp.gradients.per_patient`.
-        accountant: "rdp", "prv", or "gdp" if every patient takes part in every step; see `Terms`.
-        max_epsilon: the site's budget; it takes no further part rather than exceed it.
-        secure_mode: noise and sampling from the operating system's entropy, different in every run. Opacus's own secure
-            mode needs torchcsprng, which no current torch supports.
+        secure_mode: as in `Privacy`, for noise and sampling. Opacus's own secure mode needs torchcsprng, which no
+            current torch supports.
 
     Raises:
         ValueError: a setting is out of range; before the first round also a network or a loss that mixes patients, a
@@ -117,6 +115,12 @@ class DPSGD(Privacy):
             self._terms.check_budget([self._release(patients, steps)], self.max_epsilon,
                                      what=f"a round of {steps} steps")
 
+    def least_spent(self, update: Update) -> Spent | None:
+        if not self.units:
+            return None
+        known = [] if self.sample_rate is None else [self._release(1, max(1, update.steps))]  # a batch hides the rate
+        return self._terms.spent(known)
+
     def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
         self._check_training(kit.model, kit.objective, kit.device, kit.dtype)
         self._check_patients(site)
@@ -132,7 +136,7 @@ class DPSGD(Privacy):
             before()
 
         batches = PatientBatches(kit.patients, sample_rate=rate, steps=steps, crops=self.crops,
-                                 rng=None if self.secure_mode else generator(kit.seed, "patients"))
+                                 rng=None if self.secure_mode else noise_generator(kit.seed, "patients"))
         return replace(kit, loader=batches, optimiser=training.optimiser, backward=training.backward, close=close)
 
     def _rate(self, patients: int) -> float:
@@ -189,14 +193,7 @@ class PatientBatches:
     """Batches of patients drawn independently: every step takes each of them with the same probability.
 
     Iterating gives images (patients, crops, 4, x, y, z) and regions (patients, crops, 3, x, y, z), both empty for a
-    step that draws no patient.
-
-    Args:
-        patients: one random crop of a patient per access.
-        sample_rate: the probability.
-        steps: number of batches.
-        crops: random crops of each patient drawn.
-        rng: source of the draw; None for the operating system's entropy.
+    step that draws no patient. The draw comes from `rng`, or from the operating system's entropy for None.
     """
 
     def __init__(self, patients: PatientCrops, *, sample_rate: float, steps: int, crops: int = 1,
@@ -238,7 +235,7 @@ class _Steps:
         self.seen: list[float] = []
         self.beyond = 0
         self.optimiser = self._wrapped(kit)
-        self.rng = None if technique.secure_mode else generator(kit.seed, "bits")
+        self.rng = None if technique.secure_mode else noise_generator(kit.seed, "bits")
 
     def _wrapped(self, kit: Kit) -> Any:
         from opacus.optimizers import DPOptimizer, DPPerLayerOptimizer  # seconds to import
@@ -251,7 +248,9 @@ class _Steps:
         if self.technique.per_layer:
             tensors = sum(p.requires_grad for group in kit.optimiser.param_groups for p in group["params"])
             kind, clip = DPPerLayerOptimizer, [clip / math.sqrt(tensors)] * tensors
-        source = torch.Generator(kit.device).manual_seed(derive(kit.seed, "noise"))
+        on_cpu = kit.device.type == "cpu"  # elsewhere torch takes seeds of 64 bits
+        source = noise_generator(kit.seed, "noise") if on_cpu else torch.Generator(kit.device).manual_seed(
+            derive(kit.seed, "noise"))
         optimiser = kind(kit.optimiser, max_grad_norm=clip, expected_batch_size=self.expected, generator=source,
                          noise_multiplier=0.0 if self.technique.secure_mode else self.technique.noise_on_gradients)
         optimiser.attach_step_hook(self._after_noise)

@@ -24,15 +24,10 @@ MODES: tuple[Gradients, ...] = ("backward", "hooks", "functorch", "ew")
 
 
 class PatientGradients(NamedTuple):
-    """Gradients of some patients of a step.
+    """Gradients of some patients of a step, float32."""
 
-    Attributes:
-        loss: mean over these patients.
-        gradients: float32, one tensor (patients, *shape of the parameter) per parameter, in the model's order.
-    """
-
-    loss: float
-    gradients: list[torch.Tensor]
+    loss: float  # mean over these patients
+    gradients: list[torch.Tensor]  # (patients, *shape of the parameter) per parameter, in the model's order
 
 
 def per_patient(kit: Kit, image: torch.Tensor, target: torch.Tensor, how: Gradients) -> Iterator[PatientGradients]:

@@ -16,11 +16,11 @@ import torch
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.protocols import Run
 from fedlab.core.setting_checks import check_positive
-from fedlab.core.types import Cohort, ServerState, SiteState, Tensors, Update
+from fedlab.core.types import Cohort, ServerState, SiteState, Spent, Tensors, Update
 from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.clipping import AdaptiveClip, check_clip, clip_update, noise_beside_bits
-from fedlab.privacy.noise.gaussian import standard_normal
+from fedlab.privacy.noise.continuous import standard_normal
 
 __all__ = ["CentralGaussian", "LocalGaussian"]
 
@@ -45,12 +45,8 @@ class LocalGaussian(Privacy):
     Args:
         clip: clipping norm of the whole update, in the unit of the weights.
         noise_multiplier: standard deviation of the noise over `clip`.
-        delta: of the guarantee, below 1 over the number of sites.
         per_layer: see `clip_update`.
-        accountant: "rdp", "prv" or "gdp", which is exact here; see `Terms`.
-        max_epsilon: the site's budget; it takes no further part rather than exceed it.
-        secure_mode: noise from the operating system. Without it noise repeats with the seed of the run, and the
-            server, which knows the seed, can subtract it: for research.
+        delta, accountant, max_epsilon, secure_mode: see `Privacy`.
 
     Raises:
         ValueError: a setting is out of range.
@@ -70,6 +66,9 @@ class LocalGaussian(Privacy):
     def check(self, run: Run) -> None:
         self._terms.check_delta(len(run.sites))
         self._terms.check_budget([self._release], self.max_epsilon)
+
+    def least_spent(self, update: Update) -> Spent:
+        return self._terms.spent([self._release])
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         Ledger(state).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon,
@@ -93,8 +92,7 @@ class CentralGaussian(Privacy):
     It protects sites from everyone who sees the models: the other sites and the users of the result. The *server* is
     trusted: it sees each clipped update, and the sites are trusted to clip. `aggregation=SecureAggregation(...)`, with
     a fixed clip here, hides single updates from it. Sampling amplifies nothing towards an adversary who sees which
-    sites were drawn or knows the seed of the run; one who knows the seed can also subtract the noise, unless
-    `secure_mode` is set.
+    sites were drawn or knows the seed of the run.
 
     Not covered: the server's own record of the run (`History.sites()`: who took part, norms and bits of single
     updates) and anything computed on a site's patients besides the update, such as validation. Losses and numbers of
@@ -107,11 +105,8 @@ class CentralGaussian(Privacy):
         clip: clipping norm of the whole update, in the unit of the weights, or an `AdaptiveClip`.
         noise_multiplier: standard deviation of the noise over `clip`; see `noise_multiplier_for` with the strategy's
             sample as sample_rate and rounds as steps. With an `AdaptiveClip`, that of updates and bits together.
-        delta: of the guarantee, below 1 over the number of sites.
         per_layer: see `clip_update`.
-        accountant: "rdp", "prv", or "gdp" if every site takes part in every round; see `Terms`.
-        max_epsilon: the budget of the run; it ends rather than exceed it.
-        secure_mode: noise from the operating system instead of the seed of the run.
+        delta, accountant, max_epsilon, secure_mode: see `Privacy`.
 
     Raises:
         ValueError: a setting is out of range.
@@ -127,6 +122,11 @@ class CentralGaussian(Privacy):
         self.accountant, self.max_epsilon, self.secure_mode = accountant, max_epsilon, secure_mode
         self._terms = Terms(unit="site", delta=delta, accountant=accountant,
                             adjacency="add or remove one site's updates, seen from beyond the server")
+
+    @property
+    def sends(self) -> frozenset[str]:  # type: ignore[override]
+        """With an `AdaptiveClip` the bit of each update, which the noise covers."""
+        return frozenset({_BIT}) if isinstance(self.clip, AdaptiveClip) else frozenset()
 
     @property
     def noise_on_updates(self) -> float:
@@ -145,6 +145,9 @@ class CentralGaussian(Privacy):
                              f"same, which {run.strategy!r} is not; use FedAvg(weights='uniform'), or LocalGaussian, "
                              "which works with any strategy")
         sample = float(getattr(run.strategy, "sample", 1.0))
+        if sample < 1 and getattr(run.strategy, "independent_draws", False) is not True:
+            raise ValueError(f"sample={sample:g} is credited only if each site is drawn independently, which "
+                             f"{run.strategy!r} does not claim; use FedAvg's own select, or sample=1")
         self._terms.check_delta(len(run.sites))
         self._terms.check_budget([self._release(sample)], self.max_epsilon)
 
@@ -198,7 +201,7 @@ def _noise(like: Tensors, std: float, rng: torch.Generator | None) -> Mapping[st
 
 
 def _note(state: SiteState, before: Update, clipped: Update, noise: Tensors | None = None) -> None:
-    """Notes what the technique did, for the site's own eyes."""
+    """Notes what the technique did, for the site only."""
     found = {"norm before clipping": before.norm(), "norm after clipping": clipped.norm()}
     if noise is not None:
         found["norm of the noise"] = replace(clipped, delta=noise).norm()

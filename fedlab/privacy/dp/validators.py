@@ -7,7 +7,7 @@ import html
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,17 +32,11 @@ _INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 
 @dataclass(frozen=True, kw_only=True)
 class Fitness:
-    """The findings of `check_private`; true if nothing is wrong.
+    """The findings of `check_private`; true if nothing is wrong."""
 
-    Attributes:
-        gradients: how gradients of single patients were computed.
-        problems: one sentence each, beginning with the layer's name.
-        remedy: for the problems.
-    """
-
-    gradients: Gradients
-    problems: tuple[str, ...] = ()
-    remedy: str = field(default="")
+    gradients: Gradients  # how gradients of single patients were computed
+    problems: tuple[str, ...] = ()  # one sentence each, beginning with the layer's name
+    remedy: str = ""  # for the problems
 
     def __bool__(self) -> bool:
         return not self.problems
@@ -118,12 +112,8 @@ def fix_private(model: nn.Module, *, gradients: Gradients = "backward") -> nn.Mo
 def check_loss(loss: Loss, *, device: torch.device | str = "cpu") -> None:
     """Refuses a loss that mixes patients: clipping each patient's gradient would then bound no patient's influence.
 
-    On random logits and targets the loss of two patients must be the mean of their losses. A loss that mixes patients
-    only for particular values is not detected.
-
-    Args:
-        loss: of logits and regions.
-        device: on which the loss is tried.
+    On random logits and targets, on a device, the loss of two patients must be the mean of their losses. A loss that
+    mixes patients only for particular values is not detected.
 
     Raises:
         ValueError: the loss mixes patients.

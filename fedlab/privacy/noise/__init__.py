@@ -1,1 +1,1 @@
-"""Samplers of noise, each once. Read `gaussian` first. Imports what `fedlab.privacy` may."""
+"""Samplers of noise, each once. Read `continuous` first. Imports what `fedlab.privacy` may."""

@@ -36,9 +36,6 @@ def discrete_gaussian(count: int, *, log2_sigma: int, key: bytes) -> _Integers:
         log2_sigma: sigma is 2 to this power; the standard deviation is sigma to better than 1e-8.
         key: 32 bytes; equal keys give equal draws, whatever the number of torch's threads.
 
-    Returns:
-        int64, shape (count,).
-
     Raises:
         ValueError: log2_sigma outside 1 ... 24.
     """

@@ -1,1 +1,1 @@
-"""Sums that hide their terms. Read `aggregation` first, then `protocol`. Imports what `fedlab.privacy` may."""
+"""Sums that hide their terms. Read `secure_sum` first, then `protocol`. Imports what `fedlab.privacy` may."""

@@ -52,11 +52,7 @@ def public_key(private: bytes) -> bytes:
 def pair_key(private: bytes, public: bytes, *, purpose: str, context: bytes) -> bytes:
     """The key that two sites share: X25519 and HKDF with SHA-256; the same from either side.
 
-    Args:
-        private: one site's own key.
-        public: the other site's key.
-        purpose: of the key; keys of different purposes are independent.
-        context: both must agree on it for the keys to be equal.
+    Keys of different purposes are independent, and both sites must agree on the context for their keys to be equal.
 
     Raises:
         PrivacyError: the public key is invalid.
@@ -98,12 +94,9 @@ def unseal(key: bytes, sealed: bytes, *, about: bytes) -> bytes:
 
 
 def split_secret(secret: bytes, *, threshold: int, count: int) -> list[bytes]:
-    """Shares of a secret, of which any `threshold` recover it and fewer reveal nothing (Shamir 1979).
+    """Shares of up to 64 bytes, of which any `threshold` recover them and fewer reveal nothing (Shamir 1979).
 
-    Args:
-        secret: up to 64 bytes.
-        threshold: degree of the random polynomial, plus one.
-        count: number of shares; share k is the polynomial's value at k + 1.
+    Share k is the value at k + 1 of a random polynomial of degree `threshold` - 1.
     """
     coefficients = [int.from_bytes(secret, "big"), *(secrets.randbelow(_PRIME) for _ in range(threshold - 1))]
     shares = []
@@ -116,11 +109,7 @@ def split_secret(secret: bytes, *, threshold: int, count: int) -> list[bytes]:
 
 
 def join_secret(shares: Mapping[int, bytes], *, size: int = KEY_BYTES) -> bytes:
-    """The secret from as many shares as its threshold, by Lagrange interpolation at 0.
-
-    Args:
-        shares: index -> share, as numbered by `split_secret`.
-        size: bytes of the secret.
+    """The secret of `size` bytes from as many shares as its threshold, by number, by Lagrange interpolation at 0.
 
     Raises:
         PrivacyError: a share is invalid, or the result is not a secret of this size.
@@ -149,19 +138,11 @@ def stream(key: bytes, *, start: int = 0) -> CipherContext:
 
 
 def add_streams(total: Words, keys: Sequence[tuple[bytes, int]]) -> None:
-    """Adds or subtracts the stream of each key, in place and modulo the word size, with as many threads as torch uses.
-
-    Args:
-        total: the words to add to.
-        keys: key and sign, 1 or -1.
+    """Adds the stream of each key with its sign (1 or -1) in place, modulo the word size, on as many threads as torch.
     """
     threads = max(1, torch.get_num_threads())
     length = -(-len(total) // (threads * _BLOCK)) * _BLOCK  # whole blocks begin at multiples of 64 bytes
     parts = [(total[start:start + length], start * total.itemsize) for start in range(0, len(total), max(1, length))]
-    if len(parts) < 2:
-        for part, start in parts:
-            _add_part(part, start, keys)
-        return
     with ThreadPoolExecutor(threads) as pool:  # the cipher and numpy let other threads run meanwhile
         list(pool.map(lambda part: _add_part(part[0], part[1], keys), parts))
 

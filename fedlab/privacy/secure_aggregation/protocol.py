@@ -6,7 +6,9 @@ server names the survivors, who confirm to each other that all were given the sa
 for each peer, either the share of its own mask or the share of its mask key, never both ("unmask").
 
 The notes of a site are its `SiteState.secrets`, which are never written to disk; its keys are deleted once it has
-answered. The functions of a site come first, those of the server after them.
+answered. Of each round it remembers which sum it has helped to unmask, and helps with no other: the difference of two
+sums would be the update of a site that is in one of them only. More than half of the sites help with a sum, so of any
+two sums at least one site knows both. The functions of a site come first, those of the server after them.
 """
 
 from __future__ import annotations
@@ -14,24 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedlab.core.errors import PrivacyError
 from fedlab.core.types import Messages
-from fedlab.privacy.secure_aggregation.crypto import (
-    KEY_BYTES,
-    SHARE_BYTES,
-    commitment,
-    derive_key,
-    join_secret,
-    new_key,
-    pair_key,
-    public_key,
-    seal,
-    split_secret,
-    unseal,
-)
+from fedlab.privacy.secure_aggregation import crypto
+from fedlab.privacy.secure_aggregation.crypto import KEY_BYTES, SHARE_BYTES
 
 __all__ = ["agree", "collect_answers", "collect_keys", "hand_on_shares", "mask_keys", "name_survivors", "publish_keys",
            "receive_shares", "reveal", "share_secrets", "unmask_keys"]
@@ -44,9 +35,8 @@ _SERVER = "server"
 
 def publish_keys(site: str, notes: Notes) -> _Inbox:
     """First exchange: new secrets for this round; those of another round are deleted."""
-    own = {"seal": new_key(), "mask": new_key(), "self": secrets.token_bytes(KEY_BYTES)}
-    notes.clear()
-    notes.update(stage="keys", own=own)
+    own = {"seal": crypto.new_key(), "mask": crypto.new_key(), "self": secrets.token_bytes(KEY_BYTES)}
+    _forget(notes, stage="keys", own=own)
     return {_SERVER: _published(own)}
 
 
@@ -65,11 +55,11 @@ def share_secrets(site: str, inbox: _Inbox, notes: Notes, *, threshold: int, sit
         raise PrivacyError(f"{site} expected the keys of {threshold} to {sites} sites, got {len(inbox)} messages of "
                            f"{sorted({len(keys) for keys in inbox.values()})} bytes")
     roster = {name: inbox[name] for name in sorted(inbox)}
-    of_mask = split_secret(own["mask"], threshold=threshold, count=len(roster))
-    of_self = split_secret(own["self"], threshold=threshold, count=len(roster))
+    of_mask = crypto.split_secret(own["mask"], threshold=threshold, count=len(roster))
+    of_self = crypto.split_secret(own["self"], threshold=threshold, count=len(roster))
     shares = dict(zip(roster, map(bytes.__add__, of_mask, of_self), strict=True))
     notes.update(stage="shares", roster=roster, shares={site: shares[site]})
-    return {peer: seal(_seal_key(notes, peer), shares[peer], about=_about("share", site, peer))
+    return {peer: crypto.seal(_seal_key(notes, peer), shares[peer], about=_about("share", site, peer))
             for peer in shares if peer != site}
 
 
@@ -80,32 +70,36 @@ def receive_shares(site: str, inbox: _Inbox, notes: Notes, *, threshold: int) ->
         PrivacyError: fewer than `threshold` members, or a share that was changed on its way.
     """
     _expect(notes, "shares", site)
-    if not inbox.keys() <= notes["roster"].keys() - {site}:
-        raise PrivacyError(f"{site} received shares of sites whose keys it does not know: "
-                           f"{sorted(inbox.keys() - notes['roster'].keys())}")
+    _known(inbox, notes["roster"].keys() - {site}, f"{site} received shares of sites whose keys it does not know")
     _enough(len(inbox) + 1, threshold, "sites shared their secrets")
     shares = dict(notes["shares"])
     for peer, sealed in inbox.items():
-        shares[peer] = unseal(_seal_key(notes, peer), sealed, about=_about("share", peer, site))
+        shares[peer] = crypto.unseal(_seal_key(notes, peer), sealed, about=_about("share", peer, site))
         if len(shares[peer]) != 2 * SHARE_BYTES:
             raise PrivacyError(f"{peer} sent {site} shares of {len(shares[peer])} bytes, expected {2 * SHARE_BYTES}")
     notes.update(stage="ready", shares=shares)
     return {}
 
 
-def mask_keys(site: str, notes: Notes) -> list[tuple[bytes, int]]:
+def mask_keys(site: str, notes: Notes, *, round: int, shown: str, update: bytes) -> list[tuple[bytes, int]]:
     """Keys and signs of the streams that hide this site's update: its own, and one shared with each other member.
+
+    Args:
+        site, notes: of the site.
+        round: number of the round.
+        shown: identifies the state that the site was shown; masks of sites that were shown others do not cancel.
+        update: identifies the update.
 
     Raises:
         PrivacyError: no masks are agreed, or they have been used: two updates under one mask reveal their difference.
     """
     _expect(notes, "ready", site)
-    own, context = notes["own"], _context(notes["roster"])
-    keys = [(derive_key(own["self"], purpose="self"), 1)]
+    own, context = notes["own"], _context(notes["roster"], shown)
+    keys = [(crypto.derive_key(own["self"], purpose="self"), 1)]
     for peer in sorted(notes["shares"].keys() - {site}):
         public = _keys_of(notes["roster"][peer])["mask"]
-        keys.append((pair_key(own["mask"], public, purpose="mask", context=context), 1 if site < peer else -1))
-    notes["stage"] = "masked"
+        keys.append((crypto.pair_key(own["mask"], public, purpose="mask", context=context), 1 if site < peer else -1))
+    notes.update(stage="masked", round=round, shown=shown, update=update)
     return keys
 
 
@@ -126,7 +120,7 @@ def agree(site: str, inbox: _Inbox, notes: Notes, *, threshold: int) -> _Inbox:
                            f"members: {survivors}")
     _enough(len(survivors), threshold, "sites survived")
     notes.update(stage="agreed", survivors=survivors)
-    return {peer: seal(_seal_key(notes, peer), _digest(notes), about=_about("agree", site, peer))
+    return {peer: crypto.seal(_seal_key(notes, peer), _digest(notes), about=_about("agree", site, peer))
             for peer in survivors if peer != site}
 
 
@@ -136,23 +130,25 @@ def reveal(site: str, inbox: _Inbox, notes: Notes, *, threshold: int) -> _Inbox:
     Afterwards all secrets of the round are deleted, so no second answer is given.
 
     Raises:
-        PrivacyError: a survivor was given other names, or fewer than `threshold` are known to have the same names. More
-            than half of all sites must agree, so two lists cannot both pass.
+        PrivacyError: a survivor was given other names or shown another state, or fewer than `threshold` are known to
+            have been given the same, or this site has helped to unmask another sum of this round. More than half of
+            all sites must agree, so two lists cannot both pass.
     """
     _expect(notes, "agreed", site)
     survivors, shares = notes["survivors"], notes["shares"]
-    if not inbox.keys() <= set(survivors) - {site}:
-        raise PrivacyError(f"{site} received messages of sites that are not survivors: "
-                           f"{sorted(inbox.keys() - set(survivors))}")
+    _known(inbox, set(survivors) - {site}, f"{site} received messages of sites that are not survivors")
     for peer, sealed in inbox.items():
-        if unseal(_seal_key(notes, peer), sealed, about=_about("agree", peer, site)) != _digest(notes):
-            raise PrivacyError(f"{site} and {peer} were given different lists of survivors; {site} reveals nothing, "
-                               "since with both lists the server could uncover a single update")
+        if crypto.unseal(_seal_key(notes, peer), sealed, about=_about("agree", peer, site)) != _digest(notes):
+            raise PrivacyError(f"{site} and {peer} were given different lists of survivors or shown different models; "
+                               f"{site} reveals nothing, since the server could uncover a single update")
     _enough(len(inbox) + 1, threshold, "survivors agree on who survived")
+    summed = hashlib.sha256(_digest(notes) + notes["update"]).hexdigest()
+    if notes["past"].setdefault(notes["round"], summed) != summed:
+        raise PrivacyError(f"{site} has helped to unmask another sum of round {notes['round']}; the difference of both "
+                           "could be a single update. Go on with the next round, or begin a new run")
     answer = {"self": {member: shares[member][SHARE_BYTES:].hex() for member in survivors},
               "mask": {member: shares[member][:SHARE_BYTES].hex() for member in sorted(shares.keys() - set(survivors))}}
-    notes.clear()
-    notes["stage"] = "done"
+    _forget(notes, stage="done")
     return {_SERVER: json.dumps(answer).encode()}
 
 
@@ -176,9 +172,7 @@ def hand_on_shares(sent: Messages, notes: Notes, *, threshold: int) -> Messages:
 def name_survivors(notes: Notes, arrived: Sequence[str], *, threshold: int) -> Messages:
     """At the server: the names of the members whose updates were received, for each of them."""
     survivors = sorted(arrived)
-    strangers = sorted(set(survivors) - set(notes["members"]))
-    if strangers:
-        raise PrivacyError(f"updates were received from {strangers}, which shared no secrets in this round")
+    _known(survivors, notes["members"], "updates were received from sites that shared no secrets in this round")
     _enough(len(survivors), threshold, "updates were received")
     notes["survivors"] = survivors
     return {site: {_SERVER: json.dumps(survivors).encode()} for site in survivors}
@@ -201,8 +195,9 @@ def collect_answers(sent: Messages, notes: Notes, *, threshold: int) -> None:
     recovered: dict[str, dict[str, bytes]] = {"self": {}, "mask": {}}
     for kind, members in (("self", survivors), ("mask", gone)):
         for member in members:
-            secret = join_secret({index[site]: answers[site][kind][member] for site in used})
-            if _keys_of(roster[member])[kind] != (commitment(secret) if kind == "self" else public_key(secret)):
+            secret = crypto.join_secret({index[site]: answers[site][kind][member] for site in used})
+            shown = crypto.commitment(secret) if kind == "self" else crypto.public_key(secret)
+            if _keys_of(roster[member])[kind] != shown:
                 raise PrivacyError(f"the shares of {member}'s secret do not give what it published; one of {used} "
                                    "holds or sent a changed share. The sum stays hidden")
             recovered[kind][member] = secret
@@ -220,11 +215,12 @@ def unmask_keys(notes: Notes) -> tuple[tuple[str, ...], list[tuple[bytes, int]]]
     if "recovered" not in notes:
         raise PrivacyError("the masks of this round were not recovered, so its sum cannot be read")
     survivors, roster, recovered = tuple(notes["survivors"]), notes["roster"], notes["recovered"]
+    context = _context(roster, notes["shown"])
     notes.clear()
-    keys = [(derive_key(secret, purpose="self"), -1) for secret in recovered["self"].values()]
+    keys = [(crypto.derive_key(secret, purpose="self"), -1) for secret in recovered["self"].values()]
     for member, secret in recovered["mask"].items():
         for site in survivors:  # each added the stream it shared with the missing member, with the sign of `mask_keys`
-            key = pair_key(secret, _keys_of(roster[site])["mask"], purpose="mask", context=_context(roster))
+            key = crypto.pair_key(secret, _keys_of(roster[site])["mask"], purpose="mask", context=context)
             keys.append((key, -1 if site < member else 1))
     return survivors, keys
 
@@ -250,8 +246,13 @@ def _enough(count: int, threshold: int, what: str) -> None:
                            "when more sites take part")
 
 
+def _known(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    if strangers := sorted(set(names) - set(known)):
+        raise PrivacyError(f"{what}: {strangers}")
+
+
 def _published(own: Mapping[str, bytes]) -> bytes:
-    return public_key(own["seal"]) + public_key(own["mask"]) + commitment(own["self"])
+    return crypto.public_key(own["seal"]) + crypto.public_key(own["mask"]) + crypto.commitment(own["self"])
 
 
 def _keys_of(published: bytes) -> dict[str, bytes]:
@@ -260,17 +261,25 @@ def _keys_of(published: bytes) -> dict[str, bytes]:
 
 def _seal_key(notes: Notes, peer: str) -> bytes:
     """Bound to all public keys of the round: sites that were shown different keys cannot read each other's messages."""
-    return pair_key(notes["own"]["seal"], _keys_of(notes["roster"][peer])["seal"], purpose="seal",
+    return crypto.pair_key(notes["own"]["seal"], _keys_of(notes["roster"][peer])["seal"], purpose="seal",
                     context=_context(notes["roster"]))
 
 
-def _context(roster: Mapping[str, bytes]) -> bytes:
-    return hashlib.sha256(json.dumps(sorted((site, keys.hex()) for site, keys in roster.items())).encode()).digest()
+def _context(roster: Mapping[str, bytes], shown: str = "") -> bytes:
+    pairs = sorted((site, keys.hex()) for site, keys in roster.items())
+    return hashlib.sha256(json.dumps([pairs, shown]).encode()).digest()
 
 
 def _digest(notes: Notes) -> bytes:
-    """Of what survivors must agree on: members and survivors."""
-    return hashlib.sha256(json.dumps([sorted(notes["shares"]), notes["survivors"]]).encode()).digest()
+    """Of what survivors must agree on: members, survivors, and the state that they were shown."""
+    return hashlib.sha256(json.dumps([sorted(notes["shares"]), notes["survivors"], notes["shown"]]).encode()).digest()
+
+
+def _forget(notes: Notes, **new: Any) -> None:
+    """Replaces all notes but the memory of the sums that this site has helped to unmask."""
+    past = notes.get("past", {})
+    notes.clear()
+    notes.update(new, past=past)
 
 
 def _about(what: str, sender: str, recipient: str) -> bytes:

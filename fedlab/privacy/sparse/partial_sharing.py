@@ -8,8 +8,9 @@ in `fedlab.privacy.sparse.sparse_vector`. Patient counts, numbers of steps and t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,12 @@ import torch
 from fedlab.core.errors import PrivacyError
 from fedlab.core.protocols import Run
 from fedlab.core.setting_checks import check_count, check_patterns, check_positive, check_share
-from fedlab.core.types import SiteState, Tensors, Update
+from fedlab.core.types import SiteState, Spent, Tensors, Update
 from fedlab.core.weights import flatten, matching, unflatten
 from fedlab.privacy.accounting.ledger import Accountant, Ledger, Pure, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.compression import entries, sparse_bytes
-from fedlab.privacy.noise.continuous_laplace import laplace, random_bits
+from fedlab.privacy.compression import entries, largest, sparse_bytes
+from fedlab.privacy.noise.continuous import laplace, random_bits
 from fedlab.privacy.sparse.sparse_vector import ADJACENCY, LaplaceScales, SparseVectorCost, select, sparse_vector_cost
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class PartialSharing(Privacy):
     """Shares the largest changes of the weights; whole layers may stay at the site. No formal guarantee.
 
     The choice of the weights depends on the patients, and exact values are sent: nothing is proven, and a patient can
-    be reconstructed from the largest gradients alone. Li et al. 2019, section 2.3; Shokri and Shmatikov 2015. For error
-    feedback, or a share of each layer, see `fedlab.privacy.compression`.
+    be reconstructed from the largest gradients alone. For error feedback, or a share of each layer, see
+    `fedlab.privacy.compression`.
 
     Args:
         fraction: of the weights that may be shared, above 0 and at most 1.
@@ -85,30 +86,42 @@ class PartialSharing(Privacy):
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         shared = _shared(update.delta, self.exclude)
         flat = _flat(update, shared)
-        largest = flat.abs().topk(entries(self.fraction, flat.numel()), sorted=False).indices
-        values = flat.index_select(0, largest)
+        chosen = largest(flat, self.fraction)
+        values = flat.index_select(0, chosen)
         if self.clip is not None:
             values.clamp_(-self.clip, self.clip)
-        return _sparse(update, shared, largest, values)
+        return _sparse(update, shared, chosen, values)
 
 
-class _NoisySharing(Privacy):
+@dataclass(kw_only=True, eq=False, repr=False)
+class _NoisySharing(Privacy, ABC):
     """The sparse vector technique with any noise: the common part of `SVT` and `SparseVector`."""
 
     units = frozenset({"site"})
     fraction: float
-    clip: float
-    threshold: float
-    delta: float
-    exclude: list[str]
-    passes: int
-    accountant: Accountant
-    max_epsilon: float | None
-    secure_mode: bool
+    clip: float = 1e-4
+    threshold: float = 1e-6
+    delta: float = 1e-5
+    exclude: Sequence[str] = ()
+    passes: int = 100
+    accountant: Accountant = "rdp"
+    max_epsilon: float | None = None
+    secure_mode: bool = False
 
+    def __post_init__(self) -> None:
+        check_share(fraction=self.fraction)
+        check_positive(clip=self.clip)
+        check_positive(max_epsilon=self.max_epsilon, optional=True)
+        check_count(passes=self.passes)
+        check_patterns(exclude=self.exclude)
+        self.exclude = list(self.exclude)
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(f"threshold is compared with absolute values: 0 or more, got {self.threshold}")
+        self._terms = Terms(unit="site", delta=self.delta, adjacency=ADJACENCY, accountant=self.accountant)
+
+    @abstractmethod
     def scales(self, parameters: int) -> LaplaceScales:
         """The noise for a number of weights that may be shared."""
-        raise NotImplementedError
 
     def cost(self, parameters: int) -> SparseVectorCost:
         """The proven cost of a round for a number of weights that may be shared, beside the ε that is stated."""
@@ -121,6 +134,10 @@ class _NoisySharing(Privacy):
         shared = _shared(run.trainer.initial(), self.exclude)
         self._terms.check_delta(len(run.sites))
         self._terms.check_budget(self.cost(sum(t.numel() for t in shared.values())).releases(), self.max_epsilon)
+
+    def least_spent(self, update: Update) -> Spent:
+        shared = _shared(update.delta, self.exclude)
+        return self._terms.spent(self.cost(sum(t.numel() for t in shared.values())).releases())
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         """Charges the ledger, chooses positions, adds noise to their values."""
@@ -144,16 +161,8 @@ class _NoisySharing(Privacy):
     def _stated(self) -> float | None:
         return None
 
-    def _check_settings(self) -> None:
-        check_share(fraction=self.fraction)
-        check_positive(clip=self.clip)
-        check_positive(max_epsilon=self.max_epsilon, optional=True)
-        check_count(passes=self.passes)
-        if not 0 <= self.threshold < math.inf:
-            raise ValueError(f"threshold is compared with absolute values: 0 or more, got {self.threshold}")
-        self._terms = Terms(unit="site", delta=self.delta, adjacency=ADJACENCY, accountant=self.accountant)
 
-
+@dataclass(kw_only=True, eq=False, repr=False)
 class SVT(_NoisySharing):
     """The sparse vector technique as Li et al. 2019 published it, with the ε that its noise composes to.
 
@@ -173,31 +182,23 @@ class SVT(_NoisySharing):
         clip: γ, of the change over the whole round, in units of the weights. (NVFLARE divides by the number of steps
             first: γ times steps here.)
         threshold: τ.
-        delta: of the guarantee, below 1 over the number of sites; for composing values and rounds.
         exclude: as in `PartialSharing`.
         passes: largest number of times that a weight not yet shared is tried; with too few passes a smaller fraction
             than q is shared.
-        accountant: composes values and rounds.
-        max_epsilon: the site's budget for the run; None for none.
-        secure_mode: noise from the operating system. Without it noise repeats with the seed of the run, and an
-            adversary who knows the seed can subtract it: for research.
+        delta, accountant, max_epsilon, secure_mode: see `Privacy`; values and rounds are composed.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
-    def __init__(self, *, fraction: float, epsilon_threshold: float, epsilon_release: float,
-                 epsilon_query: float | None = None, clip: float = 1e-4, threshold: float = 1e-6, delta: float = 1e-5,
-                 exclude: Sequence[str] = (), passes: int = 100, accountant: Accountant = "rdp",
-                 max_epsilon: float | None = None, secure_mode: bool = False) -> None:
-        check_positive(epsilon_threshold=epsilon_threshold, epsilon_release=epsilon_release)
-        check_positive(epsilon_query=epsilon_query, optional=True)
-        check_patterns(exclude=exclude)
-        self.fraction, self.epsilon_threshold, self.epsilon_release = fraction, epsilon_threshold, epsilon_release
-        self.epsilon_query, self.clip, self.threshold, self.delta = epsilon_query, clip, threshold, delta
-        self.exclude, self.passes, self.accountant = list(exclude), passes, accountant
-        self.max_epsilon, self.secure_mode = max_epsilon, secure_mode
-        self._check_settings()
+    epsilon_threshold: float
+    epsilon_release: float
+    epsilon_query: float | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(epsilon_threshold=self.epsilon_threshold, epsilon_release=self.epsilon_release)
+        check_positive(epsilon_query=self.epsilon_query, optional=True)
+        super().__post_init__()
 
     def scales(self, parameters: int) -> LaplaceScales:
         """The published noise, the same for any number of weights."""
@@ -209,11 +210,10 @@ class SVT(_NoisySharing):
         return self.epsilon_threshold + self._query() + self.epsilon_release
 
     def _query(self) -> float:
-        if self.epsilon_query is not None:
-            return self.epsilon_query
-        return float((2 * self.fraction * self.clip) ** (2 / 3) * self.epsilon_threshold)
+        return self.epsilon_query or float((2 * self.fraction * self.clip) ** (2 / 3) * self.epsilon_threshold)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SparseVector(_NoisySharing):
     """The sparse vector technique with noise for a chosen ε (Lyu, Su and Li 2017, algorithm 7).
 
@@ -238,20 +238,16 @@ class SparseVector(_NoisySharing):
         ValueError: a setting is out of range.
     """
 
-    def __init__(self, *, fraction: float, epsilon: float, rounds: int = 1, selection: float = 0.1,
-                 clip: float = 1e-4, threshold: float = 1e-6, delta: float = 1e-5, exclude: Sequence[str] = (),
-                 passes: int = 100, accountant: Accountant = "rdp", max_epsilon: float | None = None,
-                 secure_mode: bool = False) -> None:
-        check_positive(epsilon=epsilon)
-        check_count(rounds=rounds)
-        check_patterns(exclude=exclude)
-        if not 0 < selection < 1:
-            raise ValueError(f"selection is the part of ε spent on positions, between 0 and 1, got {selection}")
-        self.fraction, self.epsilon, self.rounds, self.selection = fraction, epsilon, rounds, selection
-        self.clip, self.threshold, self.delta, self.exclude = clip, threshold, delta, list(exclude)
-        self.passes, self.accountant = passes, accountant
-        self.max_epsilon, self.secure_mode = max_epsilon, secure_mode
-        self._check_settings()
+    epsilon: float
+    rounds: int = 1
+    selection: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive(epsilon=self.epsilon)
+        check_count(rounds=self.rounds)
+        if not 0 < self.selection < 1:
+            raise ValueError(f"selection is the part of ε spent on positions, between 0 and 1, got {self.selection}")
+        super().__post_init__()
 
     def scales(self, parameters: int) -> LaplaceScales:
         """The least noise with which the rounds stay within ε, for a number of weights."""
@@ -279,8 +275,8 @@ def _per_value(epsilon: float, rounds: int, selection: float, count: int, delta:
 
 
 def _sparse(update: Update, shared: Tensors, positions: torch.Tensor, values: torch.Tensor) -> Update:
-    """The update with `values` at `positions` of its shared tensors laid end to end, and 0 elsewhere."""
-    flat = torch.zeros(sum(t.numel() for t in shared.values()), dtype=values.dtype).index_copy_(0, positions, values)
+    """The update with `values` at `positions` of its shared tensors in one row, and 0 elsewhere."""
+    flat = values.new_zeros(sum(t.numel() for t in shared.values())).index_copy_(0, positions, values)
     parts = unflatten(flat, shared)
     delta = {name: parts[name].to(t.dtype) if name in parts else torch.zeros_like(t)
              for name, t in update.delta.items()}
@@ -289,7 +285,7 @@ def _sparse(update: Update, shared: Tensors, positions: torch.Tensor, values: to
 
 
 def _flat(update: Update, shared: Tensors) -> torch.Tensor:
-    """The shared tensors laid end to end, a copy in float32."""
+    """The shared tensors in one row, a copy in float32."""
     flat = flatten(shared)
     if not all(map(math.isfinite, flat.aminmax())):  # NaN is both
         raise PrivacyError(f"the update of {update.site} has NaN or infinite values; look at its training")

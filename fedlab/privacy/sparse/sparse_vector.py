@@ -46,18 +46,13 @@ ADJACENCY = "any two updates of a site"
 class LaplaceScales:
     """Scales of the Laplace noise of a sparse vector, in units of the weights.
 
-    Args:
-        threshold: of the noise on the threshold, drawn once per round.
-        query: of the noise on each comparison.
-        release: of the noise on each released value.
-
     Raises:
         ValueError: a scale is not positive.
     """
 
-    threshold: float
-    query: float
-    release: float
+    threshold: float  # drawn once per round
+    query: float  # of each comparison
+    release: float  # of each released value
 
     def __post_init__(self) -> None:
         check_positive(threshold=self.threshold, query=self.query, release=self.release)
@@ -65,22 +60,13 @@ class LaplaceScales:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseVectorCost:
-    """What one round of a sparse vector costs.
+    """What one round of a sparse vector costs."""
 
-    Attributes:
-        released: values released, c.
-        selection: ε of choosing their positions.
-        per_value: ε of each released value.
-        delta: of the guarantee.
-        stated: ε that the publication of the settings claims, which is no guarantee; None for no claim.
-        accountant: composes the releases.
-    """
-
-    released: int
-    selection: float
-    per_value: float
+    released: int  # number of values, c
+    selection: float  # ε of choosing their positions
+    per_value: float  # ε of each released value
     delta: float
-    stated: float | None = None
+    stated: float | None = None  # ε that the publication of the settings claims, which is no guarantee
     accountant: Accountant = "rdp"
 
     def releases(self, *, rounds: int = 1) -> tuple[Pure, Pure]:

@@ -1,4 +1,4 @@
-"""Gaussian noise: repeatable from a seed for research, or from the operating system's entropy."""
+"""Gaussian and Laplace noise in floating point: repeatable from a seed for research, or from the operating system."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-__all__ = ["standard_normal"]
+__all__ = ["laplace", "random_bits", "standard_normal"]
 
-#: Values made from the operating system's entropy at a time: 8 MiB of random bytes.
-_CHUNK = 2**18
+#: Values made at a time: normal ones from 8 MiB of the operating system's entropy, Laplace ones in a processor's cache.
+_CHUNK_NORMAL, _CHUNK_LAPLACE = 2**18, 2**17
 
 
 def standard_normal(shape: Sequence[int], rng: torch.Generator | None) -> torch.Tensor:
@@ -30,8 +30,8 @@ def standard_normal(shape: Sequence[int], rng: torch.Generator | None) -> torch.
     if rng is not None:
         return torch.randn(tuple(shape), generator=rng, dtype=torch.float64)
     flat = np.empty(math.prod(shape))
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start:start + _CHUNK]
+    for start in range(0, flat.size, _CHUNK_NORMAL):
+        part = flat[start:start + _CHUNK_NORMAL]
         part[:] = _from_entropy(4 * part.size).reshape(4, -1).sum(axis=0) / 2
     return torch.from_numpy(flat).reshape(tuple(shape))
 
@@ -42,3 +42,20 @@ def _from_entropy(count: int) -> np.ndarray:
     uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1): the logarithm is finite
     radius, angle = np.sqrt(-2 * np.log(uniform[::2])), 2 * np.pi * uniform[1::2]
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+
+
+def laplace(size: int, rng: torch.Generator | None) -> torch.Tensor:
+    """Laplace noise of scale 1, float32, from 31 random bits each: none beyond ±21.5, where one in 2³¹ would lie."""
+    noise = torch.empty(size, dtype=torch.float32)
+    for start in range(0, size, _CHUNK_LAPLACE):
+        bits = random_bits(min(_CHUNK_LAPLACE, size - start), rng)
+        uniform = bits.sub_(2**30).to(torch.float32).add_(0.5).mul_(2.0**-30)  # -1 to 1, finest around 0: the tails
+        noise[start:start + _CHUNK_LAPLACE] = uniform.abs().log_().copysign_(uniform)
+    return noise
+
+
+def random_bits(size: int, rng: torch.Generator | None) -> torch.Tensor:
+    """Uniform whole numbers from 0 to 2³¹ - 1, int32, from a seeded generator or, for None, the operating system."""
+    if rng is not None:
+        return torch.empty(size, dtype=torch.int32).random_(generator=rng)
+    return torch.frombuffer(bytearray(os.urandom(4 * size)), dtype=torch.int32).bitwise_and_(2**31 - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 
 from fedlab.core.errors import PrivacyError
 from fedlab.core.protocols import Exchange, Run
-from fedlab.core.types import SiteState, Tensors, Update
+from fedlab.core.types import SiteState, Spent, Tensors, Update
 from fedlab.core.weights import flatten, unflatten
 from fedlab.privacy.accounting.ledger import Concentrated, Ledger, Terms
 from fedlab.privacy.aggregation import Aggregation
@@ -59,10 +60,12 @@ class SecureAggregation(Aggregation):
     bits). Without a noise multiplier there is no formal guarantee: a sum can reveal its terms.
 
     **Threat model.** A server that follows the protocol and reads all messages, with up to `colluding` sites; once the
-    keys are exchanged, also a server that lies about the survivors. A server that distributes *forged keys* from the
-    beginning is not detected: sites have no identities of their own here; in a deployment the transport must provide
-    them. A site that sends a meaningless update spoils the sum unnoticed, as in any average. Not hidden: who takes
-    part, numbers of steps, the sum itself, and the model. Numbers of patients and losses stay at the site.
+    keys are exchanged, also a server that lies about the survivors, asks for a round again with other survivors, or
+    shows its sites different models (Pasquini et al. 2022, arXiv 2111.07380): the hash of the model enters the keys,
+    and a site helps to unmask one sum per round only. A server that distributes *forged keys* from the beginning is
+    not detected: sites have no identities of their own here; in a deployment the transport must provide them. A site
+    that sends a meaningless update spoils the sum unnoticed, as in any average. Not hidden: who takes part, numbers of
+    steps, the sum itself, and the model. Numbers of patients and losses stay at the site.
 
     `federate(..., aggregation=SecureAggregation(threshold=3))`; the number of sites is read from the run.
 
@@ -74,9 +77,7 @@ class SecureAggregation(Aggregation):
         colluding: number of sites that may pass their secrets to the server; they count as adding no noise.
         noise_multiplier: standard deviation of the noise on the sum over `clip`; None for no noise.
         delta: of the guarantee, below 1 over the number of sites; given if and only if there is noise.
-        max_epsilon: a site's budget; it takes no further part rather than exceed it.
-        secure_mode: noise from the operating system. Without it noise repeats with the seed of the run, and the
-            server, which knows the seed, can subtract it: for research. Keys and masks always come from the system.
+        max_epsilon, secure_mode: see `Privacy`. Keys and masks always come from the operating system.
         sites: number of sites; read from the run.
 
     Raises:
@@ -138,8 +139,11 @@ class SecureAggregation(Aggregation):
             self._terms.check_budget([self._release], self.max_epsilon)
         return replace(self, sites=len(run.sites))
 
+    def least_spent(self, update: Update) -> Spent | None:
+        return None if self.noise_multiplier is None else self._terms.spent([self._release])
+
     def before(self, exchange: Exchange) -> dict[str, Any]:
-        notes: dict[str, Any] = {}
+        notes: dict[str, Any] = {"shown": exchange.shown}
         keys = protocol.collect_keys(exchange.send("keys", {}), notes, threshold=self.threshold)
         shares = protocol.hand_on_shares(exchange.send("shares", keys), notes, threshold=self.threshold)
         exchange.send("receive", shares)
@@ -161,14 +165,15 @@ class SecureAggregation(Aggregation):
         raise PrivacyError(f"secure aggregation has no step {step!r}, only {self.steps}")
 
     def mask(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
-        keys = protocol.mask_keys(update.site, state.secrets)
         flat = _flat(update.delta)
         whole, norm = self._whole_numbers(flat)
+        keys = protocol.mask_keys(update.site, state.secrets, round=state.round, shown=state.shown,
+                                  update=hashlib.sha256(whole.tobytes()).digest())
         masked = whole.view(self._word)  # modulo the word size, as all that follows
         state.diagnostics["norm before masking"] = torch.tensor(norm)
         if self.noise_multiplier is not None:
-            Ledger(state).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon,
-                                 repeatable=not self.secure_mode)
+            # Every masking counts: the same noise in the sums of other sites is no second protection.
+            Ledger(state).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon, repeatable=False)
             seed = os.urandom(32) if self.secure_mode else bytes(
                 torch.randint(256, (32,), generator=rng, dtype=torch.uint8).tolist())
             masked += discrete_gaussian(len(whole), log2_sigma=self._fixed_point[1], key=seed).astype(self._word)
