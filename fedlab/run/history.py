@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from fedlab.core.protocols import Run
 from fedlab.core.types import Round, ServerState, Spent
+from fedlab.privacy.base import layers_at
 from fedlab.run.svg_charts import chart
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["History", "record_of"]
+__all__ = ["History", "noise_repeats", "record_of"]
 
 
 def _frame(rows: list[dict[str, Any]], *index: str, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -36,6 +38,13 @@ def record_of(finished: Round) -> dict[str, Any]:
     }
 
 
+def noise_repeats(run: Run) -> bool:
+    """Whether noise that a guarantee of the run rests on repeats with its seed."""
+    parts = [run.aggregation, *(part for site in run.names for part in layers_at(run.privacy.layers, site))]
+    return any((part.units or getattr(part, "works_at_server", False)) and not getattr(part, "secure_mode", False)
+               for part in parts)
+
+
 class History:
     """The record of a run, round by round. It holds one state, the last, however long the run.
 
@@ -46,6 +55,7 @@ class History:
     Args:
         rounds: number of rounds the run was to have.
         privacy: the techniques of the run, as code.
+        noise_repeats: whether noise of its guarantee repeats with the seed of the run.
 
     Attributes:
         stopped: why the run ended before its last round, if it did.
@@ -55,9 +65,8 @@ class History:
         records: one plain dict per finished round; `table()` and `sites()` show them as tables.
     """
 
-    def __init__(self, *, rounds: int, privacy: str = "Privacy()") -> None:
-        self.rounds = rounds
-        self.privacy = privacy
+    def __init__(self, *, rounds: int, privacy: str = "Privacy()", noise_repeats: bool = False) -> None:
+        self.rounds, self.privacy, self.noise_repeats = rounds, privacy, noise_repeats
         self.stopped: str | None = None
         self.state: ServerState | None = None
         self.site_states: Any = {}
@@ -115,6 +124,8 @@ class History:
             site = max(spent, key=lambda name, of=spent: (of[name].epsilon, name))  # type: ignore[misc]
             bare = [] if "server" in spent else sorted(sent - spent.keys())
             out.append(f"{spent[site]} at {site}" + (f", none at {', '.join(bare)}" if bare else ""))
+        if out and self.noise_repeats:
+            out.append("noise repeats with the seed: for research")
         return "; ".join(out) or "no formal guarantee"
 
     @contextmanager
