@@ -40,7 +40,7 @@ def record_of(finished: Round) -> dict[str, Any]:
 
 def noise_repeats(run: Run) -> bool:
     """Whether noise that a guarantee of the run rests on repeats with its seed."""
-    parts = [run.aggregation, *(part for site in run.names for part in layers_at(run.privacy.layers, site))]
+    parts: list[Any] = [run.aggregation, *(part for site in run.names for part in layers_at(run.privacy.layers, site))]
     return any((part.units or getattr(part, "works_at_server", False)) and not getattr(part, "secure_mode", False)
                for part in parts)
 
