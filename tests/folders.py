@@ -20,7 +20,7 @@ OLD = {"FLAIR": "flair", "T1": "t1", "T1c": "t1ce", "T2": "t2", "label": "seg"}
 NEW = {"FLAIR": "t2f", "T1": "t1n", "T1c": "t1c", "T2": "t2w", "label": "seg"}
 #: The values of fedlab's labels 1 core, 2 oedema, 4 enhancing in each convention.
 WRITTEN = {"brats2021": {1: 1, 2: 2, 4: 4}, "brats2023": {1: 1, 2: 2, 4: 3}, "brats2024": {1: 1, 2: 2, 4: 3},
-           "msd": {1: 2, 2: 1, 4: 3}, "brats2013": {1: 1, 2: 2, 4: 4}}
+           "msd": {1: 2, 2: 1, 4: 3}, "brats2013": {1: 1, 2: 2, 4: 4}, "brats2024ped": {1: 2, 2: 4, 4: 1}}
 
 
 def brain_and_label(shape=SHAPE):
@@ -136,6 +136,23 @@ def write_msd(folder, raws, *, order=("FLAIR", "T1", "T1c", "T2"), convention="m
     (folder / "dataset.json").write_text(json.dumps(told), encoding="utf-8")
 
 
+def write_nnunet(folder, raws, *, order=("T1", "T1c", "T2", "FLAIR"), convention="msd", regions=False):
+    """Raw data of nnU-Net: one file per modality, named by its channel."""
+    meant = {1: "non-enhancing", 2: "edema", 4: "enhancing tumor"}
+    labels = {"background": 0, **{meant[inside]: out for inside, out in WRITTEN[convention].items()}}
+    if regions:
+        inner = WRITTEN[convention]
+        labels = {"background": 0, "whole tumor": [inner[2], inner[1], inner[4]], "tumor core": [inner[1], inner[4]],
+                  "enhancing tumor": [inner[4]]}
+    for raw in raws:
+        for channel, modality in enumerate(order):
+            save(raw.images[modality], raw.affine, folder / "imagesTr" / f"{raw.id}_{channel:04d}.nii.gz")
+        save(recode(raw.label, convention), raw.affine, folder / "labelsTr" / f"{raw.id}.nii.gz")
+    told = {"channel_names": {str(i): m for i, m in enumerate(order)}, "labels": labels, "numTraining": len(raws),
+            "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(told), encoding="utf-8")
+
+
 def write_paths(folder, raws, *, convention="brats2021"):
     """Files with names of no layout, and a table of their paths."""
     rows = []
@@ -153,6 +170,8 @@ def write_layout(folder, layout, raws):
     grades = ["HGG" if i % 2 == 0 else "LGG" for i in range(len(raws))]
     if layout == "msd":
         write_msd(folder, raws)
+    elif layout == "nnunet":
+        write_nnunet(folder, raws)
     elif layout == "table":
         write_paths(folder, raws)
     else:

@@ -1,7 +1,8 @@
-"""Damaged input of every kind: only fedlab's own errors, no hang, bounded memory. 560 cases, the same on every run."""
+"""Damaged input of every kind: only fedlab's own errors, no hang, bounded memory. 1160 cases, the same on every run."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import shutil
@@ -26,7 +27,7 @@ from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.nifti import read_volume
 from fedlab.data.readers.tables import merge_columns, read_table
 from fedlab.data.sites.partition import by_institution, read_partitioning, read_site_table
-from folders import OLD, ball, save_files, write_msd, write_paths, write_table
+from folders import LPS, OLD, ball, poke_header, save, save_files, write_msd, write_nnunet, write_paths, write_table
 
 SHAPE = (12, 14, 10)
 SECONDS = 5  # of processor time; a case takes milliseconds
@@ -94,6 +95,12 @@ def base(tmp_path_factory):
     save_files(ball("P1", shape=SHAPE), folder / "plain" / "P1", suffix=".nii")
     write_msd(folder / "msd", [ball("BRATS_001", shape=SHAPE)])
     write_paths(folder / "table", [ball("P1", shape=SHAPE)])
+    write_nnunet(folder / "nnunet", [ball("P1", shape=SHAPE)])
+    for name in ("P1", "P2"):
+        save_files(ball(name, shape=SHAPE), folder / "apart" / name)
+    (folder / "together").mkdir()
+    for path in folder.glob("apart/*/*"):
+        path.rename(folder / "together" / path.name)
     return folder
 
 
@@ -281,6 +288,93 @@ def test_separators_encodings_and_headings(heading, separator, ending, rows, enc
             list_patients(path)
 
 
+@fuzz(110)
+@given(values=st.lists(NUMBERS, min_size=1, max_size=6), dtype=st.sampled_from([np.uint8, np.int16, np.float32,
+                                                                                 np.float64]),
+       name=st.sampled_from(["P1", "BraTS-PED-00001-000", "BraTS-GLI-00001-101", "BraTS-MEN-RT-0001-1"]))
+def test_label_values(base, values, dtype, name):
+    with copy_of(base / "packed") as folder:
+        for path in (folder / "P1").iterdir():
+            path.rename(path.with_name(path.name.replace("P1", name)))
+        home = (folder / "P1").rename(folder / name)
+        label = np.zeros(SHAPE, dtype=dtype)
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            label[4:4 + len(values), 5:9, 3:7] = np.array(values, dtype=float).astype(dtype)[:, None, None]
+        (home / f"{name}_seg.nii.gz").unlink()
+        save(label, LPS, home / f"{name}_seg.nii.gz")
+        look_at(folder, home / f"{name}_seg.nii.gz")
+
+
+@fuzz(70)
+@given(kind=st.sampled_from([*OLD.values()]), axes=st.permutations(range(3)),
+       scales=st.tuples(*[st.sampled_from([1, 1, 1, -1, -1, 0, 0.5, 2, 1e-4, 60, 1e30, np.nan, np.inf])] * 3),
+       shear=st.sampled_from([0, 0, 0, 0.01, 0.3, 1, float("nan")]),
+       origin=st.sampled_from([0, 0, 0.04, 5, -1e9, float("inf")]))
+def test_affines(base, kind, axes, scales, shear, origin):
+    with copy_of(base / "packed") as folder:
+        path = folder / "P1" / f"P1_{kind}.nii.gz"
+        affine = np.zeros((3, 4), dtype=np.float32)
+        affine[list(axes), range(3)] = np.array(scales) * np.diag(LPS)[list(axes)]
+        affine[axes[0], 1], affine[0, 3] = shear, origin
+        poke_header(path, **dict(zip(("srow_x", "srow_y", "srow_z"), affine, strict=True)))
+        look_at(folder, path)
+
+
+def as_bytes(array):
+    return nib.Nifti1Image(array, LPS).to_bytes()
+
+
+def voxels(data):
+    return np.asanyarray(nib.Nifti1Image.from_bytes(data).dataobj)
+
+
+#: Ways to write the bytes of a NIfTI file, with a number that varies them.
+CONTAINERS = {
+    "empty": lambda n, d: b"", "packed nothing": lambda n, d: gzip.compress(b""),
+    "packed twice": lambda n, d: gzip.compress(gzip.compress(d)), "bzip2": lambda n, d: bz2.compress(d),
+    "cut": lambda n, d: gzip.compress(d)[:n], "cut plain": lambda n, d: d[:n],
+    "two members": lambda n, d: gzip.compress(d[:n]) + gzip.compress(d[n:]),
+    "a second file": lambda n, d: gzip.compress(d) * 2, "zip": lambda n, d: b"PK\x03\x04" + d,
+    "rubbish behind": lambda n, d: gzip.compress(d) + bytes([n % 256]) * 50,
+    "magic alone": lambda n, d: b"\x1f\x8b" + bytes([n % 256]) * 30,
+    "4-D": lambda n, d: as_bytes(np.stack([voxels(d)] * (1 + n % 3), -1)),
+    "5-D": lambda n, d: as_bytes(voxels(d)[..., None, None].repeat(1 + n % 2, -1)),
+    "2-D": lambda n, d: as_bytes(voxels(d)[..., 0]), "NIfTI-2": lambda n, d: nib.Nifti2Image(voxels(d), LPS).to_bytes(),
+    "RGB": lambda n, d: as_bytes(np.zeros(SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])),
+    **{name: lambda n, d, name=name: as_bytes(voxels(d).astype(name))
+       for name in ("uint8", "int8", "uint32", "float64", "complex64", "complex128", "longdouble", ">i2", ">f4")},
+}
+
+
+@fuzz(90)
+@given(kind=st.sampled_from([*OLD.values()]), how=st.sampled_from([*CONTAINERS]), number=st.integers(0, 5000),
+       suffix=st.sampled_from([".nii", ".nii.gz", ".NII.GZ"]))
+def test_odd_containers(base, kind, how, number, suffix):
+    with copy_of(base / "plain") as folder:
+        path = folder / "P1" / f"P1_{kind}.nii"
+        data = CONTAINERS[how](number, path.read_bytes())
+        path.unlink()
+        path = path.with_name(f"P1_{kind}{suffix}")
+        path.write_bytes(data)
+        look_at(folder, path)
+
+
+@fuzz(40)
+@given(layout=st.sampled_from(["packed", "together", "nnunet"]), places=st.lists(st.integers(0, 9), max_size=4),
+       names=st.lists(st.sampled_from(["P1_t1.nii", "P1_T1CE.NII.GZ", "P2_flair.nii.gz", "P1-t1c.nii.gz", "_seg.nii.gz",
+                                       "P1_0000.nii.gz", "P1_0009.nii.gz", "x.nii", "P1_seg_seg.nii.gz", "a\tb_t1.nii",
+                                       "-t2w.nii.gz"]), min_size=4, max_size=4))
+def test_names_of_files(base, layout, places, names):
+    with copy_of(base / layout) as folder:
+        files = sorted(path for path in folder.rglob("*.nii*") if path.is_file())
+        for place, name in zip(places, names, strict=False):
+            path = files[place % len(files)]
+            if path.exists():
+                path.rename(path.with_name(name))
+        look_at(folder, None)
+
+
 def test_a_damaged_table_stops_a_run_with_a_reason(base, tmp_path):
     write_table(tmp_path / "sites.csv", ["Partition_ID", "Subject_ID"], [["1", "P1"]])
     assert read_sites(base / "packed", tmp_path / "sites.csv", spacing_mm=1.0, progress=False)[0].train
@@ -292,4 +386,4 @@ def test_a_damaged_table_stops_a_run_with_a_reason(base, tmp_path):
 
 
 def test_there_were_enough_cases():
-    assert seen["cases"] >= 500
+    assert seen["cases"] >= 800

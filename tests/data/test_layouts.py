@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import nibabel as nib
@@ -15,16 +16,29 @@ from fedlab.apps.comparison_data import Folder
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions
 from fedlab.data.phantom.generator import write_brats
-from fedlab.data.readers.conventions import CONVENTIONS, count_values, detect_convention, to_internal
-from fedlab.data.readers.folders import find_patients, read_cohort, read_patient, read_sites, to_native
+from fedlab.data.readers.conventions import CONVENTIONS, count_values, detect_convention, from_internal, to_internal
+from fedlab.data.readers.folders import find_patients, read_cohort, read_label, read_patient, read_sites, to_native
+from fedlab.data.readers.inspection import inspect_folder
 from fedlab.data.readers.layouts import LAYOUTS, list_patients
 from fedlab.data.readers.nifti import from_ras
 from fedlab.training.networks import save_model, segresnet
-from folders import OLD, ball, load_raw, recode, save, save_files, write_layout, write_msd, write_paths, write_table
+from folders import (
+    OLD,
+    ball,
+    load_raw,
+    recode,
+    save,
+    save_files,
+    write_layout,
+    write_msd,
+    write_nnunet,
+    write_paths,
+    write_table,
+)
 
 IDS = {"brats2018": "Brats18_2013_{}_1", "brats2019": "BraTS19_CBICA_{}_1", "brats2020": "BraTS20_Training_00{}",
        "brats2021": "BraTS2021_0000{}", "brats2023": "BraTS-GLI-0000{}-000", "fets": "FeTS2022_0000{}",
-       "msd": "BRATS_00{}", "table": "Žofie {} é"}
+       "msd": "BRATS_00{}", "nnunet": "case_{}", "table": "Žofie {} é"}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +66,7 @@ def test_generated_patients_are_the_same_in_every_layout(tmp_path, phantoms, lay
     folder = write_layout(tmp_path / "data", layout, named(phantoms, layout))
     cohort = read_cohort(folder)
     assert (cohort.layout, cohort.ids) == (layout, tuple(IDS[layout].format(i) for i in range(2)))
-    assert cohort.convention.name == {"brats2023": "brats2023", "msd": "msd"}.get(layout, "brats2021")
+    assert cohort.convention.name == {"brats2023": "brats2023", "msd": "msd", "nnunet": "msd"}.get(layout, "brats2021")
     said = capsys.readouterr().err
     assert f"layout {layout} ({cohort.reason})" in said and f"label convention {cohort.convention.name} (" in said
     assert layout in repr(cohort) and cohort.reason in repr(cohort)
@@ -232,17 +246,123 @@ def test_absolute_paths_and_other_headings(tmp_path):
     assert all(torch.equal(a.image, b.image) and torch.equal(a.label, b.label) for a, b in zip(one, other, strict=True))
 
 
+def flat(folder, target):
+    """The scans of all patient folders, moved into one folder."""
+    target.mkdir(parents=True)
+    for scan in sorted(folder.rglob("*.nii.gz")):
+        scan.rename(target / scan.name)
+    return target
+
+
+@pytest.mark.parametrize("layout", ["brats2021", "brats2020", "brats2023"])
+def test_scans_of_all_patients_in_one_folder(tmp_path, layout):
+    raws = named([ball(seed=i) for i in range(3)], layout)
+    want = read(write_layout(tmp_path / "plain", layout, raws))
+    write_layout(tmp_path / "data", layout, raws)
+    folder = flat(tmp_path / "data", tmp_path / "scans")
+    cohort = read(folder)
+    assert (cohort.layout, cohort.ids) == (layout, want.ids) and "3 patients in one folder" in cohort.reason
+    assert all(torch.equal(a.image, b.image) and torch.equal(a.label, b.label)
+               for a, b in zip(cohort, want, strict=True))
+    write_table(tmp_path / "sites.csv", ["Partition_ID", "Subject_ID"], [["1", raw.id] for raw in raws])
+    assert len(read_sites(folder, tmp_path / "sites.csv", spacing_mm=2.0, progress=False)[0].train) == 2
+    (tmp_path / "above").mkdir()
+    folder.rename(tmp_path / "above" / "scans")
+    assert read(tmp_path / "above").ids == want.ids  # also in the only subfolder
+    first = tmp_path / "above" / "scans"
+    shutil.copy(next(first.glob("*seg*")), first / f"{raws[0].id} again.nii.gz")
+    next(first.glob(f"{raws[1].id}?t1*")).unlink()
+    with pytest.raises(DataError, match=rf"{raws[1].id}: no T1.*\[missing-modality\]") as caught:
+        read(first)
+    assert "problems with 1 of 3 patients" in str(caught.value)
+
+
+def test_two_folders_each_with_all_scans_are_side_by_side(tmp_path):
+    for part in ("a", "b"):
+        write_layout(tmp_path / "scans" / part, "brats2021", [ball(f"{part}1"), ball(f"{part}2")])
+        flat(tmp_path / "scans" / part, tmp_path / "data" / part)
+    with pytest.raises(DataError, match="give one of its subfolders that do: a, b"):
+        read(tmp_path / "data")
+
+
+def test_raw_data_of_nnunet_with_problems(tmp_path):
+    raws = [ball(f"case_{i}", seed=i) for i in range(3)]
+    write_nnunet(tmp_path, raws)
+    (tmp_path / "labelsTr" / "case_2.nii.gz").unlink()
+    cohort = read(tmp_path)
+    assert [patient.label is None for patient in cohort] == [False, False, True]
+    assert [f.code for f in cohort.findings] == ["no-label"] and "order T1, T1c, T2, FLAIR" in cohort.reason
+    (tmp_path / "imagesTr" / "case_1_0003.nii.gz").unlink()
+    (tmp_path / "imagesTr" / "case_2_0001.nii.gz").rename(tmp_path / "imagesTr" / "notes.nii.gz")
+    with pytest.raises(DataError, match=r"case_1: no FLAIR: imagesTr/case_1_0003\.nii\.gz \[missing-modality\]"):
+        read(tmp_path)
+    told = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**told, "channel_names": {"0": "MR", "1": "T1", "2": "T2"}}))
+    with pytest.raises(DataError, match="no FLAIR and no T1c among the modalities"):
+        read(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(DataError, match=r"dataset\.json is missing; only it assigns volumes or channels"):
+        read(tmp_path)
+
+
+def test_upper_case_endings_and_tables(tmp_path):
+    raws = [ball("P1"), ball("P2", seed=1)]
+    want = read(write_layout(tmp_path / "plain", "brats2021", raws))
+    folder = write_layout(tmp_path / "data", "brats2020", raws)
+    for scan in folder.rglob("*.nii.gz"):
+        scan.rename(scan.with_name(scan.name.replace("_flair", "_FLAIR").replace("_t1ce", "_T1CE")
+                                   .replace("_seg", "_Seg").replace(".nii.gz", ".NII.GZ")))
+    (folder / "name_mapping.csv").rename(folder / "Name_Mapping.CSV")
+    cohort = read(folder)
+    assert cohort.layout == "brats2020" and cohort.table()["grade"].tolist() == ["HGG", "LGG"]
+    assert all(torch.equal(a.image, b.image) and torch.equal(a.label, b.label)
+               for a, b in zip(cohort, want, strict=True))
+    write_paths(tmp_path / "table", raws)
+    table = tmp_path / "table" / "paths.csv"
+    table.write_text(table.read_text().replace("patient,flair,t1,t1c,t2,label", "PATIENT,FLAIR,T1,T1C,T2,LABEL"))
+    table = table.rename(tmp_path / "table" / "PATHS.CSV")
+    for place in (table, table.parent):
+        assert all(torch.equal(a.label, b.label) for a, b in zip(read(place), want, strict=True))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PIR", "SAL"])
+def test_label_maps_with_axes_in_another_order_at_the_same_place(tmp_path, codes):
+    raw = ball("P1")
+    want = read(write_layout(tmp_path / "plain", "brats2021", [raw]))[0]
+    folder = write_layout(tmp_path / "data", "brats2021", [raw])
+    path = folder / "P1" / "P1_seg.nii.gz"
+    stored = nib.load(path)
+    other = nib.orientations.ornt_transform(nib.orientations.io_orientation(stored.affine),
+                                            nib.orientations.axcodes2ornt(codes))
+    turned = stored.as_reoriented(other)
+    assert nib.aff2axcodes(turned.affine) == tuple(codes)
+    path.unlink()
+    nib.save(turned, path)
+    cohort = read(folder)
+    assert cohort.findings == () and torch.equal(cohort[0].label, want.label)
+    files = find_patients(folder)["P1"]
+    assert np.array_equal(read_label(files)[0], raw.label)  # on the grid of the scans, as predictions are
+    (case,) = inspect_folder(folder, progress=False).cases
+    assert case.volumes_ml["ET"] == pytest.approx((raw.label == 4).sum() / 1000) and case.picture.label.any()
+    shifted = nib.Nifti1Image(np.asanyarray(turned.dataobj), turned.affine + np.outer([3, 0, 0, 0], [0, 0, 0, 1]))
+    path.unlink()
+    nib.save(shifted, path)
+    with pytest.raises(DataError, match=r"\[grids-differ\]"):
+        read(folder)
+
+
 # --- label conventions
 
 def test_every_convention_maps_to_the_same_internal_labels():
     inside = np.array([0, 1, 1, 2, 4, 0], dtype=np.uint8)
     outside = {"brats2021": [0, 1, 1, 2, 4, 0], "brats2023": [0, 1, 1, 2, 3, 0], "brats2024": [0, 1, 1, 2, 3, 4],
-               "msd": [0, 2, 2, 1, 3, 0], "brats2013": [0, 1, 3, 2, 4, 0]}
+               "msd": [0, 2, 2, 1, 3, 0], "brats2013": [0, 1, 3, 2, 4, 0], "brats2024ped": [0, 2, 3, 4, 1, 0]}
     assert set(outside) == set(CONVENTIONS)
     for name, values in outside.items():
         for dtype in (np.uint8, np.int16, np.float32, np.float64):
             stored = np.array(values, dtype=dtype)
             np.testing.assert_array_equal(to_internal(stored, name), inside)
+            np.testing.assert_array_equal(to_internal(from_internal(inside, name), name), inside)
             assert count_values(stored) == {float(v): values.count(v) for v in set(values)}
     assert labels_to_regions(torch.tensor([1, 2, 4, 0]).view(1, 1, 4)).sum(dim=(1, 2, 3)).tolist() == [2, 3, 1]
 
@@ -252,8 +372,8 @@ def test_a_stated_convention_is_taken(tmp_path, convention):
     raw = ball("P1")
     want = read(write_layout(tmp_path / "plain", "brats2021", [raw]))[0].label
     stored = recode(raw.label, convention)
-    if convention == "brats2013":  # part of the core is non-enhancing
-        stored[(stored == 1) & (np.arange(stored.size).reshape(stored.shape) % 2 == 0)] = 3
+    if convention in ("brats2013", "brats2024ped"):  # part of the core is non-enhancing, or a cyst
+        stored[(raw.label == 1) & (np.arange(stored.size).reshape(stored.shape) % 2 == 0)] = 3
     if convention == "brats2024":
         stored[(raw.label == 0) & (raw.images["T1"] > 350)] = 4
     assert set(np.unique(stored)) == set(CONVENTIONS[convention])
@@ -387,6 +507,21 @@ def test_the_cache_gives_the_same_patients_and_sees_changes(tmp_path):
     shutil.rmtree(folder / "P1")
     save_files(changed, folder / "P1")
     assert not torch.equal(read(folder, spacing_mm=2.0, cache=tmp_path / "cache")[0].image, before)
+
+
+def test_the_cache_sees_a_corrected_file_of_equal_size_and_time(tmp_path):
+    folder = tmp_path / "data"
+    save_files(ball("P1"), folder / "P1", suffix=".nii")
+    path = folder / "P1" / "P1_seg.nii"
+    before = read(folder, spacing_mm=2.0, cache=tmp_path / "cache")[0].label
+    state, image = path.stat(), nib.load(path)
+    corrected = np.where(np.asanyarray(image.dataobj) == 4, 1, np.asanyarray(image.dataobj)).astype(np.uint8)
+    path.write_bytes(nib.Nifti1Image(corrected, image.affine, image.header).to_bytes())
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    with pytest.warns(UserWarning, match="no enhancing tumour"):
+        after = read(folder, spacing_mm=2.0, cache=tmp_path / "cache")[0].label
+    assert (before == 4).any() and not (after == 4).any()
 
 
 def test_monai_reads_once_and_crops_at_random(tmp_path, monkeypatch):

@@ -1,15 +1,16 @@
 """The meaning of the values in a label map: several conventions in files, one inside fedlab.
 
 Inside fedlab 1 is necrotic or non-enhancing core, 2 oedema, 4 enhancing tumour, as in BraTS 2017 to 2021. Other data
-sets use the same values with other meanings. A convention is therefore stated, or it follows from the layout, from a
-description beside the labels, or from values that permit a single reading. Anything else is an error, never a guess.
+sets use the same values with other meanings. A convention is therefore stated, or it follows from a description beside
+the labels, from the challenge that patients' ids name, from the layout, or from values that permit a single reading.
+Anything else is an error, never a guess.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,31 +29,56 @@ CONVENTIONS: Mapping[str, Mapping[int, int]] = {
     "brats2024": {0: 0, 1: 1, 2: 2, 3: 4, 4: 0},  # after treatment: 4 is resection cavity (de Verdier et al. 2024)
     "msd": {0: 0, 1: 2, 2: 1, 3: 4},  # Task01_BrainTumour: 1 oedema, 2 non-enhancing (Antonelli et al. 2022)
     "brats2013": {0: 0, 1: 1, 2: 2, 3: 1, 4: 4},  # 1 necrosis, 3 non-enhancing (Menze et al. 2015)
+    # BraTS-PEDs 2024: 1 enhancing, 2 non-enhancing, 3 cyst, 4 oedema (Kazerooni et al. 2024, arXiv:2404.15009)
+    "brats2024ped": {0: 0, 1: 4, 2: 1, 3: 1, 4: 2},
 }
 #: The convention that a layout was published with.
 _OF_LAYOUT = {"brats2018": "brats2021", "brats2019": "brats2021", "brats2020": "brats2021", "brats2021": "brats2021",
               "fets": "brats2021", "brats2023": "brats2023"}
+#: The challenges of BraTS 2023 and later: how ids begin, and the conventions of the published label maps. The first
+#: pattern that matches counts. BraTS-PEDs 2023 has the values of "brats2023"; BraTS-MEN-RT marks one volume only.
+_CHALLENGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "BraTS-GLI after treatment": (r"brats-gli-\d+-1\d\d", ("brats2024",)),
+    "BraTS-GLI": (r"brats-gli-", ("brats2023", "brats2024")),
+    "BraTS-MET": (r"brats-met-", ("brats2023", "brats2024")),
+    "BraTS-MEN-RT": (r"brats-men-rt-", ()),
+    "BraTS-MEN": (r"brats-men-", ("brats2023",)),
+    "BraTS-SSA": (r"brats-ssa-", ("brats2023",)),
+    "BraTS-GoAT": (r"brats-goat-", ("brats2023",)),
+    "BraTS-PED": (r"brats-ped-", ("brats2024ped", "brats2023")),
+}
 _TOLERANCE = 1e-3  # of labels stored as floats
 _MEANINGS = {0: "no tumour", 1: "core", 2: "oedema", 4: "enhancing"}
 #: Words in a description, in the order in which they are tried -> label inside fedlab.
-_WORDS = ((r"background|cavity", 0), (r"o?edema|hyperintensit|snfh", 2), (r"non.?enhanc|necro|\bnet|\bncr|\bnetc", 1),
-          (r"enhanc|\bet\b", 4))
+_WORDS = ((r"background|cavity|\brc\b", 0), (r"o?edema|hyperintensit|snfh|\bed\b", 2),
+          (r"non.?enhanc|necro|\bnet|\bncr|cyst|\bcc\b", 1), (r"enhanc|\bet\b", 4))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """A label convention and the reason for it.
+    """The label convention of a folder and the reason for it.
 
     Attributes:
-        name: one of `CONVENTIONS`; None where no patient has a label map.
+        name: one of `CONVENTIONS`; None where no patient has a label map, or where challenges differ.
         reason: in words.
+        by_challenge: the convention of each challenge that patients' ids name; "" for the other patients.
     """
 
     name: str | None
     reason: str
+    by_challenge: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, patient: str) -> str | None:
+        """The convention of one patient, by its id; None if it is unknown."""
+        return self.by_challenge.get(_challenge(patient), self.name)
+
+    @property
+    def names(self) -> str:
+        """The name, or the names in a folder of several challenges; "" where there is none."""
+        return self.name or " and ".join(sorted(set(self.by_challenge.values())))
 
     def __str__(self) -> str:
-        return f"label convention {self.name} ({self.reason})" if self.name else self.reason
+        return f"label convention {self.names} ({self.reason})" if self.names else self.reason
 
 
 def check_convention(name: str | None) -> None:
@@ -91,25 +117,24 @@ def file_values(path: Path) -> frozenset[float]:
         state = path.stat()
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error})", code="no-file") from error
-    return _file_values(path, state.st_size, state.st_mtime_ns)
+    return _file_values(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @lru_cache(maxsize=20_000)
-def _file_values(path: Path, size: int, changed: int) -> frozenset[float]:
+def _file_values(path: Path, *state: int) -> frozenset[float]:
     return frozenset(count_values(np.asarray(read_volume(path).array)))
 
 
-def wrong_values(values: Collection[float], convention: str) -> str:
-    """Why the values of a label map do not follow a convention, in words; "" if they do."""
+def wrong_values(values: Collection[float], convention: str, patient: str = "") -> str:
+    """Why the values of a patient's label map do not follow a convention, in words; "" if they do."""
     known = CONVENTIONS[convention]
     unknown = sorted(value for value in values if value not in known)
     if not unknown:
         return ""
-    fitting = _fitting(values)
+    fitting = _fitting(values, _possible(_challenge(patient)))
     hint = (f"if they follow another convention, pass {_option(fitting)}"
             if fitting else f"none of the conventions {', '.join(map(repr, CONVENTIONS))} has these values")
-    shown = ", ".join(f"{value:g}" for value in unknown[:6])
-    return f"holds the values {shown}; convention {convention!r} has {', '.join(map(str, known))}; {hint}"
+    return f"holds the values {_shown(unknown)}; convention {convention!r} has {', '.join(map(str, known))}; {hint}"
 
 
 def to_internal(array: np.ndarray, convention: str) -> np.ndarray:
@@ -128,10 +153,10 @@ def to_internal(array: np.ndarray, convention: str) -> np.ndarray:
 def from_internal(label: np.ndarray, convention: str) -> np.ndarray:
     """Labels 0, 1, 2 and 4 in the values of a convention, uint8, same shape: the inverse of `to_internal`.
 
-    Where two values of the convention have one meaning, the first is written.
+    Where two values of the convention have one meaning, the smaller is written.
     """
     table = np.zeros(5, dtype=np.uint8)
-    for value, inside in reversed(list(CONVENTIONS[convention].items())):
+    for value, inside in sorted(CONVENTIONS[convention].items(), reverse=True):
         table[inside] = value
     return np.asarray(table[label])
 
@@ -150,12 +175,12 @@ def describe(convention: str, values: Collection[float] | None = None) -> str:
 
 def convention_of_layout(layout: str) -> str:
     """The convention of label maps that are written into a folder of this layout in which no patient is labelled."""
-    return "msd" if layout == "msd" else _OF_LAYOUT.get(layout, "brats2021")
+    return "msd" if layout in ("msd", "nnunet") else _OF_LAYOUT.get(layout, "brats2021")
 
 
 def detect_convention(values: Mapping[str, Collection[float]], *, layout: str,
                       described: Mapping[int, str] | None = None, stated: str | None = None) -> Convention:
-    """The label convention of a folder, with the reason.
+    """The label convention of a folder, with the reason; in a folder of several challenges, that of each.
 
     A few patients with other values do not change it; they are reported individually when they are read.
 
@@ -175,43 +200,96 @@ def detect_convention(values: Mapping[str, Collection[float]], *, layout: str,
     if not values:
         return Convention(name=None, reason="no patient has a label map")
     if described is not None:
-        return _confirm(_from_description(described), values, "dataset.json says " + ", ".join(
-            f"{value} is {text}" for value, text in sorted(described.items())))
-    if layout in _OF_LAYOUT:
-        return _confirm(_OF_LAYOUT[layout], values, f"layout {layout} uses it")
-    return _from_values(values)
+        name, why = _expect([_from_description(described)], values, "dataset.json says " + ", ".join(
+            f"{value} is {text}" for value, text in sorted(described.items())), list(CONVENTIONS))
+        return Convention(name=name, reason=why)
+    groups: dict[str, dict[str, Collection[float]]] = {}
+    for patient, own in values.items():
+        groups.setdefault(_challenge(patient), {})[patient] = own
+    found: dict[str, tuple[str, str]] = {}
+    for challenge, members in groups.items():
+        try:
+            found[challenge] = _of_group(challenge, members, layout)
+        except DataError as error:
+            if len(groups) == 1:
+                raise
+            raise DataError(f"{challenge or 'other patients'}: {error}. The option holds for a whole folder: give "
+                            f"these {len(members)} patients one of their own", code=error.code) from error
+    names = {name for name, _ in found.values()}
+    reason = "; ".join(f"{challenge or 'other patients'}: {name}, {why}" if len(found) > 1 else why
+                       for challenge, (name, why) in found.items())
+    return Convention(name=names.pop() if len(names) == 1 else None, reason=reason,
+                      by_challenge={challenge: name for challenge, (name, _) in found.items()})
 
 
-def _confirm(name: str, values: Mapping[str, Collection[float]], why: str) -> Convention:
+def _of_group(challenge: str, values: Mapping[str, Collection[float]], layout: str) -> tuple[str, str]:
+    """The convention of the patients of one challenge and the reason; "" for patients whose ids name none."""
+    published = list(_CHALLENGES[challenge][1]) if challenge else [_OF_LAYOUT[layout]] if layout in _OF_LAYOUT else []
+    if challenge and not published:
+        raise DataError(f"the label maps of {challenge} mark one gross tumour volume, which tells nothing about core, "
+                        f"oedema and enhancing tumour; use patients with labels of all three", code="label-convention")
+    present = set().union(*values.values()) - {0.0}
+    if present == {1.0}:
+        raise DataError(f"no label map holds another value than 0 and 1. A mask of one region does not tell core, "
+                        f"oedema and enhancing tumour apart: use label maps of all three, or, if 1 is one of them, "
+                        f"pass {_option(published or CONVENTIONS)}", code="label-convention")
+    if not published:
+        return _from_values(values)
+    # In the published maps a cavity occurs beside enhancing tumour. 4 without any 3 may be the 4 of BraTS 2021.
+    if len(published) > 1 and "brats2024" in published and not any({3.0, 4.0} <= set(own) for own in values.values()):
+        published.remove("brats2024")
+    why = f"ids of {challenge}" if challenge else f"layout {layout} uses it"
+    return _expect(published, values, why, _possible(challenge))
+
+
+def _challenge(patient: str) -> str:
+    """The challenge that a patient's id names; "" if none."""
+    return next((name for name, (start, _) in _CHALLENGES.items() if re.match(start, patient.lower())), "")
+
+
+def _possible(challenge: str) -> list[str]:
+    """The conventions that the label maps of a challenge may follow; those before 2023 use the values of BraTS 2021."""
+    return list(dict.fromkeys(["brats2021", *_CHALLENGES[challenge][1]])) if challenge else list(CONVENTIONS)
+
+
+def _expect(names: Sequence[str], values: Mapping[str, Collection[float]], why: str,
+            possible: Collection[str]) -> tuple[str, str]:
     """The expected convention, unless most patients whose values distinguish conventions contradict it."""
     telling = {patient: own for patient, own in values.items() if set(own) - {0.0, 1.0, 2.0} and _fitting(own)}
-    against = [patient for patient, own in telling.items() if wrong_values(own, name)]
+    against = [patient for patient, own in telling.items() if not _fitting(own, names)]
     shown = _shown(set().union(*values.values()))
-    if not against or 2 * len(against) < len(telling):
-        return Convention(name=name, reason=f"{why}; the values are {shown}")
-    fitting = _fitting(set().union(*(values[patient] for patient in against)))
-    raise DataError(f"label convention {name!r} was expected ({why}), but {len(against)} of the {len(telling)} label "
-                    f"maps that distinguish conventions ({', '.join(against[:3])}{', …' if len(against) > 3 else ''}) "
-                    f"hold other values: {shown}. {_ask(fitting)}", code="label-convention")
+    if against and 2 * len(against) >= len(telling):
+        fitting = _fitting(set().union(*(values[patient] for patient in against)), possible)
+        raise DataError(f"label convention {' or '.join(map(repr, names))} was expected ({why}), but {len(against)} of "
+                        f"the {len(telling)} label maps that distinguish conventions ({', '.join(against[:3])}"
+                        f"{', …' if len(against) > 3 else ''}) hold other values: {shown}. {_ask(fitting)}",
+                        code="label-convention")
+    present = set().union(*(own for own in values.values() if _fitting(own, names)))
+    return _only_reading(_fitting(present, names), present), f"{why}; the values are {shown}"
 
 
-def _from_values(values: Mapping[str, Collection[float]]) -> Convention:
+def _from_values(values: Mapping[str, Collection[float]]) -> tuple[str, str]:
     """The only reading that the values permit; patients whose values fit no convention are not considered."""
     sound = [own for own in values.values() if _fitting(own)]
     if not sound:
         raise DataError(f"no label convention has the values {_shown(set().union(*values.values()))}; {_ask([])}",
                         code="label-convention")
     present = set().union(*sound) - {0.0}
-    # With 4 but without 3, "brats2024" would mean that no patient's tumour enhances.
-    fitting = [name for name in _fitting(present) if name != "brats2024" or 3.0 in present or 4.0 not in present]
-    readings = {tuple(CONVENTIONS[name][int(value)] for value in sorted(present)) for name in fitting}
-    if len(readings) == 1:
-        return Convention(name=fitting[0], reason=f"the values are {_shown(present)}, which permit one reading only")
-    meanings = [f"{name!r} reads " + ", ".join(f"{value:g} {_MEANINGS[CONVENTIONS[name][int(value)]]}"
-                                               for value in sorted(present)) for name in fitting]
+    # With 4 but without 3, "brats2024" would mean that no patient's tumour enhances. Children's tumours are read as
+    # such only where ids or the user say so.
+    fitting = [name for name in _fitting(present) if 3.0 in present or 4.0 not in present
+               or name not in ("brats2024", "brats2024ped")]
+    return _only_reading(fitting, present), f"the values are {_shown(present)}, which permit one reading only"
+
+
+def _only_reading(names: Sequence[str], present: Collection[float]) -> str:
+    """The first of several conventions that give the values one meaning."""
+    present = set(present) - {0.0}
+    if len({describe(name, present) for name in names}) == 1:
+        return names[0]
+    meanings = "; ".join(f"{name!r} reads {describe(name, present)}" for name in names)
     raise DataError(f"the label values {_shown(present)} alone do not determine their meaning: "
-                    f"{'; '.join(meanings) or 'no convention has all of them'}. {_ask(fitting)}",
-                    code="label-convention")
+                    f"{meanings or 'no convention has all of them'}. {_ask(names)}", code="label-convention")
 
 
 def _from_description(described: Mapping[int, str]) -> str:
@@ -229,8 +307,9 @@ def _from_description(described: Mapping[int, str]) -> str:
                     f"{_ask(CONVENTIONS)}", code="label-convention")
 
 
-def _fitting(values: Collection[float]) -> list[str]:
-    return [name for name, table in CONVENTIONS.items() if all(value in table for value in values)]
+def _fitting(values: Collection[float], names: Collection[str] = tuple(CONVENTIONS)) -> list[str]:
+    """Those of the conventions that have all the values."""
+    return [name for name in names if all(value in CONVENTIONS[name] for value in values)]
 
 
 def _option(names: Collection[str]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tomllib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Literal, TypeVar
 
 from fedlab.core.errors import DataError
@@ -17,42 +19,8 @@ Severity = Literal["error", "warning"]
 Broken = Literal["raise", "skip"]
 _T = TypeVar("_T")
 
-#: Every code with its meaning. Codes are stable; new ones may be added.
-CODES: Mapping[str, str] = {
-    "missing-modality": "FLAIR, T1, T1c or T2 is missing",
-    "no-label": "there is no expert label map",
-    "two-files": "two files claim to be the same modality",
-    "two-folders": "two folders or rows carry the same patient id",
-    "foreign-file": "a file name carries another patient's id",
-    "unknown-file": "a file name has no ending of the layout",
-    "other-layout": "the files are named as in another layout than those of the other patients",
-    "no-file": "a file cannot be opened: missing, a folder, or a broken or circular link",
-    "no-folder": "a table names a patient who has no scans",
-    "not-in-table": "a patient has scans but no row in the table",
-    "outside": "a path leads out of the data set's folder",
-    "truncated": "a file ends too early",
-    "corrupt": "a compressed file cannot be unpacked, or its checksum is wrong",
-    "not-nifti": "a file is not a NIfTI file",
-    "wrong-header": "a header is invalid for a brain scan",
-    "oversized": "a header claims more voxels than the file can hold or than are read",
-    "affines-differ": "sform and qform of a header disagree",
-    "channels": "a 4-D file does not hold one volume per modality",
-    "grids-differ": "the files of a patient lie on different grids",
-    "not-finite": "some voxels are NaN or Inf",
-    "blank": "every voxel of a volume has the same value",
-    "empty-brain": "no voxel of any modality has a signal",
-    "background": "the background is not 0",
-    "cut-off": "a part of the brain is 0 in one modality only",
-    "saturated": "many voxels share the largest value",
-    "label-values": "the label map holds values outside its convention",
-    "label-convention": "the label convention cannot be determined",
-    "label-outside": "labelled voxels lie where every modality is 0",
-    "no-tumour": "the label map is empty",
-    "no-enhancing": "the tumour does not enhance; valid, but the Dice of ET then follows the rule for empty regions",
-    "cavity": "a resection cavity counts as no tumour",
-    "too-large": "the brain does not fit into the requested grid",
-    "unusable": "any other defect",
-}
+#: Every code with its meaning.
+CODES: Mapping[str, str] = tomllib.loads((files(__package__) / "findings.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -94,7 +62,7 @@ def usable(found: Mapping[str, _T], findings: Sequence[Finding], *, broken: Brok
 
     Args:
         found: entries by patient.
-        findings: about these patients, or about patients not in `found`.
+        findings: also about patients not in `found`.
         broken: "raise" stops at errors; "skip" continues without the affected patients and warns.
         where: the folder, for the message.
 
@@ -104,8 +72,7 @@ def usable(found: Mapping[str, _T], findings: Sequence[Finding], *, broken: Brok
     """
     if broken not in ("raise", "skip"):
         raise ValueError(f"broken must be 'raise' or 'skip', got {broken!r}")
-    errors = [f for f in findings if f.severity == "error"]
-    oddities = [f for f in findings if f.severity == "warning"]
+    errors, oddities = ([f for f in findings if f.severity == severity] for severity in ("error", "warning"))
     bad = {f.patient for f in errors}
     good = without_errors(found, errors)
     if errors and broken == "raise":

@@ -142,13 +142,12 @@ def _survey(folder: str | os.PathLike[str], *, layout: str | None, label_convent
                                        stated=label_convention)
     except DataError as error:
         raise DataError(f"{folder}: {error}", code=error.code) from error
-    if convention.name is not None:
-        findings += [Finding(files.id, "label-values", f"{files.label.name} {problem}")
-                     for files in sound if files.id in values and files.label is not None
-                     and (problem := wrong_values(values[files.id], convention.name))]
+    findings += [Finding(files.id, "label-values", f"{files.label.name} {problem}")
+                 for files in sound if files.id in values and files.label is not None
+                 and (name := convention.of(files.id)) and (problem := wrong_values(values[files.id], name, files.id))]
     if progress:
         print(f"fedlab: {folder}: layout {listing.layout} ({listing.reason}); {convention}", file=sys.stderr)
-    known = {name: replace(files, label_convention=convention.name) for name, files in wanted.items()}
+    known = {name: replace(files, label_convention=convention.of(name)) for name, files in wanted.items()}
     return _Survey(listing=listing, convention=convention, files=known, findings=findings)
 
 

@@ -32,12 +32,12 @@ _LARGEST = 192  # pixels of a slice
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Slice:
-    """One axial slice, seen from the feet: the patient's right is on the left, the face at the top.
+    """One axial slice of a modality, seen from the feet: the patient's right is on the left, the face at the top.
 
     Attributes:
         modality: of the image.
         grey: uint8, shape (rows, columns).
-        label: the values of the label map, same shape; internal labels once the convention is known.
+        label: values of the label map, same shape; internal labels once the convention is known.
         pixel_mm: height and width of a pixel.
     """
 
@@ -53,11 +53,8 @@ class Case:
 
     Attributes:
         patient: the pseudonym.
-        layout: one of `fedlab.data.readers.layouts.LAYOUTS`.
-        label_convention: one of `fedlab.data.readers.conventions.CONVENTIONS`; None without a readable label.
-        shape: voxels along the three stored axes.
-        spacing_mm: voxel size along them.
-        orientation: direction of the stored axes, such as "LPS".
+        layout, label_convention: as in `PatientFiles`; no convention without a readable label.
+        shape, spacing_mm, orientation: of the three stored axes, such as (240, 240, 155), (1, 1, 1), "LPS".
         modalities: those with a file.
         volumes_ml: volumes of the regions on the patient's own grid, by name in `fedlab.core.types.REGIONS`.
         findings: errors first.
@@ -84,8 +81,7 @@ class Case:
         """Lists, numbers and texts, as `fedlab data inspect --json` prints them."""
         return {
             "patient": self.patient, "layout": self.layout, "label_convention": self.label_convention,
-            "shape": None if self.shape is None else list(self.shape),
-            "spacing_mm": None if self.spacing_mm is None else list(self.spacing_mm),
+            "shape": self.shape and list(self.shape), "spacing_mm": self.spacing_mm and list(self.spacing_mm),
             "orientation": self.orientation, "modalities": list(self.modalities),
             "volumes_ml": {name: self.volumes_ml[name] for name in REGIONS},
             "findings": [{"severity": f.severity, "code": f.code, "message": f.message} for f in self.findings],
@@ -97,11 +93,8 @@ class Inspection:
     """The inspection of a folder and of every patient in it.
 
     Attributes:
-        folder: where the patients are.
-        layout: one of `fedlab.data.readers.layouts.LAYOUTS`.
-        reason: why it is that layout.
-        convention: the label convention and the reason; its name is None if it cannot be determined or no patient
-            is labelled.
+        folder, layout, reason: as in `fedlab.data.readers.patient_files.Listing`.
+        convention: the label convention and the reason; without a name if it cannot be determined.
         cases: one per patient, sorted.
     """
 
@@ -145,7 +138,7 @@ class Inspection:
         counts = f"{len(self.cases)} patients, {len(self.broken)} with errors, " \
                  f"{sum(case.usable and bool(case.findings) for case in self.cases)} with warnings only"
         return [f"{self.folder}", f"layout: {self.layout} ({self.reason})",
-                f"label convention: {self.convention.name or 'none'} ({self.convention.reason})", counts]
+                f"label convention: {self.convention.names or 'none'} ({self.convention.reason})", counts]
 
     def __str__(self) -> str:
         table = self.table().to_string(float_format="{:.1f}".format, na_rep="?")
@@ -170,10 +163,8 @@ def inspect_folder(folder: str | os.PathLike[str], *, layout: str | None = None,
     """Reads every file of every patient and reports contents and defects; damaged patients do not stop it.
 
     Args:
-        folder: a folder in one of `fedlab.data.readers.layouts.LAYOUTS`, or a CSV table of paths.
-        layout: one of `fedlab.data.readers.layouts.LAYOUTS`; None detects it.
-        label_convention: one of `fedlab.data.readers.conventions.CONVENTIONS`; None detects it. An ambiguous convention
-            is an error of every labelled patient.
+        folder, layout, label_convention: as in `fedlab.data.readers.folders.find_patients`; an ambiguous convention is
+            an error of every labelled patient.
         progress: whether to show a bar if it takes more than three seconds.
 
     Raises:
@@ -211,10 +202,10 @@ def _case(exam: Examination, picture: Slice | None, listing: Listing, convention
     files, listed = exam.files, [f for f in listing.findings if f.patient == exam.files.id]
     if files.label is None and all(f.code != "no-label" for f in listed):
         exam.add("no-label", "there is no label map: the patient cannot be used for training or scoring", "warning")
-    elif exam.label_counts and convention.name is None:
+    elif exam.label_counts and convention.of(files.id) is None:
         exam.add("label-convention", convention.reason)
-    check_labels(exam, convention.name)
-    known = convention.name if exam.label_counts else None
+    check_labels(exam, convention.of(files.id))
+    known = convention.of(files.id) if exam.label_counts else None
     if picture is not None and picture.label is not None:
         picture = replace(picture, label=None if known is None else to_internal(picture.label, known))
     case = Case(

@@ -1,7 +1,8 @@
 """The layout of a folder of scans, determined from names alone: every published layout of BraTS and its relatives.
 
 BraTS 2018 to 2021 (Bakas et al. 2017; Baid et al. 2021, arXiv:2107.02314), FeTS (Pati et al. 2021, arXiv:2105.05874),
-BraTS 2023 and later, Medical Segmentation Decathlon (Antonelli et al. 2022), and tables of paths for anything else.
+BraTS 2023 and later, Medical Segmentation Decathlon (Antonelli et al. 2022), raw data of nnU-Net (Isensee et al. 2021),
+and tables of paths for anything else. The patients of BraTS may also lie together in one folder.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from fedlab.core.errors import DataError
@@ -38,6 +40,7 @@ LAYOUTS: Mapping[str, str] = {
     "brats2023": "<ID>/<ID>-t2f.nii.gz, -t1n, -t1c, -t2w, -seg (BraTS 2023 and later)",
     "fets": "as brats2021, with partitioning_*.csv",
     "msd": "imagesTr/, labelsTr/ and dataset.json, four modalities in one 4-D file",
+    "nnunet": "imagesTr/CASE_0000.nii.gz, _0001, ..., labelsTr/ and dataset.json, one file per modality",
     "table": "a CSV file of paths with the columns patient, flair, t1, t1c, t2, label",
 }
 _SUFFIXES: Mapping[str, Mapping[str, str]] = {
@@ -83,7 +86,7 @@ def _innermost(folder: Path) -> Path:
     """The folder itself, or the only folder in it where it contains nothing else; at most three levels down."""
     inner = folder
     for _ in range(4):
-        if looks_like_msd(inner) or any(inner.glob("*.csv")) or _find_folders(inner):
+        if looks_like_msd(inner) or _tables(inner) or _find_folders(inner):
             return inner
         inside = [entry for entry in sorted(inner.iterdir()) if _is_visible_folder(entry)]
         if len(inside) != 1:
@@ -93,21 +96,26 @@ def _innermost(folder: Path) -> Path:
 
 
 def _list(root: Path, layout: str | None) -> Listing:
-    if layout == "msd":
+    if layout in ("msd", "nnunet"):
         return list_msd(root)
     if layout == "table":
         if (table := find_path_table(root)) is None:
             raise DataError(f"{root} contains no CSV file with the columns patient, flair, t1, t1c and t2")
         return list_table(table)
     folders = _find_folders(root)
-    marks = Counter(folder.mark for folder in folders if folder.mark)
-    if layout is None and not marks:
+    crowded = [folder for folder in folders if len(ids := _by_id(folder.scans)) > 1 and folder.id not in ids]
+    if layout is None and all(not folder.mark or folder in crowded for folder in folders):
         if looks_like_msd(root):
             return list_msd(root)
         if (table := find_path_table(root)) is not None:
             return list_table(table)
+    if len(crowded) == 1 == len(folders):
+        return _list(crowded[0].path, layout)
+    if not folders or len(crowded) == len(folders):
+        folders = _find_together(root)
     if not folders:
         raise DataError(_no_patients(root))
+    marks = Counter(folder.mark for folder in folders if folder.mark)
     if layout is None and len(marks) == 2 and marks["_"] == marks["-"]:
         raise DataError(f"{root}: as many patients are named as in BraTS 2021 (_t1ce) as in BraTS 2023 (-t1c); pass "
                         f"layout='brats2021' or 'brats2023' (--layout on the command line)")
@@ -124,27 +132,29 @@ def _list(root: Path, layout: str | None) -> Listing:
 
 @dataclass(frozen=True, kw_only=True)
 class _Folder:
-    """The folder of one patient.
+    """The files of one patient.
 
     Attributes:
+        id: the name of the folder, or the beginning of the files' names where all patients lie in one folder.
         path: the folder.
         grade: "HGG" or "LGG" where it lies in a folder of that name, else "".
-        scans: its NIfTI files.
-        mark: "_" or "-", the separator of most of their names; "" where none matches.
+        scans: the patient's NIfTI files.
         links: broken or circular links in it, or the folder itself if it is one.
         error: why it cannot be listed.
     """
 
+    id: str
     path: Path
-    grade: str
+    grade: str = ""
     scans: tuple[Path, ...] = ()
-    mark: str = ""
     links: tuple[Path, ...] = ()
     error: str = ""
 
     @property
-    def id(self) -> str:
-        return self.path.name
+    def mark(self) -> str:
+        """The separator of most names, "_" or "-"; "" where no name matches."""
+        marks = Counter(mark for scan in self.scans for mark, name in _NAMES.items() if name.fullmatch(scan.name))
+        return marks.most_common(1)[0][0] if marks else ""
 
 
 def _find_folders(root: Path) -> list[_Folder]:
@@ -153,10 +163,38 @@ def _find_folders(root: Path) -> list[_Folder]:
     for entry in sorted(root.iterdir()):
         grade = entry.name.upper() if entry.name.upper() in _GRADES and _is_visible_folder(entry) else ""
         inside = sorted(entry.iterdir()) if grade else [entry]
-        found += [_read_folder(path, grade) for path in inside if _may_be_patient(path)]
-    patterns = {_pattern(folder.id) for folder in found if folder.scans}
+        found += [_read_folder(path, grade) for path in inside
+                  if (not is_nifti(path) if _is_bad_link(path) else _is_visible_folder(path))]
+    patterns = {re.sub(r"\d", "0", folder.id) for folder in found if folder.scans}
     return [folder for folder in found if folder.scans or (
-        patterns and (folder.error or folder.links or _pattern(folder.id) in patterns))]
+        patterns and (folder.error or folder.links or re.sub(r"\d", "0", folder.id) in patterns))]
+
+
+def _find_together(root: Path) -> list[_Folder]:
+    """The patients whose scans lie in `root` itself; a file of unknown name goes to the id with which it begins."""
+    scans = [entry for entry in sorted(root.iterdir()) if is_nifti(entry)]
+    found = _by_id(scans)
+    if not found or root.name in found:  # the folder of one patient
+        return []
+    for scan in scans:
+        if scan not in chain.from_iterable(found.values()):
+            found[max((name for name in found if scan.name.startswith(name)), key=len, default=min(found))].append(scan)
+    return [_Folder(id=name, path=root, scans=tuple(own)) for name, own in found.items()]
+
+
+def _by_id(scans: Iterable[Path]) -> dict[str, list[Path]]:
+    """The scans whose names follow a layout, by the patient's id."""
+    found: dict[str, list[Path]] = {}
+    for scan in scans:
+        for match in filter(None, (pattern.fullmatch(scan.name) for pattern in _NAMES.values())):
+            found.setdefault(match["id"], []).append(scan)
+    return found
+
+
+def _tables(folder: Path, start: str = "") -> list[Path]:
+    """The CSV files of a folder whose names begin with `start`, in upper or lower case."""
+    return sorted(path for path in folder.iterdir()
+                  if path.suffix.lower() == ".csv" and path.name.lower().startswith(start))
 
 
 def _is_visible_folder(entry: Path) -> bool:
@@ -167,26 +205,16 @@ def _is_bad_link(entry: Path) -> bool:
     return is_broken_link(entry) or is_circular_link(entry)
 
 
-def _may_be_patient(entry: Path) -> bool:
-    return not is_nifti(entry) if _is_bad_link(entry) else _is_visible_folder(entry)
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\d", "0", name)
-
-
 def _read_folder(path: Path, grade: str) -> _Folder:
     if _is_bad_link(path):
-        return _Folder(path=path, grade=grade, links=(path,))
+        return _Folder(id=path.name, path=path, grade=grade, links=(path,))
     try:
         inside = sorted(path.iterdir())
     except OSError as error:
-        return _Folder(path=path, grade=grade, error=f"cannot be listed ({error.strerror})")
+        return _Folder(id=path.name, path=path, grade=grade, error=f"cannot be listed ({error.strerror})")
     scans = tuple(entry for entry in inside if is_nifti(entry))
     links = tuple(entry for entry in inside if not is_nifti(entry) and _is_bad_link(entry))
-    marks = Counter(mark for entry in scans for mark, name in _NAMES.items() if name.fullmatch(entry.name))
-    return _Folder(path=path, grade=grade, scans=scans, mark=marks.most_common(1)[0][0] if marks else "",
-                 links=links if scans else ())
+    return _Folder(id=path.name, path=path, grade=grade, scans=scans, links=links if scans else ())
 
 
 def _list_folders(root: Path, folders: Sequence[_Folder], mark: str, stated: str | None) -> Listing:
@@ -214,13 +242,15 @@ def _list_folders(root: Path, folders: Sequence[_Folder], mark: str, stated: str
 def _year(root: Path, folders: Sequence[_Folder], mark: str) -> tuple[str, str, list[Path]]:
     """Layout, reason and tables of a folder with patient folders."""
     count = f"{len(folders)} patient folder{'s' if len(folders) > 1 else ''}"
+    if folders[0].path == root:
+        count = f"{len(folders)} patients in one folder"
     if mark == "-":
         return "brats2023", f"{count} with files named -t1n, -t1c, -t2w, -t2f", []
     graded = any(folder.grade for folder in folders)
-    mapping = [path for place in (root, *(root / name for name in _GRADES))
-               for path in sorted(place.glob("name_mapping*.csv"))]
-    partition = sorted(root.glob("partitioning_*.csv"))
-    tables = [*mapping, *partition, *sorted(root.glob("survival*.csv"))]
+    mapping = [path for place in (root, *(root / name for name in _GRADES)) if place.is_dir()
+               for path in _tables(place, "name_mapping")]
+    partition = _tables(root, "partitioning_")
+    tables = [*mapping, *partition, *_tables(root, "survival")]
     reason = f"{count} {'in HGG/ and LGG/ ' if graded else ''}with files named _flair, _t1, _t1ce, _t2"
     if partition:
         return "fets", f"{reason}, and {' and '.join(path.name for path in partition)}", tables
@@ -262,34 +292,26 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
             findings.append(Finding(folder.id, "no-file", f"{path.name} is a folder, or a broken or circular link"))
         else:
             kinds.setdefault(_SUFFIXES[mark][match["kind"].lower()], []).append(path)
-    findings += _gaps(folder, kinds, mark)
-    images = {modality: kinds[modality][0] for modality in MODALITIES if modality in kinds}
-    return PatientFiles(id=folder.id, images=images, label=kinds.get("label", [None])[0]), findings
-
-
-def _gaps(folder: _Folder, kinds: Mapping[str, Sequence[Path]], mark: str) -> list[Finding]:
-    """Missing and duplicate files, and an invalid id."""
-    findings = [Finding(folder.id, "two-files", f"{' and '.join(path.name for path in paths)} both claim to be the "
-                        f"{kind}; keep one") for kind, paths in kinds.items() if len(paths) > 1]
+    findings += [Finding(folder.id, "two-files", f"{' and '.join(path.name for path in paths)} both claim to be the "
+                         f"{kind}; keep one") for kind, paths in kinds.items() if len(paths) > 1]
     findings += [Finding(folder.id, "missing-modality", f"no {modality}: {folder.id}{mark}{suffix}.nii.gz")
                  for modality in MODALITIES if modality not in kinds
                  for suffix, name in _SUFFIXES[mark].items() if name == modality]
     if not is_valid_id(folder.id):
-        findings.append(Finding(folder.id, "unusable", "a folder name must be printable and contain no \\"))
-    return findings
+        findings.append(Finding(folder.id, "unusable", "a name must be printable and contain no \\"))
+    images = {modality: kinds[modality][0] for modality in MODALITIES if modality in kinds}
+    return PatientFiles(id=folder.id, images=images, label=kinds.get("label", [None])[0]), findings
 
 
 def _no_patients(root: Path) -> str:
     """Why a folder holds no patients, for the text of an error."""
     entries = sorted(root.iterdir())
     candidates = [_innermost(entry) for entry in entries if _is_visible_folder(entry)]
-    like = [str(entry.relative_to(root)) for entry in candidates if looks_like_msd(entry) or
-            any(folder.mark for folder in _find_folders(entry))]
+    like = [str(entry.relative_to(root)) for entry in candidates
+            if looks_like_msd(entry) or _find_together(entry) or any(folder.mark for folder in _find_folders(entry))]
     if like:
         return f"{root} contains no patients itself; give one of its subfolders that do: {', '.join(like)}"
-    names = [entry.name for entry in entries]
-    scan = next((name for name in names for pattern in _NAMES.values() if pattern.fullmatch(name)), None)
-    if scan is not None:
-        return f"{root} contains scans such as {scan}: it is one patient's folder; give the folder above it"
+    if scan := next(iter(_by_id(entries).values()), None):
+        return f"{root} contains scans such as {scan[0].name}: it is one patient's folder; give the folder above it"
     return (f"{root} contains no patient folder; expected {'; '.join(LAYOUTS.values())}; found "
-            f"{', '.join(names[:5]) or 'nothing'}")
+            f"{', '.join(entry.name for entry in entries[:5]) or 'nothing'}")

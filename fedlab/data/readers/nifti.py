@@ -8,7 +8,7 @@ import math
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -20,7 +20,7 @@ from fedlab.core.errors import DataError
 from fedlab.core.files import write_new
 
 __all__ = ["MAX_VOXELS", "Volume", "axis_weights", "from_ras", "read_volume", "resample", "same_grid",
-           "to_ras", "write_label"]
+           "to_ras", "turn", "turn_volume", "write_label"]
 
 #: Largest volume that is read: seven times a BraTS grid of 240 x 240 x 155 voxels.
 MAX_VOXELS = 2**26
@@ -215,26 +215,38 @@ def _read_voxels(stream: IO[bytes], head: bytes, header: Any, offset: int, claim
     return scaled
 
 
-def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flips and swaps axes so that they point right, anterior, superior as nearly as possible.
+def turn(array: np.ndarray, affine: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flips and swaps axes so that they point as nearly as possible as those of another affine.
 
     Args:
         array: shape (X, Y, Z), stored order.
         affine: stored voxel index -> mm in RAS.
+        like: the other affine.
 
     Returns:
-        The reoriented array and its affine.
+        The turned array, a view, and its affine.
     """
-    stored = nib.orientations.io_orientation(affine)
-    turned = nib.orientations.apply_orientation(array, stored)
-    return turned, affine @ nib.orientations.inv_ornt_aff(stored, array.shape)
+    change = nib.orientations.ornt_transform(*map(nib.orientations.io_orientation, (affine, like)))
+    return (nib.orientations.apply_orientation(array, change),
+            affine @ nib.orientations.inv_ornt_aff(change, array.shape))
+
+
+def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The array with axes that point right, anterior, superior as nearly as possible, and its affine; see `turn`."""
+    return turn(array, affine, np.eye(4))
 
 
 def from_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """The inverse of `to_ras`: an array with RAS axes in the stored order that `affine` describes."""
-    identity = np.array([[0, 1], [1, 1], [2, 1]])
-    back = nib.orientations.ornt_transform(identity, nib.orientations.io_orientation(affine))
-    return np.ascontiguousarray(nib.orientations.apply_orientation(array, back))
+    return np.ascontiguousarray(turn(array, np.eye(4), affine)[0])
+
+
+def turn_volume(volume: Volume, like: Volume) -> Volume:
+    """The same volume with its axes stored in the order and direction of those of another."""
+    array = np.empty(volume.shape, dtype=np.bool_) if volume.array is None else volume.array
+    array, affine = turn(array, volume.affine, like.affine)
+    x, y, z = array.shape[:3]
+    return replace(volume, shape=(x, y, z), affine=affine, array=None if volume.array is None else array)
 
 
 def axis_weights(source: int, target: int, *, scale: float, offset: float) -> torch.Tensor:

@@ -51,8 +51,7 @@ class Listing:
 
     Attributes:
         folder: where the patients are; a subfolder where the given folder contains nothing else.
-        layout: one of `fedlab.data.readers.layouts.LAYOUTS`.
-        reason: why it is that layout.
+        layout, reason: one of `fedlab.data.readers.layouts.LAYOUTS`, and why.
         files: by patient, sorted; a patient with errors may lack files.
         findings: about names and tables.
         described: meaning of each label value according to dataset.json; None without one.

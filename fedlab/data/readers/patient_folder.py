@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["PatientFolder", "prepare_patient"]
 
 #: Changes whenever the same files would give other patients; part of every cache key.
-READER = "fedlab-reader-2"
+READER = "fedlab-reader-3"
 #: The hash of each patient that this process has read, by the settings and the state of the files that determine it.
 _CONTENT: dict[str | None, str] = {}
 
@@ -40,11 +40,8 @@ class PatientFolder(Sequence[Patient]):
     """The patients of a folder, sorted by id; each is read on access.
 
     Attributes:
-        folder: where they are.
-        layout: one of `fedlab.data.readers.layouts.LAYOUTS`.
-        reason: why it is that layout.
+        folder, layout, reason, files: as in `fedlab.data.readers.patient_files.Listing`.
         convention: the label convention and the reason for it.
-        files: by patient.
         findings: about all patients, those left out included.
         grid: the voxels that patients are resampled to.
         cache: the folder that stores prepared patients, or None.
@@ -73,9 +70,7 @@ class PatientFolder(Sequence[Patient]):
     def __getitem__(self, index: slice) -> PatientFolder: ...
 
     def __getitem__(self, index: int | slice) -> Patient | PatientFolder:
-        if isinstance(index, slice):
-            return self.subset(self.ids[index])
-        return self.read(self.ids[index])
+        return self.subset(self.ids[index]) if isinstance(index, slice) else self.read(self.ids[index])
 
     def read(self, patient: str) -> Patient:
         """One patient by id.

@@ -15,8 +15,9 @@ import torch
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions, regions_to_labels
 from fedlab.core.types import MODALITIES, REGIONS, Patient
-from fedlab.data.brain import bounding_box, normalise
+from fedlab.data.brain import bounding_box, find_brain, normalise, typical_signal
 from fedlab.data.readers.conventions import (
+    CONVENTIONS,
     check_convention,
     count_values,
     describe,
@@ -33,6 +34,7 @@ from fedlab.data.readers.nifti import (
     resample,
     same_grid,
     to_ras,
+    turn_volume,
     write_label,
 )
 from fedlab.data.readers.patient_files import PatientFiles
@@ -45,6 +47,8 @@ _HALF = 0.5 - 1e-4  # a voxel exactly half inside counts as inside, whatever the
 SATURATED = 5e-4
 #: Share of the brain from which voxels that are not 0 (or 0) in one modality only are reported.
 _ALONE = 0.02
+#: Share of a modality's typical signal that ringing far from the brain does not reach.
+_FAINT = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,8 @@ class Examination:
         images: voxels by modality, stored order, stored type or float32.
         label: voxels of the label map as stored.
         label_counts: number of voxels by value in the label map.
-        brain: bool, stored order: where any readable modality is not 0.
+        brain: bool, stored order: where any readable modality is not 0, or less where `cleared`.
+        cleared: whether voxels outside the brain hold weak values that are read as 0.
         findings: so far.
     """
 
@@ -96,6 +101,7 @@ class Examination:
     label: np.ndarray | None = None
     label_counts: dict[float, int] = field(default_factory=dict)
     brain: np.ndarray | None = None
+    cleared: bool = False
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -157,11 +163,13 @@ def _load(files: PatientFiles, *, voxels: bool) -> Examination:
         exam.volumes |= {name: volume for name, path in files.images.items() if (volume := read(path)) is not None}
     if files.label is not None and (volume := read(files.label)) is not None:
         exam.volumes["label"] = volume
-    volumes = list(exam.volumes.values())
-    for other in volumes[1:]:
-        if not same_grid(volumes[0], other):
-            exam.add("grids-differ", f"{other.path.name} has another grid than {volumes[0].path.name}: "
-                     f"{_describe(other)}, not {_describe(volumes[0])}; register and resample it first")
+    if exam.volumes:
+        first = next(iter(exam.volumes.values()))
+        exam.volumes = {name: turn_volume(volume, first) for name, volume in exam.volumes.items()}
+        for other in exam.volumes.values():
+            if not same_grid(first, other):
+                exam.add("grids-differ", f"{other.path.name} has another grid than {first.path.name}: "
+                         f"{_describe(other)}, not {_describe(first)}; register and resample it first")
     return exam
 
 
@@ -198,9 +206,7 @@ def _check_image(exam: Examination, modality: str) -> None:
     if low == high:
         exam.add("blank", f"{name} is blank: every voxel is {float(low):g}")
         return
-    rim = (array[0], array[-1], array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1])
-    share = sum(int(np.count_nonzero(face)) for face in rim) / sum(face.size for face in rim)
-    if share > 0.5:
+    if _share_on_faces(array, 0) > 0.5 and (share := _share_on_faces(array, _FAINT * typical_signal(array))) > 0.5:
         exam.add("background", f"{name}: {share:.0%} of the voxels on the volume's faces are not 0; expected "
                  f"skull-stripped scans with background 0")
         return
@@ -209,6 +215,12 @@ def _check_image(exam: Examination, modality: str) -> None:
     if peak >= 10 and peak >= SATURATED * inside:
         exam.add("saturated", f"{name}: {peak:,} voxels, {peak / inside:.2%} of those that are not 0, share the "
                  f"largest value {float(high):g}; bright structures are cut off", "warning")
+
+
+def _share_on_faces(array: np.ndarray, level: float) -> float:
+    """The share of the voxels on the six faces of a volume whose absolute value is above a level."""
+    faces = (array[0], array[-1], array[:, 0], array[:, -1], array[:, :, 0], array[:, :, -1])
+    return sum(int(np.count_nonzero(np.abs(face) > level)) for face in faces) / sum(face.size for face in faces)
 
 
 def _name(exam: Examination, modality: str) -> str:
@@ -221,6 +233,14 @@ def _check_brain(exam: Examination) -> None:
     masks = {modality: array != 0 for modality, array in exam.images.items()}
     signals = sum((mask.view(np.uint8) for mask in masks.values()), np.zeros((), dtype=np.uint8))
     exam.brain = np.asarray(signals > 0)
+    if exam.sound and (brain := find_brain(list(exam.images.values()))) is not None:
+        faint = int(np.count_nonzero(exam.brain & ~brain))
+        exam.brain, exam.cleared = brain, True
+        exam.add("background", f"{faint:,} voxels around the brain are not 0 but weak in every modality, as resampling "
+                 f"or smoothing after skull stripping leaves them; they are read as 0", "warning")
+        masks = {modality: brain & (np.abs(array) > _FAINT * typical_signal(array))
+                 for modality, array in exam.images.items()}
+        signals = sum((mask.view(np.uint8) for mask in masks.values()), np.zeros((), dtype=np.uint8))
     voxels = int(np.count_nonzero(exam.brain))
     if not voxels:
         exam.add("empty-brain", "no voxel of any modality has a signal")
@@ -247,13 +267,13 @@ def check_labels(exam: Examination, convention: str | None) -> None:
     if not counts or convention is None:
         return
     name = "label map" if exam.files.label is None else exam.files.label.name
-    if problem := wrong_values(counts, convention):
+    if problem := wrong_values(counts, convention, exam.files.id):
         exam.add("label-values", f"{name} {problem}")
         return
-    enhancing = 4.0 if convention in ("brats2021", "brats2013") else 3.0
-    if not any(counts.get(float(value), 0) for value in (1, 2, 3, 4)):
+    present = {CONVENTIONS[convention][int(value)] for value in counts}
+    if counts.keys() <= {0.0}:
         exam.add("no-tumour", f"{name} is empty", "warning")
-    elif not counts.get(enhancing, 0):
+    elif 4 not in present:
         exam.add("no-enhancing", f"{name} marks no enhancing tumour; this is valid, but its Dice follows the rule for "
                  f"empty regions", "warning")
     if convention == "brats2024" and (cavity := counts.get(4.0, 0)):
@@ -274,6 +294,8 @@ def read_scan(files: PatientFiles, label_convention: str | None = None) -> tuple
     image = np.empty((len(MODALITIES), *brain.shape), dtype=np.float32)
     for number, modality in enumerate(MODALITIES):
         image[number] = to_ras(exam.images.pop(modality), affine)[0]
+    if exam.cleared:
+        image *= brain
     label = None
     if exam.label is not None and convention is not None:
         stored = to_ras(to_internal(exam.label, convention), affine)[0]
@@ -352,9 +374,9 @@ def read_label(files: PatientFiles, *, label_convention: str | None = None) \
     convention = label_convention or files.label_convention
     if convention is None:
         raise DataError(f"{files.id}: its label convention is unknown; pass label_convention=", code="label-convention")
-    volume = read_volume(files.label)
+    volume = turn_volume(read_volume(files.label), native_volume(files))
     array = np.asarray(volume.array)
-    if problem := wrong_values(count_values(array), convention):
+    if problem := wrong_values(count_values(array), convention, files.id):
         raise DataError(f"{files.id}: {files.label.name} {problem}", code="label-values")
     return torch.from_numpy(to_internal(array, convention)), volume.spacing_mm
 
