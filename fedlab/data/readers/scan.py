@@ -229,18 +229,15 @@ def _name(exam: Examination, modality: str) -> str:
 
 
 def _check_brain(exam: Examination) -> None:
-    """Sets the brain, where any modality has a signal, and reports modalities that disagree about it."""
-    masks = {modality: array != 0 for modality, array in exam.images.items()}
+    """Sets the brain, as a rule where any modality is not 0, and reports modalities that disagree about it."""
+    brain = find_brain(list(exam.images.values())) if exam.sound else None
+    masks = {modality: array != 0 if brain is None else brain & (np.abs(array) > _FAINT * typical_signal(array))
+             for modality, array in exam.images.items()}
     signals = sum((mask.view(np.uint8) for mask in masks.values()), np.zeros((), dtype=np.uint8))
-    exam.brain = np.asarray(signals > 0)
-    if exam.sound and (brain := find_brain(list(exam.images.values()))) is not None:
-        faint = int(np.count_nonzero(exam.brain & ~brain))
-        exam.brain, exam.cleared = brain, True
-        exam.add("background", f"{faint:,} voxels around the brain are not 0 but weak in every modality, as resampling "
-                 f"or smoothing after skull stripping leaves them; they are read as 0", "warning")
-        masks = {modality: brain & (np.abs(array) > _FAINT * typical_signal(array))
-                 for modality, array in exam.images.items()}
-        signals = sum((mask.view(np.uint8) for mask in masks.values()), np.zeros((), dtype=np.uint8))
+    exam.brain, exam.cleared = np.asarray(signals > 0) if brain is None else brain, brain is not None
+    if exam.cleared:
+        exam.add("background", "the scans hold voxels around the brain that are not 0 but weak in every modality, as "
+                 "resampling or smoothing after skull stripping leaves them; they are read as 0", "warning")
     voxels = int(np.count_nonzero(exam.brain))
     if not voxels:
         exam.add("empty-brain", "no voxel of any modality has a signal")
