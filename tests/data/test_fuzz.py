@@ -343,7 +343,7 @@ CONTAINERS = {
     "2-D": lambda n, d: as_bytes(voxels(d)[..., 0]), "NIfTI-2": lambda n, d: nib.Nifti2Image(voxels(d), LPS).to_bytes(),
     "RGB": lambda n, d: as_bytes(np.zeros(SHAPE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])),
     **{name: lambda n, d, name=name: as_bytes(voxels(d).astype(name))
-       for name in ("uint8", "int8", "uint32", "float64", "complex64", "complex128", "longdouble", ">i2", ">f4")},
+       for name in ("uint8", "int8", "uint32", "float64", "complex64", "complex128", ">i2", ">f4")},
 }
 
 

@@ -101,7 +101,8 @@ def count_values(array: np.ndarray) -> dict[float, int]:
         array = whole if is_whole else array
     low, high = array.min(), array.max()
     if is_whole and float(high) - float(low) < 65536:
-        counts = np.bincount((array.ravel(order="K") - low).astype(np.intp, copy=False))
+        flat = array.ravel(order="K")
+        counts = np.bincount((flat if low == 0 else flat - np.float64(low)).astype(np.intp, copy=False))
         return {float(low) + float(step): int(counts[step]) for step in np.flatnonzero(counts)[:64]}
     values, numbers = np.unique(array, return_counts=True)
     return {float(value): int(number) for value, number in zip(values[:64], numbers[:64], strict=True)}
