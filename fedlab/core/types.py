@@ -12,13 +12,12 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 
-from fedlab.core.errors import DataError, FedlabError
+from fedlab.core.errors import FedlabError
+from fedlab.core.patient_checks import MODALITIES, check_patient
 
 __all__ = ["MODALITIES", "REGIONS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round", "ServerState",
            "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal", "rounded_up"]
 
-#: Channel order of every image in fedlab.
-MODALITIES = ("FLAIR", "T1", "T1c", "T2")
 #: Channel order of every segmentation in fedlab: tumour core, whole tumour, enhancing tumour.
 REGIONS = ("TC", "WT", "ET")
 
@@ -51,23 +50,7 @@ class Patient:
     affine: np.ndarray
 
     def __post_init__(self) -> None:
-        image, label, affine = self.image, self.label, self.affine
-        if not isinstance(image, torch.Tensor) or image.dtype not in (torch.float16, torch.float32) \
-                or image.ndim != 4 or len(image) != len(MODALITIES):
-            raise DataError(f"patient {self.id}: image is a float16 or float32 tensor of shape (4, X, Y, Z) with "
-                            f"{', '.join(MODALITIES)}, got {_form(image)}")
-        if label is not None:
-            if not isinstance(label, torch.Tensor) or label.dtype != torch.uint8 or label.shape != image.shape[1:]:
-                raise DataError(f"patient {self.id}: label is a uint8 tensor of shape {tuple(image.shape[1:])}, got "
-                                f"{_form(label)}; regions become labels with fedlab.core.regions_to_labels")
-            if wrong := set(label.flatten().bincount().nonzero().flatten().tolist()) - {0, 1, 2, 4}:
-                raise DataError(f"patient {self.id}: label holds the values {', '.join(map(str, sorted(wrong)))}; "
-                                f"expected 1 core, 2 oedema, 4 enhancing; fedlab.data.readers.conventions.to_internal "
-                                f"translates other conventions")
-        if not isinstance(affine, np.ndarray) or affine.shape != (4, 4) or affine.dtype.kind not in "fiu" \
-                or not np.isfinite(affine).all() or np.linalg.cond(affine[:3, :3]) > 1e6:
-            raise DataError(f"patient {self.id}: affine is an invertible array of shape (4, 4) with finite values, got "
-                            f"{affine!r}")
+        check_patient(self.id, self.image, self.label, self.affine)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -79,11 +62,6 @@ class Patient:
         grid = "x".join(map(str, self.image.shape[1:]))
         labelled = "labelled" if self.label is not None else "no label"
         return f"<Patient {self.id}: {grid} at {'x'.join(f'{s:g}' for s in self.spacing_mm)} mm, {labelled}>"
-
-
-def _form(value: object) -> str:
-    """Type and shape of an array, for the text of an error."""
-    return f"{getattr(value, 'dtype', type(value).__name__)} of shape {tuple(getattr(value, 'shape', ()))}"
 
 
 @dataclass(frozen=True, eq=False)

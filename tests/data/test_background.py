@@ -68,7 +68,7 @@ def check(tmp_path, raw, change, spacing_mm):
         found = read_cohort(tmp_path / "changed", spacing_mm=spacing_mm, progress=False)
     assert (tumour(found[0]) - tumour(clean)).abs().max() < 0.1
     sizes = [int((patient.image != 0).any(0).sum()) for patient in (found[0], clean)]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.03)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
     case, = inspect_folder(tmp_path / "changed", progress=False).cases
     assert case.usable and "background" in [f.code for f in case.findings]
 

@@ -332,7 +332,7 @@ def test_the_command_prints_json_and_nothing_else(tmp_path, clean, capsys, monke
 def test_the_command_reports_errors(tmp_path, clean, capsys):
     for arguments, reason in [((tmp_path / "none",), "is not a folder"), ((tmp_path,), "contains no patient folder"),
                               ((clean, "--layout", "mine"), "layout must be one of"),
-                              ((clean, "--label-convention", "mine"), "label_convention must be one of")]:
+                              ((clean, "--label-convention", "mine"), "--label-convention must be one of")]:
         status, out, err = run(capsys, *arguments, "--json")
         assert status == 1 and out == "" and reason in err
     with pytest.raises(SystemExit) as end:

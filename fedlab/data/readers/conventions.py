@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fedlab.core.errors import DataError
+from fedlab.data.cache import file_state
 from fedlab.data.readers.nifti import read_volume
 
 __all__ = ["CONVENTIONS", "Convention", "check_convention", "convention_of_layout", "count_values", "describe",
@@ -115,14 +116,13 @@ def file_values(path: Path) -> frozenset[float]:
         DataError: the file cannot be read.
     """
     try:
-        state = path.stat()
+        return _file_values(path, *file_state(path))
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error})", code="no-file") from error
-    return _file_values(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @lru_cache(maxsize=20_000)
-def _file_values(path: Path, *state: int) -> frozenset[float]:
+def _file_values(path: Path, *state: str | int) -> frozenset[float]:
     return frozenset(count_values(np.asarray(read_volume(path).array)))
 
 

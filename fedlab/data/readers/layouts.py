@@ -192,9 +192,9 @@ def _by_id(scans: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def _tables(folder: Path, start: str = "") -> list[Path]:
-    """The CSV files of a folder whose names begin with `start`, in upper or lower case."""
+    """The tables of a folder whose names begin with `start`, in upper or lower case."""
     return sorted(path for path in folder.iterdir()
-                  if path.suffix.lower() == ".csv" and path.name.lower().startswith(start))
+                  if path.suffix.lower() in TABLES and path.name.lower().startswith(start))
 
 
 def _is_visible_folder(entry: Path) -> bool:
