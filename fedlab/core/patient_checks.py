@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from fedlab.core.errors import DataError
 
-__all__ = ["MODALITIES", "check_patient"]
-
-#: Channel order of every image in fedlab.
-MODALITIES = ("FLAIR", "T1", "T1c", "T2")
+__all__ = ["check_patient"]
 
 
-def check_patient(patient: str, image: object, label: object, affine: object) -> None:
+def check_patient(patient: str, image: object, label: object, affine: object, modalities: Sequence[str]) -> None:
     """Refuses a type, shape or label value that no patient has, and an affine that cannot be inverted.
 
     Raises:
         DataError: with the patient's id, what was expected and what was given.
     """
     if not isinstance(image, torch.Tensor) or image.dtype not in (torch.float16, torch.float32) \
-            or image.ndim != 4 or len(image) != len(MODALITIES):
-        raise DataError(f"patient {patient}: image is a float16 or float32 tensor of shape (4, X, Y, Z) with "
-                        f"{', '.join(MODALITIES)}, got {_form(image)}")
+            or image.ndim != 4 or len(image) != len(modalities):
+        raise DataError(f"patient {patient}: image is a float16 or float32 tensor of shape ({len(modalities)}, X, Y, "
+                        f"Z) with {', '.join(modalities)}, got {_form(image)}")
     if label is not None:
         if not isinstance(label, torch.Tensor) or label.dtype != torch.uint8 or label.shape != image.shape[1:]:
             raise DataError(f"patient {patient}: label is a uint8 tensor of shape {tuple(image.shape[1:])}, got "

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from fedlab.core.errors import FedlabError
-from fedlab.core.patient_checks import MODALITIES, check_patient
+from fedlab.core.patient_checks import check_patient
 
 __all__ = ["MODALITIES", "REGIONS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round", "ServerState",
            "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal", "rounded_up"]
 
+#: Channel order of every image in fedlab.
+MODALITIES = ("FLAIR", "T1", "T1c", "T2")
 #: Channel order of every segmentation in fedlab: tumour core, whole tumour, enhancing tumour.
 REGIONS = ("TC", "WT", "ET")
 
@@ -50,7 +52,7 @@ class Patient:
     affine: np.ndarray
 
     def __post_init__(self) -> None:
-        check_patient(self.id, self.image, self.label, self.affine)
+        check_patient(self.id, self.image, self.label, self.affine, MODALITIES)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
