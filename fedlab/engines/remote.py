@@ -96,7 +96,9 @@ class Remote:
 
     def _states(self, strategy: Strategy, state: ServerState, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         """The part of the state that each site is shown, packed once for all that are shown the same."""
-        wanted = state.moments if _reads_state(strategy) else {}
+        # A strategy that does something of its own at the sites may need the server's moments for it.
+        reads = any(getattr(type(strategy), hook, None) is not getattr(FedAvg, hook) for hook in ("equip", "remember"))
+        wanted = state.moments if reads else {}
         moments = {name: slots for name, slots in wanted.items() if slots.keys() == state.params.keys()}
         shared = None if state.models else pack_state(replace(state, moments=moments))
         args: dict[str, tuple[Any, ...]] = {}
@@ -148,9 +150,3 @@ class Remote:
 
     def __repr__(self) -> str:
         return f"Remote({len(self.plan.sites)} sites)"
-
-
-def _reads_state(strategy: Strategy) -> bool:
-    """Whether the strategy does something of its own at the sites, for which it may need the server's moments."""
-    cls = type(strategy)
-    return any(getattr(cls, hook, None) is not getattr(FedAvg, hook) for hook in ("equip", "remember"))

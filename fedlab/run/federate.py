@@ -166,7 +166,7 @@ def federate(
     Raises:
         ValueError, SiteError, PrivacyError: as in `each_round`. When the privacy budgets of all sites are used up,
             the run ends early instead, and `history.stopped` says so.
-        RunError: the checkpoint or the trace is of a run with other settings, or damaged.
+        RunError: the checkpoint or the trace is of a run with other settings, damaged, or cannot be saved.
     """
     run = make_run(trainer, sites, strategy=strategy, privacy=privacy, aggregation=aggregation, rounds=rounds,
                    topology=topology, engine=engine, admission=admission, seed=seed)

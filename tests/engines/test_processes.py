@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cohorts import blob_patient, blob_sites
+from cohorts import TinyNet, blob_patient, blob_sites
 from fedlab.checks.engine import Marks
 from fedlab.core.errors import FedlabError, PrivacyError, SiteError
 from fedlab.core.types import Site
@@ -325,6 +325,10 @@ def _only_here():
 def test_what_cannot_travel_is_said(processes):
     with pytest.raises(ValueError, match=r"trainer, strategy or technique cannot be sent .*lock.*engine=Local\(\)"):
         run(processes, privacy=HasALock())
+    normed = TinyNet()
+    normed.layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv3d(3, 3, 1))
+    with pytest.raises(ValueError, match=r"(?s)Serialization of parametrized modules .*engine=Local\(\)"):
+        federate(trainer(model=normed), blob_sites(), engine=processes, progress=False)
     locked = replace(blob_sites((1,))[0], card=threading.Lock())
     with pytest.raises(ValueError, match="the patients of site-0 cannot be sent to a worker process"):
         run(processes, [locked])

@@ -72,7 +72,10 @@ class Simulation:
                 if how is not None or have >= saved.plan.rounds:
                     return raise_if_failed(how)
                 if not tries_left:
-                    raise RunError(f"the simulation ended before its last round; its log says:\n{_tail(folder)}")
+                    log = (folder / "simulator.log").read_text(encoding="utf-8", errors="replace").splitlines()
+                    errors = [line for line in log if "ERROR" in line or "Error" in line]
+                    raise RunError("the simulation ended before its last round; its log says:\n"
+                                   + "\n".join((errors or log)[-15:]))
 
     def _once(self, folder: Path, job: Path, plan: Plan, have: int, environment: Mapping[str, str]) -> Iterator[Round]:
         """Starts the simulator and yields the rounds that it finishes until it ends."""
@@ -233,9 +236,3 @@ def _end_with_children(process: subprocess.Popen[bytes]) -> None:
                 one.kill()
         psutil.wait_procs(family, timeout=10)
     process.wait()
-
-
-def _tail(folder: Path) -> str:
-    lines = (folder / "simulator.log").read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [line for line in lines if "ERROR" in line or "Error" in line]
-    return "\n".join((errors or lines)[-15:])

@@ -151,5 +151,5 @@ def test_updates_that_were_spoiled_stay_out(hospitals: Hospitals, tmp_path: Path
 
     status = command("deploy", "status", hospitals.project)
     assert "connected: site-01, site-02, site-03" in status and "FINISHED" in status
-    assert "site-01: runs here: process" in status and "stranger: doesn't run" in status
+    assert "site-01: runs here: process" in status and "stranger: does not run" in status
     assert len(command("deploy", "logs", hospitals.kits / "site-03", "--lines", 5).splitlines()) == 5
