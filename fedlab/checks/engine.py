@@ -19,7 +19,7 @@ from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Elsewhere, Engine
 from fedlab.core.seeds import derive
-from fedlab.core.types import Round, Site, SiteState, Tensors, Update
+from fedlab.core.types import Round, Site, SiteState, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.dpsgd import DPSGD
@@ -28,7 +28,7 @@ from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Local
-from fedlab.run.recipe import Json, differences
+from fedlab.run.recipe import Json, differences, patients_sha256, recipe_sha256
 from fedlab.strategies.averaging import FedAvg
 from fedlab.strategies.client_drift import SCAFFOLD
 from fedlab.topologies.cyclic import ring
@@ -165,12 +165,9 @@ class _Stage:
     sites: Sequence[Site]
 
     def content(self) -> dict[str, str]:
-        """Hashes of all that no engine may change."""
-        patients = {f"{site.name}|{split}|{k}|{what}": tensor for site in self.sites
-                    for split, patients in (("train", site.train), ("val", site.val))
-                    for k, patient in enumerate(patients)
-                    for what, tensor in (("image", patient.image), ("label", patient.label)) if tensor is not None}
-        return {"patients": weights_sha256(patients), "first weights": weights_sha256(self.trainer.initial())}
+        """Hashes of everything that no engine may change."""
+        patients = [patients_sha256(part) for site in self.sites for part in (site.train, site.val)]
+        return {"patients": recipe_sha256(patients), "first weights": weights_sha256(self.trainer.initial())}
 
 
 @dataclass(kw_only=True)
@@ -221,7 +218,7 @@ def _run(engine: Engine | Elsewhere, stage: _Stage, *, plain: bool = False, roun
         for finished in each_round(stage.plain if plain else stage.trainer, stage.sites, engine=engine, rounds=rounds,
                                    **settings):
             out.rounds.append(finished)
-            out.hashes.append(_hash(finished))
+            out.hashes.append(recipe_sha256(finished.state))
             out.states = dict(finished.site_states)
     except FedlabError as error:
         out.error = error
@@ -232,16 +229,6 @@ def _both(factory: _Factory, stage: _Stage, **settings: Any) -> tuple[_Outcome, 
     """The run on the engine, and on `Local`."""
     with _made(factory) as engine:
         return _run(engine, stage, **settings), _run(Local(), stage, **settings)
-
-
-def _hash(finished: Round) -> str:
-    """Of all tensors of the server's state."""
-    state = finished.state
-    groups: dict[str, Tensors] = {"params": state.params, **{f"moments {k}": v for k, v in state.moments.items()},
-                                  **{f"kept {k}": v for k, v in state.namespaces.items()},
-                                  "broadcast": state.broadcast,
-                                  **{f"model {k}": v for k, v in state.models.items()}}
-    return weights_sha256({f"{group}|{name}": t for group, slots in groups.items() for name, t in slots.items()})
 
 
 def _unlike(ours: _Outcome, theirs: _Outcome, where: str = "on Local") -> str | None:
@@ -360,7 +347,7 @@ def _untouched(factory: _Factory, stage: _Stage) -> str | None:
     with _made(factory) as engine:
         out = _run(engine, stage, rounds=3)
     changed = [what for what, value in stage.content().items() if before[what] != value]
-    if [_hash(finished) for finished in out.rounds] != out.hashes:
+    if [recipe_sha256(finished.state) for finished in out.rounds] != out.hashes:
         changed.append("the state of a finished round")
     return f"{' and '.join(changed)} changed" if changed else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from fedlab.checks.check_report import Battery, CheckReport, Finding
-from fedlab.checks.small_runs import lost_settings, noise_site, other_random_numbers, same_bits, small_trainer
+from fedlab.checks.small_runs import lost_settings, noise_site, other_random_numbers, small_trainer
 from fedlab.core.errors import FedlabError
 from fedlab.core.protocols import Strategy
 from fedlab.core.seeds import generator
 from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 from fedlab.run.federate import federate, make_run
+from fedlab.run.recipe import recipe_sha256
 from fedlab.strategies.averaging import TooFewUpdates
 from fedlab.training.trainer import SiteTrainer
 
@@ -112,7 +113,7 @@ def _stage(strategy: Strategy, trainer: SiteTrainer | None, sites: Sequence[Site
 
 def _findings(stage: _Stage) -> Iterator[Finding]:
     yield _settings(stage.strategy)
-    before = copy.deepcopy(vars(stage.strategy))
+    before = {name: recipe_sha256(value) for name, value in vars(stage.strategy).items()}
     try:
         bound = replace(stage, strategy=make_run(stage.trainer, stage.sites, strategy=stage.strategy).strategy)
         yield from _round(bound)
@@ -125,7 +126,7 @@ def _findings(stage: _Stage) -> Iterator[Finding]:
                              "step() takes the state and that update, and returns a state")
     else:
         yield from _run(stage)
-    changed = sorted(name for name, value in vars(stage.strategy).items() if repr(before.get(name)) != repr(value))
+    changed = sorted(name for name, value in vars(stage.strategy).items() if before.get(name) != recipe_sha256(value))
     if changed:
         yield Finding(check="purity", outcome="failed", what=f"a round changes the strategy's {', '.join(changed)}",
                       remedy="keep what changes in ServerState.moments, at a site in site_state.own: a resumed run "
@@ -143,12 +144,12 @@ def _settings(strategy: Strategy) -> Finding:
 def _round(stage: _Stage) -> Iterator[Finding]:
     """The input and the output of one round."""
     params, state, updates = stage.trainer.initial(), stage.begun(), stage.updates()
-    before = [_copied(update.delta) for update in updates], _groups(state)
+    before = recipe_sha256(updates), recipe_sha256(state)
     mean = stage.mean(updates)
     like = {name: (t.shape, True) for name, t in params.items()}
     got = {name: (t.shape, t.is_floating_point()) for name, t in mean.delta.items()}
     wrong = None if got == like else f"the mean has other tensors than the updates: {sorted(got.keys() ^ like.keys())}"
-    mean_before = _copied(mean.delta)
+    mean_before = recipe_sha256(mean)
     after = stage.strategy.step(state, mean)
     same = [(name, p.shape, p.dtype) for name, p in after.params.items()]
     if wrong is None and same != [(name, p.shape, p.dtype) for name, p in params.items()]:
@@ -156,16 +157,16 @@ def _round(stage: _Stage) -> Iterator[Finding]:
     if wrong is None and after.round != state.round + 1:
         wrong = f"the step leads from round {state.round} to {after.round}"
     yield _STRATEGY.verdict("shapes and dtypes", wrong)
-    kept = {"an update": all(map(same_bits, before[0], [u.delta for u in updates])),
-            "the state": same_bits(before[1], _groups(state)), "the mean": same_bits(mean_before, mean.delta)}
-    touched = " and ".join(what for what, untouched in kept.items() if not untouched)
+    changed = {"an update": before[0] != recipe_sha256(updates), "the state": before[1] != recipe_sha256(state),
+               "the mean": mean_before != recipe_sha256(mean)}
+    touched = " and ".join(what for what, changes in changed.items() if changes)
     yield _STRATEGY.verdict("purity", f"{touched} is changed in place" if touched else None)
     runs = []
     for number in (1, 2):
         with other_random_numbers(number):
             mean = stage.mean(stage.updates())
-            runs.append({**_groups(stage.strategy.step(stage.begun(), mean)), **mean.delta})
-    yield _STRATEGY.verdict("determinism", None if same_bits(*runs) else "the same updates gave other numbers")
+            runs.append(recipe_sha256([stage.strategy.step(stage.begun(), mean), mean.delta]))
+    yield _STRATEGY.verdict("determinism", "the same updates gave other numbers" if len(set(runs)) > 1 else None)
 
 
 def _select(stage: _Stage) -> str | None:
@@ -295,21 +296,15 @@ def _run(stage: _Stage) -> Iterator[Finding]:
     own = sorted({name.partition("|")[0] for state in states.values() for name in state.of("strategy").own})
     yield _STRATEGY.verdict("state", f"it writes for {', '.join(foreign)}" if foreign else None,
                             names=", ".join(own[:4]) or "nothing")
-    same = same_bits(_groups(whole), _groups(resumed)) and all(
-        same_bits(slots, states_resumed[site].of(owner).own) for site, state in states.items()
-        for owner, slots in state.namespaces.items())
+    same = recipe_sha256(whole) == recipe_sha256(resumed) and all(
+        recipe_sha256(state.namespaces) == recipe_sha256(states_resumed[site].namespaces)
+        for site, state in states.items())
     yield _STRATEGY.verdict("resume", None if same else "a run stopped after two rounds ends with other bits than the "
                             "whole one")
 
 
 def _copied(tensors: Tensors) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in tensors.items()}
-
-
-def _groups(state: ServerState) -> dict[str, torch.Tensor]:
-    """All tensors of a state, copied."""
-    groups: Mapping[str, Tensors] = {"params": state.params, **state.moments}
-    return {f"{group}|{name}": t.clone() for group, slots in groups.items() for name, t in slots.items()}
 
 
 def _along(mean: Tensors, update: Tensors) -> tuple[float, float]:
