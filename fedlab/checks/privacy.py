@@ -17,7 +17,7 @@ from fedlab.checks.influence import (
     find_claims,
 )
 from fedlab.checks.rehearsal import DECOY, Rehearsal, Stage, make_stage, rehearse
-from fedlab.checks.small_runs import lost_settings, other_random_numbers, same_bits
+from fedlab.checks.small_runs import lost_settings, other_random_numbers
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.protocols import Strategy
 from fedlab.core.types import Site, Tensors, Update
@@ -207,9 +207,9 @@ def _determinism(stage: Stage) -> Finding:
             runs.append(rehearse(stage, rounds=2))
     one, other = runs
     hidden = stage.aggregation.hides_updates  # masks are fresh; the sum is what repeats
-    same = all(same_bits(one.moved[k].delta, other.moved[k].delta) for k in one.moved) and (hidden or all(
-        same_bits(update.delta, other.sent[k][site].delta) for k, sent in one.sent.items()
-        for site, update in sent.items()))
+    same = all(recipe_sha256(one.moved[k].delta) == recipe_sha256(other.moved[k].delta) for k in one.moved) and (
+        hidden or all(recipe_sha256(update.delta) == recipe_sha256(other.sent[k][site].delta)
+                      for k, sent in one.sent.items() for site, update in sent.items()))
     secure = any(getattr(part, "secure_mode", False) for part in stage.parts)
     return PRIVACY.verdict("determinism", None if same or secure else "two runs with the same seed differ", what=
                            "the same seed gives the same numbers" if same else

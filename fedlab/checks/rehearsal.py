@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedlab.checks.small_runs import noise_site, same_bits, same_tensor, small_trainer
+from fedlab.checks.small_runs import noise_site, small_trainer
 from fedlab.core.gate import check_update
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Exchange, Run, Strategy
@@ -25,6 +25,7 @@ from fedlab.privacy.noise.streams import noise_generator
 from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.federate import each_round
 from fedlab.run.local import Local
+from fedlab.run.recipe import recipe_sha256
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
 from fedlab.strategies.averaging import FedAvg
@@ -147,7 +148,7 @@ class Rehearsal:
         """Calls protect() or mask() of a layer, whose own the state is, and notes what it does."""
         before, given = _Before(state), {name: t.clone() for name, t in update.delta.items()}
         out = hook()
-        changed = tuple(n for n, t in given.items() if n in update.delta and not same_tensor(t, update.delta[n]))
+        changed = tuple(n for n, t in given.items() if recipe_sha256(t) != recipe_sha256(update.delta.get(n, t)))
         self.steps.append(Step(layer=layer, round=self.round, site=update.site, given=given, returned=out,
                                in_place=changed, foreign=before.foreign(), charged=before.charged()))
         return out
@@ -158,8 +159,7 @@ class _Before:
 
     def __init__(self, state: SiteState | ServerState) -> None:
         self._state = state
-        self._namespaces = {owner: {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in slots.items()}
-                            for owner, slots in state.namespaces.items()}
+        self._namespaces = {owner: recipe_sha256(slots) for owner, slots in state.namespaces.items()}
         self._ledger = copy.deepcopy(state.ledger)
 
     def charged(self) -> tuple[Charge, ...]:
@@ -172,7 +172,7 @@ class _Before:
         """Other owners whose namespace the hook has changed; the hook's own, if it holds anything but tensors."""
         now, own = self._state.namespaces, self._state.owner
         changed = [owner for owner in {**self._namespaces, **now} if owner != own
-                   and not same_bits(self._namespaces.get(owner, {}), now.get(owner, {}))]
+                   and self._namespaces.get(owner, recipe_sha256({})) != recipe_sha256(now.get(owner, {}))]
         valid = all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in now.get(own, {}).items())
         return tuple(changed) if valid else (*changed, own)
 

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlab.core.types import Patient, Site, Tensors
+from fedlab.core.types import Patient, Site
 from fedlab.training.trainer import SiteTrainer
 
-__all__ = ["lost_settings", "noise_site", "other_random_numbers", "plain_descent", "same_bits", "same_tensor",
-           "small_trainer"]
+__all__ = ["lost_settings", "noise_site", "other_random_numbers", "plain_descent", "small_trainer"]
 
 
 def plain_descent(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -65,16 +64,3 @@ def lost_settings(part: object) -> list[str]:
     return [name for name, parameter in inspect.signature(type(part).__init__).parameters.items()
             if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             and not hasattr(part, name)]
-
-
-def same_bits(one: Tensors, other: Tensors) -> bool:
-    """Whether the same names have the same tensors."""
-    return one.keys() == other.keys() and all(same_tensor(t, other[name]) for name, t in one.items())
-
-
-def same_tensor(one: object, other: object) -> bool:
-    """Whether two tensors are equal bit by bit, so that NaN equals NaN; other objects are the same or not."""
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return one is other
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(
-        one.detach().contiguous().flatten().view(torch.uint8), other.detach().contiguous().flatten().view(torch.uint8))
