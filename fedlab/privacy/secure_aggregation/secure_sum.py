@@ -15,6 +15,7 @@ import torch
 
 from fedlab.core.errors import PrivacyError
 from fedlab.core.protocols import Exchange, Run
+from fedlab.core.settings import check_whole
 from fedlab.core.types import SiteState, Spent, Tensors, Update
 from fedlab.core.weights import flatten, unflatten
 from fedlab.privacy.accounting.ledger import Concentrated, Ledger, Terms
@@ -267,9 +268,7 @@ class SecureAggregation(Aggregation):
         return nearest.astype(np.uint64).astype(self._word)
 
     def _check_settings(self) -> None:
-        for name in ("threshold", "bits", "colluding"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} is a whole number, got {getattr(self, name)!r}")
+        check_whole(least=0, threshold=self.threshold, bits=self.bits, colluding=self.colluding)
         if not 20 <= self.bits <= 40:
             raise ValueError(f"bits lies between 20 and 40, got {self.bits}")
         for name in ("clip", "noise_multiplier", "max_epsilon"):
@@ -285,14 +284,13 @@ class SecureAggregation(Aggregation):
             _ = self._terms  # refuses a δ that is out of range
         if self.noise_multiplier is None and (self.max_epsilon is not None or self.secure_mode):
             raise ValueError("max_epsilon and secure_mode concern noise; give a noise_multiplier too")
-        if self.colluding < 0 or self.threshold < self.colluding + 2:
+        if self.threshold < self.colluding + 2:
             raise ValueError(f"threshold is at least 2 more than colluding, so that two sites remain whose sum hides "
                              f"each, got threshold={self.threshold} and colluding={self.colluding}")
 
     def _check_sites(self, sites: int) -> None:
-        if not isinstance(sites, int) or sites < 2:
-            raise ValueError(f"sums hide single updates among at least 2 sites, got {sites!r}")
-        if not 0 <= self.colluding <= sites - 2:
+        check_whole(least=2, sites=sites)
+        if self.colluding > sites - 2:
             raise ValueError(f"colluding lies between 0 and {sites - 2}, so that two sites remain whose sum hides "
                              f"each, got {self.colluding}")
         least = max((sites + self.colluding) // 2 + 1, self.colluding + 2)
