@@ -297,8 +297,8 @@ def _run(stage: _Stage) -> Iterator[Finding]:
     yield _STRATEGY.verdict("state", f"it writes for {', '.join(foreign)}" if foreign else None,
                             names=", ".join(own[:4]) or "nothing")
     same = recipe_sha256(whole) == recipe_sha256(resumed) and all(
-        recipe_sha256(state.namespaces) == recipe_sha256(states_resumed[site].namespaces)
-        for site, state in states.items())
+        recipe_sha256(slots) == recipe_sha256(states_resumed[site].of(owner).own) for site, state in states.items()
+        for owner, slots in state.namespaces.items())
     yield _STRATEGY.verdict("resume", None if same else "a run stopped after two rounds ends with other bits than the "
                             "whole one")
 
