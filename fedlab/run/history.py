@@ -123,7 +123,8 @@ class History:
         for spent in last.values():
             site = max(spent, key=lambda name, of=spent: (of[name].epsilon, name))  # type: ignore[misc]
             bare = [] if "server" in spent else sorted(sent - spent.keys())
-            out.append(f"{spent[site]} at {site}" + (f", none at {', '.join(bare)}" if bare else ""))
+            more = f" and {len(bare) - 6} more" if len(bare) > 6 else ""
+            out.append(f"{spent[site]} at {site}" + (f", none at {', '.join(bare[:6])}{more}" if bare else ""))
         if out and self.noise_repeats:
             out.append("noise repeats with the seed: for research")
         return "; ".join(out) or "no formal guarantee"
