@@ -38,7 +38,7 @@ class Processes(AbstractContextManager["Processes"]):
     the worker that needs them. What a site keeps lies on disk while it is not at work.
 
     **When a worker dies**, or is killed because memory ran out, its site has failed, its state is as it was before the
-    round, and another worker takes over; with `Admission` rules the run goes on. The workers end with a `with` block,
+    round, and another worker takes over; with `Admission` rules the run continues. The workers end with a `with` block,
     with `close()`, with the engine, with Ctrl-C and with this process.
 
     Techniques, strategies and models may be defined in a notebook cell or in the script that runs, which the workers

@@ -91,12 +91,9 @@ class DropOut(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Joins(Fault):
-    """The site takes part from a round on.
+    """The site takes part from `round` on.
 
     It is enrolled from the start of the run, so a technique with a ledger knows that it has released nothing yet.
-
-    Args:
-        round: the first in which it takes part.
     """
 
     round: int
@@ -110,11 +107,7 @@ class Joins(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Leaves(Fault):
-    """The site takes part up to a round and never returns.
-
-    Args:
-        round: the first in which it takes no part.
-    """
+    """The site takes part in the rounds before `round` and never returns."""
 
     round: int
 
@@ -127,12 +120,9 @@ class Leaves(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Straggler(Fault):
-    """The site is slow, by a simulated clock: its update states a longer time, and no time passes.
+    """The site is slow, by a simulated clock: its update states `seconds` more, and no time passes.
 
     A server with `Admission(deadline=...)` leaves it out.
-
-    Args:
-        seconds: added to the site's time.
 
     Raises:
         ValueError: not a positive number.
@@ -193,11 +183,7 @@ class PoisonedLabels(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class SignFlip(Fault):
-    """The site sends its update with the opposite sign, to undo the others' training (Li et al. 2019, RSA).
-
-    Args:
-        factor: length of the sent update over that of the honest one.
-    """
+    """The site sends minus `factor` times its update, to undo the others' training (Li et al. 2019, RSA)."""
 
     factor: float = 1.0
 
@@ -207,11 +193,7 @@ class SignFlip(Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(Fault):
-    """The site scales its update, so that the mean becomes its model (Bagdasaryan et al. 2020).
-
-    Args:
-        factor: of the scaling.
-    """
+    """The site sends `factor` times its update, so that the mean becomes its model (Bagdasaryan et al. 2020)."""
 
     factor: float
 

@@ -12,7 +12,7 @@ __all__ = ["Admission"]
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """Rules by which a run goes on without the sites that fail.
+    """Rules by which a run continues without the sites that fail.
 
     Without rules the first failure ends a run, which suits development. With rules a site that fails, is late or sends
     an invalid update is left out of its round, and `Round.absent` says why. In any case an update must have the model's

@@ -1,4 +1,4 @@
-"""A run on disk after each of its rounds, so that an interrupted run goes on to the bit-equal result."""
+"""A run on disk after each of its rounds, so that an interrupted run continues to the bit-equal result."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Checkpoint:
     def leave(self, parts: Mapping[str, Json]) -> None:
         """Notes the recipe of the parts as this process leaves them, if the run itself has changed them.
 
-        A technique that keeps a log in an attribute is then still the same when the run goes on in this process.
+        A technique that keeps a log in an attribute is then still the same when the run continues in this process.
         """
         left = json.loads(json.dumps(parts))
         if left != {name: self.recipe[name] for name in left}:

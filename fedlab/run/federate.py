@@ -102,7 +102,7 @@ def each_round(
         topology: who exchanges weights with whom: `star`, `ring`, `Gossip(...)`, `Tree(...)`, `Buffered(...)`.
         engine: where sites work: by default `Local()`, this process; `Processes()`; `NVFlare()`, which also runs the
             loop elsewhere.
-        admission: rules by which a run goes on without sites that fail; by default the first failure ends it.
+        admission: rules by which a run continues without sites that fail; by default the first failure ends it.
         seed: one seed gives bit-equal weights on one machine.
         state, site_states: where to go on from, such as `finished.state` and `finished.site_states` of a round; the
             beginning by default.
@@ -159,7 +159,7 @@ def federate(
             such as the Dice of held-out patients, join the round's metrics.
         on_round: called with each finished round; one or several, such as `[CsvTracker(path="rounds.csv"), show]`.
         checkpoint: a folder in which the run is saved after every round. If it holds the beginning of this same run,
-            by content, the run goes on from there, to the bit-equal result.
+            by content, the run continues from there, to the bit-equal result.
         trace: a file of the sites that took part in each round, chained by hashes; see `fedlab.run.trace`.
         progress: show a progress bar.
 
@@ -217,7 +217,7 @@ def _full_disk_explained() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RunError(f"the run cannot be saved ({error}); free some space and start it again: with its checkpoint "
-                       "it goes on after the last round that was saved") from error
+                       "it continues after the last round that was saved") from error
 
 
 def run_recipe(run: Run) -> dict[str, Json]:

@@ -54,13 +54,13 @@ class Trace:
     @classmethod
     def open(cls, path: Path | str, *, recipe: Mapping[str, Json], settings: Mapping[str, str], sites: Sequence[Site],
              start: Tensors, state: ServerState | None, resumable: bool) -> Trace:
-        """The trace of a run that begins or goes on.
+        """The trace of a run that begins or continues.
 
         Args:
             path: a new file, or the trace of this same run; a last line that a crash cut off is removed.
             recipe: the content that makes a run the same run; see `fedlab.run.recipe`.
             settings: of the run, as code.
-            start, state: the weights that the run began with, and the state from which it goes on, if it does.
+            start, state: the weights that the run began with, and the state from which it continues, if it does.
             resumable: whether the run has a checkpoint to go on from.
 
         Raises:

@@ -1,6 +1,6 @@
 """Numbers of a run for experiment trackers: calls for `federate(..., on_round=...)`.
 
-A tracker goes on where it stopped when a run is resumed, and refuses a second run. If a run is killed between its
+A tracker continues where it stopped when a run is resumed, and refuses a second run. If a run is killed between its
 checkpoint and its tracker, the tracker lacks that round; `History` and the trace have it.
 """
 
@@ -90,7 +90,7 @@ class MLflowTracker(_Tracker):
     receives from them are sent to the tracking server: set `uri` to one of yours.
 
     Args:
-        run_file: holds the id of the MLflow run, beside the checkpoint; a resumed run goes on in that MLflow run.
+        run_file: holds the id of the MLflow run, beside the checkpoint; a resumed run continues in that MLflow run.
         experiment: its name in MLflow.
         uri: of the tracking server; None uses MLflow's own settings. MLflow 3 accepts a folder, as "file:...", only
             with MLFLOW_ALLOW_FILE_STORE=true.

@@ -60,7 +60,7 @@ class Admin(contextlib.AbstractContextManager["Admin"]):
                 session.close()
 
     def submit(self, saved: SavedRun, *, threads: int = 0) -> str:
-        """Submits a job of a run, with so many torch threads at the sites (0: their own choice); the job's name."""
+        """Submits a job of a run, with `threads` of torch at the sites (0: their own choice); returns its name."""
         with tempfile.TemporaryDirectory() as scratch:
             job = saved.write_job(Path(scratch) / "job", threads)
             return str(self._do(lambda session: session.submit_job(str(job))))

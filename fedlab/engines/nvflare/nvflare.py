@@ -8,6 +8,7 @@ from typing import Any
 
 from fedlab.core.errors import RunError
 from fedlab.core.protocols import Run
+from fedlab.core.settings import check_positive
 from fedlab.core.types import Round, ServerState, Site
 from fedlab.core.weights import weights_sha256
 from fedlab.deploy.messages import pack_weights
@@ -41,8 +42,8 @@ class NVFlare:
     """
 
     def __init__(self, *, env: Environment | None = None, seconds: float | None = None, patience: float = 30.0) -> None:
-        if patience <= 0 or (seconds is not None and seconds <= 0):
-            raise ValueError(f"seconds and patience are positive numbers, got {seconds} and {patience}")
+        check_positive(patience=patience)
+        check_positive(optional=True, seconds=seconds)
         self.env: Environment = Simulation() if env is None else env
         self.seconds, self.patience = seconds, patience
 

@@ -73,7 +73,7 @@ class SavedRun:
             raise RunError(f"{folder} holds no run written by NVFlare.save ({error})") from error
 
     def write_job(self, folder: Path, threads: int) -> Path:
-        """Writes the job into a new folder, for so many torch threads at the sites (0: their own choice).
+        """Writes the job into a new folder, with `threads` of torch at the sites (0: their own choice).
 
         NVFLARE's own recipe for Collab would put the source of fedlab's classes into the job and ask the sites to run
         it; here a job holds no code, and sites accept none.
