@@ -163,12 +163,7 @@ def from_internal(label: np.ndarray, convention: str) -> np.ndarray:
 
 
 def describe(convention: str, values: Collection[float] | None = None) -> str:
-    """The meaning of the values of a convention, such as "1 core, 2 oedema, 4 enhancing".
-
-    Args:
-        convention: one of `CONVENTIONS`.
-        values: the values to describe; None for all but 0.
-    """
+    """The meaning of values of a convention, by default of all but 0, such as "1 core, 2 oedema, 4 enhancing"."""
     table = CONVENTIONS[convention]
     chosen = table.keys() - {0} if values is None else values
     return ", ".join(f"{value:g} {_MEANINGS[table[int(value)]]}" for value in sorted(chosen))

@@ -72,7 +72,8 @@ def usable(found: Mapping[str, _T], findings: Sequence[Finding], *, broken: Brok
     """
     if broken not in ("raise", "skip"):
         raise ValueError(f"broken must be 'raise' or 'skip', got {broken!r}")
-    errors, oddities = ([f for f in findings if f.severity == severity] for severity in ("error", "warning"))
+    each = dict.fromkeys(findings)  # once: headers are checked before and with the voxels
+    errors, oddities = ([f for f in each if f.severity == severity] for severity in ("error", "warning"))
     bad = {f.patient for f in errors}
     good = without_errors(found, errors)
     if errors and broken == "raise":

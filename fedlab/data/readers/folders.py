@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,9 +98,9 @@ def read_cohort(folder: str | os.PathLike[str], *, layout: str | None = None, la
         check = partial(_check_voxels, grid=grid, cache=store)
         for problems in in_parallel(check, sound, "reading patients", progress):
             findings += problems
-    good = usable(found.files, _once(findings), broken=broken, where=folder)
+    good = usable(found.files, findings, broken=broken, where=folder)
     return PatientFolder(folder=found.listing.folder, layout=found.listing.layout, reason=found.listing.reason,
-                         convention=found.convention, files=good, findings=tuple(_once(findings)), grid=grid,
+                         convention=found.convention, files=good, findings=tuple(dict.fromkeys(findings)), grid=grid,
                          cache=store)
 
 
@@ -122,11 +122,7 @@ class _Survey:
 
 def _survey(folder: str | os.PathLike[str], *, layout: str | None, label_convention: str | None, progress: bool,
             only: Collection[str] | None = None) -> _Survey:
-    """Everything about a folder that can be known without reading its images.
-
-    Args:
-        only: the ids of the patients to consider; None for all.
-    """
+    """Everything about a folder, or about the patients `only`, that can be known without reading images."""
     listing = list_patients(folder, layout=layout)
     wanted = {name: files for name, files in listing.files.items() if only is None or name in only}
     findings = [f for f in listing.findings if only is None or f.patient in only]
@@ -160,11 +156,6 @@ def _check_quickly(files: PatientFiles, *, values: bool) -> tuple[list[Finding],
         return findings, file_values(files.label)
     except DataError as error:
         return [*findings, Finding(files.id, error.code, str(error))], None
-
-
-def _once(findings: Iterable[Finding]) -> list[Finding]:
-    """Each finding once: headers are checked before and with the voxels."""
-    return list(dict.fromkeys(findings))
 
 
 def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *, spacing_mm: float = 3.0,
@@ -201,7 +192,7 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
         findings += problems
         if patient is not None:
             patients[files.id] = patient
-    good = usable(found, _once(findings), broken=broken, where=folder)
+    good = usable(found, findings, broken=broken, where=folder)
     if progress and (several := name_several(good, same)):
         print(f"fedlab: {table}: {several}", file=sys.stderr)
     common = shape or tuple(max(patients[name].image.shape[axis] for name in good) for axis in (1, 2, 3))
@@ -229,7 +220,7 @@ def check_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *
     found, findings = _choose(Path(folder), partition, table, layout, label_convention, progress=False)
     errors = [f for f in findings if f.severity == "error"]
     if broken == "raise" or not without_errors(found, errors):
-        usable(found, _once(errors), broken=broken, where=folder)
+        usable(found, errors, broken=broken, where=folder)
 
 
 def _choose(folder: Path, partition: Mapping[str, Sequence[str]], table: str | os.PathLike[str], layout: str | None,

@@ -85,14 +85,12 @@ class Examination:
     """The readable data of one patient, with the findings.
 
     Attributes:
-        files: the files read.
         volumes: headers by modality and "label".
         images: voxels by modality, stored order, stored type or float32.
         label: voxels of the label map as stored.
         label_counts: number of voxels by value in the label map.
         brain: bool, stored order: where any readable modality is not 0, or less where `cleared`.
         cleared: whether voxels outside the brain hold weak values that are read as 0.
-        findings: so far.
     """
 
     files: PatientFiles
@@ -379,11 +377,7 @@ def read_label(files: PatientFiles, *, label_convention: str | None = None) \
 
 
 def native_volume(files: PatientFiles) -> Volume:
-    """The header of a patient's images: their stored grid, without voxels.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """The header of a patient's images: their stored grid, without voxels; a `DataError` if it cannot be read."""
     return read_volume(files.images[MODALITIES[0]], voxels=False, series=bool(files.channels))
 
 
@@ -425,13 +419,7 @@ def to_native(prediction: torch.Tensor, *, patient: Patient, files: PatientFiles
 
 def save_prediction(path: str | os.PathLike[str], label: np.ndarray, *, files: PatientFiles,
                     label_convention: str = "brats2021") -> Path:
-    """Writes labels on the patient's own grid (from `to_native`) as uint8 NIfTI with the scan's affine.
-
-    Args:
-        path: a new file.
-        label: labels 0/1/2/4.
-        files: of the patient.
-        label_convention: the convention in which the labels are written; the header's description names it.
+    """Writes labels 0/1/2/4 of `to_native` as uint8 NIfTI with the scan's affine, in the values of a convention.
 
     Raises:
         DataError: `path` exists already, ends neither in .nii nor in .nii.gz, or the labels have another shape or
