@@ -117,7 +117,7 @@ def test_a_folder_of_several_challenges_is_read_patient_by_patient(tmp_path):
 
     write_children(tmp_path / "other", [{4: 1, 1: 2, 2: 3}])
     save_files(adult, tmp_path / "other" / adult.id, names=NEW, mark="-", convention="brats2023")
-    with pytest.raises(DataError, match=r"BraTS-PED: .*give these 1 patients one of their own"):
+    with pytest.raises(DataError, match=r"BraTS-PED: .*move these patients \(1\) to a folder of their own"):
         read_cohort(tmp_path / "other", progress=False)
 
 

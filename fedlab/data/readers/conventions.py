@@ -209,8 +209,8 @@ def detect_convention(values: Mapping[str, Collection[float]], *, layout: str,
         except DataError as error:
             if len(groups) == 1:
                 raise
-            raise DataError(f"{challenge or 'other patients'}: {error}. The option holds for a whole folder: give "
-                            f"these {len(members)} patients one of their own", code=error.code) from error
+            raise DataError(f"{challenge or 'other patients'}: {error}. The option holds for a whole folder: move "
+                            f"these patients ({len(members)}) to a folder of their own", code=error.code) from error
     names = {name for name, _ in found.values()}
     reason = "; ".join(f"{challenge or 'other patients'}: {name}, {why}" if len(found) > 1 else why
                        for challenge, (name, why) in found.items())

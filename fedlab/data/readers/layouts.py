@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from fedlab.core.errors import DataError
@@ -176,9 +175,8 @@ def _find_together(root: Path) -> list[_Folder]:
     found = _by_id(scans)
     if not found or root.name in found:  # the folder of one patient
         return []
-    for scan in scans:
-        if scan not in chain.from_iterable(found.values()):
-            found[max((name for name in found if scan.name.startswith(name)), key=len, default=min(found))].append(scan)
+    for scan in sorted(set(scans).difference(*found.values())):
+        found[max((name for name in found if scan.name.startswith(name)), key=len, default=min(found))].append(scan)
     return [_Folder(id=name, path=root, scans=tuple(own)) for name, own in found.items()]
 
 
