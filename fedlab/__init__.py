@@ -6,6 +6,7 @@ first used. Read `core`, `training`, `strategies` and `run` first, and of `priva
 """
 
 from importlib import metadata as _metadata
+from pathlib import Path as _Path
 
 
 def _refuse_namesake() -> None:
@@ -36,4 +37,21 @@ __version__ = "0.1.0"
 
 import lazy_loader as _lazy_loader
 
-__getattr__, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
+_load, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    """A name of the package, loaded when it is first used; the error about another one says where it stands.
+
+    Raises:
+        AttributeError: no such name here.
+    """
+    try:
+        return _load(name)
+    except AttributeError as error:
+        if name.startswith("_"):
+            raise
+        spaces = [space for space in __all__ if (_Path(__file__).parent / space).is_dir()]
+        found = [f"fedlab.{space}.{name}" for space in spaces if name in _load(space).__all__]
+        remedy = f"use {' or '.join(found)}" if found else f"it offers {', '.join(sorted(__all__))}"
+        raise AttributeError(f"fedlab has no {name!r}; {remedy}", name=name) from error

@@ -43,3 +43,16 @@ class TinyNet(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.last(torch.relu(self.first(image)))
         return out
+
+
+class BatchNet(TinyNet):
+    """TinyNet with batch norm, whose statistics training moves, and a constant that it does not."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.norm = nn.BatchNorm3d(6)
+        self.register_buffer("scale", torch.tensor(0.7))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(torch.relu(self.norm(self.first(image * self.scale))))
+        return out

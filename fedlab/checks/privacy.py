@@ -19,6 +19,7 @@ from fedlab.checks.influence import (
 from fedlab.checks.rehearsal import DECOY, Rehearsal, Stage, make_stage, rehearse
 from fedlab.checks.small_runs import lost_settings, other_random_numbers
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
+from fedlab.core.global_generators import seeded
 from fedlab.core.protocols import Strategy
 from fedlab.core.types import Site, Tensors, Update
 from fedlab.privacy.aggregation import Aggregation
@@ -76,7 +77,7 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
         raise ValueError(f"a technique is an object of a class derived from fedlab.Privacy, got {technique!r}"
                          + ("; make one: put brackets behind its name" if isinstance(technique, type) else ""))
     aggregation = Aggregation() if aggregation is None else aggregation
-    with torch.random.fork_rng(devices=[]):
+    with seeded():
         findings = [finding for part in _at_each_site(technique, sites) for finding in _findings(
             make_stage(part, trainer=trainer, sites=sites, strategy=strategy, aggregation=aggregation))]
     parts = [part for part in (technique, aggregation) if type(part) not in (Privacy, Aggregation)]

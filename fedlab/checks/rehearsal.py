@@ -14,6 +14,7 @@ import torch
 
 from fedlab.checks.small_runs import noise_site, small_trainer
 from fedlab.core.gate import check_update
+from fedlab.core.global_generators import seeded
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Exchange, Run, Strategy
 from fedlab.core.types import Answer, Cohort, Patient, ServerState, Site, SiteState, Tensors, Update
@@ -100,8 +101,7 @@ def make_stage(technique: Privacy, *, trainer: SiteTrainer | None, sites: Sequen
 def _network() -> torch.nn.Module:
     from monai.networks.nets import SegResNet  # seconds to import
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return SegResNet(spatial_dims=3, init_filters=8, in_channels=4, out_channels=3, blocks_down=(1, 1),
                          blocks_up=(1,), act=("RELU", {"inplace": False}))
 
@@ -218,7 +218,8 @@ class Watched(Privacy):
         for place, layer in enumerate(self.layers):
             given, own = update, state.of(f"layer {place}")
             out = self.seen.watch(place, given, own, lambda: layer.protect(given, own, rng))  # noqa: B023
-            update = out if place == len(self.layers) - 1 else check_update(out, like=given.delta, site=given.site)
+            update = out if place == len(self.layers) - 1 else check_update(
+                out, like=given.delta, buffers=given.buffers, site=given.site)
         return update
 
     def release(self, mean: Update, cohort: Cohort, state: ServerState, rng: torch.Generator) -> Update:
@@ -256,7 +257,7 @@ class _ScriptedTrainer(_InPlaceOf):
 
     def fit(self, kit: Kit, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Update:
         return Update(site=site.name, delta=dict(self.script(site.name, state.round)), weight=float(len(site.train)),
-                      steps=1, metrics={"loss": 0.5})
+                      steps=1, metrics={"loss": 0.5}, buffers=state.buffers)
 
 
 class _StandingStrategy(_InPlaceOf):

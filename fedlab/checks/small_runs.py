@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlab.core.global_generators import seeded
 from fedlab.core.types import Patient, Site
 from fedlab.training.trainer import SiteTrainer
 
@@ -25,8 +26,7 @@ def plain_descent(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.
 
 def small_trainer(**settings: Any) -> SiteTrainer:
     """Plain SGD on whole patients, of a network of 23 weights unless another `model` is given."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         network = nn.Sequential(nn.Conv3d(4, 2, 1), nn.GroupNorm(1, 2), nn.ReLU(), nn.Conv3d(2, 3, 1))
     return SiteTrainer(**{"model": network, "optimiser": plain_descent, "batch_size": 1, "crop": (8, 8, 8),
                           "augment": None, "precision": "fp32", "device": "cpu", **settings})

@@ -15,6 +15,7 @@ import torch
 from fedlab.checks.check_report import Battery, CheckReport, Finding
 from fedlab.checks.small_runs import lost_settings, noise_site, other_random_numbers, small_trainer
 from fedlab.core.errors import FedlabError
+from fedlab.core.global_generators import seeded
 from fedlab.core.protocols import Strategy
 from fedlab.core.seeds import generator
 from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
@@ -72,7 +73,7 @@ def check_strategy(strategy: Strategy, *, trainer: SiteTrainer | None = None, si
     if missing or isinstance(strategy, type):
         raise ValueError(f"a strategy is an object with {', '.join(missing) or 'settings'}, got {strategy!r}; inherit "
                          "from FedAvg, override what differs, and make one with brackets behind its name")
-    with torch.random.fork_rng(devices=[]):
+    with seeded():
         report = CheckReport(repr(strategy), list(_findings(_stage(strategy, trainer, sites))))
     if raise_ and not report:
         raise ValueError(str(report))

@@ -19,16 +19,7 @@ def install_command(extra: str) -> str:
 
 
 def need(extra: str, *modules: str, what: str) -> None:
-    """Checks that top-level modules of an extra can be imported, without importing them.
-
-    Args:
-        extra: the name of the extra in pyproject.toml.
-        modules: their names.
-        what: the part of fedlab that needs them, for the message.
-
-    Raises:
-        MissingExtra: one of them is not installed.
-    """
+    """Raises `MissingExtra` if a top-level module of an extra, which `what` needs, is not installed; imports none."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtra(f"{what} needs {', '.join(missing)}: not installed here. Install with: "

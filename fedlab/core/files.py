@@ -24,11 +24,7 @@ __all__ = ["append_whole", "filled_in", "locked", "packaged_toml", "replacing", 
 
 
 def write_new(path: str | os.PathLike[str], data: bytes, *, error: type[FedlabError] = RunError) -> Path:
-    """Writes a file that must not exist yet, and makes the folders above it.
-
-    Raises:
-        FedlabError: of the type `error`, if the file exists already.
-    """
+    """Writes a file that must not exist yet, and makes the folders above it; raises `error` if it exists."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -17,13 +17,14 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = 1e90
 
 
-def check_update(update: object, *, like: Tensors, site: str) -> Update:
+def check_update(update: object, *, like: Tensors, site: str, buffers: Tensors | None = None) -> Update:
     """The update if it is safe to pass on.
 
     Args:
         update: returned by a technique or sent by a site.
-        like: tensors whose names and shapes it must have.
+        like: tensors whose names and shapes its delta must have.
         site: that must have made it.
+        buffers: tensors whose names, shapes and types its buffers must have; none by default.
 
     Raises:
         PrivacyError: not an `Update`, of another site, other names or shapes, not floating point, NaN or infinite, or
@@ -34,12 +35,15 @@ def check_update(update: object, *, like: Tensors, site: str) -> Update:
                            "returns the update it was given, changed with update.map(...)")
     if not isinstance(update.site, str) or update.site != site:
         raise PrivacyError(f"expected an update of {site}, got one that says it is of {_shown(update.site)!r}")
-    if not isinstance(update.delta, Mapping) or update.delta.keys() != like.keys():
-        odd = [_shown(name) for name in update.delta.keys() ^ like.keys()] if isinstance(update.delta, Mapping) else []
-        raise PrivacyError(f"the update of {site} has other tensors than the model: {sorted(odd)[:3] or 'no names'}")
-    for name, tensor in update.delta.items():
-        _check_tensor(tensor, like[name], f"the update of {site} has {name}")
-    for what, value, right, expected in (
+    for what, given, expected in (("tensors", update.delta, like), ("buffers", update.buffers, buffers or {})):
+        if not isinstance(given, Mapping) or given.keys() != expected.keys():
+            names = [_shown(name) for name in given.keys() ^ expected.keys()] if isinstance(given, Mapping) else []
+            raise PrivacyError(f"the update of {site} has other {what} than the model: "
+                               f"{sorted(names)[:3] or 'no names'}")
+        for name, tensor in given.items():
+            _check_tensor(tensor, expected[name], f"the update of {site} has, of its {what}, {name}",
+                          types=_FLOATS if what == "tensors" else (expected[name].dtype,))
+    for what, value, right, valid in (
         ("weight", update.weight, _number(update.weight) and update.weight > 0, "a positive number"),
         ("steps", update.steps, _count(update.steps), "a count"),
         ("seconds", update.seconds, _number(update.seconds) and update.seconds >= 0, "a number of seconds"),
@@ -53,13 +57,14 @@ def check_update(update: object, *, like: Tensors, site: str) -> Update:
          "statements of privacy spent"),
     ):
         if not right:
-            raise PrivacyError(f"the update of {site} has {what} {_shown(value)}, expected {expected}")
+            raise PrivacyError(f"the update of {site} has {what} {_shown(value)}, expected {valid}")
     return update
 
 
-def _check_tensor(tensor: object, like: torch.Tensor, what: str) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _FLOATS or tensor.layout is not torch.strided:
-        raise PrivacyError(f"{what} as something other than a dense floating point tensor")
+def _check_tensor(tensor: object, like: torch.Tensor, what: str, *, types: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in types or tensor.layout is not torch.strided:
+        kind = "floating point" if types is _FLOATS else str(types[0])
+        raise PrivacyError(f"{what} as something other than a dense {kind} tensor")
     if tensor.shape != like.shape:
         raise PrivacyError(f"{what} of shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
     if tensor.is_meta or tensor.requires_grad:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-__all__ = ["pick_device", "pick_precision"]
+from fedlab.core.settings import check_choice
+
+__all__ = ["calling", "pick_device", "pick_precision", "precision_for"]
 
 
 def pick_device(device: str) -> torch.device:
-    """`"auto"` is the GPU if there is one, else the CPU; any other value is torch's name of a device."""
+    """The GPU for "auto" if there is one, else the CPU; any other value is torch's name of a device."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
 
 
@@ -21,11 +24,29 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     Raises:
         ValueError: an unknown precision.
     """
-    choices = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if precision in choices:
-        return choices[precision]
+    check_choice(("auto", "bf16", "fp32"), precision=precision)
+    fast = precision == "bf16" or (precision == "auto" and (
+        torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu.get_capabilities().get("amx_bf16")))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def precision_for(model: nn.Module, precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that a network computes in: that of its weights, or for float32 as `pick_precision` says.
+
+    Raises:
+        ValueError: an unknown precision, or one given for weights of another type than float32.
+    """
+    picked = pick_precision(precision, device)
+    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if weights is torch.float32:
+        return picked
     if precision != "auto":
-        raise ValueError(f"precision is 'auto', 'bf16' or 'fp32', got {precision!r}")
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16", False) else torch.float32
+        raise ValueError(f"the network's weights are {weights} and compute in that type: leave precision at 'auto', or "
+                         f"say model.float() for precision={precision!r}")
+    return weights
+
+
+def calling(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A block in which a network computes in a precision, by autocast for bf16 and fp16."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from decimal import ROUND_CEILING, Context
 from typing import Any, Literal, NamedTuple, Self
 
@@ -14,6 +15,7 @@ import torch
 
 from fedlab.core.errors import FedlabError
 from fedlab.core.patient_checks import check_patient
+from fedlab.core.settings import check_within
 
 __all__ = ["MODALITIES", "REGIONS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round", "ServerState",
            "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal", "rounded_up"]
@@ -106,6 +108,16 @@ class Cohort:
         return len(self.arrived)
 
 
+class Diagnostics(UserDict[str, torch.Tensor]):
+    """Tensors by name; anything else is refused where it is set."""
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise TypeError(f"diagnostics are tensors by name, got {type(value).__name__} under {name!r}; set "
+                            "torch.tensor(...)")
+        super().__setitem__(name, value)
+
+
 class _Owned:
     """A state in which each owner has a namespace of tensors."""
 
@@ -121,6 +133,12 @@ class _Owned:
         """A view of the same state for another owner."""
         return replace(self, owner=owner)  # type: ignore[type-var]
 
+    def copy(self) -> Self:
+        """A state that can be changed without changing this one; it shares the tensors."""
+        parts = {f.name: copy.copy(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        parts["namespaces"] = {owner: dict(slots) for owner, slots in self.namespaces.items()}
+        return replace(self, **{**parts, "ledger": copy.deepcopy(parts["ledger"])})  # type: ignore[type-var]
+
 
 @dataclass(eq=False)
 class SiteState(_Owned):
@@ -135,7 +153,7 @@ class SiteState(_Owned):
         updates: number of updates sent.
         round: number of the present round.
         namespaces: owner -> name -> tensor.
-        diagnostics: numbers for the site's own eyes, such as gradient norms; no guarantee covers them.
+        diagnostics: tensors for the site's own eyes, such as gradient norms; no guarantee covers them.
         ledger: the record of privacy spent, as plain values; `fedlab.privacy.accounting.ledger.Ledger` reads and writes
             it. Empty for a site that has released nothing under a guarantee.
         broadcast: tensors that a technique at the server sent with the weights of this round.
@@ -148,28 +166,26 @@ class SiteState(_Owned):
     updates: int = 0
     round: int = 0
     namespaces: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    diagnostics: dict[str, torch.Tensor] = field(default_factory=dict)
+    diagnostics: MutableMapping[str, torch.Tensor] = field(default_factory=Diagnostics)
     ledger: dict[str, Any] = field(default_factory=dict)
     broadcast: dict[str, torch.Tensor] = field(default_factory=dict)
     shown: str = ""
     secrets: dict[str, Any] = field(default_factory=dict)
     owner: str = "site"
 
-    def take_over(self, other: SiteState) -> None:
-        """Takes every value of another state, in place."""
-        self.enrolled, self.updates, self.round, self.shown = other.enrolled, other.updates, other.round, other.shown
-        parts: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-            (self.namespaces, other.namespaces), (self.diagnostics, other.diagnostics), (self.ledger, other.ledger),
-            (self.broadcast, other.broadcast), (self.secrets, other.secrets))
-        for mine, theirs in parts:
-            mine.clear()
-            mine.update(theirs)
+    def __post_init__(self) -> None:
+        if not isinstance(self.diagnostics, Diagnostics):
+            self.diagnostics = Diagnostics(self.diagnostics)
 
-    def copy(self) -> SiteState:
-        """A state that can be changed without changing this one; it shares the tensors."""
-        return replace(self, namespaces={owner: dict(slots) for owner, slots in self.namespaces.items()},
-                       diagnostics=dict(self.diagnostics), ledger=copy.deepcopy(self.ledger),
-                       broadcast=dict(self.broadcast), secrets=dict(self.secrets))
+    def take_over(self, other: SiteState) -> None:
+        """Takes every value of another state, in place: views for other owners share them."""
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            if isinstance(mine, MutableMapping):
+                mine.clear()
+                mine.update(theirs)
+            elif part.name != "owner":
+                setattr(self, part.name, theirs)
 
 
 class Withdrawal(NamedTuple):
@@ -180,7 +196,7 @@ class Withdrawal(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A site that failed in a round: it sent nothing."""
+    """A site that failed in a round and sent nothing."""
 
     site: str
     error: FedlabError
@@ -221,6 +237,7 @@ class Update:
         encoded: size in bytes of the delta as it would be sent, if a technique makes it smaller than dense tensors.
         round: number of the round it answers, so that an old update is recognised.
         seconds: time that the site took; 0 under a guarantee, which covers no time.
+        buffers: values of the buffers that training has moved, such as the statistics of batch norm.
     """
 
     site: str
@@ -232,6 +249,7 @@ class Update:
     encoded: int | None = None
     round: int | None = None
     seconds: float = 0.0
+    buffers: Tensors = field(default_factory=dict)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Update:
         """The same update with `change` applied to every tensor of the delta."""
@@ -243,21 +261,16 @@ class Update:
         return math.sqrt(math.fsum(float(t.double().square().sum()) for t in self.delta.values()))
 
     def quantile_abs(self, q: float) -> float:
-        """The absolute value below which a fraction `q` of the delta's entries lies.
-
-        Raises:
-            ValueError: `q` outside [0, 1].
-        """
-        if not 0.0 <= q <= 1.0:
-            raise ValueError(f"q is a fraction between 0 and 1, got {q}")
+        """The absolute value below which a fraction `q`, between 0 and 1, of the delta's entries lies."""
+        check_within(most=1, q=q)
         flat = torch.cat([t.detach().abs().flatten() for t in self.delta.values()])
         return float(flat.kthvalue(max(1, math.ceil(q * flat.numel()))).values)
 
     @property
     def nbytes(self) -> int:
-        """Size of the delta in bytes: as it would be sent, or as dense tensors."""
-        dense = sum(t.numel() * t.element_size() for t in self.delta.values())
-        return dense if self.encoded is None else self.encoded
+        """Size in bytes of the delta, as it would be sent or as dense tensors, and of the buffers."""
+        delta = sum(t.nbytes for t in self.delta.values()) if self.encoded is None else self.encoded
+        return delta + sum(t.nbytes for t in self.buffers.values())
 
 
 #: What an engine brings from a site: its update, its withdrawal, or its failure.
@@ -271,8 +284,9 @@ class ServerState(_Owned):
     Attributes:
         round: number of the next round, counted from 0.
         params: the global model's trainable weights.
+        buffers: the global model's buffers that training moves, if they are part of what is federated.
         moments: tensors of the strategy and of the workflow at the server, by name; empty for FedAvg.
-        models: weights that a site starts from instead of `params`, by site, in workflows in which sites differ.
+        models: the model that a site starts from instead of `model`, by site, in workflows in which sites differ.
         namespaces: owner -> name -> tensor: what techniques keep at the server.
         ledger: the server's own record of privacy spent, as in `SiteState`.
         broadcast: tensors that techniques send to the sites with the weights.
@@ -286,16 +300,22 @@ class ServerState(_Owned):
     namespaces: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     broadcast: dict[str, torch.Tensor] = field(default_factory=dict)
+    buffers: Tensors = field(default_factory=dict)
     owner: str = "server"
 
-    def opened(self) -> ServerState:
-        """The state for the work of one round: techniques may change what they keep without changing this value."""
-        return replace(self, namespaces={owner: dict(slots) for owner, slots in self.namespaces.items()},
-                       ledger=copy.deepcopy(self.ledger), broadcast=dict(self.broadcast))
+    @property
+    def model(self) -> Tensors:
+        """All tensors of the global model, weights and buffers, as `load_weights` takes them."""
+        return {**self.params, **self.buffers}
+
+    def holding(self, model: Tensors) -> ServerState:
+        """The state with other values of the model's weights and buffers."""
+        return replace(self, params={name: model[name] for name in self.params},
+                       buffers={name: model[name] for name in self.buffers})
 
     def at(self, site: str) -> ServerState:
-        """The part that a site is shown: the weights that it starts from, and no other site's."""
-        return replace(self, params=self.models.get(site, self.params), models={}) if self.models else self
+        """The part that a site is shown: the model that it starts from, and no other site's."""
+        return replace(self.holding(self.models.get(site, self.model)), models={}) if self.models else self
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,44 +1,53 @@
-"""Weights by name: which of a model are trained, how they are put into it, and their hash."""
+"""Weights and buffers by name: which of a model are trained, how they are put into it, and their hash."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedlab.core.changes import note_versions
 from fedlab.core.types import Patient, Tensors
 
-__all__ = ["check_fit", "flatten", "load_weights", "matching", "patient_sha256", "trainable", "unflatten",
-           "weights_sha256"]
+__all__ = ["check_fit", "load_weights", "patient_sha256", "trainable", "weights_sha256"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes and updates carry, by name.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has none, or one of complex numbers.
     """
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in found.items():
+        if not p.is_floating_point():
+            raise ValueError(f"the parameter {name} is {p.dtype}; fedlab trains real floating point numbers only: keep "
+                             "real and imaginary parts as two parameters (torch.view_as_complex joins them)")
     if not found:
         raise ValueError("the model has no trainable parameter: set requires_grad=True on the weights to train")
     return found
 
 
 def load_weights(model: nn.Module, params: Tensors) -> None:
-    """Copies `params` into the trainable parameters of `model`.
+    """Copies tensors, such as those of `ServerState.model`, into trainable parameters and buffers of `model`.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: names or shapes differ, or running statistics of batch or instance norm are left out.
     """
-    own = trainable(model)
+    own: dict[str, torch.Tensor] = {**trainable(model)}
+    needed = {key for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)
+              for key, _ in module.named_buffers(prefix=name, recurse=False)}
+    own |= {name: b for name, b in model.named_buffers() if name in params or name in needed}
+    if needed - params.keys() and own.keys() - needed <= params.keys():
+        raise ValueError(f"the model's statistics are missing: {sorted(needed - params.keys())[:3]}; load "
+                         "ServerState.model, which holds weights and buffers")
     check_fit(own, params)
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(params[name])
+        for name, tensor in own.items():
+            tensor.copy_(params[name])
+    note_versions(model)
 
 
 def check_fit(own: Tensors, params: Tensors) -> None:
@@ -69,28 +78,3 @@ def patient_sha256(patient: Patient) -> str:
     if patient.label is not None:
         tensors["label"] = patient.label
     return hashlib.sha256(f"{patient.id}|{weights_sha256(tensors)}".encode()).hexdigest()
-
-
-def flatten(tensors: Tensors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A copy of all values, shape (N,), in the order of the tensors."""
-    return torch.cat([t.detach().flatten().to(dtype) for t in tensors.values()])
-
-
-def unflatten(flat: torch.Tensor, like: Tensors) -> dict[str, torch.Tensor]:
-    """The inverse of `flatten`: views of `flat` with the names and shapes of `like`."""
-    pieces = flat.split([t.numel() for t in like.values()])
-    return {name: piece.reshape(t.shape) for (name, t), piece in zip(like.items(), pieces, strict=True)}
-
-
-def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that equal a pattern with "*" and "?", in their order.
-
-    Raises:
-        ValueError: a pattern matches no name.
-    """
-    names = list(names)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"no tensor of the model is called {pattern!r}; its tensors are {names[:4]} … "
-                             f"{names[-2:]}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

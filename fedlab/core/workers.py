@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from fedlab.core.settings import check_whole
+
 __all__ = ["Stopped", "Workers", "available_cores", "forkserver", "script_not_imported", "settle", "start_workers",
            "tell"]
 
@@ -95,26 +97,17 @@ class Workers(ProcessPoolExecutor):
 
 
 def start_workers(count: int | None = None) -> Workers:
-    """Warm worker processes; in a `with` block they end with it, and at once if it raises.
-
-    Args:
-        count: of processes; by default one per core this process may use.
+    """Warm worker processes, by default one per core; in a `with` block they end with it, and at once if it raises.
 
     Raises:
         ValueError: `count` below 1.
     """
-    count = available_cores() if count is None else count
-    if count < 1:
-        raise ValueError(f"a pool needs at least one worker, got {count}")
-    return Workers(count)
+    check_whole(optional=True, workers=count)
+    return Workers(count or available_cores())
 
 
 def tell(message: Any) -> None:
-    """In a worker: sends a message to the parent. Elsewhere it does nothing.
-
-    Raises:
-        Stopped: the parent asked its workers to stop.
-    """
+    """In a worker: sends a message to the parent, or raises `Stopped` if it asked for that. Elsewhere: nothing."""
     if _stop is not None and _stop.is_set():
         raise Stopped
     if _messages is not None:

@@ -268,11 +268,13 @@ def _check_state(state: ServerState, begun: _Run) -> None:
     """Refuses a state of another model, of a round that the plan does not have, or with NaN in it."""
     if state.round >= begun.plan.rounds:
         raise PrivacyError(f"round {state.round} was asked for, the plan has {begun.plan.rounds}")
-    expected = {name: (t.shape, t.dtype) for name, t in begun.start.items()}
-    doubles = {name: (shape, torch.float64) for name, (shape, _) in expected.items()}
-    for what, group in (("params", state.params), *state.moments.items()):
+    trainer = begun.task.trainer
+    own, buffers = ({name: (t.shape, t.dtype) for name, t in group.items()}
+                    for group in (trainer.initial(), trainer.initial_buffers()))
+    doubles = {name: (shape, torch.float64) for name, (shape, _) in own.items()}
+    for what, group in (("params", state.params), ("buffers", state.buffers), *state.moments.items()):
         shapes = {name: (t.shape, t.dtype) for name, t in group.items()}
-        if shapes != expected and (what == "params" or shapes != doubles):
+        if shapes != (buffers if what == "buffers" else own) and (what in ("params", "buffers") or shapes != doubles):
             raise PrivacyError(f"the tensors {what!r} of the state are not those of the run's model")
         if not all(bool(torch.isfinite(t).all()) for t in group.values()):
             raise PrivacyError(f"the tensors {what!r} of the state hold NaN or infinite values")

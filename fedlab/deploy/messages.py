@@ -67,10 +67,11 @@ def _are_metrics(value: Any) -> bool:
 #: For each kind of message the checks of its fields, and the groups that its tensors belong to.
 _KINDS: dict[str, tuple[dict[str, Callable[[Any], bool]], set[str]]] = {
     "weights": ({}, {"weights"}),
-    "state": ({"round": _is_count}, {"params", "moments", "broadcast"}),
+    "state": ({"round": _is_count}, {"params", "buffers", "moments", "broadcast"}),
     "update": ({"site": _is_text, "weight": _is_number, "steps": _is_count, "metrics": _are_metrics,
                 "spent": lambda value: isinstance(value, list) and len(value) <= 100 and all(map(_is_spent, value)),
-                "encoded": _or_none(_is_count), "round": _or_none(_is_count), "seconds": _is_number}, {"delta"}),
+                "encoded": _or_none(_is_count), "round": _or_none(_is_count), "seconds": _is_number},
+               {"delta", "buffers"}),
     # A withdrawal or a failure.
     "refusal": ({"site": _is_text, "type": _is_text, "round": _or_none(_is_count), "stage": _or_none(_is_text),
                  "text": _is_text}, set()),
@@ -93,7 +94,8 @@ def unpack_weights(data: bytes, *, sender: str = "the server", limit: int | None
 
 
 def pack_state(state: ServerState) -> bytes:
-    """What a site is shown of the server's state, of `ServerState.at(site)`: params, moments and broadcast.
+    """What a site is shown of the server's state, of `ServerState.at(site)`: params, buffers, moments and
+    broadcast.
 
     Raises:
         ValueError: it holds the models of several sites.
@@ -102,7 +104,8 @@ def pack_state(state: ServerState) -> bytes:
         raise ValueError("this state holds the models of single sites; send each site state.at(site) only")
     moments = [("moments", name, tensors) for name, tensors in state.moments.items()]
     return _pack("state", {"round": state.round},
-                 [("params", "", state.params), *moments, ("broadcast", "", state.broadcast)])
+                 [("params", "", state.params), ("buffers", "", state.buffers), *moments,
+                  ("broadcast", "", state.broadcast)])
 
 
 def unpack_state(data: bytes, *, sender: str = "the server", limit: int | None = None) -> ServerState:
@@ -110,7 +113,7 @@ def unpack_state(data: bytes, *, sender: str = "the server", limit: int | None =
     _, note, groups = _unpack(data, ("state",), sender=sender, limit=limit)
     moments = {name: tensors for (group, name), tensors in groups.items() if group == "moments"}
     return ServerState(round=note["round"], params=groups.get(("params", ""), {}), moments=moments,
-                       broadcast=groups.get(("broadcast", ""), {}))
+                       buffers=groups.get(("buffers", ""), {}), broadcast=groups.get(("broadcast", ""), {}))
 
 
 def pack_answer(answer: Answer) -> bytes:
@@ -120,9 +123,10 @@ def pack_answer(answer: Answer) -> bytes:
         FedlabError: it holds numbers that cannot be written, such as NaN.
     """
     if isinstance(answer, Update):
-        note = {f.name: getattr(answer, f.name) for f in fields(Update) if f.name != "delta"}
+        note = {f.name: getattr(answer, f.name) for f in fields(Update) if f.name not in ("delta", "buffers")}
         note["spent"] = [["inf" if s.epsilon == math.inf else s.epsilon, *s[1:]] for s in answer.spent]
-        return _pack("update", {**note, "metrics": dict(answer.metrics)}, [("delta", "", answer.delta)])
+        return _pack("update", {**note, "metrics": dict(answer.metrics)},
+                     [("delta", "", answer.delta), ("buffers", "", answer.buffers)])
     note = {"site": answer.site, "type": "Withdrawal", "round": None, "stage": None}
     if isinstance(answer, Withdrawal):
         text = answer.reason
@@ -148,7 +152,8 @@ def unpack_answer(data: bytes, *, site: str, limit: int | None = None) -> Answer
     if kind == "update":
         spent = tuple(Spent(math.inf if epsilon == "inf" else epsilon, delta, unit, *map(printable, texts))
                       for epsilon, delta, unit, *texts in note["spent"])
-        return Update(delta=groups.get(("delta", ""), {}), **{**note, "spent": spent})
+        return Update(delta=groups.get(("delta", ""), {}), buffers=groups.get(("buffers", ""), {}),
+                      **{**note, "spent": spent})
     text = printable(note["text"])
     match note:
         case {"type": "Withdrawal", "round": None, "stage": None}:

@@ -81,7 +81,7 @@ class Plan:
                  "admission": admission, "aggregation": Aggregation() if aggregation is None else aggregation}
         plan = cls(**{name: describe(part) for name, part in parts.items()}, rounds=rounds, seed=seed,
                    sites=tuple(site if isinstance(site, str) else site.name for site in sites),
-                   model=weights_sha256(trainer.initial()))
+                   model=weights_sha256(trainer.initial_model()))
         for name, part in parts.items():
             made = recipe(make(getattr(plan, name), approve=lambda module: None))
             if differing := differences(made, recipe(part), name):
@@ -155,7 +155,10 @@ class Plan:
                 raise ValueError(f"the plan's {name} is {expected}, got a {type(made[name]).__name__}")
         load_weights(made["trainer"].model, start)
         # A copy takes the weights that the model has now for the start of its runs.
-        return {**made, "trainer": replace(made["trainer"]), "rounds": self.rounds, "seed": self.seed,
+        trainer = replace(made["trainer"])
+        if trainer.initial_model().keys() != start.keys():
+            raise ValueError("the weights that the plan begins with hold other buffers than training moves here")
+        return {**made, "trainer": trainer, "rounds": self.rounds, "seed": self.seed,
                 "sites": [Site(name=name, train=()) for name in self.sites]}
 
     def _check_parts(self, approve: Approve) -> None:
@@ -167,7 +170,8 @@ class Plan:
         match self.trainer:
             case {"with": {"model": {"make": str() as name} as model}} if name.startswith(("fedlab.", "monai.")):
                 with torch.device("meta"):
-                    made = trainable(make(model, approve=lambda module: None, load=load))
+                    network = make(model, approve=lambda module: None, load=load)
+                made = {**trainable(network), **{n: b for n, b in network.named_buffers() if n in start}}
                 if {name: p.shape for name, p in made.items()} != {name: t.shape for name, t in start.items()}:
                     raise ValueError("these are weights of another model than the plan's")
 

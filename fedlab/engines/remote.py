@@ -59,7 +59,7 @@ class Remote:
             while name not in early:
                 sender, answer = next(asked)  # every site that was asked occurs once
                 early[sender] = answer
-            yield self._read(name, early.pop(name), limit_for(state.params), state.round)
+            yield self._read(name, early.pop(name), limit_for(state.model), state.round)
 
     def exchange(self, task: SiteTask, step: str, inboxes: Messages, sites: Sequence[Site],
                  states: SiteStates) -> tuple[Messages, list[Failure]]:
@@ -87,7 +87,7 @@ class Remote:
         new = [name for name in names if name not in self._ready]
         if not new:
             return {}
-        plan, start = self.plan.to_json(), pack_weights(task.trainer.initial())
+        plan, start = self.plan.to_json(), pack_weights(task.trainer.initial_model())
         self.sent += len(start) * len(new)
         answers = dict(self._answers("begin", {name: (plan, start) for name in new}, round))
         refused = {name: answer for name, answer in answers.items() if isinstance(answer, Exception)}

@@ -177,6 +177,9 @@ class KeepUpdates:
                                 "start from one model")
         if state.models:
             raise star_only
+        if state.buffers:
+            raise ValueError("a model without one site is defined for weights only, not for buffers such as batch "
+                             "norm's statistics; use group norm, or SiteTrainer(buffers='keep')")
         start = weights_sha256(state.params)
         note = {"format": _FORMAT, "seed": task.seed,
                 "recipe_sha256": recipe_sha256([task.trainer, task.strategy, task.privacy])}

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from fedlab.core.global_generators import seeded
 from fedlab.core.seeds import derive, generator
-from fedlab.core.setting_checks import check_count, check_positive
+from fedlab.core.settings import check_positive, check_whole
 from fedlab.core.types import Tensors, Update
 from fedlab.core.weights import check_fit, trainable
 from fedlab.training.trainer import DiceBCE
@@ -67,9 +68,8 @@ def patch_net(*, width: int = 16, seed: int = 0) -> nn.Module:
     Raises:
         ValueError: `width` below 1.
     """
-    check_count(width=width)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "patch_net"))
+    check_whole(width=width)
+    with seeded(derive(seed, "patch_net")):
         return nn.Sequential(nn.Conv3d(4, width, 3, padding=1), nn.Softplus(beta=4),
                              nn.Conv3d(width, width, 3, padding=1), nn.Softplus(beta=4), nn.Conv3d(width, 3, 1))
 

@@ -19,8 +19,7 @@ from fedlab.core.errors import SiteError
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Engine, Trainer
 from fedlab.core.seeds import generator
-from fedlab.core.setting_checks import check_choice
-from fedlab.core.settings import check_positive
+from fedlab.core.settings import check_choice, check_positive
 from fedlab.core.types import Answer, Failure, Messages, Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask

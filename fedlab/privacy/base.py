@@ -137,7 +137,8 @@ class _Sum(Privacy):
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         for owner, layer in self._owned(state.owner):
-            update = check_update(layer.protect(update, state.of(owner), rng), like=update.delta, site=update.site)
+            update = check_update(layer.protect(update, state.of(owner), rng), like=update.delta,
+                                  buffers=update.buffers, site=update.site)
         return update
 
     def release(self, mean: Update, cohort: Cohort, state: ServerState, rng: torch.Generator) -> Update:

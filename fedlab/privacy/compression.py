@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from fedlab.core.errors import PrivacyError
-from fedlab.core.setting_checks import check_positive, check_share
+from fedlab.core.settings import check_positive, check_share
+from fedlab.core.tensors import flatten, unflatten
 from fedlab.core.types import SiteState, Tensors, Update
-from fedlab.core.weights import flatten, unflatten
 from fedlab.privacy.base import Privacy
 
 __all__ = ["Quantise", "ScaledSign", "SharePercentile", "TopK", "decode_levels", "decode_sparse", "encode_levels",

@@ -12,9 +12,10 @@ from torch import nn
 from fedlab.core.errors import PrivacyError
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run
-from fedlab.core.setting_checks import check_patterns
+from fedlab.core.settings import check_patterns
+from fedlab.core.tensors import matching
 from fedlab.core.types import Cohort, ServerState, Site, SiteState, Tensors, Update
-from fedlab.core.weights import matching, trainable
+from fedlab.core.weights import trainable
 from fedlab.privacy.base import Privacy
 
 __all__ = ["PersonalLayers", "norms", "norms_and_head"]
@@ -49,14 +50,15 @@ class PersonalLayers(Privacy):
         self.names = list(names)
 
     def local(self, params: Tensors, state: SiteState) -> Tensors:
-        """The weights of one site's own model.
+        """The weights of one site's own model, and the buffers that `SiteTrainer(buffers="keep")` leaves there.
 
         Args:
             params: of the global model.
             state: of the site; before its first round it has no values of its own.
         """
-        own = (slots for slots in state.namespaces.values() if slots and all(map(self._personal, slots)))
-        return {**params, **next(own, {})}
+        owned = {owner: slots for owner, slots in state.namespaces.items() if slots}
+        buffers = owned.pop("buffers", {})
+        return {**params, **next((slots for slots in owned.values() if all(map(self._personal, slots))), {}), **buffers}
 
     def check_order(self, *, before: Sequence[Privacy], after: Sequence[Privacy]) -> None:
         for other in before:
@@ -69,11 +71,14 @@ class PersonalLayers(Privacy):
         if len(matching(tensors, self.names)) == len(tensors):
             raise ValueError(f"{self.names} are all tensors of the model, so nothing would be shared; name fewer, or "
                              "see fedlab.run.baselines.local_only")
+        shared = run.trainer.initial_buffers()
         for name, module in run.trainer.model.named_modules():
             own = any(self._personal(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False))
-            if own and getattr(module, "running_mean", None) is not None:
-                raise ValueError(f"{name} keeps running statistics, which are not weights and do not stay at a site; "
-                                 "use group or instance norm")
+            moves = [key for key, _ in module.named_buffers(recurse=False) if f"{name}.{key}" in shared
+                     or (key == "running_mean" and run.trainer.buffers == "average")]
+            if own and moves:
+                raise ValueError(f"the weights of {name} stay at each site, but its running statistics are shared; say "
+                                 "SiteTrainer(buffers='keep'), as FedBN does, or use group or instance norm")
 
     def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
         own = {name: p for name, p in trainable(kit.model).items() if self._personal(name)}

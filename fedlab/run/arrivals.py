@@ -168,7 +168,8 @@ class Arrivals:
         try:
             if isinstance(answer, Failure):
                 raise answer.error
-            check_update(answer, like=state.at(answer.site).params, site=answer.site)
+            shown = state.at(answer.site)
+            check_update(answer, like=shown.params, buffers=shown.buffers, site=answer.site)
             if answer.round != self.state.round:
                 raise PrivacyError(f"the update of {answer.site} answers round {answer.round}, not "
                                    f"{self.state.round}")
@@ -192,5 +193,5 @@ class Arrivals:
 
 
 def _finite(state: ServerState) -> bool:
-    groups = (state.params, *state.models.values(), *state.moments.values())
+    groups = (state.model, *state.models.values(), *state.moments.values())
     return all(bool(torch.isfinite(tensor).all()) for group in groups for tensor in group.values())

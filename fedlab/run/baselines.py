@@ -25,7 +25,7 @@ def centralised(trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) ->
 
     The trainer is that of the federated run; other settings, such as rounds, seed and checkpoint, go to `federate`.
     """
-    load_weights(trainer.model, trainer.initial())
+    load_weights(trainer.model, trainer.initial_model())
     if trainer.steps is not None:
         trainer = replace(trainer, steps=trainer.steps * len(sites))
     return federate(trainer, [pooled(sites)], **settings)

@@ -97,6 +97,7 @@ class Checkpoint:
         shutil.rmtree(self.folder / f"{final.name}.part", ignore_errors=True)
         tensors = {f"params|{name}": t for name, t in state.params.items()}
         tensors |= {f"broadcast|{name}": t for name, t in state.broadcast.items()}
+        tensors |= {f"buffers|{name}": t for name, t in state.buffers.items()}
         groups = {"moments": state.moments, "models": state.models, "namespaces": state.namespaces}
         for kind, members in groups.items():
             # Sites may share one model; a file of tensors holds each separately.
@@ -150,7 +151,8 @@ class Checkpoint:
                 {unquote(group): slots for group, slots in _grouped(groups.get(kind, {})).items()}
                 for kind in ("moments", "models", "namespaces"))
             return ServerState(round=note["round"], params=groups["params"], broadcast=groups.get("broadcast", {}),
-                               ledger=note["ledger"], moments=moments, models=models, namespaces=namespaces), note
+                               buffers=groups.get("buffers", {}), ledger=note["ledger"], moments=moments, models=models,
+                               namespaces=namespaces), note
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise RunError(f"{folder} is damaged ({error}); remove the run's folder to start over") from error
 

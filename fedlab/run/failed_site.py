@@ -30,7 +30,7 @@ class FailedSite(SiteWork):
     Attributes:
         error: as the server sees it; the first exception is chained to it. For a debugger:
             `import pdb; pdb.post_mortem(failed.cause.__traceback__)`.
-        weights: of the model at the failure. The model itself is used for the next site: see `restore`.
+        weights: of the model at the failure, and its buffers. The model itself serves the next site: see `restore`.
     """
 
     error: FedlabError
@@ -47,7 +47,8 @@ class FailedSite(SiteWork):
         if work is None:
             raise ValueError(f"{error!r} carries no objects of a site; only errors raised in this process do")
         weights = {} if work.kit is None else {
-            name: p.detach().cpu().clone() for name, p in trainable(work.trainer.model).items()}
+            name: t.detach().cpu().clone() for name, t in (*trainable(work.trainer.model).items(),
+                                                           *work.trainer.model.named_buffers())}
         return cls(**{**vars(work), "site_state": work.site_state.copy()}, error=error, weights=weights)
 
     @property

@@ -66,6 +66,7 @@ def make_run(
     run.topology.check(run)
     _check_server(run)
     run.privacy.check(run)
+    run.trainer.check(run)
     return replace(run, task=SiteTask(trainer=trainer, privacy=privacy, seed=seed, strategy=run.strategy,
                                       aggregation=aggregation))
 
@@ -133,7 +134,8 @@ def loop(run: Run, state: ServerState | None) -> Iterator[Round]:
     Raises:
         ValueError: the strategy does not count the rounds.
     """
-    state = run.strategy.begin(run.trainer.initial()) if state is None else state
+    if state is None:
+        state = replace(run.strategy.begin(run.trainer.initial()), buffers=run.trainer.initial_buffers())
     while state.round < run.rounds:
         finished = run.topology(run, state)
         if finished.state.round != state.round + 1:
@@ -174,7 +176,7 @@ def federate(
     identity = run_recipe(run) if checkpoint is not None or trace is not None else {}
     saved, site_states = None, None
     if checkpoint is not None:
-        saved = Checkpoint.open(checkpoint, recipe=identity, start=trainer.initial())
+        saved = Checkpoint.open(checkpoint, recipe=identity, start=trainer.initial_model())
         identity = saved.recipe
         history.state, site_states, records = saved.load() or (None, saved.new_states(run.names), [])
         history.site_states = site_states
@@ -182,8 +184,8 @@ def federate(
         run = replace(run, task=replace(run.task, identity=identity))
     rounds_left = _rounds(run, history.state, site_states)
     traced = None if trace is None else Trace.open(
-        trace, recipe=identity, settings=_as_code(run), sites=run.sites, state=history.state, start=trainer.initial(),
-        resumable=saved is not None)
+        trace, recipe=identity, settings=_as_code(run), sites=run.sites, state=history.state,
+        start=trainer.initial_model(), resumable=saved is not None)
     try:
         with _full_disk_explained(), history.progress(enabled=progress) as show:
             for finished in _until_exhausted(rounds_left, history):
@@ -251,7 +253,7 @@ def _until_exhausted(run: Iterator[Round], history: History) -> Iterator[Round]:
 
 
 def _with_weights(trainer: SiteTrainer, state: ServerState) -> torch.nn.Module:
-    load_weights(trainer.model, state.params)
+    load_weights(trainer.model, trainer.local(state))
     return trainer.model
 
 

@@ -21,7 +21,7 @@ import textwrap
 import tokenize
 import types
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
@@ -33,6 +33,7 @@ from torch import nn
 
 from fedlab.core.types import Patient
 from fedlab.core.weights import patient_sha256, weights_sha256
+from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["differences", "patients_sha256", "recipe", "recipe_sha256", "sha256_of", "versions"]
 
@@ -139,6 +140,8 @@ def _recipe(value: Any, above: tuple[int, ...]) -> Json:
             return _code(value, above)
         case nn.Module():
             return _module(value, above)
+        case SiteTrainer():
+            return _trainer(value, above)
     return _object(value, above)
 
 
@@ -227,16 +230,35 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _module(module: nn.Module, above: tuple[int, ...]) -> Json:
-    """A torch module: its class, settings and children; of its tensors those that are not trained."""
-    values = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE and name != _NOTE}
-    fixed: dict[str, torch.Tensor] = dict(module.named_buffers(recurse=False))
-    fixed |= {name: p for name, p in module.named_parameters(recurse=False) if not p.requires_grad}
-    trained: dict[str, Json] = {name: [str(p.dtype), *p.shape] for name, p in module.named_parameters(recurse=False)
-                                if p.requires_grad}
-    return {"module": _recipe(type(module), above), "settings": {name: _recipe(v, above) for name, v in values.items()},
+def _trainer(trainer: SiteTrainer, above: tuple[int, ...]) -> Json:
+    """A trainer; what becomes of buffers that training moves is a setting only where there are some."""
+    found: dict[str, Any] = _object(trainer, above)
+    if moving := trainer.initial_model().keys() - trainer.initial().keys():
+        found["settings"]["model"] = _module(trainer.model, (*above, id(trainer.model)), moving)
+    else:
+        del found["settings"]["buffers"]
+    return found
+
+
+def _module(module: nn.Module, above: tuple[int, ...], moving: Collection[str] = ()) -> Json:
+    """A torch module: its class, settings and children; of its tensors those that do not change in training.
+
+    Args:
+        module: the module.
+        above: the objects that it is part of.
+        moving: names of its buffers that training moves.
+    """
+    own = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE and name != _NOTE}
+    tensors = {**dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
+    changing = {name for name, t in tensors.items() if t.requires_grad or name in moving}
+    fixed = {name: t for name, t in tensors.items() if name not in changing}
+    trained: dict[str, Json] = {name: [str(t.dtype), *t.shape] for name, t in tensors.items() if name in changing}
+    inside = {name: {key.removeprefix(f"{name}.") for key in moving if key.startswith(f"{name}.")}
+              for name, _ in module.named_children()}
+    return {"module": _recipe(type(module), above), "settings": {name: _recipe(v, above) for name, v in own.items()},
             "trained": trained, "fixed": weights_sha256(fixed) if fixed else "",
-            "children": {name: _recipe(child, above) for name, child in module.named_children()}}
+            "children": {name: _module(child, (*above, id(child)), inside[name]) if inside[name] else
+                         _recipe(child, above) for name, child in module.named_children()}}
 
 
 def _object(value: Any, above: tuple[int, ...]) -> dict[str, Json]:

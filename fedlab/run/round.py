@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from fedlab.privacy.noise.streams import noise_generator
 from fedlab.run.arrivals import Arrivals, Void
 from fedlab.strategies.averaging import TooFewUpdates
 
-__all__ = ["Star", "Workflow", "one_round", "star"]
+__all__ = ["Star", "Workflow", "one_round", "star", "with_buffers"]
 
 
 def one_round(run: Run, state: ServerState) -> Round:
@@ -25,7 +25,7 @@ def one_round(run: Run, state: ServerState) -> Round:
         PrivacyBudgetExhausted: every site of the cohort has withdrawn.
         FedlabError: a site failed, or too few updates were received, and the run has no admission rules.
     """
-    state = state.opened()
+    state = state.copy()
     arrivals = Arrivals(run, state, run.select(state))
     try:
         keys = run.aggregation.before(arrivals)  # none, unless sums are secure
@@ -34,10 +34,18 @@ def one_round(run: Run, state: ServerState) -> Round:
         mean = _combine(run, updates, arrivals)
         mean = run.aggregation.after(mean, keys, arrivals)
         mean = _release(run, mean, arrivals, state)
-        moved = run.strategy.step(state, mean)
+        moved = with_buffers(run.strategy.step(state, mean), state, mean)
     except Void as error:
         moved = arrivals.void(error)
     return arrivals.close(moved)
+
+
+def with_buffers(moved: ServerState, state: ServerState, mean: Update) -> ServerState:
+    """The state after the strategy's step, with the buffers of the mean; raises `ValueError` if it lacks them."""
+    if mean.buffers.keys() != state.buffers.keys():
+        raise ValueError("the strategy's mean lacks the network's buffers, such as the statistics of batch norm; "
+                         "combine with fedlab.strategies.weighted_mean, or say SiteTrainer(buffers='keep')")
+    return replace(moved, buffers={name: mean.buffers[name].to(b.dtype) for name, b in state.buffers.items()})
 
 
 def _combine(run: Run, updates: Iterator[Update], arrivals: Arrivals) -> Update:

@@ -120,7 +120,10 @@ class SiteTask:
             update = self.aggregation.mask(update, site_state.of("aggregation"), rng)
 
             work.stage = "check"
-            update = replace(check_update(update, like=state.params, site=site.name), round=state.round)
+            update = replace(check_update(update, like=state.params, buffers=state.buffers, site=site.name),
+                             round=state.round)
+            if update.buffers and self.guarded:
+                raise PrivacyError("no guarantee covers the network's buffers; say SiteTrainer(buffers='keep')")
             if ledger:
                 ledger = Ledger(site_state)
                 ledger.bind(trained)

@@ -70,7 +70,7 @@ class Trace:
         begin = {"format": _FORMAT, "settings": dict(settings), "versions": _versions(), **_data_of(sites),
                  "recipe_sha256": {part: hashlib.sha256(_canonical(what)).hexdigest() for part, what in recipe.items()}}
         number = 0 if state is None else state.round
-        model = model_sha256(state.params if state else start, state.models if state else {})
+        model = model_sha256(state.model if state else start, state.models if state else {})
         lines, rest = _complete_lines(path) if path.exists() else ([], b"")
         first_bytes = _canonical({"format": _FORMAT})[:-1]
         if resumable and not lines and rest[:len(first_bytes)] == first_bytes[:len(rest)]:
@@ -106,7 +106,7 @@ class Trace:
 
     def add(self, finished: Round) -> None:
         """Adds a finished round, which is on the disk when this returns."""
-        after = model_sha256(finished.state.params, finished.state.models)
+        after = model_sha256(finished.state.model, finished.state.models)
         self._write("round", cohort=list(finished.cohort), before=self._model, after=after, **record_of(finished))
         self._model = after
 
@@ -322,7 +322,7 @@ def _saved_model(folder: Path) -> tuple[str, int | None, str] | None:
     for place in (folder, folder / "arms" / "federated"):
         state = Checkpoint(place).state() if (place / "run.json").is_file() else None
         if state is not None:
-            return f"the checkpoint of round {state.round - 1}", state.round, model_sha256(state.params, state.models)
+            return f"the checkpoint of round {state.round - 1}", state.round, model_sha256(state.model, state.models)
     return None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run, Trainer
-from fedlab.core.settings import check_positive
+from fedlab.core.settings import check_choice, check_positive, check_share, check_within
 from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 
 __all__ = ["FedAvg", "FedNova", "NotFinite", "TooFewUpdates", "sgd_settings", "weighted_mean"]
@@ -27,50 +27,55 @@ class NotFinite(ValueError):
 
 
 def weighted_mean(updates: Iterable[Update]) -> Update:
-    """The mean of the updates by their weights, accumulated in float64 with one update in memory at a time.
+    """The mean of the updates by their weights, in float64 and with one update in memory at a time.
 
-    Returns:
-        An update of site "mean" whose weight is the sum of the weights and whose tensors are float64; of the metrics,
-        the means of those that every update has.
+    Its weight is the sum of the weights. Of buffers of whole numbers, such as counts, it has the largest, and of the
+    metrics the means of those that every update has.
 
     Raises:
         TooFewUpdates: there is no update.
-        ValueError: the mean is NaN or infinite.
+        NotFinite: the mean is NaN or infinite.
     """
     total: dict[str, torch.Tensor] = {}
     metrics: dict[str, float] = {}
     weight, steps = 0.0, 0
+    buffers: Tensors = {}
     for update in updates:
+        tensors, buffers = {**update.delta, **update.buffers}, update.buffers
         if not total:
-            total = {name: tensor.double() * update.weight for name, tensor in update.delta.items()}
+            total = {name: t.double() * update.weight if t.is_floating_point() else t for name, t in tensors.items()}
             metrics = {name: value * update.weight for name, value in update.metrics.items()}
         else:
-            for name, tensor in update.delta.items():
-                total[name].add_(tensor.double(), alpha=update.weight)
+            for name, t in tensors.items():
+                if t.is_floating_point():
+                    total[name].add_(t.double(), alpha=update.weight)
+                else:
+                    total[name] = torch.maximum(total[name], t)
             metrics = {name: value + update.metrics[name] * update.weight for name, value in metrics.items()
                        if name in update.metrics}
         weight += update.weight
         steps += update.steps
     if not total:
         raise TooFewUpdates("no update to combine: no site of the cohort answered")
-    for name, tensor in total.items():
-        if not torch.isfinite(tensor.div_(weight)).all():
+    for name, t in total.items():
+        if t.is_floating_point() and not torch.isfinite(t.div_(weight)).all():
             raise NotFinite(f"the mean of the updates is NaN or infinite in {name}: an update that is not finite, or "
                             "an update or a weight of extreme size, was combined")
-    return Update(site="mean", delta=total, weight=weight, steps=steps,
-                  metrics={name: value / weight for name, value in metrics.items()})
+    return Update(site="mean", delta={name: t for name, t in total.items() if name not in buffers}, weight=weight,
+                  steps=steps, metrics={name: value / weight for name, value in metrics.items()},
+                  buffers={name: total[name] for name in buffers})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg:
-    """Federated averaging (McMahan et al., AISTATS 2017, arXiv 1602.05629).
+    """Federated averaging (McMahan et al., AISTATS 2017, arXiv 1602.05629): the model moves to the mean of the sites'.
 
-    The model moves to the mean of the sites' models. It is hard to beat where sites are alike and rounds are short.
-    Where they differ much, long local training pulls each site's model to its own optimum (client drift), which
-    `FedProx`, `SCAFFOLD`, `FedNova` and `FedOpt` counter in different ways.
+    It is hard to beat where sites are alike and rounds are short. Where they differ much, long local training pulls
+    each site's model to its own optimum (client drift), which `FedProx`, `SCAFFOLD`, `FedNova` and `FedOpt` counter.
 
     Attributes:
         one_server: whether its sums hold only where all updates of a round meet at one server.
+        takes_buffers: whether buffers, such as batch norm's statistics, may enter as their weighted mean.
 
     Args:
         weights: of an update in the mean: the site's training "patients" (as in the paper and in Li et al. 2019), the
@@ -83,17 +88,16 @@ class FedAvg:
     """
 
     one_server: ClassVar[bool] = False
+    takes_buffers: ClassVar[bool] = True
 
     weights: Literal["patients", "steps", "uniform"] = "patients"
     server_lr: float = 1.0
     sample: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.weights not in ("patients", "steps", "uniform"):
-            raise ValueError(f"weights is 'patients', 'steps' or 'uniform', got {self.weights!r}")
+        check_choice(("patients", "steps", "uniform"), weights=self.weights)
         check_positive(server_lr=self.server_lr)
-        if not 0 < self.sample <= 1:
-            raise ValueError(f"sample is a probability above 0 and at most 1, got {self.sample}")
+        check_share(sample=self.sample)
 
     def bind(self, run: Run) -> FedAvg:
         return self
@@ -160,11 +164,9 @@ class UniformAvg(FedAvg):
 class FedNova(FedAvg):
     """Normalised averaging (Wang et al., NeurIPS 2020, arXiv 2007.07481).
 
-    Where sites take different numbers of steps, as with `epochs` at sites of different size, the plain mean leans
-    towards those that take more, beyond the weight of their patients. Here each update is divided by the length of its
-    site's path, and the mean of these directions is multiplied by the mean length. With equal steps it is FedAvg. The
-    length is known for SGD only, so other optimisers are refused.
-
+    Where sites take different numbers of steps, as with `epochs`, the plain mean leans towards those that take more,
+    beyond the weight of their patients. Here each update is divided by the length of its site's path, and the mean of
+    these directions is multiplied by the mean length. With equal steps it is FedAvg. The length is known for SGD only.
     A site counts by the steps that it claims to have taken: not for sites that may be malicious.
 
     Args:
@@ -181,17 +183,17 @@ class FedNova(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is at least 0 and below 1, got {self.momentum}")
+        if self.momentum is not None:
+            check_within(below=1, momentum=self.momentum)
         if self.weights == "steps":
             raise ValueError("FedNova itself divides by the steps: weights is 'patients' or 'uniform', got 'steps'")
 
     def bind(self, run: Run) -> FedNova:
         sgd = sgd_settings(run.trainer)
         if sgd is None or sgd["nesterov"] or sgd["dampening"] or not sgd["momentum"] < 1:
-            raise ValueError(f"FedNova knows the path of torch.optim.SGD with a momentum below 1, no dampening and no "
-                             f"Nesterov step; the trainer's optimiser is "
-                             f"{'another' if sgd is None else f'SGD with {sgd}'}; say optimiser=lambda p, lr: "
+            found = "another" if sgd is None else f"SGD with {({k: v for k, v in sgd.items() if k != 'params'})}"
+            raise ValueError("FedNova knows the path of torch.optim.SGD with a momentum below 1, no dampening and no "
+                             f"Nesterov step; the trainer's optimiser is {found}; say optimiser=lambda p, lr: "
                              "torch.optim.SGD(p, lr, momentum=0.9)")
         if self.momentum not in (None, sgd["momentum"]):
             raise ValueError(f"FedNova(momentum={self.momentum:g}) is not for this run, whose sites train with "
@@ -222,16 +224,12 @@ class FedNova(FedAvg):
 
 
 def square_distance(one: Tensors, other: Tensors) -> float:
-    """Squared Euclidean distance over all tensors; exact sums, so that their order does not matter."""
+    """Squared Euclidean distance over all tensors of `one`; exact sums, so that their order does not matter."""
     return math.fsum(float((t.double() - other[name].double()).square().sum()) for name, t in one.items())
 
 
 def moved(params: Tensors, delta: Tensors, length: float) -> dict[str, torch.Tensor]:
-    """The weights after a step of `length` times `delta`, added in float64.
-
-    Raises:
-        ValueError: they would be NaN or infinite.
-    """
+    """The weights after a step of `length` times `delta`, added in float64; raises `NotFinite` if they are not."""
     after = {name: p.double().add(delta[name].double(), alpha=length).to(p.dtype) for name, p in params.items()}
     for name, p in after.items():
         if not torch.isfinite(p).all():
@@ -243,6 +241,4 @@ def moved(params: Tensors, delta: Tensors, length: float) -> dict[str, torch.Ten
 def sgd_settings(trainer: Trainer) -> dict[str, Any] | None:
     """The settings of the sites' optimiser if it is `torch.optim.SGD`, else None."""
     made = trainer.optimiser([nn.Parameter(torch.zeros(1))], 1.0)
-    if type(made) is not torch.optim.SGD:
-        return None
-    return {name: value for name, value in made.param_groups[0].items() if name not in ("params", "lr")}
+    return made.param_groups[0] if type(made) is torch.optim.SGD else None

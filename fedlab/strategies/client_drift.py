@@ -14,7 +14,7 @@ import torch
 
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Run, Trainer
-from fedlab.core.settings import check_positive, check_whole
+from fedlab.core.settings import check_positive, check_whole, check_within
 from fedlab.core.types import ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import trainable
 from fedlab.strategies.averaging import FedAvg, UniformAvg, moved, sgd_settings
@@ -22,20 +22,19 @@ from fedlab.strategies.averaging import FedAvg, UniformAvg, moved, sgd_settings
 __all__ = ["SCAFFOLD", "Ditto", "FedProx"]
 
 _CONTROL = "control variate"  # of the server, in ServerState.moments
-_PERSONAL = "model|"  # prefix of the names under which Ditto keeps a site's own weights
+_PERSONAL, _BUFFERS = "model|", "buffers|"  # prefixes of the names under which Ditto keeps a site's own model
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedProx(FedAvg):
     """Local training that is pulled back to where it began (Li et al., MLSys 2020, arXiv 1812.06127).
 
-    Each site minimises its loss plus mu/2 times the squared distance from the weights that its round began with. It
-    helps where sites differ and train long between rounds. The paper also lets sites do different amounts of work,
-    which `FedNova` corrects for. With mu=0 it is FedAvg.
+    Each site minimises its loss plus mu/2 times the squared distance from the weights that its round began with, which
+    helps where sites differ and train long between rounds. `FedNova` corrects for different amounts of work. With mu=0
+    it is FedAvg.
 
     Args:
-        mu: strength of the pull. With plain SGD the learning rate times mu must stay below 2, or training diverges; the
-            paper tries 0.001 to 1.
+        mu: strength of the pull. With plain SGD mu times the learning rate must stay below 2; the paper tries 0.001-1.
 
     Raises:
         ValueError: a mu that is negative or infinite.
@@ -45,8 +44,7 @@ class FedProx(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.mu < float("inf"):
-            raise ValueError(f"mu is a number of at least 0, got {self.mu}")
+        check_within(mu=self.mu)
 
     def equip(self, kit: Kit, site: Site, state: ServerState, site_state: SiteState) -> Kit:
         if self.mu > 0:
@@ -62,12 +60,11 @@ class SCAFFOLD(UniformAvg):
     from the round before. It helps where sites differ, train long and take part often. Needs plain SGD with a fixed
     number of steps; with equal sites, or in the first round, it is FedAvg.
 
-    Nothing but the update leaves a site. The paper also sends the change of the site's control variate. It is minus
-    the server's control variate less the update per step and learning rate, so the server computes it; the site
-    computes the same from its *protected* update, so a technique affects both alike. The server's control variate goes
-    to the sites with the weights: broadcasts are twice as large. Noise on the mean enters it too; then the number of
-    updates received is replaced by the expected number, since noise does not hide it. A site whose update is refused
-    has still moved its own control variate: the server's differs by that until a round in which all take part.
+    Nothing but the update leaves a site: the change of its control variate, which the paper also sends, is minus the
+    server's control variate less the update per step and learning rate. Server and site compute it from the
+    *protected* update, so a technique affects both alike. Broadcasts are twice as large. Noise on the mean enters the
+    control variate too; then the expected number of updates counts, since noise does not hide the number received. A
+    site whose update is refused has still moved its own, until a round in which all take part.
 
     Args:
         sites, steps, lr: number of all sites, and steps and learning rate of the trainer; read from the run.
@@ -108,27 +105,27 @@ class SCAFFOLD(UniformAvg):
         return replace(self, **found)
 
     def equip(self, kit: Kit, site: Site, state: ServerState, site_state: SiteState) -> Kit:
-        ours, own = self._controls(state, site_state.own)
-        terms = {name: (c - own[name]).to(kit.device) for name, c in ours.items()}
+        server, own = self._controls(state, site_state.own)
+        terms = {name: (c - own[name]).to(kit.device) for name, c in server.items()}
         _add_to_gradient(kit, lambda name, p: terms[name])
         return kit
 
     def remember(self, trainer: Trainer, site: Site, state: ServerState, update: Update, site_state: SiteState,
                  seed: int) -> None:
-        ours, own = self._controls(state, site_state.own)
+        server, own = self._controls(state, site_state.own)
         gradient = -1 / self._travel(state.round)
         site_state.own.update({
             name: (own[name].double() - c.double() + update.delta[name].double() * gradient).to(c.dtype)
-            for name, c in ours.items()})
+            for name, c in server.items()})
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
         # Noise at the server is sized for the expected cohort and hides who took part; an empty mean has no steps.
         sites = self.sites or 1
         arrived = sites * self.sample if mean.spent else mean.weight if mean.steps else 0.0
         share, gradient = arrived / sites, -1 / self._travel(state.round)
-        ours, _ = self._controls(state, {})
+        server, _ = self._controls(state, {})
         control = {name: (c.double() * (1 - share) + mean.delta[name].double() * (share * gradient)).to(c.dtype)
-                   for name, c in ours.items()}
+                   for name, c in server.items()}
         after = super().step(state, mean)
         return replace(after, moments={**state.moments, _CONTROL: control})
 
@@ -153,17 +150,16 @@ class SCAFFOLD(UniformAvg):
 class Ditto(FedAvg):
     """A personal model for each site beside the global one (Li et al., ICML 2021, arXiv 2012.04221).
 
-    The global model is trained as in FedAvg. Then each site trains a model of its own, with the same optimiser and as
+    After training the global model as in FedAvg, each site trains a model of its own, with the same optimiser and as
     many steps, on its loss plus lam/2 times the squared distance from the global weights that the round began with. It
-    helps where no single model suits all sites, and where some sites may be malicious, since a site need not follow
-    them. It doubles the training. lam=0 is training alone.
+    helps where no single model suits all sites, or some may be malicious. It doubles the training. lam=0 is training
+    alone.
 
-    The personal model stays in the site's state and in checkpoints, and enters nothing that leaves the site. No
-    privacy technique protects it: it is as private as the site's patients, so do not publish it.
+    The personal model stays in the site's state and in checkpoints. No privacy technique protects it: it is as private
+    as the site's patients, so do not publish it.
 
     Args:
-        lam: strength of the pull. With plain SGD the learning rate times lam must stay below 2; the paper tries 0.05
-            to 2.
+        lam: strength of the pull. With plain SGD lam times the learning rate must stay below 2; the paper tries 0.05-2.
 
     Raises:
         ValueError: a lam that is negative or infinite; before the first round personal layers.
@@ -173,17 +169,15 @@ class Ditto(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.lam < float("inf"):
-            raise ValueError(f"lam is a number of at least 0, got {self.lam}")
+        check_within(lam=self.lam)
 
     def local(self, params: Tensors, site_state: SiteState) -> Tensors:
-        """The weights of one site's own model.
+        """A site's own model from its state, such as `history.site_states["site-0"]`, and the global `params`.
 
-        Args:
-            params: of the global model, which is a site's own before its first round.
-            site_state: of the site, such as `history.site_states["site-0"]`.
+        Before its first round that is the global model, such as `history.state.model`.
         """
-        return _part(site_state.of("strategy").own, _PERSONAL) or dict(params)
+        own = site_state.of("strategy").own
+        return {**params, **_part(own, _PERSONAL), **_part(own, _BUFFERS)}
 
     def bind(self, run: Run) -> Ditto:
         if any(layer.keeps_tensors for layer in run.privacy.layers):
@@ -195,8 +189,9 @@ class Ditto(FedAvg):
                  seed: int) -> None:
         # The same seed as for the global model: with lam=0 this is bit-equal to the site training alone.
         own = site_state.own
-        start = replace(state, params=self.local(state.params, site_state))
-        moments = SiteState(namespaces={"optimiser": _part(own, "optimiser|")}, owner="optimiser")
+        start = state.holding(self.local(state.model, site_state))
+        moments = SiteState(namespaces={"optimiser": _part(own, "optimiser|"), "buffers": _part(own, _BUFFERS)},
+                            owner="optimiser")
         kit = trainer.prepare(site, start, site_state=moments, seed=seed)
         if self.lam > 0:
             _pull(kit, self.lam, to=state.params)
@@ -204,8 +199,10 @@ class Ditto(FedAvg):
             trained = trainer.fit(kit, site, start, site_state=moments, seed=seed)
         finally:
             kit.close()
-        own.update({_PERSONAL + name: t for name, t in moved(start.params, trained.delta, 1.0).items()})
+        model = {**moved(start.params, trained.delta, 1.0), **trained.buffers}
+        own.update({_PERSONAL + name: t for name, t in model.items()})
         own.update({"optimiser|" + name: t for name, t in moments.own.items()})
+        own.update({_BUFFERS + name: t for name, t in moments.of("buffers").own.items()})
 
 
 def _differ(given: Any, found: Any, rounds: int) -> bool:
@@ -221,10 +218,7 @@ def _part(own: Tensors, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def _pull(kit: Kit, strength: float, *, to: Tensors | None) -> None:
-    """A term of the gradient towards these weights, or towards those that training begins with.
-
-    The latter are read at the first step, after techniques such as personal layers have put theirs in.
-    """
+    """A term of the gradient towards these weights, or towards those found at the first step, after all techniques."""
     anchor: dict[str, torch.Tensor] = {} if to is None else {name: t.to(kit.device) for name, t in to.items()}
 
     def term(name: str, p: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 All but `NormBound` need every update at once, in one place. They use single updates, so secure aggregation cannot hide
 those, and noise at the server has no bound to be sized by: both refuse these strategies. What they combine is no mean:
-where sites differ for honest reasons, a rare site is left out like a malicious one.
+where sites differ for honest reasons, a rare site is left out like a malicious one. They judge weights only, so a run
+in which sites send buffers too, such as the statistics of batch norm, is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from fedlab.core.protocols import Run
-from fedlab.core.settings import check_positive, check_whole
+from fedlab.core.settings import check_positive, check_whole, check_within
 from fedlab.core.types import Update
 from fedlab.strategies.averaging import FedAvg, TooFewUpdates, UniformAvg, square_distance, weighted_mean
 
@@ -27,12 +28,14 @@ class CoordinateMedian(UniformAvg):
     """The median of each coordinate (Yin et al., ICML 2018, arXiv 1803.01498).
 
     Holds as long as fewer than half of the updates are bad, and needs no setting. The median of an even number is the
-    mean of the two in the middle. Every update counts the same, whatever weight its sender claims. With few sites that
-    differ it moves less than the mean, since no coordinate follows the one site that learns most about it.
+    mean of the two in the middle. With few sites that differ it moves less than the mean, since no coordinate follows
+    the one site that learns most about it.
 
     Raises:
         ValueError: weights other than "uniform".
     """
+
+    takes_buffers: ClassVar[bool] = False
 
     def combine(self, updates: Iterable[Update]) -> Update:
         return _by_coordinate(_collected(updates), _median)
@@ -52,12 +55,12 @@ class TrimmedMean(UniformAvg):
         ValueError: a share outside [0, 0.5), or weights other than "uniform".
     """
 
+    takes_buffers: ClassVar[bool] = False
     trim: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.trim < 0.5:
-            raise ValueError(f"trim is a share of at least 0 and below 0.5, got {self.trim}")
+        check_within(below=0.5, trim=self.trim)
 
     def combine(self, updates: Iterable[Update]) -> Update:
         collected = _collected(updates)
@@ -70,10 +73,9 @@ class TrimmedMean(UniformAvg):
 class Krum(UniformAvg):
     """The updates that lie closest to their neighbours (Blanchard et al., NeurIPS 2017, arXiv 1703.02757).
 
-    An update's score is the sum of its squared distances to the n - f - 2 others nearest to it, where n is the number
-    of updates received and f of them may be bad. The result is the update with the smallest score, or the mean of the
-    `chosen` best (multi-Krum). Needs n of at least 2f + 3. For few bad sites among many alike: it discards most
-    updates, and follows the majority where sites differ.
+    An update's score is the sum of its squared distances to the n - f - 2 nearest of the n received, f of which may be
+    bad; n is at least 2f + 3. The result is the update with the smallest score, or the mean of the `chosen` best
+    (multi-Krum). For few bad sites among many alike: it discards most updates, and follows the majority.
 
     Args:
         attackers: f, the number of bad updates to withstand.
@@ -83,6 +85,7 @@ class Krum(UniformAvg):
         ValueError: a setting out of its range, weights other than "uniform", or before the first round too few sites.
     """
 
+    takes_buffers: ClassVar[bool] = False
     one_server: ClassVar[bool] = True
 
     attackers: int
@@ -127,10 +130,9 @@ class Krum(UniformAvg):
 class GeometricMedian(FedAvg):
     """The point with the smallest sum of distances to the updates (RFA: Pillutla et al. 2022, arXiv 1912.13445).
 
-    Holds as long as bad sites have less than half of the weight; unlike the coordinate's median it turns with the
-    coordinates and honours weights. Found by the smoothed Weiszfeld algorithm of the paper, begun at the coordinate
-    median rather than at the mean, which one bad site can move arbitrarily far. Weights are claimed by their senders:
-    use weights="uniform" where sites may be malicious.
+    Holds as long as bad sites have less than half of the weight, which their senders claim: use weights="uniform" where
+    sites may be malicious. Found by the smoothed Weiszfeld algorithm of the paper, begun at the coordinate median
+    rather than at the mean, which one bad site can move arbitrarily far.
 
     Args:
         iterations: largest number of iterations.
@@ -141,6 +143,7 @@ class GeometricMedian(FedAvg):
         ValueError: a setting out of its range.
     """
 
+    takes_buffers: ClassVar[bool] = False
     iterations: int = 100
     nu: float = 1e-6
 
@@ -168,10 +171,9 @@ class GeometricMedian(FedAvg):
 class NormBound(FedAvg):
     """The mean of updates that are first scaled down to a norm of at most `bound` (Sun et al. 2019, arXiv 1911.07963).
 
-    No site can move the model by more than its share of `bound`, however far it scales its update; attackers that stay
-    within the bound are not affected. Streams, honours weights, and changes nothing while all updates are shorter than
-    the bound: the mildest of these strategies. `Admission(max_norm=...)` refuses longer updates instead. A clip at the
-    site, as for differential privacy, binds only sites that apply it.
+    No site can move the model by more than its share of `bound`, however far it scales its update. The mildest of these
+    strategies: it streams, honours weights, and changes nothing while all updates are shorter.
+    `Admission(max_norm=...)` refuses longer updates instead; a clip at the site binds only sites that apply it.
 
     Args:
         bound: Euclidean norm, in the unit of the weights; see `History.sites()` for those of a run.
@@ -180,6 +182,7 @@ class NormBound(FedAvg):
         ValueError: a bound that is not positive.
     """
 
+    takes_buffers: ClassVar[bool] = False
     bound: float
 
     def __post_init__(self) -> None:
@@ -187,20 +190,15 @@ class NormBound(FedAvg):
         check_positive(bound=self.bound)
 
     def combine(self, updates: Iterable[Update]) -> Update:
-        return super().combine(self._shortened(update) for update in updates)
+        def shortened(update: Update) -> Update:
+            norm = update.norm()
+            return update if norm <= self.bound else update.map(lambda t: t.double() * (self.bound / norm))
 
-    def _shortened(self, update: Update) -> Update:
-        norm = update.norm()
-        return update if norm <= self.bound else update.map(lambda t: t.double() * (self.bound / norm))
+        return super().combine(map(shortened, updates))
 
 
 def _collected(updates: Iterable[Update]) -> list[Update]:
-    """All updates, by the names of their sites.
-
-    Raises:
-        TooFewUpdates: there is none.
-        ValueError: one is NaN or infinite: sorting would hide it.
-    """
+    """All updates, by the names of their sites; raises `ValueError` if there is none, or one that is not finite."""
     collected = sorted(updates, key=lambda update: update.site)
     if not collected:
         raise TooFewUpdates("no update to combine: no site of the cohort answered")

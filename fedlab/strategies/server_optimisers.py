@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from fedlab.core.settings import check_positive
+from fedlab.core.settings import check_choice, check_positive, check_within
 from fedlab.core.types import ServerState, Tensors, Update
 from fedlab.strategies.averaging import FedAvg, moved
 
@@ -20,10 +20,9 @@ _FIRST, _SECOND = "momentum", "variance"  # groups of ServerState.moments
 class FedOpt(FedAvg):
     """An optimiser at the server: FedAdam, FedYogi, FedAdagrad (Reddi et al., ICLR 2021, arXiv 2003.00295) or momentum.
 
-    Coordinates whose updates are small or rare get larger steps, and noise of single rounds averages out. It helps
-    where FedAvg is slow or unsteady, such as with few sites per round. "momentum" is FedAvgM (Hsu et al. 2019, arXiv
-    1909.06335), and FedAvg with beta1=0 and server_lr=1. The server keeps one or two more copies of the model, in
-    float64, in `ServerState.moments`. Sites train as in FedAvg, and after noise at the server it costs no privacy.
+    Coordinates whose updates are small or rare get larger steps, and noise of single rounds averages out, which helps
+    where FedAvg is slow or unsteady. "momentum" is FedAvgM (Hsu et al. 2019, arXiv 1909.06335), and FedAvg with beta1=0
+    and server_lr=1. The server keeps one or two more copies of the model, in float64. After noise it costs no privacy.
 
     Args:
         rule: "adam" forgets old squares at a fixed rate, "yogi" only as fast as the new ones differ, "adagrad" never;
@@ -46,11 +45,8 @@ class FedOpt(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rule not in ("adam", "yogi", "adagrad", "momentum"):
-            raise ValueError(f"rule is 'adam', 'yogi', 'adagrad' or 'momentum', got {self.rule!r}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 0 and below 1, got {getattr(self, name)}")
+        check_choice(("adam", "yogi", "adagrad", "momentum"), rule=self.rule)
+        check_within(below=1, beta1=self.beta1, beta2=self.beta2)
         check_positive(tau=self.tau)
 
     def step(self, state: ServerState, mean: Update) -> ServerState:

@@ -48,11 +48,14 @@ class Buffered(Workflow):
         if unknown or self.size > len(run.sites):
             raise ValueError(f"a buffer of {self.size} updates from {len(run.sites)} sites"
                              + (f", and times of unknown sites: {unknown}" if unknown else ""))
+        if run.trainer.initial_buffers():
+            raise ValueError("late updates count less, which the mean of statistics such as batch norm's can't follow: "
+                             "leave them at the sites with SiteTrainer(buffers='keep'), or use group norm")
         if run.strategy.sample < 1:
             raise ValueError("sites send when they are ready, so the strategy draws none: leave its sample at 1")
 
     def __call__(self, run: Run, state: ServerState) -> Round:
-        state = state.opened()
+        state = state.copy()
         arrivals = Arrivals(run, state, run.select(state))
         names = [site.name for site in arrivals.cohort]
         ready = {name: float(state.moments.get("ready", {}).get(name, self.seconds.get(name, 1.0))) for name in names}
@@ -74,7 +77,7 @@ class Buffered(Workflow):
         for site in first:
             ready[site.name] = now + self.seconds.get(site.name, 1.0)
             begun[site.name] = after.round
-        models = {name: after.params if name in overtaken else state.at(name).params for name in names}
+        models = {name: after.model if name in overtaken else state.at(name).model for name in names}
         clock: dict[str, Mapping[str, float]] = {"ready": ready, "begun": begun, "overtaken": overtaken,
                                                  "withdrawn": withdrawn, "clock": {"seconds": now}}
         kept = {group: {name: torch.tensor(float(value), dtype=torch.float64) for name, value in slots.items()}

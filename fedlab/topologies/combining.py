@@ -1,4 +1,4 @@
-"""What several workflows share: sums of models, and refusing strategies whose part at the server would not run."""
+"""What several workflows share: models after updates, sums of models, and refusing strategies that need a server."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from collections.abc import Mapping
 import torch
 
 from fedlab.core.protocols import Strategy
-from fedlab.core.types import Tensors
-from fedlab.strategies.averaging import FedAvg
+from fedlab.core.types import Tensors, Update
+from fedlab.strategies.averaging import FedAvg, moved
 
-__all__ = ["check_plain_mean", "combined", "difference"]
+__all__ = ["after_update", "check_plain_mean", "combined"]
 
 
-def difference(after: Tensors, before: Tensors) -> Tensors:
-    """The change, in the order of the model."""
-    return {name: after[name] - p for name, p in before.items()}
+def after_update(model: Tensors, update: Update) -> Tensors:
+    """A model after one site's update: its weights moved, its buffers those of the update."""
+    return {**moved({name: model[name] for name in model if name not in update.buffers}, update.delta, 1.0),
+            **{name: b.to(model[name].dtype) for name, b in update.buffers.items()}}
 
 
 def combined(weights: Mapping[str, float], models: Mapping[str, Tensors]) -> Tensors:
-    """A weighted sum of models, accumulated in float64."""
-    like = models[next(iter(weights))]
-    return {name: sum((w * models[site][name].double() for site, w in weights.items()),
-                      torch.zeros_like(p, dtype=torch.float64)).to(p.dtype) for name, p in like.items()}
+    """A weighted sum of models, accumulated in float64; of whole numbers, which only buffers are, the largest."""
+    def value(name: str, like: torch.Tensor) -> torch.Tensor:
+        if not like.is_floating_point():
+            return torch.stack([models[site][name] for site in weights]).amax(dim=0)
+        total = torch.zeros_like(like, dtype=torch.float64)
+        return sum((w * models[site][name].double() for site, w in weights.items()), total).to(like.dtype)
+
+    return {name: value(name, like) for name, like in models[next(iter(weights))].items()}
 
 
 def check_plain_mean(strategy: Strategy, why: str) -> None:

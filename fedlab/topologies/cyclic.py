@@ -9,8 +9,7 @@ from fedlab.core.protocols import Run, Topology
 from fedlab.core.types import Round, ServerState
 from fedlab.run.arrivals import Arrivals, Void
 from fedlab.run.round import Workflow
-from fedlab.strategies.averaging import moved
-from fedlab.topologies.combining import check_plain_mean
+from fedlab.topologies.combining import after_update, check_plain_mean
 
 __all__ = ["Ring", "ring"]
 
@@ -28,14 +27,14 @@ class Ring(Workflow):
         check_plain_mean(run.strategy, "a ring has no server to combine updates or to step with them")
 
     def __call__(self, run: Run, state: ServerState) -> Round:
-        state = state.opened()
+        state = state.copy()
         arrivals = Arrivals(run, state, run.select(state))
-        params = state.params
+        model = state.model
         try:
             for site in arrivals.cohort:
-                for update in arrivals.train(replace(state, params=params), [site]):
-                    params = moved(params, update.delta, 1.0)
-            after = replace(state, round=state.round + 1, params=params)
+                for update in arrivals.train(state.holding(model), [site]):
+                    model = after_update(model, update)
+            after = replace(state.holding(model), round=state.round + 1)
         except Void as error:
             after = arrivals.void(error)
         return arrivals.close(after)

@@ -11,8 +11,8 @@ from fedlab.core.protocols import Run
 from fedlab.core.types import Round, ServerState, Tensors
 from fedlab.run.arrivals import Arrivals, Void
 from fedlab.run.round import Workflow
-from fedlab.strategies.averaging import TooFewUpdates, moved, square_distance
-from fedlab.topologies.combining import check_plain_mean, combined
+from fedlab.strategies.averaging import TooFewUpdates, square_distance
+from fedlab.topologies.combining import after_update, check_plain_mean, combined
 
 __all__ = ["Gossip"]
 
@@ -52,14 +52,14 @@ class Gossip(Workflow):
                              f"{len(run.names) - 1}; got {sorted(map(str, self.graph))}")
 
     def __call__(self, run: Run, state: ServerState) -> Round:
-        state = state.opened()
+        state = state.copy()
         arrivals = Arrivals(run, state, run.select(state))
-        models: dict[str, Tensors] = {name: state.models.get(name, state.params) for name in run.names}
+        models: dict[str, Tensors] = {name: state.models.get(name, state.model) for name in run.names}
         try:
             if not arrivals.cohort:
                 raise TooFewUpdates("no site was drawn")
             for update in arrivals.train(replace(state, models=models), arrivals.cohort):
-                models[update.site] = moved(models[update.site], update.delta, 1.0)
+                models[update.site] = after_update(models[update.site], update)
             after = self.mixed(state, models, run.names, arrivals.present)
         except Void as error:
             after = arrivals.void(error)
@@ -71,7 +71,7 @@ class Gossip(Workflow):
         weights = self.mixing(names, present)
         mixed = {name: combined(weights[name], models) for name in names}
         mean = combined({name: 1 / len(names) for name in names}, mixed)
-        return replace(state, round=state.round + 1, params=mean, models=mixed)
+        return replace(state.holding(mean), round=state.round + 1, models=mixed)
 
     def mixing(self, names: Sequence[str], present: Sequence[str]) -> dict[str, dict[str, float]]:
         """The mixing matrix, one row per site: the share of each model in the site's next one."""
@@ -95,7 +95,7 @@ class Gossip(Workflow):
         return [(a, b) for a in names for b in names if graph.has_edge(a, b)]
 
     def metrics(self, state: ServerState) -> Mapping[str, float]:
-        squares = [square_distance(model, state.params) for model in state.models.values()]
+        squares = [square_distance(state.params, model) for model in state.models.values()]
         return {"consensus distance": math.sqrt(sum(squares) / len(squares))} if squares else {}
 
     def __repr__(self) -> str:

@@ -10,9 +10,9 @@ from itertools import pairwise
 from fedlab.core.protocols import Run, Topology
 from fedlab.core.types import Round, ServerState, Site, Tensors, Update
 from fedlab.run.arrivals import Arrivals, Void
-from fedlab.run.round import Star, Workflow, star
-from fedlab.strategies.averaging import TooFewUpdates, moved
-from fedlab.topologies.combining import difference
+from fedlab.run.round import Star, Workflow, star, with_buffers
+from fedlab.strategies.averaging import TooFewUpdates
+from fedlab.topologies.combining import after_update
 from fedlab.topologies.cyclic import Ring
 from fedlab.topologies.gossip import Gossip
 
@@ -62,7 +62,7 @@ class Tree(Workflow):
         self.between.check(replace(run, sites=tuple(Site(name=region, train=()) for region in self.regions)))
 
     def __call__(self, run: Run, state: ServerState) -> Round:
-        state = state.opened()
+        state = state.copy()
         arrivals = Arrivals(run, state, run.select(state))
         drawn = {site.name: site for site in arrivals.cohort}
         order = {name: place for place, name in enumerate(drawn)}
@@ -81,20 +81,20 @@ class Tree(Workflow):
         """The state after the upper workflow combined the regions' updates as it combines sites' updates."""
         if isinstance(self.between, Star):
             mean = run.strategy.combine(self._regional(run, state, arrivals, present))
-            return run.strategy.step(state, mean)
+            return with_buffers(run.strategy.step(state, mean), state, mean)
         if isinstance(self.between, Gossip):
             names = list(self.regions)
-            models: dict[str, Tensors] = {name: state.models.get(name, state.params) for name in names}
+            models: dict[str, Tensors] = {name: state.models.get(name, state.model) for name in names}
             received = []
             for update in self._regional(run, replace(state, models=models), arrivals, present):
-                models[update.site] = moved(models[update.site], update.delta, 1.0)
+                models[update.site] = after_update(models[update.site], update)
                 received.append(update.site)
             return self.between.mixed(state, models, names, received)
-        params = state.params
+        model = state.model
         for region in present:
-            for update in self._regional(run, replace(state, params=params), arrivals, {region: present[region]}):
-                params = moved(params, update.delta, 1.0)
-        return replace(state, round=state.round + 1, params=params)
+            for update in self._regional(run, state.holding(model), arrivals, {region: present[region]}):
+                model = after_update(model, update)
+        return replace(state.holding(model), round=state.round + 1)
 
     def _regional(self, run: Run, state: ServerState, arrivals: Arrivals, regions: Regions) -> Iterator[Update]:
         """The update of each region, which counts like that of a site."""
@@ -104,13 +104,14 @@ class Tree(Workflow):
                 with suppress(TooFewUpdates):  # a region all of whose sites are absent sends nothing
                     yield replace(run.strategy.combine(arrivals.train(start, members)), site=region)
                 continue
-            params, received = start.params, []
+            model, received = start.model, []
             for site in members:
-                for update in arrivals.train(replace(start, params=params), [site]):
-                    params = moved(params, update.delta, 1.0)
-                    received.append(replace(update, delta={}))
+                for update in arrivals.train(start.holding(model), [site]):
+                    model = after_update(model, update)
+                    received.append(replace(update, delta={}, buffers={}))
             if received:
-                yield Update(site=region, delta=difference(params, start.params),
+                yield Update(site=region, delta={name: model[name] - p for name, p in start.params.items()},
+                             buffers={name: model[name] for name in start.buffers},
                              weight=sum(update.weight for update in received), steps=sum(u.steps for u in received))
 
     def messages(self, names: Sequence[str]) -> list[tuple[str, str]]:

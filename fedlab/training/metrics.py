@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 import numpy as np
 import torch
 
-from fedlab.core.hardware import pick_precision
+from fedlab.core.hardware import calling, precision_for
 from fedlab.core.regions import labels_to_regions
+from fedlab.core.settings import check_choice
 from fedlab.core.types import MODALITIES, REGIONS, Patient, Site
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ __all__ = ["COLUMNS", "WORST_HD95_MM", "RegionScore", "Thresholding", "evaluate"
 WORST_HD95_MM = math.sqrt(240**2 + 240**2 + 155**2)
 #: Columns of the table that `evaluate` returns, one row per patient and region.
 COLUMNS = ("site", "patient", "region", "dice", "hd95_mm", "reference_ml", "predicted_ml")
+#: Multiples to which a volume is padded, the first that a network takes, or the window; and those known so far.
+_MULTIPLES = (16, 32, 64, 128, None)
+_MULTIPLE: weakref.WeakKeyDictionary[torch.nn.Module, int | None] = weakref.WeakKeyDictionary()
 
 
 class RegionScore(NamedTuple):
@@ -95,15 +100,7 @@ def _score_region(guess: torch.Tensor, truth: torch.Tensor, spacing_mm: Sequence
 
 def score_rows(prediction: torch.Tensor, reference: torch.Tensor | None, *, spacing_mm: Sequence[float], site: str,
                patient: str) -> list[dict[str, str | float]]:
-    """The rows of `COLUMNS` for one patient; without a reference only the predicted volumes are known.
-
-    Args:
-        prediction: as in `score`.
-        reference: as in `score`, or None.
-        spacing_mm: voxel size along X, Y, Z in mm.
-        site: name of the patient's site, or "".
-        patient: id of the patient.
-    """
+    """The rows of `COLUMNS` for one patient, as of `score`; without a reference only predicted volumes are known."""
     scores = score(prediction, prediction if reference is None else reference, spacing_mm=spacing_mm)
     rows = []
     for region, result in scores.items():
@@ -132,8 +129,7 @@ def summary(table: pd.DataFrame, *, empty: Literal["brats", "skip"] = "brats") -
     """
     import pandas as pd
 
-    if empty not in ("brats", "skip"):
-        raise ValueError(f"empty is 'brats' or 'skip', got {empty!r}")
+    check_choice(("brats", "skip"), empty=empty)
     if missing := [name for name in COLUMNS if name not in table.columns]:
         raise ValueError(f"expected the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
     labelled = table[table["reference_ml"].notna()]
@@ -147,12 +143,10 @@ def summary(table: pd.DataFrame, *, empty: Literal["brats", "skip"] = "brats") -
         rows[region] = {"dice": float(counted["dice"].mean()), "hd95_mm": float(counted["hd95_mm"].mean()),
                         "patients": len(counted), "without_region": int(absent.sum()),
                         "false_alarms": int((absent & (of_region["predicted_ml"] > 0)).sum())}
-    result = pd.DataFrame.from_dict(rows, orient="index")
+    result, counts = pd.DataFrame.from_dict(rows, orient="index"), ["patients", "without_region", "false_alarms"]
     result.loc["mean", ["dice", "hd95_mm"]] = result[["dice", "hd95_mm"]].mean(skipna=False)
-    everyone = labelled["site"].astype(str) + "\x1f" + labelled["patient"].astype(str)
-    result.loc["mean", ["patients", "without_region", "false_alarms"]] = (
-        everyone.nunique(), result["without_region"].sum(), result["false_alarms"].sum())
-    counts = ["patients", "without_region", "false_alarms"]
+    people = len(labelled[["site", "patient"]].astype(str).drop_duplicates())
+    result.loc["mean", counts] = (people, result["without_region"].sum(), result["false_alarms"].sum())
     result[counts] = result[counts].astype(int)
     result.attrs["rule"] = _rule(empty, result)
     return result
@@ -186,15 +180,17 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
             device: torch.device | str | None = None) -> torch.Tensor:
     """Probabilities of the three regions over the whole volume.
 
-    A volume no larger than `window` is predicted at once, padded to a multiple of 16; a larger one in sliding windows
-    that are blended with Gaussian weights (MONAI's sliding-window inference).
+    A volume no larger than `window` is predicted at once, padded to a multiple of 16, or of 32, 64 or 128, or to the
+    window, whatever the network takes first; a larger one in sliding windows that are blended with Gaussian weights
+    (MONAI's sliding-window inference).
 
     Args:
-        model: maps (N, 4, X, Y, Z) to logits (N, 3, X, Y, Z); keeps its training mode.
+        model: maps (N, 4, X, Y, Z) to logits (N, 3, X, Y, Z); of several outputs (deep supervision) that of full
+            resolution counts. It keeps its training mode.
         patient: with the image to segment.
         window: largest input of the model, in voxels.
         overlap: of neighbouring windows, as a fraction.
-        precision: "auto", "bf16" or "fp32", as a `SiteTrainer` has it; see `fedlab.core.hardware.pick_precision`.
+        precision: "auto", "bf16" or "fp32", as a `SiteTrainer` has it; see `fedlab.core.hardware.precision_for`.
         device: of the computation; None is that of the model, which is never moved.
 
     Returns:
@@ -202,32 +198,56 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
 
     Raises:
         ValueError: the model returns another number of channels, another grid, or values that are not finite.
+        Exception: of the model, which takes none of these sizes.
     """
     from monai.inferers import sliding_window_inference
 
     place = torch.device(device) if device is not None else next((p.device for p in model.parameters()),
                                                                  torch.device("cpu"))
-    image = patient.image[None].to(place, torch.float32)
-    dtype = pick_precision(precision, place)
-    block = [min(most, -(-n // 16) * 16) for most, n in zip(window, image.shape[2:], strict=True)]
-
-    def probabilities(batch: torch.Tensor) -> torch.Tensor:
-        logits = model(batch)
-        expected = (batch.shape[0], len(REGIONS), *batch.shape[2:])
-        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
-            got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise ValueError(f"expected logits of shape {expected}, one channel for each of {', '.join(REGIONS)}; "
-                             f"the model returned {got}")
-        return logits.float().sigmoid()
-
-    with torch.inference_mode(), _evaluating(model), torch.autocast(
-            place.type, dtype=dtype, enabled=dtype is not torch.float32):
-        out = sliding_window_inference(image, block, 1, probabilities, overlap=overlap, mode="gaussian")
+    dtype = precision_for(model, precision, place)
+    image = patient.image[None].to(place, torch.float64 if dtype is torch.float64 else torch.float32)
+    first: Exception | None = None
+    for multiple in _MULTIPLES[_MULTIPLES.index(_MULTIPLE.get(model, _MULTIPLES[0])):]:
+        block = _block(image.shape[2:], window, multiple)
+        try:
+            with torch.inference_mode(), _evaluating(model), calling(place, dtype):
+                out = sliding_window_inference(image, block, 1, lambda batch: _probabilities(model, batch),
+                                               overlap=overlap, mode="gaussian")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a network raises for a size that it does not take
+            first = first or error
+            continue
+        _MULTIPLE[model] = multiple
+        break
+    else:
+        raise first or ValueError("no size to try")
     result = cast(torch.Tensor, out)[0].float().cpu().clone()  # a plain tensor, unlike those of inference mode
     if not bool(torch.isfinite(result).all()):
         raise ValueError(f"the model's output for patient {patient.id} has NaN or infinite values; check whether its "
                          "training diverged")
     return result
+
+
+def _block(grid: Sequence[int], window: tuple[int, int, int], multiple: int | None) -> list[int]:
+    """The size of the network's input: the volume's, padded to a multiple, within the window; None: the window."""
+    if multiple is None:
+        return list(window)
+    limits = window if multiple == 16 else [max(multiple, most // multiple * multiple) for most in window]
+    return [min(most, -(-n // multiple) * multiple) for most, n in zip(limits, grid, strict=True)]
+
+
+def _probabilities(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    expected = (batch.shape[0], len(REGIONS), *batch.shape[2:])
+    out = model(batch)
+    outputs = out.unbind(1) if isinstance(out, torch.Tensor) and out.dim() == batch.dim() + 1 else (
+        out if isinstance(out, list | tuple) else [out])
+    for logits in outputs:
+        if isinstance(logits, torch.Tensor) and tuple(logits.shape) == expected:
+            return logits.float().sigmoid()
+    got = [tuple(one.shape) if isinstance(one, torch.Tensor) else type(one).__name__ for one in outputs]
+    raise ValueError(f"expected logits of shape {expected}, one channel for each of {', '.join(REGIONS)}; the model "
+                     f"returned {' and '.join(map(str, got))}")
 
 
 def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient], *, threshold: float = 0.5,
@@ -242,8 +262,7 @@ def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient
         progress: show a progress bar.
 
     Returns:
-        One row per patient and region, with `COLUMNS`; NaN for Dice, HD95 and reference volume where there is no
-        label. The site is "" if patients were given.
+        One row per patient and region, with `COLUMNS`; NaN where there is no label. The site of bare patients is "".
 
     Raises:
         ValueError: no patient to evaluate on.
@@ -268,12 +287,11 @@ class Thresholding:
     """The best result of a threshold on one modality, chosen with hindsight.
 
     Attributes:
-        modality: one of `fedlab.core.types.MODALITIES`.
+        modality, oracle_modality: of `fedlab.core.types.MODALITIES`.
         above: True if voxels at or above the threshold are tumour, False if those below it are.
         threshold: in standard deviations from the mean of the brain.
         dice: mean WT Dice over the patients with this one threshold for all.
-        oracle_modality: modality of the second baseline.
-        oracle_dice: mean WT Dice with the best threshold of each patient, one modality and direction for all.
+        oracle_dice: the same with the best threshold of each patient, one modality and direction for all.
     """
 
     modality: str
@@ -288,13 +306,8 @@ def threshold_dice(patients: Sequence[Patient], *, low: float = -4.0, high: floa
                    bins: int = 600) -> Thresholding:
     """WT Dice of intensity thresholding inside the brain, every choice made with hindsight.
 
-    All thresholds at once, from one histogram of tumour and one of other brain voxels per patient and modality.
-
-    Args:
-        patients: labelled.
-        low: lowest threshold, in standard deviations.
-        high: highest threshold, in standard deviations.
-        bins: steps between them.
+    Thresholds lie from `low` to `high`, in standard deviations, in `bins` steps. They are tried all at once, from one
+    histogram of tumour and one of other brain voxels per patient and modality.
 
     Raises:
         ValueError: no patients, one without a label, or an empty range of thresholds.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from fedlab.core.errors import RunError
 from fedlab.core.files import replacing
+from fedlab.core.global_generators import seeded
 from fedlab.core.types import MODALITIES, REGIONS, Tensors
 from fedlab.core.weights import check_fit, load_weights, trainable
 
@@ -36,8 +36,7 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Mo
         raise ValueError(f"filters is a positive multiple of 8 (group norm has 8 groups), got {filters}")
     from monai.networks.nets import SegResNet  # seconds to import
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = SegResNet(
             spatial_dims=3, init_filters=filters, in_channels=len(MODALITIES), out_channels=len(REGIONS),
             dropout_prob=dropout or None, act=("RELU", {"inplace": False}),
@@ -69,9 +68,8 @@ def save_model(path: Path | str, model: nn.Module, *, spacing_mm: float, params:
                          "save other models with safetensors.torch.save_model")
     if path.exists():
         raise RunError(f"{path} exists and is not overwritten; choose another name")
-    own = trainable(model)
-    params = own if params is None else params
-    check_fit(own, params)
+    params = trainable(model) if params is None else params
+    check_fit(trainable(model), params)
     tensors = {name: p.detach().cpu().contiguous() for name, p in params.items()}
     header = {"format": "fedlab-model-1", "segresnet": json.dumps(settings), "spacing_mm": repr(spacing_mm),
               "modalities": ",".join(MODALITIES), "regions": ",".join(REGIONS)}

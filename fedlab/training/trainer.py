@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -13,31 +14,34 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from fedlab.core.hardware import pick_device, pick_precision
+from fedlab.core.changes import changed_elsewhere, note_versions
+from fedlab.core.global_generators import seeded
+from fedlab.core.hardware import pick_device, precision_for
 from fedlab.core.kit import Kit
+from fedlab.core.protocols import Run
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import derive, generator
-from fedlab.core.settings import check_positive, check_whole
+from fedlab.core.settings import check_choice, check_positive, check_whole, check_within
 from fedlab.core.types import Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.core.weights import load_weights, trainable
+from fedlab.training.buffers import Buffers, check_buffers
+from fedlab.training.moments import group_values, kept, restore
 
 __all__ = ["Crops", "DiceBCE", "PolyDecay", "SiteTrainer", "augmentation"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolyDecay:
-    """A learning rate that falls from `start` to 0 over `rounds` rounds (Myronenko 2018, section 3.2).
-
-    Called with the number of a round it returns start * (1 - round / rounds) ** power.
-    """
+    """A learning rate that falls to 0 over the rounds: start * (1 - round / rounds) ** power (Myronenko 2018, 3.2)."""
 
     start: float
     rounds: int
     power: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.start <= 0 or self.rounds < 1 or self.power < 0:
-            raise ValueError(f"expected start > 0, rounds >= 1 and power >= 0, got {self!r}")
+        check_positive(start=self.start)
+        check_whole(rounds=self.rounds)
+        check_within(power=self.power)
 
     def __call__(self, round: int) -> float:
         return float(self.start * max(0.0, 1 - round / self.rounds) ** self.power)
@@ -46,8 +50,8 @@ class PolyDecay:
 class DiceBCE(nn.Module):
     """Soft Dice of each patient and region, plus `bce` times the binary cross-entropy of each voxel.
 
-    Dice is computed per patient and then averaged, so no patient's loss depends on another patient in the batch: a
-    condition of per-patient clipping. Takes logits and 0/1 targets of shape (B, 3, X, Y, Z).
+    No patient's loss depends on another one in the batch, a condition of per-patient clipping. Takes logits and 0/1
+    targets of shape (B, 3, X, Y, Z).
     """
 
     def __init__(self, *, bce: float = 0.5) -> None:
@@ -58,6 +62,10 @@ class DiceBCE(nn.Module):
         self.dice = DiceLoss(sigmoid=True, batch=False, smooth_nr=1.0, smooth_dr=1.0)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if not isinstance(logits, torch.Tensor) or logits.shape != target.shape:
+            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"{len(logits)} tensors"
+            raise ValueError(f"expected logits of shape {tuple(target.shape)}, the network gives {shape}; for several "
+                             "outputs (deep supervision) say loss=monai.losses.DeepSupervisionLoss(DiceBCE())")
         dice: torch.Tensor = self.dice(logits, target)
         return dice + self.bce * nn.functional.binary_cross_entropy_with_logits(logits, target)
 
@@ -68,13 +76,8 @@ class DiceBCE(nn.Module):
 def augmentation(*, flips: Sequence[int] = (0, 1, 2)) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Mirror flips, and intensity scale and shift by up to a tenth per channel (Myronenko 2018; Li et al. 2019).
 
-    A MONAI `Compose` over {"image": (4, X, Y, Z), "label": (3, X, Y, Z)}.
-
-    Args:
-        flips: axes flipped with probability 1/2; (0,) only swaps left and right.
-
-    Raises:
-        ValueError: an axis other than 0, 1 or 2.
+    A MONAI `Compose` over {"image": (4, X, Y, Z), "label": (3, X, Y, Z)}. Each axis of `flips`, out of 0, 1 and 2, is
+    flipped with probability 1/2; (0,) only swaps left and right.
     """
     if not set(flips) <= {0, 1, 2}:
         raise ValueError(f"flips are axes out of 0, 1 and 2, got {tuple(flips)}")
@@ -94,14 +97,8 @@ def augmentation(*, flips: Sequence[int] = (0, 1, 2)) -> Callable[[dict[str, tor
 class Crops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """One random crop of a patient per item: image (4, x, y, z) float32 and regions (3, x, y, z) float32.
 
-    Crops are centred on a tumour voxel with probability `tumour_share`, else on any other voxel.
-
-    Args:
-        patients: labelled patients.
-        crop: size of a crop in voxels.
-        tumour_share: between 0 and 1.
-        augment: a MONAI transform over {"image", "label"}, or None.
-        seed: of the crops and of the augmentation.
+    Crops are centred on a tumour voxel with probability `tumour_share`, else on any voxel. `crop` is their size in
+    voxels, `augment` a MONAI transform over {"image", "label"} or None, and `seed` that of both.
 
     Raises:
         ValueError: a patient has no label or is smaller than the crop.
@@ -109,7 +106,7 @@ class Crops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __init__(self, patients: Sequence[Patient], *, crop: tuple[int, int, int], tumour_share: float,
                  augment: Callable[..., Any] | None, seed: int) -> None:
-        from monai.transforms import RandCropByPosNegLabeld, Randomizable
+        from monai.transforms import Randomizable
 
         for patient in patients:
             grid = tuple(patient.image.shape[1:])
@@ -119,9 +116,8 @@ class Crops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
                 raise ValueError(f"crop {crop} is larger than patient {patient.id} with grid {grid}; "
                                  "use a smaller crop")
         self.patients = patients
-        self._crop = RandCropByPosNegLabeld(
-            ("image", "label"), label_key="tumour", spatial_size=crop, pos=tumour_share, neg=1 - tumour_share)
-        self._crop.set_random_state(seed=derive(seed, "crop") % 2**32)
+        self._size, self._share = crop, tumour_share / (tumour_share + (1 - tumour_share))
+        self._random = np.random.RandomState(derive(seed, "crop") % 2**32)
         self._augment = copy.deepcopy(augment)
         if isinstance(self._augment, Randomizable):
             self._augment.set_random_state(seed=derive(seed, "augment") % 2**32)
@@ -131,40 +127,35 @@ class Crops(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         patient = self.patients[index]
-        label = patient.label[None]  # type: ignore[index]
-        with _untracked():
-            cut = self._crop({"image": patient.image, "label": label, "tumour": label})[0]
-            item: dict[str, Any] = {"image": cut["image"].float(), "label": labels_to_regions(cut["label"][0])}
-            if self._augment is not None:
-                item = self._augment(item)
-        return torch.as_tensor(item["image"]), torch.as_tensor(item["label"])
+        label: torch.Tensor = patient.label  # type: ignore[assignment]
+        box = self._box((label != 0).numpy())
+        item: dict[str, Any] = {"image": patient.image[:, *box].float(), "label": labels_to_regions(label[box])}
+        if self._augment is not None:
+            item = self._augment(item)
+        # Metadata of MONAI's tensors would pass through every layer of the network.
+        return (torch.as_tensor(item["image"]).as_subclass(torch.Tensor),
+                torch.as_tensor(item["label"]).as_subclass(torch.Tensor))
 
-
-@contextmanager
-def _untracked() -> Iterator[None]:
-    """Plain tensors from MONAI's transforms: MONAI's metadata would pass through every layer of the network."""
-    from monai.data import get_track_meta, set_track_meta
-
-    before = get_track_meta()
-    set_track_meta(False)
-    try:
-        yield
-    finally:
-        set_track_meta(before)
+    def _box(self, tumour: np.ndarray) -> tuple[slice, ...]:
+        """The box around a random voxel, moved into the volume: MONAI's `RandCropByPosNegLabel` without metadata."""
+        voxels = np.flatnonzero(tumour)
+        if self._random.rand() < (self._share if len(voxels) else 0.0):
+            voxel = voxels[self._random.randint(len(voxels))]
+        else:
+            voxel = self._random.randint(tumour.size)
+        centre = np.unravel_index(voxel, tumour.shape)
+        starts = (min(max(int(c) - n // 2, 0), grid - n)
+                  for c, n, grid in zip(centre, self._size, tumour.shape, strict=True))
+        return tuple(slice(start, start + n) for start, n in zip(starts, self._size, strict=True))
 
 
 def plain_backward(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float:
-    """Gradients of the mean loss of a batch.
-
-    Raises:
-        FloatingPointError: the loss is NaN or infinite.
-    """
+    """Gradients of the mean loss of a batch; raises `FloatingPointError` if it is NaN or infinite."""
     loss = kit.loss(image, target)
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {float(loss.detach())}; lower the learning rate or look for damaged "
-                                 "scans")
+    if not math.isfinite(value := float(loss.detach())):
+        raise FloatingPointError(f"the loss is {value}; lower the learning rate or look for damaged scans")
     loss.backward()
-    return float(loss.detach())
+    return value
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -189,8 +180,12 @@ class SiteTrainer:
         loss: of logits and regions; must not mix patients when used with patient-level privacy.
         optimiser: makes an optimiser from parameters and a learning rate.
         momentum: "keep" the optimiser's moments at the site between rounds or "restart" them; Li et al. 2019 compare
-            the two.
-        precision: "auto", "bf16" or "fp32", see `fedlab.core.hardware.pick_precision`.
+            the two. Numbers that the optimiser counts in its groups are kept too.
+        buffers: that training moves, such as batch norm's statistics: "average" them with the weights (of whole numbers
+            the largest), or "keep" them at each site, whose own model is then `local`; with
+            `PersonalLayers(names=norms(model))` that is FedBN (Li et al. 2021). Under a guarantee none leaves a site.
+        precision: "auto", "bf16" or "fp32", see `fedlab.core.hardware.pick_precision`; weights of another type than
+            float32 compute in their own.
         device: "auto" or a torch device name.
 
     Raises:
@@ -208,28 +203,37 @@ class SiteTrainer:
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = field(default_factory=DiceBCE)
     optimiser: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = adamw
     momentum: Literal["keep", "restart"] = "keep"
+    buffers: Literal["average", "keep"] = "average"
     precision: str = "auto"
     device: str = "auto"
-    _start: dict[str, torch.Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give either steps or epochs per round, got steps={self.steps} and epochs={self.epochs}")
         check_whole(batch_size=self.batch_size)
         check_whole(optional=True, steps=self.steps, epochs=self.epochs)
-        if not 0 <= self.tumour_share <= 1:
-            raise ValueError(f"tumour_share is between 0 and 1, got {self.tumour_share}")
-        if self.momentum not in ("keep", "restart"):
-            raise ValueError(f"momentum is 'keep' or 'restart', got {self.momentum!r}")
+        check_within(most=1, tumour_share=self.tumour_share)
+        check_choice(("keep", "restart"), momentum=self.momentum)
+        check_choice(("average", "keep"), buffers=self.buffers)
         if not callable(self.lr):
             check_positive(lr=self.lr)
-        pick_precision(self.precision, torch.device("cpu"))
-        # Runs change the model's weights, never its start.
-        self._start.update({name: p.detach().cpu().clone() for name, p in trainable(self.model).items()})
+        precision_for(self.model, self.precision, torch.device("cpu"))
+        _ = self._start, self._buffers  # as they are now: runs change the model's weights, never its start
+        note_versions(self.model)
+
+    @cached_property
+    def _start(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().cpu().clone() for name, p in trainable(self.model).items()}
+
+    @cached_property
+    def _buffers(self) -> Buffers:
+        return Buffers(self.model, crop=self.crop)
 
     def __repr__(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        shown["model"] = _as_code(self.model)
+        made = getattr(self.model, "settings", None)
+        settings = ", ".join(f"{k}={v!r}" for k, v in (made or {}).items())
+        shown["model"] = f"<{type(self.model).__name__}>" if made is None else f"segresnet({settings})"
         shown["augment"] = getattr(self.augment, "code", repr(self.augment))
         shown["optimiser"] = getattr(self.optimiser, "__name__", repr(self.optimiser))
         return f"SiteTrainer({', '.join(f'{name}={value}' for name, value in shown.items())})"
@@ -238,82 +242,92 @@ class SiteTrainer:
         """The trainable weights that the model had when the trainer was made."""
         return dict(self._start)
 
+    def initial_buffers(self) -> Tensors:
+        """The buffers that are part of what is federated, as they were when the trainer was made."""
+        return dict(self._buffers.moving) if self.buffers == "average" else {}
+
+    def initial_model(self) -> Tensors:
+        """Weights and moving buffers when the trainer was made, as `load_weights` takes them."""
+        return {**self._start, **self._buffers.moving}
+
+    def local(self, state: ServerState, site_state: SiteState | None = None) -> Tensors:
+        """All tensors of the global model, or with a site's state of its own, in which it keeps its buffers."""
+        own = {} if site_state is None else site_state.namespaces.get("buffers", {})
+        return {**self.initial_model(), **state.model, **own}
+
+    def check(self, run: Run) -> None:
+        """Before the first round.
+
+        Raises:
+            ValueError: a round has no positive learning rate, something other than a run has changed the model since
+                the trainer was made, or sites would send buffers that a part of the run does not cover.
+        """
+        check_buffers(run)
+        for round in range(run.rounds) if callable(self.lr) else ():
+            if not 0 < (rate := self._rate(round)) < math.inf:
+                raise ValueError(f"the learning rate of round {round} is {rate} in a run of {run.rounds} rounds; give "
+                                 f"the schedule as many rounds as the run: {self.lr!r}")
+        if changed_elsewhere(self.model):
+            now = {**trainable(self.model), **dict(self.model.named_buffers())}
+            if any(not torch.equal(now[name].detach().cpu(), t) for name, t in self.initial_model().items()):
+                raise ValueError("the model was changed after the trainer was made, such as by load_state_dict, but a "
+                                 "run begins with its weights of that moment; to begin with the present ones make a "
+                                 "new trainer, dataclasses.replace(trainer), with the old ones say "
+                                 "load_weights(trainer.model, trainer.initial_model())")
+
+    def _rate(self, round: int) -> float:
+        return self.lr(round) if callable(self.lr) else self.lr
+
     def prepare(self, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Kit:
         """Model with the global weights, optimiser with the site's moments, loader over its patients.
 
-        Args:
-            site: with the patients to train on.
-            state: the server's.
-            site_state: the site's; its `own` holds the optimiser's moments.
-            seed: of the crops, the augmentation and the order of the patients.
+        The seed is that of the crops, the augmentation and the order of the patients.
         """
         device = pick_device(self.device)
-        load_weights(self.model.to(device), state.params)
-        lr = self.lr(state.round) if callable(self.lr) else self.lr
-        optimiser = self.optimiser(trainable(self.model).values(), lr)
+        load_weights(self.model.to(device), self.local(state, site_state))
+        optimiser = self.optimiser(trainable(self.model).values(), self._rate(state.round))
         if self.momentum == "keep":
-            _restore_moments(optimiser, self.model, site_state.own)
+            restore(optimiser, self.model, site_state.own)
         crops = Crops(site.train, crop=self.crop, tumour_share=self.tumour_share, augment=self.augment, seed=seed)
         wanted = self.steps * self.batch_size if self.steps else (self.epochs or 1) * len(crops)
         sampler = RandomSampler(crops, num_samples=wanted, generator=generator(seed, "order"))
         return Kit(model=self.model, optimiser=optimiser, patients=crops, objective=self.loss, device=device,
                    loader=DataLoader(crops, batch_size=self.batch_size, sampler=sampler),
-                   dtype=pick_precision(self.precision, device), seed=seed, backward=plain_backward)
+                   dtype=precision_for(self.model, self.precision, device), seed=seed, backward=plain_backward)
 
     def fit(self, kit: Kit, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Update:
-        """Trains for one round and returns the change of the weights.
+        """Trains for one round and returns the change of the weights from `state`.
 
-        Args:
-            kit: from `prepare`, perhaps wrapped by a privacy technique.
-            site: with the patients to train on.
-            state: with the global model from which the change is measured.
-            site_state: the site's; the optimiser's moments in its `own` are replaced when momentum is kept.
-            seed: of everything random in the training itself, such as dropout.
+        The kit is that of `prepare`, perhaps wrapped by a privacy technique. Moments and buffers to keep go to
+        `site_state`; the seed is that of everything random in the training itself, such as dropout.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite.
+            FloatingPointError, ValueError: a loss that is not finite, or an optimiser or buffers that cannot be kept.
         """
         losses: list[float | None] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "fit"))
-            kit.model.train()
-            for image, target in kit.loader:
-                kit.batch = image, target
-                kit.optimiser.zero_grad(set_to_none=True)
-                losses.append(kit.backward(kit, image.to(kit.device), target.to(kit.device)))
-                kit.optimiser.step()
+        before = group_values(kit.optimiser)
+        try:
+            with seeded(derive(seed, "fit"), kit.device):
+                kit.model.train()
+                for image, target in kit.loader:
+                    kit.batch = image, target
+                    kit.optimiser.zero_grad(set_to_none=True)
+                    losses.append(kit.backward(kit, image.to(kit.device), target.to(kit.device)))
+                    kit.optimiser.step()
+        finally:
+            note_versions(self.model)
         if self.momentum == "keep":
+            moments = kept(kit.optimiser, self.model, before=before, scheduled=callable(self.lr),
+                           earlier=site_state.own)
             site_state.own.clear()
-            site_state.own.update(_moments(kit.optimiser, self.model))
+            site_state.own.update(moments)
         local = trainable(self.model)
         # In the model's order: noise is drawn tensor by tensor.
         delta = {name: p.detach().cpu() - state.params[name] for name, p in local.items()}
+        buffers = self._buffers.moved()
+        if buffers and self.buffers == "keep":
+            site_state.of("buffers").own.update(buffers)
+            buffers = {}
+        known = [loss for loss in losses if loss is not None]  # an empty batch is a step without a loss
         return Update(site=site.name, delta=delta, weight=float(len(site.train)), steps=len(losses),
-                      metrics=_mean_loss(losses))
-
-
-def _mean_loss(losses: Sequence[float | None]) -> dict[str, float]:
-    """The mean over the batches with a patient: an empty batch is a step without a loss."""
-    known = [loss for loss in losses if loss is not None]
-    return {"loss": float(np.mean(known))} if known else {}
-
-
-def _as_code(model: nn.Module) -> str:
-    settings = getattr(model, "settings", None)
-    if settings is None:
-        return f"<{type(model).__name__}>"
-    return f"segresnet({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
-
-
-def _moments(optimiser: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    names = {id(p): name for name, p in trainable(model).items()}
-    return {f"{names[id(p)]}|{key}": torch.as_tensor(value).detach().cpu().clone()
-            for p, slots in optimiser.state.items() for key, value in slots.items() if value is not None}
-
-
-def _restore_moments(optimiser: torch.optim.Optimizer, model: nn.Module, kept: dict[str, torch.Tensor]) -> None:
-    parameters = trainable(model)
-    for key, value in kept.items():
-        name, slot = key.rsplit("|", 1)
-        parameter = parameters[name]
-        optimiser.state[parameter][slot] = value.clone().to(parameter.device if value.dim() else "cpu")
+                      metrics={"loss": float(np.mean(known))} if known else {}, buffers=buffers)

@@ -157,7 +157,7 @@ class BackgroundRun:
         if self.ended and self._thread is not None:
             self._thread.join()
         if self.history.state is not None:
-            load_weights(self.trainer.model, self.history.state.params)
+            load_weights(self.trainer.model, self.trainer.local(self.history.state))
         self._notify()
         if self.error is not None:
             raise self.error
@@ -218,7 +218,7 @@ class BackgroundRun:
             torch.set_num_threads(threads)  # new threads do not inherit this setting everywhere
             self._pass_gate()
             model = copy.deepcopy(self.trainer.model)
-            load_weights(model, self.trainer.initial())
+            load_weights(model, self.trainer.initial_model())
             self.history = federate(replace(self.trainer, model=model), self.sites, **{
                 **self.settings, "engine": self.engine, "on_round": self._between, "progress": False})
         except _Stop:

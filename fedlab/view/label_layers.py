@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from fedlab.core.regions import regions_to_labels
-from fedlab.core.setting_checks import check_choice
+from fedlab.core.settings import check_choice
 from fedlab.core.types import MODALITIES, REGIONS, Patient
 from fedlab.data.readers.nifti import Volume, read_volume, same_grid, to_ras
 from fedlab.view.colours import ERRORS, LABEL_COLOURS, LABEL_NAMES, REGION_LABELS, REGION_NAMES

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedlab.core.errors import DataError
 from fedlab.core.files import write_new
-from fedlab.core.setting_checks import check_choice
+from fedlab.core.settings import check_choice
 from fedlab.core.types import Patient
 from fedlab.data.readers.nifti import write_label
 from fedlab.view.colours import REGION_LABELS

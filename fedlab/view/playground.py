@@ -18,7 +18,7 @@ from torch import nn
 
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import generator
-from fedlab.core.setting_checks import check_positive, check_share
+from fedlab.core.settings import check_positive, check_share
 from fedlab.core.types import MODALITIES, Patient, SiteState, Spent, Update
 from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of

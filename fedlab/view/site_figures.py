@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from fedlab.core.protocols import Topology
-from fedlab.core.setting_checks import check_choice
+from fedlab.core.settings import check_choice
 from fedlab.core.types import Site
 from fedlab.data.sites.heterogeneity import Heterogeneity, heterogeneity
 from fedlab.data.sites.partition import Partition

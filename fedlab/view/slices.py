@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlab.core.setting_checks import check_choice
+from fedlab.core.settings import check_choice
 from fedlab.core.types import MODALITIES, Patient
 from fedlab.view.colours import LABEL_COLOURS, LABEL_NAMES, arm_label, styled
 from fedlab.view.label_layers import Prediction, as_labels, check_ras, grey_values, head_box, largest_slice

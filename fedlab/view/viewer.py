@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from fedlab.core.extras import MissingExtra, install_command
-from fedlab.core.setting_checks import check_choice
+from fedlab.core.settings import check_choice
 from fedlab.core.types import MODALITIES, Patient
 from fedlab.view.label_layers import REFERENCE, Case, Prediction, View, ViewSettings, make_case
 from fedlab.view.widget_snapshot import running_kernel

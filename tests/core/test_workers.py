@@ -112,7 +112,7 @@ def test_an_error_in_the_block_stops_the_workers():
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_pool_without_workers_is_refused(count):
-    with pytest.raises(ValueError, match=f"at least one worker, got {count}"):
+    with pytest.raises(ValueError, match=f"workers is a positive whole number or None, got {count}"):
         start_workers(count)
 
 

@@ -46,6 +46,16 @@ def test_few_names_at_the_top() -> None:
     assert sorted(names) == sorted(fedlab.__all__)
 
 
+def test_an_error_about_a_name_says_where_it_stands() -> None:
+    for name, place in (("TopK", "fedlab.privacy.TopK"), ("Gossip", "fedlab.topologies.Gossip"),
+                        ("load_weights", "fedlab.core.load_weights")):
+        with pytest.raises(AttributeError, match=f"no '{name}'; use {place}"):
+            getattr(fedlab, name)
+    with pytest.raises(AttributeError, match=r"no 'Fedavg'; it offers DPSGD, FedAvg"):
+        _ = fedlab.Fedavg
+    assert not hasattr(fedlab, "_nothing")
+
+
 def test_every_namespace_has_a_stub() -> None:
     folder = Path(fedlab.__file__).parent
     assert {stub.parent.name for stub in STUBS if stub.parent != folder} == NAMESPACES

@@ -175,7 +175,7 @@ def test_summary_leaves_the_unlabelled_out_and_refuses_nonsense():
     pd.testing.assert_frame_equal(summary(both), summary(table()))
     with pytest.raises(ValueError, match="no patient in the table has a reference"):
         summary(extra)
-    with pytest.raises(ValueError, match="'brats' or 'skip', got 'none'"):
+    with pytest.raises(ValueError, match="'brats', 'skip', got 'none'"):
         summary(table(), empty="none")
     with pytest.raises(ValueError, match="missing: hd95_mm"):
         summary(table().drop(columns="hd95_mm"))

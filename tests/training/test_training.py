@@ -121,9 +121,9 @@ def test_poly_decay():
     (dict(steps=None), "either steps or epochs"),
     (dict(steps=0), "positive whole number"),
     (dict(batch_size=1.5), "positive whole number"),
-    (dict(tumour_share=2), "between 0 and 1"),
-    (dict(momentum="both"), "'keep' or 'restart'"),
-    (dict(precision="fp8"), "'auto', 'bf16' or 'fp32'"),
+    (dict(tumour_share=2), "tumour_share is at least 0 and at most 1"),
+    (dict(momentum="both"), "one of 'keep', 'restart'"),
+    (dict(precision="fp8"), "one of 'auto', 'bf16', 'fp32'"),
     (dict(lr=-1.0), "positive number"),
 ])
 def test_wrong_settings_are_refused_at_construction(changes, message):

@@ -188,7 +188,7 @@ class Production:
                    f"{finished.seconds:.1f} s{absent}")
         for last in kept.since(max(0, len(kept) - 1)):
             weights = folder / "weights.safetensors"
-            save_run_weights(weights, last.state.params, plan=saved.plan)
+            save_run_weights(weights, last.state.model, plan=saved.plan)
             yield f"weights after round {last.number + 1}: {weights}"
 
 

@@ -72,7 +72,7 @@ class NVFlare:
         plan = Plan.of(trainer=run.trainer, strategy=run.strategy, privacy=run.privacy, aggregation=run.aggregation,
                        topology=run.topology, admission=run.admission, rounds=run.rounds, seed=run.seed,
                        sites=run.sites)
-        return SavedRun(plan=plan, start=pack_weights(run.trainer.initial()), patience=self.patience,
+        return SavedRun(plan=plan, start=pack_weights(run.trainer.initial_model()), patience=self.patience,
                         seconds=self.seconds or _seconds(run))
 
     def _rounds(self, saved: SavedRun, sites: Sequence[Site], state: ServerState | None) -> Iterator[Round]:
@@ -80,7 +80,7 @@ class NVFlare:
         for finished in self.env.rounds(saved, sites, have=max(0, number - 1)):
             if finished.number >= number:
                 yield finished
-            elif state is not None and weights_sha256(finished.state.params) != weights_sha256(state.params):
+            elif state is not None and weights_sha256(finished.state.model) != weights_sha256(state.model):
                 raise RunError(f"after round {number - 1} the server's model differs from the one here; continue with "
                                "the checkpoint of this very run, or without one")
 

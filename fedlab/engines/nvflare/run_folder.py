@@ -135,8 +135,9 @@ class FinishedRounds:
     def _write(self, record: Mapping[str, Any], state: ServerState) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (entry := self._path(record["round"], "json")).is_file():
-            write_whole(self._path(record["round"], "safetensors"), pack_weights(state.params))
-            text = json.dumps({**record, "model": weights_sha256(state.params)}, ensure_ascii=False)
+            write_whole(self._path(record["round"], "safetensors"), pack_weights(state.model))
+            text = json.dumps({**record, "model": weights_sha256(state.model), "buffers": list(state.buffers)},
+                              ensure_ascii=False)
             write_whole(entry, text.encode())
 
     def _path(self, number: int, kind: str) -> Path:
@@ -151,11 +152,13 @@ def read_round(text: str, weights: bytes) -> Round:
     """
     try:
         note = json.loads(text)
-        params, number = unpack_weights(weights), int(note["round"])
-        if weights_sha256(params) != note["model"]:
+        model, number, buffers = unpack_weights(weights), int(note["round"]), frozenset(note["buffers"])
+        if weights_sha256(model) != note["model"]:
             raise FedlabError(f"the weights received for round {number} are not those that its entry names")
         return Round(
-            number=number, state=ServerState(round=number + 1, params=params),
+            number=number, state=ServerState(
+                round=number + 1, params={name: t for name, t in model.items() if name not in buffers},
+                buffers={name: t for name, t in model.items() if name in buffers}),
             cohort=tuple(map(str, note["cohort"])), sites={str(k): _numbers(v) for k, v in note["sites"].items()},
             spent={str(k): tuple(_spent(**one) for one in v) for k, v in note["spent"].items()},
             metrics=_numbers(note["metrics"]), seconds=float(note["seconds"]),

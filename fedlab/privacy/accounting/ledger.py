@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
-from fedlab.core.setting_checks import check_choice, check_positive
+from fedlab.core.settings import check_choice, check_positive
 from fedlab.core.types import Spent, Update, rounded_up
 from fedlab.privacy.accounting.mechanisms import (
     RELEASES,

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fedlab.core.setting_checks import check_count, check_positive, check_share
+from fedlab.core.settings import check_positive, check_share, check_whole
 
 __all__ = ["RELEASES", "Accountant", "Concentrated", "Gaussian", "Pure", "Release", "epsilon_of"]
 
@@ -44,7 +44,7 @@ class Gaussian:
     def __post_init__(self) -> None:
         check_positive(noise_multiplier=self.noise_multiplier)
         check_share(sample_rate=self.sample_rate)
-        check_count(steps=self.steps)
+        check_whole(steps=self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Pure:
 
     def __post_init__(self) -> None:
         check_positive(epsilon=self.epsilon)
-        check_count(times=self.times)
+        check_whole(times=self.times)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Concentrated:
 
     def __post_init__(self) -> None:
         check_positive(rho=self.rho)
-        check_count(times=self.times)
+        check_whole(times=self.times)
 
 
 Release = Gaussian | Pure | Concentrated

@@ -8,7 +8,7 @@ from numbers import Real
 
 import torch
 
-from fedlab.core.setting_checks import check_positive
+from fedlab.core.settings import check_positive
 from fedlab.core.types import Update
 
 __all__ = ["AdaptiveClip", "check_clip", "clip_update", "noise_beside_bits"]

@@ -16,7 +16,7 @@ from fedlab.core.hardware import pick_device, pick_precision
 from fedlab.core.kit import Kit, PatientCrops
 from fedlab.core.protocols import Run
 from fedlab.core.seeds import derive
-from fedlab.core.setting_checks import check_choice, check_count, check_positive, check_share
+from fedlab.core.settings import check_choice, check_positive, check_share, check_whole
 from fedlab.core.types import Site, SiteState, Spent, Update
 from fedlab.core.weights import trainable
 from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms
@@ -156,7 +156,7 @@ class DPSGD(Privacy):
         check_positive(batch=self.batch, max_epsilon=self.max_epsilon, optional=True)
         if self.sample_rate is not None:
             check_share(sample_rate=self.sample_rate)
-        check_count(crops=self.crops)
+        check_whole(crops=self.crops)
         check_choice(MODES, gradients=self.gradients)
         if self.units and self.sample_rate is not None:  # no site's number of patients is needed
             self._terms.check_budget([self._release(1, 1)], self.max_epsilon, what="one step")

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from fedlab.core.kit import Kit
-from fedlab.core.setting_checks import check_choice
+from fedlab.core.settings import check_choice
 from fedlab.core.weights import trainable
 from fedlab.privacy.dp.convolution import OneVolume
 

@@ -15,7 +15,7 @@ import torch
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.protocols import Run
-from fedlab.core.setting_checks import check_positive
+from fedlab.core.settings import check_positive
 from fedlab.core.types import Cohort, ServerState, SiteState, Spent, Tensors, Update
 from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms
 from fedlab.privacy.base import Privacy

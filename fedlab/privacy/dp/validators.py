@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedlab.core.global_generators import seeded
 from fedlab.core.kit import Kit
-from fedlab.core.setting_checks import check_choice
+from fedlab.core.settings import check_choice
 from fedlab.core.types import MODALITIES, REGIONS
 from fedlab.core.weights import trainable
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
@@ -168,12 +169,12 @@ def _tried(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, 
         image = torch.randn(2, len(MODALITIES), *size, generator=rng).to(dtype)
         target = (torch.rand(2, len(REGIONS), *size, generator=rng) < 0.2).float()
         try:
-            with torch.random.fork_rng(devices=[]):
+            with seeded():
                 probe(image[:1])
         except (RuntimeError, ValueError) as error:
             failed = error
             continue
-        with torch.random.fork_rng(devices=[]):
+        with seeded():
             yield from _state_kept(probe, image)
             yield from _gradients_differ(model, gradients, loss, image, target)
         return

@@ -16,8 +16,8 @@ import torch
 from fedlab.core.errors import PrivacyError
 from fedlab.core.protocols import Exchange, Run
 from fedlab.core.settings import check_whole
+from fedlab.core.tensors import flatten, unflatten
 from fedlab.core.types import SiteState, Spent, Tensors, Update
-from fedlab.core.weights import flatten, unflatten
 from fedlab.privacy.accounting.ledger import Concentrated, Ledger, Terms
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.dp.clipping import AdaptiveClip

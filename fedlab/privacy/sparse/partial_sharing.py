@@ -18,9 +18,9 @@ import torch
 
 from fedlab.core.errors import PrivacyError
 from fedlab.core.protocols import Run
-from fedlab.core.setting_checks import check_count, check_patterns, check_positive, check_share
+from fedlab.core.settings import check_patterns, check_positive, check_share, check_whole
+from fedlab.core.tensors import flatten, matching, unflatten
 from fedlab.core.types import SiteState, Spent, Tensors, Update
-from fedlab.core.weights import flatten, matching, unflatten
 from fedlab.privacy.accounting.ledger import Accountant, Ledger, Pure, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import entries, largest, sparse_bytes
@@ -82,6 +82,9 @@ class PartialSharing(Privacy):
 
     def check(self, run: Run) -> None:
         _shared(run.trainer.initial(), self.exclude)
+        if names := list(run.trainer.initial_buffers()):
+            raise ValueError(f"the network's buffers, such as {names[0]}, would be sent whole, which PartialSharing is "
+                             "to prevent; say SiteTrainer(buffers='keep'), or use group norm")
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
         shared = _shared(update.delta, self.exclude)
@@ -112,7 +115,7 @@ class _NoisySharing(Privacy, ABC):
         check_share(fraction=self.fraction)
         check_positive(clip=self.clip)
         check_positive(max_epsilon=self.max_epsilon, optional=True)
-        check_count(passes=self.passes)
+        check_whole(passes=self.passes)
         check_patterns(exclude=self.exclude)
         self.exclude = list(self.exclude)
         if not 0 <= self.threshold < math.inf:
@@ -125,7 +128,7 @@ class _NoisySharing(Privacy, ABC):
 
     def cost(self, parameters: int) -> SparseVectorCost:
         """The proven cost of a round for a number of weights that may be shared, beside the ε that is stated."""
-        check_count(parameters=parameters)
+        check_whole(parameters=parameters)
         return sparse_vector_cost(clip=self.clip, scales=self.scales(parameters), stated=self._stated(),
                                   released=entries(self.fraction, parameters), delta=self.delta,
                                   accountant=self.accountant)
@@ -244,14 +247,14 @@ class SparseVector(_NoisySharing):
 
     def __post_init__(self) -> None:
         check_positive(epsilon=self.epsilon)
-        check_count(rounds=self.rounds)
+        check_whole(rounds=self.rounds)
         if not 0 < self.selection < 1:
             raise ValueError(f"selection is the part of ε spent on positions, between 0 and 1, got {self.selection}")
         super().__post_init__()
 
     def scales(self, parameters: int) -> LaplaceScales:
         """The least noise with which the rounds stay within ε, for a number of weights."""
-        check_count(parameters=parameters)
+        check_whole(parameters=parameters)
         count = entries(self.fraction, parameters)
         budget = self.selection * self.epsilon / self.rounds
         threshold = budget / (1 + (2 * count) ** (2 / 3))

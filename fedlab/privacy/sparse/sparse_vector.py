@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedlab.core.setting_checks import check_count, check_positive
+from fedlab.core.settings import check_positive, check_whole
 from fedlab.privacy.accounting.ledger import Accountant, Pure, Terms, epsilon_of
 
 __all__ = ["ADJACENCY", "LaplaceScales", "SparseVectorCost", "select", "sparse_vector_cost"]
@@ -95,7 +95,7 @@ def sparse_vector_cost(*, clip: float, scales: LaplaceScales, released: int, del
         ValueError: a setting is out of range.
     """
     check_positive(clip=clip)
-    check_count(released=released)
+    check_whole(released=released)
     Terms(unit="site", delta=delta, adjacency=ADJACENCY, accountant=accountant)
     return SparseVectorCost(
         released=released, selection=clip / scales.threshold + 2 * released * clip / scales.query,
