@@ -7,7 +7,6 @@ from dataclasses import replace
 import networkx
 import pytest
 import torch
-from fedlab.privacy.secure_aggregation.aggregation import SecureAggregation
 from torch import nn
 
 from cohorts import BatchNet, TinyNet, blob_sites
@@ -19,6 +18,7 @@ from fedlab.deploy.messages import pack_answer, pack_state, unpack_answer, unpac
 from fedlab.engines.nvflare.run_folder import FinishedRounds
 from fedlab.engines.processes import Processes
 from fedlab.evidence.contributions import KeepUpdates
+from fedlab.privacy import SecureAggregation
 from fedlab.privacy.compression import TopK
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.personal_layers import PersonalLayers, norms
