@@ -17,6 +17,7 @@ from fedlab.apps.comparison_data import Folder
 from fedlab.core.files import packaged_toml, write_json, write_whole
 from fedlab.core.types import REGIONS
 from fedlab.core.weights import weights_sha256
+from fedlab.data.sites.persons import name_several
 from fedlab.run.trace import verify
 from fedlab.training.metrics import summary, threshold_dice
 from fedlab.view.model_card import make_model_card
@@ -240,6 +241,7 @@ def _notes(outcome: Outcome, found: dict[str, Any]) -> list[str]:
     generated = [] if isinstance(outcome.job.source, Folder) else [_text("notes", "generated")]
     held_out = sum(len(site.val) for site in outcome.sites)
     without = ", ".join(site.name for site in outcome.sites if not len(site.val))
+    several = name_several(outcome.partition.patients)
     return [*generated, caution(outcome) or _text("notes", "chance", held_out=held_out), _text("notes", "steps"),
             _text("notes", "privacy"), _text("notes", "empty", rule=found["empty_regions"]),
-            *([_text("notes", "without", names=without)] if without else [])]
+            *([_text("notes", "without", names=without)] if without else []), *([f"{several}."] if several else [])]

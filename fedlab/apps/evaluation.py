@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import REGIONS
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.data.readers.conventions import convention_of_layout, describe
-from fedlab.data.readers.folders import PatientFiles, read_cohort, read_label, save_prediction, to_native
+from fedlab.data.readers.folders import read_cohort, read_label, save_prediction, to_native
 from fedlab.data.readers.scan import native_volume
 from fedlab.deploy.weights_file import load_run_weights
 from fedlab.training.metrics import COLUMNS, predict, score_rows, summary
@@ -38,13 +37,10 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | No
 
     Args:
         model_file: model.safetensors of a run, or weights.safetensors of `fedlab deploy submit`.
-        data: folder in one of `fedlab.data.readers.layouts.LAYOUTS`, or a CSV table of paths; labels optional.
+        data, layout, label_convention: as in `fedlab.data.readers.folders.read_cohort`; labels are optional.
         out: a directory that does not exist yet.
-        layout: of the folder; None to detect it.
-        label_convention: of the labels; None to detect it.
         skip_broken: whether to leave out patients whose files have errors.
         spacing_mm: voxel size that the model was trained at, where its file does not state it.
-        progress: show a progress bar.
 
     Returns:
         The content of summary.json: patients, conventions of the label maps and their meaning, Dice and HD95 [mm] per
@@ -70,7 +66,9 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | No
         convention = files.label_convention or convention_of_layout(files.layout)
         conventions[convention] = describe(convention)
         save_prediction(out / f"{files.id}_pred.nii.gz", labels, files=files, label_convention=convention)
-        rows += _scores(labels, files)
+        reference = read_label(files)[0] if files.label is not None else None
+        rows += score_rows(labels_to_regions(torch.from_numpy(labels)), reference, patient=files.id, site="",
+                           spacing_mm=native_volume(files).spacing_mm)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     write_whole(out / "scores.csv", table.to_csv(index=False).encode())
     result: dict[str, Any] = {
@@ -112,8 +110,3 @@ def _load(model_file: Path, spacing_mm: float | None) -> tuple[nn.Module, float]
                          "sites of the run have it")
     return model, spacing_mm
 
-
-def _scores(labels: np.ndarray, files: PatientFiles) -> list[dict[str, str | float]]:
-    reference = read_label(files)[0] if files.label is not None else None
-    return score_rows(labels_to_regions(torch.from_numpy(labels)), reference, patient=files.id, site="",
-                      spacing_mm=native_volume(files).spacing_mm)

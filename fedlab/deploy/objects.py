@@ -53,11 +53,8 @@ def built(factory: Callable[..., _Made], **settings: Any) -> _Made:
     """Calls `factory(**settings)` and notes on the result how it was made, so that it can travel in a plan.
 
     For networks, losses and transforms: `SiteTrainer(model=built(UNet, spatial_dims=3, ...), ...)`. Models of
-    `segresnet` and transforms of `augmentation` carry the note already.
-
-    Args:
-        factory: a function or class that other processes can import.
-        settings: its keyword arguments, plain values; a seed, where it draws the first weights.
+    `segresnet` and transforms of `augmentation` carry the note already. Other processes must be able to import the
+    factory; its settings are plain values, with a seed where it draws the first weights.
 
     Raises:
         ValueError: a factory or a setting that cannot travel, or a result that cannot carry the note.

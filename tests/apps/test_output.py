@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ from safetensors import SafetensorError
 
 from fedlab.apps.cli import main
 from fedlab.apps.cli_arguments import HELP
+from fedlab.apps.comparison import read_job
+from fedlab.apps.comparison_results import _notes
 from fedlab.core.errors import RunError, SiteError
 from fedlab.data.readers.conventions import CONVENTIONS
 from fedlab.data.readers.layouts import LAYOUTS
-from folders import write_patient, write_table
+from fedlab.data.sites.partition import Partition
+from folders import NEW, ball, save_files, write_patient, write_table
 from runs import SMALL, finished_demo
 
 COMMANDS = ["demo", "run", "resume", "evaluate", "verify", "data", "data phantom", "data inspect", "data fetch",
@@ -248,6 +252,26 @@ def test_errors_name_the_options_of_the_command(demo: Path, scans: Path, tmp_pat
     assert main(arguments.format(demo=demo, scans=scans, broken=tmp_path / "broken").split()) == 1
     said = capsys.readouterr().err
     assert words in said and "spacing_mm" not in said and "label_convention" not in said
+
+
+def test_run_says_which_scans_of_one_person_stay_together(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = ["BraTS-GLI-00001-100", "BraTS-GLI-00001-101", "BraTS-GLI-00002-100", "BraTS-GLI-00003-100"]
+    for name in ids:
+        save_files(ball(name), tmp_path / "scans" / name, names=NEW, mark="-", convention="brats2023")
+    write_table(tmp_path / "t.csv", ["Partition_ID", "Subject_ID"], [[1, name] for name in ids])
+    done = []
+
+    def prepare(job: Any, out: Path) -> None:
+        done.append(Partition.of(job.source.prepare(seed=job.seed, workers=0)))
+        raise RunError("no further")
+
+    monkeypatch.setattr("fedlab.apps.comparison.run_job", prepare)
+    said = "1 person has several scans, which stay on one side of the split: BraTS-GLI-00001-100 = BraTS-GLI-00001-101"
+    assert main(["run", "--data", "scans", "--sites", "t.csv", "--out", "run"]) == 1
+    assert said in capsys.readouterr().err
+    outcome: Any = SimpleNamespace(job=read_job(Path("run")), sites=[], partition=done[0])
+    assert f"{said}." in _notes(outcome, {"empty_regions": "none"})
 
 
 def test_the_question_of_approve_needs_a_terminal(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
