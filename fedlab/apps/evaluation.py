@@ -109,4 +109,3 @@ def _load(model_file: Path, spacing_mm: float | None) -> tuple[nn.Module, float]
         raise ValueError(f"{model_file} does not state the voxel size that it was trained at; pass spacing_mm= as the "
                          "sites of the run have it")
     return model, spacing_mm
-
