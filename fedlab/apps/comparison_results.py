@@ -201,8 +201,10 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
             table=_means(outcome.real), figure=compare(list(patients), {"federated": list(labels)}))
     sections["cross_site"] = _section("cross_site", figure=cross_site_heatmap(cross_site(outcome.scores)))
     if worth is not None:
-        sections["contributions"] = _section("contributions", worth=worth, megabytes=worth.stored_bytes / 1e6,
-                                             table=worth.table, figure=contributions_figure(worth, metric="mean Dice"))
+        sections["contributions"] = _section(
+            "contributions", method=worth.method, start=worth.start, end=worth.end, evaluations=worth.evaluations,
+            seconds=worth.seconds, megabytes=worth.stored_bytes / 1e6, table=worth.table,
+            figure=contributions_figure(worth, metric="mean Dice"))
     sections["curves"] = _section("curves", figure=curves(outcome.histories))
     sections["sites"] = _section("sites", partition=outcome.partition.id, table=outcome.partition.table(),
                                  figure=sites_figure(outcome.sites))
