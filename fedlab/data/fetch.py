@@ -10,26 +10,17 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fedlab.core.errors import DataError
+from fedlab.core.files import packaged_toml
 
 __all__ = ["SETS", "PublicSet", "fetch"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublicSet:
-    """A data set that may be downloaded.
-
-    Attributes:
-        title: its name.
-        task: its name in MONAI's `DecathlonDataset`, which provides URL and checksum.
-        folder: the folder in the archive.
-        gigabytes: required disk space for archive and scans together.
-        licence: of the data.
-        citation: for a paper.
-    """
+class PublicSet(NamedTuple):
+    """A data set that may be downloaded; see `public_sets.toml`."""
 
     title: str
     task: str
@@ -40,14 +31,8 @@ class PublicSet:
 
 
 #: The data sets that can be downloaded, by name.
-SETS: Mapping[str, PublicSet] = {
-    "msd-brain": PublicSet(
-        title="Medical Segmentation Decathlon, Task01_BrainTumour: 484 training and 266 test cases",
-        task="Task01_BrainTumour", folder="Task01_BrainTumour", gigabytes=16,
-        licence="CC BY-SA 4.0: name the authors, state your changes, share derived works under the same licence",
-        citation="Antonelli M. et al.: The Medical Segmentation Decathlon. Nature Communications 13, 4128 (2022). "
-                 "doi:10.1038/s41467-022-30695-9"),
-}
+SETS: Mapping[str, PublicSet] = {name: PublicSet(**one)
+                                 for name, one in packaged_toml(__package__, "public_sets.toml").items()}
 _REGISTRATION = ("BraTS and FeTS releases require registration and agreement to their terms and are not downloaded: "
                  "get the archive from the challenge's own site, unpack it, and check it with 'fedlab data inspect "
                  "DIR'")
@@ -87,9 +72,8 @@ def fetch(name: str, out: Path, *, url: str | None = None, md5: str | None = Non
                f"it with 'tar xf', and check it with 'fedlab data inspect {chosen.folder}'")
     if url is None:
         _check_space(out, chosen.gigabytes)
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".fetch-") as scratch:
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".fetch-") as scratch:
         unpacked = _download(address, checksum, Path(scratch), by_hand, progress)
         out.mkdir(exist_ok=True)
         for entry in sorted(unpacked.iterdir()):

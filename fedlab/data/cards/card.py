@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fedlab.core.errors import DataError
-from fedlab.core.files import write_new
+from fedlab.core.files import filled_in, write_new
 from fedlab.core.text import escape_markdown
 from fedlab.data.cards.croissant import croissant
 from fedlab.data.cards.schema import FIELDS, MARK, is_open, problems, read_front_matter, split_sections, summary
@@ -33,8 +33,6 @@ __all__ = ["DataCard", "card_template", "fill_card", "read_card"]
 
 #: Largest card that is read; a card is text written by people.
 _LARGEST_BYTES = 256 * 1024
-_WITHHELD = "withheld"
-_COLUMNS = ("patients", "mean", "sd", "median")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +147,8 @@ class DataCard:
 
     def _repr_html_(self) -> str:
         """The text, with the front matter folded; the content of the file is escaped, and nothing is loaded."""
-        import jinja2
-
-        source = (importlib.resources.files("fedlab.data.cards") / "card.html.j2").read_text("utf-8")
-        template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-        return template.render(open=self.open, text=_markdown_html(self.body), metadata=self.metadata)
+        return filled_in(__package__, "card.html", open=self.open, text=_markdown_html(self.body),
+                         metadata=self.metadata)
 
 
 class _NoAliasDumper(yaml.SafeDumper):
@@ -188,7 +183,7 @@ def read_card(path: str | os.PathLike[str]) -> DataCard:
 
 def card_template() -> DataCard:
     """The card for a hospital's own scans, with marks at the parts that people have to complete."""
-    file = importlib.resources.files("fedlab.data.cards") / "card_template.md"
+    file = importlib.resources.files(__package__) / "card_template.md"
     return DataCard.parse(file.read_text("utf-8"), where="the template")
 
 
@@ -203,9 +198,14 @@ def fill_card(template: DataCard, statistics: SiteStatistics) -> DataCard:
         statistics: from `fedlab.data.sites.statistics.site_statistics`.
     """
     name = f"Glioma MRI of {' '.join(statistics.site.split())}"
-    filled = {"pretty_name": name, "size_categories": [_size(statistics.patients)], "splits": _splits(statistics),
-              "statistics": _rows(statistics)}
-    sections = [(heading, _patients(statistics) if heading == "Patients" else text)
+    splits = _splits(statistics)
+    rows = [{"quantity": str(quantity), **{column: _number(value) for column, value in row.items()}}
+            for quantity, row in statistics.table().iterrows()]
+    patients = filled_in(__package__, "patients.md", statistics=statistics, splits=splits, rows=rows, number=_number,
+                         escape=escape_markdown).strip()
+    filled = {"pretty_name": name, "size_categories": [_size(statistics.patients)], "splits": splits,
+              "statistics": rows}
+    sections = [(heading, patients if heading == "Patients" else text)
                 for heading, text in split_sections(template.body)]
     opening = "\n".join([f"# {escape_markdown(name)}", *sections[0][1].splitlines()[1:]])
     body = "\n\n".join([opening, *(f"## {heading}\n\n{text}" for heading, text in sections[1:])])
@@ -222,7 +222,7 @@ def _size(patients: float | None) -> str:
 def _number(value: float | None) -> str:
     """A whole number in full, any other to three digits."""
     if value is None or value != value:
-        return _WITHHELD
+        return "withheld"
     return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.3g}"
 
 
@@ -232,33 +232,6 @@ def _splits(statistics: SiteStatistics) -> list[dict[str, str]]:
         parts |= {"to train on": statistics.train, "held out": statistics.held_out}
     return [{"name": name, "patients": _number(count), "labelled": f"{MARK}: how many have a label map",
              "source": "counted by fedlab at the site"} for name, count in parts.items()]
-
-
-def _rows(statistics: SiteStatistics) -> list[dict[str, str]]:
-    return [{"quantity": str(name), **{column: _number(row[column]) for column in _COLUMNS}}
-            for name, row in statistics.table().iterrows()]
-
-
-def _patients(statistics: SiteStatistics) -> str:
-    """The section on patients, in Markdown."""
-    counts = ", ".join(f"{split['name']} {split['patients']}" for split in _splits(statistics))
-    lines = [f"Patients: {counts}."]
-    for name, table in (("Voxel size [mm]", statistics.spacing_mm), ("Voxels as read", statistics.shape)):
-        sizes = ", ".join(f"{escape_markdown(key)}: {_number(count)} patients" for key, count in table.items())
-        lines.append(f"{name}: {sizes or _WITHHELD}.")
-    if rows := _rows(statistics):
-        head = [["Quantity", "Patients", "Mean", "Standard deviation", "Median"], ["---", *["--:"] * len(_COLUMNS)]]
-        cells = [[escape_markdown(row[column]) for column in ("quantity", *_COLUMNS)] for row in rows]
-        lines.append("\n".join(f"| {' | '.join(line)} |" for line in (*head, *cells)))
-    if statistics.spent:
-        lines.append("These numbers carry Laplace noise. Their cost per patient is "
-                     f"{'; '.join(map(str, statistics.spent))}.")
-    else:
-        lines.append(f"A number of fewer than {_number(statistics.minimum)} patients is withheld; the median of a "
-                     "volume is the mean of that many patients around it. These numbers carry no noise and no formal "
-                     "guarantee.")
-    lines += [f"- Withheld: {escape_markdown(reason)}" for reason in statistics.withheld]
-    return "\n\n".join(lines)
 
 
 def _markdown_html(text: str) -> str:

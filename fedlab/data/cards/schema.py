@@ -16,19 +16,18 @@ from typing import Any, Literal
 import yaml
 
 from fedlab.core.errors import DataError
+from fedlab.core.files import packaged_toml
 
 __all__ = ["FIELDS", "LICENCES", "MARK", "SECTIONS", "CardField", "is_open", "problems", "read_front_matter",
            "split_sections", "summary"]
 
 #: The beginning of a text that the hospital has to complete; such a text counts as open.
 MARK = "TO BE COMPLETED"
+_PARTS = packaged_toml(__package__, "schema.toml")
 #: Headings ("## ...") that every card has, each with text below it.
-SECTIONS = ("Patients", "Consent and licence", "Institutions and scanners", "Demographics", "Annotation",
-            "Preprocessing", "Known defects", "Use", "How to cite")
+SECTIONS: tuple[str, ...] = tuple(_PARTS["sections"])
 #: Hugging Face's name of a licence -> its page. "other" needs `license_name` and `license_link`.
-LICENCES: Mapping[str, str] = {name: f"https://spdx.org/licenses/{spdx}" for name, spdx in {
-    "apache-2.0": "Apache-2.0", "cc0-1.0": "CC0-1.0", "cc-by-4.0": "CC-BY-4.0", "cc-by-sa-4.0": "CC-BY-SA-4.0",
-    "cc-by-nc-4.0": "CC-BY-NC-4.0", "cc-by-nc-sa-4.0": "CC-BY-NC-SA-4.0", "mit": "MIT"}.items()}
+LICENCES: Mapping[str, str] = _PARTS["licences"]
 #: Limits: characters of a front matter, characters of one text in it, items of a list, levels of nesting.
 _LONGEST_FRONT, _LONGEST_TEXT, _MOST_ITEMS, _DEEPEST = 64_000, 8_000, 200, 4
 _MOST_UNKNOWN = 20  # unknown fields that are listed individually
@@ -60,51 +59,9 @@ class CardField:
     columns: tuple[str, ...] = ()
 
 
-_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "other")
-_ANNOTATORS = ("expert-generated", "machine-generated", "crowdsourced", "found", "no-annotation", "other")
 #: The front matter of a card, in its order.
-FIELDS = (
-    CardField(name="pretty_name", kind="text", about="common name of the data set"),
-    CardField(name="license", kind="text", about="Hugging Face's name of the licence, or other",
-              choices=(*LICENCES, "other")),
-    CardField(name="license_name", kind="text", about="name of a licence that is 'other'", required=False),
-    CardField(name="license_link", kind="url", about="page of a licence that is 'other'", required=False),
-    CardField(name="url", kind="url", about="page of the data set, if any", required=False),
-    CardField(name="creators", kind="texts", about="creators: persons or organisations"),
-    CardField(name="date_published", kind="date", about="first publication, as year-month-day or less"),
-    CardField(name="version", kind="text", about="MAJOR.MINOR.PATCH", required=False),
-    CardField(name="citation", kind="text", about="how to cite it, in one line or as BibTeX"),
-    CardField(name="language", kind="texts", about="of the texts in it, such as en", required=False),
-    CardField(name="tags", kind="texts", about="search terms"),
-    CardField(name="task_categories", kind="texts", about="Hugging Face's names, such as image-segmentation"),
-    CardField(name="size_categories", kind="texts", about="number of patients", choices=_SIZES),
-    CardField(name="annotations_creators", kind="texts", about="source of the labels", choices=_ANNOTATORS),
-    CardField(name="source_datasets", kind="texts", about="data sets it is derived from, or original"),
-    CardField(name="splits", kind="table", about="parts with numbers of patients and their sources",
-              columns=("name", "patients", "labelled", "source")),
-    CardField(name="labels", kind="table", about="meaning of the values in its label maps", required=False,
-              columns=("value", "meaning")),
-    CardField(name="files", kind="table", about="file name patterns below its folder", required=False,
-              columns=("name", "pattern")),
-    CardField(name="statistics", kind="table", about="statistics released by the site", required=False,
-              columns=("quantity", "patients", "mean", "sd", "median")),
-    CardField(name="rai:dataCollection", kind="text", about="how, where and why the scans were acquired"),
-    CardField(name="rai:dataCollectionType", kind="texts", about="kind of collection"),
-    CardField(name="rai:dataCollectionMissingData", kind="text", about="missing data, and the reason", required=False),
-    CardField(name="rai:dataPreprocessingProtocol", kind="texts", about="processing of the scans, step by step"),
-    CardField(name="rai:dataAnnotationProtocol", kind="texts", about="how the labels were drawn and checked"),
-    CardField(name="rai:annotationsPerItem", kind="text", about="annotators per patient"),
-    CardField(name="rai:annotatorDemographics", kind="texts", about="profession and experience of annotators",
-              required=False),
-    CardField(name="rai:machineAnnotationTools", kind="texts", about="programs that created labels", required=False),
-    CardField(name="rai:personalSensitiveInformation", kind="texts",
-              about="information about persons, consent, de-identification"),
-    CardField(name="rai:dataBiases", kind="texts", about="over- or under-represented groups, and unknown attributes"),
-    CardField(name="rai:dataLimitations", kind="texts", about="known defects and unsuitable uses"),
-    CardField(name="rai:dataUseCases", kind="texts", about="suitable uses"),
-    CardField(name="rai:dataSocialImpact", kind="text", about="benefits and risks of its use", required=False),
-    CardField(name="rai:dataReleaseMaintenancePlan", kind="text", about="who maintains it, and until when"),
-)
+FIELDS = tuple(CardField(choices=tuple(field.pop("choices", ())), columns=tuple(field.pop("columns", ())), **field)
+               for field in _PARTS["fields"])
 _BY_NAME = {field.name: field for field in FIELDS}
 
 
@@ -189,13 +146,12 @@ def _problems_of(field: CardField, value: Any) -> list[str]:
 
 
 def _problems_of_row(field: CardField, row: Any, wanted: str) -> list[str]:
-    columns = ", ".join(field.columns)
     if not isinstance(row, Mapping) or set(row) != set(field.columns):
-        return [f": expected a row with exactly {columns}, got {_shown(row)}"]
-    return [f".{name}{problem}" for name in field.columns
-            for problem in ([] if name in ("value", "patients") and type(row[name]) is int and row[name] >= 0
-                            else _problems_of_text(CardField(name=name, kind="text", about=name), row[name],
-                                                   "expected a text"))]
+        return [f": expected a row with exactly {', '.join(field.columns)}, got {_shown(row)}"]
+    cells = [CardField(name=name, kind="text", about=name) for name in field.columns
+             if name not in ("value", "patients") or type(row[name]) is not int or row[name] < 0]
+    return [f".{cell.name}{problem}" for cell in cells
+            for problem in _problems_of_text(cell, row[cell.name], "expected a text")]
 
 
 def _problems_of_text(field: CardField, value: Any, wanted: str) -> list[str]:

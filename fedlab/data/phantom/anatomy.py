@@ -84,29 +84,21 @@ def coordinates(shape: Sequence[int], spacing_mm: float) -> torch.Tensor:
 def _basis(voxels: int, step: float) -> torch.Tensor:
     """Cubic B-spline basis, shape (voxels, controls), with `step` voxels between control points."""
     controls = math.ceil((voxels - 1) / step) + 4
-    x = (np.arange(voxels)[:, None] / step - (np.arange(controls)[None, :] - 1)).astype(np.float64)
-    a = np.abs(x)
-    inner = 2 / 3 - a**2 + a**3 / 2
-    outer = np.clip(2 - a, 0, None) ** 3 / 6
-    return torch.from_numpy(np.where(a < 1, inner, outer).astype(np.float32))
+    a = np.abs(np.arange(voxels)[:, None] / step - (np.arange(controls)[None, :] - 1))
+    basis = np.where(a < 1, 2 / 3 - a**2 + a**3 / 2, np.clip(2 - a, 0, None) ** 3 / 6)
+    return torch.from_numpy(basis.astype(np.float32))
 
 
 def smooth_fields(rng: np.random.Generator, count: int, shape: Sequence[int], spacing_mm: float,
                   length_mm: float) -> torch.Tensor:
-    """Smooth random fields with mean 0 and standard deviation about 1, shape (count, X, Y, Z).
+    """Independent smooth random fields with mean 0 and standard deviation about 1, shape (count, X, Y, Z).
 
-    Args:
-        rng: random numbers.
-        count: number of independent fields.
-        shape: voxels along X, Y, Z.
-        spacing_mm: voxel edge [mm].
-        length_mm: distance between the control points of the cubic B-spline [mm]; at least one voxel.
+    They are cubic B-splines whose control points are `length_mm`, and at least one voxel, apart.
     """
     step = max(1.0, length_mm / spacing_mm)
     bx, by, bz = (_basis(n, step) for n in shape)
     coefficients = rng.standard_normal((count, bx.shape[1], by.shape[1], bz.shape[1]), dtype=np.float32)
-    field = torch.from_numpy(coefficients) @ bz.T
-    field = by @ field
+    field = by @ (torch.from_numpy(coefficients) @ bz.T)
     field = (bx @ field.flatten(2)).unflatten(2, (len(by), len(bz)))
     scaled: torch.Tensor = field / _STD_OF_SPLINE
     return scaled
@@ -272,9 +264,8 @@ def sample_atlas(atlas: torch.Tensor, affine: NDArray[np.float64], positions: to
     origin = torch.tensor([c - affine[i, 3] for i, c in enumerate(CENTRE_MM)], dtype=torch.float32)
     where = (positions.flatten(1) + origin.view(3, 1)) / float(affine[0, 0])
     which = [ATLAS_CHANNELS.index(name) for name in channels]
-    table = atlas if len(which) == len(atlas) else atlas[which]
-    out = _trilinear(table, where).unflatten(1, positions.shape[1:])
-    return dict(zip(channels, out, strict=True))
+    sampled = _trilinear(atlas if len(which) == len(atlas) else atlas[which], where)
+    return dict(zip(channels, sampled.unflatten(1, positions.shape[1:]), strict=True))
 
 
 def _trilinear(volume: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -302,10 +293,8 @@ def draw_tissue(rng: np.random.Generator, maps: dict[str, torch.Tensor], positio
     """A patient's normal tissue, including structures that resemble a tumour in real scans.
 
     Args:
-        rng: random numbers.
         maps: the atlas at `positions`; `maps["ventricle"]` is widened in place.
         positions: in the template, shape (3, X, Y, Z) [mm].
-        grid: the patient's grid.
         rim: share of the meninges that brain extraction leaves, in [0, 1].
         scalp: share of fat in what it leaves, in [0, 1].
         lesions: mean amount of white-matter lesions in the site's patients, in [0, 1].

@@ -14,9 +14,9 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -58,12 +58,7 @@ _FILES = ("flair", "t1", "t1ce", "t2")
 
 @dataclass(frozen=True, kw_only=True)
 class SiteProfile:
-    """What distinguishes a site: its scanner and its patients.
-
-    Args:
-        scanner: field strength, pulse sequences, coil, slices, noise.
-        population: distribution of the tumours.
-    """
+    """What distinguishes a site: its scanner and its patients."""
 
     scanner: Scanner
     population: Population
@@ -121,24 +116,15 @@ def site_profiles(sites: int, seed: int = 0) -> list[SiteProfile]:
         raise ValueError(f"sites must be at least 1, got {sites}")
     rng = np.random.default_rng(derive(seed, "profiles", sites))
     lesions = (rng.permutation(sites) + rng.random(sites)) / sites
-    return [
-        SiteProfile(scanner=scanner, population=Population(
-            low_grade=round(float(rng.uniform(0.03, 0.09)), 3),
-            multifocal=round(float(rng.uniform(0.08, 0.25)), 3),
-            median_ml=round(float(np.clip(95 * math.exp(0.15 * rng.standard_normal()), 50, 140)), 1),
-            spread=round(float(rng.uniform(0.5, 0.8)), 2),
-            lesions=round(float(load), 2),
-        )) for scanner, load in zip(draw_scanners(sites, rng), lesions, strict=True)
-    ]
+    return [SiteProfile(scanner=scanner, population=Population(
+        low_grade=round(float(rng.uniform(0.03, 0.09)), 3), multifocal=round(float(rng.uniform(0.08, 0.25)), 3),
+        median_ml=round(float(np.clip(95 * math.exp(0.15 * rng.standard_normal()), 50, 140)), 1),
+        spread=round(float(rng.uniform(0.5, 0.8)), 2), lesions=round(float(load), 2),
+    )) for scanner, load in zip(draw_scanners(sites, rng), lesions, strict=True)]
 
 
 def site_sizes(sites: int, patients: int, at_least: int = 2) -> list[int]:
     """Very unequal numbers of patients per site: the profile of FeTS 2021 scaled to `patients`, largest site first.
-
-    Args:
-        sites: number of sites.
-        patients: their sum.
-        at_least: patients of the smallest site.
 
     Raises:
         ValueError: fewer than `at_least` patients per site.
@@ -157,10 +143,7 @@ def generate_patient(*, seed: int, site: str, index: int, profile: SiteProfile, 
 
     Args:
         seed: of all patients.
-        site: name of the site.
         index: number of the patient at the site, from 0.
-        profile: scanner and tumour population.
-        grid: voxel grid.
         cache: folder that stores the resampled template; see `make_cohort`.
 
     Raises:
@@ -317,9 +300,8 @@ def _write_patient(folder: Path, raw: RawPatient) -> None:
 
 
 def _sizes(sites: int, patients: int, held_out: int | float, sizes: Sequence[int] | None) -> Sequence[int]:
-    if sizes is not None:
-        return sizes
-    return site_sizes(sites, patients, at_least=max(2, held_out + 1) if isinstance(held_out, int) else 2)
+    at_least = max(2, held_out + 1) if isinstance(held_out, int) else 2
+    return site_sizes(sites, patients, at_least=at_least) if sizes is None else sizes
 
 
 def _orders(sizes: Sequence[int], profiles: Sequence[SiteProfile] | None, shape: Sequence[int], spacing_mm: float,
@@ -350,13 +332,14 @@ def _held_out(size: int, held_out: int | float, number: int) -> int:
 def _generate(orders: Sequence[_Order], cache: Path, workers: Executor | int | None,
               progress: bool) -> Iterator[RawPatient]:
     """The ordered patients in order, from the cache where it is valid."""
-    cache.mkdir(parents=True, exist_ok=True)
-    missing = [order for order in orders if not path_of(cache, order.settings).exists()]
-    if missing and workers != 0 and not isinstance(workers, Executor):
-        with start_workers(workers) as pool:
-            _fill_cache(missing, cache, pool, progress)
-    elif missing:
-        _fill_cache(missing, cache, workers if isinstance(workers, Executor) else None, progress)
+    if missing := [order for order in orders if not path_of(cache, order.settings).exists()]:
+        with ExitStack() as stack:
+            made: Iterator[None] = map(partial(_make, cache=cache), missing)
+            if workers != 0:
+                pool = workers if isinstance(workers, Executor) else stack.enter_context(start_workers(workers))
+                made = _make_in(pool, missing, cache)
+            for _ in tqdm(made, "generating patients", len(missing), unit="patient", disable=not progress):
+                pass
     for order in orders:
         raw = _recall(order, cache)
         if raw is None:  # an invalid file, of which `load` has warned
@@ -367,24 +350,15 @@ def _generate(orders: Sequence[_Order], cache: Path, workers: Executor | int | N
         yield raw
 
 
-def _fill_cache(orders: Sequence[_Order], cache: Path, pool: Executor | None, progress: bool) -> None:
-    for spacing in {order.grid.spacing_mm for order in orders}:
-        _atlas(spacing, cache)  # once, before the workers need it
-    with tqdm(total=len(orders), desc="generating patients", unit="patient", disable=not progress) as bar:
-        if pool is None:
-            for order in orders:
-                _make(order, cache)
-                bar.update()
-            return
-        with script_not_imported():
-            futures = [pool.submit(_make, order, cache) for order in orders]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-        finally:
-            for future in futures:  # after an error or Ctrl-C the remaining patients are not needed
-                future.cancel()
+def _make_in(pool: Executor, orders: Sequence[_Order], cache: Path) -> Iterator[None]:
+    _atlas(orders[0].grid.spacing_mm, cache)  # once, before the workers need it
+    with script_not_imported():
+        futures = [pool.submit(_make, order, cache) for order in orders]
+    try:
+        yield from (future.result() for future in as_completed(futures))
+    finally:
+        for future in futures:  # after an error or Ctrl-C the remaining patients are not needed
+            future.cancel()
 
 
 def _make(order: _Order, cache: Path) -> None:

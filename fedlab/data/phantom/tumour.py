@@ -50,12 +50,10 @@ class Population:
     lesions: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("low_grade", "multifocal", "lesions"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if not 10.0 <= self.median_ml <= 250.0 or not self.spread >= 0.0:
-            raise ValueError("median_ml must be between 10 and 250 ml and spread not negative, "
-                             f"got {self.median_ml}, {self.spread}")
+        for name, low, high in (("low_grade", 0, 1), ("multifocal", 0, 1), ("lesions", 0, 1), ("median_ml", 10, 250),
+                                ("spread", 0, math.inf)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be between {low} and {high}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +130,7 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
     length = float(np.clip(math.exp(rng.normal(math.log(5.0), 0.3)), 3.0, 9.0))
     proliferation = float(np.clip(math.exp(rng.normal(math.log(0.015), 0.6)), 0.003, min(0.08, 0.9 / length**2)))
     return Growth(
-        diffusion=length**2 * proliferation,
-        proliferation=proliferation,
-        volume_ml=volume,
-        core_share=core,
+        diffusion=length**2 * proliferation, proliferation=proliferation, volume_ml=volume, core_share=core,
         necrotic_share=necrotic,
         foci=int(1 + (rng.random() < population.multifocal) * rng.integers(1, 3)),
         push=float(rng.uniform(0.0, 0.7) * (0.6 + 0.4 * core)),
@@ -145,26 +140,14 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
 
 
 def mass_effect(points: torch.Tensor, centre: torch.Tensor, growth: Growth) -> torch.Tensor:
-    """The original positions of tissue that the tumour has displaced to `points`.
+    """The original positions of tissue that the tumour has displaced to `points`, both of shape (3, X, Y, Z) [mm].
 
-    The map moves points towards the seed by a share `push` with a Gaussian decay, so it does not fold for a push
-    below 1.
-
-    Args:
-        points: shape (3, X, Y, Z) [mm].
-        centre: the seed, shape (3,) [mm].
-        growth: the push and the tumour's size.
+    The map moves points towards the seed at `centre` by a share `push` with a Gaussian decay, so it does not fold for
+    a push below 1.
     """
     offset = points - centre.view(3, 1, 1, 1)
     reach = max(12.0, 0.9 * growth.radius_mm)
     return points - growth.push * torch.exp(-offset.square().sum(0) / (2 * reach**2)) * offset
-
-
-def _face_diffusion(diffusion: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """Harmonic mean of the diffusivities on both sides of each face, 0 if one of them is 0."""
-    a = np.take(diffusion, range(_BOX - 1), axis)
-    b = np.take(diffusion, range(1, _BOX), axis)
-    return np.asarray(2 * a * b / (a + b + 1e-12), dtype=np.float32)
 
 
 def grow(rng: np.random.Generator, white: torch.Tensor, grey: torch.Tensor, growth: Growth, spacing_mm: float,
@@ -175,10 +158,7 @@ def grow(rng: np.random.Generator, white: torch.Tensor, grey: torch.Tensor, grow
     drawn volume.
 
     Args:
-        rng: random numbers.
         white, grey: tissue fractions, shape (X, Y, Z).
-        growth: the drawn parameters.
-        spacing_mm: voxel edge of the patient's grid.
         centre: the first seed, shape (3,) [mm] from the grid's centre.
     """
     local = coordinates((_BOX, _BOX, _BOX), GROWTH_MM)
@@ -189,23 +169,23 @@ def grow(rng: np.random.Generator, white: torch.Tensor, grey: torch.Tensor, grow
     solid = tissue.sum(0) > 0.4
     diffusion = growth.diffusion * (tissue[0] + tissue[1] / WHITE_TO_GREY) * np.exp(0.5 * mixed[0]) * solid
     rate = growth.proliferation * np.exp(0.35 * mixed[1]) * solid
-    dt = 0.5 / (growth.proliferation)
     # The explicit scheme is unstable above 1/6: faster diffusion is limited.
-    dt = min(dt, GROWTH_MM**2 / 6 / growth.diffusion)
+    dt = min(0.5 / growth.proliferation, GROWTH_MM**2 / 6 / growth.diffusion)
     number = np.minimum(diffusion * dt / GROWTH_MM**2, 1 / 6).astype(np.float32)
-    faces = [_face_diffusion(number, a) for a in range(3)]
+    sides = [[tuple(part if own == a else slice(None) for own in range(3)) for part in (slice(0, -1), slice(1, None))]
+             for a in range(3)]  # of the faces between voxels along each axis
+    # Harmonic mean of the diffusivities on both sides of a face, 0 if one of them is 0.
+    faces = [np.asarray(2 * number[low] * number[high] / (number[low] + number[high] + 1e-12), dtype=np.float32)
+             for low, high in sides]
     density = _seeds(rng, local.numpy(), tissue[0] * solid, growth)
     gain = (rate * dt).astype(np.float32)
     wanted = growth.volume_ml * 1000 / GROWTH_MM**3
     for _ in range(_MAX_STEPS):
         change = gain * density * (1 - density)
-        for a, face in enumerate(faces):
-            low, high = [slice(None)] * 3, [slice(None)] * 3
-            low[a], high[a] = slice(0, -1), slice(1, None)
-            flux = density[tuple(high)] - density[tuple(low)]
-            flux *= face
-            change[tuple(low)] += flux
-            change[tuple(high)] -= flux
+        for (low, high), face in zip(sides, faces, strict=True):
+            flux = (density[high] - density[low]) * face
+            change[low] += flux
+            change[high] -= flux
         density = np.clip(density + change, 0, 1, out=change)
         if np.count_nonzero(density > 0.16) >= wanted:
             break
@@ -237,10 +217,8 @@ def _seeds(rng: np.random.Generator, local: NDArray[np.float32], white: NDArray[
 
 def _threshold(score: NDArray[np.float32], count: int) -> float:
     """The threshold that `count` voxels reach; infinite for no voxel."""
-    if count < 1:
-        return math.inf
-    count = min(count, score.size)
-    return float(np.partition(score, score.size - count)[score.size - count])
+    place = max(score.size - count, 0)
+    return float(np.partition(score, place)[place]) if count > 0 else math.inf
 
 
 def segment(rng: np.random.Generator, odds: torch.Tensor, tissue: dict[str, torch.Tensor], growth: Growth,
@@ -250,11 +228,8 @@ def segment(rng: np.random.Generator, odds: torch.Tensor, tissue: dict[str, torc
     The thresholds are those that give the drawn volumes.
 
     Args:
-        rng: random numbers.
         odds: from `grow`, shape (X, Y, Z).
         tissue: fractions by name: "white", "csf", "brain", "ventricle".
-        growth: the drawn parameters.
-        spacing_mm: voxel edge of the patient's grid.
     """
     shape = odds.shape
     coarse = smooth_fields(rng, 3, shape, spacing_mm, 14.0)
@@ -269,9 +244,7 @@ def segment(rng: np.random.Generator, odds: torch.Tensor, tissue: dict[str, torc
     voxels = max(1, round(growth.volume_ml * 1000 / spacing_mm**3))
     whole_cut = _threshold(edema[allowed].numpy(), voxels)
     inside = allowed & (edema >= whole_cut)
-    present = int(inside.sum())
-    count = max(1, round(present * growth.core_share))
-    core_cut = _threshold(core[inside].numpy(), count)
+    core_cut = _threshold(core[inside].numpy(), max(1, round(int(inside.sum()) * growth.core_share)))
     in_core = inside & (core >= core_cut)
     necrosis_cut = _threshold(necrosis[in_core].numpy(), round(int(in_core.sum()) * growth.necrotic_share))
     label = torch.zeros(shape, dtype=torch.uint8)

@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -191,20 +192,16 @@ def list_table(path: Path) -> Listing:
 
 def _row_files(patient: str, row: Mapping[str, str], meaning: Mapping[str, str],
                table: Path) -> tuple[PatientFiles, list[Finding]]:
-    findings: list[Finding] = []
-    paths: dict[str, Path] = {}
-    for kind in (*MODALITIES, "label"):
-        cell = row.get(meaning.get(kind, ""), "")
-        if not cell:
-            if kind != "label":
-                findings.append(Finding(patient, "missing-modality", f"{table.name} gives no path for {kind}"))
-        elif not os.path.isfile(table.parent / cell):
-            findings.append(Finding(patient, "no-file", f"{kind}: {cell} is not a file, or a broken link"))
-        else:
-            paths[kind] = table.parent / cell
-    for path in {p for p in paths.values() if list(paths.values()).count(p) > 1}:
-        both = " and ".join(kind for kind, p in paths.items() if p == path)
-        findings.append(Finding(patient, "two-files", f"{both} are one file, {path.name}"))
+    cells = {kind: cell for kind in (*MODALITIES, "label") if (cell := row.get(meaning.get(kind, ""), ""))}
+    paths = {kind: table.parent / cell for kind, cell in cells.items() if os.path.isfile(table.parent / cell)}
+    findings = [Finding(patient, "missing-modality", f"{table.name} gives no path for {kind}")
+                for kind in MODALITIES if kind not in cells]
+    findings += [Finding(patient, "no-file", f"{kind}: {cell} is not a file, or a broken link")
+                 for kind, cell in cells.items() if kind not in paths]
+    for path, count in Counter(paths.values()).items():
+        if count > 1:
+            both = " and ".join(kind for kind, own in paths.items() if own == path)
+            findings.append(Finding(patient, "two-files", f"{both} are one file, {path.name}"))
     label = paths.pop("label", None)
     used = set(meaning.values())
     columns = {name: cell for name, cell in row.items() if name not in used and cell}

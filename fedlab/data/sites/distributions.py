@@ -35,10 +35,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _edges(low: float, high: float, bins: int) -> tuple[float, ...]:
-    return tuple(np.linspace(low, high, bins + 1).round(6).tolist())
-
-
 @dataclass(frozen=True, kw_only=True)
 class Domain:
     """What is counted, in which bins: agreed before anyone reads data, and the same at every site.
@@ -60,7 +56,7 @@ class Domain:
     """
 
     modalities: tuple[str, ...] = MODALITIES
-    intensity: tuple[float, ...] = _edges(-5.0, 10.0, 60)
+    intensity: tuple[float, ...] = tuple(np.linspace(-5.0, 10.0, 61).round(6).tolist())
     regions: tuple[str, ...] = REGIONS
     volume_ml: tuple[float, ...] = (0.0, 0.1, *(round(2 ** (k / 2), 3) for k in range(17)))
     spacings: tuple[str, ...] | None = None
@@ -215,12 +211,10 @@ class SiteStatistics:
         """One row per quantity: number of patients, mean, standard deviation, median; NaN if withheld."""
         import pandas as pd
 
-        rows = [(f"intensity {name}", spread) for name, spread in self.intensity.items()]
-        rows += [(f"volume {name} [ml]", spread) for name, spread in self.volumes_ml.items()]
-        values = [{"quantity": name, "patients": spread.total, "mean": spread.mean, "sd": spread.sd,
-                   "median": dict(spread.quantiles).get(0.5)} for name, spread in rows]
-        columns = ["quantity", "patients", "mean", "sd", "median"]
-        return pd.DataFrame(values, columns=columns).set_index("quantity").astype(float)
+        spreads = {f"intensity {name}": spread for name, spread in self.intensity.items()}
+        spreads |= {f"volume {name} [ml]": spread for name, spread in self.volumes_ml.items()}
+        rows = [(spread.total, spread.mean, spread.sd, dict(spread.quantiles).get(0.5)) for spread in spreads.values()]
+        return pd.DataFrame(rows, pd.Index(spreads, name="quantity"), ["patients", "mean", "sd", "median"], dtype=float)
 
     @property
     def guarantee(self) -> str:

@@ -33,9 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlab.core.errors import DataError
-from fedlab.core.types import MODALITIES, Site
+from fedlab.core.types import MODALITIES, Patient, Site
 from fedlab.data.brain import bounding_box
-from fedlab.data.sites.statistics import Scanned
 
 __all__ = ["LENGTH", "THRESHOLD", "Fingerprint", "Match", "find_duplicates", "fingerprint", "fingerprint_site",
            "read_fingerprints", "same_person", "write_fingerprints"]
@@ -97,7 +96,7 @@ class Match:
     other_patient: str
 
 
-def fingerprint(patient: Scanned) -> Fingerprint:
+def fingerprint(patient: Patient) -> Fingerprint:
     """The fingerprint of one patient, computed at the patient's site.
 
     Args:
@@ -107,6 +106,8 @@ def fingerprint(patient: Scanned) -> Fingerprint:
     Raises:
         DataError: the brain is empty, constant, or holds NaN or Inf.
     """
+    from scipy.stats import rankdata
+
     image = patient.image.float().numpy()
     brain = (image != 0).any(axis=0)
     if not brain.any() or not np.isfinite(image).all():
@@ -118,7 +119,8 @@ def fingerprint(patient: Scanned) -> Fingerprint:
     values = []
     for channel in image:
         volume = np.zeros(brain.shape, dtype=np.float32)
-        volume[brain] = _ranks(channel[brain])
+        ranks = rankdata(channel[brain])  # of equal values, their mean rank
+        volume[brain] = (2 * ranks - 1) / len(ranks) - 1
         projected = np.einsum("xyz,kz->xyk", volume, waves[2], optimize=True)
         projected = np.einsum("xyk,jy->xjk", projected, waves[1], optimize=True)
         projected = np.einsum("xjk,ix->ijk", projected, waves[0], optimize=True)
@@ -137,13 +139,6 @@ def _cosines(voxels: NDArray[Any], spacing_mm: float) -> NDArray[np.float32]:
     inside = np.clip((index - centre) * spacing_mm / CUBE_MM + 0.5, 0.0, 1.0)
     cosines: NDArray[np.float32] = np.cos(np.pi * np.arange(6)[:, None] * inside).astype(np.float32)
     return cosines
-
-
-def _ranks(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Ranks from -1 to 1; equal values share their mean rank."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: NDArray[np.float32] = ((2 * np.cumsum(count) - count) / len(values) - 1)[place].astype(np.float32)
-    return ranks
 
 
 def fingerprint_site(site: Site) -> list[Fingerprint]:
@@ -180,11 +175,7 @@ def read_fingerprints(text: str) -> list[Fingerprint]:
 
 def find_duplicates(fingerprints: Mapping[str, Sequence[Fingerprint]], *,
                     threshold: float = THRESHOLD) -> list[Match]:
-    """Pairs that appear to be the same patient, across sites and within them, nearest first.
-
-    Args:
-        fingerprints: of each site, by its name.
-        threshold: largest distance of a pair.
+    """Pairs up to `threshold` apart, which appear to be the same patient, across sites and within them, nearest first.
 
     Raises:
         ValueError: `threshold` outside [0, 1).
@@ -207,14 +198,14 @@ def same_person(matches: Iterable[Match]) -> tuple[frozenset[str], ...]:
     Raises:
         DataError: two entries have the same id, which a partition cannot distinguish; rename one.
     """
-    groups: list[set[str]] = []
+    import networkx
+
+    pairs = networkx.Graph()
     for match in matches:
         if match.patient == match.other_patient:
             raise DataError(f"{match.patient} is listed at {match.site} and again at {match.other_site}; leave one out")
-        pair = {match.patient, match.other_patient}
-        touching = [group for group in groups if group & pair]
-        groups = [group for group in groups if not group & pair] + [pair.union(*touching)]
-    return tuple(sorted((frozenset(group) for group in groups), key=sorted))
+        pairs.add_edge(match.patient, match.other_patient)
+    return tuple(sorted(map(frozenset, networkx.connected_components(pairs)), key=sorted))
 
 
 @lru_cache(maxsize=1)

@@ -76,11 +76,9 @@ class Harmonisation:
 
 
 def fit_harmonisation(statistics: Sequence[SiteStatistics]) -> Harmonisation:
-    """The mean landmarks of all patients of all sites, from the sites' statistics.
+    """The common scale: the mean of every percentile over all patients of all sites, from the sites' statistics.
 
-    Each site releases the mean of every percentile over its patients; their mean over sites, weighted by patients, is
-    the common scale. If statistics carry noise, landmarks are computed from noisy histograms at no further privacy
-    cost.
+    If statistics carry noise, landmarks are computed from noisy histograms at no further privacy cost.
 
     Raises:
         ValueError: no site released its intensities, or their landmarks do not ascend.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Heterogeneity", "heterogeneity", "jensen_shannon", "wasserstein"]
 
 Matrix = NDArray[np.float64]
+Measure = Callable[[Distribution, Distribution], float]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,11 +95,13 @@ def heterogeneity(statistics: Sequence[SiteStatistics]) -> Heterogeneity:
     names = dict.fromkeys(name for each in own for name in each)
     spreads = {name: [each.get(name) for each in own]
                for name in sorted(names, key=lambda name: name.endswith(" volume"))}  # intensities first
+    others = [_by_quantity(combine([*statistics[:number], *statistics[number + 1:]])) for number in range(len(own))]
     return Heterogeneity(
         statistics=tuple(statistics),
         wasserstein={name: _pairwise(parts, wasserstein) for name, parts in spreads.items()},
         jensen_shannon={name: _pairwise(parts, jensen_shannon) for name, parts in spreads.items()},
-        shift=_shifts(statistics, spreads))
+        shift={name: np.array([_between(part, other.get(name), wasserstein)
+                               for part, other in zip(parts, others, strict=True)]) for name, parts in spreads.items()})
 
 
 def _by_quantity(statistics: SiteStatistics) -> dict[str, Distribution | None]:
@@ -117,23 +121,12 @@ def jensen_shannon(one: Distribution, other: Distribution) -> float:
     return math.sqrt(min(max(divergence, 0.0), 1.0))  # rounding may exceed either end
 
 
-def _pairwise(parts: Sequence[Distribution | None], measure: Callable[[Distribution, Distribution], float]) -> Matrix:
+def _between(one: Distribution | None, other: Distribution | None, measure: Measure) -> float:
+    return math.nan if one is None or other is None else measure(one, other)
+
+
+def _pairwise(parts: Sequence[Distribution | None], measure: Measure) -> Matrix:
     matrix = np.full((len(parts), len(parts)), np.nan)
-    for a, one in enumerate(parts):
-        for b, other in enumerate(parts[:a + 1]):
-            if one is not None and other is not None:
-                matrix[a, b] = matrix[b, a] = measure(one, other) if a != b else 0.0
+    for a, b in itertools.combinations_with_replacement(range(len(parts)), 2):
+        matrix[a, b] = matrix[b, a] = _between(parts[b], parts[a], measure)
     return matrix
-
-
-def _shifts(statistics: Sequence[SiteStatistics], spreads: Mapping[str, Sequence[Distribution | None]]) \
-        -> dict[str, NDArray[np.float64]]:
-    """Each site against all others together."""
-    shift = {name: np.full(len(statistics), np.nan) for name in spreads}
-    for number in range(len(statistics)):
-        others = _by_quantity(combine([*statistics[:number], *statistics[number + 1:]]))
-        for name, parts in spreads.items():
-            own, other = parts[number], others.get(name)
-            if own is not None and other is not None:
-                shift[name][number] = wasserstein(own, other)
-    return shift

@@ -101,7 +101,7 @@ class Partition:
         Raises:
             DataError: a patient at two sites or in two splits.
         """
-        if twice := [name for name, count in Counter(site.name for site in sites).items() if count > 1]:
+        if twice := _twice(site.name for site in sites):
             raise DataError(f"two sites are named {', '.join(twice)}")
         return cls(train={site.name: tuple(patient.id for patient in site.train) for site in sites},
                    held_out={site.name: tuple(patient.id for patient in site.val) for site in sites})
@@ -120,11 +120,10 @@ class Partition:
         Raises:
             DataError: a patient of the partition is missing, one is given twice, or one is at no site.
         """
-        found: dict[str, Patient] = {}
-        for patient in patients:
-            if patient.id in found:
-                raise DataError(f"patient {patient.id} is given twice")
-            found[patient.id] = patient
+        given = list(patients)
+        found = {patient.id: patient for patient in given}
+        if twice := _twice(patient.id for patient in given):
+            raise DataError(f"patient {twice[0]} is given twice")
         wanted = set(self.patients)
         for what, ids, remedy in (("are missing", wanted - found.keys(), "remove them with .without([...])"),
                                   ("are at no site", found.keys() - wanted, "remove them from patients")):
@@ -462,13 +461,17 @@ def _people(patients: Iterable[str], same: Groups, *, sites: int = 1, at_least: 
     ids = list(patients)
     for what, remedy, names in (("would be assigned twice", "give each patient once", ids),
                                 ("is in two groups of same=", "join them", [p for person in same for p in person])):
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
+        if twice := _twice(names):
             raise DataError(f"{', '.join(twice[:5])} {what}; {remedy}")
     people = group_by_person(ids, same)
     if sites < 1 or at_least < 1 or len(people) < sites * at_least:
         raise ValueError(f"{sites} sites of at least {at_least} patients need {sites * at_least}, got {len(people)}; "
                          "both must be 1 or more; lower them")
     return people
+
+
+def _twice(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _random(seed: int, name: str) -> np.random.Generator:

@@ -7,22 +7,21 @@ differ by one patient differ by that patient's contribution. Laplace noise with 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import derive
-from fedlab.core.types import MODALITIES, REGIONS, Site, Spent
+from fedlab.core.types import MODALITIES, REGIONS, Patient, Site, Spent
 from fedlab.data.sites.distributions import (
     PERCENTILES,
     QUANTILES,
@@ -47,19 +46,6 @@ COARSEST = 0.5
 _OTHER = "other"
 
 Counts = NDArray[np.int64]
-
-
-class Scanned(Protocol):
-    """The properties of a patient that statistics need, for example of a `fedlab.core.types.Patient`."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def image(self) -> torch.Tensor: ...
-    @property
-    def label(self) -> torch.Tensor | None: ...
-    @property
-    def affine(self) -> NDArray[Any]: ...
 
 
 def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 5, epsilon: float | None = None,
@@ -117,7 +103,7 @@ def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 
     return _noised(site.name, noised, domain, minimum, spent)
 
 
-def contributions(patient: Scanned, *, domain: Domain) -> dict[str, Counts]:
+def contributions(patient: Patient, *, domain: Domain) -> dict[str, Counts]:
     """What one patient adds to the counts that noise is added to.
 
     Returns:
@@ -150,34 +136,26 @@ def _sizes(domain: Domain) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Summary:
-    """The measurements of one patient; they do not leave the site.
+    """The measurements of one patient; they do not leave the site."""
 
-    Attributes:
-        counts: by "intensity <modality>" voxels in each bin; by "volume <region>" 1 in the bin of the volume.
-        moments: by modality, the mean of its intensities and of their squares.
-        landmarks: by modality, its percentiles.
-        volumes: by region in ml; empty without a label.
-    """
-
-    counts: dict[str, Counts]
-    moments: dict[str, tuple[float, float]]
-    landmarks: dict[str, NDArray[np.float64]]
-    volumes: dict[str, float]
+    counts: dict[str, Counts]  # "intensity <modality>": voxels in each bin; "volume <region>": 1 in its bin
+    moments: dict[str, tuple[float, float]]  # by modality, the mean of its intensities and of their squares
+    landmarks: dict[str, NDArray[np.float64]]  # by modality, its percentiles
+    volumes: dict[str, float]  # by region in ml; empty without a label
     spacing: str
     shape: str
 
 
-def _patients(site: Site) -> Iterator[Scanned]:
+def _patients(site: Site) -> Iterator[Patient]:
     listed: set[str] = set()
-    for patients in (site.train, site.val):
-        for patient in patients:
-            if patient.id in listed:
-                raise DataError(f"site {site.name} lists patient {patient.id} twice; a patient counts once")
-            listed.add(patient.id)
-            yield patient
+    for patient in itertools.chain(site.train, site.val):
+        if patient.id in listed:
+            raise DataError(f"site {site.name} lists patient {patient.id} twice; a patient counts once")
+        listed.add(patient.id)
+        yield patient
 
 
-def _summarise(patient: Scanned, domain: Domain) -> _Summary:
+def _summarise(patient: Patient, domain: Domain) -> _Summary:
     image = patient.image.float()
     brain = (image != 0).any(dim=0)
     if not brain.any():
@@ -303,8 +281,9 @@ def _noised(site: str, counts: Mapping[str, NDArray[np.float64]], domain: Domain
     withheld += [f"{name}: the domain does not list them in advance"
                  for name, known in (("voxel sizes", domain.spacings), ("shapes", domain.shapes)) if known is None]
     released: dict[str, dict[str, Distribution]] = {"intensity": {}, "volume": {}}
-    for kind, names, edges, levels in (("intensity", domain.modalities, domain.intensity, PERCENTILES),
-                                       ("volume", domain.regions, domain.volume_ml, np.multiply(QUANTILES, 100))):
+    for kind, names, edges, levels in (
+            ("intensity", domain.modalities, domain.intensity, [level / 100 for level in PERCENTILES]),
+            ("volume", domain.regions, domain.volume_ml, QUANTILES)):
         for name in names:
             table = counts[f"{kind} {name}"]
             if kind == "intensity":  # every patient has all intensities: the bins sum to the patients
@@ -313,20 +292,16 @@ def _noised(site: str, counts: Mapping[str, NDArray[np.float64]], domain: Domain
             if bare.total <= 0:
                 withheld.append(f"{kind} {name}: the noise exceeds it")
                 continue
-            released[kind][name] = _described(bare, [float(level) / 100 for level in levels])
+            middle, shares = (np.array(edges[1:]) + np.array(edges[:-1])) / 2, bare.shares()
+            mean = float(shares @ middle)
+            sd = math.sqrt(float(shares @ np.square(middle - mean)))
+            released[kind][name] = replace(bare, mean=_rounded(mean), sd=_rounded(sd),
+                                           quantiles=tuple((q, _rounded(bare.quantile(q))) for q in levels))
     categories = [dict(zip((*(known or ()), _OTHER), counts[name].tolist(), strict=True)) if known is not None else {}
                   for name, known in (("spacing", domain.spacings), ("shape", domain.shapes))]
     return SiteStatistics(site=site, patients=patients, intensity=released["intensity"], volumes_ml=released["volume"],
                           spacing_mm=categories[0], shape=categories[1], minimum=minimum, spent=(spent,),
                           withheld=tuple(withheld))
-
-
-def _described(bare: Distribution, levels: Sequence[float]) -> Distribution:
-    """The distribution with mean, standard deviation and quantiles computed from its bins."""
-    middle, shares = (np.array(bare.edges[1:]) + np.array(bare.edges[:-1])) / 2, bare.shares()
-    mean = float(shares @ middle)
-    return replace(bare, mean=_rounded(mean), sd=_rounded(math.sqrt(float(shares @ np.square(middle - mean)))),
-                   quantiles=tuple((q, _rounded(bare.quantile(q))) for q in levels))
 
 
 def combine(statistics: Sequence[SiteStatistics], *, name: str = "all sites") -> SiteStatistics:
