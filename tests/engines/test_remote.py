@@ -12,7 +12,7 @@ import networkx
 import pytest
 import torch
 
-from cohorts import TinyNet, blob_sites
+from cohorts import BatchNet, TinyNet, blob_sites
 from fedlab import (
     DPSGD,
     FedAvg,
@@ -44,10 +44,10 @@ POLICY = SitePolicy(installed=("cohorts", "test_remote"), tell_errors=True)
 SIZES = (3, 2, 4)
 
 
-def trainer(**settings: Any) -> SiteTrainer:
+def trainer(network: type[TinyNet] = TinyNet, **settings: Any) -> SiteTrainer:
     settings = {"lr": 0.05, "steps": 2, "crop": (8, 8, 8), "augment": None, "optimiser": torch.optim.SGD,
                 "precision": "fp32", **settings}
-    return SiteTrainer(model=built(TinyNet, seed=3), **settings)
+    return SiteTrainer(model=built(network, seed=3), **settings)
 
 
 class Hosts:
@@ -120,7 +120,7 @@ def alone(case: str) -> History:
 
 def sha(history: History) -> str:
     assert history.state is not None
-    return weights_sha256(history.state.params)
+    return weights_sha256(history.state.model)
 
 
 def falling(round: int, *, start: float) -> float:
@@ -146,6 +146,9 @@ CASES = {
     "SecureAggregation": {"strategy": FedAvg(weights="uniform"),
                           "aggregation": SecureAggregation(clip=5.0, threshold=2)},
     "ring": {"topology": ring},
+    "batch norm": {"settings": {"network": BatchNet}},
+    "batch norm in a ring": {"settings": {"network": BatchNet}, "topology": ring},
+    "batch norm kept at the sites": {"settings": {"network": BatchNet, "buffers": "keep"}},
 }
 
 
