@@ -74,7 +74,6 @@ class Strategy(Protocol):
     @property
     def sample(self) -> float:
         """Probability with which each site takes part in a round."""
-        ...
 
     def bind(self, run: Run) -> Strategy:
         """The strategy with what it reads from the run, such as the number of sites.
@@ -82,15 +81,12 @@ class Strategy(Protocol):
         Raises:
             ValueError: the strategy cannot work with the rest of the run.
         """
-        ...
 
     def begin(self, params: Tensors) -> ServerState:
         """The server's state before the first round."""
-        ...
 
     def select(self, sites: Sequence[Site], rng: torch.Generator) -> Sequence[Site]:
         """The cohort of a round."""
-        ...
 
     def equip(self, kit: Kit, site: Site, state: ServerState, site_state: SiteState) -> Kit:
         """At a site, before privacy techniques wrap the kit: change how it trains.
@@ -98,20 +94,16 @@ class Strategy(Protocol):
         Data of the site that enters here bypasses the techniques' clipping and noise: use the server's state and what
         `remember` has kept of protected updates only.
         """
-        ...
 
     def combine(self, updates: Iterable[Update]) -> Update:
         """One update from a cohort's updates, which arrive one by one."""
-        ...
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
         """The state after the model has moved by `mean`."""
-        ...
 
     def remember(self, trainer: Trainer, site: Site, state: ServerState, update: Update, site_state: SiteState,
                  seed: int) -> None:
         """At a site, when its update is ready to leave: what the site keeps for the next rounds."""
-        ...
 
 
 class Privacy(Protocol):
@@ -137,16 +129,13 @@ class Exchange(Protocol):
     @property
     def names(self) -> Sequence[str]:
         """The sites that still take part, in order."""
-        ...
 
     @property
     def shown(self) -> str:
         """`shown_sha256` of the state that the sites are shown in this round."""
-        ...
 
     def send(self, step: str, inboxes: Messages) -> Messages:
         """Asks each of these sites for its answer to its inbox (sender -> message); sender -> recipient -> message."""
-        ...
 
 
 class Aggregation(Protocol):
@@ -183,15 +172,12 @@ class Topology(Protocol):
 
     def __call__(self, run: Run, state: ServerState) -> Round:
         """The finished round."""
-        ...
 
     def messages(self, names: Sequence[str]) -> list[tuple[str, str]]:
         """Who sends weights to whom in a round of these sites, as (sender, receiver)."""
-        ...
 
     def metrics(self, state: ServerState) -> Mapping[str, float]:
         """Numbers about the state after a round."""
-        ...
 
 
 class Admission(Protocol):
@@ -209,12 +195,10 @@ class Engine(Protocol):
 
     def train(self, task: Any, state: ServerState, cohort: Sequence[Site], states: Any) -> Iterator[Answer]:
         """The answer of each site of the cohort to the task, one by one."""
-        ...
 
     def exchange(self, task: Any, step: str, inboxes: Messages, sites: Sequence[Site],
                  states: Any) -> tuple[Messages, list[Failure]]:
         """What the sites answer in one exchange of messages, as sender -> recipient -> message; and which failed."""
-        ...
 
 
 @runtime_checkable
@@ -223,7 +207,6 @@ class Elsewhere(Protocol):
 
     def rounds(self, run: Run, state: ServerState | None) -> Iterator[Round]:
         """The rounds as they are finished, from the state on, or from the beginning."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from cohorts import TinyNet, blob_sites
+from cohorts import BatchNet, TinyNet, blob_sites
 from fedlab import Local, PrivacyError, SiteTrainer, federate
 from fedlab.core import Round, RunError
 from fedlab.core import weights_sha256 as sha
@@ -19,8 +19,9 @@ from fedlab.run import History
 from fedlab.strategies import FedOpt
 
 
-def run(engine: Local | NVFlare, *, rounds: int = 3, came: list[tuple[float, Round]] | None = None) -> History:
-    trainer = SiteTrainer(model=built(TinyNet, seed=3), lr=0.01, steps=2, crop=(8, 8, 8), precision="fp32")
+def run(engine: Local | NVFlare, *, rounds: int = 3, came: list[tuple[float, Round]] | None = None,
+        network: type[TinyNet] = TinyNet) -> History:
+    trainer = SiteTrainer(model=built(network, seed=3), lr=0.01, steps=2, crop=(8, 8, 8), precision="fp32")
     seen = [] if came is None else came
     return federate(trainer, blob_sites((3, 2)), strategy=FedOpt(rule="adam", server_lr=0.01), rounds=rounds, seed=5,
                     engine=engine, progress=False, on_round=lambda one: seen.append((time.monotonic(), one)))
@@ -53,6 +54,15 @@ def test_same_bits_as_local(tmp_path: Path) -> None:
     again = run(NVFlare(env=Simulation(folder=tmp_path / "simulation")))
     assert again.state is not None and sha(again.state.params) == sha(here.state.params)
     assert log.stat().st_size == size
+
+
+def test_statistics_of_batch_norm_are_the_same_bits_too(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    there = run(NVFlare(env=Simulation(folder=tmp_path)), rounds=2, network=BatchNet)
+    here = run(Local(), rounds=2, network=BatchNet)
+    assert here.state is not None and there.state is not None
+    assert len(here.state.buffers) == 3 and here.state.buffers.keys() == there.state.buffers.keys()
+    assert sha(there.state.model) == sha(here.state.model)
 
 
 def test_processes_with_certificates_of_their_own_give_the_same_bits(tmp_path: Path) -> None:
