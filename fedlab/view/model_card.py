@@ -78,8 +78,9 @@ def make_model_card(history: History, *, name: str, sites: Sequence[Site], setti
     details = {"parameters": f"{sum(t.numel() for t in params.values()):,}",
                "input": f"MRI of shape (4, X, Y, Z): {', '.join(MODALITIES)}; z-scored over brain voxels",
                "output": "one probability per voxel for " + ", ".join(f"{REGION_NAMES[r]} ({r})" for r in REGIONS),
-               "rounds": f"{len(history.records)} of {history.rounds}", "weights, SHA-256": weights_sha256(history.state.model),
-               **settings, "developed by": MARK, "contact": MARK}
+               "rounds": f"{len(history.records)} of {history.rounds}",
+               "weights, SHA-256": weights_sha256(history.state.model), **settings,
+               "developed by": MARK, "contact": MARK}
     return ModelCard(text=render(
         "model_card.md", name=name, front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True),
         mark=MARK, generated=generated, details=details.items(), **_evaluation(scores), trace=trace,
