@@ -78,16 +78,16 @@ def read_volume(path: str | os.PathLike[str], *, voxels: bool = True, series: bo
             tells which.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # a pipe would block forever
-        raise DataError(f"{path.name}: not a file, or a broken or circular link", code="no-file")
     try:
+        if not os.path.isfile(path):  # a pipe would block forever
+            raise DataError("not a file, or a broken or circular link", code="no-file")
         with path.open("rb") as raw:
             packed = raw.read(2) == _GZIP_MAGIC
             raw.seek(0)
             stream = gzip.GzipFile(fileobj=raw) if packed else raw
             return _read_stream(cast("IO[bytes]", stream), path, packed, voxels, series)
-    except DataError:
-        raise
+    except DataError as error:
+        raise DataError(f"{path.name}: {error}", code=error.code) from error
     except (OSError, EOFError, zlib.error) as error:
         code = "truncated" if isinstance(error, EOFError) else \
             "corrupt" if isinstance(error, (gzip.BadGzipFile, zlib.error)) else "no-file"
@@ -98,77 +98,75 @@ def read_volume(path: str | os.PathLike[str], *, voxels: bool = True, series: bo
 
 
 def _read_stream(stream: IO[bytes], path: Path, packed: bool, voxels: bool, series: bool) -> Volume:
+    """The volume in a file; errors are without the file's name."""
     head = stream.read(max(_HEADER_BYTES))
-    header = _parse_header(head, path)
-    shape = _shape(header, path, series)
+    header = _parse_header(head)
+    shape = _shape(header, series)
     grid = shape[0], shape[1], shape[2]
     dtype = header.get_data_dtype()
     if dtype.kind not in "uif" or dtype.itemsize > 8:
-        raise DataError(f"{path.name}: voxels of type {dtype} are not grey values; expected integers or floats of at "
-                        f"most 64 bits", code="wrong-header")
+        raise _wrong(f"voxels of type {dtype} are not grey values; expected integers or floats of at most 64 bits")
     place, claimed = float(header["vox_offset"]), math.prod(shape) * dtype.itemsize
     if not 0 < place <= 16 * _CHUNK:  # also refuses NaN
-        raise DataError(f"{path.name}: the header places the voxels at byte {place:g}; expected 352 or slightly more",
-                        code="wrong-header")
+        raise _wrong(f"the header places the voxels at byte {place:g}; expected 352 or slightly more")
     offset, size = int(place), path.stat().st_size
     # deflate compresses by a factor of at most about 1032
     if offset + claimed > (1032 * size if packed else size):
-        raise DataError(f"{path.name}: the header claims {claimed:,} bytes of voxels, more than this file of "
-                        f"{size:,} bytes can hold; it is truncated or its header is wrong", code="oversized")
-    affine, codes, notes = _geometry(header, grid, path)
-    array = _read_voxels(stream, head, header, offset, claimed, shape, path) if voxels else None
-    return Volume(path=path, shape=grid, affine=affine, codes=codes, array=array,
-                  channels=shape[3] if len(shape) == 4 else 0, notes=notes)
+        raise DataError(f"the header claims {claimed:,} bytes of voxels, more than this file of {size:,} bytes can "
+                        f"hold; it is truncated or its header is wrong", code="oversized")
+    affine, codes, notes = _geometry(header, grid)
+    return Volume(path=path, shape=grid, affine=affine, codes=codes,
+                  array=_read_voxels(stream, head, header, offset, shape) if voxels else None,
+                  channels=shape[3] if len(shape) == 4 else 0, notes=tuple(f"{path.name}: {note}" for note in notes))
 
 
-def _parse_header(head: bytes, path: Path) -> Any:
+def _wrong(reason: str) -> DataError:
+    return DataError(reason, code="wrong-header")
+
+
+def _parse_header(head: bytes) -> Any:
     for size, kind in _HEADER_BYTES.items():
         if head[:4] in (size.to_bytes(4, "little"), size.to_bytes(4, "big")) and len(head) >= size:
             header = kind(head[:size], check=False)
             header.check_fix(logger=_SILENT, error_level=40)
             if bytes(header["magic"].item())[:2] != b"n+":
-                raise DataError(f"{path.name}: expected header and voxels in one NIfTI file (magic 'n+1' or 'n+2'), "
-                                f"got {header['magic'].item()!r}", code="wrong-header")
+                raise _wrong(f"expected header and voxels in one NIfTI file (magic 'n+1' or 'n+2'), got "
+                             f"{header['magic'].item()!r}")
             return header
-    raise DataError(f"{path.name}: not a NIfTI file: it starts with the bytes {head[:4].hex(' ') or '(none)'}",
-                    code="not-nifti")
+    raise DataError(f"not a NIfTI file: it starts with the bytes {head[:4].hex(' ') or '(none)'}", code="not-nifti")
 
 
-def _shape(header: Any, path: Path, series: bool) -> tuple[int, ...]:
+def _shape(header: Any, series: bool) -> tuple[int, ...]:
     dims = tuple(int(n) for n in header.get_data_shape())
     while len(dims) > (4 if series else 3) and dims[-1] == 1:
         dims = dims[:-1]
     if len(dims) not in ((3, 4) if series else (3,)) or min(dims) < 1:
         wanted = "a 3-D volume or several in 4-D" if series else "one 3-D volume"
-        raise DataError(f"{path.name}: expected {wanted}, got the shape {dims}", code="wrong-header")
+        raise _wrong(f"expected {wanted}, got the shape {dims}")
     if math.prod(dims) > MAX_VOXELS:
-        raise DataError(f"{path.name}: the header claims {'x'.join(map(str, dims))} = {math.prod(dims):,} voxels; "
-                        f"at most {MAX_VOXELS:,} are read", code="oversized")
+        raise DataError(f"the header claims {'x'.join(map(str, dims))} = {math.prod(dims):,} voxels; at most "
+                        f"{MAX_VOXELS:,} are read", code="oversized")
     return dims
 
 
-def _geometry(header: Any, shape: tuple[int, int, int],
-              path: Path) -> tuple[np.ndarray, tuple[int, int], tuple[str, ...]]:
+def _geometry(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int], list[str]]:
+    """The affine, the codes of sform and qform, and oddities."""
     codes = int(header["sform_code"]), int(header["qform_code"])
     if min(codes) < 0 or max(codes) == 0:
-        raise DataError(f"{path.name}: neither sform nor qform of the header states the patient's orientation (codes "
-                        f"{codes[0]} and {codes[1]}); left and right would be a guess: write an affine into the "
-                        f"header", code="wrong-header")
+        raise _wrong(f"neither sform nor qform of the header states the patient's orientation (codes {codes[0]} and "
+                     f"{codes[1]}); left and right would be a guess: write an affine into the header")
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
     if not np.isfinite(affine).all():
-        raise DataError(f"{path.name}: the affine holds NaN or Inf", code="wrong-header")
+        raise _wrong("the affine holds NaN or Inf")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if spacing.min() < 0.05 or spacing.max() > 30:
-        raise DataError(f"{path.name}: voxels of {' x '.join(f'{s:g}' for s in spacing)} mm; expected 0.05 to 30 mm "
-                        f"(is the header in mm?)", code="wrong-header")
+        raise _wrong(f"voxels of {' x '.join(f'{s:g}' for s in spacing)} mm; expected 0.05 to 30 mm (is the header in "
+                     f"mm?)")
     axes = affine[:3, :3] / spacing
     if np.abs(axes.T @ axes - np.eye(3)).max() > 0.02:
-        raise DataError(f"{path.name}: the axes of its affine are not perpendicular; resample it to a rectangular "
-                        f"grid", code="wrong-header")
-    notes: tuple[str, ...] = ()
-    if min(codes) > 0 and _corner_distance(header.get_qform(), affine, shape) > 1.0:
-        notes = (f"{path.name}: sform and qform disagree by more than 1 mm; the sform is used",)
-    return affine, codes, notes
+        raise _wrong("the axes of its affine are not perpendicular; resample it to a rectangular grid")
+    apart = min(codes) > 0 and _corner_distance(header.get_qform(), affine, shape) > 1.0
+    return affine, codes, ["sform and qform disagree by more than 1 mm; the sform is used"] if apart else []
 
 
 def _corner_distance(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
@@ -183,25 +181,23 @@ def same_grid(one: Volume, other: Volume) -> bool:
     return one.shape == other.shape and _corner_distance(one.affine, other.affine, one.shape) < 0.1
 
 
-def _read_voxels(stream: IO[bytes], head: bytes, header: Any, offset: int, claimed: int,
-                 shape: tuple[int, ...], path: Path) -> np.ndarray:
+def _read_voxels(stream: IO[bytes], head: bytes, header: Any, offset: int, shape: tuple[int, ...]) -> np.ndarray:
     if offset > len(head):
         head += stream.read(offset - len(head))
-    data = np.empty(claimed, dtype=np.uint8)  # the system provides the memory only as it is filled
-    start = np.frombuffer(head[offset:offset + claimed], dtype=np.uint8)
+    # the system provides the memory only as it is filled
+    data = np.empty(math.prod(shape) * header.get_data_dtype().itemsize, dtype=np.uint8)
+    start = np.frombuffer(head[offset:offset + data.size], dtype=np.uint8)
     data[:start.size], found = start, start.size
-    while found < claimed and (chunk := stream.read(min(4 * _CHUNK, claimed - found))):
+    while found < data.size and (chunk := stream.read(min(4 * _CHUNK, data.size - found))):
         data[found:found + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
         found += len(chunk)
-    if found < claimed:
-        raise DataError(f"{path.name}: truncated: {claimed:,} bytes of voxels expected, {found:,} found",
-                        code="truncated")
+    if found < data.size:
+        raise DataError(f"truncated: {data.size:,} bytes of voxels expected, {found:,} found", code="truncated")
     trailing = 0
     while chunk := stream.read(_CHUNK):  # gzip verifies the checksum only at its end
         trailing += len(chunk)
         if trailing > 16 * _CHUNK:
-            raise DataError(f"{path.name}: more than 16 MiB follow its voxels; its header is wrong",
-                            code="wrong-header")
+            raise _wrong("more than 16 MiB follow its voxels; its header is wrong")
     array: np.ndarray = data.view(header.get_data_dtype()).reshape(shape, order="F")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
