@@ -29,7 +29,7 @@ from fedlab.core.regions import regions_to_labels
 from fedlab.core.settings import check_whole
 from fedlab.core.types import Patient, Round, ServerState, Site
 from fedlab.core.weights import load_weights
-from fedlab.core.workers import Workers, start_workers, tell
+from fedlab.core.workers import Workers, tell
 from fedlab.data.readers.folders import check_sites, find_patients, read_patient
 from fedlab.data.sites.partition import Partition
 from fedlab.data.store import load_sites, save_sites
@@ -185,7 +185,7 @@ def run_job(job: Job, out: Path) -> Outcome:
         FedlabError: data, sites or privacy failed; the run can be resumed after the cause is removed.
     """
     try:
-        with start_workers() as workers:
+        with Workers() as workers:
             return _run(job, out, workers)
     except BrokenProcessPool as error:
         raise RunError(f"a worker process was killed, perhaps for lack of memory; 'fedlab resume {out}' continues from "

@@ -26,8 +26,7 @@ import torch
 
 from fedlab.core.settings import check_whole
 
-__all__ = ["Stopped", "Workers", "available_cores", "forkserver", "script_not_imported", "settle", "start_workers",
-           "tell"]
+__all__ = ["Stopped", "Workers", "available_cores", "forkserver", "script_not_imported", "settle", "tell"]
 
 _messages: Queue[Any] | None = None
 _stop: Event | None = None
@@ -68,13 +67,18 @@ def script_not_imported() -> Iterator[None]:
 
 
 class Workers(ProcessPoolExecutor):
-    """A process pool whose tasks can send messages to the parent with `tell`."""
+    """A pool of warm processes, by default one per core, whose tasks can send messages to the parent with `tell`.
 
-    def __init__(self, count: int) -> None:
+    In a `with` block they end with it, and at once if it raises.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        check_whole(optional=True, workers=count)
         context = forkserver()
         self._inbox: Queue[Any] = context.Queue()
         self._halt = context.Event()
-        super().__init__(count, mp_context=context, initializer=_settle, initargs=(self._inbox, self._halt))
+        super().__init__(count or available_cores(), mp_context=context, initializer=_settle,
+                         initargs=(self._inbox, self._halt))
 
     def messages(self) -> Iterator[Any]:
         """The messages received since the last call, oldest first."""
@@ -94,16 +98,6 @@ class Workers(ProcessPoolExecutor):
         if error is not None:
             self.stop()
         self.shutdown()
-
-
-def start_workers(count: int | None = None) -> Workers:
-    """Warm worker processes, by default one per core; in a `with` block they end with it, and at once if it raises.
-
-    Raises:
-        ValueError: `count` below 1.
-    """
-    check_whole(optional=True, workers=count)
-    return Workers(count or available_cores())
 
 
 def tell(message: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedlab.core.errors import SiteError
-from fedlab.core.workers import Stopped, Workers, available_cores, start_workers, tell
+from fedlab.core.workers import Stopped, Workers, available_cores, tell
 
 
 def talk(name: str, count: int) -> int:
@@ -40,7 +40,7 @@ def work_until_stopped() -> None:
 
 @pytest.fixture(scope="module")
 def workers():
-    with start_workers(2) as pool:
+    with Workers(2) as pool:
         yield pool
 
 
@@ -85,7 +85,7 @@ def test_telling_outside_a_worker_does_nothing(workers):
 
 
 def test_stop_ends_running_tasks_and_waiting_ones_never_start():
-    pool = start_workers(1)
+    pool = Workers(1)
     running = pool.submit(work_until_stopped)
     waiting = [pool.submit(work_until_stopped) for _ in range(4)]
     assert collect(pool, 3)[:3] == ["working"] * 3
@@ -102,7 +102,7 @@ def test_stop_ends_running_tasks_and_waiting_ones_never_start():
 
 
 def test_an_error_in_the_block_stops_the_workers():
-    with pytest.raises(ZeroDivisionError), start_workers(1) as pool:
+    with pytest.raises(ZeroDivisionError), Workers(1) as pool:
         running = pool.submit(work_until_stopped)
         collect(pool, 1)
         raise ZeroDivisionError
@@ -113,7 +113,7 @@ def test_an_error_in_the_block_stops_the_workers():
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_pool_without_workers_is_refused(count):
     with pytest.raises(ValueError, match=f"workers is a positive whole number or None, got {count}"):
-        start_workers(count)
+        Workers(count)
 
 
 def test_by_default_one_worker_for_each_core_we_may_use():
@@ -123,7 +123,7 @@ def test_by_default_one_worker_for_each_core_we_may_use():
         try:
             os.sched_setaffinity(0, {min(allowed)})
             assert available_cores() == 1
-            with start_workers() as pool:
+            with Workers() as pool:
                 assert pool._max_workers == 1
         finally:
             os.sched_setaffinity(0, allowed)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from fedlab.core.errors import DataError
 from fedlab.core.seeds import derive
 from fedlab.core.types import Patient, Site
-from fedlab.core.workers import script_not_imported, start_workers
+from fedlab.core.workers import Workers, script_not_imported
 from fedlab.data.brain import bounding_box, normalise
 from fedlab.data.cache import load, path_of, store
 from fedlab.data.phantom.anatomy import (
@@ -336,7 +336,7 @@ def _generate(orders: Sequence[_Order], cache: Path, workers: Executor | int | N
         with ExitStack() as stack:
             made: Iterator[None] = map(partial(_make, cache=cache), missing)
             if workers != 0:
-                pool = workers if isinstance(workers, Executor) else stack.enter_context(start_workers(workers))
+                pool = workers if isinstance(workers, Executor) else stack.enter_context(Workers(workers))
                 made = _make_in(pool, missing, cache)
             for _ in tqdm(made, "generating patients", len(missing), unit="patient", disable=not progress):
                 pass
