@@ -113,6 +113,7 @@ class SiteTask:
             finally:
                 kit.close()
             trained = weights_sha256(update.delta) if ledger else ""
+            update = replace(update, metrics={}) if ledger else update
 
             work.stage = "protect"
             rng = noise_generator(stream, "protect", trained) if ledger else generator(stream, "protect")

@@ -124,6 +124,21 @@ def test_a_budget_asks_for_a_charge_of_this_round():
             policy.check_spent(ledger)
 
 
+class SendsTheLoss(LocalGaussian):
+    """Names the loss of training among what its noise covers, which it does not."""
+
+    sends = frozenset({"loss", "norm"})
+
+    def protect(self, *arguments: Any) -> Update:
+        out = super().protect(*arguments)
+        return replace(out, metrics={**out.metrics, "norm": out.norm(), "other": 1.0})
+
+
+def test_of_the_numbers_of_training_none_leaves_under_a_guarantee():
+    sent = run(SendsTheLoss(clip=1.0, noise_multiplier=8.0, delta=1e-3), rounds=1).records[0]["sites"]["site-0"]
+    assert "norm" in sent and not {"loss", "other"} & sent.keys()
+
+
 # A sum that is asked for twice
 
 
