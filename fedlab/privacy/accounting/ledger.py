@@ -8,11 +8,11 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.settings import check_choice, check_positive
-from fedlab.core.types import Spent, Update, rounded_up
+from fedlab.core.types import ServerState, SiteState, Spent, Update, rounded_up
 from fedlab.privacy.accounting.mechanisms import (
     RELEASES,
     Accountant,
@@ -27,6 +27,7 @@ __all__ = ["Accountant", "Concentrated", "Gaussian", "HasLedger", "Ledger", "Pur
            "epsilon_of", "noise_multiplier_for"]
 
 Unit = Literal["patient", "site"]
+HasLedger = SiteState | ServerState
 
 _FORMAT = "fedlab-ledger-2"
 
@@ -132,13 +133,6 @@ def noise_multiplier_for(
     return high
 
 
-class HasLedger(Protocol):
-    """A party with a ledger: `fedlab.core.types.SiteState` or `ServerState`."""
-
-    @property
-    def ledger(self) -> dict[str, Any]: ...
-
-
 class Ledger:
     """A site's record of everything it has released under a guarantee, kept in its state.
 
@@ -214,21 +208,6 @@ class Ledger:
                 f"is spent and this release would make it {rounded_up(after, 4)}")
         self._note.update(entries=entries, stream=stream)
         self._write()
-
-    @classmethod
-    def enter(cls, state: HasLedger, spent: Spent, *, site: str, delta: float, accountant: Accountant,
-              max_epsilon: float | None) -> None:
-        """Enters a release outside of rounds that is ε-private with δ = 0, such as noised statistics.
-
-        Raises:
-            ValueError: δ of the release is not 0.
-            PrivacyBudgetExhausted, PrivacyError: as in `charge`.
-        """
-        if spent.delta != 0:
-            raise ValueError(f"a release with δ = 0 was expected, got {spent}; enter it with charge()")
-        terms = Terms(unit=spent.unit, delta=delta, adjacency=spent.adjacency, accountant=accountant)
-        ledger = cls.open(state, site=site, round=None, stream=None)
-        ledger.charge(Pure(epsilon=spent.epsilon), terms=terms, max_epsilon=max_epsilon)
 
     def bind(self, content: str) -> None:
         """Ties this round's noise to the update it was added to, such as by its hash, before anything is sent.

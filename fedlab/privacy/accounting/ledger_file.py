@@ -13,7 +13,7 @@ from urllib.parse import quote
 from fedlab.core.errors import PrivacyError
 from fedlab.core.files import write_whole
 from fedlab.core.types import SiteState, Spent
-from fedlab.privacy.accounting.ledger import Accountant, HasLedger, Ledger, Terms
+from fedlab.privacy.accounting.ledger import Accountant, HasLedger, Ledger, Pure, Terms
 
 __all__ = ["LedgerFile"]
 
@@ -86,9 +86,13 @@ class LedgerFile:
         Terms(unit="patient", delta=delta, adjacency="any", accountant=accountant)  # wrong settings raise at once
 
         def enter(spent: Spent) -> None:
+            if spent.delta != 0:
+                raise ValueError(f"a release with δ = 0 was expected, got {spent}; enter it with Ledger.charge()")
+            terms = Terms(unit=spent.unit, delta=delta, adjacency=spent.adjacency, accountant=accountant)
             state = SiteState()
             with self.kept(state):
-                Ledger.enter(state, spent, site=self.site, delta=delta, accountant=accountant, max_epsilon=max_epsilon)
+                ledger = Ledger.open(state, site=self.site, round=None, stream=None)
+                ledger.charge(Pure(epsilon=spent.epsilon), terms=terms, max_epsilon=max_epsilon)
 
         return enter
 
