@@ -19,9 +19,10 @@ from fedlab.checks.influence import (
 from fedlab.checks.rehearsal import DECOY, Rehearsal, Stage, make_stage, rehearse
 from fedlab.checks.small_runs import lost_settings, other_random_numbers
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
+from fedlab.core.gate import check_update
 from fedlab.core.global_generators import seeded
 from fedlab.core.protocols import Strategy
-from fedlab.core.types import Site, Tensors, Update
+from fedlab.core.types import Site, Tensors
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.at_sites import AtSites
 from fedlab.privacy.base import Privacy, technique_at
@@ -150,20 +151,14 @@ def _settings(stage: Stage) -> Finding:
 
 
 def _shapes(stage: Stage, seen: Rehearsal) -> Finding:
-    wrong = (_misshapen(step.returned, step.given, f"{stage.name(step.layer)}.protect()") for step in seen.steps
-             if step.layer < len(stage.technique.layers))
-    return PRIVACY.verdict("shapes and names", next(filter(None, wrong), None))
-
-
-def _misshapen(returned: object, given: Tensors, hook: str) -> str | None:
-    if not isinstance(returned, Update):
-        return f"{hook} returned {type(returned).__name__}, expected an Update"
-    if returned.delta.keys() != given.keys():
-        return f"{hook} returned other tensors: {sorted(returned.delta.keys() ^ given.keys())[:3]}"
-    for key, t in returned.delta.items():
-        if not isinstance(t, torch.Tensor) or t.shape != given[key].shape or not t.is_floating_point():
-            return f"{hook} returned {key} as {getattr(t, 'dtype', type(t).__name__)} {tuple(getattr(t, 'shape', ()))}"
-    return None
+    wrong = None
+    for step in seen.steps:
+        if step.layer < len(stage.technique.layers) and wrong is None:
+            try:
+                check_update(step.returned, like=step.given, site=step.site)
+            except PrivacyError as error:
+                wrong = f"{stage.name(step.layer)}.protect(): {error}"
+    return PRIVACY.verdict("shapes and names", wrong)
 
 
 def _outside(stage: Stage) -> dict[str, str]:

@@ -34,15 +34,13 @@ def small_trainer(**settings: Any) -> SiteTrainer:
 
 def noise_site(number: int, patients: int, *, held_out: int = 0) -> Site:
     """A site whose patients are noise of 8³ voxels with a nested block as tumour."""
-    made = [_noise_patient(number, k) for k in range(patients + held_out)]
+    made = []
+    for k in range(patients + held_out):
+        image = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(1000 * number + k))
+        label = torch.zeros(8, 8, 8, dtype=torch.uint8)
+        label[1:6, 1:6, 1:6], label[2:5, 2:5, 2:5], label[3, 3, 3] = 2, 1, 4
+        made.append(Patient(f"s{number}p{k}", image + label.float(), label, np.eye(4)))
     return Site(f"site-{number}", made[:patients], made[patients:])
-
-
-def _noise_patient(site: int, number: int) -> Patient:
-    image = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(1000 * site + number))
-    label = torch.zeros(8, 8, 8, dtype=torch.uint8)
-    label[1:6, 1:6, 1:6], label[2:5, 2:5, 2:5], label[3, 3, 3] = 2, 1, 4
-    return Patient(f"s{site}p{number}", image + label.float(), label, np.eye(4))
 
 
 @contextmanager

@@ -263,7 +263,8 @@ class _Steps:
             losses.append(found.loss)
             for p, gradient in zip(self.parameters, found.gradients, strict=True):
                 p.grad_sample = gradient
-            self.norms.extend(_norms(found.gradients))
+            whole = torch.stack([g.flatten(1).norm(dim=1) for g in found.gradients]).norm(dim=0)
+            self.norms.extend(whole.tolist())
             self.optimiser.signal_skip_step(True)
             self.optimiser.step()
         for p in self.parameters:
@@ -298,9 +299,3 @@ class _Steps:
             "norms of patients' gradients": torch.tensor(self.seen, dtype=torch.float64),
             "share beyond the clipping norm": torch.tensor(self.beyond / max(1, len(self.seen)), dtype=torch.float64),
         })
-
-
-def _norms(gradients: Sequence[torch.Tensor]) -> list[float]:
-    """Norm of each patient's whole gradient."""
-    whole: list[float] = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0).tolist()
-    return whole

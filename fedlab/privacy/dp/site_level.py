@@ -172,7 +172,10 @@ class CentralGaussian(Privacy):
         noise = _noise(mean.delta, self.noise_on_updates * clip, source)
         delta = {name: (t.double() * len(cohort) + noise[name]) / expected for name, t in mean.delta.items()}
         if isinstance(self.clip, AdaptiveClip):
-            bits = self._sum_of_bits(mean, cohort) + self.clip.bit_noise * float(standard_normal((), source))
+            if len(cohort) and _BIT not in mean.metrics:
+                raise PrivacyError("the combined update lacks the bits that an AdaptiveClip follows; combine with "
+                                   "fedlab.strategies.weighted_mean, and change no metrics after CentralGaussian")
+            bits = mean.metrics.get(_BIT, 0.0) * len(cohort) + self.clip.bit_noise * float(standard_normal((), source))
             moved = self.clip.moved(clip, 0.5 + bits / expected)
             state.broadcast[_CLIP] = torch.tensor(moved, dtype=torch.float64)
         return replace(mean, delta=delta, metrics={}, spent=ledger.spent())
@@ -185,14 +188,6 @@ class CentralGaussian(Privacy):
         if not isinstance(self.clip, AdaptiveClip):
             return self.clip
         return float(broadcast.get(_CLIP, self.clip.start))
-
-    def _sum_of_bits(self, mean: Update, cohort: Cohort) -> float:
-        if len(cohort) == 0:
-            return 0.0
-        if _BIT not in mean.metrics:
-            raise PrivacyError("the combined update lacks the bits that an AdaptiveClip follows; combine with "
-                               "fedlab.strategies.weighted_mean, and change no metrics after CentralGaussian")
-        return mean.metrics[_BIT] * len(cohort)
 
 
 def _noise(like: Tensors, std: float, rng: torch.Generator | None) -> Mapping[str, torch.Tensor]:

@@ -32,16 +32,11 @@ def standard_normal(shape: Sequence[int], rng: torch.Generator | None) -> torch.
     flat = np.empty(math.prod(shape))
     for start in range(0, flat.size, _CHUNK_NORMAL):
         part = flat[start:start + _CHUNK_NORMAL]
-        part[:] = _from_entropy(4 * part.size).reshape(4, -1).sum(axis=0) / 2
+        bits = np.frombuffer(os.urandom(32 * part.size), dtype=np.uint64) >> np.uint64(11)
+        uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1): the logarithm is finite
+        radius, angle = np.sqrt(-2 * np.log(uniform[::2])), 2 * np.pi * uniform[1::2]  # Box and Muller 1958
+        part[:] = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)]).reshape(4, -1).sum(axis=0) / 2
     return torch.from_numpy(flat).reshape(tuple(shape))
-
-
-def _from_entropy(count: int) -> np.ndarray:
-    """An even number of standard normal values by Box and Muller's method (1958)."""
-    bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
-    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1): the logarithm is finite
-    radius, angle = np.sqrt(-2 * np.log(uniform[::2])), 2 * np.pi * uniform[1::2]
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
 
 def laplace(size: int, rng: torch.Generator | None) -> torch.Tensor:
