@@ -18,7 +18,7 @@ __all__ = ["Aggregation", "shown_sha256"]
 
 def shown_sha256(state: ServerState) -> str:
     """SHA-256 of everything in the server's state that the sites of a round are shown."""
-    groups = {"params": state.params, "broadcast": state.broadcast, **state.moments}
+    groups = {"params": state.params, "buffers": state.buffers, "broadcast": state.broadcast, **state.moments}
     tensors = {f"{group}|{name}": t for group, slots in groups.items() for name, t in slots.items()}
     return hashlib.sha256(f"{state.round}|{weights_sha256(tensors)}".encode()).hexdigest()
 
