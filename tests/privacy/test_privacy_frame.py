@@ -198,7 +198,7 @@ def test_sites_are_sampled_independently_with_the_stated_probability():
     taken = [len(FedAvg(sample=0.3).select(sites, torch.Generator().manual_seed(k))) for k in range(3000)]
     share = sum(taken) / 9000
     assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 9000) ** 0.5  # p = 6e-5 for a right sampler
-    with pytest.raises(ValueError, match="probability"):
+    with pytest.raises(ValueError, match="sample is above 0 and at most 1"):
         FedAvg(sample=0.0)
 
 
