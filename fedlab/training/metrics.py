@@ -93,9 +93,10 @@ def _score_region(guess: torch.Tensor, truth: torch.Tensor, spacing_mm: Sequence
     dice = compute_dice(guess[None, None].float(), truth[None, None].float(), include_background=True)
     # As MONAI's compute_hausdorff_distance, which in 1.6 warns of an argument that it passes itself.
     edges = get_mask_edges(guess.float(), truth.float())
-    directed = [torch.quantile(get_surface_distance(*pair, spacing=list(spacing_mm)), 0.95).float()
-                for pair in (edges, edges[::-1])]
-    return RegionScore(float(dice), float(max(directed)), reference_ml, predicted_ml)
+    directed = (torch.as_tensor(get_surface_distance(one, other, spacing=list(spacing_mm)))
+                for one, other in (edges[:2], edges[1::-1]))
+    distance = max(float(torch.quantile(distances, 0.95).float()) for distances in directed)
+    return RegionScore(float(dice), distance, reference_ml, predicted_ml)
 
 
 def score_rows(prediction: torch.Tensor, reference: torch.Tensor | None, *, spacing_mm: Sequence[float], site: str,
