@@ -1,5 +1,4 @@
-from .nvflare.environments import Production, ProofOfConcept, Simulation
-from .nvflare.nvflare import NVFlare
+from .nvflare.environments import NVFlare, Production, ProofOfConcept, Simulation
 from .processes import Processes
 
 __all__ = [
