@@ -19,7 +19,7 @@ from fedlab.data.readers.folders import (
     to_native,
 )
 from fedlab.data.readers.nifti import axis_weights, from_ras, read_volume, resample, to_ras
-from fedlab.data.sites.partition import read_partitioning, split_patients
+from fedlab.data.sites.partition import read_site_table, split_patients
 from folders import LPS, brain_and_label, poke_header, rewrite, write_patient
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "brats_real"
@@ -338,25 +338,25 @@ def test_float_labels_no_label_and_stray_labels(tmp_path):
 def test_partitioning_tables(tmp_path):
     table = tmp_path / "p.csv"
     table.write_text("\ufeffPartition_ID,Subject_ID\n10,c\n2,a\n2, b\nnorth,d\n", encoding="utf-8")
-    assert read_partitioning(table) == {"2": ["a", "b"], "10": ["c"], "north": ["d"]}
-    assert list(read_partitioning(table)) == ["2", "10", "north"]
+    assert read_site_table(table).sites == {"2": ["a", "b"], "10": ["c"], "north": ["d"]}
+    assert list(read_site_table(table).sites) == ["2", "10", "north"]
     table.write_text("hospital,case\nx,a\n")
-    assert read_partitioning(table, site_column="hospital", patient_column="case") == {"x": ["a"]}
+    assert read_site_table(table, site_column="hospital", patient_column="case").sites == {"x": ["a"]}
     with pytest.raises(DataError, match="no column Partition_ID and Subject_ID; it has hospital, case"):
-        read_partitioning(table)
+        read_site_table(table)
     table.write_text("Partition_ID,Subject_ID\n1,a\n2,a\n1,\n1,b\n1,b\n")
     with pytest.raises(DataError) as caught:
-        read_partitioning(table)
+        read_site_table(table)
     for piece in ("line 3: a is at site 2, and on line 2 at site 1", "line 4: Subject_ID is empty", "line 6: b"):
         assert piece in str(caught.value)
     table.write_text("Partition_ID,Subject_ID\n")
     with pytest.raises(DataError, match="no row below its header"):
-        read_partitioning(table)
+        read_site_table(table)
     table.write_bytes(b"\xff\xfe\x00Partition")
     with pytest.raises(DataError, match="CSV table in UTF-8"):
-        read_partitioning(table)
+        read_site_table(table)
     with pytest.raises(DataError, match="cannot be read"):
-        read_partitioning(tmp_path / "none.csv")
+        read_site_table(tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize(("patients", "held_out", "expected"),

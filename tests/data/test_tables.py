@@ -9,7 +9,7 @@ import pytest
 from fedlab.core.errors import DataError
 from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.tables import find_column, read_table
-from fedlab.data.sites.partition import by_column, read_partitioning
+from fedlab.data.sites.partition import by_column, read_site_table
 from folders import ball, write_paths
 
 SITES = {"1": ["a", "b"], "2": ["c"]}
@@ -26,7 +26,7 @@ def text(separator: str, ending: str = "\n") -> str:
 def test_what_spreadsheets_write_is_read(separator: str, encoding: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(text(separator, ending).encode(encoding))
-    assert read_partitioning(path) == SITES
+    assert read_site_table(path).sites == SITES
     assert read_table(path)[1][2] == (4, {"Partition_ID": "2", "Subject_ID": "c", "age": "70"})
     assert set(by_column(path, "AGE", held_out=0).train) == {"61", "47", "70"}
 
@@ -34,14 +34,14 @@ def test_what_spreadsheets_write_is_read(separator: str, encoding: str, ending: 
 @pytest.mark.parametrize("byte_order", ["utf-16-le", "utf-16-be"])
 def test_utf_16_in_both_byte_orders(byte_order: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(("\ufeff" + text("\t")).encode(byte_order))
-    assert read_partitioning(tmp_path / "t.csv") == SITES
+    assert read_site_table(tmp_path / "t.csv").sites == SITES
 
 
 @pytest.mark.parametrize("head", ["PARTITION_ID,SUBJECT_ID", "partition id,subject id", "PartitionID,SubjectID",
                                   " Partition_ID ,Subject-ID"])
 def test_headings_in_other_letters_are_found(head: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(f"{head}\n1,a\n1,b\n2,c\n")
-    assert read_partitioning(tmp_path / "t.csv") == SITES
+    assert read_site_table(tmp_path / "t.csv").sites == SITES
 
 
 def test_two_headings_alike_are_not_guessed_between(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_two_headings_alike_are_not_guessed_between(tmp_path: Path) -> None:
     assert find_column(["subject_id", "SUBJECT_ID"], "Subject_ID") is None
     (tmp_path / "t.csv").write_text("Partition_ID,subject_id,SUBJECT_ID\n1,a,b\n")
     with pytest.raises(DataError, match="no column Subject_ID; it has Partition_ID, subject_id, SUBJECT_ID; rename"):
-        read_partitioning(tmp_path / "t.csv")
+        read_site_table(tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize("content", [
@@ -60,7 +60,7 @@ def test_two_headings_alike_are_not_guessed_between(tmp_path: Path) -> None:
 ])
 def test_a_second_mark_within_cells_does_not_mislead(content: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(content)
-    assert read_partitioning(tmp_path / "t.csv") == SITES
+    assert read_site_table(tmp_path / "t.csv").sites == SITES
 
 
 @pytest.mark.parametrize(("content", "said"), [
@@ -74,7 +74,7 @@ def test_a_second_mark_within_cells_does_not_mislead(content: str, tmp_path: Pat
 def test_other_tables_are_refused_with_what_to_do(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(DataError, match=said):
-        read_partitioning(tmp_path / "t.csv")
+        read_site_table(tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize(("name", "separator", "encoding"),

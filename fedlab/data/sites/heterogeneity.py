@@ -30,8 +30,8 @@ class Heterogeneity:
 
     Small sites differ by chance alone; compare with a random partition of the same sizes. A distance is NaN where a
     site withholds the quantity, or where the bins that it releases are too wide to show how it is distributed:
-    `reasons` says which. A known distance is exact up to half of the sum of both standard deviations, and much closer
-    for sites of many patients.
+    `reasons` says which. A known distance is exact up to half of the sum of both standard deviations, beside the width
+    of the domain's bins, and much closer for sites of many patients.
 
     Attributes:
         statistics: of each site.

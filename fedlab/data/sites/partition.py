@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Partition", "SiteTable", "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution",
-           "by_quantity", "by_scanner", "read_partitioning", "read_site_table", "sizes_from_shares", "split_patients",
-           "tumour_types"]
+           "by_quantity", "by_scanner", "read_site_table", "sizes_from_shares", "split_patients", "tumour_types"]
 
 T = TypeVar("T")
 Groups = Sequence[frozenset[str]]
@@ -185,12 +184,6 @@ class SiteTable(NamedTuple):
 
     sites: dict[str, list[str]]
     same: Groups
-
-
-def read_partitioning(table: str | os.PathLike[str], *, site_column: str = "Partition_ID",
-                      patient_column: str = "Subject_ID") -> dict[str, list[str]]:
-    """The patients of each site, as in `read_site_table`."""
-    return read_site_table(table, site_column=site_column, patient_column=patient_column).sites
 
 
 def read_site_table(table: str | os.PathLike[str], *, site_column: str = "Partition_ID",

@@ -41,7 +41,8 @@ ADJACENCY = "add or remove one patient"
 #: One patient is counted in this many whole parts, so that a share of a patient is a whole number.
 PARTS = 2**16
 #: Merged bins show a distribution if merging moves it by at most this share of its standard deviation (earth mover's
-#: distance). So the distance between two sites is exact up to half of the sum of their standard deviations.
+#: distance). So the distance between two sites is exact up to half of the sum of their standard deviations, beside the
+#: width of the domain's bins.
 COARSEST = 0.5
 _OTHER = "other"
 
