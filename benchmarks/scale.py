@@ -1,19 +1,22 @@
 """Does the time per site and round, or the memory, grow with the number of sites? From 2 to 1,000 sites, star and tree.
 
-    .venv/bin/python benchmarks/scale.py            # about ten minutes on two idle cores, 10 GB of disk
+    .venv/bin/python benchmarks/scale.py            # about 25 minutes on two idle cores, 10 GB of disk
     .venv/bin/python benchmarks/scale.py --most 64
 
 Every site has three training patients and keeps the moments of AdamW, 9.4 MB for SegResNet with 8 filters. The patients
 are 24 generated ones, given out in turn and read from disk when they are asked for. Each arm runs in a process of its
-own with one torch thread; seconds are processor seconds of the second round, so that neither first-use costs nor other
-processes count.
+own with one torch thread; seconds are processor seconds of the second round, so that neither first-use costs nor time
+spent waiting counts. While an arm of more than 8 sites runs, arms of 8 sites run beside it on the other core, one after
+the other: the ratio compares the two under the same load of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +40,8 @@ from fedlab.training.trainer import SiteTrainer
 
 SITES = (2, 8, 64, 1000)
 POOL, PATIENTS, ROUNDS = 8, 3, 2
+#: Sites of the small federation that larger ones are compared with.
+SMALL = 8
 #: Links between a hospital and the server: Mbit per second, down and up.
 LINKS = {"DSL": (50, 10), "office": (100, 100), "research network": (1000, 1000)}
 
@@ -81,6 +86,36 @@ def _peak_mb() -> int:
     return round(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
+def _start(sites: int, workflow: str, folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--arm", str(sites), workflow, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)})
+
+
+def _result(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, error = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"an arm failed: {error[-2000:]}")
+    figures: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return figures
+
+
+def _measured(sites: int, workflow: str, folder: Path) -> dict[str, Any]:
+    """The figures of an arm; above `SMALL` sites with the ratio to small arms that ran beside it."""
+    process = _start(sites, workflow, folder)
+    beside: list[float] = []
+    while sites > SMALL and process.poll() is None:
+        beside.append(_result(_start(SMALL, workflow, folder))["processor seconds per site and round"])
+    figures = _result(process)
+    if beside:
+        mean = statistics.mean(beside)
+        spread = 1.96 * statistics.stdev(beside) / len(beside)**0.5 if len(beside) > 1 else math.nan
+        own = figures["processor seconds per site and round"]
+        figures |= {f"{SMALL} sites beside it": beside,
+                    f"ratio to {SMALL} sites": [round(own / high, 3) for high in (mean, mean + spread, mean - spread)]}
+    return figures
+
+
 def links(size: int, sites: Sequence[int]) -> list[dict[str, Any]]:
     """Seconds that a round's weights take over real links: each site's own, and the server's for all of them."""
     return [{"sites": n, "link": name, "seconds at a site": round(8e-6 * size * (1 / down + 1 / up), 2),
@@ -103,13 +138,8 @@ def main() -> None:
                            spacing_mm=4.5, held_out=1, seed=0, workers=0)
         for k, site in enumerate(pool):
             save_sites([site], folder / f"pool-{k}")
-        rows = []
         jobs = [(n, w) for n in SITES if n <= options.most for w in ("star", "tree")]
-        for sites, workflow in tqdm(jobs, desc="arms"):
-            command = [sys.executable, __file__, "--arm", str(sites), workflow, str(folder)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)})
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows = [_measured(sites, workflow, folder) for sites, workflow in tqdm(jobs, desc="arms")]
     write("scale", {"arms": rows, "links": links(rows[0]["bytes per update"], (13, 64, 1000))})
 
 
