@@ -198,8 +198,8 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
         float32, shape (3, X, Y, Z), on the CPU, in the order of `fedlab.core.types.REGIONS`.
 
     Raises:
-        ValueError: the model returns another number of channels, another grid, or values that are not finite.
-        Exception: of the model, which takes none of these sizes.
+        ValueError: the model takes none of these sizes, or returns another number of channels, another grid, or
+            values that are not finite.
     """
     from monai.inferers import sliding_window_inference
 
@@ -222,7 +222,10 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
         _MULTIPLE[model] = multiple
         break
     else:
-        raise first or ValueError("no size to try")
+        if isinstance(first, ImportError):
+            raise first
+        raise ValueError(f"the model takes no input of {'x'.join(map(str, window))} voxels or less "
+                         f"({type(first).__name__}: {first}); pass window= with the size it was made for") from first
     result = cast(torch.Tensor, out)[0].float().cpu().clone()  # a plain tensor, unlike those of inference mode
     if not bool(torch.isfinite(result).all()):
         raise ValueError(f"the model's output for patient {patient.id} has NaN or infinite values; check whether its "

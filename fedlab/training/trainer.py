@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -286,6 +287,10 @@ class SiteTrainer:
         device = pick_device(self.device)
         load_weights(self.model.to(device), self.local(state, site_state))
         optimiser = self.optimiser(trainable(self.model).values(), self._rate(state.round))
+        closure = inspect.signature(optimiser.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(f"{type(optimiser).__name__} evaluates the loss several times per step, which a site's "
+                             "training does not; use an optimiser whose step() needs no closure")
         if self.momentum == "keep":
             restore(optimiser, self.model, site_state.own)
         crops = Crops(site.train, crop=self.crop, tumour_share=self.tumour_share, augment=self.augment, seed=seed)

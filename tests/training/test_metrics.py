@@ -201,7 +201,7 @@ def test_predict_leaves_the_model_as_it_was_and_gives_a_plain_tensor():
     assert torch.equal(first, second)  # no dropout while predicting
     assert [part.training for part in model.modules()] == [True, True, True, False]
     assert not first.is_inference() and not first.requires_grad
-    with pytest.raises(RuntimeError, match="stop"):
+    with pytest.raises(ValueError, match="RuntimeError: stop"):
         predict(torch.nn.Sequential(*model, Stop()), patient())
     assert [part.training for part in model.modules()] == [True, True, True, False]
 

@@ -148,3 +148,8 @@ def test_fused_optimisers_go_on_where_the_step_is():
     whole, _ = weights(lambda p, lr: O.AdamW(p, lr=lr, fused=True), rounds=1, steps=4)
     for key, p in whole.items():
         torch.testing.assert_close(split[key], p, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimiser_that_evaluates_the_loss_itself_is_refused_before_it_steps():
+    with pytest.raises(SiteError, match="LBFGS evaluates the loss several times per step"):
+        weights(O.LBFGS, rounds=1, steps=1)

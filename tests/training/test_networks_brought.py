@@ -58,7 +58,7 @@ def test_a_network_of_one_size_is_given_the_window():
 
 
 def test_a_network_that_takes_no_size_says_what_it_said_first():
-    with pytest.raises(RuntimeError, match="multiples of 7"):
+    with pytest.raises(ValueError, match=r"64x64x64 voxels or less \(RuntimeError: .*multiples of 7\); pass window="):
         predict(Multiple(7), blob_patient("a", seed=1))
 
 
