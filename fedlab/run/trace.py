@@ -125,9 +125,6 @@ class Trace:
         append_whole(self.path, _canonical(entry) + b"\n")
         self._lines, self.head = self._lines + 1, entry["sha256"]
 
-    def __repr__(self) -> str:
-        return f"<Trace {self.path}: {self._lines} lines, head {self.head}>"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
