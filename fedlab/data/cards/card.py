@@ -87,11 +87,7 @@ class DataCard:
 
     @classmethod
     def parse(cls, text: str, *, where: str = "the card") -> DataCard:
-        """A card from its text.
-
-        Args:
-            text: front matter and Markdown.
-            where: its name, for messages.
+        """A card from front matter and Markdown; `where` is its name in messages.
 
         Raises:
             DataError: the text is too large, its front matter cannot be read, or the card is invalid.
@@ -115,10 +111,8 @@ class DataCard:
     def to_croissant(self, *, draft: bool = False) -> dict[str, Any]:
         """The card as Croissant metadata, version 1.0 with its responsible-AI properties 1.0 (MLCommons).
 
-        It describes the files and the meaning of their values; it does not provide a download.
-
-        Args:
-            draft: whether to leave out open parts, and to list them, instead of refusing.
+        It describes the files and the meaning of their values; it does not provide a download. A draft leaves out open
+        parts and lists them.
 
         Raises:
             DataError: a part is still to be completed and `draft` is False.
@@ -191,11 +185,7 @@ def fill_card(template: DataCard, statistics: SiteStatistics) -> DataCard:
     """A site's card: a template with the statistics that the site releases about its patients.
 
     Withheld statistics remain withheld, noised numbers are given with their ε, and what only people know remains
-    marked; `DataCard.open` lists it.
-
-    Args:
-        template: usually `card_template()`.
-        statistics: from `fedlab.data.sites.statistics.site_statistics`.
+    marked; `DataCard.open` lists it. The template is usually `card_template()`.
     """
     name = f"Glioma MRI of {' '.join(statistics.site.split())}"
     splits = _splits(statistics)

@@ -22,13 +22,7 @@ _RECORDS = {"splits": "The parts of the data set with their numbers of patients,
 
 
 def croissant(metadata: Mapping[str, Any], summary: str, *, open_fields: Sequence[str] = ()) -> dict[str, Any]:
-    """Croissant metadata of a card's fields.
-
-    Args:
-        metadata: the front matter of a card.
-        summary: description of the data set in one paragraph.
-        open_fields: fields still to be completed; they are left out and listed.
-    """
+    """Croissant metadata of a card's front matter and summary; open fields are left out and listed."""
     complete = {name: value for name, value in metadata.items() if not is_open(value)}
     note = (f" DRAFT, left out because still to be completed: {', '.join(open_fields)}." if open_fields else "")
     # Croissant 1.0 prescribes this context: the URL of each of its names.

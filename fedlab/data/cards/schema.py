@@ -198,10 +198,7 @@ def read_front_matter(text: str, *, where: str) -> tuple[dict[str, Any], str]:
     """The front matter of a card and the Markdown below it, from a text of unknown origin.
 
     Aliases, tags and deep nesting are refused before any value is built, so that a small file needs little memory.
-
-    Args:
-        text: the whole card.
-        where: its name, for messages.
+    Messages call the card `where`.
 
     Raises:
         DataError: the front matter is missing, too large, not plain YAML, or repeats a key.

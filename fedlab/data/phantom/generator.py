@@ -262,13 +262,8 @@ def write_brats(out: Path | str, *, sites: int = 13, patients: int = 285, shape:
     """The patients of `make_cohort` as a folder in the layout of BraTS 2021, stored axes left, posterior, superior.
 
     Writes `<ID>/<ID>_{flair,t1,t1ce,t2,seg}.nii.gz` (int16 intensities, uint8 labels) and `partitioning.csv` with
-    the columns Partition_ID (number of the site, from 1) and Subject_ID.
-
-    Args:
-        out: a folder that does not exist yet, or an empty one. All others as in `make_cohort`.
-
-    Returns:
-        The folder.
+    the columns Partition_ID (number of the site, from 1) and Subject_ID, into a new or empty folder, and returns it.
+    The settings are those of `make_cohort`.
 
     Raises:
         DataError: `out` is not empty.

@@ -250,8 +250,6 @@ def split_patients(patients: Sequence[T], *, held_out: float, seed: int, site: s
         patients: of one site, or their ids. All scans of one person, by their ids or by `same`, are drawn together.
         held_out: below 1 a fraction of the persons, rounded, at least one unless 0; from 1 upwards a number of persons.
             At least one person always remains for training.
-        seed: of the run.
-        site: name of the site.
         same: groups of ids that belong to one person.
 
     Raises:
@@ -317,7 +315,6 @@ def by_dirichlet_size(patients: Iterable[str], *, sites: int, alpha: float, at_l
 
     Args:
         patients: their ids.
-        sites: number of sites.
         alpha: concentration; a large value gives sites of equal size, 0.1 a few large and many small ones.
         at_least: patients of the smallest site.
         held_out, seed, same: as in `by_institution`.
@@ -337,8 +334,7 @@ def by_quantity(patients: Iterable[str], *, sites: int, skew: float, at_least: i
     """Patients assigned at random to sites of unequal size: the k-th site in proportion to k to the power of -skew.
 
     Args:
-        patients: their ids.
-        sites: number of sites, the largest first.
+        patients: their ids; the first site is the largest.
         skew: 0 for equal sizes; the sizes of the 17 institutions of FeTS 2021 fall off about as with 1.2.
         at_least: patients of the smallest site.
         held_out, seed, same: as in `by_institution`.
@@ -364,7 +360,6 @@ def by_dirichlet_type(types: Mapping[str, str], *, sites: int, alpha: float, at_
     Args:
         types: the type of each id, for example from `tumour_types` or a grade from a table. Ids of one person count
             as the type of the first.
-        sites: number of sites.
         alpha: concentration; 100 gives every site the same mixture, 0.1 little more than one type per site.
         at_least: patients of the smallest site.
         held_out, seed, same: as in `by_institution`.
