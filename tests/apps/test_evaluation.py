@@ -22,7 +22,7 @@ from fedlab.core.regions import labels_to_regions
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.data.readers.conventions import CONVENTIONS, describe, from_internal
 from fedlab.deploy.plan import Plan, built
-from fedlab.deploy.weights_file import save_run_weights
+from fedlab.deploy.weights_file import load_run_weights, save_run_weights
 from fedlab.privacy.base import Privacy
 from fedlab.strategies.averaging import FedAvg
 from fedlab.topologies import star
@@ -149,14 +149,21 @@ def test_predictions_have_the_values_of_the_folders_own_convention(demo, tmp_pat
 
 
 def test_weights_of_a_submitted_run_are_evaluated_at_the_voxel_size_that_is_given(demo, scans, tmp_path, capsys):
-    for number, model in enumerate((load_model(demo / "model.safetensors")[0], built(
-            BasicUNet, spatial_dims=3, in_channels=4, out_channels=3, features=(8, 8, 8, 8, 8, 8)))):
-        plan = Plan.of(trainer=SiteTrainer(model=model, steps=1), strategy=FedAvg(), privacy=Privacy(), topology=star,
-                       admission=None, rounds=1, seed=0, sites=["a"])
-        params = {name: tensor + 0.01 for name, tensor in trainable(model).items()}
+    unet = {"spatial_dims": 3, "in_channels": 4, "out_channels": 3, "features": (8, 8, 8, 8, 8, 8)}
+    for number, model in enumerate((load_model(demo / "model.safetensors")[0], built(BasicUNet, **unet),
+                                    built(BasicUNet, **unet, norm="batch"))):
+        trainer = SiteTrainer(model=model, steps=1)
+        plan = Plan.of(trainer=trainer, strategy=FedAvg(), privacy=Privacy(), topology=star, admission=None, rounds=1,
+                       seed=0, sites=["a"])
+        trained = {name: tensor + 1 / 64 if tensor.is_floating_point() else tensor + 1
+                   for name, tensor in trainer.initial_model().items()}
+        params = {name: trained[name] for name in trainable(model)}
+        assert (len(trained) > len(params)) is (number == 2)  # the statistics of batch norm
         weights = tmp_path / f"{number}" / "weights.safetensors"
         weights.parent.mkdir()
-        save_run_weights(weights, params, plan=plan)
+        save_run_weights(weights, trained, plan=plan)
+        loaded = load_run_weights(weights).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
         arguments = ["evaluate", str(weights), "--data", str(scans), "--out", str(tmp_path / f"out{number}")]
         assert main(arguments) == 1
         assert "does not state the voxel size that it was trained at; pass --spacing" in capsys.readouterr().err
