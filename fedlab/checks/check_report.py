@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from typing import Literal
+
+from fedlab.core.files import packaged_toml
 
 __all__ = ["Battery", "CheckReport", "Finding"]
 
@@ -31,7 +31,7 @@ class Battery:
     """The checks of one kind of part, such as strategies, in the words of `words.toml`."""
 
     def __init__(self, kind: str) -> None:
-        self._words = tomllib.loads((files(__package__) / "words.toml").read_text(encoding="utf-8"))[kind]
+        self._words = packaged_toml("fedlab.checks", "words.toml")[kind]
 
     def verdict(self, words: str, wrong: str | None, *, otherwise: Literal["warned", "failed"] = "failed",
                 check: str | None = None, **values: object) -> Finding:

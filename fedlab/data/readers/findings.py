@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tomllib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Literal, TypeVar
 
 from fedlab.core.errors import DataError
+from fedlab.core.files import packaged_toml
 
 __all__ = ["CODES", "Broken", "Finding", "Severity", "bullets", "usable", "without_errors"]
 
@@ -20,7 +19,7 @@ Broken = Literal["raise", "skip"]
 _T = TypeVar("_T")
 
 #: Every code with its meaning.
-CODES: Mapping[str, str] = tomllib.loads((files(__package__) / "findings.toml").read_text(encoding="utf-8"))
+CODES: Mapping[str, str] = packaged_toml("fedlab.data.readers", "findings.toml")
 
 
 @dataclass(frozen=True)
