@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlab.core.errors import FedlabError, RunError
+from fedlab.core.text import escape_markdown
 
 if TYPE_CHECKING:
     import jinja2
@@ -110,7 +111,10 @@ def packaged_toml(package: str, name: str, /) -> dict[str, Any]:
 
 
 def filled_in(package: str, name: str, /, **values: Any) -> str:
-    """A text from the jinja2 template `templates/NAME.j2` of a package; every value that it names must be given."""
+    """A text from the jinja2 template `templates/NAME.j2` of a package; every value that it names must be given.
+
+    Values in HTML are escaped; those in Markdown need the filter `markdown`.
+    """
     text: str = _template(package, name).render(**values)
     return text
 
@@ -120,5 +124,8 @@ def _template(package: str, name: str) -> jinja2.Template:
     import jinja2
 
     source = (files(package) / "templates" / f"{name}.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    html = name.endswith(".html")
+    environment = jinja2.Environment(autoescape=html, lstrip_blocks=html, trim_blocks=True, keep_trailing_newline=True,
+                                     undefined=jinja2.StrictUndefined)
+    environment.filters["markdown"] = escape_markdown
     return environment.from_string(source)

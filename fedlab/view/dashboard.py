@@ -10,12 +10,12 @@ from html import escape
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from fedlab.core.files import filled_in
 from fedlab.core.types import Spent
 from fedlab.privacy.base import Privacy
 from fedlab.run.svg_charts import Points, Style, chart
 from fedlab.view.background_run import ENDED, BackgroundRun
 from fedlab.view.colours import BLUE, GREEN, GREY, INK, LINES, ORANGE, RED
-from fedlab.view.page_templates import render
 from fedlab.view.run_figures import curves, privacy_curves
 from fedlab.view.widget_snapshot import display_snapshot, snapshot
 
@@ -168,8 +168,8 @@ class _Page:
     def html(self) -> str:
         run, done = self.run, len(self.records)
         further = {"all": bool(self.numbers["metric"]["all"]), "server": self.at_server}
-        return render(
-            "dashboard.html", colour=_COLOURS[run.state], done=done, rounds=run.history.rounds,
+        return filled_in(
+            "fedlab.view", "dashboard.html", colour=_COLOURS[run.state], done=done, rounds=run.history.rounds,
             state=f"{run.state} after this round" if run.state in ("pausing", "stopping") else run.state,
             pace=f"{sum(record['seconds'] for record in self.records) / max(done, 1):.3g}",
             share=f"{100 * done / max(run.history.rounds, 1):.1f}", stopped=run.history.stopped, error=run.error,

@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedlab.core.files import write_new
+from fedlab.core.files import filled_in, write_new
 from fedlab.core.types import REGIONS
 from fedlab.data.readers.inspection import Case, Inspection
 from fedlab.view.colours import LABEL_COLOURS, LABEL_NAMES
-from fedlab.view.page_templates import render
 
 __all__ = ["write_page"]
 
 
 def write_page(path: Path | str, inspection: Inspection) -> Path:
     """Writes one self-contained page that loads nothing; raises `RunError` if the file exists already."""
-    page = render("inspection_page.html", title=f"Scans in {inspection.folder.name}", summary=inspection.summary()[1:],
-                  legend=[(LABEL_COLOURS[value], LABEL_NAMES[value]) for value in LABEL_COLOURS],
-                  patients=[_prepared(case) for case in inspection.cases])
+    page = filled_in("fedlab.view", "inspection_page.html", title=f"Scans in {inspection.folder.name}",
+                     summary=inspection.summary()[1:], patients=[_prepared(case) for case in inspection.cases],
+                     legend=[(LABEL_COLOURS[value], LABEL_NAMES[value]) for value in LABEL_COLOURS])
     return write_new(path, page.encode("utf-8", "replace"))
 
 

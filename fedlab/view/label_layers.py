@@ -233,13 +233,12 @@ def make_case(patient: Patient, arms: Mapping[str, Prediction]) -> Case:
     if not isinstance(patient, Patient):
         more = f" of {len(patient)} patients; fedlab.compare shows several" if isinstance(patient, Sequence) else ""
         raise ValueError(f"expected one Patient, got a {type(patient).__name__}{more}")
-    if patient.image.ndim != 4 or patient.image.shape[0] != len(MODALITIES) or min(patient.image.shape) < 1:
-        raise ValueError(f"the image of patient {patient.id} has shape {tuple(patient.image.shape)}; expected "
-                         f"({len(MODALITIES)}, X, Y, Z): {', '.join(MODALITIES)}")
+    if not patient.image.numel():
+        raise ValueError(f"the image of patient {patient.id} holds no voxel, its shape is {tuple(patient.image.shape)}")
     check_ras(patient)
     if REFERENCE in arms:
         raise ValueError(f"the arm name {REFERENCE!r} is reserved for the patient's own label map")
-    layers = {} if patient.label is None else {REFERENCE: as_labels(patient, patient.label, name="the label map")}
+    layers = {} if patient.label is None else {REFERENCE: patient.label.cpu().numpy()}
     layers |= {name: as_labels(patient, labels, name=f"prediction {name!r}") for name, labels in arms.items()}
     box = head_box(patient, *layers.values(), margin=_MARGIN)
     affine = np.array(patient.affine, dtype=np.float64)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlab.core.errors import RunError
-from fedlab.core.files import write_new
+from fedlab.core.files import filled_in, write_new
 from fedlab.core.types import MODALITIES, REGIONS, Site
 from fedlab.core.weights import weights_sha256
 from fedlab.data.cards.schema import MARK
@@ -20,7 +20,6 @@ from fedlab.run.history import History
 from fedlab.run.trace import Verdict
 from fedlab.training.metrics import summary
 from fedlab.view.colours import REGION_NAMES
-from fedlab.view.page_templates import render
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,8 +80,9 @@ def make_model_card(history: History, *, name: str, sites: Sequence[Site], setti
                "rounds": f"{len(history.records)} of {history.rounds}",
                "weights, SHA-256": weights_sha256(history.state.model), **settings,
                "developed by": MARK, "contact": MARK}
-    return ModelCard(text=render(
-        "model_card.md", name=name, front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True),
+    return ModelCard(text=filled_in(
+        "fedlab.view", "model_card.md", name=name,
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True),
         mark=MARK, generated=generated, details=details.items(), **_evaluation(scores), trace=trace,
         sites=[(site.name, len(site.train), len(site.val),
                 "none" if site.card is None else getattr(site.card, "name", site.card)) for site in sites],

@@ -23,10 +23,10 @@ from ipyniivue import Volume as NiiVueVolume
 from ipyniivue.traits import LUT
 from matplotlib.colors import to_rgba
 
+from fedlab.core.files import filled_in
 from fedlab.core.types import MODALITIES
 from fedlab.view.colours import LABEL_ABBREVIATIONS, arm_label
 from fedlab.view.label_layers import OVERLAYS, REFERENCE, VIEWS, Case, ViewSettings
-from fedlab.view.page_templates import render
 from fedlab.view.slices import AXES
 
 __all__ = ["NiiVuePanel"]
@@ -182,9 +182,9 @@ class NiiVuePanel:
         rows = [] if layer is None else [
             (fact.region, (f"{fact.ml:.1f}", f"{fact.reference_ml:.1f}", f"{fact.dice:.3f}")[:count])
             for fact in case.facts(layer)]
-        self.numbers.value = render("layer_numbers.html", patient=case.patient.id, layer=layer, rows=rows,
-                                    columns=("", "ml", "reference ml", "Dice")[:count + 1])
-        self.legend.value = render("colour_legend.html", legend=self.settings.legend())
+        self.numbers.value = filled_in("fedlab.view", "layer_numbers.html", patient=case.patient.id, layer=layer,
+                                       rows=rows, columns=("", "ml", "reference ml", "Dice")[:count + 1])
+        self.legend.value = filled_in("fedlab.view", "colour_legend.html", legend=self.settings.legend())
 
 
 def _controls(case: Case, settings: ViewSettings) -> dict[str, Any]:

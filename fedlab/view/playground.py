@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from fedlab.core.files import filled_in
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import generator
 from fedlab.core.settings import check_positive, check_share
@@ -27,7 +28,6 @@ from fedlab.privacy.dp.clipping import clip_update
 from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.privacy.sparse.partial_sharing import PartialSharing
 from fedlab.view.colours import BLUE, ORANGE, styled
-from fedlab.view.page_templates import render
 from fedlab.view.slices import slice_image
 from fedlab.view.widget_snapshot import display_snapshot, snapshot
 
@@ -325,11 +325,12 @@ class PrivacyPlayground:
         knobs = self.knobs
         before, after = (torch.cat([t.flatten().double() for t in one.delta.values()]) for one in (self.update, sent))
         edge = float(np.quantile(torch.cat([before, after]).abs().numpy(), 0.999)) or float(before.abs().max()) or 1.0
-        return render("playground_facts.html", update=self.update, sent=sent, spent=spent, knobs=knobs,
-                      rounds=self.rounds, entries=before.numel(), share=float((after != 0).float().mean()),
-                      cosine=float(torch.cosine_similarity(before, after, dim=0)), edge=edge,
-                      code=repr(knobs.privacy(delta=self.delta)) if spent is not None or knobs.fraction < 1 else "",
-                      histograms=((_heights(after, edge), ORANGE, 0.45), (_heights(before, edge), BLUE, 0.35)))
+        return filled_in(
+            "fedlab.view", "playground_facts.html", update=self.update, sent=sent, spent=spent, knobs=knobs,
+            rounds=self.rounds, entries=before.numel(), share=float((after != 0).float().mean()),
+            cosine=float(torch.cosine_similarity(before, after, dim=0)), edge=edge,
+            code=repr(knobs.privacy(delta=self.delta)) if spent is not None or knobs.fraction < 1 else "",
+            histograms=((_heights(after, edge), ORANGE, 0.45), (_heights(before, edge), BLUE, 0.35)))
 
     def _outcome(self) -> str:
         found, progress = self._found.get(self.knobs), self._progress
@@ -352,8 +353,8 @@ class PrivacyPlayground:
         from fedlab.view.picture import png_base64
 
         images = {name: [png_base64(_grey(channel)) for channel in volume] for name, volume in self._volumes().items()}
-        self._picture_box.value = render("playground_images.html", outcome=self._outcome(), failed=self._failed,
-                                         modalities=MODALITIES, rows=images)
+        self._picture_box.value = filled_in("fedlab.view", "playground_images.html", outcome=self._outcome(),
+                                            failed=self._failed, modalities=MODALITIES, rows=images)
 
 
 def _patch(patient: Patient, crop: int) -> tuple[torch.Tensor, torch.Tensor]:

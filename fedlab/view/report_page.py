@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlab.core.files import write_new
+from fedlab.core.files import filled_in, write_new
 from fedlab.run.history import History
-from fedlab.view.page_templates import render
 from fedlab.view.run_figures import privacy_curves
 
 if TYPE_CHECKING:
@@ -102,10 +101,11 @@ def write_report(
     import pandas as pd
 
     flat = pd.json_normalize(dict(settings), sep=", ").to_dict("records")[0] if settings else {}
-    page = render("report_page.html", title=title, lead=_paragraphs(lead), results=dict(results or {}),
-                  notes=list(notes), sections=[_prepared(section, number) for number, section in enumerate(sections)],
-                  settings={name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-                            for name, value in flat.items()}, versions=dict(versions or {}))
+    page = filled_in(
+        "fedlab.view", "report_page.html", title=title, lead=_paragraphs(lead), results=dict(results or {}),
+        notes=list(notes), sections=[_prepared(section, number) for number, section in enumerate(sections)],
+        settings={name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+                  for name, value in flat.items()}, versions=dict(versions or {}))
     return write_new(path, page.encode())
 
 

@@ -126,8 +126,7 @@ def show_patient(patient: Patient, prediction: Prediction | None = None, *, plan
         ValueError: as `overlay`.
     """
     check_ras(patient)
-    labels = {} if patient.label is None else {
-        "reference": as_labels(patient, patient.label, name="the label map")}
+    labels = {} if patient.label is None else {"reference": patient.label.cpu().numpy()}
     if prediction is not None:
         guess = as_labels(patient, prediction)
         labels[f"prediction{_dice(patient, guess)}"] = guess
