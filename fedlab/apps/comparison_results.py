@@ -66,14 +66,17 @@ def versions() -> dict[str, str]:
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:
-    """The content of `summary.json`: Dice of the arms, seconds, settings, hash of the federated weights, versions."""
+    """The content of `summary.json`: Dice of the arms, seconds, settings, hash of the federated weights, versions.
+
+    Scores are not rounded here, so that what a terminal or a page prints is rounded once.
+    """
     table = dice_table(outcome.scores)
     federated = outcome.histories["federated"].state
     held_out = [patient for site in outcome.sites for patient in site.val]
     found: dict[str, Any] = {
-        "dice": {arm: _rounded(row) for arm, row in table.iterrows()},
+        "dice": {arm: row.to_dict() for arm, row in table.iterrows()},
         "empty_regions": _rule(_groups(outcome.scores)["federated"]),
-        "thresholding": {"WT": round(threshold_dice(held_out).dice, 4)},
+        "thresholding": {"WT": threshold_dice(held_out).dice},
         "seconds": {name: round(value, 1) for name, value in outcome.seconds.items()},
         "patients": sum(len(site.train) + len(site.val) for site in outcome.sites),
         "sites": len(outcome.sites),
@@ -84,15 +87,11 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     }
     if outcome.train is not None:
         found["train"] = {"patients": sum(len(site.train) for site in outcome.sites),
-                          "dice": _rounded(summary(outcome.train)["dice"][list(_COLUMNS)])}
+                          "dice": summary(outcome.train)["dice"][list(_COLUMNS)].to_dict()}
     if outcome.real is not None:
         found["real"] = {"patients": int(outcome.real["patient"].nunique()),
-                         "dice": _rounded(summary(outcome.real)["dice"][list(REGIONS)])}
+                         "dice": summary(outcome.real)["dice"][list(REGIONS)].to_dict()}
     return found
-
-
-def _rounded(dice: pd.Series[Any]) -> dict[str, float]:
-    return {str(name): round(float(value), 4) for name, value in dice.items()}
 
 
 def _rule(scores: pd.DataFrame) -> str:

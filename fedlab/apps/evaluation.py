@@ -77,8 +77,7 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | No
     }
     if result["labelled"]:
         means = summary(table)
-        result |= {key: {name: round(float(means[key][name]), digits) for name in (*REGIONS, "mean")}
-                   for key, digits in (("dice", 4), ("hd95_mm", 2))}
+        result |= means.loc[[*REGIONS, "mean"], ["dice", "hd95_mm"]].to_dict()
         result["empty_regions"] = means.attrs["rule"]
     write_json(out / "summary.json", result)
     return result
