@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from fedlab.core.files import filled_in
+from fedlab.core.settings import check_positive
 from fedlab.core.types import Spent
 from fedlab.privacy.base import Privacy
 from fedlab.run.svg_charts import Points, Style, chart
@@ -52,8 +53,7 @@ class RunDashboard:
         if not isinstance(run, BackgroundRun):
             raise TypeError(f"expected a BackgroundRun, got {type(run).__name__}; make one from the arguments of "
                             "federate: BackgroundRun(trainer, sites, rounds=…).start()")
-        if budget is not None and not 0 < budget < math.inf:
-            raise ValueError(f"budget is a positive ε, got {budget!r}")
+        check_positive(optional=True, budget=budget)
         self.run, self.budget, self.metric = run, budget, metric
         if "dashboard" not in run.views:
             run.views["dashboard"] = _Panel(run)

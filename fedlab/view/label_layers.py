@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from fedlab.core.regions import regions_to_labels
-from fedlab.core.settings import check_choice
+from fedlab.core.settings import check_choice, check_within
 from fedlab.core.types import MODALITIES, REGIONS, Patient
 from fedlab.data.readers.nifti import Volume, read_volume, same_grid, to_ras
 from fedlab.view.colours import ERRORS, LABEL_COLOURS, LABEL_NAMES, REGION_LABELS, REGION_NAMES
@@ -284,8 +284,7 @@ class ViewSettings:
         check_choice(MODALITIES, modality=self.modality)
         check_choice(VIEWS, view=self.view)
         check_choice(OVERLAYS, overlay=self.overlay)
-        if not 0 <= self.opacity <= 1:
-            raise ValueError(f"opacity goes from 0 to 1, got {self.opacity}")
+        check_within(most=1, opacity=self.opacity)
         if unknown := set(self.labels) - set(LABEL_COLOURS):
             raise ValueError(f"labels are some of {', '.join(map(str, LABEL_COLOURS))}, got {sorted(unknown)}")
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedlab.core.errors import DataError
 from fedlab.core.files import write_new
-from fedlab.core.settings import check_choice
+from fedlab.core.settings import check_choice, check_within
 from fedlab.core.types import Patient
 from fedlab.data.readers.nifti import write_label
 from fedlab.view.colours import REGION_LABELS
@@ -84,8 +84,7 @@ def surface(patient: Patient, prediction: Prediction | None = None, *, part: Par
             nothing.
     """
     check_choice((*PARTS, "brain"), part=part)
-    if not 0 <= smooth_mm < 20:
-        raise ValueError(f"smooth_mm goes from 0 to 20 mm, got {smooth_mm}")
+    check_within(below=20, smooth_mm=smooth_mm)
     case = make_case(patient, {} if prediction is None else {"prediction": prediction})
     if part == "brain":
         body = (patient.image[(slice(None), *case.box)] != 0).any(dim=0).cpu().numpy()

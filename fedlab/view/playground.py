@@ -19,7 +19,7 @@ from torch import nn
 from fedlab.core.files import filled_in
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import generator
-from fedlab.core.settings import check_positive, check_share
+from fedlab.core.settings import check_positive, check_share, check_whole, check_within
 from fedlab.core.types import MODALITIES, Patient, SiteState, Spent, Update
 from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
@@ -56,8 +56,7 @@ class Knobs:
     def __post_init__(self) -> None:
         check_positive(clip=self.clip)
         check_share(fraction=self.fraction)
-        if not 0 <= self.noise_multiplier < math.inf:
-            raise ValueError(f"noise_multiplier is 0 or a positive number, got {self.noise_multiplier!r}")
+        check_within(noise_multiplier=self.noise_multiplier)
 
     def privacy(self, *, delta: float) -> Privacy:
         """These settings as techniques for `federate`; clipping without noise is not a technique."""
@@ -111,10 +110,10 @@ class PrivacyPlayground:
     def __init__(self, *, patient: Patient | None = None, model: nn.Module | None = None, crop: int = 16,
                  rounds: int = 10, delta: float = 1e-2, steps: int = 120, max_seconds: float = 60.0, seed: int = 0,
                  auto: bool = True) -> None:
-        if rounds < 1 or steps < 1 or crop < 4 or not 0 < delta < 1 or not 0 < max_seconds < math.inf:
-            raise ValueError(f"expected rounds and steps of at least 1, a crop of at least 4 voxels, a delta between "
-                             f"0 and 1 and positive seconds, got rounds={rounds}, steps={steps}, crop={crop}, "
-                             f"delta={delta}, max_seconds={max_seconds}")
+        check_whole(rounds=rounds, steps=steps)
+        check_whole(least=4, crop=crop)
+        check_positive(delta=delta, max_seconds=max_seconds)
+        check_within(below=1, delta=delta)
         self.rounds, self.delta, self.steps, self.max_seconds, self.seed = rounds, delta, steps, max_seconds, seed
         if patient is None:
             from fedlab.data.phantom.generator import make_cohort

@@ -109,7 +109,7 @@ def test_refuses_what_has_no_surface(patient: fl.Patient, tmp_path: Path) -> Non
         fl.view.surface(replace(patient, label=None))
     with pytest.raises(ValueError, match="part is one of"):
         fl.view.surface(patient, part="tumour")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="smooth_mm goes from 0"):
+    with pytest.raises(ValueError, match="smooth_mm is at least 0"):
         fl.view.surface(patient, smooth_mm=-1.0)
     with pytest.raises(ValueError, match="leaves nothing"):
         fl.view.surface(patient, part="ET", smooth_mm=15.0)
