@@ -176,7 +176,8 @@ def test_a_static_picture_is_left_where_there_is_no_kernel(playground):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(rounds=0), "rounds is .* got 0"), (dict(delta=1.0), "delta is .* got 1.0"), (dict(crop=40), "at least 40 voxels"),
+    (dict(rounds=0), "rounds is .* got 0"), (dict(delta=1.0), "delta is .* got 1.0"),
+    (dict(crop=40), "at least 40 voxels"),
     (dict(patient=Patient("x", torch.zeros(4, 16, 16, 16), None, np.eye(4))), "no label"),
     (dict(patient=Patient("x", torch.zeros(4, 16, 16, 16), torch.zeros(16, 16, 16, dtype=torch.uint8), np.eye(4))),
      "0 tumour voxels"),

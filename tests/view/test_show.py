@@ -454,7 +454,8 @@ def test_choices_that_do_not_exist(patient: fl.Patient) -> None:
     for settings, words in (({"modality": "T1w"}, "modality is one of 'FLAIR', 'T1', 'T1c', 'T2'"),
                             ({"view": "oblique"}, "view is one of 'all', 'axial'"),
                             ({"overlay": "errors"}, "overlay is one of 'labels'"),
-                            ({"opacity": 2.0}, "opacity is at least 0 and at most 1"), ({"labels": [3]}, "labels are some of"),
+                            ({"opacity": 2.0}, "opacity is at least 0 and at most 1"),
+                            ({"labels": [3]}, "labels are some of"),
                             ({"arm": "federated"}, "there is no layer 'federated'; there are reference"),
                             ({"crosshair": (0, 0, 16)}, "crosshair is a voxel of the grid")):
         with pytest.raises(ValueError, match=words):
