@@ -77,7 +77,7 @@ def evaluate_folder(model_file: Path, data: Path, out: Path, *, layout: str | No
     }
     if result["labelled"]:
         means = summary(table)
-        result |= means.loc[[*REGIONS, "mean"], ["dice", "hd95_mm"]].to_dict()
+        result |= {key: means[key][[*REGIONS, "mean"]].to_dict() for key in ("dice", "hd95_mm")}
         result["empty_regions"] = means.attrs["rule"]
     write_json(out / "summary.json", result)
     return result
