@@ -73,17 +73,27 @@ def _resume(options: argparse.Namespace) -> None:
     from fedlab.apps.comparison import read_job
 
     job = read_job(options.out)
-    if not _complete(options.out):
+    if not _complete(job, options.out):
         options.resumable = True
         _finish(job, options.out)
 
 
-def _complete(out: Path) -> bool:
+def _complete(job: Any, out: Path) -> bool:
     """Whether nothing is left to do in a run directory; prints that."""
-    done = (out / "summary.json").is_file()
-    if done:
-        print(f"{out} is complete: {out / 'report.html'}")
-    return done
+    from fedlab.apps.comparison import data_changed
+    from fedlab.core.errors import DataError
+
+    if not (out / "summary.json").is_file():
+        return False
+    print(f"{out} is complete: {out / 'report.html'}")
+    try:
+        changed = data_changed(job, out)
+    except DataError:  # the report stands without the scans
+        return True
+    if changed:
+        print("The scans or their table have changed since this run read them; its report describes them as they were. "
+              "Train on the changed ones in a new run.")
+    return True
 
 
 def _finish(job: Any, out: Path) -> None:
@@ -91,7 +101,7 @@ def _finish(job: Any, out: Path) -> None:
     from fedlab.apps.comparison_results import caution, describe, write_results
 
     with sole_use(out):
-        if _complete(out):  # by another process, since this one began
+        if _complete(job, out):  # by another process, since this one began
             return
         print(f"fedlab: run directory {out}; interrupted, it continues with: fedlab resume {out}", flush=True)
         outcome = run_job(job, out)

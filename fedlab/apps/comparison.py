@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from fedlab.apps.comparison_data import Folder, Phantoms
 from fedlab.core.errors import DataError, RunError
-from fedlab.core.files import locked, replacing, write_json
+from fedlab.core.files import locked, replacing, write_json, write_whole
 from fedlab.core.regions import regions_to_labels
 from fedlab.core.settings import check_whole
 from fedlab.core.types import Patient, Round, ServerState, Site
@@ -43,9 +43,11 @@ from fedlab.training.metrics import COLUMNS, evaluate, predict, score_rows
 from fedlab.training.networks import save_model, segresnet
 from fedlab.training.trainer import PolyDecay, SiteTrainer, augmentation
 
-__all__ = ["Job", "Outcome", "open_job", "read_job", "remove_working_files", "run_job", "sole_use"]
+__all__ = ["Job", "Outcome", "data_changed", "open_job", "read_job", "remove_working_files", "run_job", "sole_use"]
 
 _FORMAT = "fedlab-job-1"
+#: In the run directory: the state of the files that the run has read.
+_DATA_STATE = "data_state.txt"
 _SOURCES = {"phantoms": Phantoms, "folder": Folder}
 
 
@@ -192,12 +194,26 @@ def run_job(job: Job, out: Path) -> Outcome:
                        "the last finished round") from error
 
 
+def data_changed(job: Job, out: Path) -> bool:
+    """Whether scans, label maps or the table were written or replaced since the run in `out` read them.
+
+    Raises:
+        DataError: the folder of scans cannot be read.
+    """
+    noted = out / _DATA_STATE
+    return noted.is_file() and noted.read_text(encoding="ascii") != job.source.state()
+
+
 def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     started = time.perf_counter()
     prepared = out / "prepared"
     warm = workers.submit(os.getpid)  # starts the workers, which import MONAI while data is generated
-    if not (prepared / "complete").is_file():
+    if not (prepared / "complete").is_file() or data_changed(job, out):
+        shutil.rmtree(prepared, ignore_errors=True)
+        state = job.source.state()
         save_sites(job.source.prepare(seed=job.seed, workers=workers), prepared)
+        if state:
+            write_whole(out / _DATA_STATE, state.encode("ascii"))
         (prepared / "complete").touch()
     sites = load_sites(prepared)
     if not any(len(site.val) for site in sites):

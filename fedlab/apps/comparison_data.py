@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedlab.core.types import Site
 from fedlab.core.workers import Workers
+from fedlab.data.cache import file_state
 from fedlab.data.phantom.anatomy import Grid
 from fedlab.data.phantom.generator import make_cohort
-from fedlab.data.readers.folders import read_sites
+from fedlab.data.readers.folders import find_patients, read_sites
 
 __all__ = ["Folder", "Phantoms"]
 
@@ -43,6 +47,10 @@ class Phantoms:
             raise ValueError(f"{self.patients} patients do not divide into {self.sites} equal sites; "
                              f"use {self.patients // self.sites * self.sites} patients")
         Grid(shape=self.shape, spacing_mm=self.spacing_mm)
+
+    def state(self) -> str:
+        """Empty: no file is read."""
+        return ""
 
     def prepare(self, *, seed: int, workers: Workers) -> list[Site]:
         sizes = [self.patients // self.sites] * self.sites if self.equal else None
@@ -80,6 +88,16 @@ class Folder:
         """How the folder is read, as arguments of `read_sites` and `check_sites`."""
         return {"layout": self.layout, "label_convention": self.label_convention,
                 "broken": "skip" if self.skip_broken else "raise"}
+
+    def state(self) -> str:
+        """A hash that changes when a scan, a label map or the table is written or replaced.
+
+        Raises:
+            DataError: the folder cannot be read.
+        """
+        patients = find_patients(self.data, **self.reading).values()
+        files = {Path(self.table), *(path for p in patients for path in (*p.images.values(), p.label) if path)}
+        return hashlib.sha256(json.dumps(sorted(map(file_state, files))).encode()).hexdigest()
 
     def prepare(self, *, seed: int, workers: Workers) -> list[Site]:
         return read_sites(self.data, self.table, spacing_mm=self.spacing_mm, held_out=self.held_out, seed=seed,

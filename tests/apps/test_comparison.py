@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 import fedlab.apps.comparison
@@ -333,6 +335,45 @@ def test_real_scans_of_few_patients_run_and_the_report_says_what_that_is_worth(t
     assert "No patient is held out at: 3." in page and "The patients are generated" not in page
     assert "federated, on the 3 patients it was trained on" in printed and "On the patients it was trained on" in page
     assert load_model(out / "model.safetensors")[1] == 4.0
+
+
+def corrected(path):
+    """Gives a tumour to another part of the label map, as an expert who corrects a label does."""
+    image = nib.load(path)
+    labels = np.asanyarray(image.dataobj).copy()
+    labels[labels == 2] = 1
+    nib.save(nib.Nifti1Image(labels, image.affine, image.header), path)
+
+
+def test_a_run_notices_labels_that_were_corrected_since_it_read_them(tmp_path, real_scans, capsys, monkeypatch):
+    data, out = tmp_path / "scans", tmp_path / "run"
+    shutil.copytree(real_scans / "brats2021_2mm", data)
+    job = Job(source=Folder(data=str(data), table=str(data / "partitioning.csv"), spacing_mm=4.0), rounds=1, steps=1)
+    open_job(job, out)
+    with monkeypatch.context() as patch:  # interrupted after training
+        patch.setattr(fedlab.apps.comparison, "_evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job, out)
+    read = {path.name: path.stat().st_mtime_ns for path in (out / "prepared").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(fedlab.apps.comparison, "_evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job, out)
+    assert read == {path.name: path.stat().st_mtime_ns for path in (out / "prepared").iterdir()}  # not read anew
+    for label in sorted(data.glob("*/*seg.nii.gz")):
+        corrected(label)
+    with pytest.raises(RunError, match="other settings or data"):
+        run_job(job, out)
+    (out / "summary.json").touch()
+    assert main(["resume", str(out)]) == 0
+    assert "have changed since this run read them" not in capsys.readouterr().out  # it had read the corrected ones
+    corrected(label)
+    assert main(["resume", str(out)]) == 0
+    assert "have changed since this run read them" in capsys.readouterr().out
+
+
+def stopped(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_cohort_without_a_held_out_patient_is_refused_before_training(tmp_path, demo):
