@@ -6,7 +6,6 @@ The maps are the ICBM 2009a symmetric template (Fonov et al. 2011), which is par
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -114,10 +113,8 @@ def build_atlas(*, spacing_mm: float) -> tuple[torch.Tensor, NDArray[np.float64]
     from nilearn import datasets
     from scipy import ndimage
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        images = [load(resolution=1) for load in (datasets.load_mni152_wm_template, datasets.load_mni152_gm_template,
-                                                  datasets.load_mni152_template)]
+    images = [load(resolution=1) for load in (datasets.load_mni152_wm_template, datasets.load_mni152_gm_template,
+                                              datasets.load_mni152_template)]
     white, grey, t1 = (np.asarray(image.dataobj, dtype=np.float32) for image in images)
     box = bounding_box(t1 > 0.05)
     margin = 4  # the template ends inside the brain stem, so its border must not be that of the atlas

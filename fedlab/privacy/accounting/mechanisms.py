@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fedlab.core.muted_warnings import muted
 from fedlab.core.settings import check_positive, check_share, check_whole
 
 __all__ = ["RELEASES", "Accountant", "Concentrated", "Gaussian", "Pure", "Release", "epsilon_of"]
@@ -197,8 +197,8 @@ def _prv(gaussian: _Gaussians, delta: float) -> float:
 
     accountant = PRVAccountant()
     accountant.history = list(gaussian)
-    with np.errstate(all="ignore"), warnings.catch_warnings():  # log(1 - q) at q = 1 is minus infinity, rightly
-        warnings.filterwarnings("ignore", "Optimal order is", UserWarning)  # of a bound on its grid, nothing more
+    # log(1 - q) at q = 1 is minus infinity, rightly; the warning is about a bound on the accountant's grid.
+    with np.errstate(all="ignore"), muted("Optimal order is"):
         try:
             domain = accountant._get_domain(  # only plans the grid
                 prvs=[PoissonSubsampledGaussianPRV(rate, noise) for noise, rate, _ in gaussian],

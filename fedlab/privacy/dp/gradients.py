@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from fedlab.core.kit import Kit
+from fedlab.core.muted_warnings import muted
 from fedlab.core.settings import check_choice
 from fedlab.core.weights import trainable
 from fedlab.privacy.dp.convolution import OneVolume
@@ -73,8 +73,7 @@ def _hooks(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> PatientGradie
 
     hooks = GradSampleHooks(kit.model, loss_reduction="mean")
     try:
-        with warnings.catch_warnings():  # the first layer's input needs no gradient
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        with muted("Full backward hook is firing"):  # the first layer's input needs no gradient
             return _collected(kit, kit, image, target)
     finally:
         hooks.cleanup()
