@@ -19,8 +19,9 @@ from fedlab.core.protocols import Elsewhere, Engine, Run, Strategy, Topology
 from fedlab.core.settings import check_whole
 from fedlab.core.types import Round, ServerState, Site
 from fedlab.core.weights import load_weights
+from fedlab.data.sites.persons import several_scans
 from fedlab.privacy.aggregation import Aggregation
-from fedlab.privacy.base import Privacy
+from fedlab.privacy.base import Privacy, layers_at
 from fedlab.run.admission import Admission
 from fedlab.run.checkpoint import Checkpoint
 from fedlab.run.history import History, noise_repeats
@@ -75,13 +76,25 @@ def check_sites(run: Run, sites: Sequence[Site]) -> None:
     """Checks the patients of sites.
 
     Raises:
-        ValueError: a site has no patients, or a technique cannot work with them.
+        ValueError: a site has no patients, or a technique cannot work with them; under a guarantee per patient a
+            person has several scans.
     """
     empty = [site.name for site in sites if len(site.train) == 0]
     if empty:
         raise ValueError(f"these sites have no patient to train on: {empty}; leave them out or give them patients")
     for site in sites:
+        if any("patient" in layer.units for layer in layers_at(run.privacy.layers, site.name)):
+            _check_one_scan_each(site)
         run.privacy.check_site(site, run)
+
+
+def _check_one_scan_each(site: Site) -> None:
+    """Refuses several scans of one person: each would be counted, clipped and drawn as a patient of its own."""
+    ids = getattr(site.train, "ids", None) or [patient.id for patient in site.train]
+    if several := several_scans(ids):
+        raise ValueError(f"site {site.name!r} has several scans of {len(several)} of its persons, such as "
+                         f"{' and '.join(several[0])}; a guarantee per patient holds for one scan of each: keep one "
+                         "scan per person, or use a technique whose unit is the site")
 
 
 def each_round(

@@ -402,6 +402,18 @@ def test_a_guarantee_says_that_its_noise_repeats():
     assert run(Privacy(), rounds=1).guarantee() == "no formal guarantee"
 
 
+def test_several_scans_of_a_person_are_refused_under_a_guarantee_per_patient():
+    """A person with two scans is clipped and drawn twice, and loses twice the privacy that is stated."""
+    first, second = blob_sites((2, 2))
+    ids = ("BraTS-GLI-00001-100", "BraTS-GLI-00001-101")
+    second = replace(second, train=[replace(p, id=name) for p, name in zip(second.train, ids, strict=True)])
+    private, made = DPSGD(clip=1.0, noise_multiplier=1.0, sample_rate=0.5), {"rounds": 1, "progress": False}
+    with pytest.raises(ValueError, match=rf"{second.name}' has several scans of 1 of its.*{ids[0]} and {ids[1]}"):
+        federate(TRAINER, [first, second], privacy=private, **made)
+    for technique in (AtSites(sites=(first.name,), technique=private), LocalGaussian(clip=1.0, noise_multiplier=1.0)):
+        federate(TRAINER, [first, second], privacy=technique, **made)
+
+
 def replace_settings(technique: LocalGaussian, **changes: Any) -> LocalGaussian:
     settings = {name: getattr(technique, name) for name in ("clip", "noise_multiplier", "delta")}
     return LocalGaussian(**settings, **changes)
