@@ -41,8 +41,8 @@ def check_update(update: object, *, like: Tensors, site: str, buffers: Tensors |
             raise PrivacyError(f"the update of {site} has other {what} than the model: "
                                f"{sorted(names)[:3] or 'no names'}")
         for name, tensor in given.items():
-            _check_tensor(tensor, expected[name], f"the update of {site} has, of its {what}, {name}",
-                          types=_FLOATS if what == "tensors" else (expected[name].dtype,))
+            named, types = (name, _FLOATS) if what == "tensors" else (f"the buffer {name}", (expected[name].dtype,))
+            _check_tensor(tensor, expected[name], f"the update of {site} has {named}", types=types)
     for what, value, right, valid in (
         ("weight", update.weight, _number(update.weight) and update.weight > 0, "a positive number"),
         ("steps", update.steps, _count(update.steps), "a count"),
