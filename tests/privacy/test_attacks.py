@@ -346,9 +346,9 @@ LOCAL_TERMS = Terms(unit="site", delta=1e-3, adjacency=ANY_TWO)
     [Gaussian(noise_multiplier=0.4, sample_rate=0.5, steps=200_000)],
     [Gaussian(noise_multiplier=0.5 + k / 50, sample_rate=0.1, steps=10) for k in range(60)]])
 def test_numerical_composition_is_bounded_and_never_above_the_renyi_bound(releases):
-    started = time.perf_counter()
+    started = time.process_time()
     found = epsilon_of(releases, delta=1e-5, accountant="prv")
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 30  # without a bound it takes minutes and gigabytes
     assert found <= epsilon_of(releases, delta=1e-5, accountant="rdp")
 
 
