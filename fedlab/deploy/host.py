@@ -42,7 +42,6 @@ class _Run:
     task: SiteTask
     start: Tensors
     snapshots: SiteSnapshots
-    masked: frozenset[int]  # rounds in which an update was hidden in a sum that this process does not remember
 
 
 class SiteHost:
@@ -116,9 +115,7 @@ class SiteHost:
             self._log(f"could not begin a run: {type(error).__name__}: {error}")
             raise self._error_for_server(error, "begin") from error
         snapshots = SiteSnapshots(self.folder / "states" / plan.run, site=self.site.name, run=plan.run)
-        answered = self._answers().get(plan.run, []) if task.aggregation.hides_updates else []
-        self._run = _Run(name=plan.run, plan=plan, task=task, start=first, snapshots=snapshots,
-                         masked=frozenset(int(mark.partition(":")[0]) for mark in answered))
+        self._run = _Run(name=plan.run, plan=plan, task=task, start=first, snapshots=snapshots)
         self._log(f"begins run {plan.run}: {plan.rounds} rounds of {len(plan.sites)} sites, {task.privacy!r}, "
                   f"{task.aggregation!r}, {task.strategy!r}, {task.trainer!r}")
 
@@ -155,6 +152,7 @@ class SiteHost:
             if not are_notes(inbox, begun.plan.sites) or sum(map(len, inbox.values())) > _LARGEST_INBOX:
                 raise PrivacyError("an inbox holds short messages of the run's sites, by name; this one does not")
             sent = aggregation.answer(step, self.site.name, dict(inbox), begun.snapshots.with_secrets())
+            begun.snapshots.save_sums()  # before the answer leaves
             return {str(name): bytes(message) for name, message in sent.items()}
         except Exception as error:
             self._log(f"exchange {str(step)[:40]!r} failed: {type(error).__name__}: {error}")
@@ -190,10 +188,6 @@ class SiteHost:
     def _work(self, begun: _Run, state: ServerState, digest: str) -> bytes:
         """Trains, and packs the update once the ledger on disk accounts for it."""
         self._count(begun, state.round, digest, enter=False)
-        if state.round in begun.masked:
-            raise PrivacyError(f"{self.site.name} hid an update in a sum of round {state.round} before it was "
-                               "restarted and no longer knows in which one: the difference of two sums could be one "
-                               "update. Go on with the next round, or begin a new run")
         site_state = begun.snapshots.before(state.round)
         with LedgerFile(self.folder / "ledger", self.site.name).kept(site_state):
             update = begun.task(self.site, state, site_state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,28 @@ class SiteSnapshots:
 
     `from-000003.state` is the state before round 3 and, until the site takes part again, before every later round. A
     round that a server asks for again, after a restart, starts from the same state as the first time; round 0 starts
-    the run anew. The keys of a round (`SiteState.secrets`) stay in this process.
+    the run anew. The keys of a round (`SiteState.secrets`) stay in this process; `sums.json` says of each round which
+    sum of hidden updates this site has helped to unmask, so that it helps with no other after a restart either.
 
     Args:
         folder: of this run, made if missing.
         site: name of the site.
         run: name of the run.
+
+    Raises:
+        PrivacyError: `sums.json` is damaged or missing.
     """
 
     def __init__(self, folder: Path | str, *, site: str, run: str) -> None:
         self.folder, self.site, self.run = Path(folder), site, run
-        self._secrets: dict[str, Any] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._sums = self.folder / "sums.json"
         if not self._numbers() and not (self.folder / "joined").exists():
             self._write(0, SiteState(enrolled=True))
+            write_whole(self._sums, b"{}")
             write_whole(self.folder / "joined", b"")
+        self._saved = self._read_sums()
+        self._secrets: dict[str, Any] = {"past": dict(self._saved)}
 
     def before(self, round: int) -> SiteState:
         """The state that this site's work in a round starts from.
@@ -65,6 +73,20 @@ class SiteSnapshots:
     def with_secrets(self) -> SiteState:
         """A state with the site's keys of this round only, for an exchange of messages."""
         return SiteState(secrets=self._secrets, owner="aggregation")
+
+    def save_sums(self) -> None:
+        """Writes which sums this site has helped to unmask, if there is a new one."""
+        if self._secrets["past"] != self._saved:
+            write_whole(self._sums, json.dumps(self._secrets["past"]).encode())
+            self._saved = dict(self._secrets["past"])
+
+    def _read_sums(self) -> dict[int, str]:
+        try:
+            return {int(round): str(summed) for round, summed in json.loads(self._sums.read_bytes()).items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise PrivacyError(f"{self._sums.name} of this run at {self.site} is damaged or missing "
+                               f"({type(error).__name__}); restore it from a copy, or begin a new run: it says which "
+                               "sums this site has helped to unmask") from error
 
     def save(self, state: SiteState, round: int) -> None:
         """Writes the state after a round; states of later rounds, which are now undone, are removed."""

@@ -194,11 +194,16 @@ def test_the_difference_is_not_to_be_had_after_the_sites_are_restarted_either(tm
     aggregation = SecureAggregation(clip=1.0, threshold=3)
     plan, state = plan_of(aggregation=aggregation), ServerState(round=0, params=START)
     with hosts_of(tmp_path, plan) as hosts:
-        Server(hosts, plan, aggregation).sum(state)
+        first = Server(hosts, plan, aggregation).sum(state)
     with hosts_of(tmp_path, plan) as hosts:
-        with pytest.raises(PrivacyError, match="no longer knows in which one"):
+        with pytest.raises(PrivacyError, match="helped to unmask another sum of round 0"):
             Server(hosts, plan, aggregation, survivors=NAMES[:3]).sum(state)
+        again = Server(hosts, plan, aggregation).sum(state)  # the run goes on where the server was killed
+        assert all(torch.equal(first[name], again[name]) for name in first)
         Server(hosts, plan, aggregation).sum(replace(state, round=1))
+    (tmp_path / NAMES[0] / "states" / plan.run / "sums.json").unlink()
+    with pytest.raises(PrivacyError, match="which sums this site has helped to unmask"), hosts_of(tmp_path, plan):
+        pass
 
 
 def test_sites_that_are_shown_different_models_form_no_sum(tmp_path):
