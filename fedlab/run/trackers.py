@@ -11,6 +11,7 @@ import io
 import math
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ __all__ = ["CsvTracker", "MLflowTracker", "TensorBoardTracker"]
 _COLUMNS = ("round", "site", "name", "value")
 
 
-class _Tracker:
+class _Tracker(ABC):
     """Opens its record at its first round, and again where a round does not follow the one before: for another run."""
 
     _expected: int | None = None
@@ -38,11 +39,13 @@ class _Tracker:
         self._write(finished)
         self._expected = finished.number + 1
 
+    @abstractmethod
     def _open(self, number: int) -> None:
-        raise NotImplementedError
+        """Takes up the record of this run before round `number`, or begins one."""
 
+    @abstractmethod
     def _write(self, finished: Round) -> None:
-        raise NotImplementedError
+        """Adds a round."""
 
 
 @dataclass(kw_only=True, eq=False)
