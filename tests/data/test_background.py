@@ -60,7 +60,7 @@ def tumour(patient):
     return patient.image.float()[:, patient.label > 0].mean(dim=1)
 
 
-def check(tmp_path, raw, other, spacing_mm):
+def assert_same_tumour(tmp_path, raw, other, spacing_mm):
     """The tumour has the same z-scores in a scan and in the same scan with another background."""
     save_files(raw, tmp_path / "clean" / raw.id, suffix=".nii")
     save_files(other, tmp_path / "changed" / raw.id, suffix=".nii")
@@ -91,14 +91,14 @@ def cut_out(raw):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_brain_is_found_in_a_generated_patient_at_2_mm(tmp_path, phantom, change):
-    check(tmp_path, phantom, changed(phantom, CHANGES[change]), 2.0)
+    assert_same_tumour(tmp_path, phantom, changed(phantom, CHANGES[change]), 2.0)
 
 
 @pytest.mark.parametrize("change", ["spline", "int16", "noise"])
 @pytest.mark.parametrize("patient", ["BraTS2021_00006", "BraTS2021_01481"])
 def test_the_brain_is_found_in_real_scans_at_2_mm(tmp_path, real_scans, patient, change):
     raw = cut_out(load_raw(real_scans / "brats2021_2mm", patient))
-    check(tmp_path, raw, changed(raw, CHANGES[change]), 2.0)
+    assert_same_tumour(tmp_path, raw, changed(raw, CHANGES[change]), 2.0)
 
 
 def test_the_brain_is_found_in_a_real_scan_at_1_mm(tmp_path, real_scans):
@@ -109,8 +109,8 @@ def test_the_brain_is_found_in_a_real_scan_at_1_mm(tmp_path, real_scans):
     raw = cut_out(whole._replace(images={name: array * slab for name, array in whole.images.items()},
                                  label=whole.label * slab.astype(np.uint8)))
     moved = changed(raw, cleared)
-    check(tmp_path / "float", raw, moved, 1.0)
-    check(tmp_path / "int16", raw, changed(moved, lambda array: np.rint(array).astype(np.int16)), 1.0)
+    assert_same_tumour(tmp_path / "float", raw, moved, 1.0)
+    assert_same_tumour(tmp_path / "int16", raw, changed(moved, lambda array: np.rint(array).astype(np.int16)), 1.0)
 
 
 def test_clean_scans_and_rims_of_partial_volume_are_left_alone(real_scans, phantom):

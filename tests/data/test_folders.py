@@ -19,7 +19,8 @@ from fedlab.data.readers.folders import (
     to_native,
 )
 from fedlab.data.readers.nifti import axis_weights, from_ras, read_volume, resample, to_ras
-from fedlab.data.sites.partition import read_site_table, split_patients
+from fedlab.data.sites.partition import split_patients
+from fedlab.data.sites.site_table import read_site_table
 from folders import LPS, brain_and_label, poke_header, rewrite, write_patient
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "brats_real"

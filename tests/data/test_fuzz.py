@@ -26,7 +26,8 @@ from fedlab.data.readers.inspection import inspect_folder
 from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.nifti import read_volume
 from fedlab.data.readers.tables import merge_columns, read_table
-from fedlab.data.sites.partition import by_institution, read_site_table
+from fedlab.data.sites.partition import by_institution
+from fedlab.data.sites.site_table import read_site_table
 from folders import LPS, OLD, ball, poke_header, save, save_files, write_msd, write_nnunet, write_paths, write_table
 
 SHAPE = (12, 14, 10)

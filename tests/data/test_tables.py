@@ -9,7 +9,8 @@ import pytest
 from fedlab.core.errors import DataError
 from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.tables import find_column, read_table
-from fedlab.data.sites.partition import by_column, read_site_table
+from fedlab.data.sites.partition import by_column
+from fedlab.data.sites.site_table import read_site_table
 from folders import ball, write_paths
 
 SITES = {"1": ["a", "b"], "2": ["c"]}

@@ -36,8 +36,9 @@ from fedlab.data.readers.scan import (
     save_prediction,
     to_native,
 )
-from fedlab.data.sites.partition import read_site_table, split_patients
+from fedlab.data.sites.partition import split_patients
 from fedlab.data.sites.persons import name_several
+from fedlab.data.sites.site_table import read_site_table
 
 __all__ = ["CONVENTIONS", "LAYOUTS", "Finding", "PatientFiles", "PatientFolder", "check_sites", "find_patients",
            "in_parallel", "read_cohort", "read_label", "read_patient", "read_sites", "save_prediction", "to_native"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -21,17 +21,16 @@ from fedlab.core.files import write_new
 from fedlab.core.seeds import derive, generator
 from fedlab.core.types import Patient, Site
 from fedlab.data.readers.findings import bullets
-from fedlab.data.readers.tables import find_column, read_table
 from fedlab.data.sites.persons import Person, group_by_person, persons_apart, several_scans
+from fedlab.data.sites.site_table import Groups, by_number, group_by_site, read_site_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Partition", "SiteTable", "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution",
-           "by_quantity", "by_scanner", "read_site_table", "sizes_from_shares", "split_patients", "tumour_types"]
+__all__ = ["Partition", "by_column", "by_dirichlet_size", "by_dirichlet_type", "by_institution",
+           "by_quantity", "by_scanner", "sizes_from_shares", "split_patients", "tumour_types"]
 
 T = TypeVar("T")
-Groups = Sequence[frozenset[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,69 +178,6 @@ class Partition:
         return f"<p>{escape(repr(self)[1:-1])}</p>{table}"
 
 
-class SiteTable(NamedTuple):
-    """The ids of each site's patients in a table, and the groups of ids that its column `person` gives one person."""
-
-    sites: dict[str, list[str]]
-    same: Groups
-
-
-def read_site_table(table: str | os.PathLike[str], *, site_column: str = "Partition_ID",
-                    patient_column: str = "Subject_ID") -> SiteTable:
-    """The patients of each site, from a CSV table such as those of FeTS (Pati et al. 2022).
-
-    A column `person` is optional: rows with the same value in it are scans of one person.
-
-    Returns:
-        Sites in the order of their numbers or names, ids in the order of the table.
-
-    Raises:
-        DataError: the table cannot be read, lacks a column, has empty cells, lists a patient twice, or has scans of
-            one person at two sites: no split could keep that person out of the held-out scans of every model, and a
-            guarantee per patient would not hold for this person.
-    """
-    columns, rows = read_table(Path(table))
-    return _by_site(table, "line", columns, rows, site_column, patient_column)
-
-
-def _by_site(table: object, unit: str, columns: Sequence[str], rows: Sequence[tuple[int, Mapping[str, str]]],
-             site_column: str, patient_column: str) -> SiteTable:
-    site_key, patient_key, person_key = (find_column(columns, each) for each in (site_column, patient_column, "person"))
-    if site_key is None or patient_key is None:
-        missing = [name for name, key in ((site_column, site_key), (patient_column, patient_key)) if key is None]
-        raise DataError(f"{table}: no column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}; rename "
-                        f"them, or pass site_column= and patient_column=")
-    sites: dict[str, list[str]] = {}
-    listed: dict[str, tuple[str, int]] = {}
-    people: dict[str, set[str]] = {}
-    problems: list[str] = []
-    for line, row in rows:
-        site, patient, person = row[site_key].strip(), row[patient_key].strip(), row.get(person_key or "", "").strip()
-        if not site or not patient:
-            problems.append(f"{unit} {line}: {site_column if not site else patient_column} is empty")
-        elif patient in listed:
-            other, earlier = listed[patient]
-            problems.append(f"{unit} {line}: {patient} is at site {site}, and on {unit} {earlier} at site {other}")
-        else:
-            listed[patient] = site, line
-            sites.setdefault(site, []).append(patient)
-            if person:
-                people.setdefault(person, set()).add(patient)
-    same = tuple(frozenset(person) for person in people.values() if len(person) > 1)
-    if problems:
-        raise DataError(f"{table}: a patient must belong to exactly one site:\n{bullets(problems)}\ncorrect the table")
-    if apart := persons_apart({patient: f"site {site}" for patient, (site, _) in listed.items()}, same):
-        raise DataError(f"{table}: all scans of a person must be at one site:\n{bullets(apart)}\ncorrect the sites, or "
-                        "leave out all rows of that person but those of one site")
-    if not sites:
-        raise DataError(f"{table}: no row below its header; expected one row per patient")
-    return SiteTable({site: sites[site] for site in sorted(sites, key=_by_number)}, same)
-
-
-def _by_number(site: str) -> tuple[int, int, str]:
-    return (0, int(site), site) if site.isdecimal() and len(site) < 19 else (1, 0, site)
-
-
 def split_patients(patients: Sequence[T], *, held_out: float, seed: int, site: str,
                    same: Groups = ()) -> tuple[list[T], list[T]]:
     """Patients to train on and held-out patients, drawn at random per (seed, site).
@@ -304,8 +240,8 @@ def by_column(table: str | os.PathLike[str] | pd.DataFrame, column: str, *, pati
         text = frame.astype(object).where(frame.notna(), "").astype(str)
         rows = [(number, {str(key): str(value) for key, value in row.items()})
                 for number, row in enumerate(text.to_dict("records"), start=1)]
-        name, (sites, persons) = "table", _by_site("the table", "row", [*map(str, text.columns)], rows, column,
-                                                   patient_column)
+        name, (sites, persons) = "table", group_by_site("the table", "row", [*map(str, text.columns)], rows, column,
+                                                        patient_column)
     return _partition(sites, f"by_column({name}, {column!r}", {}, held_out, seed, (*persons, *same))
 
 
@@ -405,7 +341,7 @@ def by_scanner(scanners: Mapping[str, str], *, skew: float, held_out: float = 0.
     for place, source in zip(moving, rng.permutation(moving), strict=True):
         names[place] = scanners[people[source][0]]
     members = {name: [person for person, own in zip(people, names, strict=True) if own == name]
-               for name in sorted(set(names), key=_by_number)}
+               for name in sorted(set(names), key=by_number)}
     return _partition(members, "by_scanner(scanners", {"skew": skew}, held_out, seed, same)
 
 
