@@ -410,8 +410,11 @@ def test_what_cannot_work_is_refused_before_the_first_round_and_at_the_site(opti
 def test_a_patient_twice_a_second_dpsgd_and_a_broken_scan_are_refused():
     technique = DPSGD(clip=1.0, noise_multiplier=1.0, **ALL)
     one = blob_patient("same", seed=1)
-    with pytest.raises(ValueError, match="more than once"):
+    with pytest.raises(ValueError, match="several scans of 1 of its persons"):
         each_round(trainer(), [Site(name="a", train=[one, one])], privacy=technique)
+    with pytest.raises(ValueError, match="more than once"):  # no ids of persons are asked without a guarantee
+        each_round(trainer(), [Site(name="a", train=[one, one])],
+                   privacy=DPSGD(clip=1.0, noise_multiplier=0, **ALL))
     with pytest.raises(ValueError, match="stands once"):
         technique + technique
     broken = blob_patient("broken", seed=2)
