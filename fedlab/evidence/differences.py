@@ -1,0 +1,142 @@
+"""Is one arm better than another, by how much, and how sure is that? Paired differences of Dice with their intervals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from fedlab.core.settings import check_choice, check_whole
+from fedlab.core.types import REGIONS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["LOCAL", "Difference", "difference", "groups"]
+
+#: What the names of the arms begin with that train at one site; the site's name follows.
+LOCAL = "local "
+_PATIENT = ["seed", "site", "patient"]
+#: Held-out patients below which no interval is stated.
+_FEWEST = 6
+#: Held-out patients of a site below which it is drawn together with other small sites.
+_SMALL_SITE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The paired difference of two arms' mean Dice on the same patients.
+
+    Attributes:
+        one, other: names of the arms; the difference is `one` minus `other`.
+        value: the difference of the means.
+        low, high: limits of its 95 % interval; NaN if too few patients are held out to state one.
+        patients, sites, seeds: numbers of patients, sites and seeds of the comparison that it rests on.
+        region: WT, TC, ET or the "mean" over the three.
+        empty: how a patient counts whose reference lacks a region, as in `fedlab.evaluate` and `fedlab.summary`.
+    """
+
+    one: str
+    other: str
+    value: float
+    low: float
+    high: float
+    patients: int
+    sites: int
+    seeds: int
+    region: str
+    empty: str
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0; only then may a text claim a difference."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        interval = (f"95 % interval {self.low:+.3f} to {self.high:+.3f}" if math.isfinite(self.low) else
+                    f"no interval from fewer than {_FEWEST} patients")
+        what = "mean Dice" if self.region == "mean" else f"{self.region} Dice"
+        seeds = f", {self.seeds} seeds" if self.seeds > 1 else ""
+        return (f"{self.one} − {self.other}: {self.value:+.3f} {what} ({interval}; paired over {self.patients} "
+                f"patient{'s' * (self.patients != 1)} of {self.sites} site{'s' * (self.sites != 1)}{seeds})")
+
+
+def difference(scores: pd.DataFrame, one: str, other: str, *, region: str = "mean",
+               empty: Literal["brats", "skip"] = "brats", draws: int = 4000, seed: int = 0) -> Difference:
+    """The difference of two arms' mean Dice, paired over patients, with a 95 % bootstrap interval.
+
+    Patients are drawn with replacement within their site, all scores of a patient together. Of n patients n − 1 are
+    drawn, so that the variance of a mean is unbiased in small sites (McCarthy and Snowden 1985; Rao and Wu 1988); sites
+    with fewer than three held-out patients are drawn together. The interval says how the difference would vary with
+    other patients of these sites. It does not cover other trainings; seeds do, each of which brings its own patients.
+
+    Args:
+        scores: rows of `fedlab.evaluate` with a column "arm", and "seed" if there are several.
+        one, other: names of arms. The arms "local site-01", "local site-02", ..., each trained at one site, are
+            "local_own" on their own site's patients, and "local_others" on those of the other sites, where each patient
+            counts with the mean of their scores.
+        region: "WT", "TC", "ET" or "mean", the mean of the three regions' means.
+        empty: how a patient counts whose reference lacks the region; see `fedlab.summary`.
+        draws: of the bootstrap.
+        seed: of the draws.
+
+    Raises:
+        ValueError: an unknown arm or region, or arms that were not scored on the same patients.
+    """
+    check_choice((*REGIONS, "mean"), region=region)
+    check_choice(("brats", "skip"), empty=empty)
+    check_whole(draws=draws)
+    gaps = _dice(scores, one, empty) - _dice(scores, other, empty)
+    if gaps.empty or not gaps["both"].notna().all():
+        raise ValueError(f"{one!r} and {other!r} were not scored on the same patients; evaluate both on all of them")
+    values = gaps[list(REGIONS) if region == "mean" else [region]].to_numpy(dtype=float)
+    value = _mean(values, np.ones((1, len(values))))[0]
+    low = high = math.nan
+    if len(values) >= _FEWEST:
+        means = _mean(values, _draws(gaps, draws, np.random.default_rng(seed)))
+        low, high = np.nanquantile(means, (0.025, 0.975))
+    return Difference(one=one, other=other, value=float(value), low=float(low), high=float(high), patients=len(gaps),
+                      sites=gaps.index.get_level_values("site").nunique(),
+                      seeds=gaps.index.get_level_values("seed").nunique(), region=region, empty=empty)
+
+
+def groups(scores: pd.DataFrame) -> pd.Series[str]:
+    """The group of each row of scores: its arm, or "local_own" and "local_others" for arms trained at one site."""
+    local, own = scores["arm"].str.startswith(LOCAL), scores["arm"] == LOCAL + scores["site"].astype(str)
+    return scores["arm"].mask(own, "local_own").mask(local & ~own, "local_others")
+
+
+def _dice(scores: pd.DataFrame, arm: str, empty: str) -> pd.DataFrame:
+    """Dice of an arm by patient, one column per region, NaN where the patient does not count; "both" marks a score."""
+    names = groups(scores)
+    rows = scores[(names == arm) | (scores["arm"] == arm)]
+    if rows.empty:
+        raise ValueError(f"no arm {arm!r} in the scores; there are {', '.join(names.unique())}")
+    rows = rows.assign(seed=rows["seed"] if "seed" in rows else 0)
+    dice = rows["dice"].mask(rows["reference_ml"] == 0) if empty == "skip" else rows["dice"]
+    table = rows.assign(dice=dice).groupby([*_PATIENT, "region"])["dice"].mean().unstack("region")
+    return table.reindex(columns=list(REGIONS)).assign(both=0.0)
+
+
+def _draws(gaps: pd.DataFrame, draws: int, random: np.random.Generator) -> np.ndarray:
+    """How often each patient counts in each draw, shape (draws, patients)."""
+    strata = gaps.reset_index()[["seed", "site"]].astype(str).agg("|".join, axis=1)
+    small = strata.map(strata.value_counts()) < _SMALL_SITE
+    strata = strata.mask(small, "small sites")
+    if 0 < small.sum() < _SMALL_SITE:  # too few even together: with the first of the others
+        strata = strata.mask(small, strata[~small].iloc[0])
+    weights = np.zeros((draws, len(gaps)))
+    for _, places in strata.groupby(strata):
+        n = len(places)
+        weights[:, places.index] = random.multinomial(n - 1, [1 / n] * n, size=draws) * (n / (n - 1))
+    return weights
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean over columns of the weighted means over rows that are not NaN, one for each row of weights."""
+    counted = weights @ np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        means: np.ndarray = (weights @ np.nan_to_num(values) / counted).mean(axis=1)
+    return means
