@@ -41,7 +41,8 @@ from fedlab.run.local import Local
 from fedlab.run.trackers import CsvTracker
 from fedlab.training.metrics import COLUMNS, evaluate, predict, score_rows
 from fedlab.training.networks import save_model, segresnet
-from fedlab.training.trainer import PolyDecay, SiteTrainer, augmentation
+from fedlab.training.schedules import PolyDecay
+from fedlab.training.trainer import SiteTrainer, augmentation
 
 __all__ = ["Job", "Outcome", "data_changed", "open_job", "read_job", "remove_working_files", "run_job", "sole_use"]
 

@@ -3,6 +3,6 @@ from .differences import Difference, difference
 from .inversion import Inversion, invert_update, one_step_update, patch_net
 
 __all__ = [
-    "Contributions", "Difference", "Inversion", "KeepUpdates", "dice_on", "difference", "invert_update", "one_step_update", "patch_net",
-    "site_contributions",
+    "Contributions", "Difference", "Inversion", "KeepUpdates", "dice_on", "difference", "invert_update",
+    "one_step_update", "patch_net", "site_contributions",
 ]

@@ -1,4 +1,4 @@
-"""Is one arm better than another, by how much, and how sure is that? Paired differences of Dice with their intervals."""
+"""Is one arm better than another, by how much, and how sure is that? Paired differences of Dice and intervals."""
 
 from __future__ import annotations
 

@@ -28,24 +28,7 @@ from fedlab.core.weights import load_weights, trainable
 from fedlab.training.buffers import Buffers, check_buffers
 from fedlab.training.moments import group_values, kept, restore
 
-__all__ = ["Crops", "DiceBCE", "PolyDecay", "SiteTrainer", "augmentation"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolyDecay:
-    """A learning rate that falls to 0 over the rounds: start * (1 - round / rounds) ** power (Myronenko 2018, 3.2)."""
-
-    start: float
-    rounds: int
-    power: float = 0.9
-
-    def __post_init__(self) -> None:
-        check_positive(start=self.start)
-        check_whole(rounds=self.rounds)
-        check_within(power=self.power)
-
-    def __call__(self, round: int) -> float:
-        return float(self.start * max(0.0, 1 - round / self.rounds) ** self.power)
+__all__ = ["Crops", "DiceBCE", "SiteTrainer", "augmentation"]
 
 
 class DiceBCE(nn.Module):
@@ -159,6 +142,14 @@ def plain_backward(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> float
     return value
 
 
+def limit_gradient(optimiser: torch.optim.Optimizer, weights: Sequence[nn.Parameter], most: float) -> None:
+    """From now on scales a gradient whose norm over all weights is above a limit down to it, right before each step."""
+    def limit(*_: object) -> None:
+        nn.utils.clip_grad_norm_(weights, most)
+
+    optimiser.register_step_pre_hook(limit)
+
+
 def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """AdamW with a weight decay of 1e-5; its second moments look back 100 steps, as suits runs of hundreds of steps."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-5, fused=True)
@@ -171,7 +162,7 @@ class SiteTrainer:
     Args:
         model: the network. Its weights when the trainer is made are the start of every run with this trainer; one
             instance serves all sites.
-        lr: learning rate, or a function of the round's number such as `PolyDecay`.
+        lr: learning rate, or a function of the round's number such as `fedlab.training.CosineDecay`.
         steps: optimiser steps per round; or
         epochs: passes over the site's patients per round. Exactly one of the two is given.
         batch_size: patients per step.
@@ -180,6 +171,8 @@ class SiteTrainer:
         augment: a MONAI transform over {"image", "label"}, or None.
         loss: of logits and regions; must not mix patients when used with patient-level privacy.
         optimiser: makes an optimiser from parameters and a learning rate.
+        clip_norm: largest norm of a step's gradient over all weights, to which a larger one is scaled down (Pascanu et
+            al. 2013); None for no limit. Under DP-SGD it acts on the noisy gradient, at no cost of privacy.
         momentum: "keep" the optimiser's moments at the site between rounds or "restart" them; Li et al. 2019 compare
             the two. Numbers that the optimiser counts in its groups are kept too.
         buffers: that training moves, such as batch norm's statistics: "average" them with the weights (of whole numbers
@@ -203,6 +196,7 @@ class SiteTrainer:
     augment: Callable[..., Any] | None = field(default_factory=augmentation)
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = field(default_factory=DiceBCE)
     optimiser: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = adamw
+    clip_norm: float | None = None
     momentum: Literal["keep", "restart"] = "keep"
     buffers: Literal["average", "keep"] = "average"
     precision: str = "auto"
@@ -214,6 +208,7 @@ class SiteTrainer:
         check_whole(batch_size=self.batch_size)
         check_whole(optional=True, steps=self.steps, epochs=self.epochs)
         check_within(most=1, tumour_share=self.tumour_share)
+        check_positive(optional=True, clip_norm=self.clip_norm)
         check_choice(("keep", "restart"), momentum=self.momentum)
         check_choice(("average", "keep"), buffers=self.buffers)
         if not callable(self.lr):
@@ -293,6 +288,8 @@ class SiteTrainer:
                              "training does not; use an optimiser whose step() needs no closure")
         if self.momentum == "keep":
             restore(optimiser, self.model, site_state.own)
+        if self.clip_norm is not None:
+            limit_gradient(optimiser, list(trainable(self.model).values()), self.clip_norm)
         crops = Crops(site.train, crop=self.crop, tumour_share=self.tumour_share, augment=self.augment, seed=seed)
         wanted = self.steps * self.batch_size if self.steps else (self.epochs or 1) * len(crops)
         sampler = RandomSampler(crops, num_samples=wanted, generator=generator(seed, "order"))

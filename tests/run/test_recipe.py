@@ -29,7 +29,8 @@ from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.run.federate import federate, make_run, run_recipe
 from fedlab.run.recipe import differences, patients_sha256, recipe, recipe_sha256
 from fedlab.strategies import FedAvg
-from fedlab.training.trainer import DiceBCE, PolyDecay, augmentation
+from fedlab.training.schedules import PolyDecay
+from fedlab.training.trainer import DiceBCE, augmentation
 from trainers import trainer
 
 

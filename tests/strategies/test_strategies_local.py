@@ -35,7 +35,8 @@ from fedlab.strategies import (
 from fedlab.topologies.buffered import Buffered
 from fedlab.topologies.tree import Tree
 from fedlab.training.networks import segresnet
-from fedlab.training.trainer import DiceBCE, PolyDecay
+from fedlab.training.schedules import PolyDecay
+from fedlab.training.trainer import DiceBCE
 from trainers import batches, plain_sgd, trainer
 
 LR, STEPS = 0.2, 3

@@ -17,7 +17,8 @@ from fedlab.core.weights import load_weights, trainable, weights_sha256
 from fedlab.run.federate import each_round, federate
 from fedlab.training.metrics import evaluate, predict
 from fedlab.training.networks import segresnet
-from fedlab.training.trainer import Crops, DiceBCE, PolyDecay, SiteTrainer, augmentation
+from fedlab.training.schedules import PolyDecay
+from fedlab.training.trainer import Crops, DiceBCE, SiteTrainer, augmentation
 from trainers import trainer
 
 # Sizes

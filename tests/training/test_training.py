@@ -16,7 +16,8 @@ from fedlab.run.baselines import centralised, local_only
 from fedlab.run.federate import federate
 from fedlab.strategies import FedAvg
 from fedlab.training.networks import segresnet
-from fedlab.training.trainer import Crops, DiceBCE, PolyDecay, augmentation
+from fedlab.training.schedules import CosineDecay, PolyDecay
+from fedlab.training.trainer import Crops, DiceBCE, augmentation
 from trainers import batches, plain_sgd, trainer
 
 
@@ -116,7 +117,31 @@ def test_poly_decay():
     assert [decay(r) for r in (0, 5, 10, 11)] == [0.5, 0.25, 0.0, 0.0]
 
 
+def test_cosine_decay_with_warm_up():
+    decay = CosineDecay(start=0.4, rounds=6, warmup=2)
+    # up: 1/3, 2/3; down over the other 4 rounds: cosines of 0, 45, 90 and 135 degrees
+    expected = [0.4 / 3, 0.8 / 3, 0.4, 0.2 * (1 + 2**-0.5), 0.2, 0.2 * (1 - 2**-0.5), 0.0]
+    assert [decay(r) for r in range(7)] == pytest.approx(expected)
+    assert CosineDecay(start=0.4, rounds=2)(0) == 0.4
+    with pytest.raises(ValueError, match="warmup is shorter than the 3 rounds of the run, got 3"):
+        CosineDecay(start=0.4, rounds=3, warmup=3)
+
+
+def test_a_large_gradient_is_scaled_down_to_the_clipping_norm():
+    def change(**settings):
+        used = trainer(optimiser=plain_sgd, lr=0.5, steps=1, **settings)
+        after = federate(used, blob_sites((1,)), rounds=1, progress=False).state.params
+        return torch.cat([(after[name] - before).double().flatten() for name, before in used.initial().items()])
+
+    free = change()
+    norm = float(free.norm()) / 0.5
+    clipped = change(clip_norm=norm / 4)
+    torch.testing.assert_close(clipped, free / 4, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(change(clip_norm=norm * 1.01), free, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("changes, message", [
+    (dict(clip_norm=0.0), "clip_norm is a positive number or None"),
     (dict(steps=3, epochs=1), "either steps or epochs"),
     (dict(steps=None), "either steps or epochs"),
     (dict(steps=0), "positive whole number"),
