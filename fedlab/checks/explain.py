@@ -328,8 +328,8 @@ def _central_reasons(sites: int, share: float, *, client_side: bool) -> list[str
         + f", and the noise is scaled to {1 / sites:.3g}",
         "Flower keeps no account over rounds; it draws a fixed number of sites without replacement, which is credited "
         "with no amplification",
-        "holds for FedAvg, whose result is a mean, and if all sites that were drawn answer; momentum or an optimiser at "
-        "the server keeps means without noise",
+        "holds for FedAvg, whose result is a mean, and if all sites that were drawn answer; momentum or an optimiser "
+        "at the server keeps means without noise",
         *["the sites are trusted to clip: the server does not see whether the mod is installed"] * client_side,
         "not covered: the server, which sees each update; evaluation on patients of a site; an update with NaN, which "
         "is not clipped; low bits of floating point numbers"]
