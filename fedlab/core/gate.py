@@ -88,7 +88,7 @@ def _is_spent(value: object) -> bool:
     return (isinstance(value, Spent) and (_number(value.epsilon) or isinstance(value.epsilon, float))
             and value.epsilon >= 0 and _number(value.delta) and 0 <= value.delta < 1 and isinstance(value.unit, str)
             and value.unit in ("patient", "site") and isinstance(value.accountant, str)
-            and isinstance(value.adjacency, str))
+            and isinstance(value.adjacency, str) and isinstance(value.repeats, bool))
 
 
 def _shown(value: object) -> str:

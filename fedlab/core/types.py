@@ -210,17 +210,18 @@ def rounded_up(value: float, digits: int = 3) -> str:
 
 
 class Spent(NamedTuple):
-    """Privacy spent so far: ε, always with δ, unit, adjacency and accountant."""
+    """Privacy spent so far: ε, always with δ, unit, adjacency, accountant, and whether its noise repeats with a seed."""
 
     epsilon: float
     delta: float
     unit: Literal["patient", "site"]
     accountant: str
     adjacency: str
+    repeats: bool = False
 
     def __str__(self) -> str:
-        return (f"ε = {rounded_up(self.epsilon)} at δ = {self.delta:g} per {self.unit} "
-                f"({self.adjacency}, {self.accountant} accountant)")
+        return (f"ε = {rounded_up(self.epsilon)} at δ = {self.delta:g} per {self.unit} ({self.adjacency}, "
+                f"{self.accountant} accountant{', noise repeats with the seed: for research' * self.repeats})")
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ __all__ = ["are_notes", "limit_for", "pack_answer", "pack_state", "pack_weights"
 
 _Groups = dict[tuple[str, str], dict[str, torch.Tensor]]
 
-_FORMAT = "fedlab-message-2"
+_FORMAT = "fedlab-message-3"
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
            torch.int8, torch.uint8, torch.bool)
 _LARGEST_HEADER, _LARGEST_MESSAGE, _LARGEST_NOTE = 8 * 2**20, 16 * 2**30, 2**20
@@ -50,7 +50,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_spent(value: Any) -> bool:
     match value:
-        case [epsilon, delta, "patient" | "site", accountant, adjacency]:
+        case [epsilon, delta, "patient" | "site", accountant, adjacency, bool()]:
             return (epsilon == "inf" or _is_number(epsilon)) and _is_number(delta) and all(
                 map(_is_text, (accountant, adjacency)))
     return False
@@ -150,8 +150,9 @@ def unpack_answer(data: bytes, *, site: str, limit: int | None = None) -> Answer
     if note["site"] != site:
         raise _refused(site, f"it says it is of {note['site'][:80]!r}")
     if kind == "update":
-        spent = tuple(Spent(math.inf if epsilon == "inf" else epsilon, delta, unit, *map(printable, texts))
-                      for epsilon, delta, unit, *texts in note["spent"])
+        spent = tuple(Spent(math.inf if epsilon == "inf" else epsilon, delta, unit, printable(accountant),
+                            printable(adjacency), repeats)
+                      for epsilon, delta, unit, accountant, adjacency, repeats in note["spent"])
         return Update(delta=groups.get(("delta", ""), {}), buffers=groups.get(("buffers", ""), {}),
                       **{**note, "spent": spent})
     text = printable(note["text"])

@@ -24,7 +24,7 @@ from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy, layers_at
 from fedlab.run.admission import Admission
 from fedlab.run.checkpoint import Checkpoint
-from fedlab.run.history import History, noise_repeats
+from fedlab.run.history import History
 from fedlab.run.local import Local
 from fedlab.run.recipe import Json, patients_sha256, recipe
 from fedlab.run.round import star
@@ -185,7 +185,7 @@ def federate(
     """
     run = make_run(trainer, sites, strategy=strategy, privacy=privacy, aggregation=aggregation, rounds=rounds,
                    topology=topology, engine=engine, admission=admission, seed=seed)
-    history = History(rounds=rounds, privacy=_protection(run), noise_repeats=noise_repeats(run))
+    history = History(rounds=rounds, privacy=_protection(run))
     identity = run_recipe(run) if checkpoint is not None or trace is not None else {}
     saved, site_states = None, None
     if checkpoint is not None:

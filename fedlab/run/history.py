@@ -55,7 +55,6 @@ class History:
     Args:
         rounds: number of rounds the run was to have.
         privacy: the techniques of the run, as code.
-        noise_repeats: whether noise of its guarantee repeats with the seed of the run.
 
     Attributes:
         stopped: why the run ended before its last round, if it did.
@@ -65,8 +64,8 @@ class History:
         records: one plain dict per finished round; `table()` and `sites()` show them as tables.
     """
 
-    def __init__(self, *, rounds: int, privacy: str = "Privacy()", noise_repeats: bool = False) -> None:
-        self.rounds, self.privacy, self.noise_repeats = rounds, privacy, noise_repeats
+    def __init__(self, *, rounds: int, privacy: str = "Privacy()") -> None:
+        self.rounds, self.privacy = rounds, privacy
         self.stopped: str | None = None
         self.state: ServerState | None = None
         self.site_states: Any = {}
@@ -98,7 +97,8 @@ class History:
                        for record in self.records for name, numbers in record["sites"].items()], "round", "site")
 
     def spent(self) -> pd.DataFrame:
-        """One row per round, site and unit: privacy spent so far, with δ, adjacency and accountant.
+        """One row per round, site and unit: privacy spent so far, with δ, adjacency, accountant, and whether the
+        noise repeats with the seed, which is for research.
 
         Empty for a run without a formal guarantee. The site "server" stands for noise added there, whose guarantee
         holds for every site.
@@ -125,8 +125,6 @@ class History:
             bare = [] if "server" in spent else sorted(sent - spent.keys())
             more = f" and {len(bare) - 6} more" if len(bare) > 6 else ""
             out.append(f"{spent[site]} at {site}" + (f", none at {', '.join(bare[:6])}{more}" if bare else ""))
-        if out and self.noise_repeats:
-            out.append("noise repeats with the seed: for research")
         return "; ".join(out) or "no formal guarantee"
 
     @contextmanager

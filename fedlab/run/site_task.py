@@ -55,8 +55,7 @@ class SiteTask:
     Args:
         trainer: trains locally.
         privacy: protects the update.
-        seed: of the run; the streams of a site and round derive from it. An adversary who knows the seed can subtract
-            the noise of techniques that draw from it: deployments say `secure_mode=True` in the technique.
+        seed: of the run; the streams of a site and round derive from it. See `secure_mode` in `Privacy`.
         strategy: may change the training at a site; see `Strategy.equip`.
         aggregation: hides the update, if sums are secure.
         identity: the recipes of these parts when the run began, if they are known; the noise depends on them.

@@ -240,7 +240,8 @@ class _Page:
             for site, entries in record["spent"].items():
                 for s in (Spent(**entry) for entry in entries):
                     units.setdefault(s.unit, {}).setdefault(site, []).append((record["round"] + 1.0, s.epsilon))
-                    words = f"δ = {s.delta:g}, per {s.unit}, {s.adjacency}, {s.accountant} accountant"
+                    words = (f"δ = {s.delta:g}, per {s.unit}, {s.adjacency}, {s.accountant} accountant"
+                             f"{', noise repeats with the seed: for research' * s.repeats}")
                     terms.setdefault(s.unit, {})[words] = None
         if not units:
             note = ("nothing spent yet" if self.private else

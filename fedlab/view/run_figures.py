@@ -132,6 +132,7 @@ def _spending(ax: Axes, spent: pd.DataFrame, unit: str, budget: float | None) ->
     ax.set_ylim(0, 1.25 * max(float(wide.max().max()), budget or 0.0))
     terms = [f"δ = {row.delta:g}, {row.adjacency}, {row.accountant} accountant"
              for row in spent[["delta", "adjacency", "accountant"]].drop_duplicates().itertuples()]
+    terms += ["noise repeats with the seed: for research"] * bool(spent["repeats"].any())
     over_rounds(ax, f"ε per {unit}, spent so far")
     ax.set_xlabel("rounds finished\n" + "\n".join(terms), fontsize=8.5)
     return (f"ε per {unit} ({'; '.join(terms)}) rises to {rounded_up(float(last[worst]))} at {worst}"

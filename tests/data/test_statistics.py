@@ -143,7 +143,7 @@ def test_noised_statistics_state_their_cost_and_charge_the_ledger_first() -> Non
     site = blob_site("a", 12)
     charged: list[Spent] = []
     told = site_statistics(site, domain=COARSE, epsilon=3.0, charge=charged.append, seed=0)
-    assert told.spent == (Spent(3.0, 0.0, "patient", "Laplace", "add or remove one patient"),) == tuple(charged)
+    assert told.spent == (Spent(3.0, 0.0, "patient", "Laplace", "add or remove one patient", True),) == tuple(charged)
 
     def empty(spent: Spent) -> None:
         raise RuntimeError("no budget left")

@@ -267,8 +267,9 @@ def _read_distribution(*, edges: list[float], counts: list[float], mean: float |
                         quantiles=tuple((float(q), float(value)) for q, value in quantiles))
 
 
-def _read_spent(*, epsilon: float, delta: float, unit: str, accountant: str, adjacency: str) -> Spent:
+def _read_spent(*, epsilon: float, delta: float, unit: str, accountant: str, adjacency: str,
+                repeats: bool = True) -> Spent:
     if unit not in ("patient", "site") or not (_is_number(epsilon) and epsilon > 0 and _is_number(delta)):
         raise ValueError(f"invalid privacy spent: ε = {epsilon}, δ = {delta} per {unit}")
     return Spent(epsilon=epsilon, delta=delta, unit="site" if unit == "site" else "patient",
-                 accountant=str(accountant), adjacency=str(adjacency))
+                 accountant=str(accountant), adjacency=str(adjacency), repeats=bool(repeats))

@@ -95,7 +95,8 @@ def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 
     for patient in _patients(site):
         for name, counts in contributions(patient, domain=domain).items():
             sums[name] += counts
-    spent = Spent(epsilon=float(epsilon), delta=0.0, unit="patient", accountant="Laplace", adjacency=ADJACENCY)
+    spent = Spent(epsilon=float(epsilon), delta=0.0, unit="patient", accountant="Laplace", adjacency=ADJACENCY,
+                  repeats=seed is not None)
     if charge is not None:
         charge(spent)
     rng = random.SystemRandom() if seed is None else random.Random(derive(seed, "statistics", site.name))

@@ -171,7 +171,7 @@ def _numbers(value: Mapping[str, Any]) -> dict[str, float]:
     return {str(name): float(number) for name, number in value.items()}
 
 
-def _spent(*, epsilon: float, delta: float, unit: Any, accountant: str, adjacency: str) -> Spent:
+def _spent(*, epsilon: float, delta: float, unit: Any, accountant: str, adjacency: str, repeats: bool = True) -> Spent:
     if unit not in ("patient", "site") or math.isnan(epsilon):
         raise ValueError(f"an invalid statement of privacy spent: ε = {epsilon} per {str(unit)[:40]}")
-    return Spent(float(epsilon), float(delta), unit, str(accountant), str(adjacency))
+    return Spent(float(epsilon), float(delta), unit, str(accountant), str(adjacency), bool(repeats))

@@ -92,9 +92,12 @@ def check_statement(update: Update, parts: Sequence[Any]) -> None:
     for part in parts:
         least = part.least_spent(update)
         missing = sorted(part.units - stated.keys())
-        if missing or (least is not None and (
-                stated[least.unit][1:] != least[1:] or stated[least.unit].epsilon < least.epsilon * (1 - 1e-9))):
-            expected = least or " and ".join(f"an ε per {unit}" for unit in missing)
+        seeded = getattr(part, "secure_mode", None) is False  # then no statement of it is without the remark
+        if missing or (seeded and not all(stated[unit].repeats for unit in part.units)) or (least is not None and (
+                stated[least.unit]._replace(epsilon=0.0, repeats=False) != least._replace(epsilon=0.0)
+                or stated[least.unit].epsilon < least.epsilon * (1 - 1e-9))):
+            expected = (least and least._replace(repeats=seeded)) or " and ".join(
+                f"an ε per {unit}" for unit in missing or sorted(part.units))
             raise PrivacyError(f"the update of {update.site} states {'; '.join(map(str, update.spent)) or 'nothing'} "
                                f"as spent; under {part!r} it is at least {expected}. Update the software of the site, "
                                "or leave it out")
@@ -179,7 +182,7 @@ class Ledger:
         return ledger
 
     def charge(self, release: Release, *, terms: Terms, max_epsilon: float | None = None,
-               repeatable: bool = True) -> None:
+               repeatable: bool = True, seeded: bool | None = None) -> None:
         """Enters a release before it happens, under terms that are equal for all entries of a unit.
 
         Args:
@@ -187,6 +190,8 @@ class Ledger:
             max_epsilon: the site's budget for this unit; None for none.
             repeatable: whether the round, run again, draws the same noise. Noise from the operating system does not
                 repeat: the entries of this round then stay, however often it is run.
+            seeded: whether the noise is drawn from the seed of the run, which `Spent.repeats` then states; by default
+                as `repeatable`.
 
         Raises:
             PrivacyBudgetExhausted: the total would exceed the budget; nothing is entered.
@@ -199,7 +204,8 @@ class Ledger:
             stream = f"once-{secrets.token_hex(8)}"
             entries = [{**e, "stream": stream} if (e["round"], e["stream"]) == now else e for e in entries]
         entries = [*entries, {"round": now[0], "stream": stream, "terms": asdict(terms),
-                              "kind": type(release).__name__, "release": asdict(release)}]
+                              "kind": type(release).__name__, "release": asdict(release),
+                              "seeded": repeatable if seeded is None else seeded}]
         after = terms.spent(_releases(_joined(entries, self._note["before"]), terms.unit)).epsilon
         if max_epsilon is not None and not after <= max_epsilon:
             before = next((s.epsilon for s in self.spent() if s.unit == terms.unit), 0.0)
@@ -232,7 +238,9 @@ class Ledger:
     def spent(self) -> tuple[Spent, ...]:
         """The privacy spent so far, one statement per unit; empty if nothing was released under a guarantee."""
         terms = {e["terms"]["unit"]: Terms(**e["terms"]) for e in self._all()}
-        return tuple(terms[unit].spent(self.releases(unit)) for unit in get_args(Unit) if unit in terms)
+        seeded = {e["terms"]["unit"] for e in self._all() if e["seeded"]}
+        return tuple(terms[unit].spent(self.releases(unit))._replace(repeats=unit in seeded)
+                     for unit in get_args(Unit) if unit in terms)
 
     def charged(self, unit: Unit) -> bool:
         """Whether this round's entries hold one for `unit`."""
@@ -327,6 +335,9 @@ def _parse(record: Mapping[str, Any]) -> dict[str, Any]:
         for entry in (*note["entries"], *note["before"]):
             Terms(**entry["terms"])
             RELEASES[entry["kind"]](**entry["release"])
+            # An entry written before this was noted is taken for one whose noise repeats.
+            if not isinstance(entry.setdefault("seeded", True), bool):
+                raise ValueError(f"an entry says {entry['seeded']!r} of whether its noise is drawn from a seed")
         if not all(isinstance(content, str) for content in note["noise_on"].values()):
             raise ValueError("an update that noise was added to is not identified by text")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

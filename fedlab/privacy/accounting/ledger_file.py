@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fedlab.core.errors import PrivacyError
-from fedlab.core.files import write_whole
+from fedlab.core.files import locked, write_whole
 from fedlab.core.types import SiteState, Spent
 from fedlab.privacy.accounting.ledger import Accountant, HasLedger, Ledger, Pure, Terms
 
@@ -50,21 +50,12 @@ class LedgerFile:
             PrivacyError: the file is damaged, of another site, missing though it was kept before, or in use by
                 another run.
         """
-        from filelock import FileLock, Timeout
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_name(self.path.name + ".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise PrivacyError(f"another run is using {self.path}; run one after the other, or both would spend the "
-                               "same budget") from error
-        try:
+        with locked(self.path.with_name(f"{self.path.name}.lock"), PrivacyError(
+                f"another run is using {self.path}; run one after the other, or both would spend the same budget")):
             self.restore(state)
             yield
             self.save(state)
-        finally:
-            lock.release()
 
     def charging(self, *, delta: float, accountant: Accountant = "rdp",
                  max_epsilon: float | None = None) -> Callable[[Spent], None]:
@@ -92,7 +83,7 @@ class LedgerFile:
             state = SiteState()
             with self.kept(state):
                 ledger = Ledger.open(state, site=self.site, round=None, stream=None)
-                ledger.charge(Pure(epsilon=spent.epsilon), terms=terms, max_epsilon=max_epsilon)
+                ledger.charge(Pure(epsilon=spent.epsilon), terms=terms, max_epsilon=max_epsilon, seeded=spent.repeats)
 
         return enter
 

@@ -164,7 +164,8 @@ class CentralGaussian(Privacy):
                                "unknown; continue from a state that holds it, or begin a new run from these weights")
         ledger = Ledger(state)
         try:
-            ledger.charge(self._release(cohort.sample), terms=self._terms, max_epsilon=self.max_epsilon)
+            ledger.charge(self._release(cohort.sample), terms=self._terms, max_epsilon=self.max_epsilon,
+                          seeded=not self.secure_mode)
         except PrivacyBudgetExhausted as error:
             raise PrivacyBudgetExhausted(f"the server stops moving the model: {error}") from error
         source, expected = None if self.secure_mode else rng, cohort.sites * cohort.sample

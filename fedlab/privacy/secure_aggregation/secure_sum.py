@@ -174,7 +174,8 @@ class SecureAggregation(Aggregation):
         state.diagnostics["norm before masking"] = torch.tensor(norm)
         if self.noise_multiplier is not None:
             # Every masking counts: the same noise in the sums of other sites is no second protection.
-            Ledger(state).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon, repeatable=False)
+            Ledger(state).charge(self._release, terms=self._terms, max_epsilon=self.max_epsilon, repeatable=False,
+                                 seeded=not self.secure_mode)
             seed = os.urandom(32) if self.secure_mode else bytes(
                 torch.randint(256, (32,), generator=rng, dtype=torch.uint8).tolist())
             masked += discrete_gaussian(len(whole), log2_sigma=self._fixed_point[1], key=seed).astype(self._word)
