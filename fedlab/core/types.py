@@ -210,7 +210,7 @@ def rounded_up(value: float, digits: int = 3) -> str:
 
 
 class Spent(NamedTuple):
-    """Privacy spent so far: ε, always with δ, unit, adjacency, accountant, and whether its noise repeats with a seed."""
+    """Privacy spent so far: ε, with δ, unit, adjacency, accountant, and whether the noise repeats with the seed."""
 
     epsilon: float
     delta: float

@@ -1,4 +1,4 @@
-"""Noise that repeats with the seed is for research: every ε says so, and a deployment refuses it unless told otherwise."""
+"""Noise that repeats with the seed is for research: every ε says so, and a deployment refuses it unless told."""
 
 from __future__ import annotations
 
