@@ -17,13 +17,15 @@ from fedlab.core.errors import FedlabError
 from fedlab.core.patient_checks import check_patient
 from fedlab.core.settings import check_within
 
-__all__ = ["MODALITIES", "REGIONS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round", "ServerState",
-           "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal", "rounded_up"]
+__all__ = ["MODALITIES", "REGIONS", "REPEATS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round",
+           "ServerState", "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal", "rounded_up"]
 
 #: Channel order of every image in fedlab.
 MODALITIES = ("FLAIR", "T1", "T1c", "T2")
 #: Channel order of every segmentation in fedlab: tumour core, whole tumour, enhancing tumour.
 REGIONS = ("TC", "WT", "ET")
+#: Beside every ε whose noise an adversary who knows the seed of the run can subtract.
+REPEATS = "noise repeats with the seed: for research"
 
 #: Named tensors: a model's weights, or changes of them.
 Tensors = Mapping[str, torch.Tensor]
@@ -221,7 +223,7 @@ class Spent(NamedTuple):
 
     def __str__(self) -> str:
         return (f"ε = {rounded_up(self.epsilon)} at δ = {self.delta:g} per {self.unit} ({self.adjacency}, "
-                f"{self.accountant} accountant{', noise repeats with the seed: for research' * self.repeats})")
+                f"{self.accountant} accountant){f'; {REPEATS}' * self.repeats}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from fedlab.core.protocols import Run
-from fedlab.core.types import Round, ServerState, Spent
+from fedlab.core.types import REPEATS, Round, ServerState, Spent
 from fedlab.privacy.base import layers_at
 from fedlab.run.svg_charts import chart
 
@@ -124,7 +124,9 @@ class History:
             site = max(spent, key=lambda name, of=spent: (of[name].epsilon, name))  # type: ignore[misc]
             bare = [] if "server" in spent else sorted(sent - spent.keys())
             more = f" and {len(bare) - 6} more" if len(bare) > 6 else ""
-            out.append(f"{spent[site]} at {site}" + (f", none at {', '.join(bare[:6])}{more}" if bare else ""))
+            out.append(f"{spent[site]._replace(repeats=False)} at {site}"
+                       + (f", none at {', '.join(bare[:6])}{more}" if bare else "")
+                       + (f"; {REPEATS}" if any(one.repeats for one in spent.values()) else ""))
         return "; ".join(out) or "no formal guarantee"
 
     @contextmanager

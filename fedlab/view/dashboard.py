@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlab.core.files import filled_in
 from fedlab.core.settings import check_positive
-from fedlab.core.types import Spent
+from fedlab.core.types import REPEATS, Spent
 from fedlab.privacy.base import Privacy
 from fedlab.run.svg_charts import Points, Style, chart
 from fedlab.view.background_run import ENDED, BackgroundRun
@@ -241,7 +241,7 @@ class _Page:
                 for s in (Spent(**entry) for entry in entries):
                     units.setdefault(s.unit, {}).setdefault(site, []).append((record["round"] + 1.0, s.epsilon))
                     words = (f"δ = {s.delta:g}, per {s.unit}, {s.adjacency}, {s.accountant} accountant"
-                             f"{', noise repeats with the seed: for research' * s.repeats}")
+                             f"{f', {REPEATS}' * s.repeats}")
                     terms.setdefault(s.unit, {})[words] = None
         if not units:
             note = ("nothing spent yet" if self.private else
@@ -262,7 +262,8 @@ class _Page:
                 if name in record.get("absent", {})]
         entries: list[Any] = next((record["spent"][name] for record in reversed(self.records)
                                    if name in record["spent"]), [])
-        spending = [f"{s}" + (f", of {self.budgets[s.unit]:g}" if s.unit in self.budgets else "")
+        spending = [str(s._replace(repeats=False)) + (f", of {self.budgets[s.unit]:g}" if s.unit in self.budgets else "")
+                    + f"; {REPEATS}" * s.repeats
                     for s in (Spent(**entry) for entry in entries)]
         return [name, f"{present}" if name in self.sites else "–", last("loss"), last("metric"), last("norm"),
                 last("clipped", "{:.0%}").replace("%", " %"), last("MB", "{:.3f}") if present else "–",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedlab.core.types import rounded_up
+from fedlab.core.types import REPEATS, rounded_up
 from fedlab.evidence.contributions import Contributions
 from fedlab.run.history import History
 from fedlab.view.colours import ARMS, BLUE, GREY, INK, ORANGE, RED, REGION_NAMES, arm_colours, arm_label, arm_of, styled
@@ -132,7 +132,7 @@ def _spending(ax: Axes, spent: pd.DataFrame, unit: str, budget: float | None) ->
     ax.set_ylim(0, 1.25 * max(float(wide.max().max()), budget or 0.0))
     terms = [f"δ = {row.delta:g}, {row.adjacency}, {row.accountant} accountant"
              for row in spent[["delta", "adjacency", "accountant"]].drop_duplicates().itertuples()]
-    terms += ["noise repeats with the seed: for research"] * bool(spent["repeats"].any())
+    terms += [REPEATS] * bool(spent["repeats"].any())
     over_rounds(ax, f"ε per {unit}, spent so far")
     ax.set_xlabel("rounds finished\n" + "\n".join(terms), fontsize=8.5)
     return (f"ε per {unit} ({'; '.join(terms)}) rises to {rounded_up(float(last[worst]))} at {worst}"
