@@ -262,8 +262,8 @@ class _Page:
                 if name in record.get("absent", {})]
         entries: list[Any] = next((record["spent"][name] for record in reversed(self.records)
                                    if name in record["spent"]), [])
-        spending = [str(s._replace(repeats=False)) + (f", of {self.budgets[s.unit]:g}" if s.unit in self.budgets else "")
-                    + f"; {REPEATS}" * s.repeats
+        spending = [str(s._replace(repeats=False))
+                    + (f", of {self.budgets[s.unit]:g}" if s.unit in self.budgets else "") + f"; {REPEATS}" * s.repeats
                     for s in (Spent(**entry) for entry in entries)]
         return [name, f"{present}" if name in self.sites else "–", last("loss"), last("metric"), last("norm"),
                 last("clipped", "{:.0%}").replace("%", " %"), last("MB", "{:.3f}") if present else "–",
