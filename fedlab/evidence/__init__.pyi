@@ -1,8 +1,10 @@
+from .arms import Arm
+from .comparison import ArmComparison, compare_arms
 from .contributions import Contributions, KeepUpdates, dice_on, site_contributions
 from .differences import Difference, difference
 from .inversion import Inversion, invert_update, one_step_update, patch_net
 
 __all__ = [
-    "Contributions", "Difference", "Inversion", "KeepUpdates", "dice_on", "difference", "invert_update",
-    "one_step_update", "patch_net", "site_contributions",
+    "Arm", "ArmComparison", "Contributions", "Difference", "Inversion", "KeepUpdates", "compare_arms", "dice_on",
+    "difference", "invert_update", "one_step_update", "patch_net", "site_contributions",
 ]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fedlab.core.settings import check_choice, check_whole
 from fedlab.core.types import REGIONS
+from fedlab.training.metrics import summary
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["LOCAL", "Difference", "difference", "groups"]
+__all__ = ["Difference", "difference", "differences", "differences_table", "groups", "verdict"]
 
-#: What the names of the arms begin with that train at one site; the site's name follows.
-LOCAL = "local "
 _PATIENT = ["seed", "site", "patient"]
 #: Held-out patients below which no interval is stated.
 _FEWEST = 6
@@ -74,9 +74,9 @@ def difference(scores: pd.DataFrame, one: str, other: str, *, region: str = "mea
 
     Args:
         scores: rows of `fedlab.evaluate` with a column "arm", and "seed" if there are several.
-        one, other: names of arms. The arms "local site-01", "local site-02", ..., each trained at one site, are
-            "local_own" on their own site's patients, and "local_others" on those of the other sites, where each patient
-            counts with the mean of their scores.
+        one, other: names of arms. The arms "local site-01", "local site-02", ..., each trained at the site that it
+            names, are "local_own" on their own site's patients, and "local_others" on those of the other sites, where
+            each patient counts with the mean of their scores.
         region: "WT", "TC", "ET" or "mean", the mean of the three regions' means.
         empty: how a patient counts whose reference lacks the region; see `fedlab.summary`.
         draws: of the bootstrap.
@@ -104,8 +104,58 @@ def difference(scores: pd.DataFrame, one: str, other: str, *, region: str = "mea
 
 def groups(scores: pd.DataFrame) -> pd.Series[str]:
     """The group of each row of scores: its arm, or "local_own" and "local_others" for arms trained at one site."""
-    local, own = scores["arm"].str.startswith(LOCAL), scores["arm"] == LOCAL + scores["site"].astype(str)
-    return scores["arm"].mask(own, "local_own").mask(local & ~own, "local_others")
+    sites, arms = set(scores["site"].astype(str)), list(scores["arm"].unique())
+    prefixes = {arm.removesuffix(site) for arm in arms for site in sites if arm.endswith(f" {site}")}
+    families = {arm: prefix for arm in arms for prefix in prefixes if arm.startswith(prefix)}
+    family = scores["arm"].map(families)
+    own, name = scores["arm"] == family + scores["site"].astype(str), family.astype(object).str.strip()
+    return scores["arm"].mask(own, name + "_own").mask(family.notna() & ~own, name + "_others")
+
+
+def differences(scores: pd.DataFrame, main: str, **settings: Any) -> dict[str, Difference]:
+    """The differences of one arm and each other arm or group of arms; settings are those of `difference`."""
+    others = [name for name in groups(scores).unique() if name != main]
+    return {name: difference(scores, main, name, **settings) for name in others}
+
+
+def differences_table(scores: pd.DataFrame, main: str) -> pd.DataFrame:
+    """Dice of each arm or group of arms, and the main arm's Dice minus the arm's.
+
+    Returns:
+        One row per arm; columns WT, TC, ET, mean (BraTS rule), mean_skip (without patients that lack a region),
+        patients, and difference, low and high: the main arm's mean minus the arm's, with its 95 % interval.
+    """
+    import pandas as pd
+
+    of_group = groups(scores)
+    rows = {}
+    for name in of_group.unique():
+        own = scores[of_group == name]
+        dice, skip = summary(own)["dice"], summary(own, empty="skip")["dice"]
+        rows[name] = {**dice[["WT", "TC", "ET", "mean"]].to_dict(), "mean_skip": skip["mean"],
+                      "patients": len(_dice(scores, name, "brats"))}
+    found = differences(scores, main)
+    for name, one in found.items():
+        rows[name] |= {"difference": one.value, "low": one.low, "high": one.high}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def verdict(scores: pd.DataFrame, main: str, *, names: Mapping[str, str] | None = None) -> str:
+    """Whether the main arm is better than each other one: a claim only where the interval excludes 0.
+
+    Args:
+        names: how arms are called in the text; by default by their names.
+    """
+    spoken = dict(names or {})
+    parts: dict[str, list[str]] = {"better than": [], "worse than": [], "not clearly different from": []}
+    for name, one in differences(scores, main).items():
+        what = "not clearly different from" if not one.is_clear else "better than" if one.value > 0 else "worse than"
+        interval = f", 95 % interval {one.low:+.3f} to {one.high:+.3f}" if math.isfinite(one.low) else ", no interval"
+        parts[what].append(f"{spoken.get(name, name)} ({one.value:+.3f}{interval})")
+    claims = [f"{what} {', '.join(of)}" for what, of in parts.items() if of]
+    found = difference(scores, main, main)
+    return (f"In mean Dice on {found.patients} held-out patients{f', {found.seeds} seeds' * (found.seeds > 1)}, "
+            f"{spoken.get(main, main)} is {'; '.join(claims) or 'the only arm'}.")
 
 
 def _dice(scores: pd.DataFrame, arm: str, empty: str) -> pd.DataFrame:

@@ -1,0 +1,113 @@
+"""A comparison of any arms over seeds, with paired differences and a verdict."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlab.core.errors import DataError
+from fedlab.core.types import Site
+from fedlab.core.workers import Workers
+from fedlab.data.store import save_sites
+from fedlab.evidence.arms import Arm, Model, models_of, train_models
+from fedlab.evidence.differences import Difference, difference, differences_table, verdict
+from fedlab.run.history import History
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ArmComparison", "compare_arms"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ArmComparison:
+    """The result of `compare_arms`; shows as a table of Dice and paired differences.
+
+    Attributes:
+        scores: one row per seed, arm, held-out patient and region, as `fedlab.evaluate` returns them.
+        histories: of the training, by seed and model.
+        main: the arm that the others are compared with.
+    """
+
+    scores: pd.DataFrame
+    histories: Mapping[tuple[int, str], History]
+    main: str
+
+    def difference(self, one: str, other: str, **settings: Any) -> Difference:
+        """The paired difference of two arms with its interval; see `fedlab.evidence.difference`."""
+        return difference(self.scores, one, other, **settings)
+
+    def table(self) -> pd.DataFrame:
+        """Mean Dice of each arm by both rules for empty regions, and the main arm's Dice minus the arm's."""
+        return differences_table(self.scores, main=self.main)
+
+    def verdict(self) -> str:
+        """One sentence per comparison of the main arm; a difference is claimed only where its interval excludes 0."""
+        return verdict(self.scores, main=self.main)
+
+    def __repr__(self) -> str:
+        return f"<ArmComparison: {self.verdict()}>"
+
+    def _repr_html_(self) -> str:
+        html: str = self.table().to_html(float_format="{:+.3f}".format, na_rep="–")
+        return f"<p>{escape(self.verdict())}</p>{html}"
+
+
+def compare_arms(sites: Sequence[Site] | Callable[[int], Sequence[Site]],
+                 arms: Mapping[str, Arm] | Callable[[int], Mapping[str, Arm]], *, seeds: Sequence[int] = (0,),
+                 out: Path | str | None = None, workers: int | None = None, progress: bool = True) -> ArmComparison:
+    """Trains every arm with every seed, side by side in worker processes, and scores all on the same patients.
+
+    Args:
+        sites: with held-out patients; or a function of the seed that makes them, so that seeds differ in patients too.
+        arms: by name; or a function of the seed, where the start depends on it. The first one that trains on
+            data="sites" is the main arm, which the others are compared with.
+        seeds: of the runs; an arm has one training per seed.
+        out: a folder in which finished rounds and scores are kept, so that a comparison that was interrupted continues
+            when it is called again; a temporary one by default.
+        workers: processes, one core each; by default all cores.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no arm, or two models of one name.
+        DataError: no held-out patient.
+        FedlabError: the first failure of an arm.
+    """
+    import pandas as pd
+
+    with tempfile.TemporaryDirectory() as temporary, Workers(workers) as pool:
+        folder = Path(out if out is not None else temporary)
+        models: list[Model] = []
+        main = ""
+        for seed in dict.fromkeys(seeds):
+            of_seed = list(sites(seed) if callable(sites) else sites)
+            if not any(len(site.val) for site in of_seed):
+                raise DataError("no site holds out a patient, so there is nothing to compare on; hold out at least six")
+            given = arms(seed) if callable(arms) else arms
+            main = main or _main_arm(given)
+            prepared = folder / f"seed-{seed}" / "prepared"
+            save_sites(of_seed, prepared)
+            models += [model for name, arm in given.items() for model in models_of(
+                name, arm, of_seed, prepared=prepared, folder=folder / f"seed-{seed}", seed=seed)]
+        _check_models(models)
+        trained = train_models(models, pool, progress=progress)
+    return ArmComparison(scores=pd.concat([one.scores for one in trained], ignore_index=True), main=main,
+                         histories={(m.seed, m.name): one.history for m, one in zip(models, trained, strict=True)})
+
+
+def _main_arm(arms: Mapping[str, Arm]) -> str:
+    """The first arm that trains a federation; the first of all if none does."""
+    if not arms:
+        raise ValueError("a comparison needs at least one arm, got none")
+    return next((name for name, arm in arms.items() if arm.data == "sites" and arm.rounds), next(iter(arms)))
+
+
+def _check_models(models: Sequence[Model]) -> None:
+    twice = [name for (_, name), count in Counter((m.seed, m.name) for m in models).items() if count > 1]
+    if twice:
+        raise ValueError(f"several models of the comparison have the name {twice[0]!r}: rename the arm")
