@@ -42,8 +42,8 @@ def main() -> None:
         "mean over seeds": {
             "federated WT": round(mean(d["WT"] for d in fed), 3),
             "federated mean": round(mean(d["mean"] for d in fed), 3),
-            "federated / centralised": round(mean(d["mean"] for d in fed)
-                                             / mean(f["dice"]["centralised"]["mean"] for f in found), 3),
+            "federated / pooled": round(mean(d["mean"] for d in fed)
+                                             / mean(f["dice"]["pooled"]["mean"] for f in found), 3),
             "federated - local models elsewhere": round(mean(f["dice"]["federated"]["mean"]
                                                              - f["dice"]["local_others"]["mean"] for f in found), 3),
             **({"WT on real patients": round(mean(f["real"]["dice"]["WT"] for f in found), 3)} if options.real else {}),

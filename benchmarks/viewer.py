@@ -34,7 +34,7 @@ room = (48, 48, 24, 24, 5, 6)  # 144 x 192 x 144 voxels of 1 mm, in the field of
 image = F.pad(F.interpolate(small.image[None].float(), scale_factor=3, mode="trilinear")[0], room)
 label = F.pad(F.interpolate(small.label[None, None].float(), scale_factor=3)[0, 0], room).to(torch.uint8)
 patient = fl.Patient(small.id, image, label, np.diag([1.0, 1.0, 1.0, 1.0]))
-shifted = {"federated": label.roll(4, 0), "centralised": label.roll(2, 1)}
+shifted = {"federated": label.roll(4, 0), "pooled": label.roll(2, 1)}
 tuple(patient.image.shape)
 """
 

@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -25,30 +25,30 @@ from tqdm.auto import tqdm
 from fedlab.apps.comparison_data import Folder, Phantoms
 from fedlab.core.errors import DataError, RunError
 from fedlab.core.files import locked, replacing, write_json, write_whole
-from fedlab.core.regions import regions_to_labels
 from fedlab.core.settings import check_whole
-from fedlab.core.types import Patient, Round, ServerState, Site
+from fedlab.core.types import Patient, ServerState, Site
 from fedlab.core.weights import load_weights
-from fedlab.core.workers import Workers, tell
+from fedlab.core.workers import Workers
 from fedlab.data.readers.folders import check_sites, find_patients, read_patient
 from fedlab.data.sites.partition import Partition
 from fedlab.data.store import load_sites, save_sites
+from fedlab.evidence.arms import Arm, messages_until_done, models_of, segment, train_models
 from fedlab.evidence.contributions import Contributions, KeepUpdates, dice_on, site_contributions
-from fedlab.run.baselines import centralised
-from fedlab.run.federate import federate
 from fedlab.run.history import History
 from fedlab.run.local import Local
 from fedlab.run.trackers import CsvTracker
-from fedlab.training.metrics import COLUMNS, evaluate, predict, score_rows
 from fedlab.training.networks import save_model, segresnet
 from fedlab.training.schedules import PolyDecay
 from fedlab.training.trainer import SiteTrainer, augmentation
 
-__all__ = ["Job", "Outcome", "data_changed", "open_job", "read_job", "remove_working_files", "run_job", "sole_use"]
+__all__ = ["FEDERATED", "Job", "Outcome", "arms_of", "data_changed", "open_job", "read_job", "remove_working_files",
+           "run_job", "sole_use"]
 
 _FORMAT = "fedlab-job-1"
 #: In the run directory: the state of the files that the run has read.
 _DATA_STATE = "data_state.txt"
+#: The arm that all others are compared with, and whose model is saved.
+FEDERATED = "federated"
 _SOURCES = {"phantoms": Phantoms, "folder": Folder}
 
 
@@ -103,9 +103,9 @@ class Outcome:
 
     Attributes:
         trainer: how every arm was trained, as code.
-        histories: by arm: "federated", "centralised", "local site-01", ...
-        scores: one row per arm, patient and region, on the held-out patients of all sites.
-        predictions: label maps of the first held-out patient of each site, by arm and patient id.
+        histories: by model: "federated", "pooled", "local site-01", ...
+        scores: one row per model, patient and region, on the held-out patients of all sites.
+        predictions: label maps of the first held-out patient of each site, by model and patient id.
         train: scores of the federated model on its own training patients, if those are real.
         real: scores of the federated model on the folder of real scans, if there is one.
         real_cases: these patients with the federated model's label maps.
@@ -205,6 +205,15 @@ def data_changed(job: Job, out: Path) -> bool:
     return noted.is_file() and noted.read_text(encoding="ascii") != job.source.state()
 
 
+def arms_of(job: Job, out: Path) -> dict[str, Arm]:
+    """The arms of a job, by name."""
+    trainer = job.trainer()
+    engine = KeepUpdates(engine=Local(), folder=out / "arms" / "updates") if job.contributions else None
+    return {FEDERATED: Arm(trainer=trainer, rounds=job.rounds, engine=engine),
+            "pooled": Arm(trainer=trainer, rounds=job.rounds, data="pooled"),
+            "local": Arm(trainer=trainer, rounds=job.rounds, data="each")}
+
+
 def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     started = time.perf_counter()
     prepared = out / "prepared"
@@ -223,18 +232,20 @@ def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     partition = _save_partition(job, sites, out / "partition.json")
     warm.result()
     data_done = time.perf_counter()
-    histories = _train(job, sites, out, workers)
+    models = [model for name, arm in arms_of(job, out).items() for model in models_of(
+        name, arm, sites, prepared=prepared, folder=out / "arms", seed=job.seed,
+        watch=0 if arm.data == "each" else job.watch_every)]
+    models[0] = replace(models[0], trace=out / "trace.jsonl", on_round=[CsvTracker(path=out / "rounds.csv")])
+    trained = dict(zip((model.name for model in models), train_models(models, workers), strict=True))
     train_done = time.perf_counter()
-    saved = workers.submit(_save_model, job, histories["federated"].state, out / "model.safetensors")
-    worth = workers.submit(_contributions, job, histories["federated"], out) if job.contributions else None
-    results = _evaluate(job, sites, histories, prepared, workers)
-    trainer = saved.result()
-    contributed = worth.result() if worth is not None else None
+    results = _results_of(job, trained[FEDERATED].history, out, workers)
     done = time.perf_counter()
     seconds = {"data": data_done - started, "train": train_done - data_done, "evaluate": done - train_done,
                "total": done - started}
-    return Outcome(job=job, trainer=trainer, sites=sites, partition=partition, histories=histories, seconds=seconds,
-                   contributions=contributed, **results)
+    return Outcome(job=job, sites=sites, partition=partition, seconds=seconds, **results,
+                   histories={name: one.history for name, one in trained.items()},
+                   scores=pd.concat([one.scores for one in trained.values()], ignore_index=True),
+                   predictions={name: dict(one.labels) for name, one in trained.items()})
 
 
 def _save_partition(job: Job, sites: Sequence[Site], path: Path) -> Partition:
@@ -266,123 +277,46 @@ def _save_model(job: Job, state: ServerState | None, path: Path) -> str:
     return repr(trainer)
 
 
-def _train(job: Job, sites: Sequence[Site], out: Path, workers: Workers) -> dict[str, History]:
-    # How many sites' steps each arm takes in a round; the long arms start first.
-    weight = {"federated": len(sites), "centralised": len(sites), **{f"local {site.name}": 1 for site in sites}}
-    futures = {arm: workers.submit(_train_arm, job, arm, out) for arm in weight}
-    shown: dict[str, str] = {}
-    with tqdm(total=job.rounds * job.steps * sum(weight.values()), desc="training", unit="step", smoothing=0.05) as bar:
-        for arm, dice in _messages_until_done(futures.values(), workers):
-            if dice is not None:
-                shown[f"Dice {arm}"] = f"{dice:.2f}"
-            bar.set_postfix(shown, refresh=False)
-            bar.update(job.steps * weight[arm])
-    return {arm: future.result() for arm, future in futures.items()}
-
-
-def _messages_until_done(futures: Iterable[Future[Any]], workers: Workers) -> Iterator[Any]:
-    """What the workers tell until all futures are done; raises the error of the first one that fails."""
-    waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
-        yield from workers.messages()
-        for future in done:
-            future.result()
-    yield from workers.messages()
-
-
-def _train_arm(job: Job, arm: str, out: Path) -> History:
-    """In a worker: one arm, with its checkpoint in the run directory."""
-    sites = load_sites(out / "prepared")
-    trainer = job.trainer()
-    # One held-out patient per site shows the progress of training; the final scores come from all of them.
-    shown = [] if arm.startswith("local") else _first_held_out(sites)
-
-    def validate(model: torch.nn.Module, number: int) -> dict[str, float]:
-        if not shown or (number + 1) % job.watch_every:
-            return {}
-        scores = evaluate(model, shown).groupby("region")["dice"].mean()
-        return {"Dice": float(scores.mean()), **{f"Dice {region}": float(v) for region, v in scores.items()}}
-
-    def report(finished: Round) -> None:
-        tell((arm, finished.metrics.get("Dice")))
-
-    settings: dict[str, Any] = {"rounds": job.rounds, "seed": job.seed, "progress": False, "on_round": report,
-                                "validate": validate, "checkpoint": out / "arms" / arm.replace(" ", "-")}
-    if arm == "federated":
-        settings |= {"trace": out / "trace.jsonl", "on_round": [report, CsvTracker(path=out / "rounds.csv")]}
-        if job.contributions:
-            settings["engine"] = KeepUpdates(engine=Local(), folder=out / "arms" / "updates")
-    if arm == "centralised":
-        return centralised(trainer, sites, **settings)
-    chosen = sites if arm == "federated" else [site for site in sites if arm == f"local {site.name}"]
-    return federate(trainer, chosen, **settings)
-
-
-def _evaluate(job: Job, sites: Sequence[Site], histories: Mapping[str, History], prepared: Path,
-              workers: Workers) -> dict[str, Any]:
-    """The scores and label maps of an `Outcome`, by its attributes."""
-    federated = histories["federated"].state
-    total = sum(len(site.val) for site in sites) * len(histories)
-    train = real = None
+def _results_of(job: Job, history: History, out: Path, workers: Workers) -> dict[str, Any]:
+    """What is found of the federated model alone, by the attributes of an `Outcome`; saves the model."""
+    waiting: dict[str, Future[Any]] = {}
+    waiting["trainer"] = workers.submit(_save_model, job, history.state, out / "model.safetensors")
+    total = 0
+    if job.contributions:
+        waiting["contributions"] = workers.submit(_contributions, job, history, out)
     if isinstance(job.source, Folder):  # shows whether the model has learned anything at all
-        train = workers.submit(_segment_sites, job, federated, prepared, "train")
-        total += sum(len(site.train) for site in sites)
+        waiting["train"] = workers.submit(_segment_training_patients, job, history.state, out / "prepared")
+        total += sum(len(site.train) for site in load_sites(out / "prepared"))
     if job.real is not None:
-        real = workers.submit(_segment_real, job, job.real, federated)
+        waiting["real"] = workers.submit(_segment_real, job, job.real, history.state)
         total += len(find_patients(job.real))
-    arms = {arm: workers.submit(_segment_sites, job, history.state, prepared, "val")
-            for arm, history in histories.items()}
-    with tqdm(total=total, desc="evaluating", unit="patient") as bar:
-        for _ in _messages_until_done([f for f in (train, real, *arms.values()) if f is not None], workers):
+    with tqdm(total=total, desc="evaluating", unit="patient", disable=not total) as bar:
+        for _ in messages_until_done(waiting.values(), workers):
             bar.update()
-    results = {arm: future.result() for arm, future in arms.items()}
-    real_scores, real_cases = (None, []) if real is None else real.result()
-    return {"scores": pd.concat([table.assign(arm=arm) for arm, (table, _) in results.items()], ignore_index=True),
-            "predictions": {arm: labels for arm, (_, labels) in results.items()},
-            "train": None if train is None else train.result()[0], "real": real_scores, "real_cases": real_cases}
-
-
-def _first_held_out(sites: Iterable[Site]) -> list[Patient]:
-    return [site.val[0] for site in sites if len(site.val)]
+    found: dict[str, Any] = {name: future.result() for name, future in waiting.items()}
+    found["real"], found["real_cases"] = found.get("real", (None, []))
+    return {"contributions": None, "train": None, **found}
 
 
 def _contributions(job: Job, history: History, out: Path) -> Contributions:
     """In a worker: Shapley values of the sites, measured on one held-out patient of each."""
     sites = load_sites(out / "prepared")
-    utility = dice_on(_model(job, history.state), _first_held_out(sites))
+    utility = dice_on(_model(job, history.state), [site.val[0] for site in sites if len(site.val)])
     return site_contributions(history, out / "arms" / "updates", utility,
                               permutations=None if len(sites) <= 5 else 20, seed=job.seed)
 
 
-def _segment_sites(job: Job, state: ServerState | None, prepared: Path,
-                   split: str) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
-    """In a worker: scores on every patient of the split "train" or "val", and the label map of each site's first."""
-    of_sites = {site.name: list(getattr(site, split)) for site in load_sites(prepared)}
-    scores, labels = _segment(job, state, ((name, patient) for name, own in of_sites.items() for patient in own))
-    return scores, {patient.id: labels[patient.id] for own in of_sites.values() for patient in own[:1]}
+def _segment_training_patients(job: Job, state: ServerState | None, prepared: Path) -> pd.DataFrame:
+    """In a worker: scores on the patients that the model was trained on."""
+    return segment(_model(job, state), ((site.name, p) for site in load_sites(prepared) for p in site.train))[0]
 
 
 def _segment_real(job: Job, folder: str, state: ServerState | None,
                   ) -> tuple[pd.DataFrame, list[tuple[Patient, torch.Tensor]]]:
     """In a worker: scores on real scans, and the patients with their label maps."""
     patients = [read_patient(files, spacing_mm=job.source.spacing_mm) for files in find_patients(folder).values()]
-    scores, labels = _segment(job, state, (("real", patient) for patient in patients))
+    scores, labels = segment(_model(job, state), (("real", patient) for patient in patients))
     return scores, [(patient, labels[patient.id]) for patient in patients]
-
-
-def _segment(job: Job, state: ServerState | None,
-             patients: Iterable[tuple[str, Patient]]) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
-    """Scores and label maps by patient id, of pairs of a site's name and a patient; reports each patient."""
-    model = _model(job, state)
-    rows: list[dict[str, str | float]] = []
-    labels = {}
-    for site, patient in patients:
-        regions = predict(model, patient) >= 0.5
-        rows += score_rows(regions, patient.label, spacing_mm=patient.spacing_mm, site=site, patient=patient.id)
-        labels[patient.id] = regions_to_labels(regions)
-        tell(patient.id)
-    return pd.DataFrame(rows, columns=list(COLUMNS)), labels
 
 
 def _model(job: Job, state: ServerState | None) -> torch.nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
+import textwrap
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fedlab import __version__
-from fedlab.apps.comparison import Outcome
+from fedlab.apps.comparison import FEDERATED, Outcome
 from fedlab.apps.comparison_data import Folder
 from fedlab.core.files import packaged_toml, write_json, write_whole
 from fedlab.core.types import REGIONS
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.persons import name_several
+from fedlab.evidence.differences import Difference, differences, groups, verdict
 from fedlab.run.trace import verify
 from fedlab.training.metrics import summary, threshold_dice
 from fedlab.view.model_card import make_model_card
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "versions", "write_results"]
 
-_LOCAL = "local "
 _COLUMNS = ("WT", "TC", "ET", "mean")
 #: Held-out patients below which their mean is no estimate for other patients.
 _FEW = 20
@@ -41,9 +43,8 @@ _SPOKEN: dict[str, str] = _TEXTS["arms"]
 
 def _groups(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Rows of each compared group; local models form two, on their own and on the other sites' patients."""
-    local, own = scores["arm"].str.startswith(_LOCAL), scores["arm"] == _LOCAL + scores["site"]
-    group = scores["arm"].mask(own, "local_own").mask(local & ~own, "local_others")
-    return {name: scores[group == name] for name in _SPOKEN if (group == name).any()}
+    of_row = groups(scores)
+    return {str(name): scores[of_row == name] for name in of_row.unique()}
 
 
 def dice_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -66,7 +67,7 @@ def versions() -> dict[str, str]:
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:
-    """The content of `summary.json`: Dice of the arms, seconds, settings, hash of the federated weights, versions.
+    """The content of `summary.json`: verdict, Dice and differences of the arms, settings, weights' hash, versions.
 
     Scores are not rounded here, so that what a terminal or a page prints is rounded once.
     """
@@ -74,7 +75,10 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     federated = outcome.histories["federated"].state
     held_out = [patient for site in outcome.sites for patient in site.val]
     found: dict[str, Any] = {
+        "verdict": verdict(outcome.scores, FEDERATED, names=_SPOKEN),
         "dice": {arm: row.to_dict() for arm, row in table.iterrows()},
+        "differences": {rule: {arm: _as_json(one) for arm, one in differences(
+            outcome.scores, FEDERATED, empty=rule).items()} for rule in ("brats", "skip")},
         "empty_regions": _rule(_groups(outcome.scores)["federated"]),
         "thresholding": {"WT": threshold_dice(held_out).dice},
         "seconds": {name: round(value, 1) for name, value in outcome.seconds.items()},
@@ -92,6 +96,12 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         found["real"] = {"patients": int(outcome.real["patient"].nunique()),
                          "dice": summary(outcome.real)["dice"][list(REGIONS)].to_dict()}
     return found
+
+
+def _as_json(one: Difference) -> dict[str, Any]:
+    """A difference as plain values; None where there is no interval."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(one).items()}
 
 
 def _rule(scores: pd.DataFrame) -> str:
@@ -147,7 +157,7 @@ def caution(outcome: Outcome) -> str:
 
 
 def describe(found: dict[str, Any], *, note: str = "") -> str:
-    """The summary in a few lines for a terminal, ending with `note`, such as `caution` gives."""
+    """The summary in a few lines for a terminal, ending with the verdict, and `note`, such as `caution` gives."""
     rows = {_SPOKEN[arm]: dice for arm, dice in found["dice"].items()}
     rows["best intensity threshold, chosen with hindsight"] = found["thresholding"]
     for name, text in (("train", "federated, on the {} patients it was trained on"),
@@ -162,7 +172,7 @@ def describe(found: dict[str, Any], *, note: str = "") -> str:
     lines.append(f"{found['patients']} patients of {found['sites']} sites, {found['rounds']} rounds, seed "
                  f"{found['seed']}; {seconds['total']:.0f} s (data {seconds['data']:.0f}, training "
                  f"{seconds['train']:.0f}, evaluation {seconds['evaluate']:.0f})")
-    return "\n".join([*lines, note] if note else lines)
+    return "\n".join([*lines, *([note] if note else []), "", *textwrap.wrap(found["verdict"], 100)])
 
 
 def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
@@ -184,9 +194,9 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
     job, worth = outcome.job, outcome.contributions
     first = {site.name: site.val[0] for site in outcome.sites if len(site.val)}
     shown = list(first.values())[:6]
-    overlays = {arm: [outcome.predictions[arm][p.id] for p in shown] for arm in ("federated", "centralised")}
+    overlays = {arm: [outcome.predictions[arm][p.id] for p in shown] for arm in ("federated", "pooled")}
     overlays["local, the patient's own site"] = [
-        outcome.predictions[_LOCAL + site][patient.id] for site, patient in first.items()][:6]
+        outcome.predictions[f"local {site}"][patient.id] for site, patient in first.items()][:6]
     sections = {"dice": _section(
         "dice", rule=found["empty_regions"], table=dice_table(outcome.scores).rename(index=_SPOKEN),
         figure=dice_by_arm(outcome.scores.assign(arm=_spoken_arms(outcome.scores))))}
@@ -224,7 +234,7 @@ def _text(group: str, name: str, **values: Any) -> str:
 def _spoken_arms(scores: pd.DataFrame) -> pd.Series[str]:
     """The arm of each row as a figure names it."""
     names = {"local_own": "local, own patients", "local_others": "local, other sites' patients"}
-    return pd.concat([pd.Series(names.get(group, group), index=rows.index) for group, rows in _groups(scores).items()])
+    return groups(scores).replace(names)
 
 
 def _means(scores: pd.DataFrame) -> pd.DataFrame:

@@ -39,7 +39,8 @@ REGION_COLOURS: Mapping[str, str] = {"WT": "#56B4E9", "TC": "#D55E00", "ET": "#C
 MODALITY_COLOURS: Mapping[str, str] = {"FLAIR": BLUE, "T1": GREEN, "T1c": ORANGE, "T2": "#6A51A3"}
 
 #: Arm of a comparison -> its colour in every figure.
-ARMS: Mapping[str, str] = {"federated": BLUE, "centralised": "#444444", "local": ORANGE, "thresholding": "#9A9A9A"}
+ARMS: Mapping[str, str] = {"public": GREEN, "federated": BLUE, "pooled": "#444444", "local": ORANGE,
+                           "thresholding": "#9A9A9A"}
 _FURTHER = tuple(colour for colour in LINES if colour not in ARMS.values())
 _ARM_LABELS = {"local_own": "local, own patients", "local_others": "local, others' patients"}
 

@@ -30,7 +30,7 @@ from fedlab.data.sites.partition import Partition
 from fedlab.training.networks import load_model
 from runs import SMALL, Background, Run, command, finished_demo, wait_for
 
-ARMS = ("federated", "centralised", "local_own", "local_others")
+ARMS = ("federated", "pooled", "local_own", "local_others")
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_every_place_with_a_dice_says_how_empty_regions_counted(demo):
 
 def test_the_summary_has_exactly_the_promised_keys(demo):
     found = summary_of(demo.folder)
-    assert set(found) == {"dice", "empty_regions", "thresholding", "seconds", "patients", "sites", "rounds", "seed",
-                          "weights_sha256", "versions"}
+    assert set(found) == {"verdict", "dice", "differences", "empty_regions", "thresholding", "seconds", "patients",
+                          "sites", "rounds", "seed", "weights_sha256", "versions"}
     assert set(found["dice"]) == set(ARMS)
     assert all(set(found["dice"][arm]) == {"WT", "TC", "ET", "mean"} for arm in ARMS)
     assert set(found["thresholding"]) == {"WT"} and 0 < found["thresholding"]["WT"] < 1
@@ -117,6 +117,21 @@ def test_the_summary_has_exactly_the_promised_keys(demo):
     assert sum(parts) == pytest.approx(found["seconds"]["total"], abs=0.3) and min(parts) > 0
     assert (found["patients"], found["sites"], found["rounds"], found["seed"]) == (10, 2, 2, 0)
     assert set(found["versions"]) >= {"fedlab", "python", "torch", "monai"}
+
+
+def test_the_verdict_claims_nothing_that_the_scores_do_not_show(demo):
+    found = summary_of(demo.folder)
+    for rule in ("brats", "skip"):
+        assert set(found["differences"][rule]) == {"pooled", "local_own", "local_others"}
+    for arm, one in found["differences"]["brats"].items():
+        assert one["value"] == pytest.approx(found["dice"]["federated"]["mean"] - found["dice"][arm]["mean"])
+        assert (one["patients"], one["sites"], one["low"], one["high"]) == (4, 2, None, None)  # too few for an interval
+    expected = "federated is not clearly different from all data pooled ("
+    assert found["verdict"].startswith("In mean Dice on 4 held-out patients, federated is not clearly different from")
+    assert expected in found["verdict"] and "better" not in found["verdict"] and "worse" not in found["verdict"]
+    last = " ".join(demo.printed.split("report:")[0].split())
+    assert last.endswith(found["verdict"])  # the terminal's last lines
+    assert found["verdict"] in html.unescape((demo.folder / "report.html").read_text(encoding="utf-8"))
 
 
 def test_dice_is_the_mean_of_the_scores_counted_anew(demo):
@@ -145,7 +160,7 @@ def test_dice_is_the_mean_of_the_scores_counted_anew(demo):
 def test_the_cross_site_table_is_the_mean_of_the_scores(demo):
     rows = rows_of(demo.folder / "scores.csv")
     table = rows_of(demo.folder / "cross_site.csv")
-    assert [row["model"] for row in table] == ["federated", "centralised", "local site-01", "local site-02"]
+    assert [row["model"] for row in table] == ["federated", "pooled", "local site-01", "local site-02"]
     for line in table:
         for site in ("site-01", "site-02"):
             values = [float(r["dice"]) for r in rows if r["arm"] == line["model"] and r["site"] == site]
@@ -161,11 +176,11 @@ def test_the_saved_model_is_the_one_the_hash_names(demo):
 
 def test_every_arm_takes_the_same_number_of_gradient_steps(demo):
     history = json.loads((demo.folder / "history.json").read_text())
-    assert set(history) == {"federated", "centralised", "local site-01", "local site-02"}
+    assert set(history) == {"federated", "pooled", "local site-01", "local site-02"}
     steps = {arm: sum(site["steps"] for record in records for site in record["sites"].values())
              for arm, records in history.items()}
     alone = sum(count for arm, count in steps.items() if arm.startswith("local "))
-    assert steps["federated"] == steps["centralised"] == alone == 2 * 2 * 2
+    assert steps["federated"] == steps["pooled"] == alone == 2 * 2 * 2
     assert steps["local site-01"] == steps["local site-02"]
     assert all([record["round"] for record in records] == [0, 1] for records in history.values())
 
@@ -240,7 +255,7 @@ def interrupted(arguments: tuple[str, ...], out: Path, end: str) -> tuple[int, s
     """A demo in a process of its own, ended during training; its exit status and its output."""
     run = Background(["demo", *arguments, "--out", str(out)], out.with_suffix(".log"))
     try:
-        wait_for(lambda: run.process.poll() is not None or any(out.glob("arms/*/round-[0-9]*/round.json")),
+        wait_for(lambda: run.process.poll() is not None or any(out.glob("arms/*/rounds/round-[0-9]*/round.json")),
                  seconds=600, why=f"no checkpoint appeared\n{run.log.read_text()[-2000:]}")
         assert run.process.poll() is None, run.log.read_text()
         run.process.kill() if end == "kill" else run.interrupt()
@@ -250,7 +265,7 @@ def interrupted(arguments: tuple[str, ...], out: Path, end: str) -> tuple[int, s
         run.end()
     assert not (out / "summary.json").exists() and not (out / "report.html").exists()
     arms = list((out / "arms").iterdir())
-    assert any(not (arm / "round-0002").is_dir() for arm in arms)  # training was not finished
+    assert any(not (arm / "rounds" / "round-0002").is_dir() for arm in arms)  # training was not finished
     return status, run.log.read_text()
 
 
@@ -322,7 +337,7 @@ def test_real_scans_of_few_patients_run_and_the_report_says_what_that_is_worth(t
     assert (found["patients"], found["sites"]) == (5, 3)
     rows = rows_of(out / "scores.csv")
     assert {row["site"] for row in rows} == {"1", "2"}  # site 3 has one patient, and holds none out
-    assert {row["arm"] for row in rows} == {"federated", "centralised", "local 1", "local 2", "local 3"}
+    assert {row["arm"] for row in rows} == {"federated", "pooled", "local 1", "local 2", "local 3"}
     trained = rows_of(out / "train.csv")
     assert len({row["patient"] for row in trained}) == found["train"]["patients"] == 3
     assert not {row["patient"] for row in trained} & {row["patient"] for row in rows}
@@ -351,12 +366,12 @@ def test_a_run_notices_labels_that_were_corrected_since_it_read_them(tmp_path, r
     job = Job(source=Folder(data=str(data), table=str(data / "partitioning.csv"), spacing_mm=4.0), rounds=1, steps=1)
     open_job(job, out)
     with monkeypatch.context() as patch:  # interrupted after training
-        patch.setattr(fedlab.apps.comparison, "_evaluate", stopped)
+        patch.setattr(fedlab.apps.comparison, "_results_of", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_job(job, out)
     read = {path.name: path.stat().st_mtime_ns for path in (out / "prepared").iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(fedlab.apps.comparison, "_evaluate", stopped)
+        patch.setattr(fedlab.apps.comparison, "_results_of", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_job(job, out)
     assert read == {path.name: path.stat().st_mtime_ns for path in (out / "prepared").iterdir()}  # not read anew
