@@ -16,14 +16,17 @@ _TRAINING: Arguments = {
     "--keep": FLAG, "--contributions": FLAG}
 
 
+_ARMS: Arguments = {"--arms": {"type": Path, "metavar": "FILE.py"}}
+
+
 def add_runs(commands: Any) -> None:
     """Adds `demo`, `run`, `resume`, `evaluate` and `verify` to argparse's sub-parsers."""
     add_command(commands, "demo", _demo, {
         "--sites": {"type": int}, "--patients": {"type": int}, "--shape": {"type": read_shape}, "--full": FLAG,
-        "--real": {"metavar": "DIR"}, **_TRAINING})
+        "--real": {"metavar": "DIR"}, **_TRAINING, **_ARMS})
     add_command(commands, "run", _run, {
         "--data": {"required": True, "metavar": "DIR"}, "--sites": {"required": True, "metavar": "TABLE.csv"},
-        "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING})
+        "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING, **_ARMS})
     add_command(commands, "resume", _resume, {"out": {"type": Path, "metavar": "RUN"}})
     add_command(commands, "evaluate", _evaluate, {
         "model": {"type": Path, "metavar": "MODEL"}, "--data": {**REQUIRED_PATH, "metavar": "DIR"}, **READING,
@@ -61,10 +64,13 @@ def _begin(options: argparse.Namespace, name: str, source: Any, **settings: Any)
     import fedlab.apps.comparison_results  # noqa: F401  # needs the extra lab: refused before a folder is made
     from fedlab.apps.comparison import Job, open_job
 
-    job = Job(source=source, seed=options.seed, keep=options.keep, contributions=options.contributions, **settings,
-              **_given(rounds=options.rounds, steps=options.steps))
+    given = _given(rounds=options.rounds, steps=options.steps)
+    if options.arms is not None and (given or options.contributions):
+        raise ValueError(f"{options.arms} says how its arms train; leave --rounds, --steps and --contributions out")
+    job = Job(source=source, seed=options.seed, keep=options.keep, contributions=options.contributions,
+              arms=options.arms is not None, **settings, **given)
     options.out = new_path(options.out, name)
-    open_job(job, options.out)
+    open_job(job, options.out, arms=options.arms)
     options.resumable = True
     _finish(job, options.out)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import time
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from fedlab.core.workers import Workers
 from fedlab.data.readers.folders import check_sites, find_patients, read_patient
 from fedlab.data.sites.partition import Partition
 from fedlab.data.store import load_sites, save_sites
-from fedlab.evidence.arms import Arm, messages_until_done, models_of, segment, train_models
+from fedlab.evidence.arms import Arm, main_arm, messages_until_done, models_of, segment, train_models
 from fedlab.evidence.contributions import Contributions, KeepUpdates, dice_on, site_contributions
 from fedlab.run.history import History
 from fedlab.run.local import Local
@@ -40,15 +41,16 @@ from fedlab.run.trackers import CsvTracker
 from fedlab.training.networks import save_model, segresnet
 from fedlab.training.schedules import PolyDecay
 from fedlab.training.trainer import SiteTrainer, augmentation
+from fedlab.view.colours import arm_colours
 
-__all__ = ["FEDERATED", "Job", "Outcome", "arms_of", "data_changed", "open_job", "read_job", "remove_working_files",
+__all__ = ["Job", "Outcome", "arms_of", "data_changed", "open_job", "read_job", "remove_working_files",
            "run_job", "sole_use"]
 
 _FORMAT = "fedlab-job-1"
 #: In the run directory: the state of the files that the run has read.
 _DATA_STATE = "data_state.txt"
-#: The arm that all others are compared with, and whose model is saved.
-FEDERATED = "federated"
+#: In the run directory: the user's file of arms.
+_ARMS_FILE = "arms.py"
 _SOURCES = {"phantoms": Phantoms, "folder": Folder}
 
 
@@ -67,6 +69,8 @@ class Job:
         watch_every: rounds between two measurements of the Dice of held-out patients.
         keep: whether prepared data and checkpoints are kept after the run is complete.
         contributions: whether to store all updates and compute from them what each site contributed.
+        arms: whether the run directory has a file arms.py that defines the arms, instead of the usual three; its
+            function `arms(seed)` returns them by name (`fedlab.evidence.Arm`).
 
     Raises:
         ValueError: a count below 1.
@@ -84,6 +88,7 @@ class Job:
     watch_every: int = 4
     keep: bool = False
     contributions: bool = False
+    arms: bool = False
 
     def __post_init__(self) -> None:
         check_whole(rounds=self.rounds, steps=self.steps, batch_size=self.batch_size, watch_every=self.watch_every)
@@ -102,23 +107,27 @@ class Outcome:
     """The result of a job.
 
     Attributes:
-        trainer: how every arm was trained, as code.
+        arms: by name.
+        main: the arm that all others are compared with, and whose model is saved.
         histories: by model: "federated", "pooled", "local site-01", ...
         scores: one row per model, patient and region, on the held-out patients of all sites.
         predictions: label maps of the first held-out patient of each site, by model and patient id.
-        train: scores of the federated model on its own training patients, if those are real.
-        real: scores of the federated model on the folder of real scans, if there is one.
-        real_cases: these patients with the federated model's label maps.
+        saved: whether the main arm's model is in model.safetensors.
+        train: scores of the main arm's model on its own training patients, if those are real.
+        real: scores of the main arm's model on the folder of real scans, if there is one.
+        real_cases: these patients with the main arm's label maps.
         seconds: wall time of data, train, evaluate and total.
     """
 
     job: Job
-    trainer: str
+    arms: dict[str, Arm]
+    main: str
     sites: list[Site]
     partition: Partition
     histories: dict[str, History]
     scores: pd.DataFrame
     predictions: dict[str, dict[str, torch.Tensor]]
+    saved: bool
     train: pd.DataFrame | None
     real: pd.DataFrame | None
     real_cases: list[tuple[Patient, torch.Tensor]]
@@ -126,20 +135,24 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def open_job(job: Job, out: Path) -> None:
-    """Makes the run directory `out` and writes the job into it.
+def open_job(job: Job, out: Path, *, arms: Path | None = None) -> None:
+    """Makes the run directory `out` and writes the job into it, with a copy of the file of its arms.
 
     Raises:
-        RunError: the directory exists.
+        RunError: the directory exists, or the file defines no arms.
         DataError: the job names an unusable folder or table, judged by names, headers and label maps; nothing is made.
     """
     _check_inputs(job)
+    if arms is not None:
+        _read_arms(arms, job.seed)
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:
         raise RunError(f"{out} exists and is left as it is; choose another --out, or continue it with "
                        f"'fedlab resume {out}'") from error
     kind = next(name for name, source in _SOURCES.items() if isinstance(job.source, source))
+    if arms is not None:
+        shutil.copyfile(arms, out / _ARMS_FILE)
     write_json(out / "job.json", {"format": _FORMAT, "source_kind": kind, **asdict(job)})
 
 
@@ -206,12 +219,31 @@ def data_changed(job: Job, out: Path) -> bool:
 
 
 def arms_of(job: Job, out: Path) -> dict[str, Arm]:
-    """The arms of a job, by name."""
+    """The arms of a job, by name; those of its file if it has one.
+
+    Raises:
+        RunError: the file cannot be run, or returns something else than arms.
+    """
+    if job.arms:
+        return _read_arms(out / _ARMS_FILE, job.seed)
     trainer = job.trainer()
     engine = KeepUpdates(engine=Local(), folder=out / "arms" / "updates") if job.contributions else None
-    return {FEDERATED: Arm(trainer=trainer, rounds=job.rounds, engine=engine),
+    return {"federated": Arm(trainer=trainer, rounds=job.rounds, engine=engine),
             "pooled": Arm(trainer=trainer, rounds=job.rounds, data="pooled"),
             "local": Arm(trainer=trainer, rounds=job.rounds, data="each")}
+
+
+def _read_arms(path: Path, seed: int) -> dict[str, Arm]:
+    try:
+        arms = dict(runpy.run_path(str(path))["arms"](seed))
+    except Exception as error:
+        raise RunError(f"{path} defines no arms ({type(error).__name__}: {error}); expected a function arms(seed) that "
+                       "returns a dictionary of fedlab.evidence.Arm by name") from error
+    if wrong := [name for name, arm in arms.items() if not isinstance(arm, Arm)]:
+        raise RunError(f"{path}: the arm {wrong[0]!r} is {arms[wrong[0]]!r}, expected a fedlab.evidence.Arm")
+    main_arm(arms)
+    arm_colours(arms)  # before a training of hours whose report could not tell them apart
+    return arms
 
 
 def _run(job: Job, out: Path, workers: Workers) -> Outcome:
@@ -232,17 +264,19 @@ def _run(job: Job, out: Path, workers: Workers) -> Outcome:
     partition = _save_partition(job, sites, out / "partition.json")
     warm.result()
     data_done = time.perf_counter()
-    models = [model for name, arm in arms_of(job, out).items() for model in models_of(
+    arms = arms_of(job, out)
+    main = main_arm(arms)
+    recorded = {"trace": out / "trace.jsonl", "on_round": [CsvTracker(path=out / "rounds.csv")]}
+    models = [model for name, arm in arms.items() for model in models_of(
         name, arm, sites, prepared=prepared, folder=out / "arms", seed=job.seed,
-        watch=0 if arm.data == "each" else job.watch_every)]
-    models[0] = replace(models[0], trace=out / "trace.jsonl", on_round=[CsvTracker(path=out / "rounds.csv")])
+        watch=0 if arm.data == "each" else job.watch_every, **(recorded if name == main else {}))]
     trained = dict(zip((model.name for model in models), train_models(models, workers), strict=True))
     train_done = time.perf_counter()
-    results = _results_of(job, trained[FEDERATED].history, out, workers)
+    results = _results_of(job, trained[main].history, out, workers)
     done = time.perf_counter()
     seconds = {"data": data_done - started, "train": train_done - data_done, "evaluate": done - train_done,
                "total": done - started}
-    return Outcome(job=job, sites=sites, partition=partition, seconds=seconds, **results,
+    return Outcome(job=job, arms=arms, main=main, sites=sites, partition=partition, seconds=seconds, **results,
                    histories={name: one.history for name, one in trained.items()},
                    scores=pd.concat([one.scores for one in trained.values()], ignore_index=True),
                    predictions={name: dict(one.labels) for name, one in trained.items()})
@@ -268,27 +302,26 @@ def remove_working_files(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _save_model(job: Job, state: ServerState | None, path: Path) -> str:
-    """In a worker, which has MONAI loaded: saves the federated model, and returns how it was trained, as code."""
-    trainer = job.trainer()
-    if state is not None:
+def _save_model(job: Job, state: ServerState | None, out: Path) -> bool:
+    """In a worker, which has MONAI loaded: saves the main arm's model, if it is one of `segresnet`."""
+    model, path = _model(job, state, out), out / "model.safetensors"
+    if isinstance(getattr(model, "settings", None), dict):
         path.unlink(missing_ok=True)
-        save_model(path, trainer.model, params=state.params, spacing_mm=job.source.spacing_mm)
-    return repr(trainer)
+        save_model(path, model, spacing_mm=job.source.spacing_mm)
+    return path.exists()
 
 
 def _results_of(job: Job, history: History, out: Path, workers: Workers) -> dict[str, Any]:
     """What is found of the federated model alone, by the attributes of an `Outcome`; saves the model."""
-    waiting: dict[str, Future[Any]] = {}
-    waiting["trainer"] = workers.submit(_save_model, job, history.state, out / "model.safetensors")
+    waiting: dict[str, Future[Any]] = {"saved": workers.submit(_save_model, job, history.state, out)}
     total = 0
     if job.contributions:
         waiting["contributions"] = workers.submit(_contributions, job, history, out)
     if isinstance(job.source, Folder):  # shows whether the model has learned anything at all
-        waiting["train"] = workers.submit(_segment_training_patients, job, history.state, out / "prepared")
+        waiting["train"] = workers.submit(_segment_training_patients, job, history.state, out)
         total += sum(len(site.train) for site in load_sites(out / "prepared"))
     if job.real is not None:
-        waiting["real"] = workers.submit(_segment_real, job, job.real, history.state)
+        waiting["real"] = workers.submit(_segment_real, job, history.state, out)
         total += len(find_patients(job.real))
     with tqdm(total=total, desc="evaluating", unit="patient", disable=not total) as bar:
         for _ in messages_until_done(waiting.values(), workers):
@@ -301,27 +334,31 @@ def _results_of(job: Job, history: History, out: Path, workers: Workers) -> dict
 def _contributions(job: Job, history: History, out: Path) -> Contributions:
     """In a worker: Shapley values of the sites, measured on one held-out patient of each."""
     sites = load_sites(out / "prepared")
-    utility = dice_on(_model(job, history.state), [site.val[0] for site in sites if len(site.val)])
+    utility = dice_on(_model(job, history.state, out), [site.val[0] for site in sites if len(site.val)])
     return site_contributions(history, out / "arms" / "updates", utility,
                               permutations=None if len(sites) <= 5 else 20, seed=job.seed)
 
 
-def _segment_training_patients(job: Job, state: ServerState | None, prepared: Path) -> pd.DataFrame:
+def _segment_training_patients(job: Job, state: ServerState | None, out: Path) -> pd.DataFrame:
     """In a worker: scores on the patients that the model was trained on."""
-    return segment(_model(job, state), ((site.name, p) for site in load_sites(prepared) for p in site.train))[0]
+    sites = load_sites(out / "prepared")
+    return segment(_model(job, state, out), ((site.name, p) for site in sites for p in site.train))[0]
 
 
-def _segment_real(job: Job, folder: str, state: ServerState | None,
+def _segment_real(job: Job, state: ServerState | None, out: Path,
                   ) -> tuple[pd.DataFrame, list[tuple[Patient, torch.Tensor]]]:
     """In a worker: scores on real scans, and the patients with their label maps."""
-    patients = [read_patient(files, spacing_mm=job.source.spacing_mm) for files in find_patients(folder).values()]
-    scores, labels = segment(_model(job, state), (("real", patient) for patient in patients))
+    files = find_patients(str(job.real)).values()
+    patients = [read_patient(scans, spacing_mm=job.source.spacing_mm) for scans in files]
+    scores, labels = segment(_model(job, state, out), (("real", patient) for patient in patients))
     return scores, [(patient, labels[patient.id]) for patient in patients]
 
 
-def _model(job: Job, state: ServerState | None) -> torch.nn.Module:
+def _model(job: Job, state: ServerState | None, out: Path) -> torch.nn.Module:
+    """The main arm's network with the weights of a state."""
     if state is None:
         raise RunError("an arm has no finished round; raise rounds")
-    model = segresnet(filters=job.filters, seed=job.seed)
-    load_weights(model, state.params)
-    return model
+    arms = arms_of(job, out)
+    trainer = arms[main_arm(arms)].trainer
+    load_weights(trainer.model, trainer.local(state))
+    return trainer.model

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fedlab import __version__
-from fedlab.apps.comparison import FEDERATED, Outcome
+from fedlab.apps.comparison import Outcome
 from fedlab.apps.comparison_data import Folder
 from fedlab.core.files import packaged_toml, write_json, write_whole
 from fedlab.core.types import REGIONS
@@ -38,7 +38,6 @@ _COLUMNS = ("WT", "TC", "ET", "mean")
 #: Held-out patients below which their mean is no estimate for other patients.
 _FEW = 20
 _TEXTS = packaged_toml("fedlab.apps", "report.toml")
-_SPOKEN: dict[str, str] = _TEXTS["arms"]
 
 
 def _groups(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -72,14 +71,15 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     Scores are not rounded here, so that what a terminal or a page prints is rounded once.
     """
     table = dice_table(outcome.scores)
-    federated = outcome.histories["federated"].state
+    federated = outcome.histories[outcome.main].state
     held_out = [patient for site in outcome.sites for patient in site.val]
     found: dict[str, Any] = {
-        "verdict": verdict(outcome.scores, FEDERATED, names=_SPOKEN),
+        "main": outcome.main,
+        "verdict": verdict(outcome.scores, outcome.main, names={arm: _spoken(arm) for arm in table.index}),
         "dice": {arm: row.to_dict() for arm, row in table.iterrows()},
         "differences": {rule: {arm: _as_json(one) for arm, one in differences(
-            outcome.scores, FEDERATED, empty=rule).items()} for rule in ("brats", "skip")},
-        "empty_regions": _rule(_groups(outcome.scores)["federated"]),
+            outcome.scores, outcome.main, empty=rule).items()} for rule in ("brats", "skip")},
+        "empty_regions": _rule(_groups(outcome.scores)[outcome.main]),
         "thresholding": {"WT": threshold_dice(held_out).dice},
         "seconds": {name: round(value, 1) for name, value in outcome.seconds.items()},
         "patients": sum(len(site.train) + len(site.val) for site in outcome.sites),
@@ -140,10 +140,10 @@ def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
 
 
 def _write_model_card(outcome: Outcome, path: Path) -> None:
-    settings = {"trainer": outcome.trainer, "strategy": "FedAvg()", "seed": str(outcome.job.seed),
+    settings = {"arm": repr(outcome.arms[outcome.main]), "seed": str(outcome.job.seed),
                 "data": repr(outcome.job.source), "voxel size": f"{outcome.job.source.spacing_mm:g} mm"}
-    make_model_card(outcome.histories["federated"], name=path.parent.name, sites=outcome.sites,
-                    scores=_groups(outcome.scores)["federated"], settings=settings, trace=verify(path.parent),
+    make_model_card(outcome.histories[outcome.main], name=path.parent.name, sites=outcome.sites,
+                    scores=_groups(outcome.scores)[outcome.main], settings=settings, trace=verify(path.parent),
                     generated=not isinstance(outcome.job.source, Folder)).save(path)
 
 
@@ -158,12 +158,11 @@ def caution(outcome: Outcome) -> str:
 
 def describe(found: dict[str, Any], *, note: str = "") -> str:
     """The summary in a few lines for a terminal, ending with the verdict, and `note`, such as `caution` gives."""
-    rows = {_SPOKEN[arm]: dice for arm, dice in found["dice"].items()}
+    rows = {_spoken(arm): dice for arm, dice in found["dice"].items()}
     rows["best intensity threshold, chosen with hindsight"] = found["thresholding"]
-    for name, text in (("train", "federated, on the {} patients it was trained on"),
-                       ("real", "federated model on {} real patients")):
+    for name, text in (("train", "{}, on the {} patients it was trained on"), ("real", "{} model on {} real patients")):
         if name in found:
-            rows[text.format(found[name]["patients"])] = found[name]["dice"]
+            rows[text.format(found["main"], found[name]["patients"])] = found[name]["dice"]
     lines = [f"{'Dice on held-out patients':<44}" + "".join(f"{name:>8}" for name in _COLUMNS)]
     lines += [f"{text:<44}" + "".join(f"{dice[name]:8.3f}" for name in _COLUMNS if name in dice)
               for text, dice in rows.items()]
@@ -182,10 +181,10 @@ def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
             save_figure(section.figure, out / "figures" / f"{name}.png")
     write_report(
         out / "report.html", title=_TEXTS["title"], lead=_lead(outcome, found),
-        results={f"mean Dice, {_SPOKEN[arm]}": f"{means['mean']:.2f}" for arm, means in found["dice"].items()},
+        results={f"mean Dice, {_spoken(arm)}": f"{means['mean']:.2f}" for arm, means in found["dice"].items()},
         sections=list(sections.values()), versions=found["versions"],
-        settings={**asdict(outcome.job), "trainer": outcome.trainer, "weights_sha256": found["weights_sha256"],
-                  "seconds": found["seconds"]},
+        settings={**asdict(outcome.job), "arms": {name: repr(arm) for name, arm in outcome.arms.items()},
+                  "weights_sha256": found["weights_sha256"], "seconds": found["seconds"]},
         notes=_notes(outcome, found))
 
 
@@ -194,11 +193,14 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
     job, worth = outcome.job, outcome.contributions
     first = {site.name: site.val[0] for site in outcome.sites if len(site.val)}
     shown = list(first.values())[:6]
-    overlays = {arm: [outcome.predictions[arm][p.id] for p in shown] for arm in ("federated", "pooled")}
-    overlays["local, the patient's own site"] = [
-        outcome.predictions[f"local {site}"][patient.id] for site, patient in first.items()][:6]
+    overlays = {}
+    for name, arm in outcome.arms.items():
+        of_patient = {p: outcome.predictions.get(name) or outcome.predictions[f"{name} {site}"]
+                      for site, p in first.items()}
+        overlays[f"{name}, the patient's own site" if arm.data == "each" and arm.rounds else name] = [
+            labels[p.id] for p, labels in of_patient.items()][:6]
     sections = {"dice": _section(
-        "dice", rule=found["empty_regions"], table=dice_table(outcome.scores).rename(index=_SPOKEN),
+        "dice", rule=found["empty_regions"], table=dice_table(outcome.scores).rename(index=_spoken),
         figure=dice_by_arm(outcome.scores.assign(arm=_spoken_arms(outcome.scores))))}
     if outcome.train is not None:
         sections["train"] = _section("train", rule=_rule(outcome.train), table=_means(outcome.train))
@@ -207,7 +209,7 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
         patients, labels = zip(*outcome.real_cases, strict=True)
         sections["real"] = _section(
             "real", patients=found["real"]["patients"], spacing_mm=job.source.spacing_mm, rule=_rule(outcome.real),
-            table=_means(outcome.real), figure=compare(list(patients), {"federated": list(labels)}))
+            table=_means(outcome.real), figure=compare(list(patients), {outcome.main: list(labels)}))
     sections["cross_site"] = _section("cross_site", figure=cross_site_heatmap(cross_site(outcome.scores)))
     if worth is not None:
         sections["contributions"] = _section(
@@ -242,9 +244,16 @@ def _means(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
-    parts = ["always", *(["several_sites"] if "local_others" in found["dice"] else []), "end"]
-    steps = outcome.job.rounds * outcome.job.steps * found["sites"]
-    text = "".join(_text("lead", part, steps=steps, **found) for part in parts)
+    how = "federation" if outcome.arms[outcome.main].data == "sites" else "other"
+    steps = {arm: sum(int(numbers["steps"]) for record in history.records for numbers in record["sites"].values())
+             for arm, history in outcome.histories.items()}
+    by_arm = {name: sum(n for model, n in steps.items() if model == name or model.startswith(f"{name} "))
+              for name in outcome.arms}
+    trained = {name: count for name, count in by_arm.items() if count}
+    equal = "equal" if len(set(trained.values())) == 1 else "unequal"
+    text = " ".join([_text("lead", how, rounds=outcome.arms[outcome.main].rounds, **{"sites": found["sites"],
+                     "patients": found["patients"]}), found["verdict"], _text(
+        "lead", equal, steps=max(by_arm.values()), by_arm=", ".join(f"{name} {n:,}" for name, n in by_arm.items()))])
     return f"{text} {caution(outcome)}".rstrip()
 
 
@@ -253,6 +262,17 @@ def _notes(outcome: Outcome, found: dict[str, Any]) -> list[str]:
     held_out = sum(len(site.val) for site in outcome.sites)
     without = ", ".join(site.name for site in outcome.sites if not len(site.val))
     several = name_several(outcome.partition.patients)
-    return [*generated, caution(outcome) or _text("notes", "chance", held_out=held_out), _text("notes", "steps"),
-            _text("notes", "privacy"), _text("notes", "empty", rule=found["empty_regions"]),
+    protected = {name: arm for name, arm in outcome.arms.items() if arm.privacy or arm.aggregation}
+    privacy = [f"{name}: {arm.privacy or arm.aggregation!r}: {outcome.histories[name].guarantee()}."
+               for name, arm in protected.items() if name in outcome.histories] or [_text("notes", "privacy")]
+    local = [_text("notes", "steps")] if any(arm.data == "each" for arm in outcome.arms.values()) else []
+    return [*generated, caution(outcome) or _text("notes", "chance", held_out=held_out), *local, *privacy,
+            _text("notes", "empty", arm=outcome.main, rule=found["empty_regions"]),
             *([_text("notes", "without", names=without)] if without else []), *([f"{several}."] if several else [])]
+
+
+def _spoken(group: str) -> str:
+    """The name of an arm, or of a group of local models, as tables and texts say it."""
+    name, _, whose = group.rpartition("_")
+    known = {"own": f"{name}, on their own patients", "others": f"{name}, on the other sites' patients"}
+    return str(_TEXTS["arms"].get(group) or known.get(whose, group))

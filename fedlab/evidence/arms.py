@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -42,13 +42,13 @@ from fedlab.training.trainer import SiteTrainer
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Arm", "Model", "Trained", "messages_until_done", "models_of", "segment", "train_models"]
+__all__ = ["Arm", "Model", "Trained", "main_arm", "messages_until_done", "models_of", "segment", "train_models"]
 
 #: Training steps that take about as long as the prediction of a patient; for the progress bar.
 _STEPS_PER_PATIENT = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Arm:
     """One arm of a comparison: how a model is trained, and on which patients.
 
@@ -84,6 +84,11 @@ class Arm:
         if self.privacy is not None and any(layer.keeps_tensors for layer in self.privacy.layers):
             raise ValueError(f"{self.privacy!r} keeps tensors at the sites, so the arm has no whole model that every "
                              "patient could be scored with; use fedlab.federate and score each site's own model")
+
+    def __repr__(self) -> str:
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = [f"{name}={value!r}" for name, value in shown.items() if value not in (None, star, "sites")]
+        return f"Arm({', '.join(given)})"
 
     def train(self, sites: Sequence[Site], **settings: Any) -> History:
         """Trains on sites, of which an arm with data="each" has one; settings go to `fedlab.federate`."""
@@ -138,6 +143,17 @@ class Trained:
     history: History
     scores: pd.DataFrame
     labels: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def main_arm(arms: Mapping[str, Arm]) -> str:
+    """The arm that others are compared with: the first that trains a federation; the first of all if none does.
+
+    Raises:
+        ValueError: there is no arm.
+    """
+    if not arms:
+        raise ValueError("a comparison needs at least one arm, got none")
+    return next((name for name, arm in arms.items() if arm.data == "sites" and arm.rounds), next(iter(arms)))
 
 
 def models_of(name: str, arm: Arm, sites: Sequence[Site], **settings: Any) -> list[Model]:

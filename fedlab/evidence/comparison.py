@@ -14,7 +14,7 @@ from fedlab.core.errors import DataError
 from fedlab.core.types import Site
 from fedlab.core.workers import Workers
 from fedlab.data.store import save_sites
-from fedlab.evidence.arms import Arm, Model, models_of, train_models
+from fedlab.evidence.arms import Arm, Model, main_arm, models_of, train_models
 from fedlab.evidence.differences import Difference, difference, differences_table, verdict
 from fedlab.run.history import History
 
@@ -89,7 +89,7 @@ def compare_arms(sites: Sequence[Site] | Callable[[int], Sequence[Site]],
             if not any(len(site.val) for site in of_seed):
                 raise DataError("no site holds out a patient, so there is nothing to compare on; hold out at least six")
             given = arms(seed) if callable(arms) else arms
-            main = main or _main_arm(given)
+            main = main or main_arm(given)
             prepared = folder / f"seed-{seed}" / "prepared"
             save_sites(of_seed, prepared)
             models += [model for name, arm in given.items() for model in models_of(
@@ -98,13 +98,6 @@ def compare_arms(sites: Sequence[Site] | Callable[[int], Sequence[Site]],
         trained = train_models(models, pool, progress=progress)
     return ArmComparison(scores=pd.concat([one.scores for one in trained], ignore_index=True), main=main,
                          histories={(m.seed, m.name): one.history for m, one in zip(models, trained, strict=True)})
-
-
-def _main_arm(arms: Mapping[str, Arm]) -> str:
-    """The first arm that trains a federation; the first of all if none does."""
-    if not arms:
-        raise ValueError("a comparison needs at least one arm, got none")
-    return next((name for name, arm in arms.items() if arm.data == "sites" and arm.rounds), next(iter(arms)))
 
 
 def _check_models(models: Sequence[Model]) -> None:

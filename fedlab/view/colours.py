@@ -41,7 +41,9 @@ MODALITY_COLOURS: Mapping[str, str] = {"FLAIR": BLUE, "T1": GREEN, "T1c": ORANGE
 #: Arm of a comparison -> its colour in every figure.
 ARMS: Mapping[str, str] = {"public": GREEN, "federated": BLUE, "pooled": "#444444", "local": ORANGE,
                            "thresholding": "#9A9A9A"}
-_FURTHER = tuple(colour for colour in LINES if colour not in ARMS.values())
+#: After the lines' colours those of Tol 2021 (muted), safe for the colour-blind too.
+_FURTHER = (*(colour for colour in LINES if colour not in ARMS.values()), "#882255", "#999933", "#332288", "#44AA99",
+            "#CC6677", "#DDCC77", "#117733", "#AA4499")
 _ARM_LABELS = {"local_own": "local, own patients", "local_others": "local, others' patients"}
 
 
@@ -58,7 +60,8 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def arm_of(name: str) -> str:
-    """The arm of a run: "local" for "local_own" and "local: Bern"; for an unknown arm the name itself."""
+    """The arm of a run: "local" for "local_own" and "local: Bern"; for others the name without such an end."""
+    name = name.removesuffix("_own").removesuffix("_others")
     return next((arm for arm in ARMS if name.lower().startswith(arm)), name)
 
 

@@ -107,8 +107,8 @@ def test_every_place_with_a_dice_says_how_empty_regions_counted(demo):
 
 def test_the_summary_has_exactly_the_promised_keys(demo):
     found = summary_of(demo.folder)
-    assert set(found) == {"verdict", "dice", "differences", "empty_regions", "thresholding", "seconds", "patients",
-                          "sites", "rounds", "seed", "weights_sha256", "versions"}
+    assert set(found) == {"main", "verdict", "dice", "differences", "empty_regions", "thresholding", "seconds",
+                          "patients", "sites", "rounds", "seed", "weights_sha256", "versions"}
     assert set(found["dice"]) == set(ARMS)
     assert all(set(found["dice"][arm]) == {"WT", "TC", "ET", "mean"} for arm in ARMS)
     assert set(found["thresholding"]) == {"WT"} and 0 < found["thresholding"]["WT"] < 1
@@ -249,6 +249,48 @@ def test_the_trace_of_a_demo_is_whole_and_fits_its_model(demo, tmp_path, capsys)
     changed = (tmp_path / "trace.jsonl").read_bytes().replace(b'"weight":', b'"weight":1', 1)
     (tmp_path / "trace.jsonl").write_bytes(changed)
     assert main(["verify", str(tmp_path)]) == 1 and "line 2 is not what was written" in capsys.readouterr().out
+
+
+ARMS_FILE = """
+import torch
+from fedlab.evidence import Arm
+from fedlab.privacy import Privacy
+from fedlab.strategies import FedProx
+from fedlab.training import SiteTrainer
+
+class Halved(Privacy):
+    def protect(self, update, state, rng):
+        return update.map(lambda t: t / 2)
+
+def arms(seed):
+    torch.manual_seed(seed)
+    trainer = SiteTrainer(model=torch.nn.Conv3d(4, 3, 1), steps=1, crop=(16, 16, 16))
+    return {"start": Arm(trainer=trainer, rounds=0), "halved": Arm(trainer=trainer, rounds=2, privacy=Halved()),
+            "proximal": Arm(trainer=trainer, rounds=1, strategy=FedProx(mu=0.1)),
+            "alone": Arm(trainer=trainer, rounds=2, data="each")}
+"""
+
+
+def test_any_arms_are_compared_from_a_file(tmp_path, capsys):
+    file, out = tmp_path / "arms.py", tmp_path / "run"
+    file.write_text(ARMS_FILE)
+    printed = command("demo", *SMALL[:4], *SMALL[-2:], "--arms", file, "--out", out)
+    found = summary_of(out)
+    assert found["main"] == "halved" and set(found["dice"]) == {"start", "halved", "proximal", "alone_own",
+                                                                "alone_others"}
+    assert set(found["differences"]["brats"]) == {"start", "proximal", "alone_own", "alone_others"}
+    assert "alone, on the other sites' patients" in printed
+    assert found["verdict"] in " ".join(printed.split())
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+    assert "The arms took different numbers of gradient steps: start 0, halved 4, proximal 2, alone 4." in page
+    assert "FedProx(mu=0.1)" in page and "halved: Halved(): no formal guarantee." in page
+    assert not (out / "model.safetensors").exists()  # only networks of segresnet are saved with their settings
+    assert (out / "arms.py").read_text() == ARMS_FILE
+    assert main(["demo", "--arms", str(file), "--rounds", "2", "--out", str(tmp_path / "b")]) == 1
+    assert "says how its arms train; leave --rounds, --steps and --contributions out" in capsys.readouterr().err
+    file.write_text("arms = 3")
+    assert main(["demo", "--arms", str(file), "--out", str(tmp_path / "b")]) == 1
+    assert "expected a function arms(seed) that returns" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
 def interrupted(arguments: tuple[str, ...], out: Path, end: str) -> tuple[int, str]:

@@ -220,7 +220,7 @@ def test_unknown_arms_get_colours_of_their_own() -> None:
     assert colours["local_own"] == colours["local_others"] == ARMS["local"]
     assert len(set(colours.values())) == 4
     with pytest.raises(ValueError, match="told apart"):
-        arm_colours([f"strategy {n}" for n in range(9)])
+        arm_colours([f"strategy {n}" for n in range(19)])
     assert arm_label("local_others") == "local, others' patients"
 
 
