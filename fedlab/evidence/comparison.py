@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlab.core.errors import DataError
 from fedlab.core.types import Site
-from fedlab.core.workers import Workers
+from fedlab.core.workers import Workers, script_not_imported
 from fedlab.data.store import save_sites
 from fedlab.evidence.arms import Arm, Model, main_arm, models_of, train_models
 from fedlab.evidence.differences import Difference, difference, differences_table, verdict
@@ -80,7 +80,7 @@ def compare_arms(sites: Sequence[Site] | Callable[[int], Sequence[Site]],
     """
     import pandas as pd
 
-    with tempfile.TemporaryDirectory() as temporary, Workers(workers) as pool:
+    with tempfile.TemporaryDirectory() as temporary, script_not_imported(), Workers(workers) as pool:
         folder = Path(out if out is not None else temporary)
         models: list[Model] = []
         main = ""
