@@ -1,8 +1,12 @@
-"""The commands for runs: `fedlab demo`, `run`, `resume`, `evaluate` and `verify`."""
+"""The commands for runs: `fedlab demo`, `run`, `resume`, `evaluate`, `verify` and `runs`."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +14,30 @@ from fedlab.apps.cli_arguments import FLAG, READING, REQUIRED_PATH, Arguments, a
 
 __all__ = ["add_runs"]
 
-
 _TRAINING: Arguments = {
     "--rounds": {"type": int}, "--steps": {"type": int}, "--seed": {"type": int, "default": 0}, "--out": {"type": Path},
-    "--keep": FLAG, "--contributions": FLAG}
-
+    "--keep": FLAG, "--contributions": FLAG, "--json": FLAG}
 
 _ARMS: Arguments = {"--arms": {"type": Path, "metavar": "FILE.py"}}
 
 
 def add_runs(commands: Any) -> None:
-    """Adds `demo`, `run`, `resume`, `evaluate` and `verify` to argparse's sub-parsers."""
+    """Adds `demo`, `run`, `resume`, `evaluate`, `verify` and `runs` to argparse's sub-parsers."""
     add_command(commands, "demo", _demo, {
         "--sites": {"type": int}, "--patients": {"type": int}, "--shape": {"type": read_shape}, "--full": FLAG,
         "--real": {"metavar": "DIR"}, **_TRAINING, **_ARMS})
     add_command(commands, "run", _run, {
         "--data": {"required": True, "metavar": "DIR"}, "--sites": {"required": True, "metavar": "TABLE.csv"},
         "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING, **_ARMS})
-    add_command(commands, "resume", _resume, {"out": {"type": Path, "metavar": "RUN"}})
+    add_command(commands, "resume", _resume, {"out": {"type": Path, "metavar": "RUN"}, "--json": FLAG})
     add_command(commands, "evaluate", _evaluate, {
         "model": {"type": Path, "metavar": "MODEL"}, "--data": {**REQUIRED_PATH, "metavar": "DIR"}, **READING,
-        "--spacing": {"type": float, "metavar": "MM"}, "--out": {"type": Path}})
+        "--spacing": {"type": float, "metavar": "MM"}, "--out": {"type": Path}, "--json": FLAG})
     add_command(commands, "verify", _verify, {
-        "path": {"type": Path, "metavar": "RUN"}, "--head": {"metavar": "HASH"}})
+        "path": {"type": Path, "metavar": "RUN"}, "--head": {"metavar": "HASH"}, "--json": FLAG})
+    add_command(commands, "runs", _runs, {
+        "folder": {"type": Path, "nargs": "?", "default": Path("runs"), "metavar": "DIR"},
+        "--sort": {"default": "begun", "metavar": "COLUMN", "dest": "by"}, "--json": FLAG})
 
 
 def _given(**settings: Any) -> dict[str, Any]:
@@ -72,50 +77,56 @@ def _begin(options: argparse.Namespace, name: str, source: Any, **settings: Any)
     options.out = new_path(options.out, name)
     open_job(job, options.out, arms=options.arms)
     options.resumable = True
-    _finish(job, options.out)
+    _finish(job, options)
 
 
 def _resume(options: argparse.Namespace) -> None:
     from fedlab.apps.comparison import read_job
 
     job = read_job(options.out)
-    if not _complete(job, options.out):
+    if not _complete(job, options):
         options.resumable = True
-        _finish(job, options.out)
+        _finish(job, options)
 
 
-def _complete(job: Any, out: Path) -> bool:
+def _complete(job: Any, options: argparse.Namespace) -> bool:
     """Whether nothing is left to do in a run directory; prints that."""
     from fedlab.apps.comparison import data_changed
     from fedlab.core.errors import DataError
 
+    out = options.out
     if not (out / "summary.json").is_file():
         return False
-    print(f"{out} is complete: {out / 'report.html'}")
+    say = partial(print, file=sys.stderr if options.json else sys.stdout)
+    say(f"{out} is complete: {out / 'report.html'}")
     try:
         changed = data_changed(job, out)
     except DataError:  # the report stands without the scans
-        return True
+        changed = False
     if changed:
-        print("The scans or their table have changed since this run read them; its report describes them as they were. "
-              "Train on the changed ones in a new run.")
+        say("The scans or their table have changed since this run read them; its report describes them as they were. "
+            "Train on the changed ones in a new run.")
+    if options.json:
+        print((out / "summary.json").read_text(encoding="utf-8"))
     return True
 
 
-def _finish(job: Any, out: Path) -> None:
+def _finish(job: Any, options: argparse.Namespace) -> None:
     from fedlab.apps.comparison import remove_working_files, run_job, sole_use
     from fedlab.apps.comparison_results import caution, describe, write_results
 
+    out, say = options.out, partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
     with sole_use(out):
-        if _complete(job, out):  # by another process, since this one began
+        if _complete(job, options):  # by another process, since this one began
             return
-        print(f"fedlab: run directory {out}; interrupted, it continues with: fedlab resume {out}", flush=True)
+        say(f"fedlab: run directory {out}; interrupted, it continues with: fedlab resume {out}")
         outcome = run_job(job, out)
         found = write_results(outcome, out)
         if not job.keep:
             remove_working_files(out)
-    print(describe(found, note=caution(outcome)))
-    print(f"\nreport: {out / 'report.html'}")
+    print((out / "summary.json").read_text(encoding="utf-8") if options.json else
+          describe(found, note=caution(outcome)))
+    say(f"\nreport: {out / 'report.html'}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -125,12 +136,22 @@ def _evaluate(options: argparse.Namespace) -> None:
     result = evaluate_folder(options.model, options.data, options.out, layout=options.layout,
                              label_convention=options.label_convention, skip_broken=options.skip_broken,
                              spacing_mm=options.spacing)
-    print(f"{describe_evaluation(result)}\n\npredictions and summary.json: {options.out}")
+    if options.json:
+        print((options.out / "summary.json").read_text(encoding="utf-8"))
+    else:
+        print(f"{describe_evaluation(result)}\n\npredictions and summary.json: {options.out}")
 
 
 def _verify(options: argparse.Namespace) -> int:
     from fedlab.run.trace import verify
 
     verdict = verify(options.path, head=options.head)
-    print(verdict)
+    print(json.dumps({**asdict(verdict), "path": str(verdict.path), "ok": verdict.ok}) if options.json else verdict)
     return 0 if verdict.ok else 1
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from fedlab.evidence.runs import runs
+
+    found = runs(options.folder)
+    print(json.dumps(found.as_json(), indent=1, allow_nan=False) if options.json else found.text(by=options.by))

@@ -16,7 +16,7 @@ from fedlab.training.metrics import summary
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Difference", "difference", "differences", "differences_table", "groups", "verdict"]
+__all__ = ["Difference", "difference", "differences", "differences_table", "groups", "mean_dice", "verdict"]
 
 _PATIENT = ["seed", "site", "patient"]
 #: Held-out patients below which no interval is stated.
@@ -100,6 +100,17 @@ def difference(scores: pd.DataFrame, one: str, other: str, *, region: str = "mea
     return Difference(one=one, other=other, value=float(value), low=float(low), high=float(high), patients=len(gaps),
                       sites=gaps.index.get_level_values("site").nunique(),
                       seeds=gaps.index.get_level_values("seed").nunique(), region=region, empty=empty)
+
+
+def mean_dice(scores: pd.DataFrame, arm: str, *,
+              empty: Literal["brats", "skip"] = "brats") -> tuple[float, float, float]:
+    """An arm's Dice, mean over patients and regions, and its 95 % interval over patients; see `difference`."""
+    import pandas as pd
+
+    own = scores[groups(scores) == arm]
+    nothing = own.assign(arm="nothing", dice=0.0)
+    found = difference(pd.concat([own, nothing]), arm, "nothing", empty=empty)
+    return found.value, found.low, found.high
 
 
 def groups(scores: pd.DataFrame) -> pd.Series[str]:
