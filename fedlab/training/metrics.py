@@ -177,7 +177,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int, int] = (64, 64, 64),
-            overlap: float = 0.5, precision: str = "auto",
+            overlap: float = 0.5, mirror: bool | None = None, precision: str = "auto",
             device: torch.device | str | None = None) -> torch.Tensor:
     """Probabilities of the three regions over the whole volume.
 
@@ -191,6 +191,9 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
         patient: with the image to segment.
         window: largest input of the model, in voxels.
         overlap: of neighbouring windows, as a fraction.
+        mirror: whether to predict each window together with its mirror image along X, left and right exchanged, as one
+            batch, and to take the mean of both; None: as `segresnet(mirror=)` says of the model, else False. A pair can
+            take less time than one window, for which torch has only a slow convolution on many processors.
         precision: "auto", "bf16" or "fp32", as a `SiteTrainer` has it; see `fedlab.core.hardware.precision_for`.
         device: of the computation; None is that of the model, which is never moved.
 
@@ -207,12 +210,16 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
                                                                  torch.device("cpu"))
     dtype = precision_for(model, precision, place)
     image = patient.image[None].to(place, torch.float64 if dtype is torch.float64 else torch.float32)
+    if mirror is None:
+        settings = getattr(model, "settings", None)
+        mirror = isinstance(settings, dict) and settings.get("mirror") is True
+    probabilities = _mirrored_probabilities if mirror else _probabilities
     first: Exception | None = None
     for multiple in _MULTIPLES[_MULTIPLES.index(_MULTIPLE.get(model, _MULTIPLES[0])):]:
         block = _block(image.shape[2:], window, multiple)
         try:
             with torch.inference_mode(), _evaluating(model), calling(place, dtype):
-                out = sliding_window_inference(image, block, 1, lambda batch: _probabilities(model, batch),
+                out = sliding_window_inference(image, block, 1, lambda batch: probabilities(model, batch),
                                                overlap=overlap, mode="gaussian")
         except torch.OutOfMemoryError:
             raise
@@ -254,13 +261,19 @@ def _probabilities(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
                      f"returned {' and '.join(map(str, got))}")
 
 
+def _mirrored_probabilities(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    plain, mirrored = _probabilities(model, torch.cat([batch, batch.flip(2)])).chunk(2)
+    return (plain + mirrored.flip(2)) / 2
+
+
 def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient], *, threshold: float = 0.5,
-             window: tuple[int, int, int] = (64, 64, 64), overlap: float = 0.5, precision: str = "auto",
-             device: torch.device | str | None = None, progress: bool = False) -> pd.DataFrame:
+             window: tuple[int, int, int] = (64, 64, 64), overlap: float = 0.5, mirror: bool | None = None,
+             precision: str = "auto", device: torch.device | str | None = None,
+             progress: bool = False) -> pd.DataFrame:
     """Scores a model on held-out patients, whole volumes, on the patients' grid.
 
     Args:
-        model, window, overlap, precision, device: as in `predict`.
+        model, window, overlap, mirror, precision, device: as in `predict`.
         patients: sites, whose held-out patients (`val`) are used, or patients.
         threshold: a region is predicted where its probability is at least this.
         progress: show a progress bar.
@@ -281,7 +294,8 @@ def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient
         raise ValueError("no patient to evaluate on: give patients, or sites with held-out patients (val)")
     rows: list[dict[str, str | float]] = []
     for site, patient in tqdm(cases, desc="evaluating", unit="patient", disable=not progress):
-        guess = predict(model, patient, window=window, overlap=overlap, precision=precision, device=device) >= threshold
+        guess = predict(model, patient, window=window, overlap=overlap, mirror=mirror, precision=precision,
+                        device=device) >= threshold
         rows += score_rows(guess, patient.label, spacing_mm=patient.spacing_mm, site=site, patient=patient.id)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 

@@ -18,7 +18,7 @@ from fedlab.core.weights import check_fit, load_weights, trainable
 __all__ = ["load_model", "save_model", "segresnet"]
 
 
-def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Module:
+def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0, mirror: bool = False) -> nn.Module:
     """MONAI's SegResNet, the encoder-decoder of Myronenko 2018 without the VAE branch, as in Li et al. 2019.
 
     It maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z), one sigmoid channel per region of
@@ -28,6 +28,7 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Mo
         filters: width of the first level; 8 has 1.2 million parameters, the paper's network has 32.
         dropout: probability of dropping a channel after the first convolution (the paper's 0.2).
         seed: of the initial weights.
+        mirror: whether `predict` takes the mean over a scan and its mirror image where it is not told otherwise.
 
     Raises:
         ValueError: `filters` is not a positive multiple of 8 (group norm has 8 groups).
@@ -43,8 +44,9 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Mo
         )
     # Tumour is rare, so every voxel begins with a probability near 0.1 (Lin et al. 2017, section 4.1).
     nn.init.constant_(model.conv_final[2].conv.bias, -2.0)
-    model.__dict__["settings"] = {"filters": filters, "dropout": dropout, "seed": seed}
-    model.__dict__["_built"] = (segresnet, model.__dict__["settings"])  # see fedlab.deploy.objects.built
+    settings = {"filters": filters, "dropout": dropout, "seed": seed} | ({"mirror": True} if mirror else {})
+    model.__dict__["settings"] = settings
+    model.__dict__["_built"] = (segresnet, settings)  # see fedlab.deploy.objects.built
     return model
 
 

@@ -218,6 +218,34 @@ def test_predict_in_bfloat16_is_close():
     assert half.dtype == torch.float32 and 0 < (full - half).abs().max() < 0.02
 
 
+def test_a_mirrored_prediction_is_the_mean_over_both_sides():
+    both, case = OneSided(), patient(shape=(32, 24, 17))
+    image = case.image[None].float()
+    expected = (both(image).sigmoid() + both(image.flip(2)).sigmoid().flip(2))[0].detach() / 2
+    both.seen.clear()
+    got = predict(both, case, mirror=True, precision="fp32")
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert both.seen == [(2, 4, 32, 32, 32)]  # a pair in one batch
+    assert not torch.allclose(got, predict(both, case, precision="fp32"), atol=0.05)
+
+
+class OneSided(Reader):
+    """Sees less the further left: unlike itself in a mirror."""
+
+    def forward(self, x):
+        return super().forward(x) - torch.linspace(0, 3, x.shape[2]).view(-1, 1, 1)
+
+
+def test_windows_are_mirrored_each_and_evaluate_does_the_same():
+    model, case = Reader(), patient()
+    torch.testing.assert_close(predict(model, case, window=(16, 16, 16), mirror=True), predict(model, case),
+                               atol=1e-5, rtol=1e-5)
+    assert {shape[0] for shape in model.seen[:-1]} == {2}
+    lopsided = OneSided()
+    evaluate(lopsided, [case], mirror=True)
+    assert [shape[0] for shape in lopsided.seen] == [2]
+
+
 @pytest.mark.parametrize(("model", "message"), [
     (torch.nn.Conv3d(4, 2, 1), r"logits of shape \(1, 3, 32, 32, 32\), "
      r"one channel for each of TC, WT, ET; the model returned \(1, 2"),

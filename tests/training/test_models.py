@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cohorts import blob_patient
 from fedlab.core.errors import RunError
 from fedlab.core.weights import load_weights, trainable, weights_sha256
+from fedlab.training.metrics import predict
 from fedlab.training.networks import load_model, save_model, segresnet
 
 
@@ -48,6 +50,18 @@ def test_round_trip_is_bit_equal(model, saved):
     image = torch.randn(1, 4, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(model.eval()(image), back.eval()(image))
+
+
+def test_a_network_says_whether_its_predictions_are_mirrored_and_so_does_its_file(model, tmp_path):
+    mirrored = segresnet(seed=1, mirror=True)
+    assert "mirror" not in model.settings  # files of other networks are as before
+    back, _ = load_model(save_model(tmp_path / "m.safetensors", mirrored, spacing_mm=3.0))
+    assert back.settings == mirrored.settings and back.settings["mirror"] is True
+    case = blob_patient("a", seed=1)
+    for network in (mirrored, back):
+        assert torch.equal(predict(network, case), predict(model, case, mirror=True))
+        assert torch.equal(predict(network, case, mirror=False), predict(model, case))
+    assert not torch.equal(predict(model, case), predict(model, case, mirror=True))
 
 
 def test_other_weights_and_an_odd_spacing_are_saved_exactly(model, tmp_path):
