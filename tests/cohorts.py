@@ -9,6 +9,19 @@ from torch import nn
 from fedlab.core.types import Patient, Site
 
 
+def oblique(spacing_mm: tuple[float, float, float] = (1.5, 2.0, 3.0)) -> np.ndarray:
+    """An affine of axes that are turned by 20 and 10 degrees, unequal voxel sizes, and a corner off the origin."""
+    (c, s), (k, t) = ((np.cos(angle), np.sin(angle)) for angle in np.deg2rad([20.0, 10.0]))
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ [[1, 0, 0], [0, k, -t], [0, t, k]] * spacing_mm
+    affine[:3, 3] = -31.0, 17.0, 5.0
+    return affine
+
+
+#: Of voxels of 1.5 x 2 x 3 mm.
+OBLIQUE = oblique()
+
+
 def blob_patient(name: str, *, seed: int, shape: tuple[int, int, int] = (16, 16, 16)) -> Patient:
     """Noise with a bright nested block as tumour."""
     rng = torch.Generator().manual_seed(seed)
@@ -18,7 +31,7 @@ def blob_patient(name: str, *, seed: int, shape: tuple[int, int, int] = (16, 16,
     label[5:10, 5:10, 5:10] = 1
     label[6:9, 6:9, 6:9] = 4
     image += label.float() * 0.8
-    return Patient(name, image, label, np.diag([3.0, 3.0, 3.0, 1.0]))
+    return Patient(name, image, label, OBLIQUE)
 
 
 def blob_sites(sizes: tuple[int, ...] = (3, 2)) -> list[Site]:

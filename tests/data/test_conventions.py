@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from fedlab.core.errors import DataError
-from fedlab.data.readers.conventions import CONVENTIONS, describe, detect_convention, from_internal, to_internal
+from fedlab.data.readers.conventions import (
+    CONVENTIONS,
+    count_values,
+    describe,
+    detect_convention,
+    from_internal,
+    to_internal,
+)
 from fedlab.data.readers.folders import find_patients, read_cohort, read_sites
 from fedlab.data.readers.inspection import inspect_folder
 from folders import NEW, ball, save, save_files, write_layout, write_nnunet, write_table
@@ -137,6 +144,19 @@ def test_predictions_can_be_written_in_every_convention(name):
     assert stored.dtype == np.uint8 and stored[0] == 0
     np.testing.assert_array_equal(to_internal(stored, name), label)
     assert all(f"{value} " in describe(name) for value in stored[1:])
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_labels_that_are_off_by_rounding_are_the_same_labels(name, kind):
+    """A scale in the header, or arithmetic before, leaves 4.0004 or 3.9996 in place of 4."""
+    stored = np.array([*CONVENTIONS[name]], dtype=np.uint8)
+    for off in (1.0001, 0.9999):
+        floats = stored.astype(kind) * kind(off)
+        np.testing.assert_array_equal(to_internal(floats, name), to_internal(stored, name))
+        assert count_values(floats) == count_values(stored)
+    far = np.array([1.4], dtype=kind)
+    assert to_internal(far, name).tolist() == [0] and 1.4 == pytest.approx(*count_values(far))
 
 
 def test_a_convention_is_described_in_words():

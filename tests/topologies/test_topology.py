@@ -29,7 +29,8 @@ from fedlab.topologies.gossip import Gossip
 from fedlab.topologies.tree import Tree
 from trainers import trainer
 
-NAMES = ("a", "b", "c", "d")
+#: Out of alphabetical order, as the names of hospitals are.
+NAMES = ("zurich", "aachen", "mainz", "bonn")
 HALVES = Tree(regions={"north": ("site-0", "site-1"), "south": ("site-2", "site-3")})
 SITES = blob_sites((3, 2, 2, 1))
 MASKED = SecureAggregation(clip=1.0, threshold=3)
@@ -75,7 +76,7 @@ def test_a_ring_by_hand():
     # 8 -> 6 -> 4.75 -> 4.0625 -> 3.796875
     state = play(ring)[-1]
     assert state.params["w"].item() == 3.796875 and state.round == 1
-    assert play(ring, absent=("a", "d"))[-1].params["w"].item() == 8 - 1.75 - 1.0625
+    assert play(ring, absent=("zurich", "bonn"))[-1].params["w"].item() == 8 - 1.75 - 1.0625
 
 
 def test_gossip_on_a_path_by_hand():
@@ -90,7 +91,7 @@ def test_gossip_on_a_path_by_hand():
 
 @pytest.mark.parametrize("graph", [nx.cycle_graph(4), nx.complete_graph(4), nx.star_graph(3),
                                    nx.connected_watts_strogatz_graph(4, 2, 0.5, seed=2), nx.circulant_graph(4, [1, 2])])
-@pytest.mark.parametrize("present", [NAMES, ("a", "c"), ()])
+@pytest.mark.parametrize("present", [NAMES, ("zurich", "mainz"), ()])
 def test_a_mixing_matrix_is_doubly_stochastic_and_symmetric(graph, present):
     rows = Gossip(graph=graph).mixing(NAMES, present)
     matrix = np.array([[rows[a].get(b, 0.0) for b in NAMES] for a in NAMES])
@@ -130,7 +131,7 @@ def test_a_tree_of_means_is_the_star():
 
 
 def test_hybrids_by_hand():
-    regions = {"north": ("a", "b"), "south": ("c", "d")}
+    regions = {"north": ("zurich", "aachen"), "south": ("mainz", "bonn")}
     rings = play(Tree(regions=regions, within=ring))[-1]
     # north 8 -> 6 -> 4.75 counts 3, south 8 -> 6.5 -> 5.625 counts 7
     assert rings.params["w"].item() == pytest.approx((3 * 4.75 + 7 * 5.625) / 10)
@@ -140,18 +141,18 @@ def test_hybrids_by_hand():
     passing = play(Tree(regions=regions, between=ring))[-1]
     north = 8 - 5.5 / 3
     assert passing.params["w"].item() == pytest.approx(north + (3 * (2 - north) / 4 + 4 * (3 - north) / 4) / 7)
-    assert play(Tree(regions=regions), absent=("a", "b"))[-1].params["w"].item() == pytest.approx(8 - 9.5 / 7)
+    assert play(Tree(regions=regions), absent=("zurich", "aachen"))[-1].params["w"].item() == pytest.approx(8 - 9.5 / 7)
 
 
 def test_a_buffer_by_hand():
-    topology = Buffered(size=1, seconds={"a": 1.0, "b": 1.5, "c": 10.0, "d": 10.0})
+    topology = Buffered(size=1, seconds={"zurich": 1.0, "aachen": 1.5, "mainz": 10.0, "bonn": 10.0})
     first, second, third = play(topology, steps=3)[1:]
     # t = 1: a, from 8: 8 - 2 = 6. t = 1.5: b, from 8, overtaken once: 6 - 1.75 / sqrt(2). t = 2: a again, from 6.
     assert first.params["w"].item() == 6 and topology.metrics(first) == {"staleness": 0, "clock": 1}
     assert second.params["w"].item() == pytest.approx(6 - 1.75 / 2**0.5)
     assert topology.metrics(second) == {"staleness": 1, "clock": 1.5}
     assert third.params["w"].item() == pytest.approx(second.params["w"].item() - 1.5 / 2**0.5)
-    assert third.models["c"]["w"].item() == 8  # still at work on what it was first given
+    assert third.models["mainz"]["w"].item() == 8  # still at work on what it was first given
 
 
 def test_a_full_buffer_of_equal_sites_is_the_star():
@@ -207,19 +208,20 @@ def test_every_workflow_resumes_to_equal_bits(topology, privacy, tmp_path):
 
 
 def test_messages_are_what_is_sent():
-    assert ring.messages(NAMES) == [("a", "b"), ("b", "c"), ("c", "d"), ("d", "a")] and ring.messages(["a"]) == []
+    assert ring.messages(NAMES) == [("zurich", "aachen"), ("aachen", "mainz"), ("mainz", "bonn"), ("bonn", "zurich")]
+    assert ring.messages(["zurich"]) == []
     assert len(star.messages(NAMES)) == 8 and len(Gossip(graph=nx.complete_graph(4)).messages(NAMES)) == 12
-    tree = Tree(regions={"north": ("a", "b"), "south": ("c", "d")})
-    assert ("a", "north") in tree.messages(NAMES) and ("south", "server") in tree.messages(NAMES)
+    tree = Tree(regions={"north": ("zurich", "aachen"), "south": ("mainz", "bonn")})
+    assert ("zurich", "north") in tree.messages(NAMES) and ("south", "server") in tree.messages(NAMES)
     history = federate(trainer(), SITES, rounds=1, topology=Gossip(graph=nx.star_graph(3)), progress=False)
     sent = history.sites()["bytes"].loc[0]
     assert sent["site-0"] == 3 * sent["site-1"] > 0  # the hub has three neighbours
 
 
 def test_a_site_sees_its_own_model_only():
-    state = ServerState(round=0, params={"w": torch.zeros(1)}, models={"a": {"w": torch.ones(1)}})
-    assert state.at("a").params["w"].item() == 1 and not state.at("a").models
-    assert state.at("b").params["w"].item() == 0 and not state.at("b").models
+    state = ServerState(round=0, params={"w": torch.zeros(1)}, models={"zurich": {"w": torch.ones(1)}})
+    assert state.at("zurich").params["w"].item() == 1 and not state.at("zurich").models
+    assert state.at("aachen").params["w"].item() == 0 and not state.at("aachen").models
 
 
 @pytest.mark.parametrize("make, message", [
@@ -228,11 +230,11 @@ def test_a_site_sees_its_own_model_only():
     (lambda: Gossip(graph=nx.empty_graph(3)), "falls apart"),
     (lambda: Tree(regions={}), "at least one site"),
     (lambda: Tree(regions={"n": ()}), "at least one site"),
-    (lambda: Tree(regions={"n": ("a",), "s": ("a",)}), "in several"),
-    (lambda: Tree(regions={"n": ("a",)}, within=Gossip(graph=nx.path_graph(2))), "inside a region"),
-    (lambda: Tree(regions={"n": ("a",)}, between=Buffered(size=1)), "between regions"),
+    (lambda: Tree(regions={"n": ("zurich",), "s": ("zurich",)}), "in several"),
+    (lambda: Tree(regions={"n": ("zurich",)}, within=Gossip(graph=nx.path_graph(2))), "inside a region"),
+    (lambda: Tree(regions={"n": ("zurich",)}, between=Buffered(size=1)), "between regions"),
     (lambda: Buffered(size=0), "positive whole number"),
-    (lambda: Buffered(size=1, seconds={"a": 0.0}), "seconds are positive"),
+    (lambda: Buffered(size=1, seconds={"zurich": 0.0}), "seconds are positive"),
 ])
 def test_workflows_refuse_wrong_settings(make, message):
     with pytest.raises(ValueError, match=message):

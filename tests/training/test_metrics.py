@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from cohorts import oblique
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import REGIONS, Patient, Site
 from fedlab.training.metrics import (
@@ -255,6 +256,16 @@ def test_windows_are_mirrored_each_and_evaluate_does_the_same():
 def test_predict_refuses(model, message):
     with pytest.raises(ValueError, match=message):
         predict(model, patient())
+
+
+def test_evaluate_measures_along_each_axis_of_an_oblique_scan():
+    """Voxels of 1 x 2 x 5 mm, a label one voxel away from what the network finds: HD95 is the size of a voxel."""
+    for axis, size in enumerate((1.0, 2.0, 5.0)):
+        one = patient()
+        moved = Patient(id="P", image=one.image, label=one.label.roll(1, dims=axis), affine=oblique((1.0, 2.0, 5.0)))
+        found = evaluate(Reader(), [moved]).set_index("region")
+        assert found.loc["WT", "hd95_mm"] == pytest.approx(size)
+        assert found.loc["WT", "reference_ml"] == pytest.approx(1000 * 10 / 1000)
 
 
 def test_evaluate_gives_a_tidy_table():

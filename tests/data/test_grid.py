@@ -1,0 +1,69 @@
+"""Resampling onto a common grid, of scans with anisotropic voxels and oblique axes, against geometry by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cohorts import OBLIQUE
+from fedlab.core.types import Patient
+from fedlab.data.readers.scan import Grid, Scan, on_grid
+
+
+def ball(shape=(30, 44, 26), center=(15, 20, 12), radius=(10, 10, 10)):
+    """A mask, true where the middle of a voxel lies in the ellipsoid; centers lie between voxels."""
+    axes = np.ogrid[tuple(slice(0, n) for n in shape)]
+    return sum(((x + 0.5 - c) / r) ** 2 for x, c, r in zip(axes, center, radius, strict=True)) < 1
+
+
+def scan_of(brain, image, affine, label=None):
+    four = np.stack([image] * 4).astype(np.float32) * brain
+    return Scan(image=torch.from_numpy(four), brain=torch.from_numpy(brain),
+                label=None if label is None else torch.from_numpy(label.astype(np.uint8)), affine=affine)
+
+
+def center_mm(weights, affine):
+    places = np.argwhere(weights)
+    mean = np.average(places, axis=0, weights=weights[tuple(places.T)])
+    return affine[:3, :3] @ mean + affine[:3, 3]
+
+
+def test_the_rim_of_the_brain_is_not_dimmed():
+    """Two halves of intensity 1 and 3 have the z-scores -1 and 1, in voxels that the brain fills in part as well."""
+    brain = ball()
+    halves = np.where(np.arange(30)[:, None, None] < 15, 1.0, 3.0) * np.ones(brain.shape)
+    patient = on_grid("A", scan_of(brain, halves, np.eye(4)), Grid(spacing_mm=2.0))
+    inside = patient.image[0].float()[patient.image[0] != 0]
+    assert len(inside) > 400 and (inside < 0).any() and (inside > 0).any()
+    assert bool(((inside.abs() > 0.99) & (inside.abs() < 1.01)).all())
+
+
+@pytest.mark.parametrize("spacing", [None, 4.0, 1.0])
+def test_an_oblique_scan_keeps_its_place_and_its_size_in_mm(spacing):
+    """Voxels of 1.5 x 2 x 3 mm, axes turned against those of the scanner: a tumour stays where it was, in mm."""
+    brain, tumour = ball(radius=(12, 15, 9)), ball(center=(18, 25, 10), radius=(5, 6, 4))
+    image = np.random.default_rng(1).uniform(1, 2, brain.shape)
+    patient = on_grid("A", scan_of(brain, image, OBLIQUE, 2 * tumour), Grid(spacing_mm=spacing))
+    assert np.linalg.norm(OBLIQUE[:3, :3], axis=0) == pytest.approx([1.5, 2, 3])
+    assert patient.spacing_mm == pytest.approx([1.5, 2, 3] if spacing is None else [spacing] * 3)
+    here = center_mm(patient.label.numpy() > 0, patient.affine)
+    assert np.linalg.norm(here - center_mm(tumour, OBLIQUE)) < 0.3
+    volume = int((patient.label > 0).sum()) * np.prod(patient.spacing_mm)
+    assert volume == pytest.approx(tumour.sum() * 9.0, rel=0.1)
+    middle = center_mm(patient.image[0].numpy() != 0, patient.affine)
+    assert np.linalg.norm(middle - center_mm(brain, OBLIQUE)) < 0.6
+
+
+def test_the_brain_lies_in_the_middle_of_a_given_shape():
+    brain = ball(radius=(8, 11, 6))
+    patient = on_grid("A", scan_of(brain, brain + 0.5 * ball(), np.eye(4)), Grid(shape=(33, 40, 32)))
+    filled = np.argwhere(patient.image[0].numpy() != 0)
+    # brain of 16 x 22 x 12 voxels: margins of 8 and 9, 9 and 9, 10 and 10
+    assert filled.min(axis=0).tolist() == [8, 9, 10]
+    assert filled.max(axis=0).tolist() == [23, 30, 21]
+
+
+def test_the_voxel_size_of_an_oblique_patient_is_that_of_its_columns():
+    patient = Patient("A", torch.zeros(4, 8, 8, 8), None, OBLIQUE)
+    assert patient.spacing_mm == pytest.approx((1.5, 2.0, 3.0))
