@@ -31,7 +31,7 @@ def blob_patient(name: str, *, seed: int, shape: tuple[int, int, int] = (16, 16,
     label[5:10, 5:10, 5:10] = 1
     label[6:9, 6:9, 6:9] = 4
     image += label.float() * 0.8
-    return Patient(name, image, label, OBLIQUE)
+    return Patient(name, image, label, oblique((1.5, 3.0, 6.0)))
 
 
 def blob_sites(sizes: tuple[int, ...] = (3, 2)) -> list[Site]:

@@ -304,7 +304,7 @@ def test_fills_a_card_from_the_sites_statistics() -> None:
     said = card.section("Patients")
     assert card.name == "Glioma MRI of st-elsewhere" and card.body.startswith("# Glioma MRI of st-elsewhere\n")
     assert "Patients: all 20, to train on 14, held out 6." in said
-    assert "Voxel size \\[mm\\]" in said or "Voxel size [mm]: 3x3x3: 20 patients." in said
+    assert "Voxel size \\[mm\\]" in said or "Voxel size [mm]: 1.5x3x6: 20 patients." in said
     assert "| volume WT \\[ml\\] | 20 |" in said
     assert "no formal guarantee" in said and "fewer than 5 patients" in said
     assert card.metadata["size_categories"] == ["n<1K"]

@@ -38,7 +38,7 @@ from fedlab.privacy.noise.laplace import discrete_laplace, noisy
 from fedlab.view.site_figures import heterogeneity_figure, intensity_figure, partition_figure
 
 COARSE = Domain(intensity=tuple(np.linspace(-3, 5, 9).tolist()))
-NAMED = replace(COARSE, spacings=("3x3x3",), shapes=("16x16x16", "8x8x8"))
+NAMED = replace(COARSE, spacings=("1.5x3x6",), shapes=("16x16x16", "8x8x8"))
 
 
 def blob_site(name: str, count: int, *, held: int = 0, scale: float = 1.0, shift: float = 0.0) -> Site:
@@ -177,7 +177,7 @@ def test_with_a_large_epsilon_the_noise_is_negligible() -> None:
     exact = site_statistics(site, domain=NAMED, minimum=1)
     close = site_statistics(site, domain=NAMED, epsilon=1e4, seed=0)
     assert close.patients == pytest.approx(30, abs=0.1)
-    assert close.spacing_mm["3x3x3"] == pytest.approx(30, abs=0.1)
+    assert close.spacing_mm["1.5x3x6"] == pytest.approx(30, abs=0.1)
     for name in MODALITIES:
         assert np.abs(close.intensity[name].shares() - exact.intensity[name].shares(COARSE.intensity)).max() < 0.01
         assert close.intensity[name].mean == pytest.approx(exact.intensity[name].mean, abs=0.1)
@@ -231,9 +231,9 @@ def test_few_held_out_patients_hide_the_split() -> None:
 
 
 @pytest.mark.parametrize(("rare", "expected"), [
-    (0, {"3x3x3": 6.0, "2x2x2": 7.0}),
+    (0, {"1.5x3x6": 6.0, "2x2x2": 7.0}),
     (2, {"other": 15.0}),  # 2 alone would follow from 15 - 13; with the smaller group they are 8, and 7 remain
-    (5, {"2x2x2": 7.0, "3x3x3": 6.0, "1x1x1": 5.0}),
+    (5, {"2x2x2": 7.0, "1.5x3x6": 6.0, "1x1x1": 5.0}),
 ])
 def test_the_total_does_not_reveal_rare_voxel_sizes(rare: int, expected: dict[str, float]) -> None:
     patients = []
@@ -266,7 +266,7 @@ def test_moments_volumes_and_quantiles_are_those_of_the_patients() -> None:
     voxels = int((site.train[0].label > 0).sum())
     assert told.volumes_ml["WT"].mean == pytest.approx(voxels * 27 / 1000, rel=0.01)
     assert dict(told.volumes_ml["WT"].quantiles)[0.5] == pytest.approx(voxels * 27 / 1000, rel=0.01)
-    assert told.shape == {"16x16x16": 9.0} and told.spacing_mm == {"3x3x3": 9.0}
+    assert told.shape == {"16x16x16": 9.0} and told.spacing_mm == {"1.5x3x6": 9.0}
 
 
 def test_a_quantile_is_never_that_of_one_patient() -> None:
