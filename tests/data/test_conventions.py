@@ -159,6 +159,10 @@ def test_labels_that_are_off_by_rounding_are_the_same_labels(name, kind):
     assert to_internal(far, name).tolist() == [0] and 1.4 == pytest.approx(*count_values(far))
 
 
+def test_of_two_values_of_one_meaning_the_smaller_is_written():
+    assert from_internal(np.array([0, 1, 2, 4], dtype=np.uint8), "brats2024ped").tolist() == [0, 2, 4, 1]
+
+
 def test_a_convention_is_described_in_words():
     assert describe("brats2024ped") == "1 enhancing, 2 core, 3 core, 4 oedema"
     assert describe("brats2024", [0, 4]) == "0 no tumour, 4 no tumour"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
 from cohorts import OBLIQUE
 from fedlab.core.types import Patient
+from fedlab.data.readers.nifti import read_volume, write_label
 from fedlab.data.readers.scan import Grid, Scan, on_grid
 
 
@@ -67,3 +69,39 @@ def test_the_brain_lies_in_the_middle_of_a_given_shape():
 def test_the_voxel_size_of_an_oblique_patient_is_that_of_its_columns():
     patient = Patient("A", torch.zeros(4, 8, 8, 8), None, OBLIQUE)
     assert patient.spacing_mm == pytest.approx((1.5, 2.0, 3.0))
+
+
+# Files
+
+
+def stored(path, *, order="<"):
+    """Whole numbers with a slope of 0.5 and an intercept of -3, in either order of bytes, on oblique axes."""
+    whole = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4)
+    header = nib.Nifti1Header(endianness=order)
+    header.set_data_dtype(np.dtype(np.int16).newbyteorder(order))
+    image = nib.Nifti1Image(whole, None, header)
+    image.header.set_slope_inter(0.5, -3)
+    image.set_sform(OBLIQUE, code=2)
+    image.set_qform(OBLIQUE, code=1)
+    nib.save(image, path)
+    return whole * 0.5 - 3
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_scaled_numbers_of_any_byte_order_are_read_with_the_voxel_size_of_oblique_axes(order, tmp_path):
+    values = stored(tmp_path / "a.nii.gz", order=order)
+    volume = read_volume(tmp_path / "a.nii.gz")
+    np.testing.assert_allclose(volume.array, values, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-5)
+    assert volume.spacing_mm == pytest.approx((1.5, 2, 3), abs=1e-5) and volume.codes == (2, 1)
+
+
+def test_a_label_map_is_written_with_the_orientation_codes_of_its_scan(tmp_path):
+    stored(tmp_path / "a.nii.gz")
+    label = np.zeros((6, 5, 4), dtype=np.uint8)
+    label[1, 2, 3] = 4
+    write_label(tmp_path / "seg.nii", label, like=read_volume(tmp_path / "a.nii.gz"))
+    found = nib.load(tmp_path / "seg.nii")
+    assert (int(found.header["sform_code"]), int(found.header["qform_code"])) == (2, 1)
+    np.testing.assert_allclose(found.affine, OBLIQUE, atol=1e-5)
+    assert np.argwhere(np.asarray(found.dataobj) == 4).tolist() == [[1, 2, 3]]

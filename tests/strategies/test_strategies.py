@@ -203,6 +203,22 @@ def test_fedopt_is_algorithm_2(rule):
     assert all(t.dtype == torch.float64 for slots in state.moments.values() for t in slots.values())
 
 
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_the_weighted_mean_of_metrics_and_buffers_by_hand(order):
+    """Weights 1, 3 and 4; of counts the largest in any order; of metrics those that every update has."""
+    updates = [update("zurich", [4.0, 0.0, 0.0], weight=1.0, steps=7), update("aachen", [0.0, 8.0, 0.0], weight=3.0, steps=2),
+               update("mainz", [0.0, 0.0, 2.0], weight=4.0, steps=1)]
+    for one, loss, count, mean in zip(updates, (8.0, 0.0, 1.0), (5, 9, 2), (0.0, 4.0, -1.0), strict=True):
+        one.metrics.update({"loss": loss} | ({"only": 1.0} if count == 9 else {}))
+        one.buffers.update(count=torch.tensor(count), mean=torch.tensor([mean]))
+    found = FedAvg().combine(updates[k] for k in order)
+    assert flat(found) == [0.5, 3.0, 1.0] and (found.weight, found.steps) == (8, 10)
+    assert found.metrics == {"loss": (8 * 1 + 0 * 3 + 1 * 4) / 8}
+    assert found.buffers["count"].item() == 9 and found.buffers["mean"].item() == (0 + 12 - 4) / 8
+    by_steps = FedAvg(weights="steps").combine(updates[k] for k in order)
+    assert by_steps.metrics["loss"] == pytest.approx((8 * 7 + 1) / 10) and by_steps.weight == 10
+
+
 # Where theory says FedAvg
 
 

@@ -195,6 +195,22 @@ def test_predict_sees_a_small_volume_at_once_and_a_large_one_by_windows():
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
+def test_windows_overlap_by_the_share_that_is_asked_for():
+    """Along 40 voxels, windows of 16: 3 side by side, 4 that overlap by half, 7 by three quarters."""
+    for overlap, windows in ((0.0, 3), (0.5, 4), (0.75, 7)):
+        model = Reader()
+        predict(model, patient(shape=(40, 16, 16)), window=(16, 16, 16), overlap=overlap)
+        assert len(model.seen) == windows
+
+
+def test_a_probability_of_just_the_threshold_is_the_region():
+    undecided = torch.nn.Conv3d(4, 3, 1)
+    torch.nn.init.zeros_(undecided.weight)
+    torch.nn.init.zeros_(undecided.bias)  # 0.5 everywhere
+    found = evaluate(undecided, [patient()]).set_index("region")
+    assert found.loc["WT", "predicted_ml"] == pytest.approx(20 * 24 * 17 * 8 / 1000)
+
+
 def test_predict_leaves_the_model_as_it_was_and_gives_a_plain_tensor():
     model = torch.nn.Sequential(Reader(), torch.nn.Dropout(0.9), torch.nn.Dropout(0.9)).train()
     model[2].eval()
