@@ -206,7 +206,8 @@ def test_fedopt_is_algorithm_2(rule):
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
 def test_the_weighted_mean_of_metrics_and_buffers_by_hand(order):
     """Weights 1, 3 and 4; of counts the largest in any order; of metrics those that every update has."""
-    updates = [update("zurich", [4.0, 0.0, 0.0], weight=1.0, steps=7), update("aachen", [0.0, 8.0, 0.0], weight=3.0, steps=2),
+    updates = [update("zurich", [4.0, 0.0, 0.0], weight=1.0, steps=7),
+               update("aachen", [0.0, 8.0, 0.0], weight=3.0, steps=2),
                update("mainz", [0.0, 0.0, 2.0], weight=4.0, steps=1)]
     for one, loss, count, mean in zip(updates, (8.0, 0.0, 1.0), (5, 9, 2), (0.0, 4.0, -1.0), strict=True):
         one.metrics.update({"loss": loss} | ({"only": 1.0} if count == 9 else {}))
