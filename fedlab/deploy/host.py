@@ -14,8 +14,9 @@ from typing import cast
 
 import torch
 
-from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
+from fedlab.core.errors import DataError, FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.core.files import locked, write_whole
+from fedlab.core.text import without_folders
 from fedlab.core.types import Failure, ServerState, Site, Spent, Tensors, Withdrawal
 from fedlab.deploy.messages import are_notes, limit_for, pack_answer, unpack_state, unpack_weights
 from fedlab.deploy.plan import Plan
@@ -24,6 +25,7 @@ from fedlab.deploy.settings import read_settings, read_site
 from fedlab.deploy.snapshots import SiteSnapshots
 from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.accounting.ledger_file import LedgerFile
+from fedlab.privacy.base import technique_at
 from fedlab.run.federate import check_sites, make_run
 from fedlab.run.site_task import SiteTask
 
@@ -66,6 +68,7 @@ class SiteHost:
         self.policy = policy or SitePolicy()
         self.techniques = Path(techniques or self.folder / "techniques")
         self._run: _Run | None = None
+        self._places: list[Path] = [self.folder, self.techniques]  # of which no message to the server tells the parents
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = ExitStack()
         self._lock.enter_context(locked(self.folder / ".lock", RunError(
@@ -83,6 +86,7 @@ class SiteHost:
         """
         settings = read_settings(folder)
         host = cls(site=Site(name=settings.name, train=[]), folder=folder, policy=settings.policy)
+        host._places += [place for place in (settings.data, settings.table, settings.card) if place is not None]
         try:
             host.site = read_site(settings, cache=host.folder / "prepared", progress=progress)
         except BaseException:
@@ -109,8 +113,9 @@ class SiteHost:
             first = unpack_weights(start)
             task = self._task(plan, first)
         except PrivacyError as error:
-            self._log(f"refused a run: {error}")
-            raise PrivacyError(f"{self.site.name} refuses: {error}") from error
+            cause = "" if error.__cause__ is None else f" ({type(error.__cause__).__name__}: {error.__cause__})"
+            self._log(f"refused a run: {error}{cause}")
+            raise PrivacyError(f"{self.site.name} refuses: {self._outside(error)}") from error
         except Exception as error:
             self._log(f"could not begin a run: {type(error).__name__}: {error}")
             raise self._error_for_server(error, "begin") from error
@@ -133,7 +138,7 @@ class SiteHost:
             return packed
         except PrivacyBudgetExhausted as error:
             self._log(f"round {round}: withdrawn: {error}")
-            return pack_answer(Withdrawal(self.site.name, str(error)))
+            return pack_answer(Withdrawal(self.site.name, self._outside(error)))
         except Exception as error:
             self._log(f"round {round}: failed: {type(error).__name__}: {error}")
             return pack_answer(Failure(self.site.name, self._error_for_server(error, "keep", round or 0)))
@@ -181,16 +186,21 @@ class SiteHost:
         """The site's task in a run, after all checks that are possible before the first round."""
         parts = plan.parts(start, **self.policy.access(self.techniques))
         self.policy.check_plan(plan, parts["privacy"], parts["aggregation"], site=self.site.name)
+        here = technique_at(parts["privacy"], self.site.name)
+        self.policy.check_work(parts["trainer"], [parts["strategy"], *here.layers, parts["aggregation"]],
+                               patients=len(self.site.train))
         run = make_run(**parts)
         check_sites(run, [self.site])
         return cast("SiteTask", run.task)
 
     def _work(self, begun: _Run, state: ServerState, digest: str) -> bytes:
-        """Trains, and packs the update once the ledger on disk accounts for it."""
+        """Trains, and packs the update once ledger and count on disk account for it."""
         self._count(begun, state.round, digest, enter=False)
         site_state = begun.snapshots.before(state.round)
+        self.policy.check_round(state, site_state)
         with LedgerFile(self.folder / "ledger", self.site.name).kept(site_state):
             update = begun.task(self.site, state, site_state)
+            self.policy.check_sent(update)
             self.policy.check_spent(Ledger(site_state) if site_state.ledger else None)
             packed = pack_answer(update)
             self._count(begun, state.round, digest, enter=True)
@@ -198,17 +208,19 @@ class SiteHost:
         return packed
 
     def _count(self, begun: _Run, round: int, digest: str, *, enter: bool) -> None:
-        """Counts the models that this site has answered; a repeated request counts once."""
+        """Counts the updates that leave this site, and the different models that they answer.
+
+        An update that is asked for again may be another one, with other noise: every update counts.
+        """
         known = self._answers()
-        of_run, answer = known.setdefault(begun.name, []), f"{round}:{digest[:32]}"
-        if answer in of_run:
-            return
-        of_run.append(answer)
-        for name, most, count in (("max_rounds", self.policy.max_rounds, len(of_run)),
-                                  ("max_updates", self.policy.max_updates, sum(map(len, known.values())))):
+        of_run = known.setdefault(begun.name, [])
+        of_run.append(f"{round}:{digest[:32]}")
+        for name, most, count, what in (
+                ("max_rounds", self.policy.max_rounds, len(set(of_run)), "different models in a run"),
+                ("max_updates", self.policy.max_updates, sum(map(len, known.values())), "times in all runs")):
             if most is not None and count > most:
-                raise PrivacyBudgetExhausted(f"{name}: {self.site.name} answers at most {most} models, "
-                                             f"this would be number {count}")
+                raise PrivacyBudgetExhausted(f"{name}: {self.site.name} answers at most {most} {what}, this would be "
+                                             f"number {count}")
         if enter:
             self._answers_file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._answers_file, json.dumps(known).encode())
@@ -218,7 +230,7 @@ class SiteHost:
         return self.folder / "ledger" / "answers.json"
 
     def _answers(self) -> dict[str, list[str]]:
-        """The models that this site has answered, as "round:hash", by run."""
+        """The model that each update of this site answers, as "round:hash", by run."""
         path = self._answers_file
         try:
             known: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -236,18 +248,22 @@ class SiteHost:
 
     def _error_for_server(self, error: Exception, stage: str, round: int = 0) -> FedlabError:
         """The error as the server receives it; the whole text stays in this site's log."""
-        if isinstance(error, PrivacyError):
-            return type(error)(str(error).replace(str(self.folder), "the site's folder"))
         guarded = self._run is not None and self._run.task.guarded
-        stage = error.stage if isinstance(error, SiteError) else stage
-        text = f"{type(error).__name__}; the text of the error stays in the site's log"
-        if self.policy.tell_errors and not guarded:
-            if isinstance(error, FedlabError):
-                return error
-            text = f"{type(error).__name__}: {error}"
-        elif isinstance(error, RunError):
-            return error  # about the run's name or the site's folder
-        return SiteError(self.site.name, round, stage, text)
+        told = self.policy.tell_errors and not guarded
+        for kind in (PrivacyBudgetExhausted, PrivacyError, RunError, DataError):
+            # RunErrors are about the run's name or the site's folder.
+            if isinstance(error, kind) and (told or kind is not DataError):
+                return kind(self._outside(error))
+        if isinstance(error, SiteError):
+            stage, text = error.stage, error.reason
+        else:
+            text = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
+        return SiteError(self.site.name, round, stage, self._outside(text) if told else
+                         f"{type(error).__name__}; the text of the error stays in the site's log")
+
+    def _outside(self, text: object) -> str:
+        """A text as it may leave this site: without the folders of its files."""
+        return without_folders(str(text), self._places)
 
     def _log(self, text: str) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.site.name}: {' '.join(text.split())}"
@@ -266,6 +282,8 @@ def _check_state(state: ServerState, begun: _Run) -> None:
     own, buffers = ({name: (t.shape, t.dtype) for name, t in group.items()}
                     for group in (trainer.initial(), trainer.initial_buffers()))
     doubles = {name: (shape, torch.float64) for name, (shape, _) in own.items()}
+    if not all(bool(torch.isfinite(t).all()) for t in state.broadcast.values()):
+        raise PrivacyError("what the server broadcasts with the state holds NaN or infinite values")
     for what, group in (("params", state.params), ("buffers", state.buffers), *state.moments.items()):
         shapes = {name: (t.shape, t.dtype) for name, t in group.items()}
         if shapes != (buffers if what == "buffers" else own) and (what in ("params", "buffers") or shapes != doubles):

@@ -3,6 +3,9 @@
 An object travels as the call that makes it, a function or class as its module and name; nothing is pickled. Before the
 first module is imported the whole plan is checked: every module that it names must be approved, and every name must
 have a place in a run (a technique, a strategy, an aggregation, a topology, admission rules, a trainer or a part of it).
+Of a file that a site has approved, or of another package that is installed there, only such classes are made, each
+where it is defined. A function, or a class that the file imports or keeps for itself, was not reviewed to be called
+with the settings of a server.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ from torch import nn
 
 from fedlab.core.errors import FedlabError, PrivacyError
 from fedlab.core.files import packaged_toml
-from fedlab.core.protocols import Topology
+from fedlab.core.protocols import Strategy, Topology
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
 from fedlab.run.recipe import Json
 from fedlab.strategies.averaging import FedAvg
+from fedlab.training.schedules import PolyDecay
 
 __all__ = ["Approve", "Load", "built", "check_plain", "describe", "dict_of", "follows", "graph_of", "infinity", "make",
            "sum_of", "tuple_of"]
@@ -341,13 +345,17 @@ def _found(full: str, load: Load) -> Any:
     try:
         module = load(module_name)
     except ImportError as error:
-        raise PrivacyError(f"this site cannot import {module_name} ({error}); install or approve it here") from error
+        raise PrivacyError(f"this site cannot import {module_name} ({type(error).__name__}); install or approve it "
+                           "here") from error
     found = vars(module).get(name)
     if not isinstance(found, type | FunctionType) or found.__module__ != module_name or found.__qualname__ != name:
         raise PrivacyError(f"{full} is no class or function that {module_name} defines; a plan names things where they "
                            "are defined")
     package = module_name.partition(".")[0]
-    if package in _PACKAGES and name not in _LISTED.get(module_name, ()):
+    if package not in _PACKAGES:
+        if not isinstance(found, type) or not _is_part(found):
+            raise _no_place(full)
+    elif name not in _LISTED.get(module_name, ()):
         kind: Any = Privacy | FedAvg | Aggregation if package == "fedlab" else torch.optim.Optimizer
         topology = module_name.startswith("fedlab.topologies.")
         if not isinstance(found, type) or not (follows(found, Topology) if topology else issubclass(found, kind)):
@@ -355,11 +363,20 @@ def _found(full: str, load: Load) -> Any:
     return found
 
 
+def _is_part(found: type) -> bool:
+    """Whether a class of another package than fedlab, torch and MONAI is of a kind that has a place in a run."""
+    transforms = sys.modules.get("monai.transforms")  # imported by a module that defines one
+    kinds = (Privacy, FedAvg, Aggregation, PolyDecay, nn.Module, torch.optim.Optimizer,
+             *((transforms.Transform,) if transforms else ()))
+    return issubclass(found, kinds) or follows(found, Strategy) or follows(found, Topology)
+
+
 def _no_place(full: str) -> PrivacyError:
     return PrivacyError(
         f"{full} has no place in a plan: of fedlab it names techniques, aggregations, strategies, topologies and parts "
-        "of trainers, of torch and MONAI optimisers and a list of losses, networks and transforms; wrap anything else "
-        "in a function of a file that the site approves")
+        "of trainers, of torch and MONAI optimisers and a list of losses, networks and transforms, and of files that "
+        "the site approves such classes only. Write anything else as a class there, such as a network or a loss as a "
+        "class derived from torch.nn.Module, a schedule as one derived from PolyDecay")
 
 
 def follows(found: type, protocol: type) -> bool:

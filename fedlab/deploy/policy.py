@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import itertools
 import math
 import sys
 from collections.abc import Mapping
@@ -17,70 +16,16 @@ from typing import Any
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.settings import check_whole
-from fedlab.core.types import Spent, rounded_up
+from fedlab.core.types import ServerState, SiteState, Spent, rounded_up
+from fedlab.deploy.limits import Limits, clips_in
 from fedlab.deploy.plan import Plan
+from fedlab.deploy.required import Required, is_number
 from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy, technique_at
+from fedlab.run.history import draws_noise
 
 __all__ = ["Budget", "Required", "SitePolicy"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Required:
-    """A technique, or a way of aggregation, that a site requires, and limits of its settings.
-
-    Args:
-        technique: the name of a class of `fedlab.privacy`, such as "DPSGD" or "SecureAggregation", or "module:Class" of
-            an approved file.
-        least, most: limits of settings, by name, such as least={"noise_multiplier": 0.8} and most={"clip": 1.0}.
-        exactly: settings with a fixed value, such as {"secure_mode": True}.
-
-    Raises:
-        ValueError: a limit that is no number.
-    """
-
-    technique: str
-    least: Mapping[str, float] = field(default_factory=dict)
-    most: Mapping[str, float] = field(default_factory=dict)
-    exactly: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.technique, str) or not self.technique:
-            raise ValueError(f"technique is the name of a class, such as 'DPSGD', got {self.technique!r}")
-        for name, limit in (*self.least.items(), *self.most.items()):
-            if not _is_number(limit) or not math.isfinite(limit):
-                raise ValueError(f"the limit of {self.technique}'s {name} is a number, got {limit!r}")
-
-    @classmethod
-    def read(cls, value: Any) -> Required:
-        """From site.toml: a name, or a table such as {technique = "DPSGD", min_noise_multiplier = 0.8}.
-
-        Raises:
-            ValueError: something else, or an invalid limit.
-        """
-        if isinstance(value, str):
-            return cls(technique=value)
-        if not isinstance(value, dict) or "technique" not in value:
-            raise ValueError(f"a required technique is a name or a table with 'technique', got {value!r}")
-        limits: dict[str, dict[str, Any]] = {"min_": {}, "max_": {}, "": {}}
-        for name, limit in value.items():
-            kind = name[:4] if name.startswith(("min_", "max_")) else ""
-            # The budget of a technique is called max_epsilon itself.
-            limits[kind][name if name == "max_epsilon" else name.removeprefix(kind)] = limit
-        return cls(technique=limits[""].pop("technique"), least=limits["min_"], most=limits["max_"], exactly=limits[""])
-
-    def check(self, privacy: Privacy, aggregation: Aggregation) -> None:
-        """Raises `PrivacyError` unless a technique or the aggregation is the required one, within its limits."""
-        found = [part for part in (*privacy.layers, aggregation) if self.technique in _names(type(part))]
-        if not found:
-            raise PrivacyError(f"this site insists on {self.technique}, the plan protects with {privacy!r} and "
-                               f"{aggregation!r}")
-        for relation, limits in (("at least", self.least), ("at most", self.most), ("exactly", self.exactly)):
-            for part, (name, limit) in itertools.product(found, limits.items()):
-                if not _holds(value := getattr(part, name, None), limit, relation):
-                    raise PrivacyError(f"this site insists on {self.technique} with {name} of {relation} {limit!r}, "
-                                       f"the plan has {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,24 +40,29 @@ class Budget:
     delta: float
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.epsilon) and 0 < self.epsilon < math.inf
-                and _is_number(self.delta) and 0 < self.delta < 1):
+        if not (is_number(self.epsilon) and 0 < self.epsilon < math.inf
+                and is_number(self.delta) and 0 < self.delta < 1):
             raise ValueError(f"a budget is a positive epsilon and a delta between 0 and 1, got {self!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SitePolicy:
+class SitePolicy(Limits):
     """What a site allows of a run that a server proposes. By default it requires only that all code is known to it.
+
+    The limits of a round's work are those of `Limits`.
 
     Args:
         require: techniques that every run must protect this site with.
         budgets: the most privacy to spend, by unit ("patient", "site"). A unit with a budget must be protected.
         max_rounds: most rounds of a run, and most different models that this site answers in one run.
-        max_updates: most updates that this site ever sends, over all runs.
-        secure_mode: whether noise must come from the operating system wherever a technique can draw it from there.
+        max_updates: most updates that this site ever sends, over all runs. An update that is asked for again is sent
+            again and counts again, also after a restart, and whether or not the server uses it: with noise from the
+            operating system each is another one, and their mean has less noise.
+        secure_mode: whether all noise that a guarantee rests on must come from the operating system.
         min_sites: fewest sites that a run must have.
         approved: technique files in the site's folder `techniques/`, module name to SHA-256 of the file.
-        installed: names of installed modules beyond fedlab, torch and MONAI that a plan may name.
+        installed: names of installed modules beyond fedlab, torch and MONAI that a plan may name. Of them, as of an
+            approved file, a plan makes parts of a run only, see `fedlab.deploy.objects`.
         tell_errors: whether the text of errors may leave this site, where no guarantee forbids it: it can quote file
             names, values or pseudonyms. Otherwise the server receives the kind of the error and the stage.
 
@@ -133,11 +83,14 @@ class SitePolicy:
     def __post_init__(self) -> None:
         check_whole(optional=True, max_rounds=self.max_rounds, max_updates=self.max_updates)
         check_whole(min_sites=self.min_sites)
+        self.check_limits()
         for name in ("secure_mode", "tell_errors"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is true or false, got {getattr(self, name)!r}")
         if not self.budgets.keys() <= {"patient", "site"}:
             raise ValueError(f"budgets are per 'patient' or per 'site', got {sorted(self.budgets)}")
+        if isinstance(self.installed, str) or not all(isinstance(name, str) for name in self.installed):
+            raise ValueError(f"installed is a list of names of modules, got {self.installed!r}")
         for module, digest in self.approved.items():
             if not module.isidentifier() or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
                 raise ValueError(f"approved files are a module name and a SHA-256 of 64 hexadecimal digits, got "
@@ -162,7 +115,7 @@ class SitePolicy:
             required.check(privacy, aggregation)
         parts: tuple[Privacy | Aggregation, ...] = (*privacy.layers, aggregation)
         for part in parts if self.secure_mode else ():
-            if getattr(part, "secure_mode", True) is not True and getattr(part, "noise_multiplier", True):
+            if draws_noise(part) and getattr(part, "secure_mode", False) is not True:
                 raise PrivacyError(f"secure_mode: this site takes noise from the operating system only, which "
                                    f"{type(part).__name__}(secure_mode=True) does; the plan has {part!r}")
         for unit, budget in self.budgets.items():
@@ -175,13 +128,31 @@ class SitePolicy:
                 raise PrivacyError(f"budget: this site states ε per {unit} at δ of at most {budget.delta:g}, the plan "
                                    f"has {stated:g}")
 
+    def check_round(self, state: ServerState, site_state: SiteState) -> None:
+        """Before a round: whether its clipping norms are within the policy, wherever they are kept.
+
+        Raises:
+            PrivacyError: a clipping norm that the server broadcasts, or that a technique of this site has moved, is
+                beyond `broadcast_clip` or the limits of a required technique.
+        """
+        for clip in clips_in(state.broadcast):
+            self.check_clip(clip)
+        own = (slots for owner, slots in site_state.namespaces.items() if owner.startswith("privacy"))
+        for clip in clips_in(state.broadcast, *own):
+            for required in self.require:
+                required.check_clip(clip)
+
     def check_spent(self, ledger: Ledger | None) -> None:
         """Before an update leaves: whether this round was charged to the site's ledger, and within its budgets.
 
         Raises:
             PrivacyBudgetExhausted: the ledger exceeds a budget; the update must not leave.
-            PrivacyError: the round was not charged for a unit that has a budget, or at a larger δ.
+            PrivacyError: the round was not charged for a unit that has a budget, or at a larger δ, or with noise that
+                repeats where the policy says secure_mode.
         """
+        if self.secure_mode and ledger is not None and ledger.seeded:
+            raise PrivacyError("secure_mode: this site takes noise from the operating system only; that of this round "
+                               "was drawn from the seed of the run")
         by_unit: dict[str, Spent] = {one.unit: one for one in ledger.spent()} if ledger else {}
         for unit, budget in self.budgets.items():
             terms = f"ε = {budget.epsilon:g} per {unit} at δ = {budget.delta:g}"
@@ -202,6 +173,7 @@ class SitePolicy:
             self.secure_mode and "draws noise from the operating system only (secure_mode)",
             self.max_rounds and f"max_rounds = {self.max_rounds}",
             self.max_updates and f"max_updates = {self.max_updates}",
+            *self.limit_lines(),
             self.min_sites > 1 and f"takes part in runs of at least {self.min_sites} sites",
             self.installed and f"runs may name the installed modules {', '.join(self.installed)}",
             self.tell_errors and "sends the server the text of errors where no guarantee forbids it",
@@ -249,7 +221,7 @@ class SitePolicy:
             exec(compile(self._source(module, techniques), str(path), "exec"), vars(made))
         except Exception as error:
             del sys.modules[module]
-            raise PrivacyError(f"the approved file {path} cannot be run: {type(error).__name__}: {error}") from error
+            raise PrivacyError(f"the approved file {path} cannot be run ({type(error).__name__})") from error
         return made
 
     def _source(self, module: str, techniques: Path) -> bytes:
@@ -260,27 +232,11 @@ class SitePolicy:
         try:
             source = path.read_bytes()
         except OSError as error:
-            raise PrivacyError(f"the approved file {path} cannot be read ({error}); put it back") from error
+            raise PrivacyError(f"the approved file {path} cannot be read ({type(error).__name__}); put it "
+                               "back") from error
         found = hashlib.sha256(source).hexdigest()
         if found != self.approved[module]:
             raise PrivacyError(f"{path} has the SHA-256 {found}, approved is {self.approved[module]}: it was changed "
                                "since; review it and approve it again")
         return source
 
-
-def _holds(value: Any, limit: Any, relation: str) -> bool:
-    """Whether a setting is within a limit; a missing setting or one that is no number is not."""
-    if relation == "exactly":
-        return type(value) is type(limit) and bool(value == limit)
-    value = getattr(value, "start", value)  # of an AdaptiveClip
-    return _is_number(value) and bool(value >= limit if relation == "at least" else value <= limit)
-
-
-def _names(cls: type) -> tuple[str, ...]:
-    """The names by which a policy can require a class: only fedlab's own need no module."""
-    full = f"{cls.__module__}:{cls.__qualname__}"
-    return (full, cls.__qualname__) if cls.__module__.startswith("fedlab.privacy.") else (full,)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,7 +15,8 @@ from fedlab.core.types import Site
 from fedlab.data.cards.card import read_card
 from fedlab.data.readers.folders import read_cohort, read_sites
 from fedlab.data.sites.partition import split_patients
-from fedlab.deploy.policy import Budget, Required, SitePolicy
+from fedlab.deploy.policy import Budget, SitePolicy
+from fedlab.deploy.required import Required, nearest
 
 __all__ = ["SiteSettings", "enter_approved", "read_settings", "read_site", "write_settings"]
 
@@ -58,7 +59,8 @@ def read_settings(folder: Path | str) -> SiteSettings:
     site = _table(found, "site", {f.name for f in fields(SiteSettings)} - {"policy"}, path)
     policy = _table(found, "policy", {f.name for f in fields(SitePolicy)} - {"budgets"} | {"budget"}, path)
     if found:
-        raise ValueError(f"{path} has unknown tables {sorted(found)}; expected [site] and [policy]")
+        raise ValueError(f"{path} has unknown tables {sorted(found)}{nearest(min(found), ('site', 'policy'))}; "
+                         "expected [site] and [policy]")
     for key in ("name", "data"):
         if not isinstance(site.get(key), str) or not site[key]:
             raise ValueError(f"{path}: [site] needs {key} = \"…\"")
@@ -79,15 +81,21 @@ def _policy(found: dict[str, Any]) -> SitePolicy:
         if not isinstance(terms, dict) or terms.keys() != {"max_epsilon", "delta"}:
             raise ValueError(f"[policy.budget.{unit}] has max_epsilon and delta and nothing else, got {terms!r}")
         budgets[unit] = Budget(epsilon=terms["max_epsilon"], delta=terms["delta"])
-    require, installed = map(Required.read, found.pop("require", [])), found.pop("installed", ())
-    return SitePolicy(**found, installed=tuple(installed), budgets=budgets, require=tuple(require))
+    lists = {name: found.pop(name, []) for name in ("require", "installed")}
+    if not all(isinstance(value, list) for value in lists.values()):
+        raise ValueError(f"require and installed are lists, such as [\"DPSGD\"], got {lists!r}")
+    if "broadcast_clip" in found and isinstance(found["broadcast_clip"], list):
+        found["broadcast_clip"] = tuple(found["broadcast_clip"])
+    return SitePolicy(**found, installed=tuple(lists["installed"]), budgets=budgets,
+                      require=tuple(map(Required.read, lists["require"])))
 
 
 def _table(found: dict[str, Any], name: str, known: set[str], path: Path) -> dict[str, Any]:
     table = found.pop(name, {})
     if not isinstance(table, dict) or not table.keys() <= known:
         unknown = sorted(table.keys() - known) if isinstance(table, dict) else table
-        raise ValueError(f"{path}: [{name}] knows {', '.join(sorted(known))}; got {unknown!r}")
+        meant = nearest(unknown[0], known) if isinstance(unknown, list) else ""
+        raise ValueError(f"{path}: [{name}] knows {', '.join(sorted(known))}; got {unknown!r}{meant}")
     return table
 
 

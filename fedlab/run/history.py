@@ -17,7 +17,7 @@ from fedlab.run.svg_charts import chart
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["History", "noise_repeats", "record_of"]
+__all__ = ["History", "draws_noise", "noise_repeats", "record_of"]
 
 
 def _frame(rows: list[dict[str, Any]], *index: str, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -38,11 +38,20 @@ def record_of(finished: Round) -> dict[str, Any]:
     }
 
 
+def draws_noise(part: Any) -> bool:
+    """Whether a technique or an aggregation adds noise that a guarantee rests on.
+
+    One that works at the server and does not say otherwise is taken to add noise there, except one that only keeps
+    tensors at the sites.
+    """
+    noise = bool(getattr(part, "noise_multiplier", "secure_mode" in dir(part)))
+    return bool(part.units) or noise or (getattr(part, "works_at_server", False) and not part.keeps_tensors)
+
+
 def noise_repeats(run: Run) -> bool:
     """Whether noise that a guarantee of the run rests on repeats with its seed."""
     parts: list[Any] = [run.aggregation, *(part for site in run.names for part in layers_at(run.privacy.layers, site))]
-    return any((part.units or getattr(part, "works_at_server", False)) and not getattr(part, "secure_mode", False)
-               for part in parts)
+    return any(draws_noise(part) and getattr(part, "secure_mode", False) is not True for part in parts)
 
 
 class History:

@@ -332,7 +332,7 @@ def test_nothing_is_imported_while_any_part_of_a_plan_is_bad(place: int, tmp_pat
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"h2_marks_its_import_{place}"
     (tmp_path / f"{name}.py").write_text("import pathlib\npathlib.Path('imported').touch()\n"
-                                                     "def thing(): pass\n")
+                                                     "import torch\nclass thing(torch.nn.Module): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     parts: list[Any] = [{"name": f"{name}:thing"}]
@@ -348,7 +348,7 @@ def test_nothing_is_imported_while_any_part_of_a_plan_is_bad(place: int, tmp_pat
 
 def test_names_are_taken_only_where_they_are_defined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "h2_imports_others.py").write_text("from os import system\nfrom pathlib import Path\nx = 3\n"
-                                                   "class Own:\n    pass\nAlias = Own\n")
+                                                   "import torch\nclass Own(torch.nn.Module):\n    pass\nAlias = Own\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("system", "Path", "x", "Alias", "gone"):
         with pytest.raises(PrivacyError, match="no class or function that h2_imports_others defines"):

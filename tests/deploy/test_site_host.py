@@ -325,13 +325,13 @@ def test_two_processes_on_one_folder_are_refused(host: Any, tmp_path: Path) -> N
 
 
 def test_a_site_answers_only_as_many_models_as_it_allows(host: Any) -> None:
-    one = host(SitePolicy(max_rounds=3, max_updates=4))
+    one = host(SitePolicy(max_rounds=3, max_updates=5))
     run = begin(one, plan_of())
-    for shift in (0.0, 0.1, 0.1, 0.2):
+    for shift in (0.0, 0.1, 0.1, 0.2):  # three models, four updates
         assert isinstance(ask(one, run, 0, shift=shift), Update)
     over = ask(one, run, 1)
     assert isinstance(over, Withdrawal) and "max_rounds" in over.reason
-    again = host(SitePolicy(max_rounds=3, max_updates=4))  # it is on disk
+    again = host(SitePolicy(max_rounds=3, max_updates=5))  # it is on disk
     other = begin(again, plan_of(seed=1))
     assert isinstance(ask(again, other, 0), Update)
     over = ask(again, other, 1)

@@ -244,9 +244,12 @@ class Ledger:
 
     def charged(self, unit: Unit) -> bool:
         """Whether this round's entries hold one for `unit`."""
-        return any(e["terms"]["unit"] == unit and (e["round"], e["stream"]) == (self._note["round"],
-                                                                              self._note["stream"])
-                   for e in self._note["entries"])
+        return any(e["terms"]["unit"] == unit for e in self._of_round())
+
+    @property
+    def seeded(self) -> bool:
+        """Whether noise that this round's entries rest on is drawn from the seed of the run."""
+        return any(e["seeded"] for e in self._of_round())
 
     def merge(self, other: Ledger) -> None:
         """Takes in the entries of another copy of this ledger; entries of both count once.
@@ -290,6 +293,10 @@ class Ledger:
             if known.unit == terms.unit and known != terms:
                 raise PrivacyError(f"earlier releases ({known}) cannot be added up with this one ({terms}); use the "
                                    "same δ, adjacency and accountant")
+
+    def _of_round(self) -> list[dict[str, Any]]:
+        now = (self._note["round"], self._note["stream"])
+        return [entry for entry in self._note["entries"] if (entry["round"], entry["stream"]) == now]
 
     def _all(self) -> list[dict[str, Any]]:
         return _joined(self._note["entries"], self._note["before"])

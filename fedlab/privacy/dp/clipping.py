@@ -11,8 +11,10 @@ import torch
 from fedlab.core.settings import check_positive
 from fedlab.core.types import Update
 
-__all__ = ["AdaptiveClip", "check_clip", "clip_update", "noise_beside_bits"]
+__all__ = ["CLIPPING_NORM", "AdaptiveClip", "check_clip", "clip_update", "noise_beside_bits"]
 
+#: Under this name the norm of an `AdaptiveClip` is kept at a site, or broadcast by the server.
+CLIPPING_NORM = "clipping norm"
 #: Clipping aims this much below the norm, so that rounding to float32 cannot lift an update above it.
 _MARGIN = 1e-6
 

@@ -21,7 +21,7 @@ from fedlab.core.types import Site, SiteState, Spent, Update
 from fedlab.core.weights import trainable
 from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.dp.clipping import AdaptiveClip, check_clip, noise_beside_bits
+from fedlab.privacy.dp.clipping import CLIPPING_NORM, AdaptiveClip, check_clip, noise_beside_bits
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
 from fedlab.privacy.dp.validators import Loss, check_loss, check_private
 from fedlab.privacy.noise.continuous import standard_normal
@@ -29,7 +29,6 @@ from fedlab.privacy.noise.streams import noise_generator
 
 __all__ = ["DPSGD", "PatientBatches"]
 
-_CLIP = "clipping norm"
 _ADJACENCY = "add or remove one patient"
 #: Networks that `check_private` has passed in this process, and for which gradients.
 _FIT: WeakKeyDictionary[nn.Module, set[Gradients]] = WeakKeyDictionary()
@@ -242,7 +241,7 @@ class _Steps:
 
         clip: Any = self.technique.clip
         if isinstance(clip, AdaptiveClip):
-            clip = float(self.state.own.get(_CLIP, clip.start))
+            clip = float(self.state.own.get(CLIPPING_NORM, clip.start))
         clip = min(clip, torch.finfo(torch.float32).max)
         kind = DPOptimizer
         if self.technique.per_layer:
@@ -294,7 +293,7 @@ class _Steps:
             for left in ("grad_sample", "summed_grad"):
                 p.__dict__.pop(left, None)
         if isinstance(self.technique.clip, AdaptiveClip):
-            self.state.own[_CLIP] = torch.tensor(self.optimiser.max_grad_norm, dtype=torch.float64)
+            self.state.own[CLIPPING_NORM] = torch.tensor(self.optimiser.max_grad_norm, dtype=torch.float64)
         self.state.diagnostics.update({
             "norms of patients' gradients": torch.tensor(self.seen, dtype=torch.float64),
             "share beyond the clipping norm": torch.tensor(self.beyond / max(1, len(self.seen)), dtype=torch.float64),

@@ -19,12 +19,12 @@ from fedlab.core.settings import check_positive
 from fedlab.core.types import Cohort, ServerState, SiteState, Spent, Tensors, Update
 from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.dp.clipping import AdaptiveClip, check_clip, clip_update, noise_beside_bits
+from fedlab.privacy.dp.clipping import CLIPPING_NORM, AdaptiveClip, check_clip, clip_update, noise_beside_bits
 from fedlab.privacy.noise.continuous import standard_normal
 
 __all__ = ["CentralGaussian", "LocalGaussian"]
 
-_CLIP, _BIT = "clipping norm", "within_clip"
+_BIT = "within_clip"
 
 
 class LocalGaussian(Privacy):
@@ -178,7 +178,7 @@ class CentralGaussian(Privacy):
                                    "fedlab.strategies.weighted_mean, and change no metrics after CentralGaussian")
             bits = mean.metrics.get(_BIT, 0.0) * len(cohort) + self.clip.bit_noise * float(standard_normal((), source))
             moved = self.clip.moved(clip, 0.5 + bits / expected)
-            state.broadcast[_CLIP] = torch.tensor(moved, dtype=torch.float64)
+            state.broadcast[CLIPPING_NORM] = torch.tensor(moved, dtype=torch.float64)
         return replace(mean, delta=delta, metrics={}, spent=ledger.spent())
 
     def _release(self, sample: float) -> Gaussian:
@@ -188,7 +188,7 @@ class CentralGaussian(Privacy):
         """The clipping norm of this round, the same at the server and its sites."""
         if not isinstance(self.clip, AdaptiveClip):
             return self.clip
-        return float(broadcast.get(_CLIP, self.clip.start))
+        return float(broadcast.get(CLIPPING_NORM, self.clip.start))
 
 
 def _noise(like: Tensors, std: float, rng: torch.Generator | None) -> Mapping[str, torch.Tensor]:
