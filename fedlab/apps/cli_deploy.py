@@ -30,7 +30,7 @@ def add_deploy(commands: Any) -> None:
     add_command(kinds, "deploy status", _status, {"place": {"type": Path, "metavar": "DIR"}})
     add_command(kinds, "deploy submit", _submit, {
         "run": {"type": Path, "metavar": "RUN"}, "--kit": {**kit, "required": True}, "--leave": FLAG,
-        "--wait": {"type": float, "default": 600.0, "metavar": "SECONDS"}})
+        "--repeatable-noise": FLAG, "--wait": {"type": float, "default": 600.0, "metavar": "SECONDS"}})
     add_command(kinds, "deploy abort", _abort, {"job": {"metavar": "JOB"}, "--kit": {**kit, "required": True}})
 
 
@@ -95,7 +95,7 @@ def _ask_server(kit: Path) -> None:
 def _submit(options: argparse.Namespace) -> None:
     from fedlab.engines.nvflare.environments import Production
 
-    researcher = Production(kit=options.kit, wait=options.wait)
+    researcher = Production(kit=options.kit, wait=options.wait, repeatable_noise=options.repeatable_noise)
     if options.leave:
         print(f"job {researcher.submit(options.run)}; follow it with: fedlab deploy submit {options.run} --kit "
               f"{options.kit}")

@@ -75,7 +75,7 @@ def _show(options: argparse.Namespace) -> None:
         print(f"  approved {module}.py: {_state_of(options.folder / 'techniques' / f'{module}.py', digest)}")
     answers = options.folder / "ledger" / "answers.json"
     known = json.loads(answers.read_text(encoding="utf-8")) if answers.is_file() else {}
-    print(f"\nanswered  {sum(map(len, known.values()))} models in {len(known)} runs")
+    print(f"\nsent      {sum(map(len, known.values()))} updates in {len(known)} runs")
     file = LedgerFile(options.folder / "ledger", settings.name)
     if not file.path.is_file():
         print("privacy   nothing was released under a guarantee")

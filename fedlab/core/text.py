@@ -10,8 +10,9 @@ __all__ = ["escape_markdown", "without_folders"]
 
 #: The beginning of an absolute path: /, ~/, C:\, \\server\, file:///.
 _ROOT = r"(?:\bfile:|~\w*|\b[A-Za-z]:)?[/\\]+"
-#: Folders up to the last separator; a name may hold blanks, but no punctuation of a sentence.
-_FOLDERS = r"(?:[^\s'\"`<>|:;,()\[\]{}/\\]+(?: [^\s'\"`<>|:;,()\[\]{}/\\.]+){0,3}[/\\]+)*"
+#: Folders up to the last separator. A name may hold blanks and no punctuation of a sentence, and then no dot.
+_WORD, _BARE = r"[^\s'\"`<>|:;,()\[\]{}/\\]+", r"[^\s'\"`<>|:;,()\[\]{}/\\.]+"
+_FOLDERS = rf"(?:(?:{_WORD}|{_BARE}(?: {_BARE}){{1,3}})[/\\]+)*"
 _QUOTED = re.compile(rf"""(?P<quote>['"`])(?:{_ROOT}|\.{{1,2}}[/\\])[^'"`\n]*?(?P<name>[^/\\'"`\n]*)(?P=quote)""")
 _ABSOLUTE = re.compile(rf"(?<!https:)(?<!http:)(?<![\w.)\]/]){_ROOT}(?=[^\s/\\]){_FOLDERS}")
 _RELATIVE = re.compile(r"(?<![\w/\\])(?:[\w.+@%~-]+[/\\]+)+(?=[\w+@%~-][\w.+@%~-]*\.[A-Za-z]\w*)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from fedlab.apps.cli import main
 from fedlab.core.errors import RunError
 from fedlab.core.types import SiteState
-from fedlab.deploy.policy import Budget, Required
+from fedlab.deploy.policy import Budget, Required, SitePolicy
 from fedlab.deploy.settings import _toml, read_settings
 from fedlab.deploy.technique_file import source_of
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Terms
@@ -80,7 +81,8 @@ def folder(scans: Path, tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-def test_every_line_of_the_template_that_is_commented_out_is_a_setting(folder: Path) -> None:
+def test_every_line_of_the_template_that_is_commented_out_is_a_setting(folder: Path,
+                                                                       capsys: pytest.CaptureFixture[str]) -> None:
     text = (folder / "site.toml").read_text(encoding="utf-8")
     lines = [line[2:] if line.startswith("# ") and (" = " in line.split("#")[1] or line.startswith("# [")) and
              not line.startswith(("# Tech", "# Noise", "# This", "# Every")) else line for line in text.splitlines()]
@@ -91,6 +93,30 @@ def test_every_line_of_the_template_that_is_commented_out_is_a_setting(folder: P
     assert [required.technique for required in settings.policy.require] == ["SecureAggregation", "DPSGD"]
     assert settings.policy.require[1].least == {"noise_multiplier": 0.8}
     assert settings.policy.installed == ("my_hospital.networks",) and settings.held_out == 0.2
+    assert settings.policy == SitePolicy(
+        require=settings.policy.require, budgets=settings.policy.budgets, installed=settings.policy.installed,
+        secure_mode=True, max_rounds=100, max_updates=500, min_sites=3, max_steps=200, max_batch=16, max_crops=4,
+        max_passes=10, broadcast_clip=(0.01, 10.0))
+    assert main(["site", "show", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("at most 200 optimiser steps per round (max_steps)", "at most 16 patients per step (max_batch)",
+                  "at most 4 crops of a patient per gradient (max_crops)", "at most 10 passes per round (max_passes)",
+                  "a broadcast clipping norm lies between 0.01 and 10", "max_updates = 500", "secure_mode"):
+        assert words in printed
+
+
+def test_the_help_shows_every_rule_in_an_example_that_is_valid(folder: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["site", "init", "--help"])
+    example = capsys.readouterr().out.partition("  [policy]\n")[2].partition("\npositional")[0]
+    example = "\n".join(line.strip() for line in example.splitlines())
+    path = folder / "site.toml"
+    before = path.read_text(encoding="utf-8").partition("[policy]")[0]
+    path.write_text(f"{before}[policy]\n{example}", encoding="utf-8")
+    shown = {f.name for f in fields(SitePolicy) if f"{f.name} = " in example} | {"budgets"}
+    assert shown == {f.name for f in fields(SitePolicy)} - {"approved", "installed", "tell_errors"}
+    assert read_settings(folder).policy.max_crops == 4
 
 
 def test_the_budget_of_a_required_technique_is_limited_by_its_own_name() -> None:

@@ -12,16 +12,31 @@ import torch
 
 from cohorts import TinyNet, blob_sites
 from fedlab import DPSGD, FedAvg, Privacy, PrivacyError, SecureAggregation, SiteTrainer, federate
+from fedlab.apps.cli import main
+from fedlab.core.errors import RunError
 from fedlab.core.gate import check_update
 from fedlab.core.types import Round, ServerState, SiteState, Spent, Update
 from fedlab.data import site_statistics
 from fedlab.deploy.messages import pack_answer, unpack_answer
 from fedlab.deploy.plan import built
-from fedlab.engines.nvflare.run_folder import FinishedRounds, read_round
-from fedlab.privacy import CentralGaussian, Gaussian, Ledger, LedgerFile, LocalGaussian, SparseVector, Terms
+from fedlab.engines import NVFlare, Production
+from fedlab.engines.nvflare.run_folder import FinishedRounds, SavedRun, read_round
+from fedlab.privacy import (
+    AtSites,
+    CentralGaussian,
+    Gaussian,
+    Ledger,
+    LedgerFile,
+    LocalGaussian,
+    PersonalLayers,
+    SharePercentile,
+    SparseVector,
+    Terms,
+)
 from fedlab.privacy.accounting.ledger import check_statement
 from fedlab.privacy.aggregation import Aggregation
-from fedlab.run.history import History
+from fedlab.run.federate import make_run
+from fedlab.run.history import History, noise_repeats
 from fedlab.view.model_card import make_model_card
 from fedlab.view.report_page import privacy_section
 from fedlab.view.run_figures import privacy_curves
@@ -123,3 +138,51 @@ def test_a_site_cannot_leave_the_remark_out() -> None:
     check_statement(honest, [with_secure_mode(technique, True)])  # an earlier run of the site may have repeated
     with pytest.raises(PrivacyError, match="statements of privacy"):
         check_update(replace(honest, spent=(Spent(**{**spent, "repeats": 1}),)), like=honest.delta, site="a")
+
+
+# At hospitals
+
+
+def parts(name: str, *, secure: bool) -> dict[str, Any]:
+    part, more = NOISY[name]
+    kind = "aggregation" if isinstance(part, Aggregation) else "privacy"
+    return {kind: with_secure_mode(part, secure), **more}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_production_refuses_noise_that_repeats_unless_told_otherwise(tmp_path: Path, name: str,
+                                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    names, none = ["a", "b", "c"], tmp_path / "none"
+    folders = {secure: NVFlare().save(tmp_path / str(secure), TRAINER, names, rounds=1, **parts(name, secure=secure))
+               for secure in (False, True)}
+    strict, told = Production(kit=none), Production(kit=none, repeatable_noise=True)
+    for ask in (lambda place, folder: place.submit(folder), lambda place, folder: list(place.follow(folder)),
+                lambda place, folder: list(place.rounds(SavedRun.read(folder), [], have=0))):
+        with pytest.raises(PrivacyError, match="noise of this run repeats with its seed"):
+            ask(strict, folders[False])
+        for place, folder in ((told, folders[False]), (strict, folders[True]), (told, folders[True])):
+            with pytest.raises(RunError):  # only now is the kit looked for
+                ask(place, folder)
+    with pytest.raises(PrivacyError, match="repeatable_noise=True"):
+        federate(TRAINER, names, rounds=1, engine=NVFlare(env=strict), progress=False, **parts(name, secure=False))
+    for options, words in (([], "repeats with its seed"), (["--leave"], "repeats with its seed")):
+        assert main(["deploy", "submit", str(folders[False]), "--kit", str(none), *options]) == 1
+        assert words in capsys.readouterr().err
+    for folder, options in ((folders[False], ["--repeatable-noise"]), (folders[True], [])):
+        assert main(["deploy", "submit", str(folder), "--kit", str(none), *options]) == 1
+        assert "repeats with its seed" not in capsys.readouterr().err
+
+
+def test_a_run_without_noise_is_not_refused_and_one_of_unknown_noise_is(tmp_path: Path) -> None:
+    for number, privacy in enumerate((Privacy(), SharePercentile(), PersonalLayers(names=["last*"]),
+                                      DPSGD(clip=1.0, noise_multiplier=0.0, delta=0.1, batch=2))):
+        assert not noise_repeats(make_run(TRAINER, SITES, privacy=privacy))
+        folder = NVFlare().save(tmp_path / str(number), TRAINER, ["a", "b"], rounds=1, privacy=privacy)
+        assert not SavedRun.read(folder).noise_repeats
+    one = AtSites(sites=("site-1",), technique=NOISY["LocalGaussian"][0])
+    assert noise_repeats(make_run(TRAINER, SITES, privacy=one + SharePercentile()))
+    note = json.loads((folder / "times.json").read_text())
+    for repeats in ({}, {"noise_repeats": None}, {"noise_repeats": 0}):  # by hand, or saved before this was noted
+        (folder / "times.json").write_text(json.dumps({"seconds": note["seconds"], "patience": 1.0, **repeats}))
+        with pytest.raises(PrivacyError, match="repeats with its seed"):
+            Production(kit=tmp_path).submit(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from fedlab.run import Admission, History, SiteStates
 from fedlab.run.site_task import SiteTask
 from fedlab.strategies import SCAFFOLD, FedNova, FedOpt
 from fedlab.topologies import Gossip, ring, star
-from fedlab.training import augmentation
+from fedlab.training import PolyDecay, augmentation
 
 POLICY = SitePolicy(installed=("cohorts", "test_remote"), tell_errors=True)
 SIZES = (3, 2, 4)
@@ -123,9 +123,11 @@ def sha(history: History) -> str:
     return weights_sha256(history.state.model)
 
 
-def falling(round: int, *, start: float) -> float:
+class Halving(PolyDecay):
     """A learning rate that halves every round."""
-    return start / 2**round
+
+    def __call__(self, round: int) -> float:
+        return self.start / 2**round
 
 
 DP = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=2)
@@ -135,7 +137,7 @@ CASES = {
     "FedProx": {"strategy": FedProx(mu=0.5)},
     "FedOpt": {"strategy": FedOpt(rule="adam", server_lr=0.01)},
     "SCAFFOLD": {"strategy": SCAFFOLD()},
-    "SCAFFOLD on a schedule": {"strategy": SCAFFOLD(), "settings": {"lr": partial(falling, start=0.05)}},
+    "SCAFFOLD on a schedule": {"strategy": SCAFFOLD(), "settings": {"lr": Halving(start=0.05, rounds=9)}},
     "FedNova": {"strategy": FedNova(), "settings": {"steps": None, "epochs": 1, "batch_size": 1}},
     "DPSGD": {"privacy": DP},
     "DPSGD at one site, sums hidden": {"strategy": FedAvg(weights="uniform"), "privacy": AtSites(

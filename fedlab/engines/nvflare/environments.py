@@ -31,6 +31,7 @@ from fedlab.engines.nvflare.kits import begin, check_site_names, class_rules, fr
 from fedlab.engines.nvflare.run_folder import FinishedRounds, SavedRun
 from fedlab.engines.nvflare.simulation import SIMULATION, prepare_simulation
 from fedlab.run.federate import make_run
+from fedlab.run.history import noise_repeats
 from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["Environment", "NVFlare", "Production", "ProofOfConcept", "Simulation"]
@@ -138,7 +139,7 @@ class ProofOfConcept:
             try:
                 for name in ("server", *names):
                     begin(kits / name, environment=_variables(folder, threads))
-                researcher = Production(kit=kits / "admin", threads=threads, wait=self.wait)
+                researcher = Production(kit=kits / "admin", threads=threads, wait=self.wait, repeatable_noise=True)
                 yield from researcher.rounds(saved, sites, have=have)
             finally:
                 for name in (*names, "server"):
@@ -157,14 +158,23 @@ class Production:
         threads: of torch at the sites; by default each site's own choice.
         wait: seconds until enough sites must be connected for a job to begin.
         patience: seconds for which the server may be unreachable, such as for a restart.
+        repeatable_noise: whether to send a run whose noise repeats with its seed. The server knows the seed and can
+            subtract that noise: for research only.
     """
 
     kit: Path | str
     threads: int = 0
     wait: float = 600.0
     patience: float = 600.0
+    repeatable_noise: bool = False
 
     def rounds(self, saved: SavedRun, sites: Sequence[Site], *, have: int) -> Iterator[Round]:
+        """The rounds of a run from number `have` on.
+
+        Raises:
+            PrivacyError: noise of the run repeats with its seed, and `repeatable_noise` does not allow it.
+        """
+        self._check_noise(saved)
         check_site_names(saved.plan.sites)
         with Admin(Path(self.kit), patience=self.patience) as admin:
             raise_if_failed((yield from watch(admin, saved, have=have, wait=self.wait, threads=self.threads)))
@@ -174,8 +184,10 @@ class Production:
 
         Raises:
             RunError: the folder holds no run, or the server does not accept it.
+            PrivacyError: as `rounds`.
         """
         saved = SavedRun.read(folder)
+        self._check_noise(saved)
         with Admin(Path(self.kit), patience=20.0) as admin:
             return admin.submit(saved, threads=self.threads)
 
@@ -198,6 +210,13 @@ class Production:
             weights = folder / "weights.safetensors"
             save_run_weights(weights, last.state.model, plan=saved.plan)
             yield f"weights after round {last.number + 1}: {weights}"
+
+    def _check_noise(self, saved: SavedRun) -> None:
+        if saved.noise_repeats and self.repeatable_noise is not True:
+            raise PrivacyError("noise of this run repeats with its seed, so the server, which knows the seed, can "
+                               "subtract it; say secure_mode=True in each technique and aggregation that adds noise. "
+                               "For research only: Production(repeatable_noise=True), or fedlab deploy submit "
+                               "--repeatable-noise")
 
 
 class NVFlare:
@@ -252,7 +271,7 @@ class NVFlare:
                        topology=run.topology, admission=run.admission, rounds=run.rounds, seed=run.seed,
                        sites=run.sites)
         return SavedRun(plan=plan, start=pack_weights(run.trainer.initial_model()), patience=self.patience,
-                        seconds=self.seconds or _seconds(run))
+                        seconds=self.seconds or _seconds(run), noise_repeats=noise_repeats(run))
 
     def _rounds(self, saved: SavedRun, sites: Sequence[Site], state: ServerState | None) -> Iterator[Round]:
         number = 0 if state is None else state.round

@@ -30,12 +30,14 @@ class SavedRun:
         start: packed first weights.
         seconds: longest time for a site's answer.
         patience: seconds of silence after which a site counts as gone.
+        noise_repeats: whether noise that a guarantee rests on repeats with the seed, which the server knows.
     """
 
     plan: Plan
     start: bytes
     seconds: float
     patience: float
+    noise_repeats: bool = True
 
     @property
     def job_name(self) -> str:
@@ -52,8 +54,8 @@ class SavedRun:
             raise RunError(f"{folder} is not empty; choose another folder, nothing is overwritten")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "start.safetensors").write_bytes(self.start)
-        (folder / "times.json").write_text(json.dumps({"seconds": self.seconds, "patience": self.patience}),
-                                           encoding="utf-8")
+        note = {"seconds": self.seconds, "patience": self.patience, "noise_repeats": self.noise_repeats}
+        (folder / "times.json").write_text(json.dumps(note), encoding="utf-8")
         (folder / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
         return folder
 
@@ -68,7 +70,7 @@ class SavedRun:
             times = json.loads((folder / "times.json").read_text(encoding="utf-8"))
             return cls(plan=Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"), sender=str(folder)),
                        start=(folder / "start.safetensors").read_bytes(), seconds=float(times["seconds"]),
-                       patience=float(times["patience"]))
+                       patience=float(times["patience"]), noise_repeats=times.get("noise_repeats") is not False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{folder} holds no run written by NVFlare.save ({error})") from error
 

@@ -81,7 +81,7 @@ class Hospitals:
                 for name in NAMES]
 
     def engine(self, *, patience: float = 20.0) -> NVFlare:
-        return NVFlare(env=Production(kit=self.kits / "admin", threads=1), patience=patience)
+        return NVFlare(env=Production(kit=self.kits / "admin", threads=1, repeatable_noise=True), patience=patience)
 
 
 UNIFORM = FedAvg(weights="uniform")
