@@ -20,7 +20,7 @@ from typing import Any
 from fedlab.core.errors import RunError
 from fedlab.core.extras import install_command, need
 from fedlab.core.files import append_whole, replacing
-from fedlab.core.types import Round
+from fedlab.core.types import REPEATS, Round
 
 __all__ = ["CsvTracker", "MLflowTracker", "TensorBoardTracker"]
 
@@ -192,7 +192,7 @@ def numbers(finished: Round) -> Iterator[tuple[str, str, float]]:
         for one in spent:
             # An ε has no meaning without δ, unit, adjacency and accountant, so they are in its name.
             yield site, (f"epsilon at delta {one.delta:g} per {one.unit}, {one.adjacency}, {one.accountant} "
-                         "accountant"), float(one.epsilon)
+                         f"accountant{f', {REPEATS}' * one.repeats}"), float(one.epsilon)
 
 
 def _key(site: str, name: str) -> str:

@@ -80,7 +80,7 @@ class Knobs:
         # Two updates of a site, each clipped, differ by at most twice the clipping norm.
         release = Gaussian(noise_multiplier=self.noise_multiplier / 2, steps=rounds)
         return Spent(epsilon=epsilon_of([release], delta=delta, accountant="gdp"), delta=delta, unit="site",
-                     accountant="gdp", adjacency="any two updates of a site")
+                     accountant="gdp", adjacency="any two updates of a site", repeats=True)
 
 
 class PrivacyPlayground:

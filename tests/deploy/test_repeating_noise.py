@@ -37,7 +37,9 @@ from fedlab.privacy.accounting.ledger import check_statement
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.run.federate import make_run
 from fedlab.run.history import History, noise_repeats
+from fedlab.run.trackers import numbers
 from fedlab.view.model_card import make_model_card
+from fedlab.view.playground import Knobs
 from fedlab.view.report_page import privacy_section
 from fedlab.view.run_figures import privacy_curves
 
@@ -121,9 +123,17 @@ def test_the_remark_travels_with_an_answer_and_with_a_finished_round(tmp_path: P
     finished.add(Round(number=0, state=ServerState(round=1, params={"w": torch.zeros(2)}), cohort=("a",), sites={},
                        spent={"a": spent}, metrics={}, seconds=1.0))
     assert read_round(finished.text(0), finished.weights(0)).spent == {"a": spent}
+    (name,) = [name for _, name, value in numbers(read_round(finished.text(0), finished.weights(0))) if value == 1.0
+               and "epsilon" in name]  # as trackers write it
+    assert (REMARK in name) is repeats
     note = json.loads(finished.text(0))
     del note["spent"]["a"][0]["repeats"]  # a round of before: in doubt it repeats
     assert read_round(json.dumps(note), finished.weights(0)).spent["a"][0].repeats
+
+
+def test_the_playground_says_it_of_its_example() -> None:
+    spent = Knobs(clip=1.0, noise_multiplier=4.0).spent(delta=0.01, rounds=10)
+    assert spent is not None and REMARK in str(spent)
 
 
 def test_a_site_cannot_leave_the_remark_out() -> None:
