@@ -58,7 +58,8 @@ def built(factory: Callable[..., _Made], **settings: Any) -> _Made:
 
     For networks, losses and transforms: `SiteTrainer(model=built(UNet, spatial_dims=3, ...), ...)`. Models of
     `segresnet` and transforms of `augmentation` carry the note already. Other processes must be able to import the
-    factory; its settings are plain values, with a seed where it draws the first weights.
+    factory, of fedlab, MONAI or torch, or a class of an approved file; its settings are plain values, with
+    a seed where it draws the first weights.
 
     Raises:
         ValueError: a factory or a setting that cannot travel, or a result that cannot carry the note.
@@ -226,13 +227,13 @@ def _name_of(value: Any) -> str:
     full = f"{module}:{name}"
     if module == "__main__" or _NAME.fullmatch(full) is None or getattr(sys.modules.get(module), name,
                                                                         None) is not value:
-        kind = "a class" if isinstance(value, type) else "a function"
+        kind, written = ("a class", "") if isinstance(value, type) else ("a function", " as a class")
         raise _NotImportable(
             name or repr(value)[:80],
             f"{name or repr(value)[:80]} is {kind} of a notebook, a script or another function, or its name begins "
-            "with an underscore, so other sites cannot import it: write it into a file (in a notebook: fedlab export "
-            "technique, or %%writefile as the first line of its cell), have that file approved at every site, and "
-            f"import {name.rpartition('.')[2] or 'it'} from there")
+            f"with an underscore, so other sites cannot import it: write it{written} into a file (in a notebook: fedlab "
+            "export technique, or %%writefile as the first line of its cell), have that file approved at every site, "
+            f"and import {name.rpartition('.')[2] or 'it'} from there")
     return full
 
 
