@@ -231,9 +231,9 @@ def _name_of(value: Any) -> str:
         raise _NotImportable(
             name or repr(value)[:80],
             f"{name or repr(value)[:80]} is {kind} of a notebook, a script or another function, or its name begins "
-            f"with an underscore, so other sites cannot import it: write it{written} into a file (in a notebook: fedlab "
-            "export technique, or %%writefile as the first line of its cell), have that file approved at every site, "
-            f"and import {name.rpartition('.')[2] or 'it'} from there")
+            f"with an underscore, so other sites cannot import it: write it{written} into a file (in a notebook: "
+            "fedlab export technique, or %%writefile as the first line of its cell), have that file approved at every "
+            f"site, and import {name.rpartition('.')[2] or 'it'} from there")
     return full
 
 
