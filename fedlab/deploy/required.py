@@ -127,7 +127,7 @@ class Required:
 
 def nearest(name: str, known: Collection[str]) -> str:
     """In words, the name that was probably meant; empty if none is similar."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) or [k for k in known if name and name in k]
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
