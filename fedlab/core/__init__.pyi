@@ -2,11 +2,12 @@ from .errors import DataError, FedlabError, PrivacyBudgetExhausted, PrivacyError
 from .kit import Kit
 from .protocols import Engine, Run, Strategy, Topology
 from .regions import labels_to_regions, regions_to_labels
-from .types import MODALITIES, REGIONS, Patient, Round, ServerState, Site, SiteState, Spent, Update
+from .types import MODALITIES, REGIONS, Patient, Round, ServerState, Site, SiteState, Spent, Update, rounded_up
 from .weights import load_weights, weights_sha256
 
 __all__ = [
     "MODALITIES", "REGIONS", "DataError", "Engine", "FedlabError", "Kit", "Patient", "PrivacyBudgetExhausted",
     "PrivacyError", "Round", "Run", "RunError", "ServerState", "Site", "SiteError", "SiteState", "Spent", "Strategy",
-    "Topology", "Update", "labels_to_regions", "load_weights", "regions_to_labels", "weights_sha256",
+    "Topology", "Update", "labels_to_regions", "load_weights", "regions_to_labels", "rounded_up",
+    "weights_sha256",
 ]

@@ -24,8 +24,8 @@ __all__ = ["MODALITIES", "REGIONS", "REPEATS", "Answer", "Cohort", "Failure", "M
 MODALITIES = ("FLAIR", "T1", "T1c", "T2")
 #: Channel order of every segmentation in fedlab: tumour core, whole tumour, enhancing tumour.
 REGIONS = ("TC", "WT", "ET")
-#: Beside every ε whose noise an adversary who knows the seed of the run can subtract.
-REPEATS = "noise repeats with the seed: for research"
+#: Beside an ε of noise that an adversary with the seed can subtract, and that is drawn in floating point.
+REPEATS = "noise repeats with the seed: for research, low bits not covered"
 
 #: Named tensors: a model's weights, or changes of them.
 Tensors = Mapping[str, torch.Tensor]

@@ -31,8 +31,8 @@ class Privacy:
         accountant: "rdp", "prv" or, where every record takes part in every step, "gdp"; see `Terms`.
         max_epsilon: the budget of a site, or of the server whose noise it is; no further part is taken rather than
             exceed it.
-        secure_mode: noise from the operating system, different in every run. Without it noise repeats with the seed of
-            the run, and an adversary who knows the seed, such as the server, can subtract it: for research.
+        secure_mode: noise from the operating system, exact on a public grid. Without it, for research, noise repeats
+            with the seed, which an adversary may know, such as the server, and subtract, and ε is for real numbers.
 
     Attributes:
         units: what the guarantee given at the site protects: {"patient"}, {"site"} or both.

@@ -20,7 +20,7 @@ from fedlab.core.files import filled_in
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import generator
 from fedlab.core.settings import check_positive, check_share, check_whole, check_within
-from fedlab.core.types import MODALITIES, Patient, SiteState, Spent, Update
+from fedlab.core.types import MODALITIES, Patient, SiteState, Spent, Update, rounded_up
 from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
 from fedlab.privacy.base import Privacy
@@ -268,7 +268,7 @@ class PrivacyPlayground:
         spent = self.knobs.spent(delta=self.delta, rounds=self.rounds)
         if spent is not None:
             with self._quiet():
-                self._epsilon.value = min(max(spent.epsilon, 1e-2), 1e12)
+                self._epsilon.value = min(max(float(rounded_up(spent.epsilon)), 1e-2), 1e12)
         self._facts_box.value = self._facts(sent, spent)
         if self._auto.value and self.knobs not in self._found:
             self._begin()

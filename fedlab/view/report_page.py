@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlab.core.files import filled_in, write_new
+from fedlab.core.types import rounded_up
 from fedlab.run.history import History
 from fedlab.view.run_figures import privacy_curves
 
@@ -137,7 +138,9 @@ def _table(table: pd.DataFrame) -> dict[str, Any]:
         "corner": ["" if name is None else str(name) for name in table.index.names],
         "columns": [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in table.columns],
         "rows": [([_text(name) for name in names],
-                  [(_text(value), isinstance(value, Number) and not isinstance(value, bool)) for value in row])
+                  [(rounded_up(value, 4) if "ε" in str(column) and isinstance(value, float) and value == value
+                    else _text(value), isinstance(value, Number) and not isinstance(value, bool))
+                   for column, value in zip(table.columns, row, strict=True)])
                  for names, row in zip(index, table.itertuples(index=False, name=None), strict=True)],
     }
 

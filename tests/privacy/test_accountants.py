@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from opacus.accountants.analysis.rdp import compute_rdp
+from scipy.stats import norm
 
 from fedlab.privacy.accounting.ledger import Concentrated, Gaussian, Pure, epsilon_of, noise_multiplier_for
 from fedlab.privacy.accounting.mechanisms import _ORDERS, _renyi_of_step
@@ -150,3 +151,37 @@ def test_the_noise_that_a_target_needs_is_enough_by_the_reference():
         noise = noise_multiplier_for(target_epsilon=row["low"], delta=row["delta"], sample_rate=row["sample_rate"],
                                      steps=int(row["steps"]))
         assert noise >= row["noise_multiplier"] * (1 - 1e-6) and math.isfinite(noise), row
+
+
+HOSTILE = [  # noise multiplier, sampling rate, steps, δ
+    (0.2, 1e-9, 10**6, 1e-5), (0.2, 1e-6, 10**6, 1e-5), (0.2, 0.5, 10**6, 1e-5), (1e3, 1e-6, 10**6, 1e-5),
+    (1e-3, 0.01, 10, 1e-5), (1e6, 0.1, 10**6, 1e-6), (1.1, 1e-12, 10**9, 1e-5), (1.0, 0.9999999, 3, 1e-5),
+    (0.3, 0.9, 10**6, 0.5), (1.0, 0.01, 1000, 1e-15), (1.0, 0.01, 1000, 1e-300)]
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps", "delta"), HOSTILE)
+def test_prv_of_hostile_settings_is_a_number_at_most_that_of_renyi(noise, rate, steps, delta):
+    """And at least the ε of one step by its exact formula: composing does not cost less than one step."""
+    release = Gaussian(noise_multiplier=noise, sample_rate=rate, steps=steps)
+    prv, rdp = (epsilon_of([release], delta=delta, accountant=accountant) for accountant in ("prv", "rdp"))
+    assert 0 <= prv <= rdp < math.inf
+    if prv < 600:  # exp(ε) is a float
+        z = noise**2 * math.log((math.exp(prv) - 1 + rate) / rate) + 0.5 if prv > 0 else 0.5
+        tail = norm.sf(z / noise)
+        assert (1 - rate) * tail + rate * norm.sf((z - 1) / noise) - math.exp(prv) * tail <= delta
+
+
+@pytest.mark.parametrize("delta", [1e-6, 1e-9, 1e-11, 1e-12, 1e-14])
+@pytest.mark.parametrize(("noise", "rate"), [(1.0, 0.01), (1.0, 0.5), (0.7, 0.1), (4.0, 0.3)])
+def test_prv_of_one_step_is_not_below_the_exact_formula_at_tiny_deltas(noise, rate, delta):
+    release = Gaussian(noise_multiplier=noise, sample_rate=rate)
+    prv, rdp = (epsilon_of([release], delta=delta, accountant=accountant) for accountant in ("prv", "rdp"))
+    z = noise**2 * math.log((math.exp(prv) - 1 + rate) / rate) + 0.5
+    tail = norm.sf(z / noise)
+    assert (1 - rate) * tail + rate * norm.sf((z - 1) / noise) - math.exp(prv) * tail <= delta and prv <= rdp
+    assert (prv == rdp) is (delta < 1e-12)  # rounding of Fourier transforms counts for nothing above
+
+
+def test_many_kinds_of_steps_are_composed_by_renyi_divergences():
+    kinds = [Gaussian(noise_multiplier=1 + k / 100, sample_rate=0.01) for k in range(70)]
+    assert epsilon_of(kinds, delta=1e-5, accountant="prv") == epsilon_of(kinds, delta=1e-5)

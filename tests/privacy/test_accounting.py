@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
-from fedlab.core.types import SiteState
-from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Pure, Terms, epsilon_of, noise_multiplier_for
+from fedlab.core.types import SiteState, Update
+from fedlab.privacy.accounting.ledger import (
+    PATIENT_ZEROED,
+    Gaussian,
+    Ledger,
+    Pure,
+    Terms,
+    epsilon_of,
+    noise_multiplier_for,
+)
+from fedlab.privacy.dp.clipping import AdaptiveClip
+from fedlab.privacy.dp.dpsgd import DPSGD
+from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
+from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
+from fedlab.privacy.sparse.partial_sharing import SVT, SparseVector
 
 PATIENT = Terms(unit="patient", delta=1e-3, adjacency="add or remove one patient")
 STEP = Gaussian(noise_multiplier=1.1, sample_rate=0.1, steps=20)
@@ -136,3 +151,152 @@ def test_foreign_and_damaged_ledgers_are_refused():
 def test_wrong_settings_are_refused(make):
     with pytest.raises(ValueError):
         make()
+
+
+# The smallest noise multiplier, by independent inversion
+
+def gaussian_delta(epsilon, sigma):
+    """Of one Gaussian step without sampling (Balle and Wang 2018, theorem 8)."""
+    from scipy.special import log_ndtr, ndtr
+
+    mu = 1 / sigma
+    return ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + log_ndtr(-epsilon / mu - mu / 2))
+
+
+def sampled_delta(epsilon, sigma, rate):
+    """Of one sampled Gaussian step: the larger of both directions, each from where the densities' ratio is exp(ε)."""
+    from scipy.stats import norm
+
+    z = sigma**2 * math.log((math.exp(epsilon) - 1 + rate) / rate) + 0.5
+    tail = norm.sf(z / sigma)
+    forth = (1 - rate) * tail + rate * norm.sf((z - 1) / sigma) - math.exp(epsilon) * tail
+    share = (math.exp(-epsilon) - 1 + rate) / rate
+    if share <= 0:
+        return forth
+    z = sigma**2 * math.log(share) + 0.5
+    tail = norm.cdf(z / sigma)
+    return max(forth, tail - math.exp(epsilon) * ((1 - rate) * tail + rate * norm.cdf((z - 1) / sigma)))
+
+
+def inverted(delta_of, delta):
+    """The noise multiplier at which a falling δ is reached."""
+    low, high = 1e-3, 1e3
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if delta_of(middle) > delta else (low, middle)
+    return high
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 3.0, 40.0, 60.0, 300.0])
+@pytest.mark.parametrize("accountant", ["gdp", "prv"])
+def test_the_smallest_noise_is_found_to_a_thousandth_however_small(epsilon, accountant):
+    """At ε = 40 and more it is below 0.2, where the search once ended."""
+    exact = inverted(lambda sigma: gaussian_delta(epsilon, sigma), 1e-5)
+    found = noise_multiplier_for(target_epsilon=epsilon, delta=1e-5, sample_rate=1.0, steps=1, accountant=accountant)
+    assert exact * (1 - 1e-7) <= found <= exact * 1.0011
+    assert epsilon < 30 or found < 0.2
+
+
+@pytest.mark.parametrize(("epsilon", "rate", "delta"), [(8.0, 1e-3, 1e-5), (12.0, 0.5, 1e-6), (30.0, 0.2, 1e-5)])
+def test_the_smallest_noise_for_a_sampled_step_is_near_the_exact_one(epsilon, rate, delta):
+    exact = inverted(lambda sigma: sampled_delta(epsilon, sigma, rate), delta)
+    rdp = noise_multiplier_for(target_epsilon=epsilon, delta=delta, sample_rate=rate, steps=1)
+    assert exact * (1 - 1e-6) <= rdp <= exact * 1.5
+    less, more = (epsilon_of([Gaussian(noise_multiplier=exact * k, sample_rate=rate)], delta=delta, accountant="prv")
+                  for k in (0.999, 1.01))
+    assert more <= epsilon + 1e-6 < less  # an error of ε of up to 0.01
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv", "gdp"])
+def test_less_noise_than_is_found_is_too_little(accountant):
+    wanted = {"delta": 1e-5, "sample_rate": 1.0, "steps": 7, "accountant": accountant}
+    found = noise_multiplier_for(target_epsilon=900.0, **wanted)
+    release = {"sample_rate": 1.0, "steps": 7}
+    spent = [epsilon_of([Gaussian(noise_multiplier=found * k, **release)], delta=1e-5, accountant=accountant)
+             for k in (1.0, 0.9985)]
+    assert spent[0] <= 900.0 < spent[1] and found < 0.2
+
+
+# What an ε says
+
+BAD_DELTAS = [0.0, 1.0, -1e-9, 1.5, math.nan, math.inf, -math.inf, "0.1", None]
+
+
+@pytest.mark.parametrize("delta", BAD_DELTAS, ids=repr)
+def test_a_delta_out_of_range_is_refused_wherever_it_is_given(delta, tmp_path):
+    from fedlab.data.sites.distributions import _read_spent
+    from fedlab.deploy.policy import Budget
+    from fedlab.privacy.accounting.ledger_file import LedgerFile
+    from fedlab.privacy.sparse.sparse_vector import LaplaceScales, sparse_vector_cost
+
+    shared = {"clip": 1.0, "noise_multiplier": 1.0, "delta": delta}
+    makers = [
+        lambda: Terms(unit="site", delta=delta, adjacency="x"), lambda: DPSGD(sample_rate=0.5, **shared),
+        lambda: DPSGD(sample_rate=0.5, **shared | {"noise_multiplier": 0}), lambda: LocalGaussian(**shared),
+        lambda: CentralGaussian(**shared), lambda: SparseVector(fraction=0.1, epsilon=1.0, delta=delta),
+        lambda: SVT(fraction=0.1, epsilon_threshold=1.0, epsilon_release=1.0, delta=delta),
+        lambda: SecureAggregation(threshold=3, sites=4, **shared), lambda: Budget(epsilon=1.0, delta=delta),
+        lambda: LedgerFile(tmp_path, "a").charging(delta=delta),
+        lambda: epsilon_of([STEP], delta=delta), lambda: epsilon_of([], delta=delta),
+        lambda: noise_multiplier_for(target_epsilon=1.0, delta=delta, sample_rate=1.0, steps=1),
+        lambda: sparse_vector_cost(clip=1.0, scales=LaplaceScales(threshold=1, query=1, release=1), released=1,
+                                   delta=delta),
+    ]
+    if delta != 0:  # a statement that is read may be of a release with δ = 0
+        makers.append(lambda: _read_spent(epsilon=1.0, delta=delta, unit="patient", accountant="a", adjacency="b"))
+    for make in makers:
+        with pytest.raises(ValueError):
+            make()
+
+
+@pytest.mark.parametrize(("technique", "words"), [
+    (DPSGD(clip=1.0, noise_multiplier=1.0, sample_rate=1.0), ("one patient's contribution", "patients is public")),
+    (CentralGaussian(clip=1.0, noise_multiplier=1.0), ("one site's updates", "number of sites is public", "beyond")),
+    (LocalGaussian(clip=1.0, noise_multiplier=1.0), ("any two updates of a site",)),
+    (SparseVector(fraction=0.1, epsilon=1.0), ("any two updates of a site",)),
+    (SecureAggregation(threshold=3, sites=4, clip=1.0, noise_multiplier=1.0, delta=0.1), ("who takes part is public",)),
+], ids=lambda value: type(value).__name__)
+def test_terms_say_what_is_public(technique, words):
+    said = str(technique._terms.spent([]))
+    assert all(word in said for word in words)
+    assert ("zero-out" in said) is isinstance(technique, DPSGD | CentralGaussian)
+
+
+def test_a_statement_says_where_noise_in_floating_point_leaves_low_bits_open():
+    for secure in (False, True):
+        technique, state = LocalGaussian(clip=1.0, noise_multiplier=1.0, secure_mode=secure), SiteState()
+        opened(state)
+        technique.protect(Update(site="a", delta={"w": torch.zeros(3)}, weight=1.0), state, torch.Generator())
+        assert ("low bits not covered" in str(Ledger(state).spent()[0])) is not secure
+
+
+def test_what_hides_that_a_patient_is_there_adds_up_with_what_takes_the_number_as_public():
+    """Statistics hide the number of patients, too; training does not, so neither does both together."""
+    public = Terms(unit="patient", delta=1e-3, adjacency=PATIENT_ZEROED)
+    both = [STEP, Pure(epsilon=0.5)]
+    for first, second in ((PATIENT, public), (public, PATIENT)):
+        state = SiteState()
+        opened(state).charge(both[0], terms=first)
+        assert Ledger(state).spent()[0].adjacency == first.adjacency
+        opened(state, round=1, stream="t").charge(both[1], terms=second)
+        (spent,) = Ledger(state).spent()
+        assert spent.adjacency == PATIENT_ZEROED and spent.epsilon == epsilon_of(both, delta=1e-3)
+        other = SiteState()
+        opened(other).charge(STEP, terms=second)
+        Ledger(other).merge(Ledger(state))
+        with pytest.raises(PrivacyError, match="same δ, adjacency"):
+            opened(state, round=2, stream="u").charge(STEP, terms=replace(PATIENT, adjacency="any two patients"))
+
+
+# Adaptive clips
+
+@pytest.mark.parametrize("share", [-1e300, -1e9, -5000.0, 0.0, 0.5, 1.0, 4000.0, 1e9, 1e300])
+@pytest.mark.parametrize("clip", [1e-300, 1e-30, 0.7, 1e30, 1e300])
+def test_an_adaptive_clip_stays_a_number_however_large_the_noise(share, clip):
+    for lr, quantile in ((0.2, 0.5), (1e6, 0.01)):
+        rule = AdaptiveClip(start=1.0, bit_noise=1.0, lr=lr, quantile=quantile)
+        moved = rule.moved(clip, share)
+        assert 1e-30 <= moved <= 1e30
+        power = math.log10(clip) - lr * (share - quantile) / math.log(10)
+        if -29.9 < power < 29.9 and abs(lr * (share - quantile)) < 500:
+            assert moved == pytest.approx(10**power, rel=1e-9)

@@ -38,7 +38,8 @@ def test_a_guarantee_per_patient_and_one_per_site_stand_side_by_side():
         assert set(rows["epsilon"]) == {epsilon_of(releases * (number + 1), delta=delta)}
         assert set(rows["delta"]) == {delta}
     said = history.guarantee()
-    assert "per patient (add or remove one patient, rdp accountant)" in said
+    assert ("per patient (zero-out: add or remove one patient's contribution; the number of patients is public, "
+            "rdp accountant)" in said)
     assert "per site (any two updates of a site, rdp accountant)" in said
     from fedlab.view.report_page import privacy_section
 

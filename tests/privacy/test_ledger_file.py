@@ -18,7 +18,7 @@ from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.types import Site, Spent
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.statistics import Domain, site_statistics
-from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Pure, epsilon_of
+from fedlab.privacy.accounting.ledger import PATIENT_ZEROED, Gaussian, Ledger, Pure, epsilon_of
 from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.run.federate import each_round, federate
@@ -334,7 +334,7 @@ def test_statistics_and_dp_sgd_compose_in_one_ledger(tmp_path, accountant):
     site_statistics(site, domain=FEW, epsilon=0.125, charge=ledger)  # and afterwards
     [spent] = LedgerFile(tmp_path, site.name).read().spent()
     assert spent.epsilon == spent_on(dict(steps=3), 0.5, 0.25, 0.125, accountant=accountant)
-    assert (spent.unit, spent.delta, spent.adjacency) == ("patient", 1e-2, "add or remove one patient")
+    assert (spent.unit, spent.delta, spent.adjacency) == ("patient", 1e-2, PATIENT_ZEROED)  # what both imply
 
 
 def test_a_budget_covers_statistics_and_training_together(tmp_path):

@@ -81,3 +81,13 @@ def test_a_stopped_run_says_why():
     stopped = history()
     stopped.stopped = "no site is left: <b>"
     assert "ended early: no site is left" in privacy_section(stopped).text
+
+
+def test_a_table_shows_no_epsilon_smaller_than_it_is(tmp_path):
+    made = History(rounds=1, privacy="x")
+    made.add(Round(number=0, state=ServerState(round=1, params={}), cohort=("a",), metrics={"Dice": 0.5}, seconds=1.0,
+                   sites={"a": {"weight": 1.0, "bytes": 8.0}}, spent={"a": (spent(2.0004),)}))
+    section = privacy_section(made)
+    assert section.table["ε per site, a"].tolist() == [2.0004]
+    page = write_report(tmp_path / "report.html", title="t", lead="l", sections=[section]).read_text(encoding="utf-8")
+    assert "2.001" in page and "2.000" not in page

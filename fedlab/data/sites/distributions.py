@@ -269,7 +269,8 @@ def _read_distribution(*, edges: list[float], counts: list[float], mean: float |
 
 def _read_spent(*, epsilon: float, delta: float, unit: str, accountant: str, adjacency: str,
                 repeats: bool = True) -> Spent:
-    if unit not in ("patient", "site") or not (_is_number(epsilon) and epsilon > 0 and _is_number(delta)):
+    if unit not in ("patient", "site") or not (_is_number(epsilon) and epsilon > 0 and _is_number(delta)
+                                            and 0 <= delta < 1):
         raise ValueError(f"invalid privacy spent: ε = {epsilon}, δ = {delta} per {unit}")
     return Spent(epsilon=epsilon, delta=delta, unit="site" if unit == "site" else "patient",
                  accountant=str(accountant), adjacency=str(adjacency), repeats=bool(repeats))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +173,6 @@ def _numbers(value: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _spent(*, epsilon: float, delta: float, unit: Any, accountant: str, adjacency: str, repeats: bool = True) -> Spent:
-    if unit not in ("patient", "site") or math.isnan(epsilon):
-        raise ValueError(f"an invalid statement of privacy spent: ε = {epsilon} per {str(unit)[:40]}")
+    if unit not in ("patient", "site") or not epsilon >= 0 or not 0 <= delta < 1:
+        raise ValueError(f"an invalid statement of privacy spent: ε = {epsilon} at δ = {delta} per {str(unit)[:40]}")
     return Spent(float(epsilon), float(delta), unit, str(accountant), str(adjacency), bool(repeats))

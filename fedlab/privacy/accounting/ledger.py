@@ -7,7 +7,8 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
@@ -23,13 +24,27 @@ from fedlab.privacy.accounting.mechanisms import (
     epsilon_of,
 )
 
-__all__ = ["Accountant", "Concentrated", "Gaussian", "HasLedger", "Ledger", "Pure", "Terms", "check_statement",
-           "epsilon_of", "noise_multiplier_for"]
+__all__ = ["PATIENT_ZEROED", "SITE_ZEROED", "SUMMED_ZEROED", "Accountant", "Concentrated", "Gaussian", "HasLedger",
+           "Ledger", "Pure", "Terms", "check_statement", "epsilon_of", "noise_multiplier_for"]
 
 Unit = Literal["patient", "site"]
 HasLedger = SiteState | ServerState
 
 _FORMAT = "fedlab-ledger-2"
+#: The least noise multiplier that `noise_multiplier_for` tries.
+_LEAST_NOISE = 1e-3
+
+#: What DP-SGD hides, and noise at the server: a contribution replaced by nothing ("zero-out"). Their sums are divided
+#: by an expected number that follows from the number of patients or sites, which stays as it is.
+PATIENT_ZEROED = "zero-out: add or remove one patient's contribution; the number of patients is public"
+SITE_ZEROED = "zero-out: add or remove one site's updates, seen from beyond the server; the number of sites is public"
+#: What noise of the sites in a secure sum hides.
+SUMMED_ZEROED = "one site's update replaced by zeros, who takes part is public; the server sees the noisy sum only"
+#: Statements that imply another, so that their releases add up to it: what hides whether a patient is there at all
+#: hides the patient where the number of patients is public. The other is what ledgers said once.
+_IMPLIES = {"add or remove one patient": PATIENT_ZEROED,
+            "add or remove one site's updates, seen from beyond the server": SITE_ZEROED,
+            "one site's update replaced by zeros; the server sees the noisy sum only": SUMMED_ZEROED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +54,8 @@ class Terms:
     Args:
         unit: whose data is protected, one "patient" or a whole "site".
         delta: probability with which the guarantee may fail, below 1 over the number of units.
-        adjacency: the change of the data that stays hidden, in words: "add or remove one patient".
+        adjacency: the change of the data that stays hidden, in words, and what is taken as public, such as
+            `PATIENT_ZEROED`.
         accountant: "rdp" (Mironov 2017; Mironov et al. 2019), "prv" (Gopi et al. 2021; tighter, slower), or "gdp"
             (Dong et al. 2019; exact, for noise without sampling only).
 
@@ -55,7 +71,7 @@ class Terms:
     def __post_init__(self) -> None:
         check_choice(get_args(Unit), unit=self.unit)
         check_choice(get_args(Accountant), accountant=self.accountant)
-        if not 0 < self.delta < 1:
+        if not (isinstance(self.delta, Real) and 0 < self.delta < 1):
             raise ValueError(f"delta lies between 0 and 1 and below 1 over the number of {self.unit}s, "
                              f"got {self.delta}")
         if not self.adjacency:
@@ -115,7 +131,8 @@ def noise_multiplier_for(
         steps: of all rounds together.
 
     Raises:
-        ValueError: a setting is out of range, or no noise multiplier up to 1000 reaches the target.
+        ValueError: a setting is out of range, or no noise multiplier up to 1000 reaches the target. None below 0.001 is
+            tried: where δ alone allows as much, there is no smallest one.
     """
     check_positive(target_epsilon=target_epsilon)
     Terms(unit="patient", delta=delta, adjacency="any", accountant=accountant)
@@ -125,6 +142,8 @@ def noise_multiplier_for(
         return epsilon_of([release], delta=delta, accountant=accountant)
 
     low, high = 0.2, 1.0
+    while low > _LEAST_NOISE and spent(low) <= target_epsilon:
+        low, high = low / 2, low
     while spent(high) > target_epsilon:
         low, high = high, 2 * high
         if high > 1000:
@@ -237,10 +256,9 @@ class Ledger:
 
     def spent(self) -> tuple[Spent, ...]:
         """The privacy spent so far, one statement per unit; empty if nothing was released under a guarantee."""
-        terms = {e["terms"]["unit"]: Terms(**e["terms"]) for e in self._all()}
-        seeded = {e["terms"]["unit"] for e in self._all() if e["seeded"]}
-        return tuple(terms[unit].spent(self.releases(unit))._replace(repeats=unit in seeded)
-                     for unit in get_args(Unit) if unit in terms)
+        found = {unit: [e for e in self._all() if e["terms"]["unit"] == unit] for unit in get_args(Unit)}
+        return tuple(_common(entries).spent(_releases(entries, None))._replace(
+            repeats=any(e["seeded"] for e in entries)) for entries in found.values() if entries)
 
     def charged(self, unit: Unit) -> bool:
         """Whether this round's entries hold one for `unit`."""
@@ -287,10 +305,10 @@ class Ledger:
         self._note["site"] = known if site is None else site
 
     def _check_terms(self, terms: Terms) -> None:
-        """Refuses other terms than those of the unit's entries so far."""
+        """Refuses other terms than those of the unit's entries so far, or than they imply."""
         for entry in self._all():
             known = Terms(**entry["terms"])
-            if known.unit == terms.unit and known != terms:
+            if known.unit == terms.unit and _implied(known) != _implied(terms):
                 raise PrivacyError(f"earlier releases ({known}) cannot be added up with this one ({terms}); use the "
                                    "same δ, adjacency and accountant")
 
@@ -308,6 +326,17 @@ class Ledger:
     def __repr__(self) -> str:
         spent = "; ".join(map(str, self.spent())) or "nothing released under a guarantee"
         return f"<Ledger of {self._note['site'] or 'a site'}: {spent}>"
+
+
+def _implied(terms: Terms) -> Terms:
+    """The terms as all releases that add up with them state them, too."""
+    return replace(terms, adjacency=_IMPLIES.get(terms.adjacency, terms.adjacency))
+
+
+def _common(entries: Sequence[dict[str, Any]]) -> Terms:
+    """The terms of the entries of a unit; of several the ones that they all imply."""
+    first, *others = {Terms(**e["terms"]) for e in entries}
+    return _implied(first) if others else first
 
 
 def _joined(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

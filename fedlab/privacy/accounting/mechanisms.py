@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,9 @@ _ORDERS = (*(1 + x / 100 for x in range(1, 10)), *(1 + x / 10 for x in range(1, 
            *(64 * 2 ** (x / 4) // 1 for x in range(0, 21)))
 #: Error of ε in numerical composition, and values of its grid at most: seconds and a few hundred MiB.
 _PRV_ERROR, _LARGEST_GRID = 0.01, 2**22
+#: Kinds of Gaussian steps that are composed numerically at most; the smallest δ beside which rounding in Fourier
+#: transforms of 53 bits counts for nothing.
+_MOST_KINDS, _SMALLEST_DELTA = 64, 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,8 @@ def epsilon_of(releases: Iterable[Release], *, delta: float, accountant: Account
     Under "rdp" Rényi divergences add up, order by order: at order α an ε-DP release has at most min(ε, α ε² / 2) (Bun
     and Steinke 2016, proposition 3.3), a ρ-zCDP release at most ρ α. Pure releases alone are also bounded by their
     sum. Under "prv" and "gdp" the ε of pure releases is added to that of the Gaussian ones (basic composition). Where
-    "prv" would need a large grid, or Rényi divergences give a smaller ε, theirs is taken: both are proven.
+    "prv" would need a large grid, δ is below 1e-12, or Rényi divergences give a smaller ε, theirs is taken: both are
+    proven.
 
     Args:
         releases: of one unit and adjacency.
@@ -109,7 +114,7 @@ def epsilon_of(releases: Iterable[Release], *, delta: float, accountant: Account
         ValueError: δ is not between 0 and 1; "gdp" for sampled records, for which it is an approximation, not a proof;
             "prv" or "gdp" for concentrated releases, of which only the Rényi divergence is known.
     """
-    if not 0 < delta < 1:
+    if not (isinstance(delta, Real) and 0 < delta < 1):
         raise ValueError(f"delta lies between 0 and 1, got {delta}")
     gaussian: dict[tuple[float, float], int] = {}
     pure: dict[float, int] = {}
@@ -189,9 +194,11 @@ def _renyi_by_quadrature(noise_multiplier: float, sample_rate: float, orders: np
 
 
 def _prv(gaussian: _Gaussians, delta: float) -> float:
-    """By numerical composition (Gopi et al. 2021); infinite where that fails or would need a larger grid."""
+    """By numerical composition (Gopi et al. 2021); infinite where that fails, is not exact or needs a larger grid."""
     if all(sample_rate == 1 for _, sample_rate, _ in gaussian):
         return _gdp(gaussian, delta)  # no sampling, no need to approximate
+    if len(gaussian) > _MOST_KINDS or delta < _SMALLEST_DELTA:
+        return math.inf
     from opacus.accountants import PRVAccountant
     from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
 

@@ -10,6 +10,8 @@ import torch
 
 from fedlab.core.settings import check_positive
 from fedlab.core.types import Update
+from fedlab.privacy.noise.continuous import standard_normal
+from fedlab.privacy.noise.on_grid import GaussianGrid
 
 __all__ = ["CLIPPING_NORM", "AdaptiveClip", "check_clip", "clip_update", "noise_beside_bits"]
 
@@ -17,6 +19,10 @@ __all__ = ["CLIPPING_NORM", "AdaptiveClip", "check_clip", "clip_update", "noise_
 CLIPPING_NORM = "clipping norm"
 #: Clipping aims this much below the norm, so that rounding to float32 cannot lift an update above it.
 _MARGIN = 1e-6
+#: The smallest norm that an `AdaptiveClip` moves to, one over the largest; exp of more overflows.
+_SMALLEST, _LARGEST_POWER = 1e-30, 700.0
+#: Bits in a sum at most: a range for exact noise.
+_MOST_BITS = 2**16
 
 
 def clip_update(update: Update, clip: float, *, per_layer: bool = False) -> Update:
@@ -70,8 +76,19 @@ class AdaptiveClip:
             raise ValueError(f"quantile is a share between 0 and 1, got {self.quantile}")
 
     def moved(self, clip: float, share: float) -> float:
-        """The next clipping norm, after `share` of the updates (with noise) were within `clip`."""
-        return clip * math.exp(-self.lr * (share - self.quantile))
+        """The next clipping norm, after `share` of the updates (with noise) were within `clip`.
+
+        It stays within 1e-30 and 1e30, however large the noise: float32 holds no other norms.
+        """
+        factor = math.exp(min(-self.lr * (share - self.quantile), _LARGEST_POWER))
+        return min(max(clip * factor, _SMALLEST), 1 / _SMALLEST)
+
+    def noised(self, bits: float, rng: torch.Generator | None) -> float:
+        """The sum of bits of ±1/2 with its noise: exact on a grid from the operating system where `rng` is None."""
+        if rng is not None:
+            return bits + self.bit_noise * float(standard_normal((), rng))
+        halves = torch.tensor([round(2 * bits) / 2], dtype=torch.float64)  # a mean times its number is off by rounding
+        return float(GaussianGrid(reach=0.5, std=self.bit_noise, terms=_MOST_BITS).noised({"sum": halves})["sum"])
 
 
 def check_clip(clip: float | AdaptiveClip, *, noise_multiplier: float, per_layer: bool) -> None:

@@ -15,21 +15,19 @@ from torch import nn
 from fedlab.core.hardware import pick_device, pick_precision
 from fedlab.core.kit import Kit, PatientCrops
 from fedlab.core.protocols import Run
-from fedlab.core.seeds import derive
 from fedlab.core.settings import check_choice, check_positive, check_share, check_whole
 from fedlab.core.types import Site, SiteState, Spent, Update
 from fedlab.core.weights import trainable
-from fedlab.privacy.accounting.ledger import Accountant, Gaussian, Ledger, Terms
+from fedlab.privacy.accounting.ledger import PATIENT_ZEROED, Accountant, Gaussian, Ledger, Terms
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.clipping import CLIPPING_NORM, AdaptiveClip, check_clip, noise_beside_bits
+from fedlab.privacy.dp.exact_sum import ExactSum, add_normal
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
 from fedlab.privacy.dp.validators import Loss, check_loss, check_private
-from fedlab.privacy.noise.continuous import standard_normal
 from fedlab.privacy.noise.streams import noise_generator
 
 __all__ = ["DPSGD", "PatientBatches"]
 
-_ADJACENCY = "add or remove one patient"
 #: Networks that `check_private` has passed in this process, and for which gradients.
 _FIT: WeakKeyDictionary[nn.Module, set[Gradients]] = WeakKeyDictionary()
 
@@ -44,12 +42,12 @@ class DPSGD(Privacy):
     *expected* number of patients. A step that draws no patient is taken too, with noise only. All steps of a round
     enter the site's ledger before the first is taken.
 
-    The guarantee is per patient of this site, for adding or removing one patient with all of the patient's scans, and
-    covers the weights of all rounds; the same patient at two sites spends both ledgers. Not covered, and taken as
-    public: the number of patients (`Update.weight`, sampling rate and expected batch follow from it), the number of
-    steps, their duration, which grows with the patients drawn, and that the site did not fail. Losses stay at the site.
-    Noise is accounted as real numbers; floating point leaves gaps between them that, as far as is known, `secure_mode`
-    makes useless to an attacker (Mironov 2012; Holohan and Braghin 2021).
+    The guarantee is per patient of this site, for all scans of one patient replaced by nothing, and covers the weights
+    of all rounds; the same patient at two sites spends both ledgers. Not covered, and taken as public: the number of
+    patients (`Update.weight`, sampling rate and expected batch follow from it), the number of steps, their duration,
+    which grows with the patients drawn, and that the site did not fail. Losses stay at the site. With `secure_mode` sum
+    and noise are exact on a public grid (`ExactSum`), given gradients that do not depend on the rest of the batch: to
+    the last bit those of "backward" only. Without it ε is that of noise in real numbers.
 
     Every gradient is clipped, so the step length no longer depends on the loss: learning rates that suit plain
     training are mostly too small. `SiteState.diagnostics` holds the norms of the patients' gradients, from which a clip
@@ -85,7 +83,7 @@ class DPSGD(Privacy):
         self.clip, self.noise_multiplier, self.delta, self.batch = clip, noise_multiplier, delta, batch
         self.sample_rate, self.crops, self.per_layer, self.gradients = sample_rate, crops, per_layer, gradients
         self.accountant, self.max_epsilon, self.secure_mode = accountant, max_epsilon, secure_mode
-        self._terms = Terms(unit="patient", delta=delta, adjacency=_ADJACENCY, accountant=accountant)
+        self._terms = Terms(unit="patient", delta=delta, adjacency=PATIENT_ZEROED, accountant=accountant)
         self._check_settings()
 
     @property
@@ -224,7 +222,8 @@ class _Steps:
     """The noisy steps of one round at one site: patients' gradients go to Opacus's optimiser one after the other.
 
     Opacus's virtual steps clip the gradients that they are given and add them up; the real step, which
-    `SiteTrainer.fit` takes, adds the noise. So at most one group of gradients is held at a time.
+    `SiteTrainer.fit` takes, adds the noise. So at most one group of gradients is held at a time. In `secure_mode` an
+    `ExactSum` does both; elsewhere than on the CPU, where torch takes seeds of 64 bits only, noise is drawn on the CPU.
     """
 
     def __init__(self, technique: DPSGD, kit: Kit, state: SiteState, *, expected: float) -> None:
@@ -233,8 +232,12 @@ class _Steps:
         self.norms: list[float] = []  # of the gradients of this step's patients
         self.seen: list[float] = []
         self.beyond = 0
-        self.optimiser = self._wrapped(kit)
         self.rng = None if technique.secure_mode else noise_generator(kit.seed, "bits")
+        self.noise = noise_generator(kit.seed, "noise")
+        self.exact = ExactSum(noise_multiplier=technique.noise_on_gradients, patients=len(kit.patients),
+                              per_layer=technique.per_layer) if technique.secure_mode and technique.units else None
+        self.opacus_draws = self.exact is None and kit.device.type == "cpu"
+        self.optimiser = self._wrapped(kit)
 
     def _wrapped(self, kit: Kit) -> Any:
         from opacus.optimizers import DPOptimizer, DPPerLayerOptimizer  # seconds to import
@@ -247,11 +250,8 @@ class _Steps:
         if self.technique.per_layer:
             tensors = sum(p.requires_grad for group in kit.optimiser.param_groups for p in group["params"])
             kind, clip = DPPerLayerOptimizer, [clip / math.sqrt(tensors)] * tensors
-        on_cpu = kit.device.type == "cpu"  # elsewhere torch takes seeds of 64 bits
-        source = noise_generator(kit.seed, "noise") if on_cpu else torch.Generator(kit.device).manual_seed(
-            derive(kit.seed, "noise"))
-        optimiser = kind(kit.optimiser, max_grad_norm=clip, expected_batch_size=self.expected, generator=source,
-                         noise_multiplier=0.0 if self.technique.secure_mode else self.technique.noise_on_gradients)
+        optimiser = kind(kit.optimiser, max_grad_norm=clip, expected_batch_size=self.expected, generator=self.noise,
+                         noise_multiplier=self.technique.noise_on_gradients if self.opacus_draws else 0.0)
         optimiser.attach_step_hook(self._after_noise)
         return optimiser
 
@@ -260,10 +260,13 @@ class _Steps:
         losses = []
         for found in per_patient(kit, image, target, self.technique.gradients):
             losses.append(found.loss)
+            whole = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in found.gradients]).norm(dim=0)
+            self.norms.extend(whole.tolist())
+            if self.exact is not None:
+                self.exact.add(found.gradients, self.optimiser.max_grad_norm)
+                continue
             for p, gradient in zip(self.parameters, found.gradients, strict=True):
                 p.grad_sample = gradient
-            whole = torch.stack([g.flatten(1).norm(dim=1) for g in found.gradients]).norm(dim=0)
-            self.norms.extend(whole.tolist())
             self.optimiser.signal_skip_step(True)
             self.optimiser.step()
         for p in self.parameters:
@@ -273,14 +276,13 @@ class _Steps:
     def _after_noise(self, optimiser: Any) -> None:
         """Between Opacus's noise and the step itself."""
         technique, clip = self.technique, optimiser.max_grad_norm
-        if technique.secure_mode:
-            scale = technique.noise_on_gradients * clip / self.expected
-            for p in optimiser.params:
-                noise = standard_normal(p.shape, None).to(p.device) * scale
-                p.grad = (p.grad.double() + noise).to(p.dtype)
+        if self.exact is not None:
+            self.exact.release(self.parameters, clip, self.expected)
+        elif not self.opacus_draws:
+            add_normal(self.parameters, technique.noise_on_gradients * clip / self.expected, self.noise)
         within = sum(norm <= clip for norm in self.norms)
         if isinstance(technique.clip, AdaptiveClip):
-            bits = within - len(self.norms) / 2 + technique.clip.bit_noise * float(standard_normal((), self.rng))
+            bits = technique.clip.noised(within - len(self.norms) / 2, self.rng)
             optimiser.max_grad_norm = technique.clip.moved(clip, 0.5 + bits / self.expected)
         self.beyond += len(self.norms) - within
         self.seen.extend(self.norms)

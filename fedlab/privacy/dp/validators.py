@@ -218,7 +218,7 @@ def _gradients_differ(model: nn.Module, gradients: Gradients, loss: Loss, image:
     except Exception as error:  # a network's own code may raise anything under hooks or vmap
         yield f"gradients={gradients!r} breaks this network: {_first_line(error)}{_suspects(model)}"
         return
-    actual = torch.cat([torch.cat([g.flatten(1) for g in part.gradients], dim=1) for part in parts])
+    actual = torch.cat([torch.cat([g.reshape(len(g), -1) for g in part.gradients], dim=1) for part in parts])
     wrong = max(float((a - e).norm() / e.norm().clamp(min=1e-12)) for a, e in zip(actual, expected, strict=True))
     if not wrong <= _TOLERANCE:
         yield (f"gradients={gradients!r} gives wrong gradients for this network: off by {wrong:.1%} from batches of "

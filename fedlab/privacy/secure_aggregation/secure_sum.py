@@ -18,7 +18,7 @@ from fedlab.core.protocols import Exchange, Run
 from fedlab.core.settings import check_whole
 from fedlab.core.tensors import flatten, unflatten
 from fedlab.core.types import SiteState, Spent, Tensors, Update
-from fedlab.privacy.accounting.ledger import Concentrated, Ledger, Terms
+from fedlab.privacy.accounting.ledger import SUMMED_ZEROED, Concentrated, Ledger, Terms
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.dp.clipping import AdaptiveClip
 from fedlab.privacy.dp.site_level import CentralGaussian
@@ -36,7 +36,6 @@ _FINEST_CLIP, _FINEST_NOISE = 12, 8
 _ROOM = 12
 #: Updates are scaled this much shorter than allowed, more than all rounding of the floating point steps before.
 _MARGIN = 2.0**-40
-_ADJACENCY = "one site's update replaced by zeros; the server sees the noisy sum only"
 
 _Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -224,7 +223,7 @@ class SecureAggregation(Aggregation):
 
     @property
     def _terms(self) -> Terms:
-        return Terms(unit="site", delta=float(self.delta or 0), adjacency=_ADJACENCY)
+        return Terms(unit="site", delta=self.delta or 0.0, adjacency=SUMMED_ZEROED)
 
     @cached_property
     def _fixed_point(self) -> tuple[float, int]:

@@ -25,7 +25,15 @@ from fedlab.privacy.accounting.ledger import Accountant, Ledger, Pure, Terms, ep
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import entries, largest, sparse_bytes
 from fedlab.privacy.noise.continuous import laplace, random_bits
-from fedlab.privacy.sparse.sparse_vector import ADJACENCY, LaplaceScales, SparseVectorCost, select, sparse_vector_cost
+from fedlab.privacy.sparse.sparse_vector import (
+    ADJACENCY,
+    LaplaceScales,
+    SparseVectorCost,
+    exact_release,
+    grid_step,
+    select,
+    sparse_vector_cost,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,9 +142,11 @@ class _NoisySharing(Privacy, ABC):
                                   accountant=self.accountant)
 
     def check(self, run: Run) -> None:
-        shared = _shared(run.trainer.initial(), self.exclude)
+        parameters = sum(t.numel() for t in _shared(run.trainer.initial(), self.exclude).values())
+        if self.secure_mode:
+            grid_step(self.clip, self.scales(parameters))  # noise that cannot be exact is refused
         self._terms.check_delta(len(run.sites))
-        self._terms.check_budget(self.cost(sum(t.numel() for t in shared.values())).releases(), self.max_epsilon)
+        self._terms.check_budget(self.cost(parameters).releases(), self.max_epsilon)
 
     def least_spent(self, update: Update) -> Spent:
         shared = _shared(update.delta, self.exclude)
@@ -151,15 +161,22 @@ class _NoisySharing(Privacy, ABC):
             for release in cost.releases():
                 ledger.charge(release, terms=self._terms, max_epsilon=self.max_epsilon,
                               repeatable=not self.secure_mode)
-        source = None if self.secure_mode else rng
-        threshold = self.threshold + scales.threshold * float(laplace(1, source))
-        chosen = select(flat.abs(), threshold=threshold, count=cost.released, passes=self.passes,
-                        noise=lambda tried: laplace(tried, source).mul_(scales.query),
-                        order=lambda found: random_bits(found, source))
-        values = laplace(chosen.numel(), source).mul_(scales.release).add_(flat.index_select(0, chosen))
+        chosen, values = self._exact(flat, scales) if self.secure_mode else self._in_floats(flat, scales, rng)
         sent = torch.tensor(chosen.numel() / flat.numel(), dtype=torch.float64)
         state.diagnostics["share of the weights sent"] = sent
         return _sparse(update, shared, chosen, values.clamp_(-self.clip, self.clip))
+
+    def _exact(self, flat: torch.Tensor, scales: LaplaceScales) -> tuple[torch.Tensor, torch.Tensor]:
+        return exact_release(flat, clip=self.clip, scales=scales, threshold=self.threshold, passes=self.passes,
+                             count=entries(self.fraction, flat.numel()))
+
+    def _in_floats(self, flat: torch.Tensor, scales: LaplaceScales, rng: torch.Generator
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
+        threshold = self.threshold + scales.threshold * float(laplace(1, rng))
+        chosen = select(flat.abs(), threshold=threshold, count=entries(self.fraction, flat.numel()), passes=self.passes,
+                        noise=lambda tried: laplace(tried, rng).mul_(scales.query),
+                        order=lambda found: random_bits(found, rng))
+        return chosen, laplace(chosen.numel(), rng).mul_(scales.release).add_(flat.index_select(0, chosen))
 
     def _stated(self) -> float | None:
         return None
@@ -175,7 +192,8 @@ class SVT(_NoisySharing):
     guarantee sums to ε₁ + N ε₂ + 2 N ε₃ (the 2: values lie in [-γ, γ], 2γ wide), millions for ε₃ = 1. The ledger is
     charged with the proven cost, value by value. Use `SparseVector` to choose the ε yourself.
 
-    Unit: a whole site, and with it each of its patients. Adjacency: any two updates of a site.
+    Unit: a whole site, and with it each of its patients. Adjacency: any two updates of a site. With `secure_mode` noise
+    and comparisons are exact on a grid; without it ε is that of noise in real numbers, for research.
 
     Args:
         fraction: q, of the weights to share; the paper used 0.1 to 0.4.
@@ -227,7 +245,8 @@ class SparseVector(_NoisySharing):
     Expect little: at a meaningful ε the choice of positions is close to chance, and the noise of a value is many times
     the clip. A smaller fraction means less noise on each value.
 
-    Unit: a whole site, and with it each of its patients. Adjacency: any two updates of a site.
+    Unit: a whole site, and with it each of its patients. Adjacency: any two updates of a site. With `secure_mode` noise
+    and comparisons are exact on a grid; without it ε is that of noise in real numbers, for research.
 
     Args:
         fraction: of the weights to share; at least one is shared.

@@ -20,13 +20,19 @@ formula may be read, gives no guarantee.
 
 *Together*, c + 1 pure mechanisms enter the ledger, which takes the smaller of their sum and the Rényi composition at δ.
 
-Not covered by the proof, as for every mechanism here that draws floating point numbers: the last bits of a noisy value
-may reveal more than real numbers would (I. Mironov, On Significance of the Least Significant Bits for Differential
+*On a grid.* With `secure_mode` all of this happens in whole steps of a power of two that depends on the clip and the
+scales only (`exact_release`): values are rounded towards zero, scales up to whole steps, and the noise is discrete
+Laplace noise. Each line of the proof holds as it stands: a shift by n steps changes the probability of a draw by at
+most exp(n / scale), γ and 2γ are at least as many steps as a magnitude or a value moves, and a success is a comparison
+of whole numbers. Without `secure_mode` noise is drawn in floating point: ε is that of real numbers, and the last bits
+of a noisy value can tell two updates apart (I. Mironov, On Significance of the Least Significant Bits for Differential
 Privacy, CCS 2012). Patient counts, the number of steps and the names of layers left out are public.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,8 +41,11 @@ import torch
 
 from fedlab.core.settings import check_positive, check_whole
 from fedlab.privacy.accounting.ledger import Accountant, Pure, Terms, epsilon_of
+from fedlab.privacy.noise.continuous import random_bits
+from fedlab.privacy.noise.on_grid import discrete_laplace_steps
 
-__all__ = ["ADJACENCY", "LaplaceScales", "SparseVectorCost", "select", "sparse_vector_cost"]
+__all__ = ["ADJACENCY", "LaplaceScales", "SparseVectorCost", "exact_release", "grid_step", "select",
+           "sparse_vector_cost"]
 
 #: As in `fedlab.privacy.dp.site_level.LocalGaussian`, so that both can be added up.
 ADJACENCY = "any two updates of a site"
@@ -132,6 +141,48 @@ def select(magnitude: torch.Tensor, *, threshold: float, count: int, passes: int
         found = left[_where(magnitude.index_select(0, left) + noise(left.numel()) >= threshold)]
         above[found] = True
     return torch.cat(kept)
+
+
+def grid_step(clip: float, scales: LaplaceScales) -> float:
+    """The step of the grid: a power of two, 2**-23 to 2**-24 of the clip unless the largest scale needs a larger one.
+
+    Raises:
+        ValueError: noise so large that the clip has less than 256 steps.
+    """
+    largest = max(scales.threshold, scales.query, scales.release)
+    step = math.ldexp(1.0, max(math.frexp(clip)[1] - 24, math.frexp(largest)[1] - 49))
+    if clip < 256 * step:
+        raise ValueError(f"noise of {largest / clip:.1g} times the clip cannot be drawn exactly beside it; take a "
+                         "larger ε or a smaller fraction")
+    return step
+
+
+def exact_release(values: torch.Tensor, *, clip: float, scales: LaplaceScales, threshold: float, count: int,
+                  passes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and noisy values of a sparse vector, on a grid and with noise from the operating system.
+
+    Args:
+        values: shape (N,).
+        clip: γ, largest absolute value before and after the noise.
+        scales: of the noise.
+        threshold: without noise.
+        count, passes: as in `select`.
+
+    Returns:
+        Positions as from `select`, and their values, float32.
+    """
+    step = grid_step(clip, scales)
+    limit = math.floor(clip / step)
+    whole = (values.double() / step).trunc_().clamp_(-limit, limit).to(torch.int64)
+
+    def noise(size: int, scale: float) -> torch.Tensor:
+        return torch.from_numpy(discrete_laplace_steps(size, scale=math.ceil(scale / step), key=os.urandom(32)))
+
+    level = round(min(threshold / step, 2.0**52)) + int(noise(1, scales.threshold))
+    chosen = select(whole.abs(), threshold=level, count=count, passes=passes,
+                    noise=lambda tried: noise(tried, scales.query), order=lambda found: random_bits(found, None))
+    noisy = whole.index_select(0, chosen) + noise(chosen.numel(), scales.release)
+    return chosen, (noisy.clamp_(-limit, limit).double() * step).float()
 
 
 def _where(mask: torch.Tensor) -> torch.Tensor:
