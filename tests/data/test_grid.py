@@ -57,6 +57,15 @@ def test_an_oblique_scan_keeps_its_place_and_its_size_in_mm(spacing):
     assert np.linalg.norm(middle - center_mm(brain, OBLIQUE)) < 0.6
 
 
+@pytest.mark.parametrize(("voxels", "kept"), [(4, 1), (3, 0), (5, 1), (8, 1)])
+def test_a_label_is_kept_where_it_fills_half_a_voxel(voxels, kept):
+    """The brain begins at voxels 5, 10 and 2, so that blocks of 2 x 2 x 2 begin at odd, even and even places."""
+    brain, label = ball(), np.zeros((30, 44, 26))
+    label[11:13, 18:20, 10:12] = 2 * (np.arange(8) < voxels).reshape(2, 2, 2)
+    patient = on_grid("A", scan_of(brain, brain + 0.5 * ball(radius=(5, 5, 5)), np.eye(4), label), Grid(spacing_mm=2.0))
+    assert int((patient.label == 2).sum()) == int((patient.label > 0).sum()) == kept
+
+
 def test_the_brain_lies_in_the_middle_of_a_given_shape():
     brain = ball(radius=(8, 11, 6))
     patient = on_grid("A", scan_of(brain, brain + 0.5 * ball(), np.eye(4)), Grid(shape=(33, 40, 32)))
