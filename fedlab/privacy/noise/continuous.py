@@ -20,9 +20,8 @@ def standard_normal(shape: Sequence[int], rng: torch.Generator | None) -> torch.
 
     Those of a generator repeat, and an adversary who knows its seed can subtract them: for research. Without a
     generator they come from the operating system's cryptographic random numbers, each as half the sum of four normals,
-    so that the gaps between representable numbers reveal nothing useful about the noise, as far as is known (the attack:
-    Mironov 2012; the remedy: Holohan and Braghin 2021, arXiv 2107.10138). What is proven is in
-    `fedlab.privacy.noise.on_grid`, from which techniques take the noise of `secure_mode`.
+    so that the gaps between representable numbers reveal nothing useful about the noise, as far as is known (Mironov
+    2012; Holohan and Braghin 2021, arXiv 2107.10138). Exact noise, that of `secure_mode`, is in `on_grid`.
 
     Args:
         shape: of the result.
