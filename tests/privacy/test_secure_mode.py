@@ -16,6 +16,9 @@ from test_dpsgd import NOBODY, equipped, noisy_gradients, pure_noise
 from cohorts import TinyNet, blob_sites
 from fedlab.core.errors import PrivacyError
 from fedlab.core.types import Cohort, ServerState, SiteState, Update
+from fedlab.core.weights import weights_sha256
+from fedlab.privacy.at_sites import AtSites
+from fedlab.privacy.compression import TopK
 from fedlab.privacy.dp import dpsgd
 from fedlab.privacy.dp.clipping import AdaptiveClip
 from fedlab.privacy.dp.dpsgd import DPSGD
@@ -25,11 +28,14 @@ from fedlab.privacy.noise import on_grid
 from fedlab.privacy.noise.continuous import standard_normal
 from fedlab.privacy.noise.on_grid import GaussianGrid, discrete_laplace_steps, rounded_gaussian
 from fedlab.privacy.noise.streams import noise_generator
+from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.privacy.secure_aggregation import crypto, protocol
 from fedlab.privacy.sparse import sparse_vector
 from fedlab.privacy.sparse.partial_sharing import SVT, SparseVector
 from fedlab.privacy.sparse.sparse_vector import LaplaceScales, grid_step
+from fedlab.run.federate import federate
 from fedlab.strategies import FedAvg
+from trainers import trainer
 
 #: Probability with which a right sampler fails one test.
 FALSE_ALARM = 1e-6
@@ -376,6 +382,23 @@ def test_values_are_rounded_towards_zero_and_noise_too_large_is_refused_before_a
     with pytest.raises(ValueError, match="cannot be drawn exactly"):
         SparseVector(fraction=1.0, epsilon=1e-9, secure_mode=True).protect(
             update(a=torch.zeros(100_000)), SiteState(), rng())
+
+
+# Runs
+
+@pytest.mark.parametrize("technique", [
+    AtSites(sites=("site-1",), technique=DPSGD(clip=HALF, noise_multiplier=1.5, sample_rate=0.5, delta=1e-2, crops=2,
+                                               secure_mode=True)),
+    LocalGaussian(clip=1.0, noise_multiplier=4.0, per_layer=True, delta=1e-2, secure_mode=True) + TopK(keep=0.5),
+    PersonalLayers(names=["first*"]) + CentralGaussian(clip=HALF, noise_multiplier=1.5, delta=1e-2, secure_mode=True),
+    SparseVector(fraction=0.2, epsilon=2.0, delta=1e-2, exclude=["last*"], secure_mode=True),
+    SVT(fraction=0.2, epsilon_threshold=1.0, epsilon_release=1.0, delta=1e-2, secure_mode=True)], ids=repr)
+def test_runs_in_secure_mode_end_are_charged_and_never_repeat(technique):
+    runs = [federate(trainer(), blob_sites((3, 3)), privacy=technique, rounds=2, seed=1, progress=False,
+                     strategy=FedAvg(weights="uniform", sample=0.9)) for _ in range(2)]
+    assert runs[0].spent()["epsilon"].tolist() == runs[1].spent()["epsilon"].tolist() != []
+    assert not runs[0].spent()["repeats"].any() and "repeats" not in runs[0].guarantee()
+    assert weights_sha256(runs[0].state.params) != weights_sha256(runs[1].state.params)
 
 
 # Shares
