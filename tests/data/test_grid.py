@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from cohorts import OBLIQUE
-from fedlab.core.types import Patient
+from fedlab.core.types import MODALITIES, Patient
 from fedlab.data.readers.nifti import read_volume, write_label
-from fedlab.data.readers.scan import Grid, Scan, on_grid
+from fedlab.data.readers.patient_files import PatientFiles
+from fedlab.data.readers.scan import Grid, Scan, examine, on_grid
 
 
 def ball(shape=(30, 44, 26), center=(15, 20, 12), radius=(10, 10, 10)):
@@ -114,3 +115,15 @@ def test_a_label_map_is_written_with_the_orientation_codes_of_its_scan(tmp_path)
     assert (int(found.header["sform_code"]), int(found.header["qform_code"])) == (2, 1)
     np.testing.assert_allclose(found.affine, OBLIQUE, atol=1e-5)
     assert np.argwhere(np.asarray(found.dataobj) == 4).tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(("equal", "found"), [(10, False), (11, True)])
+def test_brightest_voxels_are_counted_against_those_of_the_brain(equal, found, tmp_path):
+    """Of 21,952 voxels that are not 0, 11 are five in ten thousand, and 10 are less; of all 64,000 both are less."""
+    values = np.random.default_rng(2).permutation(28**3).astype(np.float32) + 100
+    values = np.minimum(values, np.sort(values)[-equal]).reshape(28, 28, 28)
+    nib.save(nib.Nifti1Image(np.pad(values, 6), OBLIQUE), tmp_path / "a.nii")
+    files = PatientFiles(id="A", images={name: tmp_path / "a.nii" for name in MODALITIES}, label=None, layout="table",
+                         columns={})
+    codes = [finding.code for finding in examine(files).findings]
+    assert codes == ["saturated"] * 4 * found
