@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,8 @@ from fedlab.data.readers.conventions import (
 )
 from fedlab.data.readers.folders import find_patients, read_cohort, read_sites
 from fedlab.data.readers.inspection import inspect_folder
+from fedlab.data.readers.patient_files import PatientFiles
+from fedlab.data.readers.scan import Examination, check_labels
 from folders import NEW, ball, save, save_files, write_layout, write_nnunet, write_table
 
 
@@ -185,3 +189,15 @@ def test_overlapping_regions_of_nnunet_describe_labels(tmp_path):
         assert (cohort.layout, cohort.convention.name) == ("nnunet", convention)
         assert [int((cohort[0].label == v).sum()) for v in (1, 2, 4)] == [int((raws[0].label == v).sum())
                                                                           for v in (1, 2, 4)]
+
+
+@pytest.mark.parametrize(("counts", "codes"), [
+    ({0.0: 90, 1.0: 4, 3.0: 5, 4.0: 7}, ["cavity"]), ({0.0: 90, 3.0: 5}, []),
+    ({0.0: 90, 4.0: 7}, ["no-enhancing", "cavity"]), ({0.0: 90, 2.0: 3}, ["no-enhancing"]), ({0.0: 90}, ["no-tumour"])])
+def test_what_a_label_map_of_2024_holds_is_told_by_its_values(counts, codes):
+    """In BraTS 2024 the value 3 is enhancing tumour, and 4 a cavity, which is no tumour."""
+    files = PatientFiles(id="A", images={}, label=Path("a_seg.nii"), layout="table", columns={})
+    exam = Examination(files=files, label_counts=counts)
+    check_labels(exam, "brats2024")
+    assert [finding.code for finding in exam.findings] == codes
+    assert all("7 voxels of resection cavity" in f.message for f in exam.findings if f.code == "cavity")

@@ -122,8 +122,14 @@ def test_the_order_of_modalities_comes_from_dataset_json(tmp_path):
     raw = ball("BRATS_001")
     write_msd(tmp_path / "a", [raw])
     write_msd(tmp_path / "b", [raw], order=("T2", "T1c", "FLAIR", "T1"))
-    one, other = (read(tmp_path / name)[0] for name in "ab")
-    assert torch.equal(one.image, other.image) and torch.equal(one.label, other.label)
+    write_msd(tmp_path / "c", [raw])
+    path = tmp_path / "c" / "dataset.json"
+    told = json.loads(path.read_text())
+    told["modality"] = {key: told["modality"][key] for key in ("2", "0", "3", "1")}  # by number, not by place
+    path.write_text(json.dumps(told))
+    first, *others = (read(tmp_path / name)[0] for name in "abc")
+    for other in others:
+        assert torch.equal(first.image, other.image) and torch.equal(first.label, other.label)
 
 
 def test_decathlon_test_cases_have_no_label(tmp_path):
