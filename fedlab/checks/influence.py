@@ -1,4 +1,4 @@
-"""Whether the noise that a technique adds fits what it enters into the ledger: a measurement.
+"""Whether the noise that a technique adds to updates fits what it enters into the ledger: a measurement.
 
 Noise with standard deviation s hides two inputs that move the output by d, in the Euclidean norm, like a Gaussian
 mechanism of noise multiplier s / d. This is measured, with the same random numbers for both inputs, and compared with
@@ -10,254 +10,258 @@ multiplier 1/μ and χ² ≤ exp(ε) − 1 for an ε-private one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from fedlab.checks.check_report import Battery, Finding
-from fedlab.checks.rehearsal import Charge, Rehearsal, Script, Stage, rehearse
-from fedlab.checks.small_runs import plain_descent
-from fedlab.core.types import Patient, Site, Tensors
-from fedlab.core.weights import load_weights
-from fedlab.privacy.accounting.mechanisms import Concentrated, Gaussian, Pure, Release
+from fedlab.checks.check_report import Finding
+from fedlab.checks.claims import PRIVACY, Claim, chi_of, divergence_of
+from fedlab.checks.leaks import differing, moved_far, statistics
+from fedlab.checks.noise_law import allowed_probability, least_distance
+from fedlab.checks.noise_tests import Noise, check_noise, check_sites
+from fedlab.checks.rehearsal import Stage, rehearse
+from fedlab.checks.samples import Samples, Sketch, View, collect, outcome
+from fedlab.checks.watched import Rehearsal, Script
+from fedlab.core.types import Tensors
 
-__all__ = ["PRIVACY", "Claim", "check_broadcast", "check_claim", "check_patients", "check_whole", "find_claims"]
+__all__ = ["check_updates"]
 
-PRIVACY = Battery("privacy")
-#: Runs with other random numbers from which the noise is estimated.
-_RUNS = 12
-#: Relative error allowed to the measured influence: several times that of the estimate of the noise.
-_SLACK = 0.05
-#: Standard errors by which a mean may be off by chance: probability 6e-7.
-_ERRORS = 5.0
+Floats = npt.NDArray[np.float64]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """The entries of one layer into a ledger in one round, and the place where its output is seen."""
-
-    layer: int  # its place in the technique
-    where: Literal["training", "site", "server"]
-    charges: tuple[Charge, ...]
-
-    @property
-    def mu(self) -> float:
-        """1 over the noise multiplier of all entries together; infinite if one of them is no Gaussian noise."""
-        return math.sqrt(sum(_twice_rho(release) for release, _ in self.charges))
-
-    @property
-    def chi(self) -> float:
-        """An upper bound of √χ² between the outputs of two neighbouring inputs."""
-        # The second moment of the ratio of densities is at most exp(exponent), and exponents add up.
-        exponent = sum(release.epsilon * release.times if isinstance(release, Pure) else _twice_rho(release)
-                       for release, _ in self.charges)
-        return math.sqrt(math.expm1(min(exponent, 600.0)))
-
-    @property
-    def to_zero(self) -> bool:
-        """Whether neighbours differ by a contribution that is there or not, rather than by any two."""
-        words = self.charges[0].terms.adjacency.lower()
-        return "any two" not in words and "replace one" not in words
-
-    def output(self, seen: Rehearsal, number: int, site: str) -> Tensors:
-        """The output of the layer in a round."""
-        if self.where == "training":
-            return seen.trained[number][site]
-        if self.where == "server":
-            return seen.released[number][self.layer].delta
-        steps = [s for s in seen.steps if (s.layer, s.round, s.site) == (self.layer, number, site)]
-        return steps[-1].returned.delta  # type: ignore[attr-defined, no-any-return]
+#: Rounds, and runs with other random numbers; of runs after a first round with a large update.
+_ROUNDS, _RUNS, _RUNS_AFTER = 3, 48, 16
+#: Norms of updates that are tried, all their entries of equal size.
+_NORMS = (1e-3, 0.03, 0.3, 1.5, 5.0, 30.0, 1e3)
+#: Error of the measured distance of what rounds single precision.
+_SLACK = 0.003
 
 
-def _twice_rho(release: Release) -> float:
-    """Twice the ρ of zero-concentrated privacy (Bun and Steinke 2016); infinite for what is no Gaussian noise."""
-    if isinstance(release, Gaussian):
-        return release.steps / release.noise_multiplier**2
-    return 2 * release.rho * release.times if isinstance(release, Concentrated) else math.inf
-
-
-def find_claims(stage: Stage, seen: Rehearsal) -> list[Claim]:
-    """The claims of each layer, and of the aggregation after them, in the first round of a rehearsal."""
-    claims = []
-    for place in range(len(stage.parts)):
-        first = next((s for s in seen.steps if s.layer == place), None)
-        hidden = place == len(stage.technique.layers)  # a masked update is seen in the sum only
-        found = [Claim(layer=place, where="training", charges=seen.equipped.get(place, ())),
-                 Claim(layer=place, where="server" if hidden else "site", charges=first.charged if first else ()),
-                 Claim(layer=place, where="server", charges=seen.settled.get(place, ()))]
-        claims += [claim for claim in found if claim.charges]
-    return claims
-
-
-def adversarial(like: Tensors) -> dict[str, Tensors]:
+@dataclass(frozen=True)
+class _Inputs:
     """Updates that reveal themselves through a mechanism without a bound, by a description."""
-    rng = torch.Generator().manual_seed(0)
-    signs = {name: torch.randint(0, 2, t.shape, generator=rng) * 2.0 - 1 for name, t in like.items()}
-    largest = max(like, key=lambda name: like[name].numel())
-    one = {name: torch.zeros_like(t) for name, t in like.items()}
-    one[largest].view(-1)[one[largest].numel() // 2] = 1e6
-    return {
-        "nothing": {name: torch.zeros_like(t) for name, t in like.items()},
-        "large everywhere": {name: 1e4 * t for name, t in signs.items()},
-        "the opposite": {name: -1e4 * t for name, t in signs.items()},
-        "one huge entry": one,
-        "tiny": {name: 1e-12 * t for name, t in signs.items()},
-        "ordinary": {name: 0.01 * torch.randn(t.shape, generator=rng) for name, t in like.items()},
-    }
+
+    updates: Mapping[str, Tensors]
+    equal: frozenset[str]  # those whose entries have one size within each tensor
+    signs: Floats  # of the kept entries of all large ones
+    heavy: npt.NDArray[np.bool_]  # the kept entries of "large, unequal" that are three times as large
+
+    @classmethod
+    def of(cls, like: Tensors, sketch: Sketch) -> _Inputs:
+        rng = torch.Generator().manual_seed(0)
+        signs = {name: torch.randint(0, 2, t.shape, generator=rng) * 2.0 - 1 for name, t in like.items()}
+        heavy = {name: torch.randint(0, 2, t.shape, generator=rng) * 1.0 for name, t in like.items()}
+        zeros = {name: torch.zeros_like(t) for name, t in like.items()}
+        size = math.sqrt(sum(t.numel() for t in like.values()))
+        largest, names = max(like, key=lambda name: like[name].numel()), list(like)
+        ladder = {f"of norm {norm:g}": {name: norm / size * t for name, t in signs.items()} for norm in _NORMS}
+        alone = {f"large in {name} only": {**zeros, name: 1e4 * signs[name]}
+                 for name in dict.fromkeys([names[0], names[-1], min(like, key=lambda name: like[name].numel())])}
+        updates = {
+            "nothing": zeros,
+            "large everywhere": {name: 1e4 * t for name, t in signs.items()},
+            "the opposite": {name: -1e4 * t for name, t in signs.items()},
+            "one huge entry": one_entry(zeros, sketch, largest, len(sketch.places[largest]) // 2),
+            "tiny": {name: 1e-12 * t for name, t in signs.items()},
+            "ordinary": {name: 0.01 * torch.randn(t.shape, generator=rng) for name, t in like.items()},
+            "large, unequal": {name: 1e4 * (1 + 2 * heavy[name]) * t for name, t in signs.items()}, **ladder, **alone}
+        return cls(updates, frozenset({"nothing", "large everywhere", "the opposite", "tiny", *ladder, *alone}),
+                   sketch.take(signs), sketch.take(heavy) > 0)
 
 
-def only(site: str, first: Tensors, like: Tensors) -> Script:
-    """One site's update in the first round; all other updates, and those of later rounds, are zero."""
-    nothing = {name: torch.zeros_like(t) for name, t in like.items()}
-    return lambda name, number: first if name == site and number == 0 else nothing
+def one_entry(zeros: Tensors, sketch: Sketch, name: str, place: int, value: float = 1e6) -> Tensors:
+    """Zeros but for one of the kept entries of a tensor."""
+    changed = zeros[name].clone()
+    changed.view(-1)[int(sketch.places[name][place])] = value
+    return {**zeros, name: changed}
 
 
-def check_claim(stage: Stage, claim: Claim) -> Iterator[Finding]:
-    """Noise and sensitivity of a claim about updates."""
-    stage = stage.alone() if claim.where == "site" else stage
-    site, layer, updates = stage.sites[0].name, stage.name(claim.layer), adversarial(stage.like)
-
-    def output(used: Stage, name: str, seed: int) -> Tensors:
-        return claim.output(rehearse(used, script=only(site, updates[name], stage.like), seed=seed), 0, site)
-
-    runs = [output(stage, "nothing", seed) for seed in range(_RUNS)]
-    # Tensors that are shared at all. Noise that chooses entries need not share any.
-    tried = [*runs[:2], *(output(stage, "large everywhere", seed) for seed in (0, 1))]
-    shared = {name for tensors in tried for name, t in tensors.items() if t.count_nonzero()}
-    noise = _noise(runs, shared, every=math.isfinite(claim.mu), where=layer,
-                   entries="every entry of every tensor that is shared, zeros included")
-    yield noise
-    if noise.outcome == "failed" or not math.isfinite(claim.mu):
-        return
-    seeded = stage.seeded()
-    given = {name: [output(seeded, name, seed) for seed in (0, 1)] for name in updates}
-    pairs = [("nothing", name) for name in updates if name != "nothing"] if claim.to_zero else combinations(updates, 2)
-    worst, which = _worst(given, pairs, runs)
-    yield _sensitivity(worst, claim.mu, f"{layer}, updates {which[0]!r} and {which[1]!r}")
+def only(site: str, chosen: Mapping[int, Tensors], zeros: Tensors) -> Script:
+    """One site's updates in some rounds; all other updates are zero."""
+    return lambda name, number: chosen.get(number, zeros) if name == site else zeros
 
 
-def check_patients(stage: Stage, claim: Claim) -> Iterator[Finding]:
-    """Sensitivity of a claim about patients: one of them is replaced by extreme ones, all else stays."""
-    load_weights(stage.trainer.model, stage.like)  # the start of the trainer that is made from it
-    trainer = replace(stage.trainer, optimiser=plain_descent, lr=1.0, steps=1, epochs=None, augment=None)
-    stage = replace(stage.alone(), trainer=trainer)
-    (usual, *others), site = stage.sites[0].train, stage.sites[0].name
-
-    def outputs(used: Stage, patient: Patient, seeds: Sequence[int]) -> list[Tensors]:
-        changed = replace(used, sites=[Site(site, [patient, *others]), *used.sites[1:]])
-        return [claim.output(rehearse(changed, seed=seed), 0, site) for seed in seeds]
-
-    runs = outputs(stage, usual, range(_RUNS))
-    noise = _noise(runs, set(stage.like), every=True, where="training",
-                   entries="the gradient of every trainable tensor, in every step")
-    yield noise
-    if noise.outcome == "failed":
-        return
-    given = {name: outputs(stage.seeded(), change(usual), range(4)) for name, change in _PATIENTS.items()}
-    worst, which = _worst(given, combinations(_PATIENTS, 2), runs)
-    if worst == 0:
-        yield Finding(check="sensitivity", outcome="warned",
-                      what="no replacement of the patient had an effect: it was never drawn",
-                      remedy="check the technique with a higher sampling rate and all else the same")
-        return
-    # To replace a patient is to remove one and to add another: twice the change that is charged.
-    yield _sensitivity(worst / 2, claim.mu, f"{stage.name(claim.layer)}, {which[0]} and {which[1]}")
-
-
-def check_whole(stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
-    """What finally leaves, in this round and the next, reveals no more of an update than was charged."""
-    seen_at_server = stage.aggregation.hides_updates or any(c.where == "server" for c in claims)
-    stage = stage if seen_at_server else stage.alone()
-    site, updates = stage.sites[0].name, adversarial(stage.like)
-    chi = Claim(layer=0, where="site", charges=tuple(c for claim in claims for c in claim.charges)).chi
-    direction = {name: t / 1e4 for name, t in updates["large everywhere"].items()}
-
-    def final(seen: Rehearsal, number: int) -> float:
-        delta = seen.moved[number].delta if seen_at_server else seen.sent[number][site].delta
-        return float(sum((delta[name].double() * d).sum() for name, d in direction.items()))
-
-    runs = [[rehearse(stage, script=only(site, updates[name], stage.like), seed=seed, rounds=2)
-             for seed in range(_RUNS)] for name in ("nothing", "large everywhere")]
-    for number, when in enumerate(("the round itself", "the round after it")):
-        one, other = (torch.tensor([final(seen, number) for seen in group], dtype=torch.float64) for group in runs)
-        spread, shift = float((one.var() + other.var()) / 2), float((one.mean() - other.mean()).abs())
-        allowed = math.sqrt(spread) * (chi * (1 + _SLACK) + _ERRORS * math.sqrt(2 / _RUNS))
-        if shift > max(allowed, 1e-9):
-            yield PRIVACY.verdict("whole update", f"the update sent in {when} reveals far more of a large update than "
-                                  f"was charged: its sum along the update moves by {shift:.3g}, the ledger allows "
-                                  f"{allowed:.3g}", check="sensitivity")
+def check_updates(stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
+    """Noise and sensitivity of claims about updates, and everything that leaves under them."""
+    watch = _Watch(stage, claims)
+    good = True
+    for part in (watch.noise(), watch.sensitivity(), watch.laws(), watch.leaving()):
+        for finding in part:
+            good &= finding.outcome != "failed"
+            yield finding
+        if not good:  # what is wrong is told once, by the check that is nearest to it
             return
-    yield PRIVACY.verdict("whole update", None, check="sensitivity")
 
 
-def check_broadcast(stage: Stage) -> Iterator[Finding]:
-    """What the server sends to the sites beside the weights, such as a clipping norm, sees updates through noise."""
-    site, updates = stage.sites[0].name, adversarial(stage.like)
+class _Watch:
+    """The rehearsals of one stage, shared by all checks."""
 
-    def broadcast(name: str, seed: int) -> Tensors:
-        return rehearse(stage, script=only(site, updates[name], stage.like), seed=seed).broadcast
+    def __init__(self, stage: Stage, claims: Sequence[Claim]) -> None:
+        self.claims, self.everyone = claims, stage.unlimited()
+        hidden = stage.aggregation.hides_updates
+        self.at_server = hidden or any(claim.where == "server" for claim in claims)
+        self.stage = self.everyone if self.at_server else self.everyone.alone()
+        self.repeating = self.stage.seeded()
+        self.site = stage.sites[0].name
+        self.sketch = Sketch.of(stage.like)
+        self.inputs = _Inputs.of(stage.like, self.sketch)
+        self.zeros = self.inputs.updates["nothing"]
+        self.views: list[View] = [self._view(claim) for claim in claims] + [self._final]
+        self.quiet = self._collect({}, runs=_RUNS)
+        once = {name: self._coupled({0: update}) for name, update in self.inputs.updates.items()}
+        self.once = {name: shown for name, (shown, _) in once.items()}
+        self.beside = {name: beside for name, (_, beside) in once.items()}
 
-    usual, others = broadcast("nothing", 0), [broadcast("nothing", seed) for seed in (1, 2)]
-    changed = {name: t for kind in ("large everywhere", "ordinary") for name, t in broadcast(kind, 0).items()
-               if name not in usual or not torch.equal(t, usual[name])}
-    bare = [name for name in changed if all(name in usual and torch.equal(t[name], usual[name]) for t in others)]
-    if changed:
-        yield PRIVACY.verdict("broadcast", f"the server broadcasts {bare[0]}, which depends on the updates but does "
-                              "not vary with the random numbers" if bare else None, check="noise",
-                              names=", ".join(changed))
+    def _view(self, claim: Claim) -> View:
+        return lambda seen, number: claim.output(seen, number, self.site)
 
+    def _final(self, seen: Rehearsal, number: int) -> Tensors:
+        return seen.moved[number].delta if self.at_server else seen.sent[number][self.site].delta
 
-def _noise(runs: Sequence[Tensors], shared: set[str], *, every: bool, where: str, entries: str) -> Finding:
-    """Whether shared tensors vary with the random numbers: every entry or, where noise chooses entries, any."""
-    silent = []
-    for name in sorted(shared):
-        moves = torch.stack([run[name].double() for run in runs]).var(dim=0) > 0
-        if not (moves.all() if every else moves.any()):
-            silent.append(name)
-    more = f"; {len(silent)} tensors in all" if len(silent) > 1 else ""
-    return PRIVACY.verdict("noise", f"{where} charges the ledger, but its output {silent[0]} does not vary with the "
-                           f"random numbers{more}" if silent else None, where=where, entries=entries)
+    def _collect(self, chosen: Mapping[int, Tensors], *, runs: int) -> Samples:
+        return collect(self.stage, only(self.site, chosen, self.zeros), seeds=range(runs), rounds=_ROUNDS,
+                       views=self.views, sketch=self.sketch, site=self.site, at_server=self.at_server)
 
+    def _coupled(self, chosen: Mapping[int, Tensors], rounds: int = 1) -> tuple[list[Floats], list[object]]:
+        """With two seeds that repeat: what each view shows, (2, rounds, entries), and what is sent beside it."""
+        seen = collect(self.repeating, only(self.site, chosen, self.zeros), seeds=range(2), rounds=rounds,
+                       views=self.views, sketch=self.sketch, site=self.site, at_server=self.at_server)
+        return list(seen.entries), [one[0] for one in seen.outcomes]
 
-def _sensitivity(worst: float, claimed: float, where: str) -> Finding:
-    """Whether the smallest noise multiplier that was measured, 1 / `worst`, is the charged one, 1 / `claimed`."""
-    measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {1 / max(worst, 1e-99):.3g}"
-    charged = f"{1 / claimed:.3g}"
-    return PRIVACY.verdict("sensitivity", f"{where}: measured is {measured}, charged is {charged}"
-                           if worst > claimed * (1 + _SLACK) else None, where=where, measured=measured, charged=charged)
+    def noise(self) -> Iterator[Finding]:
+        """Whether every shared tensor varies, and whether anything is sent at all."""
+        for place, claim in enumerate(self.claims):
+            runs = self.quiet.entries[place]
+            shared = [name for name, group in self.sketch.groups.items()
+                      if runs[:, 0, group].any() or self.once["large everywhere"][place][:, 0, group].any()]
+            every, silent = math.isfinite(claim.mu), []
+            for name in shared:
+                moves = np.ptp(runs[:, :, self.sketch.groups[name]], axis=0) > 0
+                if not (moves.all() if every else moves.any()):
+                    silent.append(name)
+            more = f"; {len(silent)} tensors in all" if len(silent) > 1 else ""
+            where = self.stage.name(claim.layer)
+            yield PRIVACY.verdict("noise", f"{where} charges the ledger, but its output {silent[0]} does not vary with "
+                                  f"the random numbers{more}" if silent else None, where=where,
+                                  entries="every entry of every tensor that is shared, zeros included")
 
+    def sensitivity(self) -> Iterator[Finding]:
+        """Whether two updates are as far apart as is charged, in standard deviations of the noise."""
+        names = [name for name, shown in self.once.items() if not any(np.isnan(one).any() for one in shown)]
+        for place, claim in enumerate(self.claims):
+            noise = Noise.of(self.quiet.entries[place][:, 0], self.sketch)
+            pairs = [("nothing", name) for name in names if name != "nothing"] if claim.to_zero else list(
+                combinations(names, 2))
+            worst, which = 0.0, ("nothing", "nothing")
+            for one, other in pairs:
+                moved = self.once[one][place][:, 0] - self.once[other][place][:, 0]
+                ratio = self._over(claim, noise, moved, equal={one, other} <= self.inputs.equal,
+                                   from_nothing=one == "nothing")
+                worst, which = max((worst, which), (ratio, (one, other)))
+            if worst == 0.0 and not math.isfinite(claim.mu) and not claim.pure:
+                continue
+            yield self._measured(claim, worst, which)
 
-def _worst(given: Mapping[str, Sequence[Tensors]], pairs: Iterable[tuple[str, str]], runs: Sequence[Tensors]
-           ) -> tuple[float, tuple[str, str]]:
-    """The pair of inputs whose outputs with equal noise are furthest apart, in standard deviations of the noise."""
-    # Of each tensor's entries, over the runs.
-    std = {name: math.sqrt(float(torch.stack([run[name].double() for run in runs]).var(dim=0).mean()))
-           for name in runs[0]}
+    def _over(self, claim: Claim, noise: Noise, moved: Floats, *, equal: bool, from_nothing: bool) -> float:
+        """How far apart two updates are at least, over what the claim allows."""
+        varies = float(((moved[0] - moved[1])**2).sum())
+        additive = varies <= 1e-6 * float((moved**2).sum()) + 1e-12 * noise.total
+        if claim.pure:
+            return noise.least_pure_distance(moved[0], equal=equal) / claim.epsilon if additive else 0.0
+        if not math.isfinite(claim.mu):
+            return 0.0
+        if additive:
+            return math.sqrt(noise.least_square_distance(moved[0]**2, equal=equal)) / claim.mu
+        if not from_nothing:
+            return 0.0
+        # The product of two independent shifts has the square of the mean shift as its mean.
+        square = noise.square_distance(moved[0] * moved[1], equal=False)
+        error = 12 * math.sqrt(noise.square_distance((moved[0] - moved[1])**4, equal=False, power=4)
+                               + noise.square_distance((moved[0] - moved[1])**2 * moved.mean(axis=0)**2, equal=False,
+                                                       power=4))
+        return math.sqrt(max(0.0, square - error) / 1.5) / claim.chi if claim.chi > 0 else 0.0
 
-    def distance(one: Tensors, other: Tensors) -> float:
-        total = 0.0
-        for name, t in one.items():
-            gap = float((t.double() - other[name].double()).square().sum())
-            total += 0.0 if gap == 0 else gap / std[name] ** 2 if std[name] > 0 else math.inf
-        return math.sqrt(total)
+    def _measured(self, claim: Claim, worst: float, which: tuple[str, str]) -> Finding:
+        where = f"{self.stage.name(claim.layer)}, updates {which[0]!r} and {which[1]!r}"
+        if claim.pure:
+            measured, charged = f"an ε of {worst * claim.epsilon:.3g}", f"{claim.epsilon:.3g}"
+        else:
+            found = 1 / (worst * claim.mu) if worst and math.isfinite(worst) else math.inf
+            measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {found:.3g}"
+            charged = f"{1 / claim.mu:.3g}"
+        return PRIVACY.verdict("sensitivity", f"{where}: measured is {measured}, charged is {charged}"
+                               if worst > 1 + _SLACK else None, where=where, measured=measured, charged=charged)
 
-    return max((distance(one, other), pair) for pair in pairs
-               for one, other in zip(given[pair[0]], given[pair[1]], strict=True))
+    def laws(self) -> Iterator[Finding]:
+        """The law of the noise, and whether its draws are independent: of entries, tensors, rounds and sites."""
+        large = self.inputs.updates["large, unequal"]
+        every = dict.fromkeys(range(_ROUNDS), large)
+        before, after = self._coupled({}, _ROUNDS)[0], self._coupled(every, _ROUNDS)[0]
+        for place, claim in enumerate(self.claims):
+            moved = after[place] - before[place]
+            if not np.isnan(moved).any():
+                yield from check_noise(self.stage.name(claim.layer), claim, self.quiet.entries[place], moved,
+                                       self.sketch)
+                yield from self._quietest(place, claim)
+        yield from check_sites(self.everyone, self.claims, large, self.zeros, self.sketch)
 
+    def _quietest(self, place: int, claim: Claim) -> Iterator[Finding]:
+        """An update that has only the entry with the least noise."""
+        if not math.isfinite(claim.mu):
+            return
+        runs = self.quiet.entries[place][:, 0]
+        spread = runs[:_RUNS // 2].var(axis=0)
+        entry = int(np.where(spread > 0, spread, np.inf).argmin())
+        name = next(name for name, group in self.sketch.groups.items() if group.start <= entry < group.stop)
+        update = one_entry(self.zeros, self.sketch, name, entry - self.sketch.groups[name].start)
+        moved = self._coupled({0: update})[0][place][:, 0] - self.once["nothing"][place][:, 0]
+        variance = float(runs[_RUNS // 2:, entry].var(ddof=1))
+        if abs(moved[0, entry] - moved[1, entry]) <= 1e-3 * abs(moved[0, entry]) and variance > 0:
+            worst = math.sqrt(least_distance([(moved[0, entry]**2 / variance, _RUNS // 2 - 1)])) / claim.mu
+            if worst > 1 + _SLACK:
+                yield self._measured(claim, worst, ("nothing", f"one huge entry of {name}"))
 
-def _with(patient: Patient, *, scale: float = 1.0, label: int | None = None) -> Patient:
-    drawn = patient.label if label is None or patient.label is None else torch.full_like(patient.label, label)
-    return Patient(patient.id, patient.image * scale, drawn, patient.affine)
+    def leaving(self) -> Iterator[Finding]:
+        """What finally leaves, in each round, reveals no more of an update than was charged."""
+        covered = self.stage.technique.sends if self.at_server else frozenset[str]()
+        large = self.inputs.updates["large, unequal"]
+        every = self._collect(dict.fromkeys(range(_ROUNDS), large), runs=_RUNS)
+        first = self._collect({0: large}, runs=_RUNS_AFTER)
+        for number in range(_ROUNDS):
+            allowed = allowed_probability(divergence_of(self.claims, number + 1))
+            for group in (every, first):
+                name = differing([run[number] for run in self.quiet.outcomes], [run[number] for run in group.outcomes],
+                                 allowed=allowed, covered=covered)
+                if name:
+                    yield self._beside(name, number)
+                    return
+        for name, beside in self.beside.items():
+            known = [run[0] for run in self.quiet.outcomes]
+            fixed = {key for key in known[0] if all(one.get(key) == known[0][key] for one in known)}
+            for key in sorted(fixed - {f"metrics {name}" for name in covered} - {"encoded"}):
+                if all(one.get(key) != known[0][key] for one in beside):  # type: ignore[attr-defined]
+                    yield self._beside(key, 0, name)
+                    return
+        yield PRIVACY.verdict("beside the update", None)
+        for number in range(_ROUNDS):
+            allowed, chi = allowed_probability(divergence_of(self.claims, number + 1)), chi_of(self.claims, number + 1)
+            quiet = self._statistics(self.quiet, number)
+            for group in (every, first):
+                far = moved_far(quiet, self._statistics(group, number), chi=chi, allowed=allowed)
+                if far and math.isfinite(chi):
+                    yield PRIVACY.verdict("whole update", f"the update sent in round {number + 1} reveals far more of "
+                                          f"a large update than was charged: of {far[0]}, {far[1]}",
+                                          check="sensitivity")
+                    return
+        yield PRIVACY.verdict("whole update", None, check="sensitivity")
 
+    def _statistics(self, samples: Samples, number: int) -> dict[str, Floats]:
+        return statistics(samples.entries[-1][:, number], samples.sums[:, number], signs=self.inputs.signs,
+                          heavy=self.inputs.heavy, single=not self.at_server)
 
-#: Changes of a patient; any result may take the place of any other.
-_PATIENTS: Mapping[str, Callable[[Patient], Patient]] = {
-    "a patient": lambda patient: patient,
-    "a scan 10 000 times as bright": lambda patient: _with(patient, scale=1e4),
-    "an empty scan": lambda patient: _with(patient, scale=0.0),
-    "a scan that is all tumour": lambda patient: _with(patient, label=4),
-    "a scan without tumour": lambda patient: _with(patient, label=0),
-}
+    def _beside(self, name: str, number: int, update: str = "large, unequal") -> Finding:
+        return PRIVACY.verdict("beside the update", f"{name} depends on the update, in round {number + 1} and for an "
+                               f"update that is {update!r}")

@@ -7,22 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from fedlab.checks.check_report import CheckReport, Finding
-from fedlab.checks.influence import (
-    PRIVACY,
-    Claim,
-    check_broadcast,
-    check_claim,
-    check_patients,
-    check_whole,
-    find_claims,
-)
-from fedlab.checks.rehearsal import DECOY, Rehearsal, Stage, make_stage, rehearse
+from fedlab.checks.claims import PRIVACY, Claim, find_claims
+from fedlab.checks.influence import check_updates
+from fedlab.checks.patients import check_patients
+from fedlab.checks.rehearsal import DECOY, Stage, make_stage, rehearse
 from fedlab.checks.small_runs import lost_settings, other_random_numbers
+from fedlab.checks.watched import Rehearsal
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.gate import check_update
 from fedlab.core.global_generators import seeded
 from fedlab.core.protocols import Strategy
 from fedlab.core.types import Site, Tensors
+from fedlab.privacy.accounting.mechanisms import Gaussian
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.at_sites import AtSites
 from fedlab.privacy.base import Privacy, technique_at
@@ -38,7 +34,7 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
     """Puts a technique, or several joined by `+`, through small federated runs and observes them.
 
     The checks, by name:
-        "fits the run": it works with the trainer, the sites and the strategy; two rounds end.
+        "fits the run": it works with the trainer, the sites and the strategy; three rounds end.
         "shapes and names": protect() returns an `Update` with the tensors of its input.
         "purity": it changes neither its input nor itself, the sites or the weights.
         "state": it writes tensors, into its own namespace.
@@ -103,7 +99,7 @@ def _findings(stage: Stage) -> Iterator[Finding]:
     yield _settings(stage)
     yield from _order(stage)
     before = _outside(stage)
-    real = rehearse(stage, rounds=2, catch=True)
+    real = rehearse(stage.unlimited(), rounds=3, catch=True)
     shapes, kept = _shapes(stage, real), _state(real)
     yield shapes
     yield from _purity(stage, real, before)
@@ -116,23 +112,43 @@ def _findings(stage: Stage) -> Iterator[Finding]:
     repeats, claims = _determinism(stage), find_claims(stage, real)
     yield repeats
     yield _fails_closed(stage)
-    yield from _ledger(stage, real, claims)
-    if repeats.outcome == "passed":  # otherwise nothing can be told apart from chance
+    ledger = list(_ledger(stage, real, claims))
+    yield from ledger
+    # If two runs differ nothing can be told apart from chance; a wrong ledger has no charges to compare with.
+    if repeats.outcome == "passed" and all(finding.outcome != "failed" for finding in ledger):
         yield from _claims(stage, claims)
 
 
 def _claims(stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
-    """Whether noise and sensitivity are the charged ones."""
-    noisy = True
+    """Whether charges, noise and sensitivity are what they should be."""
+    wrong = _charges(stage, claims)
+    yield PRIVACY.verdict("charges", wrong)
+    if wrong:
+        return
     for claim in claims:
-        for finding in (check_patients if claim.where == "training" else check_claim)(stage, claim):
-            noisy &= finding.check != "noise" or finding.outcome == "passed"
-            yield finding
+        if claim.where == "training":
+            yield from check_patients(stage, claim)
     about_updates = [claim for claim in claims if claim.where != "training"]
-    if any(claim.where == "server" for claim in claims):
-        yield from check_broadcast(stage)
-    if about_updates and noisy:
-        yield from check_whole(stage, about_updates)
+    if about_updates:
+        yield from check_updates(stage, about_updates)
+
+
+def _charges(stage: Stage, claims: Sequence[Claim]) -> str | None:
+    """What is wrong with the entries as such."""
+    drawn = float(getattr(stage.strategy, "sample", 1.0))
+    for claim in claims:
+        name = stage.name(claim.layer)
+        missed = [number + 1 for number, charges in enumerate(claim.rounds) if not charges]
+        rate = min((release.sample_rate for charges in claim.rounds for release, _ in charges
+                    if isinstance(release, Gaussian)), default=1.0)
+        if missed:
+            return f"{name} charges some rounds but not round {missed[0]}"
+        if claim.where == "site" and rate < 1:
+            return (f"{name} charges its noise on updates at a sample rate of {rate:g}, but a site that sends an update "
+                    "takes part in the round with all of it, and the server sees that it does")
+        if claim.where == "server" and rate < drawn * (1 - 1e-9):
+            return f"{name} charges a sample rate of {rate:g}, but the strategy draws each site with {drawn:g}"
+    return None
 
 
 def _cause(error: Exception) -> Finding:
@@ -245,7 +261,7 @@ def _with_entry(t: torch.Tensor, value: float) -> torch.Tensor:
 
 
 def _ledger(stage: Stage, seen: Rehearsal, claims: Sequence[Claim]) -> Iterator[Finding]:
-    server = [claim for claim in claims if seen.settled.get(claim.layer)]
+    server = [claim for claim in claims if seen.settled.get((0, claim.layer))]
     if any(not seen.released[0][claim.layer].spent for claim in server):
         yield Finding(check="ledger", outcome="failed", what="the server's ledger is charged but nothing is stated",
                       remedy="return dataclasses.replace(mean, spent=ledger.spent()) from release()")

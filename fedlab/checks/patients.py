@@ -1,0 +1,294 @@
+"""Guarantees per patient through training, such as DP-SGD: noise of each step, influence of a patient, and who is drawn.
+
+One patient is replaced by extreme ones while all else stays, the random numbers included, and the gradients of every
+step are compared just before the optimiser takes them. The noise itself is seen with a loss so small that gradients
+vanish beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlab.checks.check_report import Finding
+from fedlab.checks.claims import PRIVACY, Claim, chi_of, divergence_of
+from fedlab.checks.leaks import differing, moved_far, statistics
+from fedlab.checks.noise_law import allowed_probability, least_distance, least_joint_distance, odd_draws, spread_of_norms
+from fedlab.checks.noise_tests import Noise, law_of
+from fedlab.checks.rehearsal import Stage, marked, rehearse
+from fedlab.checks.samples import Samples, Sketch, collect
+from fedlab.checks.small_runs import plain_descent
+from fedlab.checks.watched import Rehearsal
+from fedlab.core.types import Patient, Site, Tensors
+from fedlab.core.weights import load_weights
+from fedlab.privacy.accounting.mechanisms import Gaussian
+from fedlab.privacy.dp.clipping import AdaptiveClip
+
+__all__ = ["check_patients"]
+
+Floats = npt.NDArray[np.float64]
+
+#: Runs in which noise is seen, in which final updates are compared, and in which patients are counted.
+_RUNS, _FINAL_RUNS, _COUNTED = 24, 16, 8
+#: Steps and rounds in which noise is seen; steps of each of three rounds in which patients are counted.
+_STEPS, _ROUNDS, _COUNTED_STEPS = 3, 2, 20
+#: Seeds that are tried until the patient is drawn, and draws that are looked at.
+_TRIED, _DRAWN = 40, 3
+#: Spread of squared norms of steps, over that of Gaussian noise of one size; later steps' noise over that of the first.
+_UNEVEN, _LATER = 3.0, 0.02
+_SLACK = 0.005
+
+
+def _with(patient: Patient, *, scale: float = 1.0, label: int | None = None) -> Patient:
+    drawn = patient.label if label is None or patient.label is None else torch.full_like(patient.label, label)
+    return Patient(patient.id, patient.image * scale, drawn, patient.affine)
+
+
+#: Changes of a patient; any result may take the place of any other.
+_PATIENTS: Mapping[str, Callable[[Patient], Patient]] = {
+    "a patient": lambda patient: patient,
+    "a scan 10 000 times as bright": lambda patient: _with(patient, scale=1e4),
+    "an empty scan": lambda patient: _with(patient, scale=0.0),
+    "a scan that is all tumour": lambda patient: _with(patient, label=4),
+    "a scan without tumour": lambda patient: _with(patient, label=0),
+    "a dark scan": lambda patient: _with(patient, scale=0.05),
+}
+
+
+@dataclass(frozen=True)
+class _Vanishing:
+    """A loss whose gradients vanish beside any noise."""
+
+    def __call__(self, logits: Any, target: torch.Tensor) -> torch.Tensor:
+        outputs = logits if isinstance(logits, list | tuple) else [logits]
+        return 1e-20 * sum(one.float().square().mean() for one in outputs)  # type: ignore[no-any-return]
+
+
+def check_patients(stage: Stage, claim: Claim) -> Iterator[Finding]:
+    """Noise, sensitivity, steps and draws of a claim about patients, and what finally leaves."""
+    load_weights(stage.trainer.model, stage.like)  # the start of the trainer that is made from it
+    trainer = replace(stage.trainer, optimiser=plain_descent, lr=1e-3, steps=_STEPS, epochs=None, augment=None,
+                      momentum="restart")
+    stage = replace(stage.unlimited().alone(), trainer=trainer)
+    good = True
+    for check in (_noise_and_sensitivity, _draws, _leaving):
+        for finding in check(stage, claim):
+            good &= finding.outcome != "failed"
+            yield finding
+        if not good:
+            return
+
+
+def _noise_and_sensitivity(stage: Stage, claim: Claim) -> Iterator[Finding]:
+    sketch, where = Sketch.of(stage.like), stage.name(claim.layer)
+    quiet = _quiet(stage, sketch)
+    taken, charged = quiet.steps, sum(release.steps for release, _ in claim.charges if isinstance(release, Gaussian))
+    # The claim was made in a run with other numbers of steps.
+    first = quiet.charged(claim)
+    charged = first or charged
+    yield PRIVACY.verdict("charges", f"{where} charges {charged} steps of a round that takes {taken}"
+                          if taken > charged else None)
+    if taken > charged:
+        return
+    runs = quiet.rows[:, 0]
+    silent = [name for name, group in sketch.groups.items()
+              if not (np.ptp(runs[:, group], axis=0) > 0).all()] if runs.any() else []
+    yield PRIVACY.verdict("noise", f"training charges the ledger, but the gradient of {silent[0]} does not vary with the "
+                          "random numbers" if silent else None, where="training",
+                          entries="the gradient of every trainable tensor, in every step")
+    if silent:
+        return
+    moved, which = _influence(stage, claim, sketch, Noise.of(runs, sketch))
+    if moved is None:
+        yield Finding(check="sensitivity", outcome="warned",
+                      what="no replacement of the patient had an effect: it was never drawn",
+                      remedy="check the technique with a higher sampling rate and all else the same")
+        return
+    mu = math.sqrt(claim.square(1) / sum(release.steps for release, _ in claim.charges if isinstance(release, Gaussian)))
+    # To replace a patient is to remove one and to add another: twice the change that is charged.
+    worst = math.sqrt(Noise.of(runs, sketch).least_square_distance(moved**2, equal=False)) / 2
+    measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {1 / max(worst, 1e-99):.3g}"
+    yield PRIVACY.verdict("sensitivity", f"{where}, {which[0]} and {which[1]}: measured is {measured}, charged is "
+                          f"{1 / mu:.3g}" if worst > mu * (1 + _SLACK) else None, where=f"{where}, {which[0]} and "
+                          f"{which[1]}", measured=measured, charged=f"{1 / mu:.3g}")
+    if worst <= mu * (1 + _SLACK):
+        yield from _every_step(stage, claim, sketch, quiet, moved / 2, mu)
+
+
+@dataclass(frozen=True)
+class _Quiet:
+    """The noise of steps, (runs, steps of all rounds, entries), and the first round of the last run."""
+
+    rows: Floats
+    seen: Rehearsal
+    steps: int
+
+    def charged(self, claim: Claim) -> int:
+        return sum(release.steps for release, _ in self.seen.equipped.get((0, claim.layer), ())
+                   if isinstance(release, Gaussian))
+
+
+def _gradients(seen: Rehearsal, stage: Stage, number: int) -> list[Tensors]:
+    """The noisy gradients of the steps of a round; of an optimiser that does not show them, the change it made."""
+    site, names = stage.sites[0].name, list(stage.like)
+    steps = seen.gradients.get((number, site), [])
+    if not steps:
+        return [{name: t / 1e-3 for name, t in seen.trained[number][site].items()}]
+    return [dict(zip(names, step, strict=True)) for step in steps]
+
+
+def _quiet(stage: Stage, sketch: Sketch) -> _Quiet:
+    """The noise of every step, seen with a vanishing loss; with the usual one if the technique refuses that."""
+    still = replace(stage, trainer=replace(stage.trainer, loss=_Vanishing()))
+    if rehearse(still, catch=True, quick=True).error is not None:
+        still = stage
+    rows = []
+    for seed in range(_RUNS):
+        seen = rehearse(still, seed=seed, rounds=_ROUNDS, quick=True)
+        rows.append([sketch.take(step) for number in range(_ROUNDS) for step in _gradients(seen, stage, number)])
+    least = min(map(len, rows))
+    return _Quiet(np.array([row[:least] for row in rows]), seen, len(_gradients(seen, stage, 0)))
+
+
+def _influence(stage: Stage, claim: Claim, sketch: Sketch, noise: Noise
+               ) -> tuple[Floats | None, tuple[str, str]]:
+    """The largest shift of a step's gradient when a patient is replaced, and by which; None if it was never drawn."""
+    (usual, *others), site = stage.sites[0].train, stage.sites[0].name
+
+    def steps(name: str, seed: int) -> Floats:
+        changed = replace(stage, sites=[Site(site, [_PATIENTS[name](usual), *others])])
+        seen = rehearse(changed, seed=seed, quick=True)
+        return np.array([sketch.take(step) for step in _gradients(seen, stage, 0)])
+
+    stage = stage.seeded()
+    worst, moved, which, drawn = -1.0, None, ("", ""), 0
+    for seed in range(_TRIED):
+        shown = {name: steps(name, seed) for name in list(_PATIENTS)[:2]}
+        one, other = shown.values()
+        if np.array_equal(one, other):
+            continue
+        shown |= {name: steps(name, seed) for name in list(_PATIENTS)[2:]}
+        drawn += 1
+        for a, b in combinations(shown, 2):
+            for shift in shown[a] - shown[b]:
+                found = noise.square_distance(shift**2, equal=False)
+                if found > worst:
+                    worst, moved, which = found, shift, (a, b)
+        if drawn == _DRAWN:
+            break
+    return moved, which
+
+
+def _every_step(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet, moved: Floats, mu: float
+                ) -> Iterator[Finding]:
+    """Noise of one size and law in every step, drawn anew, also in steps that draw few patients or none."""
+    where, rows = stage.name(claim.layer), quiet.rows
+    sizes = [Noise.of(rows[:, step], sketch).total for step in range(rows.shape[1])]
+    weak = [step for step, size in enumerate(sizes) if size < _LATER * sizes[0]]
+    if weak:
+        yield PRIVACY.verdict("independent draws", f"{where} adds next to no noise in step {weak[0] % quiet.steps + 1}")
+        return
+    adaptive = any(isinstance(getattr(layer, "clip", None), AdaptiveClip) for layer in stage.technique.layers)
+    noise, parts = rows - rows.mean(axis=0), []
+    if not adaptive:
+        for group in sketch.groups.values():
+            if moved[group].any():
+                square, freedom = least_joint_distance(np.tile(moved[group], (rows.shape[1], 1)), noise[:, :, group])
+                parts.append((square, float(freedom)))
+        together = least_distance(parts) / (mu**2 * rows.shape[1])
+        if together > 1.02:
+            yield PRIVACY.verdict("independent draws", f"the noise of the steps of {where} is not independent, or some "
+                                  f"have less: together they have {1 / math.sqrt(together):.3g} of the charged noise")
+            return
+    for rehearsed in [quiet, *_few(stage, sketch)]:
+        scaled = []
+        for group in sketch.groups.values():
+            spread = rehearsed.rows[:, 0, group].std()
+            if spread > 0:
+                scaled.append(rehearsed.rows[:, :1, group].reshape(-1, group.stop - group.start) / spread)
+        first = np.concatenate(scaled, axis=1)
+        still = not (first != 0).any(axis=1).all()
+        if still or spread_of_norms(first) > _UNEVEN * (1 + 8 / math.sqrt(first.shape[1])):
+            yield PRIVACY.verdict("independent draws", f"the noise of a step of {where} " + (
+                "is missing in some steps" if still else "varies in size with the patients that are drawn"))
+            return
+    yield PRIVACY.verdict("independent draws", None)
+    wrong = law_of(claim, rows[:, 0], sketch)
+    yield PRIVACY.verdict("law of the noise", f"{where}: {wrong}" if wrong else None, where=where)
+
+
+def _few(stage: Stage, sketch: Sketch) -> Iterator[_Quiet]:
+    """The noise at a site with so few patients that many steps draw none."""
+    least = max(math.ceil(float(getattr(layer, "batch", None) or 0)) for layer in stage.technique.layers) + 1
+    if least < len(stage.sites[0].train):
+        small = replace(stage, sites=[replace(stage.sites[0], train=list(stage.sites[0].train)[:least])])
+        if rehearse(small, catch=True, quick=True).error is None:
+            yield _quiet(small, sketch)
+
+
+def _draws(stage: Stage, claim: Claim) -> Iterator[Finding]:
+    """Whether patients are drawn as is charged, counted without training."""
+    rates = {release.sample_rate for release, _ in claim.charges if isinstance(release, Gaussian)}
+    if rates == {1.0}:
+        yield PRIVACY.verdict("draws", None)
+        return
+    site = stage.sites[0]
+    counting = replace(stage, sites=[marked(site)], trainer=replace(stage.trainer, steps=_COUNTED_STEPS))
+    drawn, charged = [], 1.0
+    for seed in range(_COUNTED):
+        seen = rehearse(counting, rounds=3, seed=seed, count=True, quick=True)
+        for number in range(3):
+            drawn.append([[k in batch for k in range(len(site.train))]
+                          for batch in seen.batches[number, site.name][:_COUNTED_STEPS]])
+        charged = max(release.sample_rate for release, _ in seen.equipped[0, claim.layer]
+                      if isinstance(release, Gaussian))
+    if not drawn[0] or charged >= 1:
+        yield PRIVACY.verdict("draws", None)
+        return
+    yield PRIVACY.verdict("draws", odd_draws(np.array(drawn), charged))
+
+
+def _leaving(stage: Stage, claim: Claim) -> Iterator[Finding]:
+    """What finally leaves after training and all techniques, for a usual patient and for others in its place."""
+    (usual, *others), site = stage.sites[0].train, stage.sites[0].name
+    sketch = Sketch.of(stage.like)
+    stage = replace(stage, trainer=replace(stage.trainer, lr=1.0, steps=1))
+
+    def samples(name: str) -> Samples:
+        changed = replace(stage, sites=[Site(site, [_PATIENTS[name](usual), *others])])
+        return collect(changed, None, seeds=range(_FINAL_RUNS), rounds=3, sketch=sketch, site=site, at_server=False,
+                       views=[lambda seen, number: seen.sent[number][site].delta])
+
+    def numbers(found: Samples, number: int) -> dict[str, Floats]:
+        size = found.entries[-1].shape[2]
+        return statistics(found.entries[-1][:, number], found.sums[:, number], signs=np.ones(size),
+                          heavy=np.zeros(size, dtype=bool), single=True)
+
+    before = samples("a patient")
+    # A replaced patient is one removed and one added: four times the divergence.
+    twice: Sequence[Claim] = [claim] * 4
+    for name in list(_PATIENTS)[1:3]:
+        after = samples(name)
+        for number in range(3):
+            allowed = allowed_probability(divergence_of(twice, number + 1))
+            wrong = differing([run[number] for run in before.outcomes], [run[number] for run in after.outcomes],
+                              allowed=allowed, covered=frozenset())
+            if wrong:
+                yield PRIVACY.verdict("beside the update", f"{wrong} depends on a patient, in round {number + 1} and "
+                                      f"for {name}")
+                return
+            chi = chi_of(twice, number + 1)
+            far = moved_far(numbers(before, number), numbers(after, number), chi=chi, allowed=allowed)
+            if far and math.isfinite(chi):
+                yield PRIVACY.verdict("whole update", f"the update sent in round {number + 1} reveals far more of "
+                                      f"{name} than was charged: of {far[0]}, {far[1]}", check="sensitivity")
+                return
+    yield PRIVACY.verdict("beside the update", None)
+    yield PRIVACY.verdict("whole update", None, check="sensitivity")
