@@ -21,6 +21,7 @@ from fedlab.checks.watched import (
     Script,
     ScriptedTrainer,
     StandingStrategy,
+    StatesInMemory,
     Watched,
     WatchedAggregation,
 )
@@ -133,7 +134,7 @@ def rehearse(stage: Stage, *, script: Script | None = None, rounds: int = 1, see
     """
     seen = Rehearsal(quick=quick)
     sites = [replace(site, train=SameNoise(site.train)) for site in stage.sites]
-    seen.states = states = SiteStates()
+    seen.states = states = StatesInMemory() if quick else SiteStates()
     for site in sites:
         states.save(site.name, SiteState(enrolled=True, namespaces={DECOY: {"x": torch.ones(2)}}))
     trainer: Any = stage.trainer if script is None else ScriptedTrainer(stage.trainer, script)
