@@ -93,7 +93,8 @@ def statistics(entries: Floats, sums: Floats, *, signs: Floats, heavy: npt.NDArr
     found["the number of different values"] = (gaps > rounding).sum(axis=1).astype(float)
     found["the smallest step between values"] = np.where(gaps > rounding, gaps, np.inf).min(axis=1)
     sample = entries[:, chosen]
-    for bit in _BITS:
+    finest = np.abs(entries).max() * 2.0 ** (-22 if single else -51)  # finer places depend on the size of a value
+    for bit in (bit for bit in _BITS if 2.0**-bit >= finest > 0):
         odd = np.floor(np.abs(sample) * 2.0**bit) % 2
         found[f"binary place {bit}"] = odd.mean(axis=1)
         found[f"binary place {bit} of positive entries"] = np.where(positive[chosen], odd, 1 - odd).mean(axis=1)
@@ -112,8 +113,8 @@ def moved_far(one: Mapping[str, Floats], other: Mapping[str, Floats], *, chi: fl
     Returns:
         Its name, and what was seen and allowed, in words.
     """
-    for name, a in one.items():
-        b = other[name]
+    for name in [name for name in one if name in other]:
+        a, b = one[name], other[name]
         finite = np.isfinite(a).all() and np.isfinite(b).all()
         shift = abs(float(a.mean() - b.mean())) if finite else 0.0
         freedom = len(a) + len(b) - 2

@@ -49,7 +49,7 @@ class Noise:
     variances: Mapping[str, float]
     sizes: Mapping[str, float]  # mean absolute values
     runs: int
-    gamma: bool  # whether norms spread as those of noise in proportion to exp(-norm)
+    gamma: bool  # whether its law is in proportion to exp(-norm): as Gaussian noise, but with norms that spread more
 
     @classmethod
     def of(cls, runs: Floats, sketch: Sketch) -> Noise:
@@ -57,9 +57,10 @@ class Noise:
         centred = runs - runs.mean(axis=0)
         correction = len(runs) / (len(runs) - 1)
         groups = sketch.groups
+        gamma = spread_of_norms(centred) > _GAMMA and odd_law(runs)[1] < _ODD if centred.any() else False
         return cls(sketch, {n: float((centred[:, g]**2).mean()) * correction for n, g in groups.items()},
                    {n: float(np.abs(centred[:, g]).mean()) * math.sqrt(correction) for n, g in groups.items()},
-                   len(runs), spread_of_norms(centred) > _GAMMA if centred.any() else False)
+                   len(runs), gamma)
 
     @property
     def total(self) -> float:
@@ -229,7 +230,7 @@ def _alone(stage: Stage, claim: Claim, large: Tensors, zeros: Tensors, sketch: S
 
     opposite = {name: -t for name, t in large.items()}
     tried = [("in a round with one site only", zeros, others, large, zeros, others)]
-    if others:
+    if others and "add or remove" in claim.charges[0].terms.adjacency:
         tried.append(("for a site that is absent", zeros, [], opposite, large, [first]))
     for where, usual, absent, update, other, left_out in tried:
         noise = np.array([shown(usual, usual, seed, absent) for seed in range(_SITE_RUNS)])

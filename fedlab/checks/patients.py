@@ -36,9 +36,9 @@ __all__ = ["check_patients"]
 Floats = npt.NDArray[np.float64]
 
 #: Runs in which noise is seen, in which final updates are compared, and in which patients are counted.
-_RUNS, _FINAL_RUNS, _COUNTED = 24, 16, 8
+_RUNS, _FINAL_RUNS, _COUNTED = 16, 10, 6
 #: Steps and rounds in which noise is seen; steps of each of three rounds in which patients are counted.
-_STEPS, _ROUNDS, _COUNTED_STEPS = 3, 2, 20
+_STEPS, _ROUNDS, _COUNTED_STEPS = 3, 2, 16
 #: Seeds that are tried until the patient is drawn, and draws that are looked at.
 _TRIED, _DRAWN = 40, 3
 #: Spread of squared norms of steps, over that of Gaussian noise of one size; later steps' noise over that of the first.
@@ -59,6 +59,8 @@ _PATIENTS: Mapping[str, Callable[[Patient], Patient]] = {
     "a scan that is all tumour": lambda patient: _with(patient, label=4),
     "a scan without tumour": lambda patient: _with(patient, label=0),
     "a dark scan": lambda patient: _with(patient, scale=0.05),
+    "a bright scan that is all tumour": lambda patient: _with(patient, scale=30, label=4),
+    "a bright scan without tumour": lambda patient: _with(patient, scale=30, label=0),
 }
 
 
@@ -77,9 +79,9 @@ def check_patients(stage: Stage, claim: Claim) -> Iterator[Finding]:
     trainer = replace(stage.trainer, optimiser=plain_descent, lr=1e-3, steps=_STEPS, epochs=None, augment=None,
                       momentum="restart")
     stage = replace(stage.unlimited().alone(), trainer=trainer)
-    good = True
-    for check in (_noise_and_sensitivity, _draws, _leaving):
-        for finding in check(stage, claim):
+    few, good = _with_few(stage), True
+    for check, used in ((_noise_and_sensitivity, few), (_draws, stage), (_leaving, few)):
+        for finding in check(used, claim):
             good &= finding.outcome != "failed"
             yield finding
         if not good:
@@ -89,13 +91,9 @@ def check_patients(stage: Stage, claim: Claim) -> Iterator[Finding]:
 def _noise_and_sensitivity(stage: Stage, claim: Claim) -> Iterator[Finding]:
     sketch, where = Sketch.of(stage.like), stage.name(claim.layer)
     quiet = _quiet(stage, sketch)
-    taken, charged = quiet.steps, sum(release.steps for release, _ in claim.charges if isinstance(release, Gaussian))
-    # The claim was made in a run with other numbers of steps.
-    first = quiet.charged(claim)
-    charged = first or charged
-    yield PRIVACY.verdict("charges", f"{where} charges {charged} steps of a round that takes {taken}"
-                          if taken > charged else None)
+    taken, charged = quiet.steps, quiet.charged(claim)  # the claim itself is of a run with other numbers of steps
     if taken > charged:
+        yield PRIVACY.verdict("charges", f"{where} charges {charged} steps of a round that takes {taken}")
         return
     runs = quiet.rows[:, 0]
     silent = [name for name, group in sketch.groups.items()
@@ -207,30 +205,29 @@ def _every_step(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet, moved
             yield PRIVACY.verdict("independent draws", f"the noise of the steps of {where} is not independent, or some "
                                   f"have less: together they have {1 / math.sqrt(together):.3g} of the charged noise")
             return
-    for rehearsed in [quiet, *_few(stage, sketch)]:
-        scaled = []
-        for group in sketch.groups.values():
-            spread = rehearsed.rows[:, 0, group].std()
-            if spread > 0:
-                scaled.append(rehearsed.rows[:, :1, group].reshape(-1, group.stop - group.start) / spread)
-        first = np.concatenate(scaled, axis=1)
-        still = not (first != 0).any(axis=1).all()
-        if still or spread_of_norms(first) > _UNEVEN * (1 + 8 / math.sqrt(first.shape[1])):
-            yield PRIVACY.verdict("independent draws", f"the noise of a step of {where} " + (
-                "is missing in some steps" if still else "varies in size with the patients that are drawn"))
-            return
+    scaled = []
+    for group in sketch.groups.values():
+        spread = rows[:, :, group].std(axis=(0, 2), keepdims=True)
+        if (spread > 0).all():
+            scaled.append((rows[:, :, group] / spread).reshape(len(rows) * rows.shape[1], -1))
+    each = np.concatenate(scaled, axis=1) if scaled else np.ones((1, 1))
+    each = each.reshape(len(rows), rows.shape[1], -1)[:, 0] if adaptive else each
+    still = not (each != 0).any(axis=1).all()
+    if still or spread_of_norms(each) > _UNEVEN * (1 + 8 / math.sqrt(each.shape[1])):
+        yield PRIVACY.verdict("independent draws", f"the noise of a step of {where} " + (
+            "is missing in some steps" if still else "varies in size with the patients that are drawn"))
+        return
     yield PRIVACY.verdict("independent draws", None)
     wrong = law_of(claim, rows[:, 0], sketch)
     yield PRIVACY.verdict("law of the noise", f"{where}: {wrong}" if wrong else None, where=where)
 
 
-def _few(stage: Stage, sketch: Sketch) -> Iterator[_Quiet]:
-    """The noise at a site with so few patients that many steps draw none."""
-    least = max(math.ceil(float(getattr(layer, "batch", None) or 0)) for layer in stage.technique.layers) + 1
-    if least < len(stage.sites[0].train):
-        small = replace(stage, sites=[replace(stage.sites[0], train=list(stage.sites[0].train)[:least])])
-        if rehearse(small, catch=True, quick=True).error is None:
-            yield _quiet(small, sketch)
+def _with_few(stage: Stage) -> Stage:
+    """The stage with so few patients that some steps draw none, if the technique works with so few."""
+    least = max(4, *(math.ceil(float(getattr(layer, "batch", None) or 0)) + 2 for layer in stage.technique.layers))
+    site = stage.sites[0]
+    small = replace(stage, sites=[replace(site, train=list(site.train)[:least])])
+    return small if rehearse(small, catch=True, quick=True).error is None else stage
 
 
 def _draws(stage: Stage, claim: Claim) -> Iterator[Finding]:
