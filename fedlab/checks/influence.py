@@ -22,7 +22,7 @@ from fedlab.checks.check_report import Finding
 from fedlab.checks.claims import PRIVACY, Claim, chi_of, divergence_of
 from fedlab.checks.leaks import differing, moved_far, statistics
 from fedlab.checks.noise_law import allowed_probability, least_distance
-from fedlab.checks.noise_tests import Noise, check_noise, check_sites
+from fedlab.checks.noise_tests import Noise, check_noise, check_sites, only_shifted
 from fedlab.checks.rehearsal import Stage, rehearse
 from fedlab.checks.samples import Samples, Sketch, View, collect, outcome
 from fedlab.checks.watched import Rehearsal, Script
@@ -168,7 +168,7 @@ class _Watch:
     def _over(self, claim: Claim, noise: Noise, moved: Floats, *, equal: bool, from_nothing: bool) -> float:
         """How far apart two updates are at least, over what the claim allows."""
         varies = float(((moved[0] - moved[1])**2).sum())
-        additive = varies <= 1e-6 * float((moved**2).sum()) + 1e-12 * noise.total
+        additive = varies <= 1e-6 * float((moved**2).sum()) + 1e-12 * noise.total  # as in `only_shifted`
         if claim.pure:
             return noise.least_pure_distance(moved[0], equal=equal) / claim.epsilon if additive else 0.0
         if not math.isfinite(claim.mu):
@@ -219,7 +219,7 @@ class _Watch:
         update = one_entry(self.zeros, self.sketch, name, entry - self.sketch.groups[name].start)
         moved = self._coupled({0: update})[0][place][:, 0] - self.once["nothing"][place][:, 0]
         variance = float(runs[_RUNS // 2:, entry].var(ddof=1))
-        if abs(moved[0, entry] - moved[1, entry]) <= 1e-3 * abs(moved[0, entry]) and variance > 0:
+        if only_shifted(moved, runs - runs.mean(axis=0)) and variance > 0:
             worst = math.sqrt(least_distance([(moved[0, entry]**2 / variance, _RUNS // 2 - 1)])) / claim.mu
             if worst > 1 + _SLACK:
                 yield self._measured(claim, worst, ("nothing", f"one huge entry of {name}"))

@@ -27,7 +27,7 @@ from fedlab.checks.rehearsal import Stage, rehearse
 from fedlab.checks.samples import Sketch
 from fedlab.core.types import Tensors
 
-__all__ = ["Noise", "check_noise", "check_sites", "law_of"]
+__all__ = ["Noise", "check_noise", "check_sites", "law_of", "only_shifted"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -111,8 +111,7 @@ def check_noise(where: str, claim: Claim, runs: Floats, moved: Floats, sketch: S
         sketch: the kept entries.
     """
     noise = runs - runs.mean(axis=0)
-    shifts = [float(((moved[0, r] - moved[1, r])**2).sum()) <= 1e-6 * float((moved[0, r]**2).sum())
-              + 1e-10 * float((noise[:, r]**2).sum()) / len(noise) for r in range(runs.shape[1])]
+    shifts = [only_shifted(moved[:, number], noise[:, number]) for number in range(runs.shape[1])]
     rounds = next((r for r, additive in enumerate(shifts) if not additive), len(shifts))
     if not rounds:
         return
@@ -132,6 +131,17 @@ def check_noise(where: str, claim: Claim, runs: Floats, moved: Floats, sketch: S
     yield PRIVACY.verdict("independent draws", None)
     wrong_law = law_of(claim, runs[:, 0], sketch)
     yield PRIVACY.verdict("law of the noise", f"{where}: {wrong_law}" if wrong_law else None, where=where)
+
+
+def only_shifted(moved: Floats, noise: Floats) -> bool:
+    """Whether an update shifts the output alike whatever the noise is.
+
+    Args:
+        moved: the shift for two seeds, (2, entries).
+        noise: centred, (runs, entries).
+    """
+    varies, size = float(((moved[0] - moved[1])**2).sum()), float((moved**2).sum())
+    return varies <= 1e-6 * size + 1e-12 * float((noise**2).sum()) / len(noise)
 
 
 def _over_rounds(noise: Floats, moved: Floats, sketch: Sketch) -> float:
@@ -200,16 +210,18 @@ def check_sites(stage: Stage, claims: Sequence[Claim], large: Tensors, zeros: Te
     if here and len(names) > 1 and not stage.aggregation.hides_updates:
         runs = [rehearse(stage, script=lambda name, number: zeros, seed=seed, quick=True)
                 for seed in range(_SITE_RUNS)]
-        shown = rehearse(stage.seeded(), script=lambda name, number: large, quick=True)
-        still = rehearse(stage.seeded(), script=lambda name, number: zeros, quick=True)
+        pairs = [[rehearse(stage.seeded(), script=lambda name, number, update=update: update,  # type: ignore[misc]
+                           seed=seed, quick=True) for update in (large, zeros)] for seed in range(2)]
         for claim in here:
             noise = np.array([[sketch.take(claim.output(seen, 0, name)) for name in names] for seen in runs])
             noise -= noise.mean(axis=0)
-            moved = np.array([sketch.take(claim.output(shown, 0, name)) - sketch.take(claim.output(still, 0, name))
-                              for name in names])
+            moved = np.array([[sketch.take(claim.output(shown, 0, name)) - sketch.take(claim.output(still, 0, name))
+                               for name in names] for shown, still in pairs])
             for place, name in enumerate(names):
-                one = np.zeros_like(moved)
-                one[place] = moved[place]
+                one = np.zeros_like(moved[0])
+                one[place] = moved[0, place]
+                if not only_shifted(moved[:, place], noise[:, place]):
+                    continue
                 if _over_rounds(noise, one, sketch) > claim.mu**2 * 1.05 * _PART:
                     yield PRIVACY.verdict("independent draws", f"{stage.name(claim.layer)} gives {name} less noise than "
                                           "is charged, or noise that another site has too")
@@ -234,9 +246,11 @@ def _alone(stage: Stage, claim: Claim, large: Tensors, zeros: Tensors, sketch: S
         tried.append(("for a site that is absent", zeros, [], opposite, large, [first]))
     for where, usual, absent, update, other, left_out in tried:
         noise = np.array([shown(usual, usual, seed, absent) for seed in range(_SITE_RUNS)])
-        moved = (shown(update, other, 0, absent) - shown(zeros, other, 0, left_out))
+        moved = np.array([shown(update, other, seed, absent) - shown(zeros, other, seed, left_out) for seed in range(2)])
+        if not only_shifted(moved, noise - noise.mean(axis=0)):
+            continue
         spread = Noise.of(noise, sketch)
-        if spread.least_square_distance(moved**2, equal=False) > claim.mu**2 * 1.05:
+        if spread.least_square_distance(moved[0]**2, equal=False) > claim.mu**2 * 1.05:
             yield PRIVACY.verdict("independent draws", f"{where} {stage.name(claim.layer)} adds less noise than is "
                                   "charged, or a site has more influence", check="sensitivity")
             return

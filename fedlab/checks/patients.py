@@ -36,7 +36,7 @@ __all__ = ["check_patients"]
 Floats = npt.NDArray[np.float64]
 
 #: Runs in which noise is seen, in which final updates are compared, and in which patients are counted.
-_RUNS, _FINAL_RUNS, _COUNTED = 16, 10, 6
+_RUNS, _FINAL_RUNS, _COUNTED = 12, 10, 6
 #: Steps and rounds in which noise is seen; steps of each of three rounds in which patients are counted.
 _STEPS, _ROUNDS, _COUNTED_STEPS = 3, 2, 16
 #: Seeds that are tried until the patient is drawn, and draws that are looked at.
@@ -44,6 +44,8 @@ _TRIED, _DRAWN = 40, 3
 #: Spread of squared norms of steps, over that of Gaussian noise of one size; later steps' noise over that of the first.
 _UNEVEN, _LATER = 3.0, 0.02
 _SLACK = 0.005
+#: Patients, if the batch allows so few: of which a step draws several, and of which it may draw none.
+_MANY, _FEW = 6, 3
 
 
 def _with(patient: Patient, *, scale: float = 1.0, label: int | None = None) -> Patient:
@@ -79,8 +81,9 @@ def check_patients(stage: Stage, claim: Claim) -> Iterator[Finding]:
     trainer = replace(stage.trainer, optimiser=plain_descent, lr=1e-3, steps=_STEPS, epochs=None, augment=None,
                       momentum="restart")
     stage = replace(stage.unlimited().alone(), trainer=trainer)
-    few, good = _with_few(stage), True
-    for check, used in ((_noise_and_sensitivity, few), (_draws, stage), (_leaving, few)):
+    good = True
+    for check, used in ((_noise_and_sensitivity, _with_few(stage, _MANY)), (_draws, stage),
+                        (_leaving, _with_few(stage, _FEW))):
         for finding in check(used, claim):
             good &= finding.outcome != "failed"
             yield finding
@@ -205,13 +208,13 @@ def _every_step(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet, moved
             yield PRIVACY.verdict("independent draws", f"the noise of the steps of {where} is not independent, or some "
                                   f"have less: together they have {1 / math.sqrt(together):.3g} of the charged noise")
             return
-    scaled = []
+    scaled, few = [], _quiet(_with_few(stage, _FEW), sketch).rows
     for group in sketch.groups.values():
-        spread = rows[:, :, group].std(axis=(0, 2), keepdims=True)
+        spread = few[:, :, group].std(axis=(0, 2), keepdims=True)
         if (spread > 0).all():
-            scaled.append((rows[:, :, group] / spread).reshape(len(rows) * rows.shape[1], -1))
+            scaled.append((few[:, :, group] / spread).reshape(len(few) * few.shape[1], -1))
     each = np.concatenate(scaled, axis=1) if scaled else np.ones((1, 1))
-    each = each.reshape(len(rows), rows.shape[1], -1)[:, 0] if adaptive else each
+    each = each.reshape(len(few), few.shape[1], -1)[:, 0] if adaptive else each
     still = not (each != 0).any(axis=1).all()
     if still or spread_of_norms(each) > _UNEVEN * (1 + 8 / math.sqrt(each.shape[1])):
         yield PRIVACY.verdict("independent draws", f"the noise of a step of {where} " + (
@@ -222,9 +225,9 @@ def _every_step(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet, moved
     yield PRIVACY.verdict("law of the noise", f"{where}: {wrong}" if wrong else None, where=where)
 
 
-def _with_few(stage: Stage) -> Stage:
-    """The stage with so few patients that some steps draw none, if the technique works with so few."""
-    least = max(4, *(math.ceil(float(getattr(layer, "batch", None) or 0)) + 2 for layer in stage.technique.layers))
+def _with_few(stage: Stage, least: int) -> Stage:
+    """The stage with fewer patients, which takes less time, if the technique works with so few."""
+    least = max(least, *(math.ceil(float(getattr(layer, "batch", None) or 0)) + 2 for layer in stage.technique.layers))
     site = stage.sites[0]
     small = replace(stage, sites=[replace(site, train=list(site.train)[:least])])
     return small if rehearse(small, catch=True, quick=True).error is None else stage

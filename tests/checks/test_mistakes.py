@@ -1,0 +1,40 @@
+"""check_privacy() refuses techniques with one plausible mistake and no right one, however suspicious it looks.
+
+A part of mistakes.py in each run of the tests; benchmarks/check_privacy.py tries all of them, and fedlab's own
+techniques with random settings.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from cohorts import TinyNet, blob_patient
+from fedlab.checks.check_report import CheckReport
+from fedlab.checks.privacy import check_privacy
+from fedlab.checks.small_runs import plain_descent
+from fedlab.core.types import Site
+from fedlab.privacy.base import Privacy
+from mistakes import RIGHT, WRONG
+from trainers import trainer
+
+#: One in so many is tried.
+PART = 4
+
+
+def small(technique: Privacy) -> CheckReport:
+    cohort = [Site(f"site-{k}", [blob_patient(f"s{k}p{i}", seed=10 * k + i, shape=(12, 12, 12)) for i in range(6)])
+              for k in range(2)]
+    one = trainer(model=TinyNet(), lr=1.0, steps=1, crop=(12, 12, 12), optimiser=plain_descent)
+    return check_privacy(technique, trainer=one, sites=cohort, raise_=False)
+
+
+@pytest.mark.parametrize("technique", WRONG[::PART], ids=repr)
+def test_a_mistake_is_found(technique):
+    report = small(technique)
+    assert report.failed, str(report)
+
+
+@pytest.mark.parametrize("technique", RIGHT[1::PART], ids=repr)
+def test_a_right_technique_passes(technique):
+    report = small(technique)
+    assert not report.failed, str(report)
