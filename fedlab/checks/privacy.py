@@ -43,13 +43,22 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
         "fails closed": nothing is sent after NaN, missing, unknown or misshapen tensors.
         "ledger": a technique with `units` charges every round and states what is spent.
         "budget": with `max_epsilon`, a site withdraws before it would exceed it.
-        "noise": every tensor under a charge varies with the random numbers.
-        "sensitivity": the noise is the charged one for any update or patient, adversarial ones included, in the round
-            and the one after.
+        "charges": every round and every step is charged, at no lower rate than sites are drawn with.
+        "noise": every entry of every tensor under a charge varies with the random numbers.
+        "sensitivity": the noise is the charged one for any update or patient, adversarial ones included, by the L2
+            norm for Gaussian noise and the L1 norm for Laplace noise; and what finally leaves, at the site or from the
+            server, after all techniques, tells two updates or patients apart no better than was charged: by sums,
+            norms, zeros, signs, the last places of numbers and the steps between them, in three rounds.
+        "independent draws": noise is drawn anew for every entry, tensor, step, round and site, and none gets less.
+        "law of the noise": it is Gaussian where that is charged, and has no lighter tails than Laplace noise where an ε
+            without δ is.
+        "draws": each patient is drawn independently in every step, with the charged probability.
+        "beside the update": weight, steps, sizes, metrics, types, what is spent, whether anything is sent, and all else
+            of an update or of the server's broadcast depends on it no more than was charged.
         "order": what to know about techniques in this order.
 
-    The checks find mistakes; they prove nothing. Statistical ones are seeded and accept a right technique except with
-    probability below 1e-4.
+    The checks find mistakes; they prove nothing. Statistical ones are seeded; a bound is exceeded by chance with
+    probability below 1e-9, and benchmarks/check_privacy.py counts how often right techniques are refused.
 
     Args:
         technique: used as it is, not copied; it must come out unchanged. An aggregation is checked by itself, and of
