@@ -23,8 +23,8 @@ from fedlab.checks.claims import PRIVACY, Claim, chi_of, divergence_of
 from fedlab.checks.leaks import differing, moved_far, statistics
 from fedlab.checks.noise_law import allowed_probability, least_distance
 from fedlab.checks.noise_tests import Noise, check_noise, check_sites, only_shifted
-from fedlab.checks.rehearsal import Stage, rehearse
-from fedlab.checks.samples import Samples, Sketch, View, collect, outcome
+from fedlab.checks.rehearsal import Stage
+from fedlab.checks.samples import Samples, Sketch, View, collect
 from fedlab.checks.watched import Rehearsal, Script
 from fedlab.core.types import Tensors
 

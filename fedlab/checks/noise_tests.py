@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float64]
 
 #: Runs in which the noise of all sites is seen.
 _SITE_RUNS = 12
-#: Standard errors by which the moments of noise may be off; more for few entries, whose moments are further from normal.
+#: Standard errors by which the moments of noise may be off; more for few entries, whose moments are less normal.
 _ODD, _ODD_OF_FEW, _FEW = 10.0, 16.0, 300
 #: The spread of squared norms, over that of Gaussian noise, from which their law is taken as Gamma.
 _GAMMA = 1.25
@@ -192,8 +192,8 @@ def law_of(claim: Claim, runs: Floats, sketch: Sketch) -> str | None:
     even = float(noise.var(axis=0).max()) < 3 * float(noise.var(axis=0).mean())
     if claim.pure:
         light = tails < limit and spread_of_norms(noise) < _GAMMA
-        return ("an ε without δ is charged, but the noise has the tails of Gaussian noise or lighter ones, which satisfy "
-                "none") if light else None
+        return ("an ε without δ is charged, but the noise has the tails of Gaussian noise or lighter ones, which "
+                "satisfy none") if light else None
     light = tails < -limit or (even and far < -limit)
     if claim.gaussian and (light or abs(skew) > limit or tails > limit or (even and far > limit)):
         return "Gaussian noise is charged, but the noise " + (
@@ -223,8 +223,8 @@ def check_sites(stage: Stage, claims: Sequence[Claim], large: Tensors, zeros: Te
                 if not only_shifted(moved[:, place], noise[:, place]):
                     continue
                 if _over_rounds(noise, one, sketch) > claim.mu**2 * 1.05 * _PART:
-                    yield PRIVACY.verdict("independent draws", f"{stage.name(claim.layer)} gives {name} less noise than "
-                                          "is charged, or noise that another site has too")
+                    yield PRIVACY.verdict("independent draws", f"{stage.name(claim.layer)} gives {name} less noise "
+                                          "than is charged, or noise that another site has too")
                     return
     for claim in claims:
         if claim.where == "server" and math.isfinite(claim.mu) and not stage.aggregation.hides_updates:
@@ -246,7 +246,8 @@ def _alone(stage: Stage, claim: Claim, large: Tensors, zeros: Tensors, sketch: S
         tried.append(("for a site that is absent", zeros, [], opposite, large, [first]))
     for where, usual, absent, update, other, left_out in tried:
         noise = np.array([shown(usual, usual, seed, absent) for seed in range(_SITE_RUNS)])
-        moved = np.array([shown(update, other, seed, absent) - shown(zeros, other, seed, left_out) for seed in range(2)])
+        moved = np.array([shown(update, other, seed, absent) - shown(zeros, other, seed, left_out)
+                          for seed in range(2)])
         if not only_shifted(moved, noise - noise.mean(axis=0)):
             continue
         spread = Noise.of(noise, sketch)

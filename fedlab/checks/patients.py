@@ -1,4 +1,4 @@
-"""Guarantees per patient through training, such as DP-SGD: noise of each step, influence of a patient, and who is drawn.
+"""Guarantees per patient through training, such as DP-SGD: noise of steps, influence of a patient, who is drawn.
 
 One patient is replaced by extreme ones while all else stays, the random numbers included, and the gradients of every
 step are compared just before the optimiser takes them. The noise itself is seen with a loss so small that gradients
@@ -20,7 +20,13 @@ import torch
 from fedlab.checks.check_report import Finding
 from fedlab.checks.claims import PRIVACY, Claim, chi_of, divergence_of
 from fedlab.checks.leaks import differing, moved_far, statistics
-from fedlab.checks.noise_law import allowed_probability, least_distance, least_joint_distance, odd_draws, spread_of_norms
+from fedlab.checks.noise_law import (
+    allowed_probability,
+    least_distance,
+    least_joint_distance,
+    odd_draws,
+    spread_of_norms,
+)
 from fedlab.checks.noise_tests import Noise, law_of
 from fedlab.checks.rehearsal import Stage, marked, rehearse
 from fedlab.checks.samples import Samples, Sketch, collect
@@ -101,8 +107,8 @@ def _noise_and_sensitivity(stage: Stage, claim: Claim) -> Iterator[Finding]:
     runs = quiet.rows[:, 0]
     silent = [name for name, group in sketch.groups.items()
               if not (np.ptp(runs[:, group], axis=0) > 0).all()] if runs.any() else []
-    yield PRIVACY.verdict("noise", f"training charges the ledger, but the gradient of {silent[0]} does not vary with the "
-                          "random numbers" if silent else None, where="training",
+    yield PRIVACY.verdict("noise", f"training charges the ledger, but the gradient of {silent[0]} does not vary with "
+                          "the random numbers" if silent else None, where="training",
                           entries="the gradient of every trainable tensor, in every step")
     if silent:
         return
@@ -112,7 +118,8 @@ def _noise_and_sensitivity(stage: Stage, claim: Claim) -> Iterator[Finding]:
                       what="no replacement of the patient had an effect: it was never drawn",
                       remedy="check the technique with a higher sampling rate and all else the same")
         return
-    mu = math.sqrt(claim.square(1) / sum(release.steps for release, _ in claim.charges if isinstance(release, Gaussian)))
+    steps = sum(release.steps for release, _ in claim.charges if isinstance(release, Gaussian))
+    mu = math.sqrt(claim.square(1) / steps)  # of one step
     # To replace a patient is to remove one and to add another: twice the change that is charged.
     worst = math.sqrt(Noise.of(runs, sketch).least_square_distance(moved**2, equal=False)) / 2
     measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {1 / max(worst, 1e-99):.3g}"

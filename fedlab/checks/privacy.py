@@ -153,8 +153,8 @@ def _charges(stage: Stage, claims: Sequence[Claim]) -> str | None:
         if missed:
             return f"{name} charges some rounds but not round {missed[0]}"
         if claim.where == "site" and rate < 1:
-            return (f"{name} charges its noise on updates at a sample rate of {rate:g}, but a site that sends an update "
-                    "takes part in the round with all of it, and the server sees that it does")
+            return (f"{name} charges its noise on updates at a sample rate of {rate:g}, but a site that sends an "
+                    "update takes part in the round with all of it, and the server sees that it does")
         if claim.where == "server" and rate < drawn * (1 - 1e-9):
             return f"{name} charges a sample rate of {rate:g}, but the strategy draws each site with {drawn:g}"
     return None

@@ -7,6 +7,7 @@ techniques with random settings.
 from __future__ import annotations
 
 import pytest
+from mistakes import RIGHT, WRONG
 
 from cohorts import TinyNet, blob_patient
 from fedlab.checks.check_report import CheckReport
@@ -14,7 +15,6 @@ from fedlab.checks.privacy import check_privacy
 from fedlab.checks.small_runs import plain_descent
 from fedlab.core.types import Site
 from fedlab.privacy.base import Privacy
-from mistakes import RIGHT, WRONG
 from trainers import trainer
 
 #: One in so many is tried.
