@@ -119,7 +119,8 @@ def allowed_probability(divergence: Callable[[Floats], Floats]) -> Callable[[Flo
         with np.errstate(divide="ignore", over="ignore"):  # probability preservation, van Erven and Harremoës 2014
             logs = np.log(np.maximum(other, 1e-300))
             powers = (bound[:, None] + logs) * ((orders - 1) / orders)[:, None]
-        return np.minimum(1.0, np.exp(np.minimum(powers, 0.0)).min(axis=0))
+        likely: Floats = np.exp(np.minimum(powers, 0.0)).min(axis=0)
+        return likely
     return allowed
 
 

@@ -68,7 +68,7 @@ class Noise:
         return sum(variance * len(self.sketch.places[name]) for name, variance in self.variances.items())
 
     def _parts(self, squares: Floats, *, equal: bool, power: int = 2) -> list[tuple[float, float]]:
-        out = []
+        out: list[tuple[float, float]] = []
         for name, group in self.sketch.groups.items():
             square, variance = float(squares[group].sum()), self.variances[name] ** (power / 2)
             scale = self.sketch.scale(name) if equal else 1.0
@@ -87,8 +87,8 @@ class Noise:
     def least_pure_distance(self, moved: Floats, *, equal: bool) -> float:
         """The ε of Laplace noise on each entry, or of noise in proportion to exp(-norm), at least."""
         if self.gamma:
-            size = sum(len(place) for place in self.sketch.places.values())
-            return math.sqrt(self.least_square_distance(moved**2, equal=equal) * (size + 1))
+            entries = sum(len(place) for place in self.sketch.places.values())
+            return math.sqrt(self.least_square_distance(moved**2, equal=equal) * (entries + 1))
         total = 0.0
         for name, group in self.sketch.groups.items():
             shift = float(np.abs(moved[group]).sum()) * (self.sketch.scale(name) if equal else 1.0)
@@ -174,7 +174,7 @@ def _over_entries(noise: Floats, moved: Floats) -> float:
     covariance = rest[:, chosen].T @ rest[:, chosen] / len(rest)
     square = float(shift @ np.linalg.solve(covariance + 1e-9 * np.eye(len(chosen)), shift))
     freedom = (runs - runs // 2 - 1) * rounds - len(chosen)
-    return square * shrink(freedom) * freedom / len(rest)
+    return float(square * shrink(freedom) * freedom / len(rest))
 
 
 def law_of(claim: Claim, runs: Floats, sketch: Sketch) -> str | None:
