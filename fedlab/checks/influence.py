@@ -198,10 +198,13 @@ class _Watch:
     def laws(self) -> Iterator[Finding]:
         """The law of the noise, and whether its draws are independent: of entries, tensors, rounds and sites."""
         large = self.inputs.updates["large, unequal"]
-        every = dict.fromkeys(range(_ROUNDS), large)
-        before, after = self._coupled({}, _ROUNDS)[0], self._coupled(every, _ROUNDS)[0]
+        opposite = {name: -t for name, t in large.items()}
+        before = self._coupled({}, _ROUNDS)[0]
+        # Equal in all rounds, against noise that is taken back; in turns, against noise that is kept.
+        after = [self._coupled({number: opposite if number % 2 and turns else large for number in range(_ROUNDS)},
+                               _ROUNDS)[0] for turns in (False, True)]
         for place, claim in enumerate(self.claims):
-            moved = after[place] - before[place]
+            moved = [one[place] - before[place] for one in after]
             if not np.isnan(moved).any():
                 yield from check_noise(self.stage.name(claim.layer), claim, self.quiet.entries[place], moved,
                                        self.sketch)

@@ -100,24 +100,26 @@ class Noise:
         return total
 
 
-def check_noise(where: str, claim: Claim, runs: Floats, moved: Floats, sketch: Sketch) -> Iterator[Finding]:
+def check_noise(where: str, claim: Claim, runs: Floats, moves: Sequence[Floats], sketch: Sketch) -> Iterator[Finding]:
     """Independence and law of the noise of a claim.
 
     Args:
         where: the name of the layer.
         claim: what was charged.
         runs: outputs for updates of zeros, (runs, rounds, entries).
-        moved: the shift of the output by a large update in each round, for two seeds, (2, rounds, entries).
+        moves: the shift of the output by some large updates in each round, for two seeds, (2, rounds, entries).
         sketch: the kept entries.
     """
     noise = runs - runs.mean(axis=0)
-    shifts = [only_shifted(moved[:, number], noise[:, number]) for number in range(runs.shape[1])]
-    rounds = next((r for r, additive in enumerate(shifts) if not additive), len(shifts))
+    shifts = [all(only_shifted(moved[:, number], noise[:, number]) for moved in moves)
+              for number in range(runs.shape[1])]
+    rounds, moved = next((r for r, additive in enumerate(shifts) if not additive), len(shifts)), moves[0]
     if not rounds:
         return
     part = 1.0 if all(len(sketch.places[n]) == size for n, size in sketch.sizes.items()) else _PART
     if math.isfinite(claim.mu):
-        for found, wrong in ((_over_rounds(noise[:, :rounds], moved[0, :rounds], sketch) / claim.square(rounds),
+        for found, wrong in ((max(_over_rounds(noise[:, :rounds], moved[0, :rounds], sketch) for moved in moves)
+                              / claim.square(rounds),
                               "of several rounds is not independent, or rounds are charged for too little: all rounds "
                               "together"),
                              (_over_entries(noise[:, :rounds], moved[0, 0]) / claim.mu**2,
