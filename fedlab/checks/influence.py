@@ -199,17 +199,17 @@ class _Watch:
         """The law of the noise, and whether its draws are independent: of entries, tensors, rounds and sites."""
         large = self.inputs.updates["large, unequal"]
         opposite = {name: -t for name, t in large.items()}
-        before = self._coupled({}, _ROUNDS)[0]
+        zero = self._coupled({}, _ROUNDS)[0]
         # Equal in all rounds, against noise that is taken back; in turns, against noise that is kept.
-        after = [self._coupled({number: opposite if number % 2 and turns else large for number in range(_ROUNDS)},
-                               _ROUNDS)[0] for turns in (False, True)]
+        pairs = [[self._coupled({number: two[number % 2 and turns] for number in range(_ROUNDS)}, _ROUNDS)[0]
+                  for two in ((large, opposite), (opposite, large))] for turns in (0, 1)]
         for place, claim in enumerate(self.claims):
-            moved = [one[place] - before[place] for one in after]
+            moved = [one[place] - (zero if claim.to_zero else other)[place] for one, other in pairs]
             if not np.isnan(moved).any():
                 yield from check_noise(self.stage.name(claim.layer), claim, self.quiet.entries[place], moved,
                                        self.sketch)
                 yield from self._quietest(place, claim)
-        yield from check_sites(self.everyone, self.claims, large, self.zeros, self.sketch)
+        yield from check_sites(self.everyone, self.claims, large, opposite, self.zeros, self.sketch)
 
     def _quietest(self, place: int, claim: Claim) -> Iterator[Finding]:
         """An update that has only the entry with the least noise."""

@@ -38,7 +38,8 @@ def differing(one: Sequence[Outcome], other: Sequence[Outcome], *, allowed: Allo
         allowed: the largest probability of an event given that of a neighbour.
         covered: names of metrics that noise at the server covers.
     """
-    for name in sorted({name for seen in (*one, *other) for name in seen}):
+    first = "whether it is sent"
+    for name in sorted({name for seen in (*one, *other) for name in seen}, key=lambda name: (name != first, name)):
         if name.removeprefix("metrics ") in covered:
             continue
         a, b = ([seen.get(name, "") for seen in group] for group in (one, other))

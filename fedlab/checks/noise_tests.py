@@ -204,21 +204,23 @@ def law_of(claim: Claim, runs: Floats, sketch: Sketch) -> str | None:
     return "the noise has lighter tails than a concentrated guarantee allows" if light else None
 
 
-def check_sites(stage: Stage, claims: Sequence[Claim], large: Tensors, zeros: Tensors, sketch: Sketch
-                ) -> Iterator[Finding]:
+def check_sites(stage: Stage, claims: Sequence[Claim], large: Tensors, opposite: Tensors, zeros: Tensors,
+                sketch: Sketch) -> Iterator[Finding]:
     """Whether every site has noise of its own, and the server as much however many sites take part."""
     names = [site.name for site in stage.sites]
     here = [claim for claim in claims if claim.where == "site" and math.isfinite(claim.mu)]
     if here and len(names) > 1 and not stage.aggregation.hides_updates:
-        runs = [rehearse(stage, script=lambda name, number: zeros, seed=seed, quick=True)
+        runs = [rehearse(stage, script=lambda name, number: zeros, seed=seed, quick=True, catch=True)
                 for seed in range(_SITE_RUNS)]
-        pairs = [[rehearse(stage.seeded(), script=lambda name, number, update=update: update,  # type: ignore[misc]
-                           seed=seed, quick=True) for update in (large, zeros)] for seed in range(2)]
-        for claim in here:
+        shown = [[rehearse(stage.seeded(), script=lambda name, number, update=update: update,  # type: ignore[misc]
+                           seed=seed, quick=True, catch=True) for update in (large, opposite, zeros)]
+                 for seed in range(2)]
+        for claim in here if all(seen.error is None for seen in (*runs, *shown[0], *shown[1])) else []:
             noise = np.array([[sketch.take(claim.output(seen, 0, name)) for name in names] for seen in runs])
             noise -= noise.mean(axis=0)
-            moved = np.array([[sketch.take(claim.output(shown, 0, name)) - sketch.take(claim.output(still, 0, name))
-                               for name in names] for shown, still in pairs])
+            moved = np.array([[sketch.take(claim.output(trio[0], 0, name))
+                               - sketch.take(claim.output(trio[2 if claim.to_zero else 1], 0, name))
+                               for name in names] for trio in shown])
             for place, name in enumerate(names):
                 one = np.zeros_like(moved[0])
                 one[place] = moved[0, place]
@@ -230,19 +232,20 @@ def check_sites(stage: Stage, claims: Sequence[Claim], large: Tensors, zeros: Te
                     return
     for claim in claims:
         if claim.where == "server" and math.isfinite(claim.mu) and not stage.aggregation.hides_updates:
-            yield from _alone(stage, claim, large, zeros, sketch)
+            yield from _alone(stage, claim, large, opposite, zeros, sketch)
 
 
-def _alone(stage: Stage, claim: Claim, large: Tensors, zeros: Tensors, sketch: Sketch) -> Iterator[Finding]:
+def _alone(stage: Stage, claim: Claim, large: Tensors, opposite: Tensors, zeros: Tensors, sketch: Sketch
+           ) -> Iterator[Finding]:
     """The server's noise in a round with one site, and the influence of a site that is there or not."""
     first, *others = [site.name for site in stage.sites]
 
     def shown(update: Tensors, other: Tensors, seed: int, absent: Sequence[str]) -> Floats:
         seen = rehearse(stage.seeded(), script=lambda name, number: update if name == first else other, seed=seed,
-                        quick=True, absent=absent)
-        return sketch.take(claim.output(seen, 0, first))
+                        quick=True, absent=absent, catch=True)
+        row: Floats = np.full(sum(map(len, sketch.places.values())), np.nan)
+        return row if seen.error else sketch.take(claim.output(seen, 0, first))
 
-    opposite = {name: -t for name, t in large.items()}
     tried = [("in a round with one site only", zeros, others, large, zeros, others)]
     if others and "add or remove" in claim.charges[0].terms.adjacency:
         tried.append(("for a site that is absent", zeros, [], opposite, large, [first]))
@@ -250,7 +253,7 @@ def _alone(stage: Stage, claim: Claim, large: Tensors, zeros: Tensors, sketch: S
         noise = np.array([shown(usual, usual, seed, absent) for seed in range(_SITE_RUNS)])
         moved = np.array([shown(update, other, seed, absent) - shown(zeros, other, seed, left_out)
                           for seed in range(2)])
-        if not only_shifted(moved, noise - noise.mean(axis=0)):
+        if np.isnan(noise).any() or np.isnan(moved).any() or not only_shifted(moved, noise - noise.mean(axis=0)):
             continue
         spread = Noise.of(noise, sketch)
         if spread.least_square_distance(moved[0]**2, equal=False) > claim.mu**2 * 1.05:

@@ -204,11 +204,12 @@ def _every_step(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet, moved
         yield PRIVACY.verdict("independent draws", f"{where} adds next to no noise in step {weak[0] % quiet.steps + 1}")
         return
     adaptive = any(isinstance(getattr(layer, "clip", None), AdaptiveClip) for layer in stage.technique.layers)
-    noise, parts = rows - rows.mean(axis=0), []
-    if not adaptive:
+    noise, turns = rows - rows.mean(axis=0), np.resize([1.0, -1.0], rows.shape[1])
+    for sides in [] if adaptive else [np.ones(rows.shape[1]), turns]:
+        parts = []
         for group in sketch.groups.values():
             if moved[group].any():
-                square, freedom = least_joint_distance(np.tile(moved[group], (rows.shape[1], 1)), noise[:, :, group])
+                square, freedom = least_joint_distance(np.outer(sides, moved[group]), noise[:, :, group])
                 parts.append((square, float(freedom)))
         together = least_distance(parts) / (mu**2 * rows.shape[1])
         if together > 1.02:
