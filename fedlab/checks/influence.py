@@ -24,7 +24,7 @@ from fedlab.checks.leaks import differing, moved_far, statistics
 from fedlab.checks.noise_law import allowed_probability, least_distance
 from fedlab.checks.noise_tests import Noise, check_noise, check_sites, only_shifted
 from fedlab.checks.rehearsal import Stage
-from fedlab.checks.samples import Samples, Sketch, View, collect
+from fedlab.checks.samples import Outcome, Samples, Sketch, View, collect
 from fedlab.checks.watched import Rehearsal, Script
 from fedlab.core.types import Tensors
 
@@ -125,7 +125,7 @@ class _Watch:
         return collect(self.stage, only(self.site, chosen, self.zeros), seeds=range(runs), rounds=_ROUNDS,
                        views=self.views, sketch=self.sketch, site=self.site, at_server=self.at_server)
 
-    def _coupled(self, chosen: Mapping[int, Tensors], rounds: int = 1) -> tuple[list[Floats], list[object]]:
+    def _coupled(self, chosen: Mapping[int, Tensors], rounds: int = 1) -> tuple[list[Floats], list[Outcome]]:
         """With two seeds that repeat: what each view shows, (2, rounds, entries), and what is sent beside it."""
         seen = collect(self.repeating, only(self.site, chosen, self.zeros), seeds=range(2), rounds=rounds,
                        views=self.views, sketch=self.sketch, site=self.site, at_server=self.at_server)
@@ -241,11 +241,11 @@ class _Watch:
                 if name:
                     yield self._beside(name, number)
                     return
+        runs, usual = [run[0] for run in self.quiet.outcomes], self.beside["nothing"][0]
+        fixed = {key for key in runs[0] if all(one.get(key) == runs[0][key] for one in runs)}
         for name, beside in self.beside.items():
-            known = [run[0] for run in self.quiet.outcomes]
-            fixed = {key for key in known[0] if all(one.get(key) == known[0][key] for one in known)}
             for key in sorted(fixed - {f"metrics {name}" for name in covered} - {"encoded"}):
-                if all(one.get(key) != known[0][key] for one in beside):  # type: ignore[attr-defined]
+                if all(one.get(key) != usual.get(key) for one in beside):
                     yield self._beside(key, 0, name)
                     return
         yield PRIVACY.verdict("beside the update", None)
@@ -266,5 +266,8 @@ class _Watch:
                           heavy=self.inputs.heavy, single=not self.at_server)
 
     def _beside(self, name: str, number: int, update: str = "large, unequal") -> Finding:
+        if name.startswith("broadcast of"):
+            return PRIVACY.verdict("broadcast", f"the server's {name} depends on the updates more than was charged",
+                                   check="noise")
         return PRIVACY.verdict("beside the update", f"{name} depends on the update, in round {number + 1} and for an "
                                f"update that is {update!r}")

@@ -63,18 +63,20 @@ def least_joint_distance(shift: Floats, noise: Floats) -> tuple[float, float]:
     return float((moved * np.linalg.solve(correlation, moved)).sum()), freedom - places + 1
 
 
-def quiet_part(noise: Floats, shift: Floats, *, bins: int = 8) -> float:
+def quiet_part(noise: Floats, shift: Floats, tensors: Sequence[slice]) -> float:
     """The least Σ d²/σ² of entries that are sorted by the noise of half of the runs, measured in the other half.
 
     Finds entries with less noise than the other entries of their tensor; noise is (runs, entries), not centred.
     """
     half = len(noise) // 2
     first, rest = noise[:half].var(axis=0, ddof=1), noise[half:].var(axis=0, ddof=1)
-    order, parts = np.argsort(first, kind="stable"), []
-    for chosen in np.array_split(order, min(bins, len(order))):
-        variance, square = float(rest[chosen].mean()), float((shift[chosen]**2).sum())
-        parts.append((0.0 if square == 0 else math.inf if variance == 0 else square / variance,
-                      len(chosen) * (len(noise) - half - 1)))
+    parts: list[tuple[float, float]] = []
+    for tensor in tensors:
+        moved = tensor.start + np.flatnonzero(shift[tensor])
+        order = moved[np.argsort(first[moved], kind="stable")]
+        for chosen in np.array_split(order, min(8, len(order) // 40 + 1)) if len(order) else []:
+            variance, square = float(rest[chosen].mean()), float((shift[chosen]**2).sum())
+            parts.append((square / variance if variance > 0 else math.inf, len(chosen) * (len(noise) - half - 1)))
     return least_distance(parts)
 
 

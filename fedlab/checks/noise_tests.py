@@ -118,13 +118,18 @@ def check_noise(where: str, claim: Claim, runs: Floats, moves: Sequence[Floats],
         return
     part = 1.0 if all(len(sketch.places[n]) == size for n, size in sketch.sizes.items()) else _PART
     if math.isfinite(claim.mu):
-        for found, wrong in ((max(_over_rounds(noise[:, :rounds], moved[0, :rounds], sketch) for moved in moves)
-                              / claim.square(rounds),
-                              "of several rounds is not independent, or rounds are charged for too little: all rounds "
-                              "together"),
+        kept = slice(0, rounds)
+        each = max(sum(_over_rounds(noise[:, [number]], moved[0, [number]], sketch) for number in range(rounds))
+                   for moved in moves) / claim.square(rounds)
+        if each > (1 + 0.006) * part:
+            yield PRIVACY.verdict("whole update", f"{where}: the noise of {rounds} rounds is {1 / math.sqrt(each):.3g} of"
+                                  " the noise that is charged for them", check="sensitivity")
+            return
+        for found, wrong in ((max(_over_rounds(noise[:, kept], moved[0, kept], sketch) for moved in moves)
+                              / claim.square(rounds), "of several rounds is not independent: all rounds together"),
                              (_over_entries(noise[:, :rounds], moved[0, 0]) / claim.mu**2,
                               "is not drawn anew for every entry of every tensor: some entries together"),
-                             (quiet_part(runs[:, 0], moved[0, 0]) / claim.mu**2,
+                             (quiet_part(runs[:, 0], moved[0, 0], list(sketch.groups.values())) / claim.mu**2,
                               "is smaller for some entries than for others: all entries together")):
             if found > (1 + 0.006) * part:
                 measured = "no noise at all" if found > 1e7 else f"{1 / math.sqrt(found):.3g} of the charged noise"

@@ -44,9 +44,9 @@ Floats = npt.NDArray[np.float64]
 #: Runs in which noise is seen, in which final updates are compared, and in which patients are counted.
 _RUNS, _FINAL_RUNS, _COUNTED = 12, 10, 6
 #: Steps and rounds in which noise is seen; steps of each of three rounds in which patients are counted.
-_STEPS, _ROUNDS, _COUNTED_STEPS = 3, 2, 16
+_STEPS, _ROUNDS, _COUNTED_STEPS = 2, 2, 16
 #: Seeds that are tried until the patient is drawn, and draws that are looked at.
-_TRIED, _DRAWN = 40, 3
+_TRIED, _DRAWN = 40, 2
 #: Spread of squared norms of steps, over that of Gaussian noise of one size; later steps' noise over that of the first.
 _UNEVEN, _LATER = 3.0, 0.02
 _SLACK = 0.005

@@ -63,7 +63,8 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
     Args:
         technique: used as it is, not copied; it must come out unchanged. An aggregation is checked by itself, and of
             an `AtSites` all that works at its sites.
-        trainer: with a network of the kind that the technique is for; by default a SegResNet of two levels.
+        trainer: with a network of the kind that the technique is for; by default a SegResNet of two levels,
+            for a guarantee per patient two convolutions.
         sites: by default three of noise, or as many as the secure aggregation needs, with patients enough for the
             technique's attribute `batch`.
         strategy: `FedAvg(weights="uniform")` by default.

@@ -100,14 +100,19 @@ def make_stage(technique: Privacy, *, trainer: SiteTrainer | None, sites: Sequen
         batch = max((float(getattr(layer, "batch", None) or 0) for layer in technique.layers), default=0.0)
         sites = [noise_site(number, max(8, math.ceil(2 * batch))) for number in range(max(3, least))]
     return Stage(technique=technique, sites=sites, strategy=strategy or FedAvg(weights="uniform"),
-                 trainer=trainer or small_trainer(model=_network(), steps=1, lr=1.0, batch_size=4),
+                 trainer=trainer or small_trainer(model=_network(per_patient="patient" in technique.units), steps=1,
+                                                  lr=1.0, batch_size=4),
                  aggregation=aggregation)
 
 
-def _network() -> torch.nn.Module:
+def _network(*, per_patient: bool) -> torch.nn.Module:
+    """A small SegResNet; a smaller network where every patient's gradient is computed by itself."""
     from monai.networks.nets import SegResNet  # seconds to import
 
     with seeded(0):
+        if per_patient:
+            return torch.nn.Sequential(torch.nn.Conv3d(4, 8, 3, padding=1), torch.nn.GroupNorm(1, 8), torch.nn.ReLU(),
+                                       torch.nn.Conv3d(8, 3, 1))
         return SegResNet(spatial_dims=3, init_filters=8, in_channels=4, out_channels=3, blocks_down=(1, 1),
                          blocks_up=(1,), act=("RELU", {"inplace": False}))
 
