@@ -122,8 +122,9 @@ def check_noise(where: str, claim: Claim, runs: Floats, moves: Sequence[Floats],
         each = max(sum(_over_rounds(noise[:, [number]], moved[0, [number]], sketch) for number in range(rounds))
                    for moved in moves) / claim.square(rounds)
         if each > (1 + 0.006) * part:
-            yield PRIVACY.verdict("whole update", f"{where}: the noise of {rounds} rounds is {1 / math.sqrt(each):.3g} of"
-                                  " the noise that is charged for them", check="sensitivity")
+            yield PRIVACY.verdict("whole update", f"{where}: the noise of {rounds} rounds is "
+                                  f"{1 / math.sqrt(each):.3g} of the noise that is charged for them",
+                                  check="sensitivity")
             return
         for found, wrong in ((max(_over_rounds(noise[:, kept], moved[0, kept], sketch) for moved in moves)
                               / claim.square(rounds), "of several rounds is not independent: all rounds together"),

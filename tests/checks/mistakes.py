@@ -1076,6 +1076,7 @@ WRONG = [
     TopRaw(), RawSigns(), RestoresNorm(), RestoresMeans(), LowBitsTell(), GridOfRawScale(), ZerosWhenSmall(),
     RaisesWhenLarge(), DoublePrecisionWhenClipped(),
     WeightIsNorm(), WeightIsClipFactor(), StepsTell(), MetricTells(), EncodedTells(),
+    TopK(keep=0.1) + Gauss(),  # the size of the raw update's sparse code stays with the noisy one
     ModuleRemembers(), ClassRemembers(), ClosureRemembers(), OwnRemembers(), TellsInThirdRound(),
     dp(DPSGD) + ModelRemembers(), dp(DPSGD) + AddsRawImageMean(),
     LocalGaussian(clip=1.0, noise_multiplier=4.0, delta=1e-3) + SendsDiagnosticNorm(),
@@ -1222,7 +1223,8 @@ RIGHT = [
     CentralGaussian(clip=AdaptiveClip(start=1.0, bit_noise=2.0), noise_multiplier=1.0, delta=1e-3),
     SparseVector(fraction=0.1, epsilon=4.0, delta=1e-3),
     SVT(fraction=0.3, epsilon_threshold=1.0, epsilon_release=1.0, delta=1e-3),
-    TopK(keep=0.1, error_feedback=True) + Gauss(), Gauss() + TopK(keep=0.1),
+    TopK(keep=0.1, error_feedback=True) + LocalGaussian(clip=1.0, noise_multiplier=4.0, delta=1e-3),
+    Gauss() + TopK(keep=0.1),
     MoreNoise(), ChargesMore(), ClipsTwice(), ScalesUp(), PublicGrid(), TopNoisy(), NoisyNorm(), FeedbackBeforeClip(),
     LogsNorms(), PublicSchedule(), PerTensorShares(), LaplaceOnL1Clip(), NoisyMomentum(), dp(LoggingDPSGD),
     AveragedDPSGD(),
