@@ -20,7 +20,7 @@ import torch
 
 from fedlab.checks.check_report import Finding
 from fedlab.checks.claims import PRIVACY, Claim, chi_of, divergence_of
-from fedlab.checks.leaks import differing, moved_far, statistics
+from fedlab.checks.leaks import differing, moved_far, statistics, suspects
 from fedlab.checks.noise_law import allowed_probability, least_distance
 from fedlab.checks.noise_tests import Noise, check_noise, check_sites, only_shifted
 from fedlab.checks.rehearsal import Stage
@@ -32,8 +32,8 @@ __all__ = ["check_updates"]
 
 Floats = npt.NDArray[np.float64]
 
-#: Rounds, and runs with other random numbers; of runs after a first round with a large update.
-_ROUNDS, _RUNS, _RUNS_AFTER = 3, 48, 16
+#: Rounds; runs with other random numbers, after a first round with a large update, and of what is looked at again.
+_ROUNDS, _RUNS, _RUNS_AFTER, _RUNS_AGAIN = 3, 48, 16, 160
 #: Norms of updates that are tried, all their entries of equal size.
 _NORMS = (1e-3, 0.03, 0.3, 1.5, 5.0, 30.0, 1e3)
 #: Error of the measured distance of what rounds single precision.
@@ -121,9 +121,9 @@ class _Watch:
     def _final(self, seen: Rehearsal, number: int) -> Tensors:
         return seen.moved[number].delta if self.at_server else seen.sent[number][self.site].delta
 
-    def _collect(self, chosen: Mapping[int, Tensors], *, runs: int) -> Samples:
-        return collect(self.stage, only(self.site, chosen, self.zeros), seeds=range(runs), rounds=_ROUNDS,
-                       views=self.views, sketch=self.sketch, site=self.site, at_server=self.at_server)
+    def _collect(self, chosen: Mapping[int, Tensors], *, runs: int, start: int = 0) -> Samples:
+        return collect(self.stage, only(self.site, chosen, self.zeros), seeds=range(start, start + runs),
+                       rounds=_ROUNDS, views=self.views, sketch=self.sketch, site=self.site, at_server=self.at_server)
 
     def _coupled(self, chosen: Mapping[int, Tensors], rounds: int = 1) -> tuple[list[Floats], list[Outcome]]:
         """With two seeds that repeat: what each view shows, (2, rounds, entries), and what is sent beside it."""
@@ -249,17 +249,29 @@ class _Watch:
                     yield self._beside(key, 0, name)
                     return
         yield PRIVACY.verdict("beside the update", None)
+        wrong, doubtful = self._far(self.quiet, [every, first])
+        if doubtful and not wrong:  # runs of their own decide, so that nothing is chosen by what it shows
+            quiet, large_runs = (self._collect(chosen, runs=_RUNS_AGAIN, start=_RUNS)
+                                 for chosen in ({}, dict.fromkeys(range(_ROUNDS), large)))
+            wrong, _ = self._far(quiet, [large_runs], only=doubtful)
+        yield PRIVACY.verdict("whole update", wrong, check="sensitivity")
+
+    def _far(self, quiet: Samples, groups: Sequence[Samples], only: frozenset[tuple[int, str]] | None = None
+             ) -> tuple[str | None, frozenset[tuple[int, str]]]:
+        """What reveals too much, and what is worth more runs: rounds and names of functions of the update."""
+        doubtful: set[tuple[int, str]] = set()
         for number in range(_ROUNDS):
             allowed, chi = allowed_probability(divergence_of(self.claims, number + 1)), chi_of(self.claims, number + 1)
-            quiet = self._statistics(self.quiet, number)
-            for group in (every, first):
-                far = moved_far(quiet, self._statistics(group, number), chi=chi, allowed=allowed)
-                if far and math.isfinite(chi):
-                    yield PRIVACY.verdict("whole update", f"the update sent in round {number + 1} reveals far more of "
-                                          f"a large update than was charged: of {far[0]}, {far[1]}",
-                                          check="sensitivity")
-                    return
-        yield PRIVACY.verdict("whole update", None, check="sensitivity")
+            before = {name: found for name, found in self._statistics(quiet, number).items()
+                      if only is None or (number, name) in only}
+            for group in groups if math.isfinite(chi) else []:
+                after = self._statistics(group, number)
+                far = moved_far(before, after, chi=chi, allowed=allowed)
+                if far:
+                    return (f"the update sent in round {number + 1} reveals far more of a large update than was "
+                            f"charged: of {far[0]}, {far[1]}"), frozenset()
+                doubtful |= {(number, name) for name in suspects(before, after, allowed)}
+        return None, frozenset(doubtful)
 
     def _statistics(self, samples: Samples, number: int) -> dict[str, Floats]:
         return statistics(samples.entries[-1][:, number], samples.sums[:, number], signs=self.inputs.signs,

@@ -13,18 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedlab.checks.noise_law import LEVEL, probability_of_events, shrink
+from fedlab.checks.noise_law import probability_of_events, shrink
 from fedlab.checks.samples import Outcome
 
-__all__ = ["differing", "moved_far", "statistics"]
+__all__ = ["differing", "moved_far", "statistics", "suspects"]
 
 Floats = npt.NDArray[np.float64]
 Allowed = Callable[[Floats], Floats]
 
 #: Binary places of an entry that are looked at.
 _BITS = range(-2, 31)
-#: Chance below which a difference is none by chance: there are some thousand events per check.
-_RARE = 1e-12
+#: Chance below which a difference is none by chance, of some hundred per check; below which it is looked at again.
+_RARE, _SUSPECT = 1e-10, 1e-3
 #: Values of few entries of which the steps are looked at.
 _GAPS = 4000
 
@@ -102,6 +102,11 @@ def statistics(entries: Floats, sums: Floats, *, signs: Floats, heavy: npt.NDArr
     return found
 
 
+def suspects(one: Mapping[str, Floats], other: Mapping[str, Floats], allowed: Allowed) -> list[str]:
+    """The functions of an update whose values are worth more runs; arguments as of `moved_far`."""
+    return [name for name in one if name in other and probability_of_events(one[name], other[name], allowed) < _SUSPECT]
+
+
 def moved_far(one: Mapping[str, Floats], other: Mapping[str, Floats], *, chi: float, allowed: Allowed
               ) -> tuple[str, str] | None:
     """The first function of an update whose values tell two neighbours apart more than is allowed.
@@ -123,6 +128,6 @@ def moved_far(one: Mapping[str, Floats], other: Mapping[str, Floats], *, chi: fl
         bound = spread * (chi + 7 * math.sqrt(1 / len(a) + 1 / len(b)))
         if shift > max(bound, 1e-9) and not min(a.max(), b.max()) >= max(a.min(), b.min()):
             return name, f"it moves by {shift:.3g}, the ledger allows {bound:.3g}"
-        if probability_of_events(a, b, allowed) < min(_RARE, LEVEL):
+        if probability_of_events(a, b, allowed) < _RARE:
             return name, f"it lies around {np.median(a):.4g} for one update and {np.median(b):.4g} for the other"
     return None

@@ -135,7 +135,7 @@ def probability_of_events(one: Floats, other: Floats, allowed: Callable[[Floats]
         equal = (a[:, None] == values).mean(axis=0) - (b[:, None] == values).mean(axis=0)
         for gaps, test in ((above, np.greater_equal), (-above, np.less), (equal, np.equal)):
             where = int(np.argmax(gaps))
-            if gaps[where] < 0.5:
+            if gaps[where] < 0.35:
                 continue
             event_a, event_b = int(test(a, values[where]).sum()), int(test(b, values[where]).sum())
             best = min(best, 2 * len(values) * _chance(event_a, len(a), event_b, len(b), allowed))

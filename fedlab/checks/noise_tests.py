@@ -259,6 +259,13 @@ def _alone(stage: Stage, claim: Claim, large: Tensors, opposite: Tensors, zeros:
         noise = np.array([shown(usual, usual, seed, absent) for seed in range(_SITE_RUNS)])
         moved = np.array([shown(update, other, seed, absent) - shown(zeros, other, seed, left_out)
                           for seed in range(2)])
+        if left_out and absent != left_out and not np.isnan(noise).any():
+            without = np.array([shown(usual, usual, seed, left_out) for seed in range(_SITE_RUNS)])
+            ratio = Noise.of(without, sketch).total / max(Noise.of(noise, sketch).total, 1e-300)
+            if abs(math.log(max(ratio, 1e-300))) > 0.05 + 8 * math.sqrt(4 / (noise.size - noise.shape[1])):
+                yield PRIVACY.verdict("independent draws", f"the noise of {stage.name(claim.layer)} has {ratio:.3g} "
+                                      "times the variance if a site is absent: divide by the expected number of sites")
+                return
         if np.isnan(noise).any() or np.isnan(moved).any() or not only_shifted(moved, noise - noise.mean(axis=0)):
             continue
         spread = Noise.of(noise, sketch)
