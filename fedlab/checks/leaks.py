@@ -74,7 +74,7 @@ def statistics(entries: Floats, sums: Floats, *, signs: Floats, heavy: npt.NDArr
     positive = signs > 0
     found = {f"the sum of tensor {k}": sums[:, k] for k in range(sums.shape[1])} if sums.shape[1] <= 40 else {}
     found |= {
-        "the sum along the update": entries @ signs,
+        "the sum along the update": entries @ (signs * (1 + 2 * heavy)),
         "the sum along the update's larger entries": entries @ (signs * heavy),
         "the norm": np.sqrt((entries**2).sum(axis=1)),
         "the sum of absolute values": np.abs(entries).sum(axis=1),
