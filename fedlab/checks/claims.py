@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlab.checks.check_report import Battery
+from fedlab.checks.noise_law import allowed_probability
 from fedlab.checks.rehearsal import Stage
 from fedlab.checks.watched import Charge, Rehearsal
 from fedlab.core.types import Tensors
 from fedlab.privacy.accounting.mechanisms import Concentrated, Gaussian, Pure, Release
 
-__all__ = ["PRIVACY", "Claim", "chi_of", "divergence_of", "find_claims"]
+__all__ = ["PRIVACY", "Claim", "allowed_of", "chi_of", "find_claims"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -99,7 +100,15 @@ def find_claims(stage: Stage, seen: Rehearsal) -> list[Claim]:
     return claims
 
 
-def divergence_of(claims: Sequence[Claim], rounds: int) -> Callable[[Floats], Floats]:
+def allowed_of(claims: Sequence[Claim], rounds: int) -> Callable[[Floats], Floats]:
+    """The largest probability of an event, given that of a neighbour, that the first rounds together allow."""
+    mu = math.sqrt(sum(claim.square(rounds) for claim in claims))
+    gaussian = all(isinstance(release, Gaussian) for claim in claims for charges in claim.rounds
+                   for release, _ in charges)
+    return allowed_probability(_divergence_of(claims, rounds), mu=mu if gaussian else math.inf)
+
+
+def _divergence_of(claims: Sequence[Claim], rounds: int) -> Callable[[Floats], Floats]:
     """The Rényi divergence, by order, that the entries of the first rounds together allow."""
     releases = [release for claim in claims for charges in claim.rounds[:rounds] for release, _ in charges]
 

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 
 from fedlab.checks.check_report import Finding
-from fedlab.checks.claims import PRIVACY, Claim, chi_of, divergence_of
+from fedlab.checks.claims import PRIVACY, Claim, allowed_of, chi_of
 from fedlab.checks.leaks import differing, moved_far, statistics, suspects
-from fedlab.checks.noise_law import allowed_probability, least_distance
+from fedlab.checks.noise_law import least_distance
 from fedlab.checks.noise_tests import Noise, check_noise, check_sites, only_shifted
 from fedlab.checks.rehearsal import Stage
 from fedlab.checks.samples import Outcome, Samples, Sketch, View, collect
@@ -234,7 +234,7 @@ class _Watch:
         every = self._collect(dict.fromkeys(range(_ROUNDS), large), runs=_RUNS)
         first = self._collect({0: large}, runs=_RUNS_AFTER)
         for number in range(_ROUNDS):
-            allowed = allowed_probability(divergence_of(self.claims, number + 1))
+            allowed = allowed_of(self.claims, number + 1)
             for group in (every, first):
                 name = differing([run[number] for run in self.quiet.outcomes], [run[number] for run in group.outcomes],
                                  allowed=allowed, covered=covered)
@@ -261,7 +261,7 @@ class _Watch:
         """What reveals too much, and what is worth more runs: rounds and names of functions of the update."""
         doubtful: set[tuple[int, str]] = set()
         for number in range(_ROUNDS):
-            allowed, chi = allowed_probability(divergence_of(self.claims, number + 1)), chi_of(self.claims, number + 1)
+            allowed, chi = allowed_of(self.claims, number + 1), chi_of(self.claims, number + 1)
             before = {name: found for name, found in self._statistics(quiet, number).items()
                       if only is None or (number, name) in only}
             for group in groups if math.isfinite(chi) else []:

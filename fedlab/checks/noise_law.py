@@ -113,8 +113,16 @@ def spread_of_norms(noise: Floats) -> float:
     return float(squares.var(ddof=1) / squares.mean()**2 * noise.shape[1] / 2)
 
 
-def allowed_probability(divergence: Callable[[Floats], Floats]) -> Callable[[Floats], Floats]:
-    """The largest probability of an event, given that of a neighbour, from Rényi divergences by order."""
+def allowed_probability(divergence: Callable[[Floats], Floats], *, mu: float = math.inf
+                        ) -> Callable[[Floats], Floats]:
+    """The largest probability of an event, given that of a neighbour.
+
+    Args:
+        divergence: Rényi divergences by order.
+        mu: of Gaussian differential privacy (Dong et al. 2019), if all releases are Gaussian.
+    """
+    from scipy.special import ndtr, ndtri
+
     bound, orders = divergence(_ORDERS), _ORDERS
 
     def allowed(other: Floats) -> Floats:
@@ -122,7 +130,7 @@ def allowed_probability(divergence: Callable[[Floats], Floats]) -> Callable[[Flo
             logs = np.log(np.maximum(other, 1e-300))
             powers = (bound[:, None] + logs) * ((orders - 1) / orders)[:, None]
         likely: Floats = np.exp(np.minimum(powers, 0.0)).min(axis=0)
-        return likely
+        return np.minimum(likely, ndtr(ndtri(other) + mu)) if math.isfinite(mu) else likely
     return allowed
 
 

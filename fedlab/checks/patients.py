@@ -18,10 +18,9 @@ import numpy.typing as npt
 import torch
 
 from fedlab.checks.check_report import Finding
-from fedlab.checks.claims import PRIVACY, Claim, chi_of, divergence_of
+from fedlab.checks.claims import PRIVACY, Claim, allowed_of, chi_of
 from fedlab.checks.leaks import differing, moved_far, statistics
 from fedlab.checks.noise_law import (
-    allowed_probability,
     least_distance,
     least_joint_distance,
     odd_draws,
@@ -285,7 +284,7 @@ def _leaving(stage: Stage, claim: Claim) -> Iterator[Finding]:
     for name in list(_PATIENTS)[1:3]:
         after = samples(name)
         for number in range(3):
-            allowed = allowed_probability(divergence_of(twice, number + 1))
+            allowed = allowed_of(twice, number + 1)
             wrong = differing([run[number] for run in before.outcomes], [run[number] for run in after.outcomes],
                               allowed=allowed, covered=frozenset())
             if wrong:
