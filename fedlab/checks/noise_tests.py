@@ -118,23 +118,21 @@ def check_noise(where: str, claim: Claim, runs: Floats, moves: Sequence[Floats],
         return
     part = 1.0 if all(len(sketch.places[n]) == size for n, size in sketch.sizes.items()) else _PART
     if math.isfinite(claim.mu):
-        kept = slice(0, rounds)
-        each = max(sum(_over_rounds(noise[:, [number]], moved[0, [number]], sketch) for number in range(rounds))
-                   for moved in moves) / claim.square(rounds)
-        if each > (1 + 0.006) * part:
-            yield PRIVACY.verdict("whole update", f"{where}: the noise of {rounds} rounds is "
-                                  f"{1 / math.sqrt(each):.3g} of the noise that is charged for them",
-                                  check="sensitivity")
+        kept, limit = slice(0, rounds), (1 + 0.006) * part
+        together = max(_over_rounds(noise[:, kept], moved[0, kept], sketch) for moved in moves) / claim.square(rounds)
+        if together > limit:
+            each = max(sum(_over_rounds(noise[:, [r]], moved[0, [r]], sketch) for r in range(rounds))
+                       for moved in moves) / claim.square(rounds)
+            yield PRIVACY.verdict("whole update", f"{where}: {_of_charged(together)} in {rounds} rounds together",
+                                  check="sensitivity") if each > limit else PRIVACY.verdict(
+                "independent draws", f"the noise of {where} is not drawn anew in every round: {_of_charged(together)}")
             return
-        for found, wrong in ((max(_over_rounds(noise[:, kept], moved[0, kept], sketch) for moved in moves)
-                              / claim.square(rounds), "of several rounds is not independent: all rounds together"),
-                             (_over_entries(noise[:, :rounds], moved[0, 0]) / claim.mu**2,
-                              "is not drawn anew for every entry of every tensor: some entries together"),
+        for found, wrong in ((_over_entries(noise[:, kept], moved[0, 0]) / claim.mu**2,
+                              "is not drawn anew for every entry of every tensor"),
                              (quiet_part(runs[:, 0], moved[0, 0], list(sketch.groups.values())) / claim.mu**2,
-                              "is smaller for some entries than for others: all entries together")):
-            if found > (1 + 0.006) * part:
-                measured = "no noise at all" if found > 1e7 else f"{1 / math.sqrt(found):.3g} of the charged noise"
-                yield PRIVACY.verdict("independent draws", f"the noise of {where} {wrong} have {measured}")
+                              "is smaller for some entries than for others")):
+            if found > limit:
+                yield PRIVACY.verdict("independent draws", f"the noise of {where} {wrong}: {_of_charged(found)}")
                 return
     yield PRIVACY.verdict("independent draws", None)
     wrong_law = law_of(claim, runs[:, 0], sketch)
@@ -183,6 +181,11 @@ def _over_entries(noise: Floats, moved: Floats) -> float:
     square = float(shift @ np.linalg.solve(covariance + 1e-9 * np.eye(len(chosen)), shift))
     freedom = (runs - runs // 2 - 1) * rounds - len(chosen)
     return float(square * shrink(freedom) * freedom / len(rest))
+
+
+def _of_charged(found: float) -> str:
+    return "updates differ by " + ("more than any noise hides" if found > 1e7 else
+                                   f"{math.sqrt(found):.3g} times as much of the noise as is charged")
 
 
 def law_of(claim: Claim, runs: Floats, sketch: Sketch) -> str | None:
