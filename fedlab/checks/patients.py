@@ -184,13 +184,18 @@ def _influence(stage: Stage, claim: Claim, sketch: Sketch, noise: Noise
         shown |= {name: steps(name, seed) for name in list(_PATIENTS)[2:]}
         drawn += 1
         for a, b in combinations(shown, 2):
-            for shift in shown[a] - shown[b]:
+            for shift in (shown[a] - shown[b])[:1 if _adaptive(stage) else None]:
                 found = noise.square_distance(shift**2, equal=False)
                 if found > worst:
                     worst, moved, which = found, shift, (a, b)
         if drawn == _DRAWN:
             break
     return moved, which
+
+
+def _adaptive(stage: Stage) -> bool:
+    """Whether noise and bound move from step to step, so that only first steps can be compared."""
+    return any(isinstance(getattr(layer, "clip", None), AdaptiveClip) for layer in stage.technique.layers)
 
 
 def _every_step(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet, moved: Floats, mu: float
@@ -202,7 +207,7 @@ def _every_step(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet, moved
     if weak:
         yield PRIVACY.verdict("independent draws", f"{where} adds next to no noise in step {weak[0] % quiet.steps + 1}")
         return
-    adaptive = any(isinstance(getattr(layer, "clip", None), AdaptiveClip) for layer in stage.technique.layers)
+    adaptive = _adaptive(stage)
     noise, turns = rows - rows.mean(axis=0), np.resize([1.0, -1.0], rows.shape[1])
     for sides in [] if adaptive else [np.ones(rows.shape[1]), turns]:
         parts = []
