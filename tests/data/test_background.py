@@ -13,6 +13,7 @@ from fedlab.data.brain import bounding_box, find_brain, normalise, typical_signa
 from fedlab.data.phantom.generator import write_brats
 from fedlab.data.readers.folders import find_patients, read_cohort, read_patient
 from fedlab.data.readers.inspection import inspect_folder
+from fedlab.data.readers.scan import read_scan
 from folders import Raw, ball, load_raw, save_files, write_layout
 
 MOVE = (0.33, 0.2, -0.4)  # voxels
@@ -58,6 +59,18 @@ def changed(raw, change):
 def tumour(patient):
     """The mean of each modality in the tumour, in standard deviations of the brain."""
     return patient.image.float()[:, patient.label > 0].mean(dim=1)
+
+
+def test_a_weak_background_is_0_before_scans_are_resampled(tmp_path):
+    """Resampling would mix what is left of it into the voxels at the rim of the brain."""
+    raw = ball("P1", shape=(60, 68, 52))
+    save_files(changed(raw, noise), tmp_path / raw.id, suffix=".nii")
+    files = find_patients(tmp_path)[raw.id]
+    scan, findings = read_scan(files, "brats2021")
+    assert "background" in [finding.code for finding in findings]
+    stored = next(np.asarray(nib.load(path).dataobj) for path in files.images.values())
+    assert np.count_nonzero(stored) > 0.9 * stored.size  # the background is there in the file
+    assert not scan.image[:, ~scan.brain].any() and scan.image[:, scan.brain].all(dim=0).float().mean() > 0.99
 
 
 def assert_same_tumour(tmp_path, raw, other, spacing_mm):
