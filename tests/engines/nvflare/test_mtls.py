@@ -150,6 +150,8 @@ def test_updates_that_were_spoiled_stay_out(hospitals: Hospitals, tmp_path: Path
     assert "round 7 of 7: 3 sites" in printed and "site-02 is not in it" in printed
     assert weights_sha256(load_file(folder / "weights.safetensors")) == weights_sha256(came[-1].state.params)
 
+    wait_for(lambda: "FINISHED" in command("deploy", "status", hospitals.project), seconds=120,
+             why="NVFLARE ends the job some seconds after the run")
     status = command("deploy", "status", hospitals.project)
     assert "connected: site-01, site-02, site-03" in status and "FINISHED" in status
     assert "site-01: runs here: process" in status and "stranger: does not run" in status
