@@ -131,7 +131,7 @@ def write_results(outcome: Outcome, out: Path) -> dict[str, Any]:
     }.items():
         if text is not None:
             write_whole(out / f"{name}.csv", text.encode())
-    write_json(out / "history.json", {arm: history.records for arm, history in outcome.histories.items()})
+    write_json(out / "history.json", {arm: history.published().records for arm, history in outcome.histories.items()})
     _write_model_card(outcome, out / "model_card.md")
     found = summarise(outcome)
     _write_report(outcome, found, out)

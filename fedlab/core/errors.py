@@ -13,9 +13,13 @@ class FedlabError(Exception):
     Attributes:
         work: the live objects of the site that failed (`fedlab.run.site_task.SiteWork`), or None. They hold the site's
             patients, so they stay in this process: a pickled error is without them.
+        stage: what the site was doing, as in `SiteError`.
+        told: what a server may know of it under a guarantee; see `fedlab.run.site_errors`.
     """
 
     work: Any = None
+    stage: str = ""
+    told: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.args, {name: value for name, value in vars(self).items() if name != "work"}
@@ -59,13 +63,14 @@ class SiteError(FedlabError):
         super().__init__(f"site {site!r} failed in round {round} at stage {stage!r}: {reason}")
         self.site, self.round, self.stage, self.reason = site, round, stage, reason
 
-    def __reduce__(self) -> tuple[type[SiteError], tuple[str, int, str, str]]:
-        return SiteError, (self.site, self.round, self.stage, self.reason)  # survives worker processes
+    def __reduce__(self) -> tuple[Any, ...]:
+        left = {name: value for name, value in vars(self).items() if name != "work"}
+        return SiteError, (self.site, self.round, self.stage, self.reason), left  # survives worker processes
 
     def in_round(self, round: int) -> SiteError:
         """The same failure in the round in which the server has noticed it; a site may not know it."""
         if round == self.round:
             return self
         error = SiteError(self.site, round, self.stage, self.reason)
-        error.__cause__ = self.__cause__
+        error.__cause__, error.told = self.__cause__, self.told
         return error

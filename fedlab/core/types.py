@@ -335,6 +335,8 @@ class Round:
         metrics: numbers about the global model, such as validation Dice.
         seconds: wall time of the round.
         site_states: what each site keeps for itself, by site, where sites work on this machine; empty elsewhere.
+        void: why the round has left the model as it was, if it has.
+        server_only: kinds of these numbers that must not leave the server; see `fedlab.run.publishable`.
     """
 
     number: int
@@ -346,3 +348,5 @@ class Round:
     seconds: float
     absent: Mapping[str, str] = field(default_factory=dict)
     site_states: Mapping[str, SiteState] = field(default_factory=dict, repr=False)
+    void: str | None = None
+    server_only: frozenset[str] = frozenset()

@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from fedlab.core.errors import DataError, FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
+from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.core.files import locked, write_whole
 from fedlab.core.text import without_folders
 from fedlab.core.types import Failure, ServerState, Site, Spent, Tensors, Withdrawal
@@ -27,6 +27,7 @@ from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.privacy.base import technique_at
 from fedlab.run.federate import check_sites, make_run
+from fedlab.run.site_errors import kind_of, own_text, whole_text
 from fedlab.run.site_task import SiteTask
 
 __all__ = ["SiteHost"]
@@ -69,6 +70,7 @@ class SiteHost:
         self.techniques = Path(techniques or self.folder / "techniques")
         self._run: _Run | None = None
         self._places: list[Path] = [self.folder, self.techniques]  # of which no message to the server tells the parents
+        self._guarded = False  # whether a guarantee covers the run that is beginning or has begun
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = ExitStack()
         self._lock.enter_context(locked(self.folder / ".lock", RunError(
@@ -106,20 +108,20 @@ class SiteHost:
             PrivacyError: the policy of this site refuses, or the plan needs something that is not approved.
             FedlabError: an invalid plan, other weights than it names, or parts that do not work together here.
         """
+        self._guarded = False
         try:
             plan = Plan.from_json(plan_json)
             if self._run is not None and self._run.name == plan.run:
                 return
             first = unpack_weights(start)
             task = self._task(plan, first)
+            snapshots = SiteSnapshots(self.folder / "states" / plan.run, site=self.site.name, run=plan.run)
         except PrivacyError as error:
-            cause = "" if error.__cause__ is None else f" ({type(error.__cause__).__name__}: {error.__cause__})"
-            self._log(f"refused a run: {error}{cause}")
-            raise PrivacyError(f"{self.site.name} refuses: {self._outside(error)}") from error
+            self._log(f"refused a run: {whole_text(error)}")
+            raise PrivacyError(f"{self.site.name} refuses: {self._own(error) or 'its log says why'}") from error
         except Exception as error:
-            self._log(f"could not begin a run: {type(error).__name__}: {error}")
+            self._log(f"could not begin a run: {whole_text(error)}")
             raise self._error_for_server(error, "begin") from error
-        snapshots = SiteSnapshots(self.folder / "states" / plan.run, site=self.site.name, run=plan.run)
         self._run = _Run(name=plan.run, plan=plan, task=task, start=first, snapshots=snapshots)
         self._log(f"begins run {plan.run}: {plan.rounds} rounds of {len(plan.sites)} sites, {task.privacy!r}, "
                   f"{task.aggregation!r}, {task.strategy!r}, {task.trainer!r}")
@@ -137,10 +139,10 @@ class SiteHost:
             self._log(f"round {round}: answered with {len(packed)} bytes")
             return packed
         except PrivacyBudgetExhausted as error:
-            self._log(f"round {round}: withdrawn: {error}")
-            return pack_answer(Withdrawal(self.site.name, self._outside(error)))
+            self._log(f"round {round}: withdrawn: {whole_text(error)}")
+            return pack_answer(Withdrawal(self.site.name, self._own(error) or "the reason stays in the site's log"))
         except Exception as error:
-            self._log(f"round {round}: failed: {type(error).__name__}: {error}")
+            self._log(f"round {round}: failed: {whole_text(error)}")
             return pack_answer(Failure(self.site.name, self._error_for_server(error, "keep", round or 0)))
 
     def exchange(self, run: str, step: str, inbox: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -160,7 +162,7 @@ class SiteHost:
             begun.snapshots.save_sums()  # before the answer leaves
             return {str(name): bytes(message) for name, message in sent.items()}
         except Exception as error:
-            self._log(f"exchange {str(step)[:40]!r} failed: {type(error).__name__}: {error}")
+            self._log(f"exchange {str(step)[:40]!r} failed: {whole_text(error)}")
             raise self._error_for_server(error, "exchange") from error
 
     def spent(self) -> tuple[Spent, ...]:
@@ -190,6 +192,7 @@ class SiteHost:
         self.policy.check_work(parts["trainer"], [parts["strategy"], *here.layers, parts["aggregation"]],
                                patients=len(self.site.train))
         run = make_run(**parts)
+        self._guarded = run.guarded
         check_sites(run, [self.site])
         return cast("SiteTask", run.task)
 
@@ -248,18 +251,21 @@ class SiteHost:
 
     def _error_for_server(self, error: Exception, stage: str, round: int = 0) -> FedlabError:
         """The error as the server receives it; the whole text stays in this site's log."""
-        guarded = self._run is not None and self._run.task.guarded
-        told = self.policy.tell_errors and not guarded
-        for kind in (PrivacyBudgetExhausted, PrivacyError, RunError, DataError):
-            # RunErrors are about the run's name or the site's folder.
-            if isinstance(error, kind) and (told or kind is not DataError):
-                return kind(self._outside(error))
-        if isinstance(error, SiteError):
-            stage, text = error.stage, error.reason
-        else:
-            text = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
-        return SiteError(self.site.name, round, stage, self._outside(text) if told else
-                         f"{type(error).__name__}; the text of the error stays in the site's log")
+        tells = self.policy.tell_errors and not self._guarded
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == FedlabError.__module__ or kind is object)
+        if issubclass(kind, FedlabError) and not isinstance(error, SiteError) and (
+                text := self._own(error) or (self._outside(error) if tells else "")):
+            return kind(text)
+        text = f"{kind_of(error)}; the text of the error stays in the site's log"
+        if tells:
+            text = error.reason if isinstance(error, SiteError) else f"{type(error).__name__}: {error}"
+        stage = stage if getattr(error, "told", None) is None else error.stage  # type: ignore[attr-defined]
+        return SiteError(self.site.name, round, stage, self._outside(text))
+
+    def _own(self, error: Exception) -> str:
+        """The text of an error that fedlab itself has written, about no patient; else empty."""
+        told = getattr(error, "told", None)
+        return self._outside((own_text(error) if told is None else told) or "")
 
     def _outside(self, text: object) -> str:
         """A text as it may leave this site: without the folders of its files."""

@@ -13,6 +13,7 @@ from fedlab.core.types import Answer, Failure, Messages, Round, ServerState, Sit
 from fedlab.deploy.messages import are_notes, limit_for, pack_state, pack_weights, unpack_answer
 from fedlab.deploy.plan import Plan
 from fedlab.run.federate import loop
+from fedlab.run.site_errors import without_paths
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
 from fedlab.strategies.averaging import FedAvg
@@ -144,9 +145,10 @@ class Remote:
         self._ready.discard(name)
         if isinstance(error, SiteError):
             error = error.in_round(round)
-        if isinstance(error, FedlabError):
-            return Failure(name, error)
-        return Failure(name, SiteError(name, round, "reach", f"{type(error).__name__}: {error}"))
+        found = error if isinstance(error, FedlabError) else SiteError(name, round, "reach",
+                                                                       f"{type(error).__name__}: {error}")
+        found.told = without_paths(str(found))  # the site has decided what leaves it
+        return Failure(name, found)
 
     def __repr__(self) -> str:
         return f"Remote({len(self.plan.sites)} sites)"

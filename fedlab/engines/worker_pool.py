@@ -314,9 +314,10 @@ def _of_fedlab(error: FedlabError) -> FedlabError:
     kind = next(kind for kind in type(error).__mro__ if kind.__module__.partition(".")[0] == "fedlab")
     if kind is type(error):
         return error
-    if isinstance(error, SiteError):
-        return SiteError(error.site, error.round, error.stage, error.reason)
-    return kind(str(error))  # type: ignore[no-any-return]
+    plain = SiteError(error.site, error.round, error.stage, error.reason) if isinstance(error, SiteError) else \
+        kind(str(error))
+    plain.stage, plain.told = error.stage, error.told
+    return plain
 
 
 def _compute_as(settings: Mapping[str, Any]) -> None:

@@ -13,7 +13,14 @@ from fedlab.core.protocols import Exchange, Run
 from fedlab.core.types import ServerState, SiteState, Spent, Update
 from fedlab.core.weights import weights_sha256
 
-__all__ = ["Aggregation", "shown_sha256"]
+__all__ = ["Aggregation", "SumFailed", "shown_sha256"]
+
+
+class SumFailed(PrivacyError):
+    """The sum of a round cannot be formed: too few sites are left, or one of them lies. No single update is uncovered.
+
+    The round is void; see `fedlab.run.admission.Admission`.
+    """
 
 
 def shown_sha256(state: ServerState) -> str:

@@ -3,6 +3,7 @@ from .baselines import centralised, local_only, pooled
 from .federate import each_round, federate, make_run
 from .history import History
 from .local import Local
+from .publishable import OnPublicPatients
 from .recipe import recipe_sha256
 from .round import one_round
 from .site_states import SiteStates
@@ -10,6 +11,7 @@ from .trace import Verdict, verify
 from .trackers import CsvTracker, MLflowTracker, TensorBoardTracker
 
 __all__ = [
-    "Admission", "CsvTracker", "History", "Local", "MLflowTracker", "SiteStates", "TensorBoardTracker", "Verdict",
-    "centralised", "each_round", "federate", "local_only", "make_run", "one_round", "pooled", "recipe_sha256", "verify",
+    "Admission", "CsvTracker", "History", "Local", "MLflowTracker", "OnPublicPatients", "SiteStates",
+    "TensorBoardTracker", "Verdict", "centralised", "each_round", "federate", "local_only", "make_run", "one_round",
+    "pooled", "recipe_sha256", "verify",
 ]

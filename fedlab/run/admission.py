@@ -16,10 +16,13 @@ class Admission:
 
     Without rules the first failure ends a run, which suits development. With rules a site that fails, is late or sends
     an invalid update is left out of its round, and `Round.absent` says why. In any case an update must have the model's
-    names and shapes, be finite and answer the present round.
+    names and shapes, be finite and answer the present round. A round without a usable mean, such as one with fewer
+    sites than secure aggregation needs, or with one that lies to it, is void: the model stays as it was, what was spent
+    counts, `Round.void` says why, and the next round begins.
 
     Args:
-        min_sites: a round with fewer admitted updates leaves the model as it was.
+        min_sites: a round with fewer admitted updates is void.
+        max_void: void rounds in succession after which a run ends early, with the reason in `History.stopped`.
         deadline: seconds within which a site must answer, by its own clock.
         max_norm: largest Euclidean norm of an update. It cannot be checked under secure aggregation.
         max_weight: largest weight of an update, such as the number of patients of the largest hospital: an update
@@ -31,13 +34,14 @@ class Admission:
     """
 
     min_sites: int = 1
+    max_void: int = 10
     deadline: float | None = None
     max_norm: float | None = None
     max_weight: float | None = None
     max_steps: float | None = None
 
     def __post_init__(self) -> None:
-        check_whole(min_sites=self.min_sites)
+        check_whole(min_sites=self.min_sites, max_void=self.max_void)
         check_positive(optional=True, deadline=self.deadline, max_norm=self.max_norm, max_weight=self.max_weight,
                        max_steps=self.max_steps)
 

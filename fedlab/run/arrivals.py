@@ -15,14 +15,16 @@ from fedlab.core.gate import check_update
 from fedlab.core.protocols import Run
 from fedlab.core.types import Answer, Cohort, Failure, Messages, Round, ServerState, Site, Spent, Update, Withdrawal
 from fedlab.privacy.accounting.ledger import check_statement
-from fedlab.privacy.aggregation import shown_sha256
+from fedlab.privacy.aggregation import SumFailed, shown_sha256
 from fedlab.privacy.base import layers_at
+from fedlab.run.publishable import server_only
+from fedlab.run.site_errors import reason_of
 from fedlab.strategies.averaging import NotFinite, TooFewUpdates
 
 __all__ = ["Arrivals", "Void"]
 
 #: Reasons for which a round leaves the model as it is, if the admission rules allow that.
-Void = (TooFewUpdates, NotFinite)
+Void = (TooFewUpdates, NotFinite, SumFailed)
 
 
 class Arrivals:
@@ -32,6 +34,7 @@ class Arrivals:
         cohort: the sites that still take part.
         present: names of the sites whose update was admitted, in order.
         withdrawn: the sites that have withdrawn in this round, and the reasons.
+        released: whether the techniques' part at the server has been done.
     """
 
     def __init__(self, run: Run, state: ServerState, cohort: Sequence[Site]) -> None:
@@ -43,7 +46,9 @@ class Arrivals:
         self._seen: dict[str, dict[str, float]] = {}
         self._spent: dict[str, tuple[Spent, ...]] = {}
         self._absent: dict[str, str] = {}
+        self._void: str | None = None
         self.withdrawn: dict[str, str] = {}
+        self.released = False
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -96,7 +101,8 @@ class Arrivals:
             raise PrivacyBudgetExhausted("no site is left: " + "; ".join(self._absent.values()))
 
     def charge(self, spent: tuple[Spent, ...]) -> None:
-        """Notes the privacy spent by noise at the server."""
+        """Notes that the mean was released, and the privacy spent by noise at the server."""
+        self.released = True
         if spent:
             self._spent["server"] = spent
 
@@ -135,7 +141,9 @@ class Arrivals:
         """The state after a round that cannot move the model, if the admission rules allow such a round."""
         if self.run.admission is None and (self._seen or not isinstance(error, TooFewUpdates)):
             raise error
-        self._absent |= {name: f"the round was void: {error}" for name in self._seen}
+        self._void = str(error)
+        names = self._seen if self._asked else [site.name for site in self.cohort]
+        self._absent |= {name: f"the round was void: {error}" for name in names}
         self._seen.clear()
         return replace(self.state, round=self.state.round + 1)
 
@@ -158,7 +166,8 @@ class Arrivals:
         drawn = [name for name in self._drawn if name in self._absent and name not in self._asked]
         return Round(number=self.state.round, state=moved, cohort=(*sorted(drawn), *self._asked), sites=self._seen,
                      spent=self._spent, metrics=dict(self.run.topology.metrics(moved)), absent=self._absent,
-                     seconds=perf_counter() - self._started, site_states=self.run.site_states)
+                     seconds=perf_counter() - self._started, site_states=self.run.site_states, void=self._void,
+                     server_only=server_only(self.run, self._spent, void=self._void is not None))
 
     def _refuse(self, answer: Answer, state: ServerState) -> str | None:
         """Why an answer has no place in the model, or None."""
@@ -178,10 +187,7 @@ class Arrivals:
         except Exception as error:
             if self.run.admission is None:
                 raise
-            if isinstance(error, SiteError) and self.run.guarded:
-                # The text of an error may quote scans, losses or names of patients, which no guarantee covers.
-                return f"it failed at stage {error.stage!r}; under a guarantee the reason stays at the site"
-            return str(error)
+            return reason_of(error, guarded=self.run.guarded) if isinstance(answer, Failure) else str(error)
         return None if self.run.admission is None else self.run.admission.refuse(answer)
 
     def _note(self, update: Update) -> None:

@@ -26,6 +26,7 @@ from fedlab.run.admission import Admission
 from fedlab.run.checkpoint import Checkpoint
 from fedlab.run.history import History
 from fedlab.run.local import Local
+from fedlab.run.publishable import Validate, validated
 from fedlab.run.recipe import Json, patients_sha256, recipe
 from fedlab.run.round import star
 from fedlab.run.site_states import SiteStates
@@ -149,11 +150,14 @@ def loop(run: Run, state: ServerState | None) -> Iterator[Round]:
     """
     if state is None:
         state = replace(run.strategy.begin(run.trainer.initial()), buffers=run.trainer.initial_buffers())
-    while state.round < run.rounds:
+    void = 0
+    while state.round < run.rounds and (run.admission is None or void < run.admission.max_void):
         finished = run.topology(run, state)
         if finished.state.round != state.round + 1:
             raise ValueError(f"the state after round {state.round} is that of round {finished.state.round}, expected "
                              f"{state.round + 1}; in step() return super().step(state, mean), or count the round")
+        # Noise at the server hides void rounds, so nothing may depend on them.
+        void = void + 1 if finished.void is not None and not run.privacy.works_at_server else 0
         state = finished.state
         yield finished
 
@@ -162,7 +166,7 @@ def federate(
     trainer: SiteTrainer, sites: Sequence[Site | str], *, strategy: Strategy | None = None,
     privacy: Privacy | None = None, aggregation: Aggregation | None = None, rounds: int = 10, topology: Topology = star,
     engine: Engine | Elsewhere | None = None, admission: Admission | None = None, seed: int = 0,
-    validate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
+    validate: Validate | None = None,
     on_round: Callable[[Round], None] | Sequence[Callable[[Round], None]] = (),
     checkpoint: Path | str | None = None, trace: Path | str | None = None, progress: bool = True,
 ) -> History:
@@ -171,7 +175,7 @@ def federate(
     Args:
         trainer, sites, strategy, privacy, aggregation, rounds, topology, engine, admission, seed: as in `each_round`.
         validate: called with the global model and the round's number after each round; the numbers that it returns,
-            such as the Dice of held-out patients, join the round's metrics.
+            such as the Dice of held-out patients, join the round's metrics. See `OnPublicPatients`.
         on_round: called with each finished round; one or several, such as `[CsvTracker(path="rounds.csv"), show]`.
         checkpoint: a folder in which the run is saved after every round. If it holds the beginning of this same run,
             by content, the run continues from there, to the bit-equal result.
@@ -185,7 +189,7 @@ def federate(
     """
     run = make_run(trainer, sites, strategy=strategy, privacy=privacy, aggregation=aggregation, rounds=rounds,
                    topology=topology, engine=engine, admission=admission, seed=seed)
-    history = History(rounds=rounds, privacy=_protection(run))
+    history = History.of(run)
     identity = run_recipe(run) if checkpoint is not None or trace is not None else {}
     saved, site_states = None, None
     if checkpoint is not None:
@@ -203,8 +207,7 @@ def federate(
         with _full_disk_explained(), history.progress(enabled=progress) as show:
             for finished in _until_exhausted(rounds_left, history):
                 if validate is not None:
-                    metrics = validate(_with_weights(trainer, finished.state), finished.number)
-                    finished = replace(finished, metrics={**finished.metrics, **metrics})
+                    finished = validated(finished, validate, _with_weights(trainer, finished.state))
                 history.add(finished)
                 if traced is not None:
                     traced.add(finished)  # first: a repeated round is visible, a missing one would not be
@@ -251,16 +254,12 @@ def _as_code(run: Run) -> dict[str, str]:
     return {name: repr(getattr(run, name)) for name in names}
 
 
-def _protection(run: Run) -> str:
-    """The techniques and the aggregation of a run, as code."""
-    secure = f", aggregation={run.aggregation!r}" if run.aggregation.hides_updates else ""
-    return f"{run.privacy!r}{secure}"
-
-
 def _until_exhausted(run: Iterator[Round], history: History) -> Iterator[Round]:
-    """The rounds of a run, ending early when no site has any privacy budget left."""
+    """The rounds of a run, ending early when no site has any privacy budget left, or too many rounds are void."""
     try:
         yield from run
+        if history.records and history.state is not None and history.state.round < history.rounds:
+            history.stopped = f"too many rounds in succession were void, the last one: {history.records[-1]['void']}"
     except PrivacyBudgetExhausted as error:
         history.stopped = str(error)
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from fedlab.core.protocols import Run
 from fedlab.core.types import REPEATS, Round, ServerState, Spent
 from fedlab.privacy.base import layers_at
+from fedlab.run.publishable import published
 from fedlab.run.svg_charts import chart
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def record_of(finished: Round) -> dict[str, Any]:
         "sites": {name: dict(numbers) for name, numbers in finished.sites.items()},
         "spent": {name: [s._asdict() for s in spent] for name, spent in finished.spent.items() if spent},
         "absent": dict(finished.absent),
+        "void": finished.void,
+        "server_only": sorted(finished.server_only),
     }
 
 
@@ -57,13 +60,14 @@ def noise_repeats(run: Run) -> bool:
 class History:
     """The record of a run, round by round. It holds one state, the last, however long the run.
 
-    It is for the server only. Where noise is added at the server (`CentralGaussian`), no guarantee covers the numbers
-    about single updates in `sites()` and `records`, such as their norms. Publish `table()` and `spent()` then, without
-    the losses that such a technique withholds.
+    What it prints and draws, `table()` and `guarantee()` may be published. `records`, `sites()`, `spent()` and
+    `absent()` are the server's own: under a guarantee some of their numbers must not leave it. `published()` is the
+    history without those; see `fedlab.run.publishable`.
 
     Args:
         rounds: number of rounds the run was to have.
         privacy: the techniques of the run, as code.
+        remarks: what else must be said beside the guarantee.
 
     Attributes:
         stopped: why the run ended before its last round, if it did.
@@ -73,12 +77,36 @@ class History:
         records: one plain dict per finished round; `table()` and `sites()` show them as tables.
     """
 
-    def __init__(self, *, rounds: int, privacy: str = "Privacy()") -> None:
-        self.rounds, self.privacy = rounds, privacy
+    def __init__(self, *, rounds: int, privacy: str = "Privacy()", remarks: Sequence[str] = ()) -> None:
+        self.rounds, self.privacy, self.remarks = rounds, privacy, tuple(remarks)
         self.stopped: str | None = None
         self.state: ServerState | None = None
         self.site_states: Any = {}
         self.records: list[dict[str, Any]] = []
+
+    @classmethod
+    def of(cls, run: Run) -> History:
+        """The history of a run that begins."""
+        secure = f", aggregation={run.aggregation!r}" if run.aggregation.hides_updates else ""
+        return cls(rounds=run.rounds, privacy=f"{run.privacy!r}{secure}")
+
+    def published(self) -> History:
+        """The history with those numbers only that may leave the server under the guarantee of the run."""
+        out = History(rounds=self.rounds, privacy=self.privacy, remarks=self._remarks())
+        out.records, out.state, out.stopped = [published(record) for record in self.records], self.state, self.stopped
+        if self.stopped and self.hides_sites:  # the reason may name sites, or say that they have withdrawn
+            out.stopped = "the reason is in the server's own record"
+        return out
+
+    def _remarks(self) -> tuple[str, ...]:
+        spent = {name for record in self.records if "sites" in record.get("server_only", ()) for name in record["spent"]}
+        more = ("what single sites have spent besides is in their own ledgers",) if spent - {"server"} else ()
+        return (*self.remarks, *more)
+
+    @property
+    def hides_sites(self) -> bool:
+        """Whether the numbers of single sites are for the server only, as where it adds the noise."""
+        return any("sites" in record.get("server_only", ()) for record in self.records)
 
     def add(self, finished: Round) -> None:
         """Takes in a finished round."""
@@ -86,22 +114,23 @@ class History:
         self.records.append(record_of(finished))
 
     def table(self) -> pd.DataFrame:
-        """One row per round: mean training loss by weight, bytes sent, seconds, metrics of the global model."""
+        """One row per round: mean training loss by weight, bytes sent, seconds, metrics of the global model.
+
+        It lacks what must not leave the server.
+        """
         rows = []
-        for record in self.records:
+        for record in map(published, self.records):
             sites = list(record["sites"].values())
             weight = sum(s["weight"] for s in sites)
             known = sites and all("loss" in s for s in sites)  # a technique may withhold it
             loss = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if known else {}
-            rows.append({"round": record["round"], **loss, "bytes": sum(s["bytes"] for s in sites),
-                         "seconds": record["seconds"], **record["metrics"]})
+            sent = {} if "sites" in record.get("server_only", ()) else {"bytes": sum(s["bytes"] for s in sites)}
+            took = {"seconds": record["seconds"]} if "seconds" in record else {}
+            rows.append({"round": record["round"], **loss, **sent, **took, **record["metrics"]})
         return _frame(rows, "round")
 
     def sites(self) -> pd.DataFrame:
-        """One row per round and site: loss, norm of the update, weight, steps and bytes sent.
-
-        These numbers are for the server only; see the class about noise at the server.
-        """
+        """One row per round and site: loss, norm of the update, weight, steps and bytes sent; for the server only."""
         return _frame([{"round": record["round"], "site": name, **numbers}
                        for record in self.records for name, numbers in record["sites"].items()], "round", "site")
 
@@ -110,24 +139,25 @@ class History:
         noise repeats with the seed, which is for research.
 
         Empty for a run without a formal guarantee. The site "server" stands for noise added there, whose guarantee
-        holds for every site.
+        holds for every site. Where there is such noise, the rows of single sites are for the server only.
         """
         return _frame([{"round": record["round"], "site": name, **entry} for record in self.records
                        for name, entries in record["spent"].items() for entry in entries], "round", "site", "unit")
 
     def absent(self) -> pd.DataFrame:
-        """One row per round and site whose update is not in the model, and why."""
+        """One row per round and site whose update is not in the model, and why; for the server only."""
         return _frame([{"round": record["round"], "site": name, "reason": reason} for record in self.records
                        for name, reason in record["absent"].items()], "round", "site", columns=("reason",))
 
     def guarantee(self) -> str:
         """The formal guarantee of the run so far, one sentence per unit, and the sites for which it gives none."""
         last: dict[str, dict[str, Spent]] = {}
-        for record in self.records:
+        records = list(map(published, self.records))
+        for record in records:
             for site, entries in record["spent"].items():
                 for entry in entries:
                     last.setdefault(entry["unit"], {})[site] = Spent(**entry)
-        sent = {site for record in self.records for site in (*record["sites"], *record["spent"])} - {"server"}
+        sent = {site for record in records for site in (*record["sites"], *record["spent"])} - {"server"}
         out = []
         for spent in last.values():
             site = max(spent, key=lambda name, of=spent: (of[name].epsilon, name))  # type: ignore[misc]
@@ -136,12 +166,15 @@ class History:
             out.append(f"{spent[site]._replace(repeats=False)} at {site}"
                        + (f", none at {', '.join(bare[:6])}{more}" if bare else "")
                        + (f"; {REPEATS}" if any(one.repeats for one in spent.values()) else ""))
+        out += self._remarks() if out else ()
         return "; ".join(out) or "no formal guarantee"
 
     @contextmanager
     def progress(self, *, enabled: bool) -> Iterator[Callable[[], None]]:
         """A progress bar over the rounds; yields a function that moves it to the last finished round."""
-        with tqdm(total=self.rounds, initial=len(self.records), desc="rounds", disable=not enabled) as bar:
+        timeless = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}" if self.privacy != "Privacy()" else None
+        with tqdm(total=self.rounds, initial=len(self.records), desc="rounds", disable=not enabled,
+                  bar_format=timeless) as bar:
             def show() -> None:
                 last = self._latest()
                 bar.set_postfix({k: f"{last[k]:.3f}" for k in ("loss", "Dice") if k in last}, refresh=False)
@@ -152,9 +185,10 @@ class History:
     def __repr__(self) -> str:
         if not self.records:
             return f"<History: no round of {self.rounds} finished>"
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in self._latest().items() if k not in ("bytes", "seconds"))
-        early = f", stopped: {self.stopped}" if self.stopped else ""
-        return f"<History: {len(self.records)} of {self.rounds} rounds, {shown}; {self.guarantee()}{early}>"
+        shown = "".join(f", {k} {v:.3f}" for k, v in self._latest().items() if k not in ("bytes", "seconds"))
+        stopped = self.published().stopped
+        early = f", stopped: {stopped}" if stopped else ""
+        return f"<History: {len(self.records)} of {self.rounds} rounds{shown}; {self.guarantee()}{early}>"
 
     def _latest(self) -> dict[str, float]:
         """The last known value of each number; a metric may be missing in some rounds."""
@@ -162,14 +196,14 @@ class History:
         return {str(name): float(value) for name, value in last.items()}
 
     def _repr_html_(self) -> str:
-        table = self.table()
+        table, stopped = self.table(), self.published().stopped
         if table.empty:
             return f"<p>{escape(repr(self))}</p>"
         shown = [name for name in table if name not in ("bytes", "seconds") and table[name].notna().any()]
         drawn = "".join(self._chart(table[name].dropna()) for name in shown[:3])
-        last = table.tail(10).astype({"bytes": int})
+        last = table.tail(10).astype({name: int for name in ("bytes",) if name in table})
         html: str = last.to_html(float_format="{:.3f}".format, na_rep="–")
-        early = f"<p>Stopped: {escape(self.stopped)}</p>" if self.stopped else ""
+        early = f"<p>Stopped: {escape(stopped)}</p>" if stopped else ""
         return (f"<p>{len(self.records)} of {self.rounds} rounds; privacy: {escape(self.guarantee())}</p>{early}{drawn}"
                 f"<p>The last {len(last)}:</p>{html}")
 

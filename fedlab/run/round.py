@@ -36,7 +36,7 @@ def one_round(run: Run, state: ServerState) -> Round:
         mean = _release(run, mean, arrivals, state)
         moved = with_buffers(run.strategy.step(state, mean), state, mean)
     except Void as error:
-        moved = arrivals.void(error)
+        moved = _void(run, arrivals, state, error)
     return arrivals.close(moved)
 
 
@@ -55,6 +55,19 @@ def _combine(run: Run, updates: Iterator[Update], arrivals: Arrivals) -> Update:
     except TooFewUpdates:
         if arrivals.present or not run.privacy.works_at_server:
             raise
+    return _nothing(run)
+
+
+def _void(run: Run, arrivals: Arrivals, state: ServerState, error: Exception) -> ServerState:
+    """The state after a round without a usable mean; noise at the server hides that it had none."""
+    unmoved = arrivals.void(error)
+    if arrivals.released or not run.privacy.works_at_server:
+        return unmoved
+    mean = _release(run, _nothing(run), arrivals, state)
+    return with_buffers(run.strategy.step(state, mean), state, mean)
+
+
+def _nothing(run: Run) -> Update:
     zeros = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in run.trainer.initial().items()}
     return Update(site="mean", delta=zeros, weight=1.0)
 

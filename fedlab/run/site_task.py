@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
+from fedlab.core.errors import PrivacyError
 from fedlab.core.gate import check_update
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Strategy
@@ -21,6 +21,7 @@ from fedlab.privacy.aggregation import Aggregation, shown_sha256
 from fedlab.privacy.base import Privacy, technique_at
 from fedlab.privacy.noise.streams import noise_generator, noise_stream
 from fedlab.run.recipe import Json, patients_sha256, recipe_sha256, sha256_of
+from fedlab.run.site_errors import as_site_error
 from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
@@ -136,7 +137,7 @@ class SiteTask:
             # Time grows with patients, and with the patients drawn: under a guarantee it stays at the site too.
             return replace(update, seconds=0.0 if self.guarded else time.perf_counter() - started)
         except Exception as error:
-            raised = _as_site_error(error, work)
+            raised = as_site_error(error, site=site.name, round=state.round, stage=work.stage, guarded=self.guarded)
             raised.work = work
             raise raised from error
 
@@ -181,15 +182,3 @@ def _check_namespaces(site_state: SiteState) -> None:
             if not isinstance(name, str) or not isinstance(value, torch.Tensor):
                 raise TypeError(f"state.own of {owner!r} holds tensors by name, got {type(value).__name__} under "
                                 f"{name!r}; keep torch.tensor(...)")
-
-
-def _as_site_error(error: Exception, work: SiteWork) -> FedlabError:
-    """The error as the server may see it."""
-    site, round = work.site.name, work.state.round
-    if isinstance(error, PrivacyBudgetExhausted):
-        return PrivacyBudgetExhausted(f"{site} takes no part in round {round}: {error}")
-    if isinstance(error, PrivacyError):
-        return PrivacyError(f"round {round}, {site}, {work.stage}: {error}; nothing was sent")
-    if isinstance(error, FedlabError):
-        return error
-    return SiteError(site, round, work.stage, f"{type(error).__name__}: {error}")

@@ -39,8 +39,8 @@ class Trace:
 
     Limits: anyone who can write the file can write it anew, from any line on, with hashes that fit. Note `head`, the
     last line's hash, where others cannot change it (a message to the other sites, a paper); `verify(path, head=...)`
-    then detects that. A hash of ids does not hide ids that can be guessed. Like a `History` it is for the server only:
-    no guarantee covers single updates' norms where noise is added at the server only.
+    then detects that. A hash of ids does not hide ids that can be guessed. It is for the server only: under a guarantee
+    some of its numbers must not be published, see `fedlab.run.publishable`.
 
     Attributes:
         path: the file.

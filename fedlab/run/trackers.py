@@ -1,5 +1,6 @@
 """Numbers of a run for experiment trackers: calls for `federate(..., on_round=...)`.
 
+They are given what may be published under the guarantee of the run (`fedlab.run.publishable`), and no more.
 A tracker continues where it stopped when a run is resumed, and refuses a second run. If a run is killed between its
 checkpoint and its tracker, the tracker lacks that round; `History` and the trace have it.
 """
@@ -20,7 +21,9 @@ from typing import Any
 from fedlab.core.errors import RunError
 from fedlab.core.extras import install_command, need
 from fedlab.core.files import append_whole, replacing
-from fedlab.core.types import REPEATS, Round
+from fedlab.core.types import REPEATS, Round, Spent
+from fedlab.run.history import record_of
+from fedlab.run.publishable import published
 
 __all__ = ["CsvTracker", "MLflowTracker", "TensorBoardTracker"]
 
@@ -50,7 +53,9 @@ class _Tracker(ABC):
 
 @dataclass(kw_only=True, eq=False)
 class CsvTracker(_Tracker):
-    """Writes every number of every round into a CSV table: round, site (empty for the global model), name, value.
+    """Writes what may be published of every round into a CSV table.
+
+    Its columns are round, site (empty for the global model), name and value.
 
     Args:
         path: a new file, or that of this run; rounds that are run again are replaced.
@@ -180,16 +185,19 @@ class TensorBoardTracker(_Tracker):
 
 
 def numbers(finished: Round) -> Iterator[tuple[str, str, float]]:
-    """Every number of a round as (site, name, value); the site is empty for the global model."""
-    yield "", "seconds", float(finished.seconds)
-    yield "", "sites in the model", float(len(finished.sites))
-    for name, value in finished.metrics.items():
+    """Every number of a round that may be published, as (site, name, value); the site is empty for the global model."""
+    record = published(record_of(finished))
+    if "seconds" in record:
+        yield "", "seconds", float(record["seconds"])
+    if "sites" not in finished.server_only:
+        yield "", "sites in the model", float(len(record["sites"]))
+    for name, value in record["metrics"].items():
         yield "", name, float(value)
-    for site, values in finished.sites.items():
+    for site, values in record["sites"].items():
         for name, value in values.items():
             yield site, name, float(value)
-    for site, spent in finished.spent.items():
-        for one in spent:
+    for site, entries in record["spent"].items():
+        for one in (Spent(**entry) for entry in entries):
             # An ε has no meaning without δ, unit, adjacency and accountant, so they are in its name.
             yield site, (f"epsilon at delta {one.delta:g} per {one.unit}, {one.adjacency}, {one.accountant} "
                          f"accountant{f', {REPEATS}' * one.repeats}"), float(one.epsilon)

@@ -294,6 +294,7 @@ class SiteDice:
         every: rounds between two measurements, the first after as many rounds.
         patients: the number of patients scored per site, the first ones; None for all.
         precision: as in `fedlab.predict`.
+        public: whether the patients are public, such as generated ones; see `fedlab.run.OnPublicPatients`.
 
     Raises:
         ValueError: no held-out patient, or a number below 1.
@@ -303,6 +304,7 @@ class SiteDice:
     every: int = 1
     patients: int | None = None
     precision: str = "auto"
+    public: bool = False
 
     def __post_init__(self) -> None:
         check_whole(every=self.every)
@@ -321,4 +323,4 @@ class SiteDice:
     def __repr__(self) -> str:
         names = ", ".join(site.name for site in self.sites)
         return (f"SiteDice(sites=<{names}>, every={self.every}, patients={self.patients}, "
-                f"precision={self.precision!r})")
+                f"precision={self.precision!r}{', public=True' if self.public else ''})")

@@ -14,6 +14,7 @@ from fedlab.core.files import filled_in
 from fedlab.core.settings import check_positive
 from fedlab.core.types import REPEATS, Spent
 from fedlab.privacy.base import Privacy
+from fedlab.run.site_errors import kind_of
 from fedlab.run.svg_charts import Points, Style, chart
 from fedlab.view.background_run import ENDED, BackgroundRun
 from fedlab.view.colours import BLUE, GREEN, GREY, INK, LINES, ORANGE, RED
@@ -156,9 +157,11 @@ class _Page:
 
     def __init__(self, run: BackgroundRun, budget: float | None, metric: str) -> None:
         self.run, self.metric = run, metric
-        self.records, self.diagnostics = list(run.history.records), dict(run.diagnostics)
+        self.records, self.diagnostics = list(run.history.published().records), dict(run.diagnostics)
         self.budgets = _budgets(run, budget)
         self.sites = [site.name for site in run.sites]
+        if run.history.hides_sites:  # the page is saved with the notebook
+            self.sites, self.diagnostics = [], {}
         self.styles: dict[str, Style] = {
             name: (LINES[k % len(LINES)], _DASHES[k // len(LINES) % len(_DASHES)]) for k, name in enumerate(self.sites)}
         self.private = bool(run.privacy.units) or any(record["spent"] for record in self.records)
@@ -171,8 +174,10 @@ class _Page:
         return filled_in(
             "fedlab.view", "dashboard.html", colour=_COLOURS[run.state], done=done, rounds=run.history.rounds,
             state=f"{run.state} after this round" if run.state in ("pausing", "stopping") else run.state,
-            pace=f"{sum(record['seconds'] for record in self.records) / max(done, 1):.3g}",
-            share=f"{100 * done / max(run.history.rounds, 1):.1f}", stopped=run.history.stopped, error=run.error,
+            pace=None if not self.records or "seconds" not in self.records[-1] else
+            f"{sum(record['seconds'] for record in self.records) / done:.3g}",
+            share=f"{100 * done / max(run.history.rounds, 1):.1f}", stopped=run.history.published().stopped,
+            error=self._error(),
             technique="no privacy technique" if run.history.privacy == repr(Privacy()) else run.history.privacy,
             styles=self.styles | {name: (INK, "") for name, shown in further.items()
                                   if shown and name not in self.styles},
@@ -181,6 +186,14 @@ class _Page:
             private=self.private,
             diagnostics=any(any(sites.values()) for sites in self.diagnostics.values())
             and any(self.numbers["clipped"].values()))
+
+    def _error(self) -> tuple[str, str] | None:
+        """Kind and text of the error that has ended the run."""
+        if self.run.error is None:
+            return None
+        if self.private or self.run.privacy.works_at_server:
+            return kind_of(self.run.error), "its text may quote patients and is not shown here; wait() raises it"
+        return type(self.run.error).__name__, str(self.run.error)
 
     def _numbers(self) -> dict[str, dict[str, Points]]:
         """Loss, metric, norm, clipped share and MB sent: site -> (rounds finished, value) where it is known."""
@@ -207,7 +220,9 @@ class _Page:
     def _charts(self) -> list[str]:
         reason, numbers = " A guarantee keeps it at the site." if self.private else "", self.numbers
         notes = ["nothing yet"] * 3 if not self.records else [
-            f"No site reports its loss.{reason}", "Not measured: give validate=SiteDice(sites=sites)",
+            f"No site reports its loss.{reason}",
+            "For the server only: see fedlab.run.OnPublicPatients" if self.at_server else
+            "Not measured: give validate=SiteDice(sites=sites)",
             "No technique of this run reports what it clipped."]
         return [
             self._chart("Training loss", numbers["loss"], note=notes[0]),

@@ -59,7 +59,8 @@ def make_model_card(history: History, *, name: str, sites: Sequence[Site], setti
         name: of the model.
         sites: that trained it; the card names their data cards.
         settings: of the training, as code, such as {"trainer": repr(trainer), "strategy": repr(strategy)}.
-        scores: of the global model on held-out patients, as `fedlab.training.metrics.evaluate` returns them.
+        scores: of the global model on held-out patients, as `fedlab.training.metrics.evaluate` returns them; left out
+            where noise at the server protects all data of a site, unless the patients were generated.
         trace: verdict of `fedlab.run.trace.verify`.
         generated: whether the patients were generated; the card then says so first.
 
@@ -70,7 +71,11 @@ def make_model_card(history: History, *, name: str, sites: Sequence[Site], setti
 
     if history.state is None:
         raise RunError("the run has no finished round, so there is no model to describe")
-    params = history.state.params
+    params, shown = history.state.params, history.published()
+    hidden = shown.hides_sites  # numbers of single sites, and of their patients
+    withheld = hidden and not generated and scores is not None
+    if withheld:
+        scores = None
     front_matter = {"license": MARK, "model_name": name, "library_name": "fedlab-workbench", "metrics": ["dice"],
                     "pipeline_tag": "image-segmentation",
                     "tags": ["medical", "mri", "brain-tumour", "glioma", "federated-learning"]}
@@ -83,12 +88,12 @@ def make_model_card(history: History, *, name: str, sites: Sequence[Site], setti
     return ModelCard(text=filled_in(
         "fedlab.view", "model_card.md", name=name,
         front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True),
-        mark=MARK, generated=generated, details=details.items(), **_evaluation(scores), trace=trace,
-        sites=[(site.name, len(site.train), len(site.val),
+        mark=MARK, generated=generated, details=details.items(), **_evaluation(scores), withheld=withheld, trace=trace,
+        sites=[(site.name, *(("withheld", "withheld") if hidden else (len(site.train), len(site.val))),
                 "none" if site.card is None else getattr(site.card, "name", site.card)) for site in sites],
         technique="" if history.privacy == "Privacy()" else history.privacy, guarantee=history.guarantee(),
-        absent=dict(sorted(Counter(site for record in history.records for site in record["absent"]).items())),
-        rounds=len(history.records), stopped=history.stopped))
+        absent=dict(sorted(Counter(site for record in shown.records for site in record["absent"]).items())),
+        rounds=len(history.records), stopped=shown.stopped))
 
 
 def _evaluation(scores: pd.DataFrame | None) -> dict[str, Any]:

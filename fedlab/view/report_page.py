@@ -59,6 +59,7 @@ def privacy_section(history: History, *, metric: str = "Dice", budget: float | N
 
     The arguments are those of `fedlab.view.run_figures.privacy_curves`.
     """
+    history = history.published()
     spent, rounds = history.spent(), history.table()
     technique = "" if history.privacy == "Privacy()" else f" Technique: {history.privacy}."
     if spent.empty:

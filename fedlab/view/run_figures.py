@@ -93,7 +93,7 @@ def privacy_curves(history: History, *, metric: str = "Dice", budget: float | No
     """
     from fedlab.view.picture import Picture, over_rounds
 
-    spent, table = history.spent(), history.table()
+    spent, table = history.published().spent(), history.table()
     if spent.empty:
         raise ValueError("the run has no formal guarantee, so there is no ε to draw; fedlab.curves shows what it "
                          "learned")

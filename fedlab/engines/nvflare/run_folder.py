@@ -163,7 +163,8 @@ def read_round(text: str, weights: bytes) -> Round:
             cohort=tuple(map(str, note["cohort"])), sites={str(k): _numbers(v) for k, v in note["sites"].items()},
             spent={str(k): tuple(_spent(**one) for one in v) for k, v in note["spent"].items()},
             metrics=_numbers(note["metrics"]), seconds=float(note["seconds"]),
-            absent={str(k): str(v) for k, v in note["absent"].items()})
+            absent={str(k): str(v) for k, v in note["absent"].items()},
+            void=None if note["void"] is None else str(note["void"]), server_only=frozenset(note["server_only"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FedlabError(f"the server sent a round that cannot be read ({type(error).__name__}: {error})") from error
 

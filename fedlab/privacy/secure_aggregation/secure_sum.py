@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from fedlab.core.settings import check_whole
 from fedlab.core.tensors import flatten, unflatten
 from fedlab.core.types import SiteState, Spent, Tensors, Update
 from fedlab.privacy.accounting.ledger import SUMMED_ZEROED, Concentrated, Ledger, Terms
-from fedlab.privacy.aggregation import Aggregation
+from fedlab.privacy.aggregation import Aggregation, SumFailed
 from fedlab.privacy.dp.clipping import AdaptiveClip
 from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.privacy.noise.discrete_gaussian import MAX_LOG2_SIGMA, discrete_gaussian
@@ -48,8 +49,9 @@ class SecureAggregation(Aggregation):
     doi 10.1145/3133956.3133982). Each site clips its update to a Euclidean norm of `clip`, writes it as whole numbers
     modulo 2 to the power of `bits`, and adds a stream of its own and one shared with each other site, which cancel in
     the sum. Any `threshold` of the sites can remove the rest of the masks when others drop out, before or after they
-    sent their update; with fewer, nothing is revealed and the round fails. Every update counts the same and the sum is
-    exact: the model is that of `FedAvg(weights="uniform")`, up to the fixed point.
+    sent their update; with fewer, nothing is revealed and the round is void, as where a site lies in an exchange or
+    sends what is no masked update (see `Admission`). Every update counts the same and the sum is exact: the model is
+    that of `FedAvg(weights="uniform")`, up to the fixed point.
 
     **Noise.** With a `noise_multiplier` each site adds discrete Gaussian noise before it masks (Canonne, Kamath and
     Steinke 2020, arXiv 2004.00010), so that the server sees only a noised sum (Kairouz, Liu and Steinke 2021, arXiv
@@ -125,7 +127,7 @@ class SecureAggregation(Aggregation):
         sample = float(getattr(run.strategy, "sample", 1.0))
         if sample != 1:
             raise ValueError(f"sites drawn at random (sample {sample:g}) can be fewer than the threshold of "
-                             f"{self.threshold}, which would end the run; use sample=1")
+                             f"{self.threshold}, which would leave rounds without a sum; use sample=1")
         if run.admission is not None and run.admission.max_norm is not None:
             raise ValueError(f"{self!r} hides every update, so max_norm cannot be checked; leave it out")
         for layer in run.privacy.layers:
@@ -144,9 +146,10 @@ class SecureAggregation(Aggregation):
 
     def before(self, exchange: Exchange) -> dict[str, Any]:
         notes: dict[str, Any] = {"shown": exchange.shown}
-        keys = protocol.collect_keys(exchange.send("keys", {}), notes, threshold=self.threshold)
-        shares = protocol.hand_on_shares(exchange.send("shares", keys), notes, threshold=self.threshold)
-        exchange.send("receive", shares)
+        with _sum_or_void():
+            keys = protocol.collect_keys(exchange.send("keys", {}), notes, threshold=self.threshold)
+            shares = protocol.hand_on_shares(exchange.send("shares", keys), notes, threshold=self.threshold)
+            exchange.send("receive", shares)
         return notes
 
     def answer(self, step: str, site: str, inbox: Mapping[str, bytes], state: SiteState) -> Mapping[str, bytes]:
@@ -185,6 +188,10 @@ class SecureAggregation(Aggregation):
                        encoded=-(-len(whole) * self.bits // 8))
 
     def after(self, mean: Update, keys: dict[str, Any], exchange: Exchange) -> Update:
+        with _sum_or_void():
+            return self._unmasked(mean, keys, exchange)
+
+    def _unmasked(self, mean: Update, keys: dict[str, Any], exchange: Exchange) -> Update:
         confirmed = exchange.send("agree", protocol.name_survivors(keys, exchange.names, threshold=self.threshold))
         answers = exchange.send("unmask", _by_recipient(confirmed))
         protocol.collect_answers(answers, keys, threshold=self.threshold)
@@ -310,6 +317,15 @@ class SecureAggregation(Aggregation):
             raise ValueError(f"{self.bits} bits leave {reach:.0f} steps within the clipping norm for sums of {sites} "
                              f"sites{noise}; at least {2**_FINEST_CLIP} and 2^{_FINEST_NOISE} are needed: take more "
                              "bits, or noise nearer to clip")
+
+
+@contextmanager
+def _sum_or_void() -> Iterator[None]:
+    """At the server: a refusal means that this round has no sum."""
+    try:
+        yield
+    except PrivacyError as error:
+        raise SumFailed(str(error)) from error
 
 
 def _by_recipient(sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
