@@ -79,12 +79,16 @@ class Site:
         train: patients used for training; any indexable collection with a length.
         val: held-out patients, never trained on.
         card: the data card of the site, if there is one.
+        same: groups of patients' ids that are scans of one person each, besides what ids say themselves.
+        remarks: what a guarantee of a run on these patients does not cover, such as how they were prepared.
     """
 
     name: str
     train: Sequence[Patient]
     val: Sequence[Patient] = ()
     card: Any = None
+    same: Sequence[frozenset[str]] = ()
+    remarks: Sequence[str] = ()
 
     def __repr__(self) -> str:
         return f"<Site {self.name}: {len(self.train)} patients to train on, {len(self.val)} held out>"

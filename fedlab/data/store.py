@@ -30,7 +30,8 @@ def save_sites(sites: Sequence[Site], folder: Path) -> None:
                 tensors[key + "affine"] = torch.from_numpy(np.ascontiguousarray(patient.affine, dtype=np.float64))
                 if patient.label is not None:
                     tensors[key + "label"] = patient.label.contiguous()
-        order = json.dumps({"train": [p.id for p in site.train], "val": [p.id for p in site.val]})
+        order = json.dumps({"train": [p.id for p in site.train], "val": [p.id for p in site.val],
+                            "same": [sorted(person) for person in site.same], "remarks": list(site.remarks)})
         with replacing(folder / f"site-{index:03d}.safetensors") as scratch:
             save_file(tensors, scratch, metadata={"site": site.name, "order": order})
 
@@ -59,6 +60,7 @@ def _load_site(path: Path) -> Site:
                 return Patient(patient, file.get_tensor(key + "image"), label, file.get_tensor(key + "affine").numpy())
 
             return Site(name=header["site"], train=[read("train", p) for p in order["train"]],
-                        val=[read("val", p) for p in order["val"]])
+                        val=[read("val", p) for p in order["val"]],
+                        same=tuple(map(frozenset, order.get("same", ()))), remarks=tuple(order.get("remarks", ())))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it and prepare the data again") from error

@@ -15,6 +15,7 @@ from fedlab.core.types import Site
 from fedlab.data.cards.card import read_card
 from fedlab.data.readers.folders import read_cohort, read_sites
 from fedlab.data.sites.partition import split_patients
+from fedlab.data.sites.persons import in_columns
 from fedlab.deploy.policy import Budget, SitePolicy
 from fedlab.deploy.required import Required, nearest
 
@@ -100,7 +101,7 @@ def _table(found: dict[str, Any], name: str, known: set[str], path: Path) -> dic
 
 
 def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bool = True) -> Site:
-    """The site's patients, prepared; which are held out depends on the site's name only.
+    """The site's patients, prepared; whether one is held out depends on the site's name and the patient only.
 
     Prepared patients are kept in the folder `cache`, which needs the same care as the scans.
 
@@ -114,15 +115,17 @@ def read_site(settings: SiteSettings, *, cache: Path | None = None, progress: bo
         "progress": progress}
     if settings.table is not None:
         sites = {site.name: site for site in read_sites(settings.data, settings.table, held_out=settings.held_out,
-                                                        **reading)}
+                                                        at_least=0, common_grid=False, **reading)}
         name = settings.partition or settings.name
         if name not in sites:
             raise ValueError(f"{settings.table} has no site {name!r}, only {list(sites)}; set partition = \"…\"")
         return replace(sites[name], name=settings.name, card=card)
     found = read_cohort(settings.data, **reading)
     labelled = [patient for patient in found.ids if found.files[patient].label is not None]
-    train, val = split_patients(labelled, held_out=settings.held_out, seed=0, site=settings.name)
-    return Site(name=settings.name, train=list(map(found.read, train)), val=list(map(found.read, val)), card=card)
+    same = in_columns({name: found.files[name].columns for name in labelled})
+    train, val = split_patients(labelled, held_out=settings.held_out, seed=0, site=settings.name, same=same, at_least=0)
+    return Site(name=settings.name, train=list(map(found.read, train)), val=list(map(found.read, val)), card=card,
+                same=same)
 
 
 def write_settings(folder: Path | str, *, name: str, data: Path | str, **given: Any) -> Path:

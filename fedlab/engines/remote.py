@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fedlab.core.errors import FedlabError, SiteError
@@ -36,13 +37,14 @@ class Remote:
     Args:
         plan: of the run.
         ask: the transport.
+        ledgers: a folder in which the ledger of noise at the server outlives the run; see `Local`.
 
     Attributes:
         sent, received: bytes of packed states and of answers, so far.
     """
 
-    def __init__(self, *, plan: Plan, ask: Ask) -> None:
-        self.plan, self.ask = plan, ask
+    def __init__(self, *, plan: Plan, ask: Ask, ledgers: Path | None = None) -> None:
+        self.plan, self.ask, self.ledgers = plan, ask, ledgers
         self.sent = self.received = 0
         self._ready: set[str] = set()
 

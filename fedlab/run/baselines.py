@@ -17,7 +17,9 @@ __all__ = ["centralised", "local_only", "pooled"]
 
 def pooled(sites: Sequence[Site]) -> Site:
     """One site that holds every site's patients: a central data lake."""
-    return Site(name="pooled", train=[p for s in sites for p in s.train], val=[p for s in sites for p in s.val])
+    return Site(name="pooled", train=[p for s in sites for p in s.train], val=[p for s in sites for p in s.val],
+                same=tuple(person for s in sites for person in s.same),
+                remarks=tuple(dict.fromkeys(remark for s in sites for remark in s.remarks)))
 
 
 def centralised(trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) -> History:

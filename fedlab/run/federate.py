@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import errno
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError
 
 from fedlab.core.errors import PrivacyBudgetExhausted, RunError
 from fedlab.core.protocols import Elsewhere, Engine, Run, Strategy, Topology
-from fedlab.core.settings import check_whole
 from fedlab.core.types import Round, ServerState, Site
 from fedlab.core.weights import load_weights
-from fedlab.data.sites.persons import several_scans
+from fedlab.data.sites.persons import check_one_scan_each
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy, layers_at
 from fedlab.run.admission import Admission
@@ -29,6 +26,7 @@ from fedlab.run.local import Local
 from fedlab.run.publishable import Validate, validated
 from fedlab.run.recipe import Json, patients_sha256, recipe
 from fedlab.run.round import star
+from fedlab.run.run_checks import check_numbers, check_server
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
 from fedlab.run.trace import Trace
@@ -36,9 +34,6 @@ from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["check_sites", "each_round", "federate", "loop", "make_run", "run_recipe"]
-
-#: Characters of a site's name in the names of files; most file systems allow 255 for the whole name.
-_LONGEST_NAME = 200
 
 
 def make_run(
@@ -62,11 +57,11 @@ def make_run(
     run = Run(trainer=trainer, sites=_placed(sites, at), strategy=FedAvg() if strategy is None else strategy,
               privacy=privacy, aggregation=aggregation, topology=topology, engine=at, admission=admission,
               rounds=rounds, seed=seed)
-    _check_numbers(run)
+    check_numbers(run)
     aggregation = aggregation.bind(run)
     run = replace(run, strategy=run.strategy.bind(run), aggregation=aggregation)
     run.topology.check(run)
-    _check_server(run)
+    check_server(run)
     run.privacy.check(run)
     run.trainer.check(run)
     return replace(run, task=SiteTask(trainer=trainer, privacy=privacy, seed=seed, strategy=run.strategy,
@@ -85,17 +80,8 @@ def check_sites(run: Run, sites: Sequence[Site]) -> None:
         raise ValueError(f"these sites have no patient to train on: {empty}; leave them out or give them patients")
     for site in sites:
         if any("patient" in layer.units for layer in layers_at(run.privacy.layers, site.name)):
-            _check_one_scan_each(site)
+            check_one_scan_each(site)
         run.privacy.check_site(site, run)
-
-
-def _check_one_scan_each(site: Site) -> None:
-    """Refuses several scans of one person: each would be counted, clipped and drawn as a patient of its own."""
-    ids = getattr(site.train, "ids", None) or [patient.id for patient in site.train]
-    if several := several_scans(ids):
-        raise ValueError(f"site {site.name!r} has several scans of {len(several)} of its persons, such as "
-                         f"{' and '.join(several[0])}; a guarantee per patient holds for one scan of each: keep one "
-                         "scan per person, or use a technique whose unit is the site")
 
 
 def each_round(
@@ -276,32 +262,3 @@ def _placed(sites: Sequence[Site | str], engine: Any) -> tuple[Site, ...]:
         raise ValueError(f"the sites {named} are given by name only, for an engine that reaches them elsewhere, such "
                          f"as NVFlare(...), but {engine!r} needs them with their patients")
     return tuple(Site(name=site, train=()) if isinstance(site, str) else site for site in sites)
-
-
-def _check_numbers(run: Run) -> None:
-    if not run.sites:
-        raise ValueError("a run needs at least one site, got none")
-    for name, count in Counter(run.names).items():
-        if not isinstance(name, str) or not 0 < len(quote(name, safe="")) <= _LONGEST_NAME:
-            raise ValueError(f"a site's name has 1 to {_LONGEST_NAME} characters, since files are named after it; "
-                             "others than A-Z, a-z, 0-9 and -_.~ count as three or more. Got "
-                             f"{str(name)[:40]!r}, {len(str(name))} characters")
-        if count > 1:
-            raise ValueError(f"site names are unique within a run, but {name!r} occurs {count} times")
-    check_whole(rounds=run.rounds)
-
-
-def _check_server(run: Run) -> None:
-    """Refuses parts that need one server with all updates where there is none, or where their proof does not hold."""
-    if getattr(run.strategy, "one_server", False) and not run.topology.one_server:
-        raise ValueError(f"{run.strategy!r} needs all updates of a round at one server, which {run.topology!r} does "
-                         "not have; use topology=star")
-    if run.privacy.works_at_server and not run.topology.one_server:
-        raise ValueError(f"{run.privacy!r} works on the mean of all updates at one server, which {run.topology!r} does "
-                         "not have; use topology=star, or a technique that protects each update at its site")
-    if run.guarded and getattr(run.admission, "deadline", None) is not None:
-        raise ValueError("no guarantee covers the time that a site takes, so it is not sent and admission cannot apply "
-                         "a deadline; leave deadline out, and limit the wait with NVFlare(seconds=...)")
-    if run.admission is not None and run.privacy.works_at_server and run.admission.min_sites > 1:
-        raise ValueError(f"whether a round counts would show how many sites took part, which {run.privacy!r} does not "
-                         "account for; use min_sites=1")

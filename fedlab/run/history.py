@@ -88,7 +88,8 @@ class History:
     def of(cls, run: Run) -> History:
         """The history of a run that begins."""
         secure = f", aggregation={run.aggregation!r}" if run.aggregation.hides_updates else ""
-        return cls(rounds=run.rounds, privacy=f"{run.privacy!r}{secure}")
+        return cls(rounds=run.rounds, privacy=f"{run.privacy!r}{secure}",
+                   remarks=list(dict.fromkeys(remark for site in run.sites for remark in site.remarks)))
 
     def published(self) -> History:
         """The history with those numbers only that may leave the server under the guarantee of the run."""
@@ -99,8 +100,9 @@ class History:
         return out
 
     def _remarks(self) -> tuple[str, ...]:
-        spent = {name for record in self.records if "sites" in record.get("server_only", ()) for name in record["spent"]}
-        more = ("what single sites have spent besides is in their own ledgers",) if spent - {"server"} else ()
+        hiding = [record for record in self.records if "sites" in record.get("server_only", ())]
+        more = ("what single sites have spent besides is in their own ledgers",) if any(
+            record["spent"].keys() - {"server"} for record in hiding) else ()
         return (*self.remarks, *more)
 
     @property

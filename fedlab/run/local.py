@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, SiteError
-from fedlab.core.types import Answer, Failure, Messages, ServerState, Site, SiteState, Update, Withdrawal
-from fedlab.privacy.accounting.ledger import Ledger
+from fedlab.core.types import Answer, Failure, Messages, ServerState, Site, Update, Withdrawal
+from fedlab.privacy.accounting.ledger import HasLedger, Ledger
 from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.run.failed_site import FailedSite
 from fedlab.run.site_states import SiteStates
@@ -39,9 +39,9 @@ class Local:
     """Runs the sites of a cohort in turn in this process; one update is in memory at a time.
 
     Args:
-        ledgers: a folder in which every site's privacy ledger outlives the run: read before each of the site's rounds
-            and saved before its update is handed on; see `LedgerFile`. Without it ledgers end with the run and its
-            checkpoint.
+        ledgers: a folder in which the privacy ledger of every site, and of the server where it adds noise, outlives
+            the run: read before each of their rounds and saved before the result is handed on; see `LedgerFile`.
+            Without it ledgers end with the run and its checkpoint.
         debug: keep the live objects of a failed site in `failed`, by its name, until it fails again: model, state,
             batch, exception and more, see `FailedSite`.
     """
@@ -87,7 +87,7 @@ def answer_of(site: str, work: Callable[[], Update]) -> Answer:
 
 
 @contextmanager
-def with_ledger(ledgers: Path | None, site: str, state: SiteState, *, engine: str) -> Iterator[None]:
+def with_ledger(ledgers: Path | None, site: str, state: HasLedger, *, engine: str) -> Iterator[None]:
     """Around a site's work in a round: its ledger is read from its file before, and saved after the work succeeded.
 
     `ledgers` is the folder of these files; None if the ledger is in `state` only and was never in a file.

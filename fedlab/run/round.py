@@ -13,6 +13,7 @@ from fedlab.core.types import Round, ServerState, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.noise.streams import noise_generator
 from fedlab.run.arrivals import Arrivals, Void
+from fedlab.run.server_ledger import server_ledger
 from fedlab.strategies.averaging import TooFewUpdates
 
 __all__ = ["Star", "Workflow", "one_round", "star", "with_buffers"]
@@ -75,8 +76,9 @@ def _nothing(run: Run) -> Update:
 def _release(run: Run, mean: Update, arrivals: Arrivals, state: ServerState) -> Update:
     """The mean after the techniques' part at the server."""
     # Noise depends on the mean to which it is added: two runs of one seed on other data never share it.
-    rng = noise_generator(run.seed, "release", state.round, weights_sha256(mean.delta))
-    out = run.privacy.release(mean, arrivals.took_part, state.of("privacy"), rng)
+    rng = noise_generator(run.seed, "release", state.round, known := weights_sha256(mean.delta))
+    with server_ledger(run, state, known):
+        out = run.privacy.release(mean, arrivals.took_part, state.of("privacy"), rng)
     arrivals.charge(out.spent)
     return out
 

@@ -88,7 +88,8 @@ class BackgroundRun:
         self.privacy: Privacy = settings.get("privacy") or Privacy()
         self.engine: Engine = settings.get("engine") or Local()
         self.rounds: int = settings.get("rounds", signature(federate).parameters["rounds"].default)
-        self.history = History(rounds=self.rounds, privacy=repr(self.privacy))
+        self.history = History(rounds=self.rounds, privacy=repr(self.privacy),
+                               remarks=list(dict.fromkeys(remark for site in self.sites for remark in site.remarks)))
         self.diagnostics: dict[int, dict[str, dict[str, float]]] = {}
         self.views: dict[str, Any] = {}
         self.error: BaseException | None = None

@@ -12,19 +12,38 @@ from typing import Any
 import pytest
 
 from cohorts import TinyNet, blob_sites
-from fedlab.core import DataError, PrivacyError, Update
+from fedlab.core import DataError, PrivacyError, Site, Update
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, SiteError
 from fedlab.core.weights import weights_sha256
+from fedlab.data.phantom.generator import write_brats
+from fedlab.data.readers.folders import read_cohort, read_sites
+from fedlab.data.sites.distributions import Domain, SiteStatistics
+from fedlab.data.sites.fingerprint import Match, same_person
+from fedlab.data.sites.harmonisation import fit_harmonisation
+from fedlab.data.sites.partition import Partition, by_institution, split_patients
+from fedlab.data.sites.statistics import site_statistics
+from fedlab.data.store import load_sites, save_sites
 from fedlab.deploy.host import SiteHost
 from fedlab.deploy.messages import pack_weights
 from fedlab.deploy.plan import Plan, built
 from fedlab.deploy.policy import SitePolicy
+from fedlab.deploy.settings import SiteSettings, read_site
 from fedlab.engines.processes import Processes
 from fedlab.engines.remote import Remote
 from fedlab.faults.sites import Corrupt, Crash, DropOut, Fault, Faulty, Scale
-from fedlab.privacy import DPSGD, CentralGaussian, Ledger, LocalGaussian, Privacy, SecureAggregation
+from fedlab.privacy import (
+    DPSGD,
+    CentralGaussian,
+    Gaussian,
+    Ledger,
+    LedgerFile,
+    LocalGaussian,
+    Privacy,
+    SecureAggregation,
+    epsilon_of,
+)
 from fedlab.run.admission import Admission
-from fedlab.run.federate import federate
+from fedlab.run.federate import each_round, federate
 from fedlab.run.history import History
 from fedlab.run.local import Local
 from fedlab.run.publishable import OnPublicPatients
@@ -340,3 +359,177 @@ def test_noise_at_the_server_hides_a_round_without_a_sum():
     assert history.records[1]["void"] and history.published().records[1]["void"] is None
     assert len(set(models)) == 3 and history.spent()["epsilon"].is_monotonic_increasing
     assert [entry for _, entry in history.published().spent().index.droplevel("unit")] == ["server"] * 3
+
+
+# The ledger of noise at the server
+
+
+def test_the_servers_ledger_outlives_a_run_and_its_loss_is_refused(tmp_path):
+    def spent(seed: int, **more: Any) -> float:
+        history = federate(trainer(steps=1), blob_sites((2, 2)), privacy=CENTRAL, strategy=UNIFORM, rounds=3,
+                           engine=Local(ledgers=tmp_path), seed=seed, progress=False, **more)
+        return float(history.spent()["epsilon"].iloc[-1])
+
+    def closed_form(steps: int) -> float:
+        return epsilon_of([Gaussian(noise_multiplier=2.0)] * steps, delta=1e-3)
+
+    assert spent(0) == closed_form(3)
+    assert spent(1) == closed_form(6)  # more on the same sites
+    assert spent(1) == closed_form(6)  # bit for bit the same run: the same noise, once
+    assert LedgerFile(tmp_path, "server").read().spent()[0].epsilon == closed_form(6)
+    (tmp_path / "server.ledger.json").unlink()
+    with pytest.raises(PrivacyError, match=r"ledger of server was kept in .* which is missing"):
+        spent(2)
+
+
+def test_a_budget_of_the_server_holds_over_runs(tmp_path):
+    """Three rounds in each run; the budget is what five cost."""
+    budget = epsilon_of([Gaussian(noise_multiplier=2.0)] * 5, delta=1e-3)
+    limited = CentralGaussian(clip=1.0, noise_multiplier=2.0, delta=1e-3, max_epsilon=budget)
+    done = [len(federate(trainer(steps=1), blob_sites((2, 2)), privacy=limited, strategy=UNIFORM, rounds=3, seed=seed,
+                         engine=Faulty(engine=Local(ledgers=tmp_path), faults=()), progress=False).records)
+            for seed in range(3)]
+    assert done == [3, 2, 0]
+
+
+def test_a_round_of_the_server_that_is_run_again_counts_once_or_with_other_noise_twice(tmp_path):
+    for secure, charged in ((False, 1), (True, 2)):
+        technique = CentralGaussian(clip=1.0, noise_multiplier=2.0, delta=1e-3, secure_mode=secure)
+        for _ in range(2):  # as after a crash before the checkpoint
+            next(each_round(trainer(steps=1), blob_sites((2, 2)), privacy=technique, strategy=UNIFORM,
+                            engine=Local(ledgers=tmp_path / str(secure))))
+        assert len(LedgerFile(tmp_path / str(secure), "server").read().releases()) == charged
+
+
+def test_a_ledger_of_the_server_in_a_file_is_not_left_behind(tmp_path):
+    settings: dict[str, Any] = {"privacy": CENTRAL, "strategy": UNIFORM, "rounds": 2}
+    first = next(each_round(trainer(steps=1), blob_sites((2, 2)), engine=Local(ledgers=tmp_path), **settings))
+    with pytest.raises(PrivacyError, match=r"the ledger of server is kept in a file.*Local\(ledgers=…\)"):
+        next(each_round(trainer(steps=1), blob_sites((2, 2)), engine=Local(), state=first.state,
+                        site_states=first.site_states, **settings))
+
+
+def test_no_site_is_named_as_the_server():
+    sites = [replace(site, name=name) for site, name in zip(blob_sites((2, 2)), ("a", "server"), strict=True)]
+    with pytest.raises(ValueError, match="stands for the server"):
+        federate(trainer(), sites, rounds=1, progress=False)
+
+
+# What a guarantee does not cover, though the run rests on it
+
+
+def statistics_of(sites: list[Site], epsilon: float | None) -> list[SiteStatistics]:
+    domain = Domain(intensity=tuple(range(-6, 13)), spacings=("3x3x3",), shapes=("16x16x16",))
+    return [site_statistics(site, minimum=1, domain=domain, epsilon=epsilon, seed=None if epsilon is None else 0)
+            for site in sites]
+
+
+@pytest.mark.parametrize("epsilon, said", [(None, "were not noised and are outside it"),
+                                           (1e4, "have spent ε = 1e+04 at δ = 0 per patient")])
+def test_a_guarantee_says_that_intensities_were_harmonised(epsilon, said):
+    sites = blob_sites((2, 2))
+    harmonised = [fit_harmonisation(statistics_of(sites, epsilon)).site(site) for site in sites]
+    history = federate(trainer(steps=1), harmonised, privacy=LOCAL, rounds=1, progress=False)
+    assert history.guarantee().count(said) == 1 and said in repr(history) and said in history.published().guarantee()
+    assert said in make_model_card(history, name="m", sites=harmonised, settings={}).text
+    assert "outside it" not in federate(trainer(steps=1), sites, privacy=LOCAL, rounds=1, progress=False).guarantee()
+    plain = federate(trainer(steps=1), harmonised, rounds=1, progress=False)
+    assert plain.guarantee() == "no formal guarantee"
+
+
+def test_a_guarantee_says_that_persons_were_found_by_fingerprints(tmp_path):
+    match = Match(site="site-0", patient="s0p0", other_site="site-0", other_patient="s0p1", distance=0.01)
+    sites = blob_sites((3, 2))
+    split = Partition(train={"a": ("s0p0", "s0p1", "s0p2"), "b": ("s1p0", "s1p1")}, held_out={"a": (), "b": ()},
+                      same=same_person([match]))
+    split.save(tmp_path / "split.json")
+    for partition in (split, Partition.load(tmp_path / "split.json")):
+        made = partition.apply([patient for site in sites for patient in site.train])
+        assert "fingerprints" in federate(trainer(steps=1), made, privacy=LOCAL, rounds=1, progress=False).guarantee()
+
+
+def test_a_guarantee_says_that_the_grid_was_chosen_from_the_patients(tmp_path):
+    folder = write_brats(tmp_path / "d", sizes=[2, 2], shape=(32, 32, 32), spacing_mm=6.0, workers=0, progress=False,
+                         cache=tmp_path / "cache")
+    reading: dict[str, Any] = {"spacing_mm": 8.0, "held_out": 0, "progress": False}
+    table = folder / "partitioning.csv"
+    chosen, public = read_sites(folder, table, **reading), read_sites(folder, table, shape=(32, 32, 32), **reading)
+    assert [bool(site.remarks) for site in (*chosen, *public)] == [True, True, False, False]
+    history = federate(trainer(steps=1), chosen, privacy=LOCAL, rounds=1, progress=False)
+    assert "the grid was chosen from the patients: say shape=" in history.guarantee()
+    save_sites(chosen, tmp_path / "kept")  # as a simulation in other processes reads them
+    assert [site.remarks for site in load_sites(tmp_path / "kept")] == [site.remarks for site in chosen]
+
+
+# Who is held out, and who is one person
+
+
+@pytest.mark.parametrize("held_out", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("size", [3, 8, 40])
+def test_whether_a_patient_is_held_out_does_not_depend_on_the_others(size, held_out):
+    ids = [f"p{number}" for number in range(size)]
+    settings: dict[str, Any] = {"held_out": held_out, "seed": 4, "site": "s", "at_least": 0}
+    whole = set(split_patients(ids, **settings)[1])
+    for left_out in ids:
+        rest = [each for each in ids if each != left_out]
+        train, held = split_patients(rest, **settings)
+        if len(held) < len(rest) - 1 and len(whole) < size - 1:  # one person always trains
+            assert set(held) == whole - {left_out} and set(train) == set(rest) - whole
+
+
+def test_the_share_held_out_is_that_which_was_asked_for():
+    """Binomial: 2000 persons at 0.3 have a standard deviation of 20.5; six of them are 2e-9."""
+    held = split_patients([f"p{number}" for number in range(2000)], held_out=0.3, seed=0, site="s")[1]
+    assert abs(len(held) - 600) < 6 * (2000 * 0.3 * 0.7) ** 0.5
+
+
+def test_at_least_one_is_held_out_where_it_is_asked_and_one_always_trains():
+    for seed in range(60):
+        for size in (1, 2, 3):
+            ids = [f"p{number}" for number in range(size)]
+            train, held = split_patients(ids, held_out=0.2, seed=seed, site="s")
+            assert train and bool(held) is (size > 1) and sorted(train + held) == ids
+            assert split_patients(ids, held_out=0.99, seed=seed, site="s", at_least=0)[0]
+    assert any(not split_patients(["a", "b"], held_out=0.2, seed=seed, site="s", at_least=0)[1] for seed in range(60))
+
+
+def test_another_scan_of_a_person_moves_nobody():
+    ids = [f"BraTS-GLI-{number:05d}-100" for number in range(30)]
+    held = set(split_patients(ids, held_out=0.3, seed=1, site="s")[1])
+    more = split_patients([*ids, "BraTS-GLI-00007-000"], held_out=0.3, seed=1, site="s")[1]
+    assert set(more) - {"BraTS-GLI-00007-000"} == held
+    assert ("BraTS-GLI-00007-000" in more) is ("BraTS-GLI-00007-100" in held)
+
+
+PRIVATE = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, sample_rate=0.5)
+
+
+def test_a_column_of_persons_is_known_where_patients_are_counted(tmp_path):
+    """A table of sites whose ids say nothing, and a table of paths."""
+    folder = write_brats(tmp_path / "d", sizes=[3, 2], shape=(32, 32, 32), spacing_mm=6.0, workers=0, progress=False,
+                         cache=tmp_path / "cache")
+    lines = (folder / "partitioning.csv").read_text().splitlines()
+    ids = [line.split(",")[1] for line in lines[1:]]
+    table = tmp_path / "sites.csv"
+    table.write_text("\n".join([f"{lines[0]},Person", *(f"{line},{who}" for line, who in zip(
+        lines[1:], ("x", "x", "y", "z", ""), strict=True))]))
+    reading: dict[str, Any] = {"spacing_mm": 8.0, "held_out": 0, "shape": (32, 32, 32), "progress": False}
+    sites = read_sites(folder, table, **reading)
+    assert sites[0].same == (frozenset(ids[:2]),) and sites[1].same == ()
+    made = by_institution(table, held_out=0).apply([p for site in sites for p in site.train])
+    paths = ["patient,flair,t1,t1c,t2,label,person", *(",".join([each, *(
+        f"{folder.name}/{each}/{each}_{kind}.nii.gz" for kind in ("flair", "t1", "t1ce", "t2", "seg")), who])
+        for each, who in zip(ids, "xyzxw", strict=True))]
+    (tmp_path / "paths.csv").write_text("\n".join(paths))
+    cohort = read_cohort(tmp_path / "paths.csv", spacing_mm=8.0, shape=(32, 32, 32), progress=False)
+    own = replace(read_settings_of(tmp_path, data=tmp_path / "paths.csv"), shape=(32, 32, 32))
+    for several in (sites, made, [Site("all", cohort)], [read_site(own, progress=False)]):
+        with pytest.raises(ValueError, match="has several scans of 1 of its persons"):
+            federate(trainer(steps=1), several, privacy=PRIVATE, rounds=1, progress=False)
+    with pytest.raises(ValueError, match="several scans of 1 of its persons"):
+        site_statistics(sites[0], minimum=1, epsilon=1.0)
+    federate(trainer(steps=1, crop=(8, 8, 8)), sites[1:], privacy=PRIVATE, rounds=1, progress=False)
+
+
+def read_settings_of(folder: Path, *, data: Path) -> SiteSettings:
+    return SiteSettings(name="own", data=data, held_out=0, spacing_mm=8.0)

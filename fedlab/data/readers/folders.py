@@ -37,7 +37,7 @@ from fedlab.data.readers.scan import (
     to_native,
 )
 from fedlab.data.sites.partition import split_patients
-from fedlab.data.sites.persons import name_several
+from fedlab.data.sites.persons import at_site, in_columns, name_several
 from fedlab.data.sites.site_table import read_site_table
 
 __all__ = ["CONVENTIONS", "LAYOUTS", "Finding", "PatientFiles", "PatientFolder", "check_sites", "find_patients",
@@ -162,7 +162,8 @@ def _check_quickly(files: PatientFiles, *, values: bool) -> tuple[list[Finding],
 def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *, spacing_mm: float = 3.0,
                shape: tuple[int, int, int] | None = None, held_out: float = 0.2, seed: int = 0,
                layout: str | None = None, label_convention: str | None = None, broken: Broken = "raise",
-               cache: str | os.PathLike[str] | None = None, progress: bool = True) -> list[Site]:
+               cache: str | os.PathLike[str] | None = None, progress: bool = True, at_least: int = 1,
+               common_grid: bool = True) -> list[Site]:
     """Reads a folder and its institution table into sites, in memory (float16, one grid for all).
 
     Args:
@@ -174,6 +175,9 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
             trained on or held out. A site with one patient trains on it and holds none out.
         seed: of the split.
         cache, progress: as in `read_cohort`.
+        at_least: as in `split_patients`.
+        common_grid: whether all patients get the largest grid that one of them needs, if no shape is given. It depends
+            on all of them, and a guarantee says so; otherwise each has the grid that its own brain needs.
 
     Returns:
         Sites in the order of the table's numbers or names; sites without a usable patient are left out.
@@ -194,15 +198,19 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
         if patient is not None:
             patients[files.id] = patient
     good = usable(found, findings, broken=broken, where=folder)
-    if progress and (several := name_several(good, same)):
+    persons = (*same, *in_columns({name: files.columns for name, files in good.items()}))
+    if progress and (several := name_several(good, persons)):
         print(f"fedlab: {table}: {several}", file=sys.stderr)
     common = shape or tuple(max(patients[name].image.shape[axis] for name in good) for axis in (1, 2, 3))
+    remarks = () if shape else ("the grid was chosen from the patients: say shape=",)
     sites = []
     for name, members in partition.items():
-        own = [_pad(patients[member], common) for member in members if member in good]
+        own = [_pad(patients[member], common) if common_grid else patients[member] for member in members
+               if member in good]
         if own:
-            train, val = split_patients(own, held_out=held_out, seed=seed, site=name, same=same)
-            sites.append(Site(name=name, train=train, val=val))
+            train, val = split_patients(own, held_out=held_out, seed=seed, site=name, same=persons, at_least=at_least)
+            sites.append(Site(name=name, train=train, val=val, same=at_site(persons, [patient.id for patient in own]),
+                              remarks=remarks if common_grid else ()))
     return sites
 
 

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from fedlab.core.errors import DataError
 from fedlab.core.types import MODALITIES, Patient, Site
 from fedlab.data.brain import bounding_box
+from fedlab.data.sites.persons import FoundPerson
 
 __all__ = ["LENGTH", "THRESHOLD", "Fingerprint", "Match", "find_duplicates", "fingerprint", "fingerprint_site",
            "read_fingerprints", "same_person", "write_fingerprints"]
@@ -192,8 +193,10 @@ def find_duplicates(fingerprints: Mapping[str, Sequence[Fingerprint]], *,
         for a, b in np.argwhere(np.triu(apart <= threshold, k=1)).tolist())
 
 
-def same_person(matches: Iterable[Match]) -> tuple[frozenset[str], ...]:
+def same_person(matches: Iterable[Match]) -> tuple[FoundPerson, ...]:
     """The ids that belong to one person, directly or through others: the `same` of a `Partition`.
+
+    A guarantee of a run on its sites says that fingerprints are outside it.
 
     Raises:
         DataError: two entries have the same id, which a partition cannot distinguish; rename one.
@@ -205,7 +208,7 @@ def same_person(matches: Iterable[Match]) -> tuple[frozenset[str], ...]:
         if match.patient == match.other_patient:
             raise DataError(f"{match.patient} is listed at {match.site} and again at {match.other_site}; leave one out")
         pairs.add_edge(match.patient, match.other_patient)
-    return tuple(sorted(map(frozenset, networkx.connected_components(pairs)), key=sorted))
+    return tuple(sorted(map(FoundPerson, networkx.connected_components(pairs)), key=sorted))
 
 
 @lru_cache(maxsize=1)

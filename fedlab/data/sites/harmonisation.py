@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlab.core.errors import DataError
-from fedlab.core.types import MODALITIES, Patient, Site
+from fedlab.core.types import MODALITIES, Patient, Site, Spent
 from fedlab.data.sites.statistics import SiteStatistics, combine
 
 __all__ = ["Harmonisation", "fit_harmonisation"]
@@ -30,6 +30,8 @@ class Harmonisation:
     Attributes:
         percentiles: from 0 to 100, ascending.
         landmarks: by modality, the intensity that each percentile is mapped to, ascending.
+        spent: privacy per patient that the sites' statistics have spent, or None if they are not noised; a guarantee
+            of a run on harmonised sites says so.
 
     Raises:
         ValueError: landmarks that do not ascend, or do not match the percentiles.
@@ -37,6 +39,7 @@ class Harmonisation:
 
     percentiles: tuple[float, ...]
     landmarks: Mapping[str, tuple[float, ...]]
+    spent: tuple[Spent, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, marks in {"percentiles": self.percentiles, **self.landmarks}.items():
@@ -65,7 +68,15 @@ class Harmonisation:
 
     def site(self, site: Site) -> Site:
         """The site with all patients harmonised, in memory."""
-        return replace(site, train=[self(patient) for patient in site.train], val=[self(p) for p in site.val])
+        return replace(site, train=[self(patient) for patient in site.train], val=[self(p) for p in site.val],
+                       remarks=(*site.remarks, self._remark))
+
+    @property
+    def _remark(self) -> str:
+        if self.spent:
+            return (f"the statistics that harmonised the intensities have spent {', '.join(map(str, self.spent))}, "
+                    "which counts besides unless it was entered into the ledgers")
+        return "the statistics that harmonised the intensities were not noised and are outside it"
 
     def _repr_html_(self) -> str:
         import pandas as pd
@@ -90,7 +101,8 @@ def fit_harmonisation(statistics: Sequence[SiteStatistics]) -> Harmonisation:
                          "few patients or too much noise")
     levels = next(iter(released.values()))
     return Harmonisation(percentiles=tuple(100 * q for q, _ in levels),
-                         landmarks={name: tuple(value for _, value in marks) for name, marks in released.items()})
+                         landmarks={name: tuple(value for _, value in marks) for name, marks in released.items()},
+                         spent=pooled.spent or None)
 
 
 def _piecewise(values: Floats, own: Floats, marks: Floats) -> Floats:

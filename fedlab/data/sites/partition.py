@@ -9,19 +9,28 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedlab.core.errors import DataError
 from fedlab.core.files import write_new
-from fedlab.core.seeds import derive, generator
+from fedlab.core.seeds import derive
 from fedlab.core.types import Patient, Site
 from fedlab.data.readers.findings import bullets
-from fedlab.data.sites.persons import Person, group_by_person, persons_apart, several_scans
+from fedlab.data.sites.persons import (
+    FoundPerson,
+    Person,
+    at_site,
+    group_by_person,
+    person_of,
+    persons_apart,
+    prepared_by,
+    several_scans,
+)
 from fedlab.data.sites.site_table import Groups, by_number, group_by_site, read_site_table
 
 if TYPE_CHECKING:
@@ -102,7 +111,8 @@ class Partition:
         if twice := _twice(site.name for site in sites):
             raise DataError(f"two sites are named {', '.join(twice)}")
         return cls(train={site.name: tuple(patient.id for patient in site.train) for site in sites},
-                   held_out={site.name: tuple(patient.id for patient in site.val) for site in sites})
+                   held_out={site.name: tuple(patient.id for patient in site.val) for site in sites},
+                   same=tuple(person for site in sites for person in site.same))
 
     def without(self, patients: Iterable[str]) -> Partition:
         """The same partition without some patients; a site without patients to train on is removed too."""
@@ -129,7 +139,9 @@ class Partition:
                 raise DataError(f"{len(ids)} patients {what}: {', '.join(sorted(ids)[:5])}"
                                 f"{' ...' if len(ids) > 5 else ''}; {remedy}")
         return [Site(name=site, train=[found[patient] for patient in self.train[site]],
-                     val=[found[patient] for patient in self.held_out[site]]) for site in self.train]
+                     val=[found[patient] for patient in self.held_out[site]],
+                     same=at_site(self.same, (*self.train[site], *self.held_out[site])),
+                     remarks=prepared_by(self.same)) for site in self.train]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the partition as JSON, with its `id`.
@@ -139,6 +151,7 @@ class Partition:
         """
         note = {"format": "fedlab-partition-1", "id": self.id, "how": self.how,
                 "same": [sorted(person) for person in self.same],
+                "found": [isinstance(person, FoundPerson) for person in self.same],
                 "sites": {site: {"train": self.train[site], "held_out": self.held_out[site]} for site in self.train}}
         write_new(path, json.dumps(note, indent=1, ensure_ascii=False).encode(), error=DataError)
 
@@ -156,7 +169,8 @@ class Partition:
             train, held_out = ({str(site): tuple(map(str, both[split])) for site, both in note["sites"].items()}
                                for split in ("train", "held_out"))
             found = cls(train=train, held_out=held_out, how=str(note["how"]),
-                        same=tuple(frozenset(map(str, person)) for person in note["same"]))
+                        same=tuple((FoundPerson if found else frozenset)(map(str, person)) for person, found in zip(
+                            note["same"], note.get("found", repeat(False)), strict=False)))
             if found.id != note["id"]:
                 raise ValueError(f"its patients have the id {found.id}, the file states {note['id']}: it was changed")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -178,15 +192,22 @@ class Partition:
         return f"<p>{escape(repr(self)[1:-1])}</p>{table}"
 
 
-def split_patients(patients: Sequence[T], *, held_out: float, seed: int, site: str,
-                   same: Groups = ()) -> tuple[list[T], list[T]]:
-    """Patients to train on and held-out patients, drawn at random per (seed, site).
+def split_patients(patients: Sequence[T], *, held_out: float, seed: int, site: str, same: Groups = (),
+                   at_least: int = 1) -> tuple[list[T], list[T]]:
+    """Patients to train on and held-out patients, by a hash of the person, the seed and the site.
+
+    With a fraction each person is held out with that probability, independently of all others: who joins or leaves the
+    site moves nobody else between training and held-out patients, as a guarantee per patient needs. Two exceptions
+    concern small sites: where the hash holds out fewer than `at_least`, the next ones are held out too, and one person
+    always remains for training. A *number* of persons, the first ones by their hash, depends on who else is there.
 
     Args:
-        patients: of one site, or their ids. All scans of one person, by their ids or by `same`, are drawn together.
-        held_out: below 1 a fraction of the persons, rounded, at least one unless 0; from 1 upwards a number of persons.
-            At least one person always remains for training.
+        patients: of one site, or their ids. All scans of one person, by their ids or by `same`, are kept together.
+        held_out: below 1 a fraction of the persons; from 1 upwards a number of persons.
+        seed, site: enter the hash.
         same: groups of ids that belong to one person.
+        at_least: persons that a fraction above 0 holds out, of two or more; 0 where a guarantee per patient must hold
+            for small sites too.
 
     Raises:
         ValueError: `held_out` is negative, or above 1 and not a whole number.
@@ -194,10 +215,13 @@ def split_patients(patients: Sequence[T], *, held_out: float, seed: int, site: s
     if held_out < 0 or (held_out > 1 and held_out != int(held_out)):
         raise ValueError(f"held_out must be a fraction below 1 or a whole number of patients, got {held_out}")
     ids = [str(getattr(patient, "id", patient)) for patient in patients]
-    people = group_by_person(ids, same)
-    count = int(held_out) if held_out >= 1 else max(round(held_out * len(people)), 1 if held_out else 0)
-    order = torch.randperm(len(people), generator=generator(seed, "split", site)).tolist()
-    chosen = {patient for index in order[:max(min(count, len(people) - 1), 0)] for patient in people[index]}
+    ranked = sorted((derive(seed, "held", site, min(person_of(each) or each for each in person)), person)
+                    for person in group_by_person(ids, same))
+    count = int(held_out)
+    if held_out < 1:
+        drawn = sum(place < held_out * 2**63 for place, _ in ranked)  # of 63 random bits
+        count = max(drawn, at_least if held_out else 0)
+    chosen = {patient for _, person in ranked[:max(min(count, len(ranked) - 1), 0)] for patient in person}
     return ([p for p, own in zip(patients, ids, strict=True) if own not in chosen],
             [p for p, own in zip(patients, ids, strict=True) if own in chosen])
 

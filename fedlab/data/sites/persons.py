@@ -8,9 +8,12 @@ the table of sites, or `same=` where a partition is made, states it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Person", "group_by_person", "name_several", "person_of", "persons_apart", "several_scans"]
+from fedlab.core.types import Site
+
+__all__ = ["FoundPerson", "Person", "at_site", "check_one_scan_each", "group_by_person", "in_columns", "name_several",
+           "person_of", "persons_apart", "prepared_by", "several_scans"]
 
 #: The ids of one person; most have one.
 Person = tuple[str, ...]
@@ -18,6 +21,16 @@ Person = tuple[str, ...]
 #: UPENN-GBM-00001_21, UCSD-PTGBM-0002_01, TCGA-02-0003_..., CPTAC (C3L-00016_...), and BIDS (sub-01_ses-02).
 _PERSON = re.compile(r"(BraTS-[A-Z]+-(?:RT-)?\d{4,5}|UCSF-PDGM-\d{3,4}|UPENN-GBM-\d{5}|UCSD-PTGBM-\d{4}"
                      r"|TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|C3[LN]-\d{5}|sub-[A-Z0-9]+)(?![A-Z0-9]).*", re.IGNORECASE)
+
+
+class FoundPerson(frozenset[str]):
+    """Ids of one person as the fingerprints of images say, which no differential privacy covers."""
+
+
+def prepared_by(same: Iterable[object]) -> tuple[str, ...]:
+    """What to say beside a guarantee of a run on sites that were made with these groups; see `Site.remarks`."""
+    found = any(isinstance(person, FoundPerson) for person in same)
+    return ("the fingerprints that found persons with several scans are outside it",) if found else ()
 
 
 def person_of(patient: str) -> str | None:
@@ -65,6 +78,43 @@ def persons_apart(place_of: Mapping[str, str], same: Iterable[Iterable[str]] = (
 def several_scans(patients: Iterable[str], same: Iterable[Iterable[str]] = ()) -> list[Person]:
     """The persons with more than one id."""
     return [person for person in group_by_person(patients, same) if len(person) > 1]
+
+
+def at_site(same: Iterable[Iterable[str]], ids: Iterable[str]) -> tuple[frozenset[str], ...]:
+    """The groups of ids of one person each, of those with several ids among these."""
+    known = frozenset(ids)
+    return tuple(own for person in same if len(own := known & frozenset(person)) > 1)
+
+
+def in_columns(columns: Mapping[str, Mapping[str, str]]) -> tuple[frozenset[str], ...]:
+    """The groups of ids to which a column `person` of a table gives one person; `columns` are by id and by name."""
+    people: dict[str, set[str]] = {}
+    for patient, cells in columns.items():
+        for name, cell in cells.items():
+            if name.strip().lower() == "person" and cell.strip():
+                people.setdefault(cell.strip(), set()).add(patient)
+    return tuple(frozenset(ids) for ids in people.values() if len(ids) > 1)
+
+
+def check_one_scan_each(site: Site, ids: Sequence[str] = ()) -> None:
+    """Refuses several scans of one person: each would be counted, clipped and drawn as a patient of its own.
+
+    Who a scan is of is known from ids, from `Site.same`, and from a column `person` of the tables of a folder.
+
+    Args:
+        site: the site.
+        ids: of the patients that count; by default those to train on.
+
+    Raises:
+        ValueError: a person has several scans.
+    """
+    ids = ids or getattr(site.train, "ids", None) or [patient.id for patient in site.train]
+    files = getattr(site.train, "files", {})
+    same = (*site.same, *in_columns({name: found.columns for name, found in files.items()}))
+    if several := several_scans(ids, same):
+        raise ValueError(f"site {site.name!r} has several scans of {len(several)} of its persons, such as "
+                         f"{' and '.join(several[0])}; a guarantee per patient holds for one scan of each: keep one "
+                         "scan per person, or use a technique whose unit is the site")
 
 
 def name_several(patients: Iterable[str], same: Iterable[Iterable[str]] = ()) -> str:

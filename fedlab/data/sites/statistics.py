@@ -31,6 +31,7 @@ from fedlab.data.sites.distributions import (
     SiteStatistics,
     wasserstein,
 )
+from fedlab.data.sites.persons import check_one_scan_each
 from fedlab.privacy.noise.laplace import noisy
 
 __all__ = ["ADJACENCY", "PARTS", "PERCENTILES", "QUANTILES", "RAW", "Distribution", "Domain", "SiteStatistics",
@@ -63,8 +64,8 @@ def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 
     non-negative whole parts that sum to at most `PARTS` each, so a patient changes all counts together by at most
     Q · PARTS (L1). Laplace noise of scale Q · PARTS / ε is added to every count, exactly
     (`fedlab.privacy.noise.laplace`), and everything else is computed from the noisy counts. The bins must not depend
-    on the data: a `domain` without `spacings` or `shapes` leaves those out, and the split is not released. One person
-    under two ids counts as two patients. Every call spends its ε again.
+    on the data: a `domain` without `spacings` or `shapes` leaves those out, and the split is not released. Several
+    scans of one person are refused. Every call spends its ε again.
 
     Args:
         site: the site; each of its patients is read once.
@@ -78,7 +79,7 @@ def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 
             the seed can remove the noise.
 
     Raises:
-        ValueError: `minimum` below 1, or `epsilon` not above 0.
+        ValueError: `minimum` below 1, or `epsilon` not above 0, or several scans of one person with `epsilon`.
         DataError: a patient is listed twice, holds NaN or Inf, or has an empty brain.
     """
     domain = domain or Domain()
@@ -92,9 +93,12 @@ def site_statistics(site: Site, *, domain: Domain | None = None, minimum: int = 
         summaries = [_summarise(patient, domain) for patient in _patients(site)]
         return _exact(site.name, summaries, domain, minimum, len(site.val))
     sums = {name: np.zeros(size, dtype=np.int64) for name, size in _sizes(domain).items()}
+    ids = []
     for patient in _patients(site):
+        ids.append(patient.id)
         for name, counts in contributions(patient, domain=domain).items():
             sums[name] += counts
+    check_one_scan_each(site, ids)
     spent = Spent(epsilon=float(epsilon), delta=0.0, unit="patient", accountant="Laplace", adjacency=ADJACENCY,
                   repeats=seed is not None)
     if charge is not None:

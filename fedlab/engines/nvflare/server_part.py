@@ -83,7 +83,8 @@ class ServerPart:
                 finished.catch_up(folder / "checkpoint")
                 start = unpack_weights((config / "start.safetensors").read_bytes())
                 parts = plan.parts(start, **policy.access(kit / "local" / "techniques"))
-                history = federate(**parts, engine=Remote(plan=plan, ask=calls.ask), checkpoint=folder / "checkpoint",
+                engine = Remote(plan=plan, ask=calls.ask, ledgers=folder.parent.parent / "server-ledger")
+                history = federate(**parts, engine=engine, checkpoint=folder / "checkpoint",
                                    trace=folder / "trace.jsonl", on_round=after, progress=False)
                 self._end = {"stopped": history.stopped}
         except Timeout:

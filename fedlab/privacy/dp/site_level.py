@@ -105,7 +105,8 @@ class CentralGaussian(Privacy):
     1710.06963) and divides by the *expected* number of sites, sites × sample, which no site changes by being absent.
     The guarantee is per site, for all of its updates replaced by nothing; the number of sites is public. With
     `FedAvg(sample=q)` each site is drawn with probability q, which the accountant credits; a round in which no site is
-    drawn gets noise too and is charged.
+    drawn gets noise too and is charged. The server's ledger outlives a run beside those of the sites, in the folder
+    that an engine names: `Local(ledgers=...)`.
 
     It protects sites from everyone who sees the models: the other sites and the users of the result. The *server* is
     trusted: it sees each clipped update, and the sites are trusted to clip. `aggregation=SecureAggregation(...)`, with
@@ -188,7 +189,7 @@ class CentralGaussian(Privacy):
         ledger = Ledger(state)
         try:
             ledger.charge(self._release(cohort.sample), terms=self._terms, max_epsilon=self.max_epsilon,
-                          seeded=not self.secure_mode)
+                          repeatable=not self.secure_mode, seeded=not self.secure_mode)
         except PrivacyBudgetExhausted as error:
             raise PrivacyBudgetExhausted(f"the server stops moving the model: {error}") from error
         expected, clip = cohort.sites * cohort.sample, self._clip_now(state.broadcast)
