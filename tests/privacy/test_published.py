@@ -522,14 +522,11 @@ def test_a_column_of_persons_is_known_where_patients_are_counted(tmp_path):
         for each, who in zip(ids, "xyzxw", strict=True))]
     (tmp_path / "paths.csv").write_text("\n".join(paths))
     cohort = read_cohort(tmp_path / "paths.csv", spacing_mm=8.0, shape=(32, 32, 32), progress=False)
-    own = replace(read_settings_of(tmp_path, data=tmp_path / "paths.csv"), shape=(32, 32, 32))
+    own = SiteSettings(name="own", data=tmp_path / "paths.csv", held_out=0, spacing_mm=8.0, shape=(32, 32, 32),
+                       policy=SitePolicy())
     for several in (sites, made, [Site("all", cohort)], [read_site(own, progress=False)]):
         with pytest.raises(ValueError, match="has several scans of 1 of its persons"):
             federate(trainer(steps=1), several, privacy=PRIVATE, rounds=1, progress=False)
     with pytest.raises(ValueError, match="several scans of 1 of its persons"):
         site_statistics(sites[0], minimum=1, epsilon=1.0)
     federate(trainer(steps=1, crop=(8, 8, 8)), sites[1:], privacy=PRIVATE, rounds=1, progress=False)
-
-
-def read_settings_of(folder: Path, *, data: Path) -> SiteSettings:
-    return SiteSettings(name="own", data=data, held_out=0, spacing_mm=8.0)
