@@ -189,7 +189,7 @@ class CentralGaussian(Privacy):
         ledger = Ledger(state)
         try:
             ledger.charge(self._release(cohort.sample), terms=self._terms, max_epsilon=self.max_epsilon,
-                          repeatable=not self.secure_mode, seeded=not self.secure_mode)
+                          repeatable=not self.secure_mode)
         except PrivacyBudgetExhausted as error:
             raise PrivacyBudgetExhausted(f"the server stops moving the model: {error}") from error
         expected, clip = cohort.sites * cohort.sample, self._clip_now(state.broadcast)
