@@ -216,7 +216,8 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
             "contributions", method=worth.method, start=worth.start, end=worth.end, evaluations=worth.evaluations,
             seconds=worth.seconds, megabytes=worth.stored_bytes / 1e6, table=worth.table,
             figure=contributions_figure(worth, metric="mean Dice"))
-    sections["curves"] = _section("curves", figure=curves(outcome.histories))
+    if any(column in history.table() for history in outcome.histories.values() for column in ("loss", "Dice")):
+        sections["curves"] = _section("curves", figure=curves(outcome.histories))
     sections["sites"] = _section("sites", partition=outcome.partition.id, table=outcome.partition.table(),
                                  figure=sites_figure(outcome.sites))
     return sections
@@ -245,7 +246,8 @@ def _means(scores: pd.DataFrame) -> pd.DataFrame:
 
 def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
     how = "federation" if outcome.arms[outcome.main].data == "sites" else "other"
-    steps = {arm: sum(int(numbers["steps"]) for record in history.records for numbers in record["sites"].values())
+    steps = {arm: sum(int(numbers["steps"]) for record in history.published().records
+                      for numbers in record["sites"].values())
              for arm, history in outcome.histories.items()}
     by_arm = {name: sum(n for model, n in steps.items() if model == name or model.startswith(f"{name} "))
               for name in outcome.arms}
@@ -253,7 +255,7 @@ def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
     equal = "equal" if len(set(trained.values())) == 1 else "unequal"
     text = " ".join([_text("lead", how, rounds=outcome.arms[outcome.main].rounds, **{"sites": found["sites"],
                      "patients": found["patients"]}), found["verdict"], _text(
-        "lead", equal, steps=max(by_arm.values()), by_arm=", ".join(f"{name} {n:,}" for name, n in by_arm.items()))])
+        "lead", equal, steps=max(by_arm.values()), by_arm=", ".join(f"{name} {n:,}" for name, n in trained.items()))])
     return f"{text} {caution(outcome)}".rstrip()
 
 
@@ -266,6 +268,8 @@ def _notes(outcome: Outcome, found: dict[str, Any]) -> list[str]:
     privacy = [f"{name}: {arm.privacy or arm.aggregation!r}: {outcome.histories[name].guarantee()}."
                for name, arm in protected.items() if name in outcome.histories] or [_text("notes", "privacy")]
     local = [_text("notes", "steps")] if any(arm.data == "each" for arm in outcome.arms.values()) else []
+    if protected and not generated:
+        privacy.append(_text("notes", "covered"))
     return [*generated, caution(outcome) or _text("notes", "chance", held_out=held_out), *local, *privacy,
             _text("notes", "empty", arm=outcome.main, rule=found["empty_regions"]),
             *([_text("notes", "without", names=without)] if without else []), *([f"{several}."] if several else [])]
