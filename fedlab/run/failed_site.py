@@ -14,6 +14,7 @@ from fedlab.core.errors import FedlabError, PrivacyError
 from fedlab.core.kit import Kit
 from fedlab.core.types import Tensors
 from fedlab.core.weights import load_weights, trainable
+from fedlab.run.site_errors import kind_of
 from fedlab.run.site_task import SiteWork
 
 __all__ = ["FailedSite"]
@@ -93,7 +94,7 @@ class FailedSite(SiteWork):
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "failed in", f"round {self.round}, stage {self.stage!r}"
-        yield "exception", (f"{type(self.cause).__name__}; under a guarantee its text is not shown, see .traceback"
+        yield "exception", (f"{kind_of(self.cause)}; under a guarantee its text is not shown, see .traceback"
                             if self.guarded else f"{type(self.cause).__name__}: {self.cause}")
         if self.kit is not None:
             yield "kit", f"{type(self.kit.model).__name__} on {self.kit.device}, {len(self.weights)} tensors of weights"

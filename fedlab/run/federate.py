@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -137,7 +138,7 @@ def loop(run: Run, state: ServerState | None) -> Iterator[Round]:
     if state is None:
         state = replace(run.strategy.begin(run.trainer.initial()), buffers=run.trainer.initial_buffers())
     void = 0
-    while state.round < run.rounds and (run.admission is None or void < run.admission.max_void):
+    while state.round < run.rounds and void < getattr(run.admission, "max_void", math.inf):
         finished = run.topology(run, state)
         if finished.state.round != state.round + 1:
             raise ValueError(f"the state after round {state.round} is that of round {finished.state.round}, expected "

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from fedlab.core.protocols import Run
 from fedlab.core.types import REPEATS, Round, ServerState, Spent
 from fedlab.privacy.base import layers_at
-from fedlab.run.publishable import published
+from fedlab.run.publishable import hidden_in, published
 from fedlab.run.svg_charts import chart
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class History:
         return out
 
     def _remarks(self) -> tuple[str, ...]:
-        hiding = [record for record in self.records if "sites" in record.get("server_only", ())]
+        hiding = [record for record in self.records if "sites" in hidden_in(record)]
         more = ("what single sites have spent besides is in their own ledgers",) if any(
             record["spent"].keys() - {"server"} for record in hiding) else ()
         return (*self.remarks, *more)
@@ -108,7 +108,7 @@ class History:
     @property
     def hides_sites(self) -> bool:
         """Whether the numbers of single sites are for the server only, as where it adds the noise."""
-        return any("sites" in record.get("server_only", ()) for record in self.records)
+        return any("sites" in hidden_in(record) for record in self.records)
 
     def add(self, finished: Round) -> None:
         """Takes in a finished round."""
@@ -126,7 +126,7 @@ class History:
             weight = sum(s["weight"] for s in sites)
             known = sites and all("loss" in s for s in sites)  # a technique may withhold it
             loss = {"loss": sum(s["loss"] * s["weight"] for s in sites) / weight} if known else {}
-            sent = {} if "sites" in record.get("server_only", ()) else {"bytes": sum(s["bytes"] for s in sites)}
+            sent = {} if "sites" in hidden_in(record) else {"bytes": sum(s["bytes"] for s in sites)}
             took = {"seconds": record["seconds"]} if "seconds" in record else {}
             rows.append({"round": record["round"], **loss, **sent, **took, **record["metrics"]})
         return _frame(rows, "round")

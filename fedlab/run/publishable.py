@@ -15,7 +15,7 @@ from torch import nn
 from fedlab.core.protocols import Run
 from fedlab.core.types import Round
 
-__all__ = ["OnPublicPatients", "Validate", "published", "server_only", "validated"]
+__all__ = ["OnPublicPatients", "Validate", "hidden_in", "published", "server_only", "validated"]
 
 #: Called with the global model and the round's number; numbers by name.
 Validate = Callable[[nn.Module, int], dict[str, float]]
@@ -64,9 +64,17 @@ def validated(finished: Round, validate: Validate, model: nn.Module) -> Round:
                    server_only=finished.server_only | ({"validation"} if private else set()))
 
 
+def hidden_in(record: Mapping[str, Any]) -> frozenset[str]:
+    """The kinds of numbers in a round's record that must not leave the server."""
+    if "server_only" in record:
+        return frozenset(record["server_only"])
+    # A record of an earlier version does not say it.
+    return frozenset({"seconds"} if record["spent"] else ()) | ({"sites"} if "server" in record["spent"] else set())
+
+
 def published(record: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a round's record, as `record_of` makes it, that may leave the server."""
-    hidden, out = record.get("server_only", ()), dict(record)
+    hidden, out = hidden_in(record), dict(record)
     if "seconds" in hidden:
         out.pop("seconds", None)
     if "validation" in hidden:

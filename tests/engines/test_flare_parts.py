@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -345,3 +348,24 @@ def test_without_nvflare_the_error_names_the_command(tmp_path: Path, capsys: pyt
         federate(a_trainer(), blob_sites((3, 2)), rounds=1, engine=NVFlare())
     assert main(["deploy", "init", str(tmp_path / "x"), "--server", "localhost", "--sites", "a"]) == 1
     assert "pip install" in capsys.readouterr().err
+
+
+def test_a_site_tells_the_server_no_name_of_a_class_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    collab = SimpleNamespace(caller="server", **dict.fromkeys(("init", "publish", "final"), lambda method: method))
+    for name, module in {"nvflare": ModuleType("nvflare"), "nvflare.collab": SimpleNamespace(collab=collab)}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "fedlab.engines.nvflare.site_part", raising=False)
+    site_part = importlib.import_module("fedlab.engines.nvflare.site_part")
+    monkeypatch.delitem(sys.modules, "fedlab.engines.nvflare.site_part")
+
+    def fails(error: Exception) -> dict[str, Any]:
+        def work() -> None:
+            raise error
+
+        return site_part.SitePart()._told(work)
+
+    told = [fails(type("Mueller", (ValueError,), {})("Mueller")), fails(type("Mueller", (FedlabError,), {})("no disk")),
+            fails(RunError("/hospital/Mueller/states cannot be written"))]
+    assert told == [{"error": "FedlabError", "text": "ValueError; its text stays in the log of this site"},
+                    {"error": "FedlabError", "text": "no disk"},
+                    {"error": "RunError", "text": "states cannot be written"}]

@@ -21,6 +21,7 @@ from fedlab.core.errors import FedlabError, PrivacyError, RunError
 from fedlab.deploy.host import SiteHost
 from fedlab.engines.nvflare.kits import site_folder
 from fedlab.engines.nvflare.simulation import simulated_host
+from fedlab.run.site_errors import kind_of, without_paths
 
 __all__ = ["SitePart"]
 
@@ -85,10 +86,10 @@ class SitePart:
             with self._busy:
                 return {"value": work()}
         except FedlabError as error:
-            return {"error": type(error).__name__, "text": str(error)}
+            return {"error": kind_of(error), "text": without_paths(str(error))}  # the host has decided what it tells
         except Exception as error:
             logging.getLogger(__name__).exception("this stays here: the server receives the kind of the error only")
-            return {"error": "FedlabError", "text": f"{type(error).__name__}; its text stays in the log of this site"}
+            return {"error": "FedlabError", "text": f"{kind_of(error)}; its text stays in the log of this site"}
 
     def _open(self, kit: Path, name: str) -> SiteHost:
         if self._host is None and self.threads > 0:
@@ -100,7 +101,7 @@ class SitePart:
             except (FedlabError, ValueError, OSError) as error:
                 if not isinstance(error, RunError) or time.monotonic() > end:
                     logging.getLogger(__name__).exception("this site's folder cannot be used")
-                    raise RunError(f"{name} cannot use its folder ({type(error).__name__}); the reason stays in its "
+                    raise RunError(f"{name} cannot use its folder ({kind_of(error)}); the reason stays in its "
                                    "log") from None
                 time.sleep(0.5)
         if (found := self._host.site.name) != name:
