@@ -10,11 +10,11 @@ from typing import Any
 
 from fedlab.core.errors import FedlabError, SiteError
 from fedlab.core.protocols import Run, Strategy
+from fedlab.core.text import without_folders
 from fedlab.core.types import Answer, Failure, Messages, Round, ServerState, Site
 from fedlab.deploy.messages import are_notes, limit_for, pack_state, pack_weights, unpack_answer
 from fedlab.deploy.plan import Plan
 from fedlab.run.federate import loop
-from fedlab.run.site_errors import without_paths
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
 from fedlab.strategies.averaging import FedAvg
@@ -149,7 +149,7 @@ class Remote:
             error = error.in_round(round)
         found = error if isinstance(error, FedlabError) else SiteError(name, round, "reach",
                                                                        f"{type(error).__name__}: {error}")
-        found.told = without_paths(str(found))  # the site has decided what leaves it
+        found.told = without_folders(str(found))  # the site has decided what leaves it
         return Failure(name, found)
 
     def __repr__(self) -> str:

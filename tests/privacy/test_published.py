@@ -47,7 +47,6 @@ from fedlab.run.federate import each_round, federate
 from fedlab.run.history import History
 from fedlab.run.local import Local
 from fedlab.run.publishable import OnPublicPatients
-from fedlab.run.site_errors import without_paths
 from fedlab.run.trackers import CsvTracker
 from fedlab.strategies import FedAvg
 from fedlab.topologies import star
@@ -260,17 +259,6 @@ def test_what_fedlab_itself_says_about_ledgers_and_budgets_is_told(how, tmp_path
 def test_no_path_leaves_a_site_without_a_guarantee_either(how):
     reason = run(Quotes(how=how), rounds=1).records[0]["absent"]["site-1"]
     assert "hospital" not in reason and "t1.nii.gz of Mueller is cut off" in reason
-
-
-@pytest.mark.parametrize("text, left", [
-    ("/hospital/scans/Anna/t1.nii.gz is cut off", "t1.nii.gz is cut off"),
-    ("[Errno 2] No such file: '/home/Anna Mueller/a b/t1.nii'", "[Errno 2] No such file: 't1.nii'"),
-    ("/data/Anna Mueller/scan 1/flair.nii.gz, 3 bytes", "flair.nii.gz, 3 bytes"),
-    (r"C:\Users\Anna\seg.nii.gz: empty", "seg.nii.gz: empty"), ("~/scans/Anna/", "Anna"),
-    ("scans/Anna/t2.nii.gz", "t2.nii.gz"), ("../Anna/t2", "t2"), ("add or remove 1/285 of add/remove", None),
-    ("δ is below 1/3, <b>enough</b>; 3 / 4 mm/s", None)])
-def test_of_a_path_the_last_part_is_left(text, left):
-    assert without_paths(text) == (text if left is None else left)
 
 
 def test_a_site_says_nothing_about_patients_before_its_first_round(tmp_path):

@@ -18,10 +18,11 @@ import torch
 from nvflare.collab import collab
 
 from fedlab.core.errors import FedlabError, PrivacyError, RunError
+from fedlab.core.text import without_folders
 from fedlab.deploy.host import SiteHost
 from fedlab.engines.nvflare.kits import site_folder
 from fedlab.engines.nvflare.simulation import simulated_host
-from fedlab.run.site_errors import kind_of, without_paths
+from fedlab.run.site_errors import kind_of
 
 __all__ = ["SitePart"]
 
@@ -86,7 +87,7 @@ class SitePart:
             with self._busy:
                 return {"value": work()}
         except FedlabError as error:
-            return {"error": kind_of(error), "text": without_paths(str(error))}  # the host has decided what it tells
+            return {"error": kind_of(error), "text": without_folders(str(error))}  # the host has decided what it tells
         except Exception as error:
             logging.getLogger(__name__).exception("this stays here: the server receives the kind of the error only")
             return {"error": "FedlabError", "text": f"{kind_of(error)}; its text stays in the log of this site"}
