@@ -14,7 +14,7 @@ _ROOT = r"(?:\bfile:|~\w*|\b[A-Za-z]:)?[/\\]+"
 _WORD, _BARE = r"[^\s'\"`<>|:;,()\[\]{}/\\]+", r"[^\s'\"`<>|:;,()\[\]{}/\\.]+"
 _FOLDERS = rf"(?:(?:{_WORD}|{_BARE}(?: {_BARE}){{1,3}})[/\\]+)*"
 _QUOTED = re.compile(rf"""(?P<quote>['"`])(?:{_ROOT}|\.{{1,2}}[/\\])[^'"`\n]*?(?P<name>[^/\\'"`\n]*)(?P=quote)""")
-_ABSOLUTE = re.compile(rf"(?<!https:)(?<!http:)(?<![\w.)\]/]){_ROOT}(?=[^\s/\\]){_FOLDERS}")
+_ABSOLUTE = re.compile(rf"(?<!https:)(?<!http:)(?<![\w.)\]/<]){_ROOT}(?=[^\s/\\]){_FOLDERS}")
 _RELATIVE = re.compile(r"(?<![\w/\\])(?:[\w.+@%~-]+[/\\]+)+(?=[\w+@%~-][\w.+@%~-]*\.[A-Za-z]\w*)")
 
 

@@ -569,7 +569,7 @@ def test_no_folder_of_the_site_leaves_in_an_error(tmp_path: Path, folder: str, t
     ("PosixPath('/a/b c/d')", "PosixPath('d')"), ("file:///home/jane/x.nii, path=/a/b/c", "x.nii, path=c"),
     ("δ is below 1/4, clip / √L, 3.5/4.0, and/or, float32/float64", "δ is below 1/4, clip / √L, 3.5/4.0, and/or, "
                                                                      "float32/float64"),
-    ("fedlab.privacy:DPSGD(B, 3, X)", "fedlab.privacy:DPSGD(B, 3, X)"), ("", ""),
+    ("fedlab.privacy:DPSGD(B, 3, X)", "fedlab.privacy:DPSGD(B, 3, X)"), ("<b>enough</b>", "<b>enough</b>"), ("", ""),
 ])
 def test_paths_become_names_and_nothing_else_changes(text: str, expected: str) -> None:
     assert without_folders(text) == expected
