@@ -124,10 +124,14 @@ def _divergence_of(claims: Sequence[Claim], rounds: int) -> Callable[[Floats], F
 
 
 def chi_of(claims: Sequence[Claim], rounds: int) -> float:
-    """An upper bound of √χ² between the outputs of two neighbours in the first rounds together."""
+    """An upper bound of √χ² between the outputs of two neighbours in the first rounds together.
+
+    Infinite with pure releases: of a large ε a value may be constant in all runs, and yet another for the neighbour.
+    """
+    if any(isinstance(release, Pure) for claim in claims for charges in claim.rounds for release, _ in charges):
+        return math.inf
     # The second moment of the ratio of densities is at most exp(exponent), and exponents add up.
-    exponent = sum(release.epsilon * release.times if isinstance(release, Pure) else _twice_rho(release)
-                   for claim in claims for charges in claim.rounds[:rounds] for release, _ in charges)
+    exponent = sum(claim.square(rounds) for claim in claims)
     return math.sqrt(math.expm1(exponent)) if exponent < 600 else math.inf
 
 

@@ -4,7 +4,7 @@ Noise with standard deviation s hides two inputs that move the output by d, in t
 mechanism of noise multiplier s / d. This is measured, with the same random numbers for both inputs, and compared with
 the ledger. All later processing is held to a consequence of any such guarantee: the expectation of no function f may
 differ by more than the standard deviation of f times √χ², where χ² ≤ exp(μ²) − 1 for a Gaussian mechanism of noise
-multiplier 1/μ and χ² ≤ exp(ε) − 1 for an ε-private one.
+multiplier 1/μ; and no event may become likelier than the releases' Rényi divergences allow.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class _Watch:
             allowed, chi = allowed_of(self.claims, number + 1), chi_of(self.claims, number + 1)
             before = {name: found for name, found in self._statistics(quiet, number).items()
                       if only is None or (number, name) in only}
-            for group in groups if math.isfinite(chi) else []:
+            for group in groups:
                 after = self._statistics(group, number)
                 far = moved_far(before, after, chi=chi, allowed=allowed)
                 if far:

@@ -113,7 +113,7 @@ def moved_far(one: Mapping[str, Floats], other: Mapping[str, Floats], *, chi: fl
 
     Args:
         one, other: values of each function, (runs,).
-        chi: an upper bound of √χ² between the neighbours.
+        chi: an upper bound of √χ² between the neighbours. If it is infinite, only events are compared.
         allowed: the largest probability of an event given that of a neighbour.
 
     Returns:
@@ -125,7 +125,7 @@ def moved_far(one: Mapping[str, Floats], other: Mapping[str, Floats], *, chi: fl
         shift = abs(float(a.mean() - b.mean())) if finite else 0.0
         freedom = len(a) + len(b) - 2
         spread = math.sqrt(float(a.var() * len(a) + b.var() * len(b)) / freedom / shrink(freedom)) if finite else 0.0
-        bound = spread * (chi + 7 * math.sqrt(1 / len(a) + 1 / len(b)))
+        bound = spread * (chi + 7 * math.sqrt(1 / len(a) + 1 / len(b))) if math.isfinite(chi) else math.inf
         if shift > max(bound, 1e-9) and not min(a.max(), b.max()) >= max(a.min(), b.min()):
             return name, f"it moves by {shift:.3g}, the ledger allows {bound:.3g}"
         if probability_of_events(a, b, allowed) < _RARE:
