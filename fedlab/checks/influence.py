@@ -110,7 +110,8 @@ class _Watch:
         self.inputs = _Inputs.of(stage.like, self.sketch)
         self.zeros = self.inputs.updates["nothing"]
         self.views: list[View] = [self._view(claim) for claim in claims] + [self._final]
-        self.quiet = self._collect({}, runs=_RUNS)
+        self.runs = _RUNS // 2 if hidden else _RUNS  # masks take time
+        self.quiet = self._collect({}, runs=self.runs)
         once = {name: self._coupled({0: update}) for name, update in self.inputs.updates.items()}
         self.once = {name: shown for name, (shown, _) in once.items()}
         self.beside = {name: beside for name, (_, beside) in once.items()}
@@ -216,14 +217,15 @@ class _Watch:
         if not math.isfinite(claim.mu):
             return
         runs = self.quiet.entries[place][:, 0]
-        spread = runs[:_RUNS // 2].var(axis=0)
+        half = len(runs) // 2
+        spread = runs[:half].var(axis=0)
         entry = int(np.where(spread > 0, spread, np.inf).argmin())
         name = next(name for name, group in self.sketch.groups.items() if group.start <= entry < group.stop)
         update = one_entry(self.zeros, self.sketch, name, entry - self.sketch.groups[name].start)
         moved = self._coupled({0: update})[0][place][:, 0] - self.once["nothing"][place][:, 0]
-        variance = float(runs[_RUNS // 2:, entry].var(ddof=1))
+        variance = float(runs[half:, entry].var(ddof=1))
         if only_shifted(moved, runs - runs.mean(axis=0)) and variance > 0:
-            worst = math.sqrt(least_distance([(moved[0, entry]**2 / variance, _RUNS // 2 - 1)])) / claim.mu
+            worst = math.sqrt(least_distance([(moved[0, entry]**2 / variance, half - 1)])) / claim.mu
             if worst > 1 + _SLACK:
                 yield self._measured(claim, worst, ("nothing", f"one huge entry of {name}"))
 
@@ -231,7 +233,7 @@ class _Watch:
         """What finally leaves, in each round, reveals no more of an update than was charged."""
         covered = self.stage.technique.sends if self.at_server else frozenset[str]()
         large = self.inputs.updates["large, unequal"]
-        every = self._collect(dict.fromkeys(range(_ROUNDS), large), runs=_RUNS)
+        every = self._collect(dict.fromkeys(range(_ROUNDS), large), runs=self.runs)
         first = self._collect({0: large}, runs=_RUNS_AFTER)
         for number in range(_ROUNDS):
             allowed = allowed_of(self.claims, number + 1)
