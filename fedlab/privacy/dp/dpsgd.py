@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import SystemRandom
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,14 +22,10 @@ from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.clipping import CLIPPING_NORM, AdaptiveClip, check_clip, noise_beside_bits
 from fedlab.privacy.dp.exact_sum import ExactSum, add_normal
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
-from fedlab.privacy.dp.validators import Loss, check_loss, check_private
+from fedlab.privacy.dp.validators import Loss, require_private
 from fedlab.privacy.noise.streams import noise_generator
 
 __all__ = ["DPSGD", "PatientBatches"]
-
-#: Networks that `check_private` has passed in this process, and for which gradients.
-_FIT: WeakKeyDictionary[nn.Module, set[Gradients]] = WeakKeyDictionary()
-
 
 class DPSGD(Privacy):
     """Patient-level DP-SGD: every patient's gradient is clipped, noise is added to their sum (Abadi et al. 2016).
@@ -178,12 +173,7 @@ class DPSGD(Privacy):
                              "in the trainer, or gradients='backward', which takes patients one by one")
         if self.per_layer and any(p.dim() == 0 for p in trainable(model).values()):
             raise ValueError("clipping per layer does not support parameters of shape (): say per_layer=False")
-        check_loss(loss, device=device)
-        if self.gradients not in _FIT.setdefault(model, set()):
-            fitness = check_private(model, gradients=self.gradients, loss=loss if device.type == "cpu" else None)
-            if not fitness:
-                raise ValueError(repr(fitness))
-            _FIT[model].add(self.gradients)
+        require_private(model, loss, gradients=self.gradients, device=device)
 
 
 class PatientBatches:

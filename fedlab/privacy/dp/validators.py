@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import html
 import itertools
 import math
@@ -16,17 +15,24 @@ from torch import nn
 from fedlab.core.global_generators import seeded
 from fedlab.core.kit import Kit
 from fedlab.core.settings import check_choice
-from fedlab.core.types import MODALITIES, REGIONS
+from fedlab.core.types import REGIONS
 from fedlab.core.weights import trainable
+from fedlab.privacy.dp.contents import copied, fingerprint
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
+from fedlab.privacy.dp.passes import leaks, probe_copy, probes
 from fedlab.training.trainer import DiceBCE
 
-__all__ = ["Fitness", "check_loss", "check_private", "fix_private"]
+__all__ = ["Fitness", "check_loss", "check_private", "fix_private", "require_private"]
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 #: Gradients of single patients may differ by this share of their norm from those of batches of one.
 _TOLERANCE = 1e-3
+#: Fingerprints of networks that have passed in this process, and the most that are kept.
+_PASSED: dict[str, None] = {}
+_KEPT = 256
+#: Voxels of the volumes that are tried.
+_CROP = (64, 64, 64)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 
@@ -55,12 +61,14 @@ class Fitness:
 
 
 def check_private(model: nn.Module, *, gradients: Gradients = "backward", loss: Loss | None = None,
-                  crop: tuple[int, int, int] = (64, 64, 64)) -> Fitness:
+                  crop: tuple[int, int, int] = _CROP) -> Fitness:
     """Whether `DPSGD` can protect patients with this network, and if not, which layer leaks or breaks.
 
-    Some leaking layers are recognised by type. Beyond that a copy of the network is tried with two patients of random
-    numbers: whether a pass changes a buffer, whether one patient's output depends on the other, and whether every
-    patient's gradient equals that of a batch of one.
+    Some leaking layers are recognised by type. Beyond that a copy of the network is tried with patients of random
+    numbers, some of them large, tiny, negative, constant or with one bright voxel, in batches of several sizes: whether
+    a pass in training or evaluation sets a parameter, a buffer or any attribute of the network or the loss from them,
+    whether one patient's output depends on the others, and whether every patient's gradient equals that of a batch of
+    one. A branch for values that none of these patients has is not found.
 
     Args:
         model: maps (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); it is not changed.
@@ -73,11 +81,41 @@ def check_private(model: nn.Module, *, gradients: Gradients = "backward", loss: 
     """
     check_choice(MODES, gradients=gradients)
     trainable(model)
-    loss = DiceBCE() if loss is None else loss
-    problems = tuple(_leaking(model)) or tuple(_tried(model, gradients, loss, crop))
+    return _fitness(model, gradients, DiceBCE() if loss is None else loss, crop)
+
+
+def _fitness(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, int, int], *,
+             few: bool = False) -> Fitness:
+    problems = tuple(_leaking(model)) or tuple(_tried(model, gradients, loss, crop, few=few))
     if not problems:
         return Fitness(gradients=gradients)
-    return Fitness(gradients=gradients, problems=problems, remedy=_remedy(model, gradients, loss, crop))
+    leaky = any(not problem.startswith("gradients=") for problem in problems)
+    return Fitness(gradients=gradients, problems=problems, remedy=_remedy(model, gradients, loss, crop, leaky=leaky))
+
+
+def require_private(model: nn.Module, loss: Loss, *, gradients: Gradients, device: torch.device) -> None:
+    """Refuses what `check_private` and `check_loss` find fault with; what has passed is tried anew when it changes.
+
+    What the network and the loss hold and their code decide whether they are the same, not which objects they are.
+    Where nothing but trained weights has changed, fewer patients are tried.
+
+    Raises:
+        ValueError: the network leaks or breaks, or the loss mixes patients.
+    """
+    rest, whole = fingerprint(model, loss, gradients, device.type)
+    if whole in _PASSED:
+        return
+    if rest not in _PASSED:
+        check_loss(loss, device=device)
+    on_cpu = loss if device.type == "cpu" else DiceBCE()
+    fitness = _fitness(model, gradients, on_cpu, _CROP, few=rest in _PASSED)
+    if not fitness:
+        raise ValueError(repr(fitness))
+    for known in (rest, whole):
+        _PASSED.pop(known, None)
+        _PASSED[known] = None
+    while len(_PASSED) > _KEPT:
+        del _PASSED[next(iter(_PASSED))]
 
 
 def fix_private(model: nn.Module, *, gradients: Gradients = "backward") -> nn.Module:
@@ -92,7 +130,7 @@ def fix_private(model: nn.Module, *, gradients: Gradients = "backward") -> nn.Mo
         model: is not changed.
         gradients: how gradients of single patients will be computed.
     """
-    fixed = copy.deepcopy(model)
+    fixed: nn.Module = copied(model)
     for name, layer in list(fixed.named_modules()):
         better = _without_leak(layer)
         if better is not layer:
@@ -113,24 +151,27 @@ def fix_private(model: nn.Module, *, gradients: Gradients = "backward") -> nn.Mo
 def check_loss(loss: Loss, *, device: torch.device | str = "cpu") -> None:
     """Refuses a loss that mixes patients: clipping each patient's gradient would then bound no patient's influence.
 
-    On random logits and targets, on a device, the loss of two patients must be the mean of their losses. A loss that
-    mixes patients only for particular values is not detected.
+    On random logits and targets, on a device, the loss of several patients must be the mean of their losses: for logits
+    that are large, tiny, constant, all positive or all negative, and patients without tumour or of nothing else. A loss
+    that mixes patients only for other values is not detected.
 
     Raises:
         ValueError: the loss mixes patients.
     """
-    rng = torch.Generator().manual_seed(0)
-    for density in (0.0, 0.02, 0.3):  # a patient without tumour, a small and a large one, beside another
-        logits = 3 * torch.randn(2, len(REGIONS), 16, 16, 16, generator=rng).to(device)
-        drawn = torch.rand(2, len(REGIONS), 16, 16, 16, generator=rng)
-        target = (drawn < torch.tensor([density, 0.2]).view(2, 1, 1, 1, 1)).float().to(device)
-        both = float(loss(logits, target))
-        single = [float(loss(logits[i:i + 1], target[i:i + 1])) for i in range(2)]
-        if not math.isclose(both, sum(single) / 2, rel_tol=1e-4, abs_tol=1e-6):
-            raise ValueError(
-                f"the loss {loss!r} mixes patients: for two patients it is {both:.6g}, the mean of their losses is "
-                f"{sum(single) / 2:.6g}. Use a loss that is computed per patient and then averaged, such as DiceBCE() "
-                "or MONAI's DiceLoss(batch=False, reduction='mean')")
+    loss, rng = copied(loss), torch.Generator().manual_seed(0)
+    tumours = torch.tensor([0.0, 0.2, 0.02, 1.0]).view(4, 1, 1, 1, 1)  # shares of voxels, patients without any too
+    for offset, scale in ((0.0, 3.0), (5.0, 1.0), (-5.0, 1.0), (0.0, 30.0), (0.0, 1e-3), (2.0, 0.0), (-20.0, 5.0)):
+        all_logits = (offset + scale * torch.randn(4, len(REGIONS), 16, 16, 16, generator=rng)).to(device)
+        all_targets = (torch.rand(4, len(REGIONS), 16, 16, 16, generator=rng) < tumours).float().to(device)
+        for chosen in ((0, 1), (2, 1), (1, 1), (0, 1, 2, 3)):
+            logits, target = all_logits[list(chosen)], all_targets[list(chosen)]
+            both = float(loss(logits, target))
+            mean = sum(float(loss(one[None], its[None])) for one, its in zip(logits, target, strict=True)) / len(chosen)
+            if not math.isclose(both, mean, rel_tol=1e-4, abs_tol=1e-6):
+                raise ValueError(
+                    f"the loss {loss!r} mixes patients: for {len(chosen)} patients it is {both:.6g}, the mean of their "
+                    f"losses is {mean:.6g}. Use a loss that is computed per patient and then averaged, such as "
+                    "DiceBCE() or MONAI's DiceLoss(batch=False, reduction='mean')")
 
 
 def _leaking(model: nn.Module) -> Iterator[str]:
@@ -158,63 +199,43 @@ def _without_leak(layer: nn.Module) -> nn.Module:
     return better.train(layer.training)
 
 
-def _tried(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, int, int]) -> Iterator[str]:
+def _tried(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, int, int], *,
+           few: bool = False, passes: bool = True) -> Iterator[str]:
     """The problems found with two patients of random numbers, on the smallest volume that the network takes."""
     sizes = [(s, s, s) for s in (16, 32) if s <= min(crop)]
     failed: Exception | None = None
     # In float64 no rounding is taken for a leak; float32 is for networks that take nothing else.
     for size, dtype in itertools.product((*sizes, crop), (torch.float64, torch.float32)):
-        probe = _probe(model, dtype)
-        rng = torch.Generator().manual_seed(0)
-        image = torch.randn(2, len(MODALITIES), *size, generator=rng).to(dtype)
-        target = (torch.rand(2, len(REGIONS), *size, generator=rng) < 0.2).float()
+        pairs = probes(size, few=few or max(size) > 16)
+        image = pairs["ordinary"].to(dtype)
+        target = (torch.rand(2, len(REGIONS), *size, generator=torch.Generator().manual_seed(0)) < 0.2).float()
         try:
             with seeded():
-                probe(image[:1])
+                probe_copy(model, dtype)(image[:1])
         except (RuntimeError, ValueError) as error:
             failed = error
             continue
         with seeded():
-            yield from _state_kept(probe, image)
-            yield from _gradients_differ(model, gradients, loss, image, target)
+            if passes:
+                yield from leaks(model, loss, pairs)
+            if not few or gradients != "backward":
+                yield from _gradients_differ(model, gradients, loss, image, target)
         return
     yield f"the network fails on a crop of {crop} voxels in training: {_first_line(failed)}"
-
-
-def _probe(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in training on the CPU, without the randomness of dropout."""
-    probe = copy.deepcopy(model).cpu().to(dtype).train()
-    for layer in probe.modules():
-        if isinstance(layer, nn.modules.dropout._DropoutNd):
-            layer.p = 0.0
-    return probe
-
-
-def _state_kept(probe: nn.Module, image: torch.Tensor) -> Iterator[str]:
-    before = {name: b.clone() for name, b in probe.named_buffers()}
-    with torch.no_grad():
-        both = probe(image)
-        each = torch.cat([probe(one[None]) for one in image])
-    for name, buffer in probe.named_buffers():
-        if not torch.equal(buffer, before[name]):
-            yield f"{name} leaks: a pass in training changes this buffer, which keeps data of patients without noise"
-    if not isinstance(both, torch.Tensor) or both.shape != each.shape:
-        yield f"the network gives {type(both).__name__}, expected logits (B, 3, X, Y, Z)"
-    elif float((both - each).norm()) > _TOLERANCE * float(each.norm()):
-        yield "the network mixes patients: the output for one depends on the others in the batch"
 
 
 def _gradients_differ(model: nn.Module, gradients: Gradients, loss: Loss, image: torch.Tensor,
                       target: torch.Tensor) -> Iterator[str]:
     """Whether each patient's gradient is that of a batch of one, of plain autograd."""
-    kit = _kit(_probe(model, image.dtype), loss)
+    kit = _kit(probe_copy(model, image.dtype), loss)
     expected = []
     for k in range(len(image)):
         one = kit.loss(image[k:k + 1], target[k:k + 1])
         found = torch.autograd.grad(one, list(trainable(kit.model).values()), allow_unused=True, materialize_grads=True)
         expected.append(torch.cat([g.flatten() for g in found]))
     try:
-        parts = list(per_patient(_kit(_probe(model, image.dtype), loss), image[:, None], target[:, None], gradients))
+        kit = _kit(probe_copy(model, image.dtype), loss)
+        parts = list(per_patient(kit, image[:, None], target[:, None], gradients))
     except Exception as error:  # a network's own code may raise anything under hooks or vmap
         yield f"gradients={gradients!r} breaks this network: {_first_line(error)}{_suspects(model)}"
         return
@@ -242,10 +263,10 @@ def _suspects(model: nn.Module) -> str:
     return f"; these work in place: {', '.join(found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''}"
 
 
-def _remedy(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, int, int]) -> str:
-    """The remedy, tried before it is recommended."""
+def _remedy(model: nn.Module, gradients: Gradients, loss: Loss, crop: tuple[int, int, int], *, leaky: bool) -> str:
+    """The remedy, tried before it is recommended; of a network that leaks nothing only the gradients are tried."""
     def helps(candidate: nn.Module, how: Gradients) -> bool:
-        return not any(_leaking(candidate)) and not any(_tried(candidate, how, loss, crop))
+        return not any(_leaking(candidate)) and not any(_tried(candidate, how, loss, crop, few=leaky, passes=leaky))
 
     if gradients != "backward" and helps(model, "backward"):
         other = "say gradients='backward', which takes this network as it is"
