@@ -27,6 +27,7 @@ from fedlab.privacy.noise.streams import noise_generator
 
 __all__ = ["DPSGD", "PatientBatches"]
 
+
 class DPSGD(Privacy):
     """Patient-level DP-SGD: every patient's gradient is clipped, noise is added to their sum (Abadi et al. 2016).
 
