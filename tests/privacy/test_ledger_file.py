@@ -269,6 +269,19 @@ def test_another_network_adds_to_the_same_file(tmp_path):
     assert len(entries(tmp_path, "site-0")) == 2
 
 
+def test_a_link_to_a_ledger_stays_one_and_what_it_names_is_charged(tmp_path):
+    kept, linked = tmp_path / "kept" / "ledgers", tmp_path / "linked" / "ledgers"
+    linked.mkdir(parents=True)
+    (linked / "site-0.ledger.json").symlink_to(kept / "site-0.ledger.json")
+    run(tmp_path / "kept", rounds=1)
+    run(tmp_path / "linked", rounds=1, seed=1)
+    assert (linked / "site-0.ledger.json").is_symlink()
+    assert [len(entries(tmp_path / "kept", site)) for site in ("site-0", "site-1")] == [2, 1]
+    (kept / "site-0.ledger.json").unlink()
+    with pytest.raises(PrivacyError, match="is missing; restore it"):
+        run(tmp_path / "linked", rounds=1, seed=2)
+
+
 def test_two_runs_at_once_are_refused(tmp_path):
     (tmp_path / "ledgers").mkdir()
     with FileLock(tmp_path / "ledgers" / "site-0.ledger.json.lock"), pytest.raises(PrivacyError, match="another run"):

@@ -209,7 +209,7 @@ def test_what_a_pass_keeps_of_patients_is_named(network, name):
 
 
 def test_dpsgd_refuses_a_network_that_sets_weights_from_data():
-    with pytest.raises(ValueError, match="act.shift leaks: a pass in training changes this parameter"):
+    with pytest.raises(ValueError, match=r"act\.shift leaks: a pass in training changes this parameter"):
         run(DataInitialised())
 
 

@@ -37,7 +37,8 @@ class LedgerFile:
 
     def __init__(self, folder: Path | str, site: str) -> None:
         self.site = site
-        self.path = Path(folder) / f"{quote(site, safe='')}.ledger.json"
+        path = Path(folder) / f"{quote(site, safe='')}.ledger.json"
+        self.path = path.resolve() if path.is_symlink() else path  # a link stays one, and what it names is charged
         self._begun = self.path.with_suffix(".begun")
 
     @contextmanager
