@@ -212,7 +212,7 @@ def rounded_up(value: float, digits: int = 3) -> str:
     """A number in a few digits that say at least as much: an ε is never shown smaller than it is."""
     if not math.isfinite(value):
         return str(value)
-    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal_from_float(value)):.{digits}g}"
+    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(repr(float(value)))):.{digits}g}"
 
 
 class Spent(NamedTuple):

@@ -211,7 +211,9 @@ def test_what_can_be_imported_elsewhere_names_its_modules():
     assert modules_of(local() + TopK(keep=0.1)) == ()
     assert modules_of(central(clip=AdaptiveClip(start=1.0, bit_noise=2.0))) == ()
     assert modules_of(Noise() + local()) == ("test_privacy_frame",)
-    assert modules_of(Here(how=[{"rate": 0.1}, blob_sites])) == ("cohorts", "test_bad_privacy")
+    assert modules_of(Here(how=[{"rate": 0.1}, TinyNet])) == ("cohorts", "test_bad_privacy")
+    with pytest.raises(PrivacyError, match="cohorts:blob_sites has no place in a plan"):  # no function of a file
+        modules_of(Here(how=[{"rate": 0.1}, blob_sites]))
 
 
 @pytest.mark.parametrize("made", [
