@@ -327,7 +327,8 @@ def test_two_ledgers_of_other_terms_are_not_joined():
 
 
 @pytest.mark.parametrize("epsilon, shown", [(1.2301, "1.24"), (0.99904, "1"), (8.004, "8.01"), (123456.0, "1.24e+05"),
-                                            (0.5, "0.5"), (0.1, "0.1"), (1e-7, "1e-07"), (float("inf"), "inf"), (0.0, "0")])
+                                            (0.5, "0.5"), (0.1, "0.1"), (1e-7, "1e-07"),
+                                            (float("inf"), "inf"), (0.0, "0")])
 def test_an_epsilon_is_shown_rounded_up(epsilon, shown):
     assert f"ε = {shown} at" in str(Spent(epsilon, 1e-5, "site", "rdp", ANY_TWO))
     assert float(shown) >= epsilon
