@@ -140,14 +140,14 @@ def check_noise(where: str, claim: Claim, runs: Floats, moves: Sequence[Floats],
 
 
 def only_shifted(moved: Floats, noise: Floats) -> bool:
-    """Whether an update shifts the output alike whatever the noise is.
+    """Whether an update shifts the output, and alike whatever the noise is.
 
     Args:
         moved: the shift for two seeds, (2, entries).
         noise: centred, (runs, entries).
     """
     varies, size = float(((moved[0] - moved[1])**2).sum()), float((moved**2).sum())
-    return varies <= 1e-6 * size + 1e-12 * float((noise**2).sum()) / len(noise)
+    return size > 0 and varies <= 1e-6 * size + 1e-12 * float((noise**2).sum()) / len(noise)
 
 
 def _over_rounds(noise: Floats, moved: Floats, sketch: Sketch) -> float:

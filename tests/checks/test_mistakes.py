@@ -6,11 +6,13 @@ techniques with random settings.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from mistakes import RIGHT, WRONG
 
 from cohorts import TinyNet, blob_patient
 from fedlab.checks.check_report import CheckReport
+from fedlab.checks.noise_tests import only_shifted
 from fedlab.checks.privacy import check_privacy
 from fedlab.checks.small_runs import plain_descent
 from fedlab.core.types import Site
@@ -38,3 +40,9 @@ def test_a_mistake_is_found(technique):
 def test_a_right_technique_passes(technique):
     report = small(technique)
     assert not report.failed, str(report)
+
+
+def test_an_output_that_no_update_shifts_shows_no_law_of_noise():
+    # As of a sparse vector all of whose values are cut off at the clip.
+    cut = np.random.default_rng(0).choice([-1.0, 1.0], (48, 30))
+    assert not only_shifted(np.zeros((2, 30)), cut) and only_shifted(np.ones((2, 30)), cut)
