@@ -252,7 +252,8 @@ def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
     by_arm = {name: sum(n for model, n in steps.items() if model == name or model.startswith(f"{name} "))
               for name in outcome.arms}
     trained = {name: count for name, count in by_arm.items() if count}
-    equal = "equal" if len(set(trained.values())) == 1 else "unequal"
+    all_known = set(trained) == {name for name, arm in outcome.arms.items() if arm.rounds}
+    equal = "equal" if all_known and len(set(trained.values())) == 1 else "unequal"
     text = " ".join([_text("lead", how, rounds=outcome.arms[outcome.main].rounds, **{"sites": found["sites"],
                      "patients": found["patients"]}), found["verdict"], _text(
         "lead", equal, steps=max(by_arm.values()), by_arm=", ".join(f"{name} {n:,}" for name, n in trained.items()))])

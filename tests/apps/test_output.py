@@ -270,7 +270,8 @@ def test_run_says_which_scans_of_one_person_stay_together(
     said = "1 person has several scans, which stay on one side of the split: BraTS-GLI-00001-100 = BraTS-GLI-00001-101"
     assert main(["run", "--data", "scans", "--sites", "t.csv", "--out", "run"]) == 1
     assert said in capsys.readouterr().err
-    outcome: Any = SimpleNamespace(job=read_job(Path("run")), sites=[], partition=done[0])
+    outcome: Any = SimpleNamespace(job=read_job(Path("run")), sites=[], partition=done[0], arms={}, histories={},
+                                   main="federated")
     assert f"{said}." in _notes(outcome, {"empty_regions": "none"})
 
 
