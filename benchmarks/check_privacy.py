@@ -34,7 +34,7 @@ from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.privacy.sparse.partial_sharing import SVT, SparseVector
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "checks"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / part) for part in ("checks", "")]
 
 #: Processor seconds that one check of a usual technique may take.
 ALLOWED = 20.0
