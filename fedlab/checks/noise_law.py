@@ -176,7 +176,7 @@ def odd_draws(drawn: npt.NDArray[np.bool_], rate: float) -> str | None:
         return f"a patient is drawn with probability {most / (rounds * steps):.3g}, charged is {rate:.3g}"
     empty = int((drawn.sum(axis=2) == 0).sum())
     if binom.cdf(empty, rounds * steps, (1 - rate)**patients) < LEVEL:
-        return (f"{empty} of {rounds * steps} steps draw nobody, of independent draws "
+        return (f"{empty} of {rounds * steps} steps draw no patient, of independent draws "
                 f"{rounds * steps * (1 - rate)**patients:.0f} would")
     for axis, what in ((2, "the number of patients of a step"), (1, "the number of steps of a patient in a round"),
                        (0, "a patient's place in a round")):

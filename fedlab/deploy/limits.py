@@ -35,7 +35,7 @@ class Limits:
             broadcasts with the weights of a round. A server that broadcasts a huge norm receives unclipped updates.
 
     Raises:
-        ValueError: a limit that is not positive, or a range that is none.
+        ValueError: a limit that is not positive, or an invalid range.
     """
 
     max_steps: int | None = None

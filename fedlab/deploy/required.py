@@ -56,8 +56,8 @@ class Required:
         """From site.toml: a name, or a table such as {technique = "DPSGD", min_noise_multiplier = 0.8}.
 
         Raises:
-            ValueError: something else, a technique or setting that fedlab does not have, or an invalid limit: a limit
-                that nobody checks would be none.
+            ValueError: something else, a technique or setting that fedlab does not have, or an invalid limit,
+                since a site would rely on a limit that is not checked.
         """
         if isinstance(value, str):
             value = {"technique": value}

@@ -203,7 +203,7 @@ def _train(packed: bytes) -> Trained:
     """In a worker: trains one model and scores it on the held-out patients of all sites."""
     import cloudpickle
 
-    model: Model = cloudpickle.loads(packed)
+    model: Model = cloudpickle.loads(packed)  # from the process that started this one, never from a file
     sites = load_sites(model.prepared)
     chosen = [site for site in sites if site.name in set(model.sites)]
     first = [site.val[0] for site in sites if len(site.val)]

@@ -1,4 +1,4 @@
-"""The runs on disk as a table: what each compared, what came out, what it spent, and two of them beside each other."""
+"""The runs on disk as a table of arms, Dice and privacy spent, and the paired difference of two of them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RunOnDisk:
         """The privacy that the main arm's sites have spent, the largest ε per unit; "none" without a guarantee."""
         try:
             records = json.loads((self.folder / "history.json").read_text(encoding="utf-8"))
-            spent = [Spent(**entry) for record in records[(self.summary or {})["main"]]
+            spent = [Spent(**{"repeats": True, **entry}) for record in records[(self.summary or {})["main"]]
                      for entries in record["spent"].values() for entry in entries]
         except (OSError, ValueError, KeyError, TypeError):
             return "unknown"

@@ -75,3 +75,14 @@ def test_a_folder_without_runs_is_said_to_have_none(tmp_path):
     assert command("runs", tmp_path) == "no run\n"
     assert json.loads(command("runs", tmp_path, "--json")) == []
     assert "no run" in repr(runs(tmp_path))
+
+
+def test_an_epsilon_of_an_earlier_record_is_listed_with_the_remark_on_repeating_noise(folder):
+    path = folder / "first" / "history.json"
+    history = json.loads(path.read_text())
+    history["federated"][-1]["spent"] = {"site-01": [{
+        "epsilon": 1.5, "delta": 1e-3, "unit": "site", "accountant": "rdp", "adjacency": "any two updates of a site"}]}
+    path.write_text(json.dumps(history))
+    assert runs(folder)["first"].guarantee() == (
+        "ε = 1.5 at δ = 0.001 per site (any two updates of a site, rdp accountant); noise repeats with the seed: for "
+        "research, low bits not covered")

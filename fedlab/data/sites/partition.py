@@ -197,7 +197,7 @@ def split_patients(patients: Sequence[T], *, held_out: float, seed: int, site: s
     """Patients to train on and held-out patients, by a hash of the person, the seed and the site.
 
     With a fraction each person is held out with that probability, independently of all others: who joins or leaves the
-    site moves nobody else between training and held-out patients, as a guarantee per patient needs. Two exceptions
+    site moves no other patient between training and held-out patients, as a guarantee per patient needs. Two exceptions
     concern small sites: where the hash holds out fewer than `at_least`, the next ones are held out too, and one person
     always remains for training. A *number* of persons, the first ones by their hash, depends on who else is there.
 
