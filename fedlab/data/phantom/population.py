@@ -184,7 +184,7 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
     length = float(np.clip(math.exp(rng.normal(math.log(5.0), 0.3)), 3.0, 9.0))
     proliferation = float(np.clip(math.exp(rng.normal(math.log(0.015), 0.6)), 0.003, min(0.08, 0.9 / length**2)))
     faint = chance(min(1.0, population.faint * (2 if low_grade else 1)))
-    push = float(rng.uniform(0.15, 0.8)) * (1 - 0.6 * shape["diffuse"])
+    push = float(rng.uniform(0.25, 0.8)) * (1 - 0.6 * shape["diffuse"])
     return Growth(
         diffusion=length**2 * proliferation, proliferation=proliferation,
         volume_ml=float(np.clip(volume, SMALLEST_ML, LARGEST_ML)), core_share=core,
@@ -195,9 +195,9 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
         **shape, operated=operated and not low_grade,
         calcified=float(rng.uniform(0.2, 1.0)) * chance(population.calcified),
         bleeding=float(rng.uniform(0.2, 1.0)) * chance(population.bleeding),
-        look=Look(faint=float(rng.uniform(0.5, 1.0)) if faint else float(rng.uniform(0.0, 0.3)), fluid=fluid,
+        look=Look(faint=float(rng.uniform(0.5, 1.0)) if faint else float(rng.uniform(0.0, 0.45)), fluid=fluid,
                   mismatch=float(rng.uniform(0.5, 1.0)) * (low_grade and chance(population.mismatch)),
-                  uptake=float(math.exp(rng.uniform(math.log(0.3), math.log(1.1))))),
+                  uptake=float(math.exp(rng.uniform(math.log(0.15), math.log(0.8))))),
     )
 
 

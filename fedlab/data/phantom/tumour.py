@@ -213,23 +213,26 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     """
     shape = grown.inside.shape
     coarse = smooth_fields(rng, 4, shape, spacing_mm, max(8.0, 0.7 * growth.core_mm))
-    fine = smooth_fields(rng, 3, shape, spacing_mm, max(6.0, spacing_mm))
+    fine = smooth_fields(rng, 3, shape, spacing_mm, max(4.5, spacing_mm))
     rough, core_mm = growth.roughness, growth.core_mm
     # The outermost cortex and what lies against the falx are compressed rather than replaced.
-    wall = 3 * torch.exp(-torch.minimum(tissue["depth"], across.abs()) / 3) * (1 - tissue["white"])
+    falx = torch.exp(-across.abs() / 4.5) * (1 - tissue["white"]).clamp_min(0)
+    wall = torch.maximum(3 * torch.exp(-tissue["depth"] / 3), (11 + 3 * coarse[2]) * falx)
     core = (1 - growth.diffuse) * grown.inside + growth.diffuse * (
-        grown.spread + 3 * rough * coarse[0] + 3 * tissue["white"]) + (0.5 + rough) * fine[0] - wall
+        grown.spread + 3 * rough * coarse[0] + 3 * tissue["white"]) + (0.8 + 1.2 * rough) * fine[0] - wall
     blocked = (tissue["brain"] <= 0.5) | (tissue["ventricle"] >= 0.5)
     allowed = ~blocked & (grown.inside > -0.8 * _FAR_MM)
     voxels = max(1, round(growth.volume_ml * 1000 / spacing_mm**3))
     core_cut = _cut(core, allowed, max(1, round(voxels * growth.core_share)))
     in_core = allowed & (core >= core_cut)
     spare = _smooth(5 * tissue["white"] - 9 * tissue["cortex"] - 9 * tissue["csf"])
-    oedema = grown.spread + spare + rough * (2.0 * coarse[1] + 0.8 * fine[1]) + 1.0 * fine[1]
+    oedema = grown.spread + spare + 2 * rough * coarse[1] + (1.2 + 1.3 * rough) * fine[1] - wall
     oedema = torch.maximum(oedema, 4 * (core - core_cut) + 8)  # a seam of oedema around the core
     around = allowed & ~in_core
     oedema_cut = _cut(oedema, around, voxels - int(in_core.sum()))
     inside = in_core | around & (oedema >= oedema_cut)
+    flat = _flat_ends(inside, torch.maximum(core - core_cut, oedema - oedema_cut))
+    inside, in_core = inside & ~flat, in_core & ~flat
     coordinate = coordinates(shape, spacing_mm)
     direction = torch.from_numpy(_unit(rng))
     ring = core - growth.tilt * 0.55 * torch.tensordot(direction, coordinate, dims=1) + core_mm * 0.1 * coarse[2]
@@ -240,7 +243,7 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     label[inside] = 2
     label[in_core] = 4
     label[dead] = 0 if growth.operated else 1
-    free = 1 - blocked.float()
+    free = 1 - blocked.float() - 0.7 * (flat & ~blocked)
     soft_core = torch.sigmoid((core - core_cut) / (0.5 + growth.diffuse)) * free
     whole = torch.maximum(torch.sigmoid((oedema - oedema_cut) / growth.edge_mm) * free, soft_core)
     soft_dead = soft_core if growth.low_grade else torch.minimum(
@@ -248,6 +251,24 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     none = torch.zeros_like(soft_dead)
     cavity = soft_dead if growth.operated else none
     return Tumour(label, whole - soft_core, none if growth.operated else soft_dead, soft_core - soft_dead, cavity)
+
+
+def _flat_ends(inside: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    """Voxels without which the outermost slice in each of the six directions is at most 0.08 of the largest one.
+
+    Few tumours end in a plane of the grid. What remains of such a slice are the voxels with the highest scores.
+    """
+    flat = torch.zeros_like(inside)
+    for axis in range(3):
+        areas = inside.sum(tuple(a for a in range(3) if a != axis))
+        used = areas.nonzero()
+        for end in {int(used[0]), int(used[-1])} if len(used) > 2 else ():
+            kept = max(1, int(0.08 * int(areas.max())))
+            if areas[end] > kept:
+                here = inside.select(axis, end)
+                cut = _cut(score.select(axis, end), here, kept)
+                flat.select(axis, end).logical_or_(here & (score.select(axis, end) < cut))
+    return flat
 
 
 def _unit(rng: np.random.Generator) -> NDArray[np.float32]:
