@@ -121,7 +121,8 @@ def generate_patient(*, seed: int, site: str, index: int, profile: SiteProfile, 
         growth = draw_growth(rng, profile.population)
         warp = centred(draw_warp(rng, grid), atlas, affine)
         half = warp(grid.coordinates(2))
-        seeds = draw_seeds(rng, _white_matter(sample_atlas(atlas, affine, half, ("white", "depth")), half, grid), growth)
+        seeds = draw_seeds(rng, _white_matter(sample_atlas(atlas, affine, half, ("white", "depth")), half, grid, growth),
+                           growth)
         centre = seeds[0]
         pushed = warp(mass_effect(grid.coordinates(2), centre, growth))
         work = _crop(grid, sample_atlas(atlas, affine, pushed, ("brain",)))
@@ -161,11 +162,12 @@ def _crop(grid: Grid, maps: Mapping[str, torch.Tensor]) -> Grid:
     return Grid(shape=(shape[0], shape[1], shape[2]), spacing_mm=grid.spacing_mm)
 
 
-def _white_matter(maps: Mapping[str, torch.Tensor], template: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Points in the white matter of the cerebrum [mm from the grid's centre], shape (N, 3)."""
+def _white_matter(maps: Mapping[str, torch.Tensor], template: torch.Tensor, grid: Grid, growth: Growth) -> torch.Tensor:
+    """Points in the white matter of the cerebrum, deeper for larger cores [mm from the grid's centre], shape (N, 3)."""
+    least = min(max(6.0, 0.65 * growth.core_mm), 18.0)
     x, y, z = (template[i] + CENTRE_MM[i] for i in range(3))
     cerebrum = (z > -28) & ~((y < -25) & (z < -4)) & ((x.abs() > 10) | (z > 8))
-    good = (maps["white"] > 0.45) & (maps["depth"] > 0.12) & cerebrum
+    good = (maps["white"] > 0.45) & (maps["depth"] * DEPTH_MM > least) & cerebrum
     if not good.any():
         raise DataError(f"no white matter to seed a tumour in on {grid}")
     return grid.coordinates(2)[:, good].T

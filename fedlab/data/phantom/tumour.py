@@ -231,11 +231,9 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     around = allowed & ~in_core
     oedema_cut = _cut(oedema, around, voxels - int(in_core.sum()))
     inside = in_core | around & (oedema >= oedema_cut)
-    flat = _flat_ends(inside, torch.maximum(core - core_cut, oedema - oedema_cut))
-    inside, in_core = inside & ~flat, in_core & ~flat
     coordinate = coordinates(shape, spacing_mm)
     direction = torch.from_numpy(_unit(rng))
-    ring = core - growth.tilt * 0.55 * torch.tensordot(direction, coordinate, dims=1) + core_mm * 0.1 * coarse[2]
+    ring = core - growth.tilt * 0.4 * torch.tensordot(direction, coordinate, dims=1) + core_mm * 0.1 * coarse[2]
     necrosis = (1 - growth.patchy) * ring + growth.patchy * 0.5 * core_mm * coarse[3] + 0.6 * fine[2]
     necrosis_cut = _cut(necrosis, in_core, round(int(in_core.sum()) * growth.necrotic_share))
     dead = in_core & ((necrosis >= necrosis_cut) | growth.low_grade)
@@ -243,6 +241,9 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     label[inside] = 2
     label[in_core] = 4
     label[dead] = 0 if growth.operated else 1
+    label[_fragments(label > 0, voxels)] = 0
+    flat = _flat_ends(label > 0, torch.maximum(core - core_cut, oedema - oedema_cut))
+    label[flat] = 0
     free = 1 - blocked.float() - 0.7 * (flat & ~blocked)
     soft_core = torch.sigmoid((core - core_cut) / (0.5 + growth.diffuse)) * free
     whole = torch.maximum(torch.sigmoid((oedema - oedema_cut) / growth.edge_mm) * free, soft_core)
@@ -251,6 +252,16 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     none = torch.zeros_like(soft_dead)
     cavity = soft_dead if growth.operated else none
     return Tumour(label, whole - soft_core, none if growth.operated else soft_dead, soft_core - soft_dead, cavity)
+
+
+def _fragments(inside: torch.Tensor, voxels: int) -> torch.Tensor:
+    """Parts that hold less than a fiftieth of the tumour's voxels and touch no larger one."""
+    from scipy import ndimage
+
+    parts, _ = ndimage.label(inside.numpy())
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = voxels
+    return torch.from_numpy((50 * sizes < voxels)[parts])
 
 
 def _flat_ends(inside: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
