@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fedlab.data.brain import bounding_box
 
-__all__ = ["ATLAS_CHANNELS", "DEPTH_MM", "Grid", "Warp", "build_atlas", "centred", "coordinates", "draw_tissue", "draw_warp",
-           "jacobian", "rotation", "sample", "sample_atlas", "smooth_fields"]
+__all__ = ["ATLAS_CHANNELS", "DEPTH_MM", "Grid", "Warp", "build_atlas", "centred", "coordinates", "draw_tissue",
+           "draw_warp", "jacobian", "rotation", "sample", "sample_atlas", "smooth_fields"]
 
 #: Centre of the template's brain [mm, MNI], placed at the centre of every grid.
 CENTRE_MM = (0.0, -16.5, 5.5)
@@ -314,7 +314,7 @@ def draw_tissue(rng: np.random.Generator, maps: dict[str, torch.Tensor], positio
     # Ventricles grow with age: everything within some millimetres of them becomes fluid.
     widened = math.exp(-min(5.0, abs(float(rng.normal(0, 0.8))) + max(0.0, years - 40) * 0.05) / NEAR_MM)
     ventricle = torch.maximum(maps["ventricle"], torch.sigmoid(25 * (maps["near_ventricle"] - widened)))
-    ventricle = ventricle * torch.sigmoid(12 * (ventricle - 0.1 - 0.9 * press))
+    ventricle = ventricle * torch.sigmoid(12 * (ventricle - 0.1 - 1.1 * press))
     maps["ventricle"] = ventricle
     white, grey, csf = torch.softmax(logits, dim=0) * (1 - ventricle)
     csf = csf + ventricle

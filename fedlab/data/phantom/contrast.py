@@ -306,8 +306,8 @@ def acquire(rng: np.random.Generator, fractions: Mapping[str, torch.Tensor], sca
     image *= 1 - float(rng.uniform(0, 0.9)) * (1 - soft)
     noise = torch.from_numpy(rng.standard_normal((2, *image.shape), dtype=np.float32)) * scanner.noise
     image = torch.sqrt((image + noise[0]).square() + noise[1].square())
-    for c, (axis, share) in enumerate(zip(scanner.slice_axis, scanner.coverage, strict=True)):
-        image[c].narrow(axis, 0, round((1 - share) * shape[axis])).zero_()  # outside the field of view
+    for c, (axis, seen_share) in enumerate(zip(scanner.slice_axis, scanner.coverage, strict=True)):
+        image[c].narrow(axis, 0, round((1 - seen_share) * shape[axis])).zero_()  # outside the field of view
     return image * (brain > 0)
 
 

@@ -121,8 +121,8 @@ def generate_patient(*, seed: int, site: str, index: int, profile: SiteProfile, 
         growth = draw_growth(rng, profile.population)
         warp = centred(draw_warp(rng, grid), atlas, affine)
         half = warp(grid.coordinates(2))
-        seeds = draw_seeds(rng, _white_matter(sample_atlas(atlas, affine, half, ("white", "depth")), half, grid, growth),
-                           growth)
+        good = _white_matter(sample_atlas(atlas, affine, half, ("white", "depth")), half, grid, growth)
+        seeds = draw_seeds(rng, good, growth)
         centre = seeds[0]
         pushed = warp(mass_effect(grid.coordinates(2), centre, growth))
         work = _crop(grid, sample_atlas(atlas, affine, pushed, ("brain",)))
@@ -133,7 +133,8 @@ def generate_patient(*, seed: int, site: str, index: int, profile: SiteProfile, 
                                     lesions=profile.population.lesions, age=profile.population.age,
                                     press=pressure(points, centre, growth))
         across = positions[0] + CENTRE_MM[0]
-        grown = grow(rng, tissue["white"], tissue["grey"] + tissue["deep_grey"], across, growth, work.spacing_mm, seeds)
+        grey = tissue["grey"] + tissue["deep_grey"]
+        grown = grow(rng, tissue["white"], grey, across, growth, work.spacing_mm, seeds)
         tumour = segment(rng, grown, {
             "white": tissue["white"], "cortex": tissue["grey"], "csf": tissue["csf"], "ventricle": maps["ventricle"],
             "brain": brain.float(), "depth": maps["depth"] * DEPTH_MM}, across, growth, work.spacing_mm)
@@ -367,7 +368,7 @@ def _recall(order: _Order, cache: Path) -> RawPatient | None:
     full = {name: torch.zeros((*tensors[name].shape[:-3], *order.grid.shape), dtype=tensors[name].dtype)
             for name in ("image", "label", "distractors")}
     for name, volume in full.items():
-        volume[(..., *box)] = tensors[name]
+        volume[..., box[0], box[1], box[2]] = tensors[name]
     return RawPatient(order.id, full["image"], full["label"], order.grid.affine, full["distractors"])
 
 

@@ -75,13 +75,14 @@ def mass_effect(points: torch.Tensor, centre: torch.Tensor, growth: Growth) -> t
     room = ((1.02 - (points / semi).square().sum(0).sqrt()) / 0.35).clamp(0, 1)
     inward = -centre / centre.norm().clamp_min(1.0)
     lean = 1 + 0.5 * (torch.tensordot(inward, offset, dims=1) / distance).clamp_min(0)
-    return points - ((1 - before / distance) * room * lean).clamp(max=0.7) * offset
+    before_points: torch.Tensor = points - ((1 - before / distance) * room * lean).clamp(max=0.7) * offset
+    return before_points
 
 
 def pressure(points: torch.Tensor, centre: torch.Tensor, growth: Growth) -> torch.Tensor:
     """How far sulci and ventricles are pressed flat, 0 to 1, shape (X, Y, Z): most beside the mass."""
     distance = (points - centre.view(3, 1, 1, 1)).square().sum(0).sqrt()
-    return growth.push / 0.8 * torch.exp(-(distance - growth.mass_mm).clamp_min(0) / 15)
+    return min(1.0, growth.push / 0.6) * torch.exp(-(distance - growth.mass_mm).clamp_min(0) / 15)
 
 
 def draw_seeds(rng: np.random.Generator, good: torch.Tensor, growth: Growth) -> torch.Tensor:
@@ -155,7 +156,7 @@ def _mass(rng: np.random.Generator, points: torch.Tensor, white: NDArray[np.floa
 
 def _length(turn: NDArray[np.float32], offset: NDArray[np.float32]) -> NDArray[np.float32]:
     """Length of vectors (3, ...) after a linear map."""
-    return np.sqrt(np.square(np.tensordot(turn, offset, 1)).sum(0))
+    return np.asarray(np.sqrt(np.square(np.tensordot(turn, offset, 1)).sum(0)), dtype=np.float32)
 
 
 def _spread(rng: np.random.Generator, tissue: NDArray[np.float32], side: NDArray[np.bool_],
@@ -233,7 +234,7 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     inside = in_core | around & (oedema >= oedema_cut)
     coordinate = coordinates(shape, spacing_mm)
     direction = torch.from_numpy(_unit(rng))
-    ring = core - growth.tilt * 0.4 * torch.tensordot(direction, coordinate, dims=1) + core_mm * 0.1 * coarse[2]
+    ring = core - growth.tilt * 0.25 * torch.tensordot(direction, coordinate, dims=1) + core_mm * 0.1 * coarse[2]
     necrosis = (1 - growth.patchy) * ring + growth.patchy * 0.5 * core_mm * coarse[3] + 0.6 * fine[2]
     necrosis_cut = _cut(necrosis, in_core, round(int(in_core.sum()) * growth.necrotic_share))
     dead = in_core & ((necrosis >= necrosis_cut) | growth.low_grade)
