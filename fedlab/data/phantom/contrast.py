@@ -235,13 +235,13 @@ def draw_tissues(rng: np.random.Generator, field_t: float, look: Look | None = N
         out[name] = Relaxation(min(1.0, pd * math.exp(0.02 * rng.standard_normal())),
                                t1 * math.exp(wide * rng.standard_normal()), t2 * math.exp(wide * rng.standard_normal()))
     fluid = out["oedema_fluid"]
-    wet = float(rng.uniform(0.6, 0.85)) * (1 - 0.8 * look.faint)
+    wet = float(rng.uniform(0.6, 0.85)) * (1 - 0.95 * look.faint)
     out["oedema"] = out["white"].towards(fluid, wet)
     out["oedema_b"] = out["white"].towards(fluid, wet * float(rng.uniform(0.35, 0.9)))
     out["lesion"] = out["white"].towards(fluid, float(rng.uniform(0.3, 0.6)))
     out["scar"] = out["white"].towards(fluid, float(rng.uniform(0.4, 0.9)))
     # Cellular tumour contains less free water than oedema: some of it hardly differs in intensity from grey matter.
-    out["solid"] = out["grey"].towards(out["solid"], float(rng.uniform(0.3, 1.0)) * (1 - 0.8 * look.faint))
+    out["solid"] = out["grey"].towards(out["solid"], float(rng.uniform(0.3, 1.0)) * (1 - 0.95 * look.faint))
     out["enhancing"] = out["grey"].towards(out["enhancing"], float(rng.uniform(0.0, 0.6)))
     for name, least, most in (("core", -0.1, 0.1), ("core_b", -0.35, 0.35)):
         share = min(1.0, max(0.0, look.fluid + float(rng.uniform(least, most)))) * 2

@@ -195,7 +195,7 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
         **shape, operated=operated and not low_grade,
         calcified=float(rng.uniform(0.2, 1.0)) * chance(population.calcified),
         bleeding=float(rng.uniform(0.2, 1.0)) * chance(population.bleeding),
-        look=Look(faint=float(rng.uniform(0.5, 1.0)) if faint else float(rng.uniform(0.0, 0.45)), fluid=fluid,
+        look=Look(faint=float(rng.uniform(0.6, 1.0)) if faint else float(rng.uniform(0.0, 0.45)), fluid=fluid,
                   mismatch=float(rng.uniform(0.5, 1.0)) * (low_grade and chance(population.mismatch)),
                   uptake=float(math.exp(rng.uniform(math.log(0.15), math.log(0.8))))),
     )
