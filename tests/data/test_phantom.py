@@ -393,7 +393,7 @@ def test_looks_of_tumours():
         solid, mismatch, cyst = look(seed, fluid=0.0), look(seed, fluid=0.0, mismatch=1.0), look(seed, fluid=1.0)
         assert mismatch[3]["core"] > 1.15 * solid[3]["core"]  # brighter on T2, darker on FLAIR
         assert mismatch[0]["core"] < 0.9 * solid[0]["core"]
-        assert cyst[0]["core"] < solid[0]["core"] and cyst[3]["core"] > 1.15 * solid[3]["core"]
+        assert cyst[0]["core"] < look(seed, fluid=0.5)[0]["core"] and cyst[3]["core"] > 1.15 * solid[3]["core"]
         assert plain[0]["calcification"] < 0.6 and plain[3]["calcification"] < 0.6  # dark on FLAIR and T2
         assert plain[1]["blood_products"] > 1.1  # bright on T1
         assert plain[0]["oedema"] > plain[0]["oedema_b"] > 1  # two sub-classes
