@@ -51,7 +51,7 @@ __all__ = ["DISTRACTORS", "RawPatient", "SiteProfile", "generate_patient", "make
            "write_brats"]
 
 #: Changes whenever the same settings would give other patients; part of every cache key.
-GENERATOR = "fedlab-phantom-37"
+GENERATOR = "fedlab-phantom-38"
 #: What resembles a tumour, by its number in `RawPatient.distractors`.
 DISTRACTORS = {1: "white-matter hyperintensity", 2: "scar", 3: "choroid plexus", 4: "meninges", 5: "fat", 6: "vessel"}
 _NAMES = ("lesion", "scar", "choroid", "meninges", "fat", "blood")  # the tissues of these numbers

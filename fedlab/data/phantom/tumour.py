@@ -242,10 +242,11 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     label[inside] = 2
     label[in_core] = 4
     label[dead] = 0 if growth.operated else 1
-    label[_fragments(label > 0, voxels)] = 0
-    flat = _flat_ends(label > 0, torch.maximum(core - core_cut, oedema - oedema_cut))
-    label[flat] = 0
-    free = 1 - blocked.float() - 0.7 * (flat & ~blocked)
+    lost = _fragments(label > 0)
+    label[lost] = 0
+    lost |= _flat_ends(label > 0, torch.maximum(core - core_cut, oedema - oedema_cut))
+    label[lost] = 0
+    free = 1 - blocked.float() - 0.7 * (lost & ~blocked)
     soft_core = torch.sigmoid((core - core_cut) / (0.5 + growth.diffuse)) * free
     whole = torch.maximum(torch.sigmoid((oedema - oedema_cut) / growth.edge_mm) * free, soft_core)
     soft_dead = soft_core if growth.low_grade else torch.minimum(
@@ -255,14 +256,15 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     return Tumour(label, whole - soft_core, none if growth.operated else soft_dead, soft_core - soft_dead, cavity)
 
 
-def _fragments(inside: torch.Tensor, voxels: int) -> torch.Tensor:
-    """Parts that hold less than a fiftieth of the tumour's voxels and touch no larger one."""
+def _fragments(inside: torch.Tensor) -> torch.Tensor:
+    """Parts that hold less than a fiftieth of the voxels of the largest part."""
     from scipy import ndimage
 
     parts, _ = ndimage.label(inside.numpy())
     sizes = np.bincount(parts.ravel())
-    sizes[0] = voxels
-    return torch.from_numpy((50 * sizes < voxels)[parts])
+    largest = sizes[1:].max(initial=0)
+    sizes[0] = largest
+    return torch.from_numpy((50 * sizes < largest)[parts])
 
 
 def _flat_ends(inside: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
