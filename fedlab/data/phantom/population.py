@@ -165,9 +165,9 @@ def draw_growth(rng: np.random.Generator, population: Population) -> Growth:
     core = float(np.clip(rng.beta(2.2, 3.0) + 0.04, 0.06, 0.9))
     if chance(0.5 if low_grade else 0.08):
         core = float(rng.uniform(0.7, 0.95))  # hardly any oedema
-    shape = {"diffuse": 0.0, "patchy": float(rng.uniform(0.0, 0.2)), "tilt": float(rng.beta(2.0, 3.0))}
+    shape = {"diffuse": 0.0, "patchy": float(rng.uniform(0.0, 0.15)), "tilt": float(rng.beta(2.0, 3.0))}
     if kind == 0:  # an enhancing rim around necrosis
-        dead, fluid = float(rng.beta(4.5, 3.5)), float(rng.uniform(0.3, 0.7))
+        dead, fluid = float(rng.beta(4.0, 4.0)), float(rng.uniform(0.3, 0.7))
         if chance(0.25):  # several necroses
             shape["patchy"] = float(rng.uniform(0.5, 0.9))
     elif kind == 1:

@@ -234,7 +234,7 @@ def segment(rng: np.random.Generator, grown: Grown, tissue: dict[str, torch.Tens
     inside = in_core | around & (oedema >= oedema_cut)
     coordinate = coordinates(shape, spacing_mm)
     direction = torch.from_numpy(_unit(rng))
-    ring = core - growth.tilt * 0.25 * torch.tensordot(direction, coordinate, dims=1) + core_mm * 0.1 * coarse[2]
+    ring = core - growth.tilt * 0.25 * torch.tensordot(direction, coordinate, dims=1) + core_mm * 0.07 * coarse[2]
     necrosis = (1 - growth.patchy) * ring + growth.patchy * 0.5 * core_mm * coarse[3] + 0.6 * fine[2]
     necrosis_cut = _cut(necrosis, in_core, round(int(in_core.sum()) * growth.necrotic_share))
     dead = in_core & ((necrosis >= necrosis_cut) | growth.low_grade)
