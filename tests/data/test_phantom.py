@@ -24,28 +24,37 @@ import fedlab
 from fedlab.core.errors import DataError
 from fedlab.core.types import Site
 from fedlab.data.cache import path_of
-from fedlab.data.phantom.anatomy import Grid, draw_warp, jacobian, smooth_fields
+from fedlab.data.phantom.anatomy import (
+    Grid,
+    coordinates,
+    draw_tissue,
+    draw_warp,
+    jacobian,
+    sample_atlas,
+    smooth_fields,
+)
 from fedlab.data.phantom.contrast import (
     TISSUES,
     GradientEcho,
     InversionRecovery,
+    Look,
     Relaxation,
     Scanner,
     SpinEcho,
     draw_tissues,
     enhance,
 )
-from fedlab.data.phantom.generator import (
+from fedlab.data.phantom.generator import DISTRACTORS, RawPatient, _atlas, generate_patient, make_cohort, write_brats
+from fedlab.data.phantom.population import (
     FETS_SIZES,
-    RawPatient,
+    Growth,
+    Population,
     SiteProfile,
-    generate_patient,
-    make_cohort,
+    draw_growth,
     site_profiles,
     site_sizes,
-    write_brats,
 )
-from fedlab.data.phantom.tumour import Growth, Population, draw_growth, grow, mass_effect
+from fedlab.data.phantom.tumour import grow, mass_effect, pressure, segment
 
 VISIBLE = math.log(0.16 / 0.84)  # a density of 0.16 as logarithm of the odds
 COARSE = {"shape": (32, 32, 32), "spacing_mm": 6.0, "progress": False, "workers": 0}
@@ -141,9 +150,9 @@ def test_volumes_and_grades_resemble_brats():
     drawn = [draw_growth(rng, Population()) for _ in range(2000)]
     volumes = np.array([g.volume_ml for g in drawn])
     assert 80 < np.median(volumes) < 100
-    assert volumes.min() >= 10 and volumes.max() <= 250
+    assert volumes.min() >= 3 and volumes.max() <= 250
     assert 0.10 <= np.mean([g.low_grade for g in drawn]) <= 0.15
-    assert 0.10 <= np.mean([g.foci > 1 for g in drawn]) <= 0.20
+    assert 0.05 <= np.mean([g.foci > 1 for g in drawn]) <= 0.11
     enhancing = np.array([g.volume_ml * g.core_share * (1 - g.necrotic_share) for g in drawn])
     assert 10 < np.median(enhancing) < 30
     high = [g.necrotic_share for g in drawn if not g.low_grade]
@@ -162,15 +171,23 @@ def test_shares_of_a_population_are_respected(cache: Path):
 
 def growth_of(**changes) -> Growth:
     plain = Growth(diffusion=0.3, proliferation=0.012, volume_ml=60.0, core_share=0.4, necrotic_share=0.5, foci=1,
-                   push=0.0, roughness=0.4, edge=0.3)
+                   push=0.0, roughness=0.4, edge_mm=1.0)
     return replace(plain, **changes)
+
+
+def visible(seed: int, white: torch.Tensor, grey: torch.Tensor, growth: Growth, centre: tuple[float, ...],
+            midline: float = -100.0) -> torch.Tensor:
+    """Where cells grown from a centre are dense enough to be seen, on a grid of 3 mm."""
+    across = coordinates(white.shape, 3.0)[0] - midline
+    grown = grow(np.random.default_rng(seed), white, grey, across, growth, 3.0, torch.tensor([centre]))
+    assert bool(torch.isfinite(grown.spread).all()) and bool(torch.isfinite(grown.inside).all())
+    return grown.spread > VISIBLE * growth.invasion_mm
 
 
 def test_a_tumour_crosses_no_fluid_and_prefers_white_matter():
     white, grey = torch.zeros(2, 40, 40, 40)
     white[:20], grey[20:30] = 1.0, 1.0  # fluid from 30 on
-    odds = grow(np.random.default_rng(0), white, grey, growth_of(volume_ml=100.0), 3.0, torch.tensor([-1.5, 0.0, 0.0]))
-    inside = odds > VISIBLE
+    inside = visible(0, white, grey, growth_of(volume_ml=100.0, core_share=0.1), (-1.5, 0.0, 0.0))
     assert not inside[31:].any()
     into_white = 20 - int(inside[:20].any(2).any(1).nonzero().min())
     into_grey = int(inside[20:30].any(2).any(1).sum())
@@ -180,17 +197,136 @@ def test_a_tumour_crosses_no_fluid_and_prefers_white_matter():
 def test_fast_diffusion_is_limited_for_stability():
     white = torch.ones(40, 40, 40)
     for diffusion, grown in ((0.1, True), (0.9, True), (100.0, False)):
-        odds = grow(np.random.default_rng(1), white, white * 0, growth_of(diffusion=diffusion), 3.0, torch.zeros(3))
-        assert bool(torch.isfinite(odds).all())
-        assert bool((odds > VISIBLE).any()) == grown  # diluted below visibility, but no NaN
+        growth = growth_of(diffusion=diffusion, volume_ml=200.0, core_share=0.1)
+        assert bool(visible(1, white, white * 0, growth, (0.5, 0.0, 0.0)).any()) == grown  # diluted, but no NaN
 
 
 def test_growth_stops_at_the_drawn_volume():
     white = torch.ones(48, 48, 48)
     for volume in (20.0, 120.0):
-        odds = grow(np.random.default_rng(2), white, white * 0, growth_of(volume_ml=volume), 3.0, torch.zeros(3))
-        grown = float((odds > VISIBLE).sum()) * 0.027
+        grown = float(visible(2, white, white * 0, growth_of(volume_ml=volume), (1.0, 0.0, 0.0)).sum()) * 0.027
         assert volume * 0.95 < grown < volume * 1.5
+
+
+def test_the_falx_is_crossed_through_white_matter_only():
+    white = torch.ones(48, 48, 48)
+    white[22:26] = 0.2  # cortex on both sides of the falx
+    right = coordinates(white.shape, 3.0)[0] > 0
+    large = growth_of(volume_ml=200.0, core_share=0.2)
+    closed = visible(3, white, 1 - white, large, (22.0, 0.0, 0.0), midline=0.0)
+    assert closed[right].any() and not closed[~right].any()
+    white[22:26, 20:28, 20:28] = 1.0  # a bridge of 24 x 24 mm
+    opened = visible(3, white, 1 - white, large, (22.0, 0.0, 0.0), midline=0.0)
+    assert opened[~right].any()
+    assert opened[23, 20:28, 20:28].sum() > 2 * opened[23].sum() / 3  # next to the falx they are at the bridge
+
+
+def test_the_mass_shifts_the_midline_by_hand():
+    # 60 ml, core 0.4: mass 60 (0.6 * 0.4 + 0.4) = 38.4 ml, radius³ = 9167 mm³, of which 0.5 is new. At 40 mm from the
+    # seed: 40 - (64000 - 4584 (1 - e^-6.98))^(1/3) = 0.979 mm, half as much again towards the midline: 1.47 mm.
+    centre = torch.tensor([40.0, 0.0, 0.0])
+    midline = torch.zeros(3, 1, 1, 1)
+    moved = midline - mass_effect(midline, centre, growth_of(push=0.5))
+    assert torch.allclose(moved.flatten(), torch.tensor([-1.468, 0.0, 0.0]), atol=2e-3)  # away from the tumour
+    growths = [growth_of(push=0.8, volume_ml=volume) for volume in (15, 60, 240)]
+    shifts = [float((mass_effect(midline, centre, growth) - midline)[0]) for growth in growths]
+    assert shifts[0] < 0.8 < shifts[1] < 3 < shifts[2] < 12
+    assert torch.equal(mass_effect(midline, centre, growth_of(push=0.0, volume_ml=200)), midline)
+
+
+def test_ventricles_move_and_are_pressed_flat(cache: Path):
+    atlas, affine = _atlas(6.0, cache)
+    grid, centre = Grid(shape=(32, 32, 32), spacing_mm=6.0), torch.tensor([35.0, 0.0, 15.0])
+    warp = draw_warp(np.random.default_rng(0), grid)
+
+    def ventricles(volume_ml: float) -> tuple[float, float]:
+        """Their volume [ml] and the place of their centre from right to left [mm]."""
+        growth = growth_of(push=0.8, volume_ml=volume_ml)
+        positions = warp(mass_effect(grid.coordinates(), centre, growth))
+        maps = sample_atlas(atlas, affine, positions)
+        draw_tissue(np.random.default_rng(1), maps, positions, grid, rim=0, scalp=0, lesions=0,
+                    press=pressure(grid.coordinates(), centre, growth))
+        share = maps["ventricle"]
+        return float(share.sum()) * 0.216, float((share * grid.coordinates()[0]).sum() / share.sum())
+
+    (small, before), (large, after) = ventricles(10.0), ventricles(200.0)
+    assert large < 0.9 * small and after < before - 1.5
+
+
+def ends(label: torch.Tensor) -> float:
+    """Voxels in the outermost slice relative to the largest slice, the largest of the six directions."""
+    areas = [(label > 0).sum(tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+    return max(float(a[a > 0][end] / a.max()) for a in areas for end in (0, -1))
+
+
+def test_tumours_do_not_end_in_planes(default_cohort: list[Site], cache: Path):
+    for patient in patients(default_cohort):
+        assert ends(patient.label) <= 0.12
+    grid = Grid(shape=(96, 96, 96), spacing_mm=2.0)
+    for index, profile in enumerate(site_profiles(6, seed=4)):
+        fine = generate_patient(seed=4, site="site-01", index=index, profile=profile, grid=grid, cache=cache)
+        assert ends(fine.label) <= 0.12
+
+
+def test_enhancement_is_a_ring_of_uneven_width(cache: Path):
+    from scipy import ndimage
+
+    profile = SiteProfile(scanner=Scanner(), population=Population(
+        low_grade=0.0, multifocal=0.0, median_ml=100.0, spread=0.2, solid=0.0, cystic=0.0, diffuse=0.0))
+    closed, uneven = [], []
+    for index in range(10):
+        made = generate_patient(seed=1, site="rings", index=index, profile=profile, grid=Grid(), cache=cache)
+        label = made.label.numpy()
+        dead, core = ndimage.binary_opening(label == 1), (label == 1) | (label == 4)
+        around = ndimage.binary_dilation(dead) & ~(label == 1) & (made.image[0] > 0).numpy()
+        closed.append((label[around] == 4).mean())
+        width = ndimage.distance_transform_edt(core, 3.0)[around & (label == 4)]  # from necrosis to the core's surface
+        uneven.append(np.quantile(width, 0.9) / np.quantile(width, 0.1))
+    assert np.median(closed) > 0.75  # of what touches necrosis, most enhances
+    assert np.median(uneven) >= 1.7
+
+
+def test_oedema_spares_the_cortex(cache: Path):
+    rng, shape = np.random.default_rng(0), (48, 48, 48)
+    points = coordinates(shape, 3.0)
+    cortex = ((points[1] / 9).floor() % 2 == 0).float()  # stripes of 9 mm
+    none = torch.zeros(shape)
+    tissue = {"white": 1 - cortex, "cortex": cortex, "csf": none, "ventricle": none, "brain": none + 1,
+              "depth": none + 30}
+    across = points[0] + 100  # one hemisphere
+    growth = growth_of(volume_ml=90.0, core_share=0.2)
+    grown = grow(rng, tissue["white"], cortex, across, growth, 3.0, torch.zeros(1, 3))
+    label = segment(rng, grown, tissue, across, growth, 3.0).label
+    assert float((label > 0).sum()) * 0.027 == pytest.approx(90, rel=0.06)  # without fragments
+    assert float(((label == 1) | (label == 4)).sum()) * 0.027 == pytest.approx(18, rel=0.02)
+    oedema = label == 2
+    assert (oedema & (cortex > 0)).sum() < 0.2 * oedema.sum()  # a half of the tissue is cortex
+
+
+def test_an_operated_patient_has_a_cavity_without_label(cache: Path):
+    profile = SiteProfile(scanner=Scanner(noise=0.0, bias=0.0), population=Population(
+        low_grade=0.0, operated=1.0, median_ml=120.0, spread=0.0, multifocal=0.0, bleeding=0.0, calcified=0.0))
+    raw = generate_patient(seed=0, site="site-01", index=5, profile=profile, grid=Grid(), cache=cache)
+    assert not (raw.label == 1).any() and (raw.label == 4).any()
+    from scipy import ndimage
+
+    tumour = raw.label.numpy() > 0
+    wider = ndimage.binary_dilation(tumour)
+    hole = ndimage.binary_erosion(ndimage.binary_fill_holes(wider) & ~wider)  # far from its wall
+    assert hole.sum() * 0.027 > 1
+    flair, t2 = raw.image[0].numpy(), raw.image[3].numpy()
+    assert np.median(t2[hole]) > 1.5 * np.median(t2[tumour]) and np.median(flair[hole]) < 0.8 * np.median(flair[tumour])
+
+
+def test_what_resembles_a_tumour_is_named(cache: Path):
+    def hyperintensities(**population) -> int:
+        raw = coarse_patient(cache, profile=SiteProfile(scanner=Scanner(), population=Population(**population)))
+        assert set(raw.distractors.unique().tolist()) <= {0, *DISTRACTORS}
+        assert not (raw.distractors[raw.label > 0]).any() and not (raw.distractors[raw.image[0] == 0]).any()
+        return int((raw.distractors == 1).sum())
+
+    assert DISTRACTORS[1] == "white-matter hyperintensity"
+    assert hyperintensities(age=80.0, lesions=1.0) > 3 * hyperintensities(age=25.0, lesions=0.0) + 10
 
 
 # Contrast: every expected number is computed by hand from the equation
@@ -242,6 +378,35 @@ def test_tissues_have_the_usual_contrast(field_t: float):
         assert t2["csf"] > t2["oedema"] > t2["white"]
         share = (tissue["oedema"].t2 - tissue["white"].t2) / (tissue["oedema_fluid"].t2 - tissue["white"].t2)
         assert 0.6 <= share <= 0.85
+
+
+def look(seed: int, **settings) -> list[dict[str, float]]:
+    """Signal of one patient's tissues on FLAIR, T1, T1c and T2 at 3 T, relative to white matter."""
+    tissue = draw_tissues(np.random.default_rng(seed), 3.0, Look(**settings))
+    return [{name: sequence.signal(tissue[name]) / sequence.signal(tissue["white"]) for name in tissue}
+            for sequence in Scanner().sequences]
+
+
+def test_looks_of_tumours():
+    for seed in range(10):
+        plain, faint = look(seed), look(seed, faint=1.0)
+        assert 1 < faint[0]["oedema"] < 1.25 < plain[0]["oedema"]
+        solid, mismatch, cyst = look(seed, fluid=0.0), look(seed, fluid=0.0, mismatch=1.0), look(seed, fluid=1.0)
+        assert mismatch[3]["core"] > 1.15 * solid[3]["core"]  # brighter on T2, darker on FLAIR
+        assert mismatch[0]["core"] < 0.9 * solid[0]["core"]
+        assert cyst[0]["core"] < look(seed, fluid=0.5)[0]["core"] and cyst[3]["core"] > 1.15 * solid[3]["core"]
+        assert plain[0]["calcification"] < 0.6 and plain[3]["calcification"] < 0.6  # dark on FLAIR and T2
+        assert plain[1]["blood_products"] > 1.1  # bright on T1
+        assert plain[0]["oedema"] > plain[0]["oedema_b"] > 1  # two sub-classes
+
+
+def test_t1_can_be_flat():
+    flat = SpinEcho(tr_ms=1050, te_ms=21)
+    white, grey = (Relaxation(*TISSUES[name][1]) for name in ("white", "grey"))
+    # 0.70 (1 - e^-1.16667) e^-0.28378 = 0.36293 and 0.81 (1 - e^-0.73944) e^-0.21429 = 0.34167
+    assert flat.signal(white) / flat.signal(grey) == pytest.approx(1.0622, abs=1e-4)
+    usual = SpinEcho(tr_ms=400, te_ms=8)
+    assert usual.signal(white) / usual.signal(grey) > 1.2
 
 
 def test_relaxation_depends_on_field_strength():
@@ -306,6 +471,46 @@ def test_sizes_follow_the_real_profile():
     assert site_sizes(3, 6) == [2, 2, 2]
     with pytest.raises(ValueError, match="need 26 patients"):
         site_sizes(13, 20)
+
+
+def test_sites_differ_in_who_comes():
+    profiles = site_profiles(20, seed=0)
+    people = [profile.population for profile in profiles]
+    low, median, age = (np.array([getattr(p, name) for p in people]) for name in ("low_grade", "median_ml", "age"))
+    assert low.min() < 0.02 and 0.6 < low.max() <= 0.8 and 0.2 < low.mean() < 0.4
+    assert 15 <= median.min() < 20 and 120 < median.max() <= 150
+    assert age.min() < 42 and age.max() > 68
+    assert 5 <= sum(p.operated > 0 for p in people) <= 10 and max(p.operated for p in people) > 0.2
+    assert max(p.faint for p in people) > 0.3 and max(p.multifocal for p in people) <= 0.14
+    scanners = [profile.scanner for profile in profiles]
+    assert max(s.bias for s in scanners) > 0.2 and sum(min(s.coverage) < 1 for s in scanners) >= 2
+    assert max(s.slice_mm[1] for s in scanners if s.slice_axis[1] == 0) > 3  # thick sagittal T1
+    assert sum(3 <= size <= 9 for size in site_sizes(13, 285)) >= 4
+    for profile in profiles:
+        assert eval(repr(profile)) == profile  # prints as the code that makes it
+
+
+def test_a_population_is_set_by_keyword():
+    def drawn(**settings) -> list[Growth]:
+        rng = np.random.default_rng(0)
+        return [draw_growth(rng, Population(**settings)) for _ in range(400)]
+
+    assert np.median([g.volume_ml for g in drawn(median_ml=20.0)]) == pytest.approx(20, rel=0.15)
+    assert np.mean([g.low_grade for g in drawn(low_grade=0.4)]) == pytest.approx(0.4, abs=0.13)
+    assert all(g.diffuse >= 0.4 for g in drawn(necrotic=0.0, solid=0.0, cystic=0.0, diffuse=1.0))
+    assert all(g.look.fluid >= 0.75 for g in drawn(necrotic=0.0, solid=0.0, cystic=1.0, diffuse=0.0))
+    assert all(g.look.faint >= 0.5 for g in drawn(faint=1.0)) and all(g.look.faint < 0.5 for g in drawn(faint=0.0))
+    assert all((g.look.mismatch > 0) == g.low_grade for g in drawn(mismatch=1.0))
+    assert all(g.calcified > 0 and g.bleeding == 0 for g in drawn(calcified=1.0, bleeding=0.0))
+    assert all(eval(repr(g)) == g for g in drawn()[:20])
+    for name, value, message in (("low_grade", 1.5, "between 0 and 1, got 1.5"), ("age", 10, "between 18 and 90"),
+                                 ("median_ml", 3, "between 5 and 250"), ("necrotic", -1, "between 0 and inf")):
+        with pytest.raises(ValueError, match=message):
+            Population(**{name: value})
+    with pytest.raises(ValueError, match="must be above 0"):
+        Population(necrotic=0, solid=0, cystic=0, diffuse=0)
+    with pytest.raises(ValueError, match="coverage must be four shares"):
+        Scanner(coverage=(1.0, 0.5, 1.0, 1.0))
 
 
 def test_held_out_counts_and_fractions(cache: Path):

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fedlab.data.brain import bounding_box
 
-__all__ = ["ATLAS_CHANNELS", "Grid", "Warp", "build_atlas", "centred", "coordinates", "draw_tissue", "draw_warp",
-           "jacobian", "sample", "sample_atlas", "smooth_fields"]
+__all__ = ["ATLAS_CHANNELS", "DEPTH_MM", "Grid", "Warp", "build_atlas", "centred", "coordinates", "draw_tissue",
+           "draw_warp", "jacobian", "rotation", "sample", "sample_atlas", "smooth_fields"]
 
 #: Centre of the template's brain [mm, MNI], placed at the centre of every grid.
 CENTRE_MM = (0.0, -16.5, 5.5)
@@ -214,7 +214,7 @@ def draw_warp(rng: np.random.Generator, grid: Grid) -> Warp:
     """A random head: an affine map and a flow of a stationary velocity field (Arsigny et al. 2006)."""
     fit = min(n * grid.spacing_mm / (b + 20) for n, b in zip(grid.shape, BRAIN_MM, strict=True))
     scale = np.minimum(_BRAIN_SCALE * np.exp(rng.normal(0, 0.03) + rng.normal(0, 0.025, 3)), fit)
-    linear = _rotation(rng.normal(0, math.radians(4), 3)) @ np.diag(1 / scale)
+    linear = rotation(rng.normal(0, math.radians(4), 3)) @ np.diag(1 / scale)
     shift = torch.from_numpy(rng.normal(0, 1.5, 3).astype(np.float32))
     points, h = grid.coordinates(2), grid.spacing_mm * 2
     velocity = 4.0 * smooth_fields(rng, 3, points.shape[1:], h, 60.0)
@@ -237,7 +237,8 @@ def centred(warp: Warp, atlas: torch.Tensor, affine: NDArray[np.float64]) -> War
     return replace(warp, middle=(inside.min(1).values + inside.max(1).values) / 2)
 
 
-def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+def rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rotation by angles about the three axes in turn, shape (3, 3)."""
     matrix = np.eye(3)
     for axis, angle in enumerate(angles):
         c, s = math.cos(angle), math.sin(angle)
@@ -286,7 +287,8 @@ def _trilinear(volume: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 
 def draw_tissue(rng: np.random.Generator, maps: dict[str, torch.Tensor], positions: torch.Tensor, grid: Grid, *,
-                rim: float, scalp: float, lesions: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+                rim: float, scalp: float, lesions: float, age: float = 58.0,
+                press: torch.Tensor | float = 0.0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A patient's normal tissue, including structures that resemble a tumour in real scans.
 
     Args:
@@ -295,36 +297,41 @@ def draw_tissue(rng: np.random.Generator, maps: dict[str, torch.Tensor], positio
         rim: share of the meninges that brain extraction leaves, in [0, 1].
         scalp: share of fat in what it leaves, in [0, 1].
         lesions: mean amount of white-matter lesions in the site's patients, in [0, 1].
+        age: mean of the site's patients [years].
+        press: how far sulci and ventricles are pressed flat, in [0, 1].
 
     Returns:
         Tissue -> fraction of each voxel, shape (X, Y, Z), summing to 1 in the brain; and the brain, bool.
     """
     shape, h = grid.shape, grid.spacing_mm
+    years = float(np.clip(age + 10 * rng.standard_normal(), 18, 92))
     fold = smooth_fields(rng, 3, shape, h, max(5.0, h))
     # The template is a mean of many heads: its blurred cortex is sharpened, differently in each patient.
-    sharp, atrophy = float(rng.uniform(1.5, 2.2)), float(np.clip(rng.normal(0.5, 0.6), -0.5, 2.0))
+    sharp = float(rng.uniform(1.6, 2.4))
+    atrophy = float(np.clip(0.03 * (years - 45) + rng.normal(0, 0.35), -0.6, 2.0))
     logits = torch.stack([torch.log(maps[t] + 2e-3) for t in ("white", "grey", "csf")]) * sharp + 0.7 * fold
-    logits[2] += atrophy
+    logits[2] += atrophy - 2.0 * press
     # Ventricles grow with age: everything within some millimetres of them becomes fluid.
-    widened = math.exp(-min(5.0, abs(float(rng.normal(0, 2.0)))) / NEAR_MM)
-    maps["ventricle"] = torch.maximum(maps["ventricle"], torch.sigmoid(25 * (maps["near_ventricle"] - widened)))
-    white, grey, csf = torch.softmax(logits, dim=0) * (1 - maps["ventricle"])
-    csf = csf + maps["ventricle"]
+    widened = math.exp(-min(5.0, abs(float(rng.normal(0, 0.8))) + max(0.0, years - 40) * 0.05) / NEAR_MM)
+    ventricle = torch.maximum(maps["ventricle"], torch.sigmoid(25 * (maps["near_ventricle"] - widened)))
+    ventricle = ventricle * torch.sigmoid(12 * (ventricle - 0.1 - 1.1 * press))
+    maps["ventricle"] = ventricle
+    white, grey, csf = torch.softmax(logits, dim=0) * (1 - ventricle)
+    csf = csf + ventricle
     rough = smooth_fields(rng, 6, shape, h, 18.0)
     # Brain extraction is imperfect: it leaves too much in some places and cuts into the cortex in others.
     cut = float(rng.uniform(0.0, 2.5)) + 1.2 * rough[0].clamp(-2, 2)
     brain = (maps["brain"] > 0.5) & (maps["depth"] * DEPTH_MM > cut)
     deep = grey * (maps["deep_grey"] / (maps["grey"] + 1e-3)).clamp(0, 1)
-    ventricle = maps["ventricle"] * csf
-    choroid = ventricle * torch.sigmoid(5 * (rough[1] - 0.9)) * 0.7
-    load = 2.4 * lesions - 0.4 + float(rng.uniform(-0.5, 0.5))
-    spots = smooth_fields(rng, 1, shape, h, max(9.0, h))[0]
-    score = 2.5 * maps["near_ventricle"] + 0.9 * spots + 0.4 * rough[2] - 2.6 + 0.45 * load
+    fluid = ventricle * csf
+    choroid = fluid * torch.sigmoid(5 * (rough[1] - 0.9)) * 0.7
+    # White-matter hyperintensities: caps and bands beside the ventricles, and spots.
+    load = 2.0 * lesions - 0.5 + 0.02 * (years - 58) + float(rng.uniform(-0.5, 0.5))
+    spots = smooth_fields(rng, 1, shape, h, max(7.0, h))[0]
+    score = 2.5 * maps["near_ventricle"] + 0.9 * spots + 0.4 * rough[2] - 2.7 + 0.45 * load
     lesion = white * torch.sigmoid(5 * score)
-    # Some patients have an old scar, an infarct or gliosis, in white and grey matter.
-    scar = torch.sigmoid(6 * (rough[2] + 0.3 * spots - float(rng.uniform(2.7, 5.8))))
-    lesion = lesion + (white - lesion) * scar
-    scarred = grey * scar
+    # Some patients have an old infarct or gliosis, in white and grey matter.
+    scar = torch.sigmoid(6 * (rough[2] + 0.3 * spots - float(rng.uniform(2.7, 7.5))))
     # Two smooth fields are both 0 along winding curves, which serve as vessels.
     tube = torch.exp(-(rough[3].square() + rough[4].square()) / (2 * float(rng.uniform(0.07, 0.15)) ** 2))
     shallow = (1 - maps["depth"] * 3).clamp(0, 1)
@@ -334,8 +341,9 @@ def draw_tissue(rng: np.random.Generator, maps: dict[str, torch.Tensor], positio
     meninges = rim * surface * torch.sigmoid(3 * rough[5])
     fat = scalp * float(rng.uniform(0.5, 1)) * torch.sigmoid(4 * (rough[1] + 0.3))
     blood = torch.maximum(blood, rim * 0.8 * midline)
-    tissue = {"white": white - lesion, "grey": (grey - deep) * (1 - scar), "deep_grey": deep * (1 - scar),
-              "csf": csf - choroid, "lesion": lesion + scarred, "choroid": choroid}
+    tissue = {"white": (white - lesion) * (1 - scar), "grey": (grey - deep) * (1 - scar),
+              "deep_grey": deep * (1 - scar), "csf": csf - choroid, "lesion": lesion * (1 - scar),
+              "scar": (white + grey) * scar, "choroid": choroid}
     tissue = {name: part * (1 - meninges) * (1 - blood) * brain for name, part in tissue.items()}
     tissue["meninges"] = meninges * (1 - fat) * (1 - blood) * brain
     tissue["fat"] = meninges * fat * (1 - blood) * brain

@@ -18,8 +18,8 @@ import torch
 from fedlab.core.files import packaged_toml
 from fedlab.data.phantom.anatomy import smooth_fields
 
-__all__ = ["TISSUES", "GradientEcho", "InversionRecovery", "Relaxation", "Scanner", "Sequence", "SpinEcho", "acquire",
-           "draw_scanners", "draw_tissues", "enhance"]
+__all__ = ["TISSUES", "GradientEcho", "InversionRecovery", "Look", "Relaxation", "Scanner", "Sequence", "SpinEcho",
+           "acquire", "draw_scanners", "draw_tissues", "enhance"]
 
 
 class Relaxation(NamedTuple):
@@ -94,6 +94,23 @@ Sequence = SpinEcho | GradientEcho | InversionRecovery
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a tumour's tissues are like, as far as the contrast is concerned; all but `uptake` in [0, 1].
+
+    Attributes:
+        faint: from the usual free water in oedema and solid tumour (0) to hardly more than in normal tissue (1).
+        fluid: what does not enhance: solid (0), necrotic (0.5) or a cyst (1).
+        mismatch: how much of it is bright on T2 and suppressed on FLAIR.
+        uptake: contrast agent in enhancing tumour after a single dose [mM].
+    """
+
+    faint: float = 0.0
+    fluid: float = 0.4
+    mismatch: float = 0.0
+    uptake: float = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scanner:
     """A site's scanner and protocol.
 
@@ -107,6 +124,8 @@ class Scanner:
         dose: contrast agent relative to a single dose (0.1 mmol/kg).
         rim: share of the meninges that the site's brain extraction leaves, in [0, 1].
         scalp: share of fat of scalp and orbits in what it leaves, in [0, 1].
+        coverage: share of the head that the field of view of FLAIR, T1, T1c and T2 covers along the slice axis, from
+            the upper end or the right: at least 0.7; what is cut off is dark.
 
     Raises:
         ValueError: a value outside its range.
@@ -124,6 +143,7 @@ class Scanner:
     dose: float = 1.0
     rim: float = 0.3
     scalp: float = 0.5
+    coverage: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.field_t not in (1.5, 3.0):
@@ -137,6 +157,8 @@ class Scanner:
             raise ValueError(f"slice_mm must be four thicknesses up to 10 mm, got {self.slice_mm}")
         if len(self.slice_axis) != 4 or not all(a in (0, 1, 2) for a in self.slice_axis):
             raise ValueError(f"slice_axis must be four of 0, 1, 2, got {self.slice_axis}")
+        if len(self.coverage) != 4 or not all(0.7 <= c <= 1.0 for c in self.coverage):
+            raise ValueError(f"coverage must be four shares between 0.7 and 1, got {self.coverage}")
 
     @property
     def sequences(self) -> tuple[Sequence, Sequence, Sequence, Sequence]:
@@ -152,19 +174,19 @@ def draw_scanners(sites: int, rng: np.random.Generator) -> list[Scanner]:
     """
     from scipy.stats.qmc import LatinHypercube
 
-    return [_scanner(*map(float, share)) for share in LatinHypercube(d=24, rng=rng).random(sites)]
+    return [_scanner(*map(float, share)) for share in LatinHypercube(d=25, rng=rng).random(sites)]
 
 
 def _scanner(field: float, tr: float, te: float, ti: float, kind: float, t1_tr: float, t1_te: float, t1_more: float,
              own: float, t1c_tr: float, t1c_te: float, t1c_flip: float, t2_tr: float, t2_te: float, turned: float,
              thin: float, flair_mm: float, t1_mm: float, t2_mm: float, bias: float, noise: float, dose: float,
-             rim: float, scalp: float) -> Scanner:
+             rim: float, scalp: float, short: float) -> Scanner:
     """A scanner from the position of each setting in its range, 0 to 1."""
     repeat = _pick(tr, 7000, 11000)
     null = 4200 * math.log(2 / (1 + math.exp(-repeat / 4200)))  # the inversion time that suppresses fluid
     t1: Sequence
     if kind < 1 / 3:
-        t1 = SpinEcho(tr_ms=_pick(t1_tr, 400, 780), te_ms=_pick(t1_te, 8, 18))
+        t1 = SpinEcho(tr_ms=_pick(t1_tr, 400, 1050), te_ms=_pick(t1_te, 8, 21))  # the longest are nearly flat
     elif kind < 2 / 3:
         t1 = GradientEcho(tr_ms=_pick(t1_tr, 8, 30), te_ms=_pick(t1_te, 2, 5), flip_deg=_pick(t1_more, 14, 32))
     else:
@@ -173,20 +195,22 @@ def _scanner(field: float, tr: float, te: float, ti: float, kind: float, t1_tr: 
     t1c: Sequence = t1
     if own < 0.4:
         t1c = GradientEcho(tr_ms=_pick(t1c_tr, 8, 25), te_ms=_pick(t1c_te, 2, 4), flip_deg=_pick(t1c_flip, 14, 32))
-    thick = _pick(t1_mm, 2.5, 5.5)
+    thick = _pick(t1_mm, 2.5, 6.5)
     t1c_thick = 1.0 if thin < 0.65 else thick  # without contrast agent a spin echo is rarely that thin
     return Scanner(
         field_t=1.5 if field < 0.45 else 3.0,
         flair=InversionRecovery(tr_ms=repeat, te_ms=_pick(te, 80, 150),
                                 ti_ms=round(null * _pick(ti, 0.93, 1.03, 3), 1)),
         t1=t1, t1c=t1c, t2=SpinEcho(tr_ms=_pick(t2_tr, 3000, 6500), te_ms=_pick(t2_te, 72, 125)),
-        bias=_pick(bias, 0.03, 0.12, 3),
+        bias=round(0.03 + 0.25 * bias**2.5, 3),  # a few coils vary by more than a faint tumour
         noise=round(math.exp(_pick(noise, math.log(0.01), math.log(0.035), 4)), 4),
         slice_mm=(_pick(flair_mm, 2.5, 5.5), thick if kind < 1 / 3 else t1c_thick, t1c_thick, _pick(t2_mm, 2.5, 5.5)),
         slice_axis=(1 if turned > 0.9 else 2, 0 if turned < 0.25 else 2, 2, 2),
         dose=_pick(dose, 0.7, 1.4, 2),
         rim=_pick(rim, 0.1, 0.9, 2),
         scalp=_pick(scalp, 0.0, 1.0, 2),
+        coverage=(1.0, _pick(short * 10, 0.8, 0.98, 2), 1.0, 1.0) if short < 0.1 else (
+            _pick(short * 10 - 1, 0.86, 0.98, 2), 1.0, 1.0, 1.0) if short < 0.2 else (1.0,) * 4,
     )
 
 
@@ -195,12 +219,14 @@ def _pick(share: float, low: float, high: float, digits: int = 1) -> float:
     return round(low + share * (high - low), digits)
 
 
-def draw_tissues(rng: np.random.Generator, field_t: float) -> dict[str, Relaxation]:
+def draw_tissues(rng: np.random.Generator, field_t: float, look: Look | None = None) -> dict[str, Relaxation]:
     """One patient's tissues at a field strength, varied around `TISSUES`: density 2 %, T1 and T2 8 to 15 % (fluid 2 %).
 
-    "oedema" lies 0.6 to 0.85 of the way from white matter to free oedema fluid; "core" and "core_b" are two mixtures
-    of solid non-enhancing tumour, necrosis, cyst and blood products; "lesion" is a white-matter hyperintensity.
+    "oedema" lies 0.6 to 0.85 of the way from white matter to free oedema fluid, less far where the tumour is faint;
+    "core" and "core_b" are two mixtures of solid non-enhancing tumour, necrosis and cyst; "lesion" is a white-matter
+    hyperintensity, "scar" an old infarct. A name that ends in "_b" is the second sub-class of a tissue.
     """
+    look = look or Look()
     column = 0 if field_t == 1.5 else 1
     out: dict[str, Relaxation] = {}
     for name, pair in TISSUES.items():
@@ -208,15 +234,23 @@ def draw_tissues(rng: np.random.Generator, field_t: float) -> dict[str, Relaxati
         pd, t1, t2 = pair[column]
         out[name] = Relaxation(min(1.0, pd * math.exp(0.02 * rng.standard_normal())),
                                t1 * math.exp(wide * rng.standard_normal()), t2 * math.exp(wide * rng.standard_normal()))
-    out["oedema"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.6, 0.85)))
-    out["lesion"] = out["white"].towards(out["oedema_fluid"], float(rng.uniform(0.3, 0.6)))
+    fluid = out["oedema_fluid"]
+    wet = float(rng.uniform(0.6, 0.85)) * (1 - 0.95 * look.faint)
+    out["oedema"] = out["white"].towards(fluid, wet)
+    out["oedema_b"] = out["white"].towards(fluid, wet * float(rng.uniform(0.35, 0.9)))
+    out["lesion"] = out["white"].towards(fluid, float(rng.uniform(0.3, 0.6)))
+    out["scar"] = out["white"].towards(fluid, float(rng.uniform(0.4, 0.9)))
     # Cellular tumour contains less free water than oedema: some of it hardly differs in intensity from grey matter.
-    out["solid"] = out["grey"].towards(out["solid"], float(rng.uniform(0.4, 1.0)))
+    out["solid"] = out["grey"].towards(out["solid"], float(rng.uniform(0.3, 1.0)) * (1 - 0.95 * look.faint))
     out["enhancing"] = out["grey"].towards(out["enhancing"], float(rng.uniform(0.0, 0.6)))
-    kinds = ("solid", "necrosis", "cyst", "blood_products")
-    for name in ("core", "core_b"):
-        a, b = rng.choice(4, size=2, p=[0.34, 0.24, 0.36, 0.06])
-        out[name] = out[kinds[a]].towards(out[kinds[b]], float(rng.uniform(0, 0.5)))
+    for name, least, most in (("core", -0.1, 0.1), ("core_b", -0.35, 0.35)):
+        share = min(1.0, max(0.0, look.fluid + float(rng.uniform(least, most)))) * 2
+        mixed = out["solid"].towards(out["necrosis"], share) if share < 1 else out["necrosis"].towards(
+            out["cyst"], share - 1)
+        out[name] = mixed.towards(out["mismatch"], look.mismatch)
+    for name in ("white", "grey", "enhancing"):
+        pd, t1, t2 = out[name]
+        out[f"{name}_b"] = Relaxation(pd, t1 * math.exp(rng.normal(0, 0.05)), t2 * math.exp(rng.normal(0, 0.05)))
     return out
 
 
@@ -228,15 +262,17 @@ def enhance(tissue: Relaxation, concentration_mm: float, field_t: float) -> Rela
 
 
 def acquire(rng: np.random.Generator, fractions: Mapping[str, torch.Tensor], scanner: Scanner, spacing_mm: float,
-            detail: torch.Tensor) -> torch.Tensor:
+            detail: torch.Tensor, look: Look | None = None) -> torch.Tensor:
     """The four images of one patient in the order of `fedlab.core.types.MODALITIES`, float32, positive, (4, X, Y, Z).
 
     Args:
         fractions: tissue, named as by `draw_tissues` -> fraction of each voxel, shape (X, Y, Z).
         detail: relative T1 contrast of nuclei and tracts, shape (X, Y, Z), 0 for none.
+        look: of the tumour.
     """
-    tissues = draw_tissues(rng, scanner.field_t)
-    agent = _concentrations(rng, scanner.dose)
+    look = look or Look()
+    tissues = draw_tissues(rng, scanner.field_t, look)
+    agent = _concentrations(rng, scanner.dose, look)
     names = list(fractions)
     table = np.empty((4, len(names)), np.float32)
     for channel, sequence in enumerate(scanner.sequences):
@@ -270,17 +306,19 @@ def acquire(rng: np.random.Generator, fractions: Mapping[str, torch.Tensor], sca
     image *= 1 - float(rng.uniform(0, 0.9)) * (1 - soft)
     noise = torch.from_numpy(rng.standard_normal((2, *image.shape), dtype=np.float32)) * scanner.noise
     image = torch.sqrt((image + noise[0]).square() + noise[1].square())
+    for c, (axis, seen_share) in enumerate(zip(scanner.slice_axis, scanner.coverage, strict=True)):
+        image[c].narrow(axis, 0, round((1 - seen_share) * shape[axis])).zero_()  # outside the field of view
     return image * (brain > 0)
 
 
-def _concentrations(rng: np.random.Generator, dose: float) -> dict[str, float]:
+def _concentrations(rng: np.random.Generator, dose: float, look: Look) -> dict[str, float]:
     """One patient's contrast agent by tissue [mM]."""
     return {
-        "enhancing": dose * float(np.exp(rng.uniform(math.log(0.5), math.log(1.0)))),
+        "enhancing": dose * look.uptake, "enhancing_b": dose * look.uptake * float(rng.uniform(0.3, 0.8)),
         "core": dose * float(rng.uniform(0.0, 0.04)), "core_b": dose * float(rng.uniform(0.0, 0.08)),
         "blood": dose * float(rng.uniform(0.5, 1.5)), "choroid": dose * float(rng.uniform(0.3, 0.9)),
         "meninges": dose * float(rng.uniform(0.1, 0.5)), "csf": 0.0, "fat": 0.0,
-        "oedema": dose * float(rng.uniform(0.0, 0.02)), "brain": dose * 0.02,
+        "cavity": 0.0, "oedema": dose * float(rng.uniform(0.0, 0.02)), "brain": dose * 0.02,
     }
 
 

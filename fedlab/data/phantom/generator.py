@@ -34,6 +34,7 @@ from fedlab.data.cache import load, path_of, store
 from fedlab.data.phantom.anatomy import (
     BRAIN_MM,
     CENTRE_MM,
+    DEPTH_MM,
     Grid,
     build_atlas,
     centred,
@@ -42,26 +43,19 @@ from fedlab.data.phantom.anatomy import (
     sample_atlas,
     smooth_fields,
 )
-from fedlab.data.phantom.contrast import Scanner, acquire, draw_scanners
-from fedlab.data.phantom.tumour import Population, Tumour, draw_growth, grow, mass_effect, segment
-from fedlab.data.sites.partition import sizes_from_shares
+from fedlab.data.phantom.contrast import acquire
+from fedlab.data.phantom.population import Growth, SiteProfile, draw_growth, site_profiles, site_sizes
+from fedlab.data.phantom.tumour import Tumour, draw_seeds, grow, mass_effect, pressure, segment
 
-__all__ = ["FETS_SIZES", "RawPatient", "SiteProfile", "generate_patient", "make_cohort", "site_profiles", "site_sizes",
+__all__ = ["DISTRACTORS", "RawPatient", "SiteProfile", "generate_patient", "make_cohort", "site_profiles", "site_sizes",
            "write_brats"]
 
 #: Changes whenever the same settings would give other patients; part of every cache key.
-GENERATOR = "fedlab-phantom-35"
-#: Patients of the 17 institutions of FeTS 2021, partitioning_1 (Pati et al. 2021).
-FETS_SIZES = (129, 14, 5, 9, 22, 34, 12, 8, 4, 8, 6, 9, 27, 3, 11, 34, 6)
+GENERATOR = "fedlab-phantom-38"
+#: What resembles a tumour, by its number in `RawPatient.distractors`.
+DISTRACTORS = {1: "white-matter hyperintensity", 2: "scar", 3: "choroid plexus", 4: "meninges", 5: "fat", 6: "vessel"}
+_NAMES = ("lesion", "scar", "choroid", "meninges", "fat", "blood")  # the tissues of these numbers
 _FILES = ("flair", "t1", "t1ce", "t2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteProfile:
-    """What distinguishes a site: its scanner and its patients."""
-
-    scanner: Scanner
-    population: Population
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +67,14 @@ class RawPatient:
         image: int16, shape (4, X, Y, Z), order of `fedlab.core.types.MODALITIES`; > 0 in the brain, 0 outside.
         label: uint8, shape (X, Y, Z), BraTS labels.
         affine: voxel index -> mm in RAS, shape (4, 4).
+        distractors: uint8, shape (X, Y, Z): what resembles a tumour and is none, numbered as in `DISTRACTORS`.
     """
 
     id: str
     image: torch.Tensor
     label: torch.Tensor
     affine: NDArray[np.float64]
+    distractors: torch.Tensor
 
     def prepared(self) -> Patient:
         """The patient for a network: z-scored over the brain, float16."""
@@ -106,37 +102,6 @@ class _Order:
         return json.dumps({"what": "patient", "order": repr(self), **_versions()}, sort_keys=True)
 
 
-def site_profiles(sites: int, seed: int = 0) -> list[SiteProfile]:
-    """Scanners and tumour populations of `sites` sites, all different.
-
-    Raises:
-        ValueError: `sites` below 1.
-    """
-    if sites < 1:
-        raise ValueError(f"sites must be at least 1, got {sites}")
-    rng = np.random.default_rng(derive(seed, "profiles", sites))
-    lesions = (rng.permutation(sites) + rng.random(sites)) / sites
-    return [SiteProfile(scanner=scanner, population=Population(
-        low_grade=round(float(rng.uniform(0.03, 0.09)), 3), multifocal=round(float(rng.uniform(0.08, 0.25)), 3),
-        median_ml=round(float(np.clip(95 * math.exp(0.15 * rng.standard_normal()), 50, 140)), 1),
-        spread=round(float(rng.uniform(0.5, 0.8)), 2), lesions=round(float(load), 2),
-    )) for scanner, load in zip(draw_scanners(sites, rng), lesions, strict=True)]
-
-
-def site_sizes(sites: int, patients: int, at_least: int = 2) -> list[int]:
-    """Very unequal numbers of patients per site: the profile of FeTS 2021 scaled to `patients`, largest site first.
-
-    Raises:
-        ValueError: fewer than `at_least` patients per site.
-    """
-    if sites < 1 or patients < sites * at_least:
-        raise ValueError(f"{sites} sites of at least {at_least} patients need {sites * at_least} patients, "
-                         f"got {patients}; lower sites or held_out, or raise patients")
-    known = np.sort(np.array(FETS_SIZES, float))[::-1]
-    shares = np.exp(np.interp(np.linspace(0, len(known) - 1, sites), np.arange(len(known)), np.log(known)))
-    return sizes_from_shares(shares, patients, at_least)
-
-
 def generate_patient(*, seed: int, site: str, index: int, profile: SiteProfile, grid: Grid,
                      cache: Path | None = None) -> RawPatient:
     """One patient, bit-equal for equal arguments.
@@ -156,25 +121,33 @@ def generate_patient(*, seed: int, site: str, index: int, profile: SiteProfile, 
         growth = draw_growth(rng, profile.population)
         warp = centred(draw_warp(rng, grid), atlas, affine)
         half = warp(grid.coordinates(2))
-        centre = _seed_point(rng, sample_atlas(atlas, affine, half, ("white", "depth")), half, grid)
+        good = _white_matter(sample_atlas(atlas, affine, half, ("white", "depth")), half, grid, growth)
+        seeds = draw_seeds(rng, good, growth)
+        centre = seeds[0]
         pushed = warp(mass_effect(grid.coordinates(2), centre, growth))
         work = _crop(grid, sample_atlas(atlas, affine, pushed, ("brain",)))
-        positions = warp(mass_effect(work.coordinates(), centre, growth))
+        points = work.coordinates()
+        positions = warp(mass_effect(points, centre, growth))
         maps = sample_atlas(atlas, affine, positions)
-        tissue, brain = draw_tissue(rng, maps, positions, work, rim=profile.scanner.rim,
-                                    scalp=profile.scanner.scalp, lesions=profile.population.lesions)
-        odds = grow(rng, tissue["white"], tissue["grey"] + tissue["deep_grey"], growth, work.spacing_mm, centre)
-        tumour = segment(rng, odds, {**maps, "white": tissue["white"], "csf": tissue["csf"],
-                                     "brain": brain.float()}, growth, work.spacing_mm)
+        tissue, brain = draw_tissue(rng, maps, positions, work, rim=profile.scanner.rim, scalp=profile.scanner.scalp,
+                                    lesions=profile.population.lesions, age=profile.population.age,
+                                    press=pressure(points, centre, growth))
+        across = positions[0] + CENTRE_MM[0]
+        grey = tissue["grey"] + tissue["deep_grey"]
+        grown = grow(rng, tissue["white"], grey, across, growth, work.spacing_mm, seeds)
+        tumour = segment(rng, grown, {
+            "white": tissue["white"], "cortex": tissue["grey"], "csf": tissue["csf"], "ventricle": maps["ventricle"],
+            "brain": brain.float(), "depth": maps["depth"] * DEPTH_MM}, across, growth, work.spacing_mm)
         if not (tumour.label * brain).any():
             raise DataError(f"patient {order.id} of seed {seed} has no tumour: {growth}")
-        fractions = _with_tumour(rng, tissue, tumour, work)
-        image = acquire(rng, fractions, profile.scanner, work.spacing_mm, maps["detail"] * 2 - 1)
+        fractions = _with_tumour(rng, tissue, tumour, growth, work)
+        image = acquire(rng, fractions, profile.scanner, work.spacing_mm, maps["detail"] * 2 - 1, growth.look)
         scale = torch.from_numpy(rng.uniform(250, 700, 4).astype(np.float32)).view(4, 1, 1, 1)
         image = (image * scale).round().clamp(1, 32767) * brain
     pad = [n for big, small in zip(grid.shape[::-1], work.shape[::-1], strict=True) for n in [(big - small) // 2] * 2]
-    return RawPatient(order.id, torch.nn.functional.pad(image.to(torch.int16), pad),
-                      torch.nn.functional.pad(tumour.label * brain, pad), grid.affine)
+    image, label, others = (torch.nn.functional.pad(volume, pad) for volume in (
+        image.to(torch.int16), tumour.label * brain, _distractors(fractions, tumour)))
+    return RawPatient(order.id, image, label, grid.affine, others)
 
 
 def _crop(grid: Grid, maps: Mapping[str, torch.Tensor]) -> Grid:
@@ -190,30 +163,51 @@ def _crop(grid: Grid, maps: Mapping[str, torch.Tensor]) -> Grid:
     return Grid(shape=(shape[0], shape[1], shape[2]), spacing_mm=grid.spacing_mm)
 
 
-def _seed_point(rng: np.random.Generator, maps: Mapping[str, torch.Tensor], template: torch.Tensor,
-                grid: Grid) -> torch.Tensor:
-    """A random point in the white matter of the cerebrum [mm from the grid's centre], shape (3,)."""
+def _white_matter(maps: Mapping[str, torch.Tensor], template: torch.Tensor, grid: Grid, growth: Growth) -> torch.Tensor:
+    """Points in the white matter of the cerebrum, deeper for larger cores [mm from the grid's centre], shape (N, 3)."""
+    least = min(max(6.0, 0.65 * growth.core_mm), 18.0)
     x, y, z = (template[i] + CENTRE_MM[i] for i in range(3))
     cerebrum = (z > -28) & ~((y < -25) & (z < -4)) & ((x.abs() > 10) | (z > 8))
-    good = torch.nonzero((maps["white"] > 0.45) & (maps["depth"] > 0.12) & cerebrum)
-    if not len(good):
+    good = (maps["white"] > 0.45) & (maps["depth"] * DEPTH_MM > least) & cerebrum
+    if not good.any():
         raise DataError(f"no white matter to seed a tumour in on {grid}")
-    chosen = good[int(rng.integers(len(good)))]
-    return grid.coordinates(2)[:, chosen[0], chosen[1], chosen[2]]
+    return grid.coordinates(2)[:, good].T
 
 
-def _with_tumour(rng: np.random.Generator, tissue: Mapping[str, torch.Tensor], tumour: Tumour,
+def _with_tumour(rng: np.random.Generator, tissue: Mapping[str, torch.Tensor], tumour: Tumour, growth: Growth,
                  grid: Grid) -> dict[str, torch.Tensor]:
-    """The fractions with the tumour in place of the tissue it replaced."""
-    left = 1 - (tumour.oedema + tumour.necrosis + tumour.enhancing)
-    out = {name: part * left for name, part in tissue.items()}
+    """The fractions with the tumour in place of the tissue it replaced; most tissues in two sub-classes."""
     inside = sum(tissue.values())
-    mix = torch.sigmoid(5 * smooth_fields(rng, 1, grid.shape, grid.spacing_mm, 12.0)[0] + float(rng.normal(0, 2)))
-    out["oedema"] = tumour.oedema * inside
-    out["enhancing"] = tumour.enhancing * inside
-    out["core"] = tumour.necrosis * mix * inside
-    out["core_b"] = tumour.necrosis * (1 - mix) * inside
+    left = 1 - (tumour.oedema + tumour.necrosis + tumour.enhancing + tumour.cavity)
+    out = {name: part * left for name, part in tissue.items()}
+    length = max(8.0, 0.5 * growth.core_mm)
+    mixed = smooth_fields(rng, 3, grid.shape, grid.spacing_mm, length)
+    broad = smooth_fields(rng, 2, grid.shape, grid.spacing_mm, 22.0)
+    small = smooth_fields(rng, 2, grid.shape, grid.spacing_mm, max(5.0, grid.spacing_mm))
+    out |= {"oedema": tumour.oedema * inside, "enhancing": tumour.enhancing * inside, "core": tumour.necrosis * inside,
+            "cavity": tumour.cavity * inside}
+    # Blood and calcium lie in clumps in the core.
+    core = out["core"] + out["enhancing"]
+    for name, amount, field in (("blood_products", growth.bleeding, small[0]), ("calcification", growth.calcified,
+                                                                              small[1])):
+        if amount > 0:
+            clump = torch.sigmoid(6 * (0.8 * field + 0.6 * mixed[0] - 2.4 + 1.4 * amount)) * (core > 0.1)
+            for part in ("core", "enhancing"):
+                out[name] = out.get(name, 0) + out[part] * clump
+                out[part] = out[part] * (1 - clump)
+    shift = {"core": float(rng.normal(0, 1.5)), "oedema": float(rng.normal(-0.5, 1)), "enhancing": -0.5}
+    for name, field, steep in (("core", mixed[0], 4.0), ("oedema", mixed[1], 1.5), ("enhancing", mixed[2], 3.0),
+                               ("white", broad[0], 2.0), ("grey", broad[1], 2.0)):
+        other = torch.sigmoid(steep * field + shift.get(name, 0.0)) * out[name]
+        out[f"{name}_b"] = other
+        out[name] = out[name] - other
     return out
+
+
+def _distractors(fractions: Mapping[str, torch.Tensor], tumour: Tumour) -> torch.Tensor:
+    """The number of the distractor that fills most of a voxel, and at least two fifths; 0 in tumour."""
+    most, which = torch.stack([fractions[name] for name in _NAMES]).max(0)
+    return ((which + 1) * (most >= 0.4) * (tumour.label == 0)).to(torch.uint8)
 
 
 def make_cohort(*, sites: int = 13, patients: int = 285, shape: Sequence[int] = (64, 64, 64), spacing_mm: float = 3.0,
@@ -362,6 +356,7 @@ def _make(order: _Order, cache: Path) -> None:
     box = bounding_box((raw.image[0] != 0).numpy())
     store(cache, order.settings, {"image": raw.image[(slice(None), *box)].contiguous(),
                                   "label": raw.label[box].contiguous(),
+                                  "distractors": raw.distractors[box].contiguous(),
                                   "corner": torch.tensor([side.start for side in box])})
 
 
@@ -369,12 +364,12 @@ def _recall(order: _Order, cache: Path) -> RawPatient | None:
     tensors = load(cache, order.settings)
     if tensors is None:
         return None
-    image = torch.zeros((4, *order.grid.shape), dtype=torch.int16)
-    label = torch.zeros(order.grid.shape, dtype=torch.uint8)
     box = tuple(slice(int(c), int(c) + n) for c, n in zip(tensors["corner"], tensors["label"].shape, strict=True))
-    image[(slice(None), *box)] = tensors["image"]
-    label[box] = tensors["label"]
-    return RawPatient(order.id, image, label, order.grid.affine)
+    full = {name: torch.zeros((*tensors[name].shape[:-3], *order.grid.shape), dtype=tensors[name].dtype)
+            for name in ("image", "label", "distractors")}
+    for name, volume in full.items():
+        volume[..., box[0], box[1], box[2]] = tensors[name]
+    return RawPatient(order.id, full["image"], full["label"], order.grid.affine, full["distractors"])
 
 
 @lru_cache(maxsize=2)
