@@ -1,0 +1,137 @@
+"""The training of public models: resumable, never the same patient twice, and what it ships is what was trained."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedlab.core.weights import trainable, weights_sha256
+from fedlab.training.metrics import predict
+from fedlab.training.networks import load_model
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "public_model.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("public_model_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def tiny(script):
+    return replace(script.RECIPES["broad"], block=4, passes=2, steps=5, warmup=1, crop=16, spacing_mm=6.0,
+                   shape=(32, 32, 32))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+def test_each_patient_gives_its_crops_and_is_never_seen_again(script):
+    recipe = replace(script.RECIPES["broad"], block=6, passes=3)
+    numbers = [recipe.number(0, crop) for crop in range(6 * 3 * 5)]
+    assert all(numbers.count(n) == 3 for n in range(30)) and max(numbers) == 29
+    last = {n: len(numbers) - 1 - numbers[::-1].index(n) for n in numbers}
+    assert all(n // 6 == crop // 18 for crop, n in enumerate(numbers)) and last[0] < 18
+    fixed = replace(recipe, passes=0)
+    assert sorted(fixed.number(0, crop) for crop in range(12)) == sorted([*range(6)] * 2)
+
+
+def test_an_interrupted_training_ends_in_the_same_weights(script, tiny, tmp_path):
+    whole = script.train("broad", tmp_path / "whole", recipe=tiny, seed=0, every=2, watch=1, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        def stop(*_):
+            raise KeyboardInterrupt
+        patch.setattr(script, "_write_curve", stop)  # right after the first checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            script.train("broad", tmp_path / "parts", recipe=tiny, seed=0, every=2, watch=1, progress=False)
+    parts = script.train("broad", tmp_path / "parts", recipe=tiny, seed=0, every=2, watch=1, progress=False)
+    assert weights_sha256(trainable(parts)) == weights_sha256(trainable(whole))
+    rows = list(csv.DictReader((tmp_path / "parts" / "curve.csv").open()))
+    assert [int(row["step"]) for row in rows] == [2, 4, 5] and [int(row["patients"]) for row in rows] == [4, 4, 8]
+    with pytest.raises(ValueError, match="choose another --out"):
+        script.train("broad", tmp_path / "parts", recipe=tiny, seed=1, progress=False)
+
+
+def test_the_average_follows_the_weights(script, tiny, tmp_path):
+    script.train("broad", tmp_path, recipe=replace(tiny, steps=2), seed=0, every=1, watch=0, progress=False)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    start = dict(script.segresnet(seed=0).named_parameters())
+    name = "conv_final.2.conv.weight"
+    # Shares of 1 - 1/10 and 1 - 2/11 of the present weights: nearly all of the initial ones is forgotten.
+    drift = (state["average"][name] - state["model"][name]).abs().max()
+    assert 0 < drift < 0.5 * (state["model"][name] - start[name]).abs().max()
+
+
+def test_the_collection_is_narrow(script):
+    profiles = [script.profile("collection", 0, number) for number in range(8)]
+    assert profiles[:4] == profiles[4:] and len({repr(one.scanner) for one in profiles}) == 4
+    assert {one.scanner.field_t for one in profiles} == {3.0}
+    assert all(one.scanner.noise == 0.012 and one.scanner.coverage == (1.0,) * 4 for one in profiles)
+    assert all((one.population.low_grade, one.population.median_ml) == (0.0, 110.0) for one in profiles)
+    broad = [script.profile("broad", 0, number) for number in range(40)]
+    assert len({repr(one) for one in broad}) == 40 and {one.scanner.field_t for one in broad} == {1.5, 3.0}
+
+
+def test_means_by_hand(script):
+    import pandas as pd
+
+    rows = [{"site": "", "patient": str(i), "region": region, "dice": dice, "hd95_mm": 0.0, "reference_ml": ml,
+             "predicted_ml": predicted}
+            for region in ("TC", "WT", "ET")
+            for i, (dice, ml, predicted) in enumerate([(0.5, 1.0, 1.0), (0.9, 1.0, 1.0), (1.0, 0.0, 0.0),
+                                                       (0.0, 0.0, 2.0)])]
+    found = script._means(pd.DataFrame(rows))
+    assert found["patients"] == 4 and found["false alarms"] == {"TC": 1, "WT": 1, "ET": 1}
+    assert found["brats"]["WT"][0] == pytest.approx(0.6) and found["skip"]["WT"][0] == pytest.approx(0.7)
+    assert found["skip"]["mean"][1:] == pytest.approx([0.5, 0.9])
+    assert 0.0 <= found["brats"]["ET"][1] < 0.6 < found["brats"]["ET"][2] <= 1.0
+
+
+def test_what_is_shipped_is_what_was_trained(script, tiny, tmp_path):
+    model = script.train("broad", tmp_path / "run", recipe=tiny, seed=0, every=5, watch=0, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "make_cohort", lambda **settings: [])
+        patch.setattr(script, "_means", lambda table: {})
+        patch.setattr(script, "_threshold", lambda patients: {})
+        patch.setattr(script, "evaluate", lambda model, patients: None)
+        script.score(tmp_path / "run", seed=1)
+        patch.setattr(script, "card", lambda state, found: "# a card\n")
+        script.ship(tmp_path / "run", tmp_path / "package")
+    back, spacing_mm = load_model(tmp_path / "package" / "broad.safetensors")
+    assert spacing_mm == 6.0 and weights_sha256(trainable(back)) == weights_sha256(trainable(model))
+    found = json.loads((tmp_path / "package" / "broad.json").read_text())
+    assert found["step"] == 5 and found["looks"] == 0 and found["sha256"] == weights_sha256(trainable(model))
+    case = script.patient("broad", tiny, 5, 0)
+    flipped = replace(case, image=case.image.flip(1), label=case.label.flip(0))
+    # A model that takes the mean over both sides gives a mirrored patient the mirrored prediction.
+    np.testing.assert_allclose(predict(back, flipped).flip(1), predict(back, case), atol=1e-5)
+
+
+def test_the_card_says_how_often_real_patients_were_looked_at(script):
+    mean = {rule: {name: [0.5, 0.4, 0.6] for name in ("WT", "TC", "ET", "mean")} for rule in ("brats", "skip")}
+    threshold = {"dice": 0.4, "modality": "FLAIR"}
+    state = {"settings": {"kind": "broad", "seed": 0, **vars(script.RECIPES["broad"])}, "step": 10, "seconds": 60.0,
+             "generators": [[0, "phantom-1"], [4, "phantom-2"]], "curve": [{"patients": 96}]}
+    found = {"sha256": "ab", "looks": 2, "generated": {"patients": 48, "threshold": threshold, **mean},
+             "real": {"patients": 5, "threshold": threshold, **mean}}
+    text = script.card(state, found)
+    assert "scored on the real patients 2 times" in text and "`phantom-2` from step 4 on" in text
+    assert "96 patients, each of whom gives 4 crops and is never seen again" in text
+    assert text.count("0.50 (0.40 to 0.60)") == 16 and "0.40 (FLAIR) on the real patients" in text
