@@ -135,13 +135,14 @@ def batches(kind: str, recipe: Recipe, seed: int, first: int, steps: int,
         yield torch.stack(images), torch.stack(regions), recipe.block * (block + 1)
 
 
-def train(kind: str, out: Path, *, recipe: Recipe, seed: int, generators: int = 0, every: int = 250, watch: int = 12,
-          progress: bool = True) -> nn.Module:
+def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | None = None, generators: int = 0,
+          every: int = 250, watch: int = 12, progress: bool = True) -> nn.Module:
     """The averaged model of a training, begun or continued in the folder `out`.
 
     Args:
         kind: "broad" or "collection".
         out: of checkpoint.pt and curve.csv.
+        start: folder of another training, with whose averaged weights a new one begins; None: with random weights.
         generators: processes that make patients; 0: this one.
         every: steps between two checkpoints, at each of which the averaged model is scored.
         watch: held-out patients of other sites that it is scored on.
@@ -155,7 +156,7 @@ def train(kind: str, out: Path, *, recipe: Recipe, seed: int, generators: int = 
         memory_format=torch.channels_last_3d) for _ in range(2))
     optimiser = adamw(model.parameters(), recipe.rate)
     same = {"kind": kind, "seed": seed, **{name: value for name, value in asdict(recipe).items() if name != "steps"}}
-    state: dict[str, Any] = {"settings": same, "step": 0, "seconds": 0.0, "generators": [], "curve": []}
+    state: dict[str, Any] = {"settings": same, "step": 0, "seconds": 0.0, "generators": [], "curve": [], "start": []}
     if (checkpoint := out / "checkpoint.pt").exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != same:
@@ -163,6 +164,12 @@ def train(kind: str, out: Path, *, recipe: Recipe, seed: int, generators: int = 
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
+    elif start is not None:
+        other = torch.load(start / "checkpoint.pt", weights_only=True)
+        for network in (model, average):
+            load_weights(network, other["average"])
+        state["start"] = [other["settings"]["kind"], other["step"], other["generators"],
+                          weights_sha256(trainable(model))]
     if not state["generators"] or state["generators"][-1][1] != GENERATOR:
         state["generators"].append([state["step"], GENERATOR])
     loss, rate = DiceBCE(), CosineDecay(start=recipe.rate, rounds=recipe.steps, warmup=recipe.warmup)
@@ -323,6 +330,7 @@ def card(state: dict[str, Any], found: dict[str, Any]) -> str:
     patients = settings["block"] if not settings["passes"] else last["patients"]
     seen = (f"{patients} patients, each of whom gives {settings['passes']} crops and is never seen again" if
             settings["passes"] else f"{patients} patients, seen again and again")
+    begun = state["start"] and f", begun with the weights of `{state['start'][0]}` after {state['start'][1]:,} steps"
     generators = "; ".join(f"`{name}` from step {first} on" for first, name in state["generators"])
     scored = {"generated": "generated patients of other sites, populations and scanners as `make_cohort` draws them",
               "own kind": "generated patients of other scanners of its own kind",
@@ -356,12 +364,13 @@ A network that segments glioma in 3-D MRI, trained on **generated patients alone
 
 ## Training
 
-`benchmarks/public_model.py train {kind}`, seed {settings['seed']}: {steps:,} steps of {settings['batch']} crops of
-{settings['crop']}³ voxels, AdamW, {settings['warmup']} steps of warm-up to {settings['rate']:g}, then half a cosine to
-0; gradients clipped to norm {settings['clip_norm']:g}; Dice and half the binary cross-entropy; flips of left and right,
-intensities scaled and shifted by up to a tenth. The model is the moving average of the weights ({settings['average']:g}
-per step). {seen[0].upper()}{seen[1:]}. Generator: {generators}. Time: {state['seconds'] / 60:.0f} minutes
-on one core that others used too. `{kind}.csv` beside this card is the curve, scored on {settings['spacing_mm']:g} mm.
+`benchmarks/public_model.py train {kind}`, seed {settings['seed']}: {steps:,} steps{begun or ''}. Each step
+takes {settings['batch']} crops of {settings['crop']}³ voxels. AdamW, {settings['warmup']} steps of warm-up to a rate of
+{settings['rate']:g}, then half a cosine to 0; gradients clipped to norm {settings['clip_norm']:g}; Dice and half the
+binary cross-entropy; flips of left and right, intensities scaled and shifted by up to a tenth. The model is the moving
+average of the weights ({settings['average']:g} per step). {seen[0].upper()}{seen[1:]}. Generator: {generators}.
+{state['seconds'] / 60:.0f} minutes on one core that others used too. `{kind}.csv` beside this card is the curve of the
+training, with the Dice of 12 generated held-out patients.
 
 ## Scores
 
@@ -387,7 +396,8 @@ generated. Evaluate it on patients of the place where it is to be used, and insp
 
 def _train(options: argparse.Namespace) -> None:
     recipe = replace(RECIPES[options.kind], **({"steps": options.steps} if options.steps else {}))
-    train(options.kind, options.out, recipe=recipe, seed=options.seed, generators=options.generators)
+    train(options.kind, options.out, recipe=recipe, seed=options.seed, start=options.start,
+          generators=options.generators)
 
 
 def main() -> None:
@@ -398,6 +408,7 @@ def main() -> None:
     command.add_argument("--out", type=Path, required=True, help="folder of the training")
     command.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--start", type=Path, help="folder of another training, whose weights a new one begins with")
     command.add_argument("--generators", type=int, default=0, help="processes for patients (default: 0, the trainer's)")
     command.set_defaults(run=_train)
     command = commands.add_parser("score", help="score a training on generated patients and, once, on real ones")

@@ -79,6 +79,17 @@ def test_the_average_follows_the_weights(script, tiny, tmp_path):
     assert 0 < drift < 0.5 * (state["model"][name] - start[name]).abs().max()
 
 
+def test_a_training_may_begin_with_another_ones_average(script, tiny, tmp_path):
+    first = script.train("broad", tmp_path / "first", recipe=replace(tiny, steps=2), seed=0, watch=0, progress=False)
+    recipe = replace(tiny, steps=2, rate=1e-12, warmup=0)
+    after = script.train("broad", tmp_path / "after", recipe=recipe, seed=3, start=tmp_path / "first", watch=0,
+                         progress=False)
+    for name, tensor in trainable(first).items():
+        torch.testing.assert_close(trainable(after)[name], tensor, rtol=1e-5, atol=1e-7)
+    state = torch.load(tmp_path / "after" / "checkpoint.pt", weights_only=True)
+    assert state["start"][:2] == ["broad", 2] and state["start"][3] == weights_sha256(trainable(first))
+
+
 def test_the_collection_is_narrow(script):
     profiles = [script.profile("collection", 0, number) for number in range(8)]
     assert profiles[:4] == profiles[4:] and len({repr(one.scanner) for one in profiles}) == 4
@@ -128,10 +139,12 @@ def test_the_card_says_how_often_real_patients_were_looked_at(script):
     mean = {rule: {name: [0.5, 0.4, 0.6] for name in ("WT", "TC", "ET", "mean")} for rule in ("brats", "skip")}
     threshold = {"dice": 0.4, "modality": "FLAIR"}
     state = {"settings": {"kind": "broad", "seed": 0, **vars(script.RECIPES["broad"])}, "step": 10, "seconds": 60.0,
-             "generators": [[0, "phantom-1"], [4, "phantom-2"]], "curve": [{"patients": 96}]}
+             "generators": [[0, "phantom-1"], [4, "phantom-2"]], "curve": [{"patients": 96}],
+             "start": ["collection", 1500, [], "cd"]}
     found = {"sha256": "ab", "looks": 2, "generated": {"patients": 48, "threshold": threshold, **mean},
              "real": {"patients": 5, "threshold": threshold, **mean}}
     text = script.card(state, found)
     assert "scored on the real patients 2 times" in text and "`phantom-2` from step 4 on" in text
+    assert "10 steps, begun with the weights of `collection` after 1,500 steps" in text
     assert "96 patients, each of whom gives 4 crops and is never seen again" in text
     assert text.count("0.50 (0.40 to 0.60)") == 16 and "0.40 (FLAIR) on the real patients" in text
