@@ -258,7 +258,7 @@ def score(out: Path, *, seed: int, real: Path | None = None, sites: int = 16, at
         evaluate_folder(saved, real, folder, progress=False)
         scans = read_cohort(real, spacing_mm=settings["spacing_mm"], progress=False)
         found["looks"] += 1
-        found["real"] = {**_means(pd.read_csv(folder / "scores.csv", keep_default_na=True)), "step": state["step"],
+        found["real"] = {**_means(pd.read_csv(folder / "scores.csv", dtype={"site": str})), "step": state["step"],
                          "threshold": _threshold([scans.read(name) for name in scans.files])}
     write_json(file, found)
     return found
@@ -266,7 +266,7 @@ def score(out: Path, *, seed: int, real: Path | None = None, sites: int = 16, at
 
 def _means(table: pd.DataFrame, draws: int = 4000) -> dict[str, Any]:
     """Mean Dice by rule and region, each with a 95 % interval by bootstrap over patients."""
-    table = table.assign(site=table["site"].fillna("")) if "site" in table else table
+    table = table.fillna({"site": ""})
     found: dict[str, Any] = {"patients": int(table[["site", "patient"]].drop_duplicates().shape[0])}
     for rule in ("brats", "skip"):
         dice = table.assign(dice=table["dice"].mask(table["reference_ml"] == 0) if rule == "skip" else table["dice"])

@@ -1,4 +1,4 @@
-"""The training of public models: resumable, never the same patient twice, and what it ships is what was trained."""
+"""The public models do what their cards say; their training is resumable and shows no patient twice."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cohorts import blob_sites
 from fedlab.core.weights import trainable, weights_sha256
-from fedlab.training.metrics import predict
+from fedlab.data.phantom.generator import make_cohort
+from fedlab.deploy.plan import Plan
+from fedlab.privacy.base import Privacy
+from fedlab.run.federate import federate
+from fedlab.strategies.averaging import FedAvg
+from fedlab.topologies import star
+from fedlab.training.metrics import evaluate, predict, summary, threshold_dice
 from fedlab.training.networks import load_model
+from fedlab.training.public_model import public_card, public_file, public_model
+from fedlab.training.trainer import SiteTrainer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "public_model.py"
 
@@ -130,6 +140,8 @@ def test_what_is_shipped_is_what_was_trained(script, tiny, tmp_path):
     found = json.loads((tmp_path / "package" / "broad.json").read_text())
     assert found["step"] == 5 and found["looks"] == 0 and found["sha256"] == weights_sha256(trainable(model))
     case = script.patient("broad", tiny, 5, 0)
+    even = slice(0, case.image.shape[1] // 2 * 2)  # padded by as much on the left as on the right
+    case = replace(case, image=case.image[:, even], label=case.label[even])
     flipped = replace(case, image=case.image.flip(1), label=case.label.flip(0))
     # A model that takes the mean over both sides gives a mirrored patient the mirrored prediction.
     np.testing.assert_allclose(predict(back, flipped).flip(1), predict(back, case), atol=1e-5)
@@ -148,3 +160,51 @@ def test_the_card_says_how_often_real_patients_were_looked_at(script):
     assert "10 steps, begun with the weights of `collection` after 1,500 steps" in text
     assert "96 patients, each of whom gives 4 crops and is never seen again" in text
     assert text.count("0.50 (0.40 to 0.60)") == 16 and "0.40 (FLAIR) on the real patients" in text
+
+
+# --- the models that fedlab brings along
+
+@pytest.mark.parametrize("name", ["broad", "collection"])
+def test_a_public_model_is_the_one_of_its_card(name):
+    model, spacing_mm = load_model(public_file(name))
+    assert spacing_mm == 3.0 and model.settings["mirror"] is True
+    found = json.loads(public_file(name).with_suffix(".json").read_text(encoding="utf-8"))
+    card, digest = public_card(name), weights_sha256(trainable(model))
+    assert digest == found["sha256"] and digest in card
+    assert weights_sha256(trainable(public_model(name))) == digest
+    for words in (f'"{name}"', "generated patients alone", "not a medical device", f"{found['step']:,} steps"):
+        assert words in " ".join(card.split())
+    for group in ("generated", "real"):
+        for rule in ("brats", "skip"):
+            assert all("{:.2f} ({:.2f} to {:.2f})".format(*value) in card for value in found[group][rule].values())
+    rows = list(csv.DictReader(public_file(name).with_suffix(".csv").open(encoding="utf-8")))
+    assert int(rows[-1]["step"]) == found["step"] == found["real"]["step"] and found["looks"] >= 1
+    assert all(int(a["step"]) < int(b["step"]) for a, b in pairwise(rows))
+
+
+def test_both_are_small_and_another_name_is_refused():
+    assert sum(public_file(name).stat().st_size for name in ("broad", "collection")) <= 10e6
+    for ask in (public_model, public_card, public_file):
+        with pytest.raises(ValueError, match="'broad', 'collection', got 'narrow'"):
+            ask("narrow")
+    assert public_file() == public_file("broad")
+
+
+def test_a_run_begins_with_a_public_model():
+    model = public_model("collection")
+    trainer = SiteTrainer(model=model, lr=1e-4, steps=1, crop=(16, 16, 16))
+    start = weights_sha256(trainer.initial())
+    assert start == weights_sha256(trainable(public_model("collection")))
+    history = federate(trainer, blob_sites([2]), rounds=1, progress=False)
+    assert weights_sha256(history.state.params) != start == weights_sha256(trainer.initial())
+    plan = Plan.of(trainer=trainer, strategy=FedAvg(), privacy=Privacy(), topology=star, admission=None, rounds=1,
+                   seed=0, sites=["a"])
+    assert plan.model == start  # other processes begin with these weights too
+
+
+def test_the_broad_model_beats_any_threshold_and_the_narrow_one_leaves_something_to_gain():
+    sites = make_cohort(sizes=[1] * 8, held_out=0, shape=(48, 64, 48), seed=5, workers=0, progress=False)
+    patients = [patient for site in sites for patient in site.train]
+    broad, narrow = (summary(evaluate(public_model(name), patients))["dice"] for name in ("broad", "collection"))
+    assert broad["WT"] > threshold_dice(patients).dice
+    assert broad["mean"] > narrow["mean"] + 0.05
