@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator
@@ -317,9 +318,9 @@ meant for a first segmentation, and as a start where patients are as varied.""",
     "collection": """
 It was trained on 160 patients of four research scanners, as a public collection has them: 3 T, little noise, little
 scalp and meninges, adults before surgery, a median tumour of 110 ml, all with enhancement. It is meant as the start of
-federated and private training, which has something to add to it. **On purpose it has never seen** 1.5 T, low-grade
-tumours, small or faint tumours, large diffuse cores, resection cavities, cut fields of view or noisy scans. It marks
-enhancement where there is none, misses small tumours, and is not for segmenting the patients of a hospital.""",
+federated and private training, which has something to add to it. **On purpose it has never seen** 1.5 T, low-grade or
+faint tumours, resection cavities, cut fields of view or noisy scans, and hardly any small tumours or diffuse cores. It
+marks enhancement where there is none, misses small tumours, and is not for segmenting the patients of a hospital.""",
 }
 
 
@@ -347,6 +348,15 @@ def card(state: dict[str, Any], found: dict[str, Any]) -> str:
         for name in scored if name in found)
     looks = found["looks"]
     looked = "never" if not looks else "once" if looks == 1 else f"{looks} times"
+    training = textwrap.fill(
+        f"`benchmarks/public_model.py train {kind}`, seed {settings['seed']}: {steps:,} steps{begun or ''}. Each takes "
+        f"{settings['batch']} crops of {settings['crop']}³ voxels. AdamW, {settings['warmup']} steps of warm-up to a rate "
+        f"of {settings['rate']:g}, then half a cosine to 0; gradients clipped to norm {settings['clip_norm']:g}; Dice and "
+        "half the binary cross-entropy; flips of left and right, intensities scaled and shifted by up to a tenth. The "
+        f"model is the moving average of the weights ({settings['average']:g} per step). {seen[0].upper()}{seen[1:]}. "
+        f"Generator: {generators}. {state['seconds'] / 60:.0f} minutes on one core that others used too. "
+        f"`{kind}.csv` beside this card is the curve of the training, with the Dice of 12 generated held-out patients.",
+        width=120, break_on_hyphens=False)
     return f"""# Public model "{kind}"
 
 A network that segments glioma in 3-D MRI, trained on **generated patients alone**: no scan of any person was used.
@@ -364,13 +374,7 @@ A network that segments glioma in 3-D MRI, trained on **generated patients alone
 
 ## Training
 
-`benchmarks/public_model.py train {kind}`, seed {settings['seed']}: {steps:,} steps{begun or ''}. Each step
-takes {settings['batch']} crops of {settings['crop']}³ voxels. AdamW, {settings['warmup']} steps of warm-up to a rate of
-{settings['rate']:g}, then half a cosine to 0; gradients clipped to norm {settings['clip_norm']:g}; Dice and half the
-binary cross-entropy; flips of left and right, intensities scaled and shifted by up to a tenth. The model is the moving
-average of the weights ({settings['average']:g} per step). {seen[0].upper()}{seen[1:]}. Generator: {generators}.
-{state['seconds'] / 60:.0f} minutes on one core that others used too. `{kind}.csv` beside this card is the curve of the
-training, with the Dice of 12 generated held-out patients.
+{training}
 
 ## Scores
 
