@@ -353,7 +353,7 @@ def card(state: dict[str, Any], found: dict[str, Any]) -> str:
         f"{settings['batch']} crops of {settings['crop']}³ voxels. AdamW, {settings['warmup']} steps of warm-up to a "
         f"rate of {settings['rate']:g}, then half a cosine to 0; gradients clipped to norm {settings['clip_norm']:g}; "
         "Dice and half the binary cross-entropy; flips of left and right, intensities scaled and shifted by up to a "
-        f"tenth. The model is the moving average of the weights ({settings['average']:g} per step). {seen[0].upper()}{seen[1:]}. "
+        f"tenth. The model is the moving average of the weights ({settings['average']:g} per step). Seen: {seen}. "
         f"Generator: {generators}. {state['seconds'] / 60:.0f} minutes on one core that others used too. "
         f"`{kind}.csv` beside this card is the curve of the training, with the Dice of 12 generated held-out patients.",
         width=120, break_on_hyphens=False)

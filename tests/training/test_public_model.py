@@ -158,7 +158,7 @@ def test_the_card_says_how_often_real_patients_were_looked_at(script):
     text = " ".join(script.card(state, found).split())
     assert "scored on the real patients 2 times" in text and "`phantom-2` from step 4 on" in text
     assert "10 steps, begun with the weights of `collection` after 1,500 steps" in text
-    assert "96 patients, each of whom gives 4 crops and is never seen again" in text
+    assert "Seen: 96 patients, each of whom gives 4 crops and is never seen again" in text
     assert text.count("0.50 (0.40 to 0.60)") == 16 and "0.40 (FLAIR) on the real patients" in text
 
 
