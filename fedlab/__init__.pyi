@@ -28,7 +28,8 @@ from .run.local import Local
 from .strategies.averaging import FedAvg
 from .strategies.client_drift import FedProx
 from .training.metrics import evaluate, predict, summary
-from .training.networks import load_model, segresnet
+from .training.networks import segresnet
+from .training.public_model import public_model
 from .training.trainer import SiteTrainer
 from .view.dashboard import RunDashboard
 from .view.run_figures import curves
@@ -41,7 +42,7 @@ __all__ = [
     "DPSGD", "MODALITIES", "REGIONS", "FedAvg", "FedProx", "FedlabError", "Local", "Patient", "Privacy",
     "PrivacyError", "RunDashboard", "SecureAggregation", "Site", "SiteTrainer", "Update", "centralised",
     "check_privacy", "checks", "compare", "core", "curves", "data", "deploy", "each_round", "engines", "evaluate",
-    "evidence", "faults", "federate", "load_model", "local_only", "make_cohort", "noise_multiplier_for", "predict",
-    "privacy", "read_cohort", "read_sites", "run", "segresnet", "show", "strategies", "summary", "topologies",
+    "evidence", "faults", "federate", "local_only", "make_cohort", "noise_multiplier_for", "predict", "privacy",
+    "public_model", "read_cohort", "read_sites", "run", "segresnet", "show", "strategies", "summary", "topologies",
     "training", "view",
 ]

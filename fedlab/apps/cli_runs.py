@@ -31,7 +31,9 @@ def add_runs(commands: Any) -> None:
         "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING, **_ARMS})
     add_command(commands, "resume", _resume, {"out": {"type": Path, "metavar": "RUN"}, "--json": FLAG})
     add_command(commands, "evaluate", _evaluate, {
-        "model": {"type": Path, "metavar": "MODEL"}, "--data": {**REQUIRED_PATH, "metavar": "DIR"}, **READING,
+        "model": {"type": Path, "metavar": "MODEL", "nargs": "?"},
+        "--public": {"nargs": "?", "const": "broad", "choices": ("broad", "collection")},
+        "--data": {**REQUIRED_PATH, "metavar": "DIR"}, **READING,
         "--spacing": {"type": float, "metavar": "MM"}, "--out": {"type": Path}, "--json": FLAG})
     add_command(commands, "verify", _verify, {
         "path": {"type": Path, "metavar": "RUN"}, "--head": {"metavar": "HASH"}, "--json": FLAG})
@@ -131,9 +133,13 @@ def _finish(job: Any, options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from fedlab.apps.evaluation import describe_evaluation, evaluate_folder
+    from fedlab.training.public_model import public_file
 
+    if (options.model is None) == (options.public is None):
+        raise ValueError("give either the file of a model or --public, for a model that fedlab brings along")
+    model = options.model or public_file(options.public)
     options.out = new_path(options.out, "evaluate")
-    result = evaluate_folder(options.model, options.data, options.out, layout=options.layout,
+    result = evaluate_folder(model, options.data, options.out, layout=options.layout,
                              label_convention=options.label_convention, skip_broken=options.skip_broken,
                              spacing_mm=options.spacing)
     if options.json:

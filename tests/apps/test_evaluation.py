@@ -27,6 +27,7 @@ from fedlab.privacy.base import Privacy
 from fedlab.strategies.averaging import FedAvg
 from fedlab.topologies import star
 from fedlab.training.networks import load_model
+from fedlab.training.public_model import public_model
 from fedlab.training.trainer import SiteTrainer
 from folders import write_patient
 from runs import command, contents, finished_demo
@@ -186,6 +187,18 @@ def test_without_any_label_there_is_no_score(demo, scans, tmp_path):
     found = evaluate_folder(demo / "model.safetensors", one, tmp_path / "out", progress=False)
     assert "dice" not in found and (found["patients"], found["labelled"]) == (1, 0)
     assert "no score" in describe_evaluation(found)
+
+
+def test_the_public_model_segments_a_folder(demo, scans, tmp_path, capsys):
+    printed = command("evaluate", "--public", "--data", scans, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert "3 patients segmented" in printed and found["spacing_mm"] == 3.0
+    assert found["model_sha256"] == weights_sha256(trainable(public_model()))
+    assert len(list((tmp_path / "out").glob("*_pred.nii.gz"))) == 3 and found["dice"]["WT"] > 0.3
+    for given in ([], [str(demo / "model.safetensors"), "--public"]):
+        assert main(["evaluate", *given, "--data", str(scans), "--out", str(tmp_path / "none")]) == 1
+        assert "either the file of a model or --public" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_nothing_is_overwritten(demo, scans, evaluated, capsys):
