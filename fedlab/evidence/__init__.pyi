@@ -2,11 +2,12 @@ from .arms import Arm
 from .comparison import ArmComparison, compare_arms
 from .contributions import Contributions, KeepUpdates, dice_on, site_contributions
 from .differences import Difference, difference
+from .findings import Finding, Threat
 from .inversion import Inversion, invert_update, one_step_update, patch_net
 from .runs import RunOnDisk, RunTable, runs
 
 __all__ = [
-    "Arm", "ArmComparison", "Contributions", "Difference", "Inversion", "KeepUpdates", "RunOnDisk", "RunTable",
-    "compare_arms", "dice_on", "difference", "invert_update", "one_step_update", "patch_net", "runs",
-    "site_contributions",
+    "Arm", "ArmComparison", "Contributions", "Difference", "Finding", "Inversion", "KeepUpdates", "RunOnDisk",
+    "RunTable", "Threat", "compare_arms", "dice_on", "difference", "invert_update", "one_step_update", "patch_net",
+    "runs", "site_contributions",
 ]
