@@ -25,6 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from fedlab.data.phantom.population import Population
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -45,6 +45,7 @@ from fedlab.data.brain import bounding_box
 from fedlab.data.phantom.anatomy import Grid
 from fedlab.data.phantom.contrast import draw_scanners
 from fedlab.data.phantom.generator import GENERATOR, SiteProfile, generate_patient, make_cohort, site_profiles
+from fedlab.data.phantom.population import Population
 from fedlab.data.readers.folders import read_cohort
 from fedlab.training.metrics import evaluate, summary, threshold_dice
 from fedlab.training.networks import save_model, segresnet
@@ -157,7 +158,8 @@ def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | None
         memory_format=torch.channels_last_3d) for _ in range(2))
     optimiser = adamw(model.parameters(), recipe.rate)
     same = {"kind": kind, "seed": seed, **{name: value for name, value in asdict(recipe).items() if name != "steps"}}
-    state: dict[str, Any] = {"settings": same, "step": 0, "seconds": 0.0, "generators": [], "curve": [], "start": []}
+    state: dict[str, Any] = {"settings": same, "step": 0, "seconds": 0.0, "generators": [], "curve": [], "start": [],
+                             "plans": []}
     if (checkpoint := out / "checkpoint.pt").exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != same:
@@ -173,6 +175,8 @@ def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | None
                           weights_sha256(trainable(model))]
     if not state["generators"] or state["generators"][-1][1] != GENERATOR:
         state["generators"].append([state["step"], GENERATOR])
+    if not state["plans"] or state["plans"][-1][1] != recipe.steps:
+        state["plans"].append([state["step"], recipe.steps])
     loss, rate = DiceBCE(), CosineDecay(start=recipe.rate, rounds=recipe.steps, warmup=recipe.warmup)
     weights, averaged = list(model.parameters()), list(average.parameters())
     held_out = [patient(kind, recipe, derive(seed, "held out"), number) for number in range(watch)]
@@ -216,7 +220,7 @@ def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | None
 
 def _write_curve(rows: list[dict[str, Any]], path: Path) -> None:
     with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
@@ -331,7 +335,11 @@ def card(state: dict[str, Any], found: dict[str, Any]) -> str:
     patients = settings["block"] if not settings["passes"] else last["patients"]
     seen = (f"{patients} patients, each of whom gives {settings['passes']} crops and is never seen again" if
             settings["passes"] else f"{patients} patients, seen again and again")
-    begun = state["start"] and f", begun with the weights of `{state['start'][0]}` after {state['start'][1]:,} steps"
+    begun = ""
+    if state["start"]:
+        begun = f", begun with the weights of `{state['start'][0]}` after {state['start'][1]:,} steps"
+    changed = ", ".join(f"{before:,} until step {at:,}" for (_, before), (at, _) in pairwise(state["plans"]))
+    plan = begun + (f"; the cosine was planned for {changed}" if changed else "")
     generators = "; ".join(f"`{name}` from step {first} on" for first, name in state["generators"])
     scored = {"generated": "generated patients of other sites, populations and scanners as `make_cohort` draws them",
               "own kind": "generated patients of other scanners of its own kind",
@@ -349,7 +357,7 @@ def card(state: dict[str, Any], found: dict[str, Any]) -> str:
     looks = found["looks"]
     looked = "never" if not looks else "once" if looks == 1 else f"{looks} times"
     training = textwrap.fill(
-        f"`benchmarks/public_model.py train {kind}`, seed {settings['seed']}: {steps:,} steps{begun or ''}. Each takes "
+        f"`benchmarks/public_model.py train {kind}`, seed {settings['seed']}: {steps:,} steps{plan}. Each takes "
         f"{settings['batch']} crops of {settings['crop']}³ voxels. AdamW, {settings['warmup']} steps of warm-up to a "
         f"rate of {settings['rate']:g}, then half a cosine to 0; gradients clipped to norm {settings['clip_norm']:g}; "
         "Dice and half the binary cross-entropy; flips of left and right, intensities scaled and shifted by up to a "
@@ -378,14 +386,16 @@ A network that segments glioma in 3-D MRI, trained on **generated patients alone
 
 ## Scores
 
-Mean Dice with 95 % intervals (bootstrap over patients). Rule for regions that the reference lacks: "BraTS" counts 1 for
-an empty prediction and 0 for any other; "skip" leaves the patient out of the region's mean.
+Mean Dice with 95 % intervals (bootstrap over patients); the generated ones are of `{found["generator of the scores"]}`.
+Rule for regions that the reference lacks: "BraTS" counts 1 for an empty prediction and 0 for any other; "skip" leaves
+the patient out of the region's mean.
 
 | patients | rule | WT | TC | ET | mean |
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-For comparison, the WT Dice of the best intensity threshold, chosen with hindsight: {thresholds}.
+For comparison, the WT Dice of the best intensity threshold at {settings['spacing_mm']:g} mm, chosen with hindsight:
+{thresholds}.
 
 Candidates of this model were scored on the real patients {looked} in all. Nothing was chosen or tuned by these scores.
 Five patients are too few to estimate anything: their interval says only how much they differ.

@@ -152,12 +152,15 @@ def test_the_card_says_how_often_real_patients_were_looked_at(script):
     threshold = {"dice": 0.4, "modality": "FLAIR"}
     state = {"settings": {"kind": "broad", "seed": 0, **vars(script.RECIPES["broad"])}, "step": 10, "seconds": 60.0,
              "generators": [[0, "phantom-1"], [4, "phantom-2"]], "curve": [{"patients": 96}],
+             "plans": [[0, 20], [4, 10]],
              "start": ["collection", 1500, [], "cd"]}
-    found = {"sha256": "ab", "looks": 2, "generated": {"patients": 48, "threshold": threshold, **mean},
+    found = {"sha256": "ab", "looks": 2, "generator of the scores": "phantom-2",
+             "generated": {"patients": 48, "threshold": threshold, **mean},
              "real": {"patients": 5, "threshold": threshold, **mean}}
     text = " ".join(script.card(state, found).split())
     assert "scored on the real patients 2 times" in text and "`phantom-2` from step 4 on" in text
-    assert "10 steps, begun with the weights of `collection` after 1,500 steps" in text
+    assert ("10 steps, begun with the weights of `collection` after 1,500 steps; the cosine was planned for 20 until "
+            "step 4.") in text
     assert "Seen: 96 patients, each of whom gives 4 crops and is never seen again" in text
     assert text.count("0.50 (0.40 to 0.60)") == 16 and "0.40 (FLAIR) on the real patients" in text
 
