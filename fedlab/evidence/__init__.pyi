@@ -4,10 +4,11 @@ from .contributions import Contributions, KeepUpdates, dice_on, site_contributio
 from .differences import Difference, difference
 from .findings import Finding, Threat
 from .inversion import Inversion, invert_update, one_step_update, patch_net
+from .membership import RMIA, LossThreshold, Membership, UpdateMembership, shadow_models
 from .runs import RunOnDisk, RunTable, runs
 
 __all__ = [
-    "Arm", "ArmComparison", "Contributions", "Difference", "Finding", "Inversion", "KeepUpdates", "RunOnDisk",
-    "RunTable", "Threat", "compare_arms", "dice_on", "difference", "invert_update", "one_step_update", "patch_net",
-    "runs", "site_contributions",
+    "RMIA", "Arm", "ArmComparison", "Contributions", "Difference", "Finding", "Inversion", "KeepUpdates",
+    "LossThreshold", "Membership", "RunOnDisk", "RunTable", "Threat", "UpdateMembership", "compare_arms", "dice_on",
+    "difference", "invert_update", "one_step_update", "patch_net", "runs", "shadow_models", "site_contributions",
 ]
