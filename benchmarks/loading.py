@@ -77,8 +77,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
         (site,) = make_cohort(sites=1, patients=8, shape=Phantoms.shape, cache=base / "cache", workers=0, held_out=0)
-        demo = Job(source=Phantoms(patients=4 * 2)).trainer()
-        for name, crop in (("demo: 24 voxels", demo.crop), ("default: 32 voxels", (32, 32, 32))):
+        demo = Job(source=Phantoms()).trainer()
+        for name, crop in (("demo: 32 voxels", demo.crop), ("24 voxels", (24, 24, 24))):
             trainer = SiteTrainer(model=demo.model, lr=1e-3, steps=STEPS, crop=crop, augment=demo.augment,
                                   tumour_share=demo.tumour_share)
             loading, step = steps(trainer, site)
@@ -90,9 +90,9 @@ def main() -> None:
         kept = read_cohort(base / "big", spacing_mm=3.0, cache=base / "kept", progress=False)
         cold = seconds(lambda: read_cohort(base / "big", spacing_mm=3.0, examine=False, progress=False)[0])
         job = Job(source=Phantoms())
-        trained_on = round(Phantoms.patients / Phantoms.sites * (1 - Phantoms.held_out))  # at each site
-        crops = job.rounds * job.steps * job.batch_size / trained_on
-        own = result["demo: 24 voxels"]["ms of a step"] / 1000 / demo.batch_size * crops  # type: ignore[index]
+        trained_on = sum(Phantoms.sizes) - len(Phantoms.sizes) * int(Phantoms.held_out)
+        crops = len(Phantoms.sizes) * job.rounds * job.steps * job.batch_size / trained_on
+        own = result["demo: 32 voxels"]["ms of a step"] / 1000 / demo.batch_size * crops  # type: ignore[index]
         result["reading a patient of 240 x 240 x 155"] = {
             "s from the scans to 3 mm": round(cold, 2), "s from the cache": round(seconds(lambda: kept[0]), 4),
             "crops of a patient in a demo": round(crops),

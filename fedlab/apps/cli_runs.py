@@ -15,7 +15,9 @@ from fedlab.apps.cli_arguments import FLAG, READING, REQUIRED_PATH, Arguments, a
 __all__ = ["add_runs"]
 
 _TRAINING: Arguments = {
-    "--rounds": {"type": int}, "--steps": {"type": int}, "--seed": {"type": int, "default": 0}, "--out": {"type": Path},
+    "--rounds": {"type": int}, "--steps": {"type": int}, "--start": {"choices": ("collection", "broad", "random")},
+    "--from-scratch": {"dest": "start", "action": "store_const", "const": "random"},
+    "--seed": {"type": int, "default": 0}, "--out": {"type": Path},
     "--keep": FLAG, "--contributions": FLAG, "--json": FLAG}
 
 _ARMS: Arguments = {"--arms": {"type": Path, "metavar": "FILE.py"}}
@@ -48,15 +50,17 @@ def _given(**settings: Any) -> dict[str, Any]:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from fedlab.apps.comparison_data import Phantoms
+    from fedlab.apps.comparison_data import Phantoms, equal_sizes
+    from fedlab.data.phantom.population import site_sizes
 
-    given = _given(sites=options.sites, patients=options.patients, shape=options.shape)
+    sites, patients, settings = options.sites, options.patients, _given(shape=options.shape)
     if options.full:
-        source = Phantoms(**{"sites": 13, "patients": 285, "shape": (64, 64, 64), "held_out": 0.2, "equal": False,
-                             **given})
-    else:
-        source = Phantoms(**{"patients": 18 * given.get("sites", Phantoms.sites), **given})
-    _begin(options, "demo", source, real=options.real)
+        settings = {"sizes": tuple(site_sizes(sites or 13, patients or 285)), "shape": (64, 64, 64), "held_out": 0.2,
+                    **settings}
+    elif (sites, patients) != (None, None):
+        sites = len(Phantoms.sizes) if sites is None else sites
+        settings |= {"sizes": equal_sizes(sites, 12 * sites if patients is None else patients), "held_out": 1 / 3}
+    _begin(options, "demo", Phantoms(**settings), start=options.start or "collection", real=options.real)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -64,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
 
     _begin(options, "run", Folder(data=options.data, table=options.sites, spacing_mm=options.spacing,
                                   layout=options.layout, label_convention=options.label_convention,
-                                  skip_broken=options.skip_broken))
+                                  skip_broken=options.skip_broken), start=options.start or "broad")
 
 
 def _begin(options: argparse.Namespace, name: str, source: Any, **settings: Any) -> None:
@@ -72,8 +76,11 @@ def _begin(options: argparse.Namespace, name: str, source: Any, **settings: Any)
     from fedlab.apps.comparison import Job, open_job
 
     given = _given(rounds=options.rounds, steps=options.steps)
-    if options.arms is not None and (given or options.contributions):
-        raise ValueError(f"{options.arms} says how its arms train; leave --rounds, --steps and --contributions out")
+    if options.arms is not None and (given or options.start or options.contributions):
+        raise ValueError(f"{options.arms} says how its arms train; leave --rounds, --steps, --start and "
+                         "--contributions out")
+    if settings["start"] == "random":
+        given = {"rounds": 33, "steps": 10, "lr": 3e-3, **given}
     job = Job(source=source, seed=options.seed, keep=options.keep, contributions=options.contributions,
               arms=options.arms is not None, **settings, **given)
     options.out = new_path(options.out, name)

@@ -1,4 +1,4 @@
-"""The comparison behind `fedlab demo` and `run`: one network, trained federated, on pooled data and at each site alone.
+"""The comparison behind `fedlab demo` and `run`: one start, trained federated, on pooled data and at each site alone.
 
 `run_job` prepares the data, trains the arms side by side in worker processes and evaluates them on held-out
 patients; `fedlab.apps.comparison_results` writes tables, figures and the report.
@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from fedlab.apps.comparison_data import Folder, Phantoms
 from fedlab.core.errors import DataError, RunError
 from fedlab.core.files import locked, replacing, write_json, write_whole
-from fedlab.core.settings import check_whole
+from fedlab.core.settings import check_choice, check_whole
 from fedlab.core.types import Patient, ServerState, Site
 from fedlab.core.weights import load_weights
 from fedlab.core.workers import Workers
@@ -39,14 +39,15 @@ from fedlab.run.history import History
 from fedlab.run.local import Local
 from fedlab.run.trackers import CsvTracker
 from fedlab.training.networks import save_model, segresnet
-from fedlab.training.schedules import PolyDecay
+from fedlab.training.public_model import public_model
+from fedlab.training.schedules import CosineDecay
 from fedlab.training.trainer import SiteTrainer, augmentation
 from fedlab.view.colours import arm_colours
 
 __all__ = ["Job", "Outcome", "arms_of", "data_changed", "open_job", "read_job", "remove_working_files",
            "run_job", "sole_use"]
 
-_FORMAT = "fedlab-job-1"
+_FORMAT = "fedlab-job-2"
 #: In the run directory: the state of the files that the run has read.
 _DATA_STATE = "data_state.txt"
 #: In the run directory: the user's file of arms.
@@ -62,8 +63,10 @@ class Job:
         rounds: of the federated arm; the other arms take as many gradient steps.
         steps: gradient steps of a site per round.
         batch_size: crops per step.
-        lr: learning rate of the first round, falling to 0 by `PolyDecay`.
-        filters: width of the network; 32 is the paper's.
+        lr: highest learning rate, reached after an eighth of the rounds and falling to 0 by `CosineDecay`.
+        start: the weights that all arms begin with: a public model, which then is an arm too, or "random" ones, as in
+            Li et al. 2019.
+        filters: width of the network if it starts at random; 32 is the paper's.
         crop: voxels of a training crop.
         real: folder of real scans on which the federated model is evaluated; not trained on.
         watch_every: rounds between two measurements of the Dice of held-out patients.
@@ -73,16 +76,17 @@ class Job:
             function `arms(seed)` returns them by name (`fedlab.evidence.Arm`).
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: a count below 1, or an unknown start.
     """
 
     source: Phantoms | Folder
-    rounds: int = 33
-    steps: int = 10
+    rounds: int = 16
+    steps: int = 6
     batch_size: int = 2
-    lr: float = 5e-3
+    lr: float = 2e-3
+    start: Literal["collection", "broad", "random"] = "collection"
     filters: int = 8
-    crop: tuple[int, int, int] = (24, 24, 24)
+    crop: tuple[int, int, int] = (32, 32, 32)
     seed: int = 0
     real: str | None = None
     watch_every: int = 4
@@ -92,14 +96,17 @@ class Job:
 
     def __post_init__(self) -> None:
         check_whole(rounds=self.rounds, steps=self.steps, batch_size=self.batch_size, watch_every=self.watch_every)
+        check_choice(("collection", "broad", "random"), start=self.start)
 
     def trainer(self) -> SiteTrainer:
-        """The trainer of every arm: same network, same start, same schedule, moments kept in all."""
+        """The trainer of every arm: the same start, schedule and limit of gradients in all."""
+        model = (segresnet(filters=self.filters, seed=self.seed, mirror=True) if self.start == "random" else
+                 public_model(self.start))
         # A few hundred steps are too few to learn upside-down heads, so only left and right are flipped. Half of the
         # crops are drawn anywhere: with fewer healthy voxels the network finds tumour everywhere.
-        return SiteTrainer(model=segresnet(filters=self.filters, seed=self.seed), steps=self.steps,
-                           lr=PolyDecay(start=self.lr, rounds=self.rounds), batch_size=self.batch_size,
-                           crop=self.crop, tumour_share=0.5, augment=augmentation(flips=(0,)))
+        return SiteTrainer(model=model, steps=self.steps, batch_size=self.batch_size, crop=self.crop, clip_norm=1.0,
+                           lr=CosineDecay(start=self.lr, rounds=self.rounds, warmup=self.rounds // 8),
+                           tumour_share=0.5, augment=augmentation(flips=(0,)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +235,8 @@ def arms_of(job: Job, out: Path) -> dict[str, Arm]:
         return _read_arms(out / _ARMS_FILE, job.seed)
     trainer = job.trainer()
     engine = KeepUpdates(engine=Local(), folder=out / "arms" / "updates") if job.contributions else None
-    return {"federated": Arm(trainer=trainer, rounds=job.rounds, engine=engine),
+    return {**({} if job.start == "random" else {"public": Arm(trainer=trainer, rounds=0)}),
+            "federated": Arm(trainer=trainer, rounds=job.rounds, engine=engine),
             "pooled": Arm(trainer=trainer, rounds=job.rounds, data="pooled"),
             "local": Arm(trainer=trainer, rounds=job.rounds, data="each")}
 

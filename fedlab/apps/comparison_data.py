@@ -15,7 +15,7 @@ from fedlab.data.phantom.anatomy import Grid
 from fedlab.data.phantom.generator import make_cohort
 from fedlab.data.readers.folders import find_patients, read_sites
 
-__all__ = ["Folder", "Phantoms"]
+__all__ = ["Folder", "Phantoms", "equal_sizes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,29 +23,25 @@ class Phantoms:
     """Generated patients as the data of a job; see `fedlab.data.phantom.generator.make_cohort`.
 
     Args:
-        patients: of all sites together.
-        equal: whether all sites have the same number of patients; otherwise sizes are as unequal as in a real study.
+        sizes: patients of each site, held-out patients included. The default has 51 patients to train on, of whom three
+            sites have three each, and 48 held out.
+        held_out: patients held out per site, or their share.
 
     Raises:
-        ValueError: numbers that contradict each other, or a grid too small for a brain.
+        ValueError: a site with fewer than two patients, or a grid too small for a brain.
     """
 
-    sites: int = 4
-    patients: int = 72
+    sizes: tuple[int, ...] = (22, 16, 13, 11, 10, 9, 9, 9)
     shape: tuple[int, int, int] = (48, 64, 48)
     spacing_mm: float = 3.0
-    held_out: int | float = 1 / 3
-    equal: bool = True
+    held_out: int | float = 6
 
     def __post_init__(self) -> None:
-        if self.sites < 1:
-            raise ValueError(f"a comparison needs at least one site, got {self.sites}")
-        if self.patients < 2 * self.sites:
-            raise ValueError(f"{self.sites} sites need at least {2 * self.sites} patients, one each to train on and "
-                             f"one to hold out; got {self.patients}")
-        if self.equal and self.patients % self.sites:
-            raise ValueError(f"{self.patients} patients do not divide into {self.sites} equal sites; "
-                             f"use {self.patients // self.sites * self.sites} patients")
+        if not self.sizes:
+            raise ValueError("a comparison needs at least one site, got none")
+        if min(self.sizes) < 2:
+            raise ValueError(f"a site needs at least two patients, one to train on and one to hold out; got the sizes "
+                             f"{', '.join(map(str, self.sizes))}")
         Grid(shape=self.shape, spacing_mm=self.spacing_mm)
 
     def state(self) -> str:
@@ -53,9 +49,25 @@ class Phantoms:
         return ""
 
     def prepare(self, *, seed: int, workers: Workers) -> list[Site]:
-        sizes = [self.patients // self.sites] * self.sites if self.equal else None
-        return make_cohort(sites=self.sites, patients=self.patients, shape=self.shape, spacing_mm=self.spacing_mm,
-                           seed=seed, held_out=self.held_out, sizes=sizes, workers=workers)
+        return make_cohort(sizes=self.sizes, shape=self.shape, spacing_mm=self.spacing_mm, seed=seed,
+                           held_out=self.held_out, workers=workers)
+
+
+def equal_sizes(sites: int, patients: int) -> tuple[int, ...]:
+    """Patients of each of `sites` sites of one size.
+
+    Raises:
+        ValueError: no site, or patients that do not divide into the sites.
+    """
+    if sites < 1:
+        raise ValueError(f"a comparison needs at least one site, got {sites}")
+    if patients < 2 * sites:
+        raise ValueError(f"{sites} sites need at least {2 * sites} patients, one each to train on and one to hold out; "
+                         f"got {patients}")
+    if patients % sites:
+        raise ValueError(f"{patients} patients do not divide into {sites} equal sites; "
+                         f"use {patients // sites * sites} patients")
+    return (patients // sites,) * sites
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,7 +253,8 @@ def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
               for name in outcome.arms}
     trained = {name: count for name, count in by_arm.items() if count}
     all_known = set(trained) == {name for name, arm in outcome.arms.items() if arm.rounds}
-    equal = "equal" if all_known and len(set(trained.values())) == 1 else "unequal"
+    shared = any(arm.data == "each" and arm.rounds for arm in outcome.arms.values())
+    equal = "unequal" if not all_known or len(set(trained.values())) > 1 else "shares" if shared else "equal"
     text = " ".join([_text("lead", how, rounds=outcome.arms[outcome.main].rounds, **{"sites": found["sites"],
                      "patients": found["patients"]}), found["verdict"], _text(
         "lead", equal, steps=max(by_arm.values()), by_arm=", ".join(f"{name} {n:,}" for name, n in trained.items()))])
@@ -268,10 +269,9 @@ def _notes(outcome: Outcome, found: dict[str, Any]) -> list[str]:
     protected = {name: arm for name, arm in outcome.arms.items() if arm.privacy or arm.aggregation}
     privacy = [f"{name}: {arm.privacy or arm.aggregation!r}: {outcome.histories[name].guarantee()}."
                for name, arm in protected.items() if name in outcome.histories] or [_text("notes", "privacy")]
-    local = [_text("notes", "steps")] if any(arm.data == "each" for arm in outcome.arms.values()) else []
     if protected and not generated:
         privacy.append(_text("notes", "covered"))
-    return [*generated, caution(outcome) or _text("notes", "chance", held_out=held_out), *local, *privacy,
+    return [*generated, caution(outcome) or _text("notes", "chance", held_out=held_out), *privacy,
             _text("notes", "empty", arm=outcome.main, rule=found["empty_regions"]),
             *([_text("notes", "without", names=without)] if without else []), *([f"{several}."] if several else [])]
 

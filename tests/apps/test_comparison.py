@@ -23,14 +23,14 @@ import fedlab.apps.comparison
 from cohorts import blob_sites
 from fedlab.apps.cli import main
 from fedlab.apps.comparison import Job, open_job, read_job, run_job
-from fedlab.apps.comparison_data import Folder, Phantoms
+from fedlab.apps.comparison_data import Folder, Phantoms, equal_sizes
 from fedlab.core.errors import DataError, RunError
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.data.sites.partition import Partition
 from fedlab.training.networks import load_model
 from runs import SMALL, Background, Run, command, finished_demo, wait_for
 
-ARMS = ("federated", "pooled", "local_own", "local_others")
+ARMS = ("public", "federated", "pooled", "local_own", "local_others")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_report_is_one_file_that_says_what_was_found(demo):
 
 def test_contributions_add_up_to_what_the_run_gained(demo):
     page = (demo.folder / "report.html").read_text(encoding="utf-8")
-    text = re.search(r"Shapley values over all coalitions, from ([\d.]+) \(untrained\) to ([\d.]+)", page)
+    text = re.search(r"Shapley values over all coalitions, from ([\d.]+) \(the start\) to ([\d.]+)", page)
     values = [float(row["shapley"]) for row in rows_of(demo.folder / "contributions.csv")]
     assert text and len(values) == 2
     assert sum(values) == pytest.approx(float(text[2]) - float(text[1]), abs=2e-3)
@@ -122,13 +122,14 @@ def test_the_summary_has_exactly_the_promised_keys(demo):
 def test_the_verdict_claims_nothing_that_the_scores_do_not_show(demo):
     found = summary_of(demo.folder)
     for rule in ("brats", "skip"):
-        assert set(found["differences"][rule]) == {"pooled", "local_own", "local_others"}
+        assert set(found["differences"][rule]) == {"public", "pooled", "local_own", "local_others"}
     for arm, one in found["differences"]["brats"].items():
         assert one["value"] == pytest.approx(found["dice"]["federated"]["mean"] - found["dice"][arm]["mean"])
         assert (one["patients"], one["sites"], one["low"], one["high"]) == (4, 2, None, None)  # too few for an interval
-    expected = "federated is not clearly different from all data pooled ("
-    assert found["verdict"].startswith("In mean Dice on 4 held-out patients, federated is not clearly different from")
-    assert expected in found["verdict"] and "better" not in found["verdict"] and "worse" not in found["verdict"]
+    claim = "In mean Dice on 4 held-out patients, federated is not clearly different from"
+    assert found["verdict"].startswith(claim)
+    assert "all data pooled (" in found["verdict"]
+    assert "better" not in found["verdict"] and "worse" not in found["verdict"]
     last = " ".join(demo.printed.split("report:")[0].split())
     assert last.endswith(found["verdict"])  # the terminal's last lines
     assert found["verdict"] in html.unescape((demo.folder / "report.html").read_text(encoding="utf-8"))
@@ -138,7 +139,7 @@ def test_dice_is_the_mean_of_the_scores_counted_anew(demo):
     rows = rows_of(demo.folder / "scores.csv")
     held_out = {(row["site"], row["patient"]) for row in rows}
     assert len(held_out) == 4  # a third of each site's five
-    assert len(rows) == 4 * 3 * 4  # arms, regions, patients
+    assert len(rows) == 5 * 3 * 4  # models, regions, patients
     found = summary_of(demo.folder)["dice"]
     own = {True: "local_own", False: "local_others"}
     groups: dict[str, list[dict[str, str]]] = {}
@@ -160,7 +161,7 @@ def test_dice_is_the_mean_of_the_scores_counted_anew(demo):
 def test_the_cross_site_table_is_the_mean_of_the_scores(demo):
     rows = rows_of(demo.folder / "scores.csv")
     table = rows_of(demo.folder / "cross_site.csv")
-    assert [row["model"] for row in table] == ["federated", "pooled", "local site-01", "local site-02"]
+    assert [row["model"] for row in table] == ["public", "federated", "pooled", "local site-01", "local site-02"]
     for line in table:
         for site in ("site-01", "site-02"):
             values = [float(r["dice"]) for r in rows if r["arm"] == line["model"] and r["site"] == site]
@@ -176,6 +177,7 @@ def test_the_saved_model_is_the_one_the_hash_names(demo):
 
 def test_every_arm_takes_the_same_number_of_gradient_steps(demo):
     history = json.loads((demo.folder / "history.json").read_text())
+    assert history.pop("public") == []  # the start of all arms, scored as it is
     assert set(history) == {"federated", "pooled", "local site-01", "local site-02"}
     steps = {arm: sum(site["steps"] for record in records for site in record["sites"].values())
              for arm, records in history.items()}
@@ -190,8 +192,8 @@ def test_the_partition_is_saved_with_the_run_and_stands_in_the_report(demo):
     scored = {(row["site"], row["patient"]) for row in rows_of(demo.folder / "scores.csv")}
     assert scored == {(site, patient) for site, ids in partition.held_out.items() for patient in ids}
     assert [len(ids) for ids in partition.train.values()] == [3, 3]
-    assert partition == Partition.of(Phantoms(sites=2, patients=10).prepare(seed=0, workers=0))
-    assert partition.how.startswith("Phantoms(sites=2, patients=10") and partition.how.endswith("seed=0")
+    assert partition == Partition.of(Phantoms(sizes=(5, 5), held_out=1 / 3).prepare(seed=0, workers=0))
+    assert partition.how.startswith("Phantoms(sizes=(5, 5), ") and partition.how.endswith("seed=0")
     page = (demo.folder / "report.html").read_text(encoding="utf-8")
     assert partition.id in page and ">held out<" in page
 
@@ -208,7 +210,7 @@ def test_a_run_that_goes_on_with_other_patients_is_refused(tmp_path):
 
 
 def test_held_out_patients_are_never_trained_on(demo):
-    sites = Phantoms(sites=2, patients=10).prepare(seed=0, workers=0)
+    sites = Phantoms(sizes=(5, 5), held_out=1 / 3).prepare(seed=0, workers=0)
     for site in sites:
         assert (len(site.train), len(site.val)) == (3, 2)
         assert not {p.id for p in site.train} & {p.id for p in site.val}
@@ -287,7 +289,8 @@ def test_any_arms_are_compared_from_a_file(tmp_path, capsys):
     assert not (out / "model.safetensors").exists()  # only networks of segresnet are saved with their settings
     assert (out / "arms.py").read_text() == ARMS_FILE
     assert main(["demo", "--arms", str(file), "--rounds", "2", "--out", str(tmp_path / "b")]) == 1
-    assert "says how its arms train; leave --rounds, --steps and --contributions out" in capsys.readouterr().err
+    says = "says how its arms train; leave --rounds, --steps, --start and --contributions out"
+    assert says in capsys.readouterr().err
     file.write_text("arms = 3")
     assert main(["demo", "--arms", str(file), "--out", str(tmp_path / "b")]) == 1
     assert "expected a function arms(seed) that returns" in capsys.readouterr().err and not (tmp_path / "b").exists()
@@ -447,7 +450,7 @@ def test_a_cohort_without_a_held_out_patient_is_refused_before_training(tmp_path
 
 
 @pytest.mark.parametrize("job", [
-    Job(source=Phantoms(sites=3, patients=9, shape=(64, 64, 64), held_out=1), rounds=5, seed=7, real="somewhere"),
+    Job(source=Phantoms(sizes=(3, 3, 4), shape=(64, 64, 64), held_out=1), rounds=5, seed=7, real="somewhere"),
     Job(source=Folder(data="scans", table="t.csv", spacing_mm=2.5), crop=(16, 32, 48), lr=1e-3, filters=16, keep=True),
 ])
 def test_a_job_is_read_back_as_it_was_noted(job, tmp_path, monkeypatch):
@@ -475,9 +478,11 @@ def test_a_folder_that_is_no_run_is_not_resumed(text, tmp_path):
 
 
 @pytest.mark.parametrize(("make", "says"), [
-    (lambda: Phantoms(sites=0, patients=4), "at least one site, got 0"),
-    (lambda: Phantoms(sites=4, patients=4), "at least 8 patients"),
-    (lambda: Phantoms(sites=4, patients=10), "use 8 patients"),
+    (lambda: equal_sizes(0, 4), "at least one site, got 0"),
+    (lambda: Phantoms(sizes=()), "at least one site, got none"),
+    (lambda: Phantoms(sizes=(4, 1)), "at least two patients.*got the sizes 4, 1"),
+    (lambda: equal_sizes(4, 4), "at least 8 patients"),
+    (lambda: equal_sizes(4, 10), "use 8 patients"),
     (lambda: Phantoms(shape=(32, 32, 32)), "cut the brain off"),
     (lambda: Phantoms(spacing_mm=20.0), "spacing_mm"),
     (lambda: Folder(data="a", table="b", spacing_mm=0.0), "spacing_mm lies between"),
@@ -487,7 +492,7 @@ def test_a_folder_that_is_no_run_is_not_resumed(text, tmp_path):
 def test_settings_that_cannot_work_are_refused_at_once(make, says):
     with pytest.raises(ValueError, match=says):
         make()
-    Phantoms(sites=3, patients=7, equal=False)  # unequal sites need not divide
+    Phantoms(sizes=(2, 5))  # sites need not be equal
 
 
 def test_a_worker_that_is_killed_is_said_to_be(tmp_path, monkeypatch):
