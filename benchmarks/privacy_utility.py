@@ -105,7 +105,8 @@ def pretrain(seed: int, folder: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from fedlab import SiteTrainer, centralised, segresnet
+    from fedlab import SiteTrainer, segresnet
+    from fedlab.run import centralised
     from fedlab.training import PolyDecay, augmentation
 
     torch.set_num_threads(1)

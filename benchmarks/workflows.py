@@ -58,7 +58,7 @@ def strategy_of(name: str, model: Any) -> tuple[Any, Any]:
         "FedAvg": fl.FedAvg, "FedAvg, plain SGD": fl.FedAvg, "FedBN": fl.FedAvg,
         "FedNova, plain SGD": fl.strategies.FedNova,
         "uniform": lambda: fl.FedAvg(weights="uniform"), "half the sites": lambda: fl.FedAvg(sample=0.5),
-        "FedProx": lambda: fl.FedProx(mu=0.01), "Ditto": lambda: fl.strategies.Ditto(lam=0.1),
+        "FedProx": lambda: fl.strategies.FedProx(mu=0.01), "Ditto": lambda: fl.strategies.Ditto(lam=0.1),
         "FedAdam": lambda: fl.strategies.FedOpt(rule="adam", server_lr=1e-2),
         "FedYogi": lambda: fl.strategies.FedOpt(rule="yogi", server_lr=1e-2),
         "FedAdagrad": lambda: fl.strategies.FedOpt(rule="adagrad", server_lr=0.1),
@@ -121,11 +121,11 @@ def score(arm: Arm, seed: int) -> dict[str, Any]:
 
     row: dict[str, Any] = {"workflow": arm.workflow, "strategy": arm.strategy, "seed": seed}
     if arm.workflow == "each alone":
-        alone = fl.local_only(trainer, sites, **settings)
+        alone = fl.run.local_only(trainer, sites, **settings)
         return row | {"mean": sum(mean_dice(h.state.params, sites) for h in alone.values()) / SITES,
                       "own": sum(mean_dice(alone[s.name].state.params, [s]) for s in sites) / SITES}
     if arm.workflow == "data lake":
-        history = fl.centralised(trainer, sites, **settings)
+        history = fl.run.centralised(trainer, sites, **settings)
         return row | {"mean": mean_dice(history.state.params, sites)}
     history = fl.federate(trainer, sites, strategy=strategy, privacy=privacy,
                           topology=topology_of(arm.workflow, [site.name for site in sites]), **settings)

@@ -15,18 +15,18 @@ from . import (
 )
 from .checks.privacy import check_privacy
 from .core.errors import FedlabError, PrivacyError
-from .core.types import MODALITIES, REGIONS, Patient, Site, Update
+from .core.types import Patient, Site, Update
 from .data.phantom.generator import make_cohort
 from .data.readers.folders import read_cohort, read_sites
-from .privacy.accounting.ledger import noise_multiplier_for
+from .evidence.arms import Arm
+from .evidence.comparison import compare_arms
+from .evidence.differences import difference
 from .privacy.base import Privacy
 from .privacy.dp.dpsgd import DPSGD
 from .privacy.secure_aggregation.secure_sum import SecureAggregation
-from .run.baselines import centralised, local_only
 from .run.federate import each_round, federate
 from .run.local import Local
 from .strategies.averaging import FedAvg
-from .strategies.client_drift import FedProx
 from .training.metrics import evaluate, predict, summary
 from .training.networks import segresnet
 from .training.public_model import public_model
@@ -39,10 +39,9 @@ from .view.viewer import show
 __version__: str
 
 __all__ = [
-    "DPSGD", "MODALITIES", "REGIONS", "FedAvg", "FedProx", "FedlabError", "Local", "Patient", "Privacy",
-    "PrivacyError", "RunDashboard", "SecureAggregation", "Site", "SiteTrainer", "Update", "centralised",
-    "check_privacy", "checks", "compare", "core", "curves", "data", "deploy", "each_round", "engines", "evaluate",
-    "evidence", "faults", "federate", "local_only", "make_cohort", "noise_multiplier_for", "predict", "privacy",
-    "public_model", "read_cohort", "read_sites", "run", "segresnet", "show", "strategies", "summary", "topologies",
-    "training", "view",
+    "DPSGD", "Arm", "FedAvg", "FedlabError", "Local", "Patient", "Privacy", "PrivacyError", "RunDashboard",
+    "SecureAggregation", "Site", "SiteTrainer", "Update", "check_privacy", "checks", "compare", "compare_arms",
+    "core", "curves", "data", "deploy", "difference", "each_round", "engines", "evaluate", "evidence", "faults",
+    "federate", "make_cohort", "predict", "privacy", "public_model", "read_cohort", "read_sites", "run",
+    "segresnet", "show", "strategies", "summary", "topologies", "training", "view",
 ]

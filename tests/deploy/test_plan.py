@@ -23,7 +23,7 @@ from torch import nn
 
 import fedlab
 from cohorts import TinyNet
-from fedlab import DPSGD, FedAvg, FedlabError, FedProx, Privacy, PrivacyError, SecureAggregation, SiteTrainer, segresnet
+from fedlab import DPSGD, FedAvg, FedlabError, Privacy, PrivacyError, SecureAggregation, SiteTrainer, segresnet
 from fedlab.core import weights_sha256
 from fedlab.deploy.plan import Plan, built, describe, make
 from fedlab.privacy import (
@@ -48,6 +48,7 @@ from fedlab.strategies import (
     Ditto,
     FedNova,
     FedOpt,
+    FedProx,
     GeometricMedian,
     Krum,
     NormBound,

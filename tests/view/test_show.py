@@ -279,7 +279,7 @@ def test_kernel_keeps_no_copy_of_each_modality() -> None:
     panel.controls["modality"].value = "T1"
     tracemalloc.start()
     try:
-        for name in (*fl.MODALITIES, *fl.MODALITIES):
+        for name in (*fl.core.MODALITIES, *fl.core.MODALITIES):
             panel.controls["modality"].value = name
         grown, _ = tracemalloc.get_traced_memory()
     finally:
@@ -473,4 +473,4 @@ def test_real_scan_at_full_resolution(real_scans: Path) -> None:
     assert 0.5 < viewer.case.facts("a")[REGION_WT].dice < 1
 
 
-REGION_WT = fl.REGIONS.index("WT")
+REGION_WT = fl.core.REGIONS.index("WT")
