@@ -51,7 +51,7 @@ def test_an_error_about_a_name_says_where_it_stands() -> None:
                         ("load_weights", "fedlab.core.load_weights")):
         with pytest.raises(AttributeError, match=f"no '{name}'; use {place}"):
             getattr(fedlab, name)
-    with pytest.raises(AttributeError, match=r"no 'Fedavg'; it offers DPSGD, FedAvg"):
+    with pytest.raises(AttributeError, match=r"no 'Fedavg'; it offers Arm, DPSGD, FedAvg"):
         _ = fedlab.Fedavg
     assert not hasattr(fedlab, "_nothing")
 
