@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlab.apps.cli_arguments import HELP
+from fedlab import __version__
+from fedlab.apps.cli_arguments import HELP, Parser
 from fedlab.apps.cli_data import add_data
 from fedlab.apps.cli_deploy import add_deploy
 from fedlab.apps.cli_runs import add_runs
 from fedlab.apps.cli_site import add_export, add_site
-from fedlab.apps.standard_streams import robust_streams
+from fedlab.apps.standard_streams import robust_streams, warnings_as_notes
 from fedlab.core.errors import FedlabError
 
 __all__ = ["main"]
@@ -32,9 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `fedlab data inspect` has one more, see its help.
     """
     with robust_streams():
-        options = _parser().parse_args(arguments)
+        parser = _parser()
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            parser.refuse(unknown, options)
         try:
-            status: int | None = options.command(options)
+            with warnings_as_notes(lambda text: _without_folders(_with_options(text, options))):
+                status: int | None = options.command(options)
             sys.stdout.flush()
         except Exception as error:
             text = _explanation(error, options)
@@ -49,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status or 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fedlab", description=HELP["about"].strip(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser("fedlab", description=HELP["about"].strip())
+    parser.add_argument("--version", action="version", version=f"fedlab {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (add_runs, add_data, add_site, add_export, add_deploy):
         add(commands)
@@ -76,6 +81,8 @@ def _explanation(error: Exception, options: argparse.Namespace) -> str | None:
         run = _resumable(options)
         then = f"continue with: fedlab resume {run}" if run else "repeat the command"
         return f"{what}{f': {place}' if place else ''}; {remedy}, then {then}"
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"there is no file or folder {error.filename}"
     if isinstance(error, FedlabError | ValueError | OSError):
         return _with_options(str(error), options)
     return None
@@ -90,7 +97,15 @@ def _with_options(text: str, options: argparse.Namespace) -> str:
         # Without "=" only a word with an underscore, or one that a message begins with, is a keyword.
         bare = rf"(?<![\w/.-]){keyword}(?![\w/-])" if "_" in keyword else rf"^{keyword}(?= (?:is|must|lies) )"
         text = re.sub(bare, option, text)
-    return text
+    # Keywords that the command has no option for are no remedy here.
+    text = re.sub(r"[,;]? (?:or )?(?:pass|say|give) [a-z_]+=(?: and [a-z_]+=)*(?![\w'])(?: as [\w ]+)?", "", text)
+    text = re.sub(r"\((\d+), (\d+), (\d+)\)", r"\1,\2,\3", text)  # a shape as it is typed
+    return re.sub(r"\[Errno \d+\] ", "", text)
+
+
+def _without_folders(text: str) -> str:
+    """A text in which each absolute path is its last name alone."""
+    return re.sub(r"(?<![\w.])/(?:[^\s:/'\"]+/)+([^\s:/'\"]+)", r"\1", text)
 
 
 if __name__ == "__main__":

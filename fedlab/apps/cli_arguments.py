@@ -1,18 +1,21 @@
-"""What the command groups share: how a command is added, and the arguments that several of them take."""
+"""What the command groups share: the parser, how a command is added, and the arguments that several of them take."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import SequenceMatcher
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedlab.core.files import packaged_toml
 
-__all__ = ["FLAG", "HELP", "LAYOUT", "READING", "REQUIRED_PATH", "Arguments", "add_command", "add_group", "new_path",
-           "read_shape"]
+__all__ = ["FLAG", "HELP", "LAYOUT", "READING", "REQUIRED_PATH", "Arguments", "Parser", "add_command", "add_group",
+           "new_path", "read_shape"]
 
 #: Settings of an argument for argparse's `add_argument`, by its name, or names separated by spaces.
 Arguments = Mapping[str, Mapping[str, Any]]
@@ -27,8 +30,49 @@ READING: Arguments = {**LAYOUT, "--skip-broken": FLAG}
 HELP = packaged_toml("fedlab.apps", "help.toml")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that proposes what a mistyped command or option may mean, and prints its help if none is given."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, **settings)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    def error(self, message: str) -> NoReturn:
+        if re.fullmatch("the following arguments are required: (COMMAND|WHAT)", message):
+            self.print_help(sys.stderr)
+            self.exit(2)
+        if found := re.match("argument (?:COMMAND|WHAT): invalid choice: '([^']*)'", message):
+            message = (f"there is no command {found[1]!r}{_meant(found[1], _names(HELP), 'fedlab ')}; "
+                       f"'{self.prog} --help' lists all")
+        super().error(message)
+
+    def refuse(self, unknown: Iterable[str], options: argparse.Namespace) -> NoReturn:
+        """Ends the program for arguments that no parser knows; `options` is what was understood of the others."""
+        known: Parser = options.parser
+        words = [word.partition("=")[0] for word in unknown]
+        proposed = "".join(_meant(word, known._option_string_actions, near=0.7) for word in words[:1])
+        known.error(f"unrecognized arguments: {' '.join(words)}{proposed}")
+
+
+def _names(texts: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """The words of every command in help.toml, such as "data inspect"."""
+    for name, value in texts.items():
+        if isinstance(value, dict) and "help" in value:
+            yield f"{before}{name}"
+            yield from _names(value, f"{before}{name} ")
+
+
+def _meant(typed: str, names: Iterable[str], before: str = "", *, near: float = 0.6) -> str:
+    """A question with the names most alike what was typed; of a name of several words the last may stand alone."""
+    alike = {name: max(SequenceMatcher(None, typed.lower(), one).ratio() for one in (name, name.split()[-1]))
+             for name in names}
+    best = sorted((name for name in alike if alike[name] >= near), key=lambda name: -alike[name])
+    best = [name for name in best if alike[name] > alike[best[0]] - 0.1][:3]
+    return f" (did you mean {' or '.join(repr(before + name) for name in best)}?)" if best else ""
+
+
 def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None] | None = None,
-                arguments: Arguments | None = None) -> argparse.ArgumentParser:
+                arguments: Arguments | None = None) -> Parser:
     """Adds a command, with its texts from help.toml, to argparse's sub-parsers.
 
     Args:
@@ -38,9 +82,8 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
         arguments: of the command. `options` of what `run` receives has the option for each attribute.
     """
     texts: dict[str, Any] = reduce(lambda level, word: level[word], name.split(), HELP)
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name.split()[-1], help=texts["help"], description=texts.get("about", texts["help"]).strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser: Parser = commands.add_parser(
+        name.split()[-1], help=texts["help"], description=texts.get("about", texts["help"]).strip())
     lines = {**HELP["shared"], **texts.get("arguments", {})}
     options = {}
     for names, settings in (arguments or {}).items():
@@ -48,7 +91,7 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
         action = parser.add_argument(first, *others, help=lines[first], **settings)
         if action.option_strings:
             options[action.dest] = first
-    parser.set_defaults(command=run, options=options)
+    parser.set_defaults(command=run, options=options, parser=parser)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The commands for runs: `fedlab demo`, `run`, `resume`, `evaluate`, `verify` and `runs`."""
+"""The commands for runs and models: `fedlab demo`, `run`, `resume`, `evaluate`, `show`, `verify` and `runs`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedlab.apps.cli_arguments import FLAG, READING, REQUIRED_PATH, Arguments, add_command, new_path, read_shape
+from fedlab.apps.cli_arguments import FLAG, LAYOUT, READING, REQUIRED_PATH, Arguments, add_command, new_path, read_shape
 
 __all__ = ["add_runs"]
 
@@ -24,10 +24,11 @@ _ARMS: Arguments = {"--arms": {"type": Path, "metavar": "FILE.py"}}
 
 
 def add_runs(commands: Any) -> None:
-    """Adds `demo`, `run`, `resume`, `evaluate`, `verify` and `runs` to argparse's sub-parsers."""
+    """Adds `demo`, `run`, `resume`, `evaluate`, `show`, `verify` and `runs` to argparse's sub-parsers."""
     add_command(commands, "demo", _demo, {
-        "--sites": {"type": int}, "--patients": {"type": int}, "--shape": {"type": read_shape}, "--full": FLAG,
-        "--real": {"metavar": "DIR"}, **_TRAINING, **_ARMS})
+        "--sites": {"type": int}, "--patients": {"type": int}, "--shape": {"type": read_shape},
+        "--spacing": {"type": float, "metavar": "MM"}, "--full": FLAG, "--real": {"metavar": "DIR"},
+        **_TRAINING, **_ARMS})
     add_command(commands, "run", _run, {
         "--data": {"required": True, "metavar": "DIR"}, "--sites": {"required": True, "metavar": "TABLE.csv"},
         "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING, **_ARMS})
@@ -37,6 +38,11 @@ def add_runs(commands: Any) -> None:
         "--public": {"nargs": "?", "const": "broad", "choices": ("broad", "collection")},
         "--data": {**REQUIRED_PATH, "metavar": "DIR"}, **READING,
         "--spacing": {"type": float, "metavar": "MM"}, "--out": {"type": Path}, "--json": FLAG})
+    add_command(commands, "show", _show, {
+        "scan": {"type": Path, "metavar": "SCAN"}, "--model": {"type": Path, "metavar": "MODEL"},
+        "--public": {"nargs": "?", "const": "broad", "choices": ("broad", "collection")},
+        "--prediction": {"type": Path, "metavar": "FILE"}, **LAYOUT, "--spacing": {"type": float, "metavar": "MM"},
+        "--out": {"type": Path, "metavar": "FILE"}})
     add_command(commands, "verify", _verify, {
         "path": {"type": Path, "metavar": "RUN"}, "--head": {"metavar": "HASH"}, "--json": FLAG})
     add_command(commands, "runs", _runs, {
@@ -53,7 +59,8 @@ def _demo(options: argparse.Namespace) -> None:
     from fedlab.apps.comparison_data import Phantoms, equal_sizes
     from fedlab.data.phantom.population import site_sizes
 
-    sites, patients, settings = options.sites, options.patients, _given(shape=options.shape)
+    sites, patients = options.sites, options.patients
+    settings = _given(shape=options.shape, spacing_mm=options.spacing)
     if options.full:
         settings = {"sizes": tuple(site_sizes(sites or 13, patients or 285)), "shape": (64, 64, 64), "held_out": 0.2,
                     **settings}
@@ -139,20 +146,43 @@ def _finish(job: Any, options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    import pandas as pd
+
     from fedlab.apps.evaluation import describe_evaluation, evaluate_folder
     from fedlab.training.public_model import public_file
 
     if (options.model is None) == (options.public is None):
         raise ValueError("give either the file of a model or --public, for a model that fedlab brings along")
     model = options.model or public_file(options.public)
+    name = f"Public model '{options.public}'" if options.public else ""
     options.out = new_path(options.out, "evaluate")
     result = evaluate_folder(model, options.data, options.out, layout=options.layout,
                              label_convention=options.label_convention, skip_broken=options.skip_broken,
-                             spacing_mm=options.spacing)
+                             spacing_mm=options.spacing, name=name)
     if options.json:
         print((options.out / "summary.json").read_text(encoding="utf-8"))
     else:
-        print(f"{describe_evaluation(result)}\n\npredictions and summary.json: {options.out}")
+        scores = pd.read_csv(options.out / "scores.csv", dtype={"patient": str})
+        print(f"{describe_evaluation(result, scores)}\n\npredictions and summary.json: {options.out}")
+    page = options.out / "page.html"
+    if page.is_file():
+        print(f"page with pictures: {page}", file=sys.stderr if options.json else sys.stdout)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from fedlab.apps.evaluation import open_model
+    from fedlab.apps.scan_page import scan_page
+    from fedlab.training.public_model import public_file
+
+    model, spacing = None, options.spacing
+    if options.model is not None and (options.public or options.prediction):
+        raise ValueError("give one of --model, --public and --prediction")
+    if options.model is not None or options.public:
+        model, spacing = open_model(options.model or public_file(options.public), spacing)
+    page = new_path(options.out, "show", ".html")
+    scan_page(options.scan, page, prediction=options.prediction, model=model, spacing_mm=spacing,
+              layout=options.layout, label_convention=options.label_convention)
+    print(f"page: {page}")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -1,15 +1,16 @@
-"""Output of the command line that neither an unknown character nor a closed pipe can stop."""
+"""Output of the command line that neither an unknown character nor a closed pipe can stop, and warnings as notes."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
-__all__ = ["robust_streams"]
+__all__ = ["robust_streams", "warnings_as_notes"]
 
 
 class _Descriptor(io.FileIO):
@@ -41,6 +42,30 @@ def robust_streams() -> Iterator[None]:
                 stack.callback(_flush, stream)
                 stack.enter_context(redirect(stream))
         yield
+
+
+@contextmanager
+def warnings_as_notes(worded: Callable[[str], str]) -> Iterator[None]:
+    """Within the block, a warning is a note on standard error: once, in the user's words, clear of progress bars.
+
+    Warnings of worker processes arrive here too (`fedlab.core.workers`).
+    """
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        from tqdm import tqdm
+
+        text = worded(str(message)).strip()
+        if text not in said:
+            said.add(text)
+            tqdm.write(f"note: {text}", file=sys.stderr)
+
+    usual = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def _flush(stream: io.TextIOWrapper) -> None:

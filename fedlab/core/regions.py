@@ -6,7 +6,10 @@ import torch
 
 from fedlab.core.types import REGIONS
 
-__all__ = ["labels_to_regions", "regions_to_labels"]
+__all__ = ["REGION_ORDER", "labels_to_regions", "regions_to_labels"]
+
+#: The order of regions in tables, figures and files, the largest first. Channels have that of `REGIONS`.
+REGION_ORDER = ("WT", "TC", "ET")
 
 
 def labels_to_regions(label: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,12 @@ import os
 import signal
 import sys
 import threading
+import warnings
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.queues import Queue
@@ -66,6 +69,13 @@ def script_not_imported() -> Iterator[None]:
         main |= hidden
 
 
+@dataclass(frozen=True)
+class _Warned:
+    """The message with which a worker tells of a warning."""
+
+    text: str
+
+
 class Workers(ProcessPoolExecutor):
     """A pool of warm processes, by default one per core, whose tasks can send messages to the parent with `tell`.
 
@@ -81,12 +91,16 @@ class Workers(ProcessPoolExecutor):
                          initargs=(self._inbox, self._halt))
 
     def messages(self) -> Iterator[Any]:
-        """The messages received since the last call, oldest first."""
+        """The messages received since the last call, oldest first; a worker's warnings are given here anew."""
         while True:
             try:
-                yield self._inbox.get_nowait()
+                message = self._inbox.get_nowait()
             except Empty:
                 return
+            if isinstance(message, _Warned):
+                warnings.warn(message.text, stacklevel=2)
+            else:
+                yield message
 
     def stop(self) -> None:
         """Ends running tasks at their next `tell`; waiting tasks never start."""
@@ -98,6 +112,7 @@ class Workers(ProcessPoolExecutor):
         if error is not None:
             self.stop()
         self.shutdown()
+        deque(self.messages(), maxlen=0)  # gives the warnings that nobody has waited for
 
 
 def tell(message: Any) -> None:
@@ -111,6 +126,7 @@ def tell(message: Any) -> None:
 def _settle(messages: Queue[Any], stop: Event) -> None:
     global _messages, _stop
     _messages, _stop = messages, stop
+    warnings.showwarning = lambda message, *_, **__: messages.put(_Warned(str(message)))
     settle()
 
 

@@ -154,7 +154,7 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, Real) and not isinstance(value, Integral):
         number = float(value)
-        return f"{number:.3f}" if 1e-3 <= abs(number) < 1e4 else f"{number:.3g}"
+        return f"{number:.3f}" if number == 0 or 1e-3 <= abs(number) < 1e4 else f"{number:.3g}"
     if isinstance(value, Integral) and abs(int(value)) >= 10_000:
         return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
     return str(value)

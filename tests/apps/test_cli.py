@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
+from pathlib import Path
 
 import nibabel
 import pytest
 
+import fedlab
 from fedlab.apps.cli import main
+from fedlab.apps.cli_arguments import read_shape
+from fedlab.apps.comparison_data import Phantoms
 from runs import command, contents, finished_demo
 
 TINY = ("--sites", "2", "--patients", "4", "--rounds", "1", "--steps", "1", "--shape", "48,64,48")
@@ -176,4 +182,73 @@ def test_help(command, capsys):
 
 def test_without_a_command_it_says_which_there_are(capsys):
     assert "COMMAND" in refused(capsys)
-    assert "invalid choice" in refused(capsys, "train")
+    assert "no command 'train'" in refused(capsys, "train")
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("inspect x", "'fedlab data inspect'"), ("data inspct x", "'fedlab data inspect'"), ("verfy x", "'fedlab verify'"),
+    ("Demo", "'fedlab demo'"), ("evalute m", "'fedlab evaluate'"), ("card x", "'fedlab data card'"),
+    ("deploy strat kit", "'fedlab deploy start'"), ("demo --sits 4", "'--sites'"), ("run --dta x", "--data"),
+    ("data phantom --out x --sed=3", "'--seed'")])
+def test_a_mistyped_word_is_answered_with_what_was_meant(typed, meant, capsys):
+    assert meant in refused(capsys, *typed.split())
+
+
+def test_a_word_like_no_other_is_answered_without_a_guess(capsys):
+    said = refused(capsys, "xyzzyqw")
+    assert "no command 'xyzzyqw'" in said and "did you mean" not in said and "fedlab --help" in said
+
+
+def test_the_version_and_the_help_without_a_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"fedlab {fedlab.__version__}\n"
+    for words, listed in (([], "evaluate"), (["data"], "inspect"), (["export"], "technique")):
+        said = refused(capsys, *words)
+        assert listed in said and "required" not in said
+
+
+@pytest.mark.parametrize("spacing", ["2", "3", "4", "5"])
+def test_the_size_that_an_error_proposes_is_allowed(spacing, tmp_path, capsys):
+    """For the demo, and for every size of voxels."""
+    said = refused(capsys, "demo", "--shape", "32,32,32", "--spacing", spacing, "--out", tmp_path / "run")
+    proposed = re.search(r"at least (\d+,\d+,\d+) voxels", said)[1]
+    shape = read_shape(proposed)
+    assert Phantoms(shape=shape, spacing_mm=float(spacing)).shape == shape
+    smaller = [n - 16 for n in shape]
+    for axis in range(3):
+        if smaller[axis] >= 32:
+            with pytest.raises(ValueError, match="cut the brain off"):
+                Phantoms(shape=(*shape[:axis], smaller[axis], *shape[axis + 1:]), spacing_mm=float(spacing))
+
+
+def test_a_warning_is_one_note_without_folders_or_source_lines(monkeypatch, capsys):
+    def verify(path, head):
+        for _ in range(3):
+            warnings.warn(f"/data/scans of/x: {path} has spacing_mm=3 twice", stacklevel=1)
+            warnings.warn("/data/hospital-a/scans: no label", category=RuntimeWarning, stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("fedlab.run.trace.verify", verify)
+    assert main(["verify", "runs/demo"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "note: /data/scans of/x: runs/demo has spacing_mm=3 twice", "note: scans: no label", "fedlab: enough"]
+
+
+def test_a_page_shows_the_scan_of_a_folder_or_a_file(tmp_path, capsys):
+    command("data", "phantom", "--out", "scans", "--sites", 1, "--patients", 2, "--shape", "48,64,48")
+    one = tmp_path / "scans" / "site-01-001"
+    command("show", one, "--out", "folder.html")
+    command("show", one / "site-01-001_t1.nii.gz", "--public", "--out", "file.html")
+    command("show", one, "--prediction", one / "site-01-001_seg.nii.gz", "--out", "same.html")
+    command("show", "scans", "--out", "all.html")
+    folder, file, same, everyone = (Path(f"{name}.html").read_text() for name in ("folder", "file", "same", "all"))
+    assert "<h1>site-01-001</h1>" in folder and folder.count("<img") == 2 and "prediction" not in folder
+    assert "prediction" in file and "WT Dice 1.00" in same
+    assert everyone.count("<h2") == everyone.count("<img") == 2 and "<h1>scans</h1>" in everyone
+    for page in (folder, file, everyone):
+        assert "http" not in page.replace("http-equiv", "") and "<script" not in page and str(tmp_path) not in page
+    assert "exists already" in refused(capsys, "show", one, "--out", "all.html")
+    assert "2 patients and there is one prediction" in refused(capsys, "show", "scans", "--prediction", "x.nii.gz")
+    assert "no file or folder nowhere" in refused(capsys, "show", "nowhere")
+    assert "give one of" in refused(capsys, "show", one, "--public", "--prediction", "x.nii.gz")

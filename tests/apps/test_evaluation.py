@@ -76,8 +76,8 @@ REGIONS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
 
 def test_predictions_lie_on_each_patients_own_grid(evaluated, scans):
     out, _ = evaluated
-    assert {p.name for p in out.iterdir()} == {"scores.csv", "summary.json", "site-01-000_pred.nii.gz",
-                                               "site-01-001_pred.nii.gz", "site-01-002_pred.nii.gz"}
+    assert {p.name for p in out.iterdir()} == {"scores.csv", "summary.json", "page.html",
+                                               *(f"site-01-00{k}_pred.nii.gz" for k in range(3))}
     grids = set()
     for home in sorted(p for p in scans.iterdir() if p.is_dir()):
         scan = nibabel.load(home / f"{home.name}_flair.nii.gz")
@@ -135,7 +135,7 @@ def test_predictions_have_the_values_of_the_folders_own_convention(demo, tmp_pat
     nibabel.save(nibabel.Nifti1Image(stored, image.affine), path)
     write_patient(tmp_path / "scans", "P2", label=False)
     # A perfect model at the scans' own voxel size: the prediction is what the expert has drawn.
-    monkeypatch.setattr("fedlab.apps.evaluation._load", lambda file, spacing_mm: (load_model(file)[0], 1.0))
+    monkeypatch.setattr("fedlab.apps.evaluation.open_model", lambda file, spacing_mm: (load_model(file)[0], 1.0))
     monkeypatch.setattr("fedlab.apps.evaluation.predict", lambda model, patient: labels_to_regions(
         patient.label if patient.label is not None else torch.zeros(patient.image.shape[1:])).float())
     assert main(["evaluate", str(demo / "model.safetensors"), "--data", str(tmp_path / "scans"), "--label-convention",

@@ -26,7 +26,7 @@ from fedlab.data.sites.partition import Partition
 from folders import NEW, ball, save_files, write_patient, write_table
 from runs import SMALL, finished_demo
 
-COMMANDS = ["demo", "run", "resume", "evaluate", "verify", "data", "data phantom", "data inspect", "data fetch",
+COMMANDS = ["demo", "run", "resume", "evaluate", "show", "verify", "data", "data phantom", "data inspect", "data fetch",
             "data card", "site", "site init", "site show", "site approve", "export", "export technique", "deploy",
             "deploy init", "deploy start", "deploy stop", "deploy logs", "deploy status", "deploy submit",
             "deploy abort"]
@@ -244,9 +244,12 @@ def test_a_disk_that_cannot_be_written_is_named_with_the_remedy(
     ("data inspect {scans} --label-convention x", "--label-convention must be one of"),
     ("data card {broken}", "pass --skip-broken to continue without these patients"),
     ("evaluate {demo}/model.safetensors --data {scans} --spacing 2", "got --spacing 2; leave it out"),
+    ("run --data {scans} --sites none.csv", "there is no table none.csv"),
+    ("run --data {scans} --sites {scans}/other.csv", "it has site, patient; rename them\n"),
 ])
 def test_errors_name_the_options_of_the_command(demo: Path, scans: Path, tmp_path: Path, arguments: str, words: str,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    write_table(scans / "other.csv", ["site", "patient"], [[1, "A"]])
     write_patient(tmp_path / "broken", "BraTS2021_00000")
     next((tmp_path / "broken").rglob("*_t2.nii.gz")).write_bytes(b"nothing")
     assert main(arguments.format(demo=demo, scans=scans, broken=tmp_path / "broken").split()) == 1

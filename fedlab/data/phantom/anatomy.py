@@ -55,7 +55,8 @@ class Grid:
             raise ValueError(f"spacing_mm must be between 1 and 8 mm, got {self.spacing_mm}")
         extent = [n * self.spacing_mm for n in self.shape]
         if any(e < 0.86 * b for e, b in zip(extent, BRAIN_MM, strict=True)):
-            need = [math.ceil(0.86 * b / self.spacing_mm) for b in BRAIN_MM]
+            # Multiples of 16 are a size that every network and the command line take.
+            need = [16 * math.ceil(0.86 * b / self.spacing_mm / 16) for b in BRAIN_MM]
             raise ValueError(
                 f"{self.shape} voxels of {self.spacing_mm:g} mm cover {'x'.join(f'{e:g}' for e in extent)} mm, which "
                 f"would cut the brain off; use at least {tuple(need)} voxels or a larger spacing_mm"

@@ -48,7 +48,7 @@ _Out = TypeVar("_Out")
 
 
 def find_patients(folder: str | os.PathLike[str], *, layout: str | None = None, label_convention: str | None = None,
-                  broken: Broken = "raise") -> dict[str, PatientFiles]:
+                  broken: Broken = "raise", only: Collection[str] | None = None) -> dict[str, PatientFiles]:
     """The patients of a folder, or of a table of paths, sorted by id.
 
     Names, headers and label values are checked here, the other voxels when they are read.
@@ -58,13 +58,14 @@ def find_patients(folder: str | os.PathLike[str], *, layout: str | None = None, 
         layout: one of `LAYOUTS`; None detects it.
         label_convention: one of `CONVENTIONS`; None detects it and refuses an ambiguous one.
         broken: "raise" stops at problems and lists all of them; "skip" leaves those patients out and warns.
+        only: ids of the patients that are looked at; None for all.
 
     Raises:
         DataError: there is no such folder, it contains no patient, its layout or label convention cannot be
             detected, or patients have problems.
         ValueError: unknown options.
     """
-    found = _survey(folder, layout=layout, label_convention=label_convention, progress=False)
+    found = _survey(folder, layout=layout, label_convention=label_convention, progress=False, only=only)
     return usable(found.files, found.findings, broken=broken, where=folder)
 
 

@@ -50,6 +50,8 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text, path), strict=True)
         header = [name.strip() for name in next(reader, [])]
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except FileNotFoundError as error:
+        raise DataError(f"there is no table {path}") from error
     except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as a CSV table in UTF-8 or UTF-16 ({error}); save it as CSV in "
                         "UTF-8") from error
