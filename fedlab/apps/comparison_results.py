@@ -17,7 +17,7 @@ from fedlab import __version__
 from fedlab.apps.comparison import Outcome
 from fedlab.apps.comparison_data import Folder
 from fedlab.core.files import packaged_toml, write_json, write_whole
-from fedlab.core.types import REGIONS
+from fedlab.core.regions import REGION_ORDER
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.persons import name_several
 from fedlab.evidence.differences import Difference, differences, groups, verdict
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "versions", "write_results"]
 
-_COLUMNS = ("WT", "TC", "ET", "mean")
+_COLUMNS = (*REGION_ORDER, "mean")
 #: Held-out patients below which their mean is no estimate for other patients.
 _FEW = 20
 _TEXTS = packaged_toml("fedlab.apps", "report.toml")
@@ -94,7 +94,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
                           "dice": summary(outcome.train)["dice"][list(_COLUMNS)].to_dict()}
     if outcome.real is not None:
         found["real"] = {"patients": int(outcome.real["patient"].nunique()),
-                         "dice": summary(outcome.real)["dice"][list(REGIONS)].to_dict()}
+                         "dice": summary(outcome.real)["dice"][list(REGION_ORDER)].to_dict()}
     return found
 
 

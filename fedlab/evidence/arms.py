@@ -46,6 +46,8 @@ __all__ = ["Arm", "Model", "Trained", "main_arm", "messages_until_done", "models
 
 #: Training steps that take about as long as the prediction of a patient; for the progress bar.
 _STEPS_PER_PATIENT = 4
+#: Its numbers are the share done and the time left of all models together; the text says which model is where.
+_BAR = "{desc} {percentage:3.0f} % |{bar}| {remaining} left{postfix}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -177,7 +179,7 @@ def train_models(models: Sequence[Model], workers: Workers, *, progress: bool = 
     amount = [_steps_per_round(m) * m.arm.rounds + _STEPS_PER_PATIENT * held_out[m.prepared] for m in models]
     order = sorted(range(len(models)), key=lambda k: -amount[k])
     futures = {k: workers.submit(_train, cloudpickle.dumps(models[k])) for k in order}
-    with tqdm(total=sum(amount), desc="training", unit="step", smoothing=0.05, disable=not progress) as bar:
+    with tqdm(total=sum(amount), desc="training", smoothing=0.05, disable=not progress, bar_format=_BAR) as bar:
         for text, steps in messages_until_done(futures.values(), workers):
             bar.set_postfix_str(text, refresh=False)
             bar.update(steps)

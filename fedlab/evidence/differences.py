@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fedlab.core.regions import REGION_ORDER
 from fedlab.core.settings import check_choice, check_whole
 from fedlab.core.types import REGIONS
 from fedlab.training.metrics import summary
@@ -143,7 +144,7 @@ def differences_table(scores: pd.DataFrame, main: str) -> pd.DataFrame:
     for name in of_group.unique():
         own = scores[of_group == name]
         dice, skip = summary(own)["dice"], summary(own, empty="skip")["dice"]
-        rows[name] = {**dice[["WT", "TC", "ET", "mean"]].to_dict(), "mean_skip": skip["mean"],
+        rows[name] = {**dice[[*REGION_ORDER, "mean"]].to_dict(), "mean_skip": skip["mean"],
                       "patients": len(_dice(scores, name, "brats"))}
     found = differences(scores, main)
     for name, one in found.items():

@@ -29,7 +29,7 @@ def chart(title: str, lines: Mapping[str, Points], *, rounds: int, styles: Mappi
         lines: name -> (number of finished rounds, value); a line is broken where a round is missing, and values that
             are not finite are left out.
         rounds: right end of the horizontal axis.
-        styles: name -> style of its line; other lines are black.
+        styles: name -> style of its line; other lines have the colour of the text.
         bottom, top: ends of the vertical axis; by default those of the values.
         limit: a value drawn as a red dashed line.
         bold: the name of the line that is drawn strong, above the others.
@@ -55,7 +55,7 @@ def chart(title: str, lines: Mapping[str, Points], *, rounds: int, styles: Mappi
     for name, points in sorted(kept.items(), key=lambda item: item[0] == bold):
         pieces = [[(across(x), down(y)) for x, y in piece] for piece in _pieces(points)]
         drawn.append({"name": name, "last": points[-1][1], "pieces": pieces, "strong": name == bold,
-                      "style": (styles or {}).get(name, ("#222222", "")),
+                      "style": (styles or {}).get(name, ("currentColor", "")),
                       "dots": {*(piece[0] for piece in pieces if len(piece) == 1), pieces[-1][-1]}})
     axes = bool(kept) or limit is not None
     whole = {max(1, round(value)) for value in _ticks(1, max(rounds, 2), 5)} | {1}

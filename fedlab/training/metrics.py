@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedlab.core.hardware import calling, precision_for
-from fedlab.core.regions import labels_to_regions
+from fedlab.core.regions import REGION_ORDER, labels_to_regions
 from fedlab.core.settings import check_choice
 from fedlab.core.types import MODALITIES, REGIONS, Patient, Site
 
@@ -58,7 +58,7 @@ def score(prediction: torch.Tensor, reference: torch.Tensor, *, spacing_mm: Sequ
         spacing_mm: voxel size along X, Y, Z in mm.
 
     Returns:
-        A score for each of `fedlab.core.types.REGIONS`; see the module's docstring about empty regions.
+        A score for each of `fedlab.core.regions.REGION_ORDER`; see the module's docstring about empty regions.
 
     Raises:
         ValueError: shapes that do not fit, values other than 0 and 1, or a spacing that is not three positive numbers.
@@ -71,7 +71,8 @@ def score(prediction: torch.Tensor, reference: torch.Tensor, *, spacing_mm: Sequ
                          f"{tuple(prediction.shape)} and {tuple(reference.shape)}")
     guess, truth = _mask(prediction, "prediction"), _mask(target, "reference")
     voxel_ml = math.prod(spacing_mm) / 1000
-    return {name: _score_region(guess[i], truth[i], spacing_mm, voxel_ml) for i, name in enumerate(REGIONS)}
+    channels = {name: REGIONS.index(name) for name in REGION_ORDER}
+    return {name: _score_region(guess[i], truth[i], spacing_mm, voxel_ml) for name, i in channels.items()}
 
 
 def _mask(regions: torch.Tensor, name: str) -> torch.Tensor:
@@ -121,7 +122,7 @@ def summary(table: pd.DataFrame, *, empty: Literal["brats", "skip"] = "brats") -
             prediction) are counted.
 
     Returns:
-        Indexed by TC, WT, ET and "mean"; columns dice, hd95_mm, patients (that count), without_region (reference
+        Indexed by WT, TC, ET and "mean"; columns dice, hd95_mm, patients (that count), without_region (reference
         empty), false_alarms. `attrs["rule"]` states the rule in a sentence. A region for which no patient counts is
         NaN, and so is the mean.
 
@@ -137,7 +138,7 @@ def summary(table: pd.DataFrame, *, empty: Literal["brats", "skip"] = "brats") -
     if labelled.empty:
         raise ValueError("no patient in the table has a reference to compare with")
     rows: dict[str, dict[str, float]] = {}
-    for region in REGIONS:
+    for region in REGION_ORDER:
         of_region = labelled[labelled["region"] == region]
         absent = of_region["reference_ml"] == 0
         counted = of_region[~absent] if empty == "skip" else of_region

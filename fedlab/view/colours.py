@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 __all__ = ["ARMS", "BLUE", "ERRORS", "GREEN", "GREY", "INK", "LABEL_ABBREVIATIONS", "LABEL_COLOURS", "LABEL_NAMES",
            "LINES", "MODALITY_COLOURS", "ORANGE", "RED", "REGION_COLOURS", "REGION_LABELS", "REGION_NAMES",
-           "arm_colours", "arm_label", "arm_of", "styled"]
+           "arm_colours", "arm_label", "arm_of", "style", "styled"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,13 +47,23 @@ _FURTHER = (*(colour for colour in LINES if colour not in ARMS.values()), "#8822
 _ARM_LABELS = {"local_own": "local, own patients", "local_others": "local, others' patients"}
 
 
+def style() -> None:
+    """Gives every later matplotlib figure of this session the look of fedlab's own: fonts, frame, colours of lines.
+
+    Call it once before the figures of a notebook or a script. The figures of fedlab have it in any case.
+    """
+    from matplotlib import style as styles
+
+    styles.use(_STYLE)
+
+
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """A decorator: the function draws with the settings of our figures, and the user's settings return after it."""
     @functools.wraps(draw)
     def drawing(*args: P.args, **kwargs: P.kwargs) -> R:
-        from matplotlib import style
+        from matplotlib import style as styles
 
-        with style.context(_STYLE):
+        with styles.context(_STYLE):
             return draw(*args, **kwargs)
 
     return drawing

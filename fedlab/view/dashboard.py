@@ -17,7 +17,7 @@ from fedlab.privacy.base import Privacy
 from fedlab.run.site_errors import kind_of
 from fedlab.run.svg_charts import Points, Style, chart
 from fedlab.view.background_run import ENDED, BackgroundRun
-from fedlab.view.colours import BLUE, GREEN, GREY, INK, LINES, ORANGE, RED
+from fedlab.view.colours import BLUE, GREEN, GREY, LINES, ORANGE, RED
 from fedlab.view.run_figures import curves, privacy_curves
 from fedlab.view.widget_snapshot import display_snapshot, snapshot
 
@@ -125,7 +125,7 @@ class _Panel:
             self.page.value = self.content()
             for name, button in self.buttons.items():
                 button.disabled = state not in _BUTTONS[name][-1]
-            self.buttons["start"].description = "Start" if state == "ready" else "Go on"
+            self.buttons["start"].description = "Start" if state == "ready" else "Continue"
             # In the main thread, as from `wait()`, the output belongs to the current cell.
             if rests and (changed or threading.current_thread() is threading.main_thread()):
                 for update in self._displays:
@@ -179,7 +179,7 @@ class _Page:
             share=f"{100 * done / max(run.history.rounds, 1):.1f}", stopped=run.history.published().stopped,
             error=self._error(),
             technique="no privacy technique" if run.history.privacy == repr(Privacy()) else run.history.privacy,
-            styles=self.styles | {name: (INK, "") for name, shown in further.items()
+            styles=self.styles | {name: ("currentColor", "") for name, shown in further.items()
                                   if shown and name not in self.styles},
             charts=[*((drawn, "") for drawn in self._charts()), *self._epsilons()], metric=self.metric,
             rows=[self._row(name) for name in (*self.sites, *["server"] * self.at_server)] if done else [],
@@ -280,8 +280,9 @@ class _Page:
         spending = [str(s._replace(repeats=False))
                     + (f", of {self.budgets[s.unit]:g}" if s.unit in self.budgets else "") + f"; {REPEATS}" * s.repeats
                     for s in (Spent(**entry) for entry in entries)]
-        return [name, f"{present}" if name in self.sites else "–", last("loss"), last("metric"), last("norm"),
-                last("clipped", "{:.0%}").replace("%", " %"), last("MB", "{:.3f}") if present else "–",
+        return [name, f"{present}" if name in self.sites else "–", last("loss", "{:.3f}"), last("metric", "{:.3f}"),
+                last("norm"),
+                last("clipped", "{:.0%}").replace("%", " %"), last("MB", "{:.2f}") if present else "–",
                 "; ".join(spending) or "–",
                 f"{len(away)} of {len(self.records)} rounds, last round {away[-1][0] + 1}: {away[-1][1]}"
                 if away else ""]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.core.files import filled_in, write_new
-from fedlab.core.types import REGIONS
+from fedlab.core.regions import REGION_ORDER
 from fedlab.data.readers.inspection import Case, Inspection
 from fedlab.view.colours import LABEL_COLOURS, LABEL_NAMES
 
@@ -25,7 +25,7 @@ def _prepared(case: Case) -> dict[str, Any]:
     """The values of a patient for the template."""
     from fedlab.view.picture import blended, png_base64
 
-    known = [f"{name} {ml:.1f} ml" for name in REGIONS if (ml := case.volumes_ml[name]) is not None]
+    known = [f"{name} {ml:.1f} ml" for name in REGION_ORDER if (ml := case.volumes_ml[name]) is not None]
     facts = [case.label_convention and f"labels {case.label_convention}", case.orientation,
              case.shape and "x".join(map(str, case.shape)),
              case.spacing_mm and " x ".join(f"{s:.3g}" for s in case.spacing_mm) + " mm", ", ".join(case.modalities)]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlab.core.regions import regions_to_labels
+from fedlab.core.regions import REGION_ORDER, regions_to_labels
 from fedlab.core.settings import check_choice, check_within
 from fedlab.core.types import MODALITIES, REGIONS, Patient
 from fedlab.data.readers.nifti import Volume, read_volume, same_grid, to_ras
@@ -177,7 +177,7 @@ class Case:
         pairs = guess if truth is None else guess | truth << np.uint8(4)
         counts = np.bincount(pairs.ravel(), minlength=256).reshape(16, 16)
         facts = []
-        for region in REGIONS:
+        for region in REGION_ORDER:
             labels = list(REGION_LABELS[region])
             size, known = int(counts[:, labels].sum()), int(counts[labels].sum())
             both = int(counts[np.ix_(labels, labels)].sum())

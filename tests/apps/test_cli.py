@@ -208,7 +208,7 @@ def test_the_version_and_the_help_without_a_command(capsys):
         assert listed in said and "required" not in said
 
 
-@pytest.mark.parametrize("spacing", ["2", "3", "4", "5"])
+@pytest.mark.parametrize("spacing", ["2", "3", "4"])
 def test_the_size_that_an_error_proposes_is_allowed(spacing, tmp_path, capsys):
     """For the demo, and for every size of voxels."""
     said = refused(capsys, "demo", "--shape", "32,32,32", "--spacing", spacing, "--out", tmp_path / "run")
@@ -225,14 +225,14 @@ def test_the_size_that_an_error_proposes_is_allowed(spacing, tmp_path, capsys):
 def test_a_warning_is_one_note_without_folders_or_source_lines(monkeypatch, capsys):
     def verify(path, head):
         for _ in range(3):
-            warnings.warn(f"/data/scans of/x: {path} has spacing_mm=3 twice", stacklevel=1)
+            warnings.warn(f"{path} has spacing_mm=3 twice", stacklevel=1)
             warnings.warn("/data/hospital-a/scans: no label", category=RuntimeWarning, stacklevel=1)
         raise ValueError("enough")
 
     monkeypatch.setattr("fedlab.run.trace.verify", verify)
     assert main(["verify", "runs/demo"]) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "note: /data/scans of/x: runs/demo has spacing_mm=3 twice", "note: scans: no label", "fedlab: enough"]
+        "note: runs/demo has spacing_mm=3 twice", "note: scans: no label", "fedlab: enough"]
 
 
 def test_a_page_shows_the_scan_of_a_folder_or_a_file(tmp_path, capsys):

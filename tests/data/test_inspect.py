@@ -319,7 +319,7 @@ def test_the_command_prints_json_and_nothing_else(tmp_path, clean, capsys, monke
     status, out, _ = run(capsys, clean, "--json")
     entries = json.loads(out)
     assert status == 0 and [list(entry) for entry in entries] == [KEYS] * 2 and not any(tmp_path.iterdir())
-    assert all(list(entry["volumes_ml"]) == ["TC", "WT", "ET"] for entry in entries)
+    assert all(list(entry["volumes_ml"]) == ["WT", "TC", "ET"] for entry in entries)
     shutil.copytree(clean, tmp_path / "scans")
     (tmp_path / "scans" / "good 1" / "good 1_t1.nii.gz").write_bytes(b"")
     status, out, err = run(capsys, tmp_path / "scans", "--json", "--html", tmp_path / "page.html")

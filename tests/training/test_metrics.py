@@ -149,7 +149,7 @@ def table():
 
 def test_summary_by_the_brats_rule_by_hand():
     got = summary(table())
-    assert list(got.index) == ["TC", "WT", "ET", "mean"]
+    assert list(got.index) == ["WT", "TC", "ET", "mean"]
     assert got.loc["ET", "dice"] == pytest.approx((0.8 + 0.6 + 0 + 1) / 4)
     assert got.loc["ET", "hd95_mm"] == pytest.approx((4 + 8 + WORST_HD95_MM + 0) / 4)
     assert got.loc["mean", "dice"] == pytest.approx((0.9 + 0.9 + 0.6) / 3)

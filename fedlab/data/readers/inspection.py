@@ -12,7 +12,8 @@ import nibabel as nib
 import numpy as np
 
 from fedlab.core.errors import DataError
-from fedlab.core.types import MODALITIES, REGIONS
+from fedlab.core.regions import REGION_ORDER
+from fedlab.core.types import MODALITIES
 from fedlab.data.readers.conventions import CONVENTIONS, Convention, check_convention, detect_convention, to_internal
 from fedlab.data.readers.findings import Finding
 from fedlab.data.readers.folders import in_parallel
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Case", "Inspection", "Slice", "inspect_folder"]
 
-_LABELS = {"TC": (1, 4), "WT": (1, 2, 4), "ET": (4,)}  # of each region
+_LABELS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}  # of each region
 _LARGEST = 192  # pixels of a slice
 
 
@@ -56,7 +57,7 @@ class Case:
         layout, label_convention: as in `PatientFiles`; no convention without a readable label.
         shape, spacing_mm, orientation: of the three stored axes, such as (240, 240, 155), (1, 1, 1), "LPS".
         modalities: those with a file.
-        volumes_ml: volumes of the regions on the patient's own grid, by name in `fedlab.core.types.REGIONS`.
+        volumes_ml: volumes of the regions on the patient's own grid, by name in `fedlab.core.regions.REGION_ORDER`.
         findings: errors first.
         picture: the axial slice with the most tumour.
     """
@@ -68,7 +69,7 @@ class Case:
     spacing_mm: tuple[float, float, float] | None = None
     orientation: str | None = None
     modalities: tuple[str, ...] = ()
-    volumes_ml: Mapping[str, float | None] = field(default_factory=lambda: dict.fromkeys(REGIONS))
+    volumes_ml: Mapping[str, float | None] = field(default_factory=lambda: dict.fromkeys(REGION_ORDER))
     findings: tuple[Finding, ...] = ()
     picture: Slice | None = field(default=None, repr=False, compare=False)
 
@@ -83,7 +84,7 @@ class Case:
             "patient": self.patient, "layout": self.layout, "label_convention": self.label_convention,
             "shape": self.shape and list(self.shape), "spacing_mm": self.spacing_mm and list(self.spacing_mm),
             "orientation": self.orientation, "modalities": list(self.modalities),
-            "volumes_ml": {name: self.volumes_ml[name] for name in REGIONS},
+            "volumes_ml": {name: self.volumes_ml[name] for name in REGION_ORDER},
             "findings": [{"severity": f.severity, "code": f.code, "message": f.message} for f in self.findings],
         }
 
@@ -127,7 +128,7 @@ class Inspection:
             "mm": "?" if case.spacing_mm is None else " x ".join(f"{s:.3g}" for s in case.spacing_mm),
             "axes": case.orientation or "?", "modalities": len(case.modalities),
             "labels": case.label_convention or "-",
-            **{f"{name} ml": np.nan if (ml := case.volumes_ml[name]) is None else ml for name in REGIONS},
+            **{f"{name} ml": np.nan if (ml := case.volumes_ml[name]) is None else ml for name in REGION_ORDER},
             "errors": sum(f.severity == "error" for f in case.findings),
             "warnings": sum(f.severity == "warning" for f in case.findings),
         } for case in self.cases]
@@ -223,11 +224,11 @@ def _case(exam: Examination, picture: Slice | None, listing: Listing, convention
 def _volumes(exam: Examination, convention: str | None) -> dict[str, float | None]:
     """Volumes of the regions in ml; None if the labels cannot be interpreted."""
     if convention is None or any(f.code == "label-values" for f in exam.findings):
-        return dict.fromkeys(REGIONS)
+        return dict.fromkeys(REGION_ORDER)
     voxel_ml = abs(float(np.linalg.det(exam.volumes["label"].affine[:3, :3]))) / 1000
     inside = {value: CONVENTIONS[convention][int(value)] for value in exam.label_counts}
     return {name: round(voxel_ml * sum(count for value, count in exam.label_counts.items()
-                                       if inside[value] in _LABELS[name]), 6) for name in REGIONS}
+                                       if inside[value] in _LABELS[name]), 6) for name in REGION_ORDER}
 
 
 def _slice(exam: Examination) -> Slice | None:
