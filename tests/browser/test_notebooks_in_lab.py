@@ -120,11 +120,11 @@ def test_dashboard(visit: Callable[..., Visit], seen: Seen) -> None:
     assert all(float(now) > float(then) for now, then in zip(sent(), bytes_then, strict=True)), "no number has changed"
     assert cell.locator("svg").count() >= 5, "curves are missing"
     seen.keep("dashboard-paused", cell.screenshot())
-    press("Go on")
+    press("Continue")
     wait_for(lambda: (state("running") or 0) > paused + 1, seconds=120, why="it does not continue")
     press("Stop")
     wait_for(lambda: state("stopped") is not None, seconds=120, why="it does not stop")
-    assert cell.locator("button").filter(has_text="Go on").is_disabled(), "a stopped run can be continued"
+    assert cell.locator("button").filter(has_text="Continue").is_disabled(), "a stopped run can be continued"
     notebook.no_errors_in_cells()
     notebook.check_quiet()
 
