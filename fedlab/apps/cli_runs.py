@@ -10,7 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedlab.apps.cli_arguments import FLAG, LAYOUT, READING, REQUIRED_PATH, Arguments, add_command, new_path, read_shape
+from fedlab.apps.cli_arguments import (
+    FLAG,
+    HELP,
+    LAYOUT,
+    READING,
+    REQUIRED_PATH,
+    Arguments,
+    add_command,
+    new_path,
+    read_shape,
+)
 
 __all__ = ["add_runs"]
 
@@ -20,18 +30,27 @@ _TRAINING: Arguments = {
     "--seed": {"type": int, "default": 0}, "--out": {"type": Path},
     "--keep": FLAG, "--contributions": FLAG, "--json": FLAG}
 
+_PRIVACY: Arguments = {
+    "--epsilon": {"type": float, "metavar": "E"}, "--delta": {"type": float, "metavar": "D"},
+    "--clip": {"type": float, "metavar": "NORM"}}
+
 _ARMS: Arguments = {"--arms": {"type": Path, "metavar": "FILE.py"}}
+
+
+#: Patients per site, rounds and steps of a demo in a minute.
+_QUICK = {"patients": 6, "rounds": 4, "steps": 3}
 
 
 def add_runs(commands: Any) -> None:
     """Adds `demo`, `run`, `resume`, `evaluate`, `show`, `verify` and `runs` to argparse's sub-parsers."""
     add_command(commands, "demo", _demo, {
         "--sites": {"type": int}, "--patients": {"type": int}, "--shape": {"type": read_shape},
-        "--spacing": {"type": float, "metavar": "MM"}, "--full": FLAG, "--real": {"metavar": "DIR"},
-        **_TRAINING, **_ARMS})
+        "--spacing": {"type": float, "metavar": "MM"}, "--full": FLAG, "--quick": FLAG,
+        "--real": {"metavar": "DIR"}, **_TRAINING, **_PRIVACY, **_ARMS})
     add_command(commands, "run", _run, {
         "--data": {"required": True, "metavar": "DIR"}, "--sites": {"required": True, "metavar": "TABLE.csv"},
-        "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING, **_ARMS})
+        "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING, **_PRIVACY,
+        **_ARMS})
     add_command(commands, "resume", _resume, {"out": {"type": Path, "metavar": "RUN"}, "--json": FLAG})
     add_command(commands, "evaluate", _evaluate, {
         "model": {"type": Path, "metavar": "MODEL", "nargs": "?"},
@@ -60,6 +79,12 @@ def _demo(options: argparse.Namespace) -> None:
     from fedlab.data.phantom.population import site_sizes
 
     sites, patients = options.sites, options.patients
+    if options.quick:
+        if options.full:
+            raise ValueError("give --quick or --full, not both")
+        sites, patients = sites or 2, patients or _QUICK["patients"] * (sites or 2)
+        options.rounds, options.steps = options.rounds or _QUICK["rounds"], options.steps or _QUICK["steps"]
+        print(HELP["demo"]["quick"].strip(), file=sys.stderr)
     settings = _given(shape=options.shape, spacing_mm=options.spacing)
     if options.full:
         settings = {"sizes": tuple(site_sizes(sites or 13, patients or 285)), "shape": (64, 64, 64), "held_out": 0.2,
@@ -82,10 +107,13 @@ def _begin(options: argparse.Namespace, name: str, source: Any, **settings: Any)
     import fedlab.apps.comparison_results  # noqa: F401  # needs the extra lab: refused before a folder is made
     from fedlab.apps.comparison import Job, open_job
 
-    given = _given(rounds=options.rounds, steps=options.steps)
+    given = _given(rounds=options.rounds, steps=options.steps, epsilon=options.epsilon, delta=options.delta,
+                   clip=options.clip)
     if options.arms is not None and (given or options.start or options.contributions):
-        raise ValueError(f"{options.arms} says how its arms train; leave --rounds, --steps, --start and "
+        raise ValueError(f"{options.arms} says how its arms train; leave --rounds, --steps, --start, --epsilon and "
                          "--contributions out")
+    if options.epsilon is None and (options.delta, options.clip) != (None, None):
+        raise ValueError("--delta and --clip belong to a guarantee: say --epsilon too")
     if settings["start"] == "random":
         given = {"rounds": 33, "steps": 10, "lr": 3e-3, **given}
     job = Job(source=source, seed=options.seed, keep=options.keep, contributions=options.contributions,

@@ -35,6 +35,8 @@ from fedlab.data.sites.partition import Partition
 from fedlab.data.store import load_sites, save_sites
 from fedlab.evidence.arms import Arm, main_arm, messages_until_done, models_of, segment, train_models
 from fedlab.evidence.contributions import Contributions, KeepUpdates, dice_on, site_contributions
+from fedlab.privacy.accounting.ledger import noise_multiplier_for
+from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.run.history import History
 from fedlab.run.local import Local
 from fedlab.run.trackers import CsvTracker
@@ -52,6 +54,8 @@ _FORMAT = "fedlab-job-2"
 _DATA_STATE = "data_state.txt"
 #: In the run directory: the user's file of arms.
 _ARMS_FILE = "arms.py"
+#: Share of a site's patients in a step of the private arm. At equal ε a larger one takes longer and gains little.
+_SAMPLE_RATE = 0.25
 _SOURCES = {"phantoms": Phantoms, "folder": Folder}
 
 
@@ -71,6 +75,8 @@ class Job:
         real: folder of real scans on which the federated model is evaluated; not trained on.
         watch_every: rounds between two measurements of the Dice of held-out patients.
         keep: whether prepared data and checkpoints are kept after the run is complete.
+        epsilon: adds the arm "private": federated under patient-level DP-SGD that spends at most this ε at each site.
+        delta, clip: of that arm; see `fedlab.DPSGD`.
         contributions: whether to store all updates and compute from them what each site contributed.
         arms: whether the run directory has a file arms.py that defines the arms, instead of the usual three; its
             function `arms(seed)` returns them by name (`fedlab.evidence.Arm`).
@@ -91,12 +97,17 @@ class Job:
     real: str | None = None
     watch_every: int = 4
     keep: bool = False
+    epsilon: float | None = None
+    delta: float = 1e-3
+    clip: float = 1.0
     contributions: bool = False
     arms: bool = False
 
     def __post_init__(self) -> None:
         check_whole(rounds=self.rounds, steps=self.steps, batch_size=self.batch_size, watch_every=self.watch_every)
         check_choice(("collection", "broad", "random"), start=self.start)
+        if self.epsilon is not None:
+            self.technique()  # refuses settings that give no guarantee, before any work
 
     def trainer(self) -> SiteTrainer:
         """The trainer of every arm: the same start, schedule and limit of gradients in all."""
@@ -107,6 +118,14 @@ class Job:
         return SiteTrainer(model=model, steps=self.steps, batch_size=self.batch_size, crop=self.crop, clip_norm=1.0,
                            lr=CosineDecay(start=self.lr, rounds=self.rounds, warmup=self.rounds // 8),
                            tumour_share=0.5, augment=augmentation(flips=(0,)))
+
+
+    def technique(self) -> DPSGD:
+        """The technique of the arm "private"; its noise is set for ε over all steps of the run."""
+        noise = noise_multiplier_for(target_epsilon=self.epsilon or 0.0, delta=self.delta, sample_rate=_SAMPLE_RATE,
+                                     steps=self.rounds * self.steps)
+        return DPSGD(clip=self.clip, noise_multiplier=noise, delta=self.delta, sample_rate=_SAMPLE_RATE,
+                     max_epsilon=self.epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +254,9 @@ def arms_of(job: Job, out: Path) -> dict[str, Arm]:
         return _read_arms(out / _ARMS_FILE, job.seed)
     trainer = job.trainer()
     engine = KeepUpdates(engine=Local(), folder=out / "arms" / "updates") if job.contributions else None
-    return {**({} if job.start == "random" else {"public": Arm(trainer=trainer, rounds=0)}),
+    private = {} if job.epsilon is None else {
+        "private": Arm(trainer=replace(trainer, clip_norm=None), rounds=job.rounds, privacy=job.technique())}
+    return {**({} if job.start == "random" else {"public": Arm(trainer=trainer, rounds=0)}), **private,
             "federated": Arm(trainer=trainer, rounds=job.rounds, engine=engine),
             "pooled": Arm(trainer=trainer, rounds=job.rounds, data="pooled"),
             "local": Arm(trainer=trainer, rounds=job.rounds, data="each")}
