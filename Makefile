@@ -47,7 +47,7 @@ help:
 	@echo '  make demo      train on generated patients of several sites, federated against each site'
 	@echo '                 alone and all data pooled; writes runs/<name>/report.html'
 	@echo '  make test      check style, types and import order, run every test and notebook'
-	@echo '  make lab       open JupyterLab on notebooks/'
+	@echo '  make lab       open JupyterLab on notebooks/00_welcome.ipynb'
 	@echo '  make gallery   run every notebook and write them, the pages and the reference as a site, runs/gallery/index.html'
 	@echo '  make install   create $(VENV) and install the tested versions into it'
 	@echo '  make flare     create $(FLARE), for runs across machines (notebook 08): NVFLARE beside the packages of $(VENV)'
@@ -62,7 +62,7 @@ install: $(STAMP)
 flare: $(FLARE_STAMP)
 
 demo: install
-	@echo "fedlab: running the demo; it says how long it takes"
+	@echo "fedlab: running the demo; it says how much time is left ('make demo ARGS=--quick' takes about a minute)"
 	@$(VENV)/bin/fedlab demo $(ARGS)
 
 # A choice in PYTEST_ARGS may leave one of the two runs without a test, which is pytest's status 5.
@@ -105,8 +105,7 @@ chromium:
 	  fi; }
 
 lab: install
-	@echo "fedlab: opening JupyterLab on notebooks/; Ctrl-C ends it"
-	@$(VENV)/bin/jupyter-lab --notebook-dir=notebooks $(ARGS)
+	@$(VENV)/bin/fedlab lab -- $(ARGS)
 
 ifneq ($(MOVED),)
 $(PY): FORCE

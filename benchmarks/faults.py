@@ -96,6 +96,9 @@ def figure(means: pd.DataFrame, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from fedlab.view.colours import style
+
+    style()
     drawn, axes = plt.subplots(figsize=(8.4, 5), layout="constrained")
     shown = axes.imshow(means.to_numpy(), cmap="Blues", vmin=0, vmax=float(means.max().max()), aspect="auto")
     axes.set_xticks(range(len(means.columns)), means.columns, rotation=25, ha="right", fontsize=8)

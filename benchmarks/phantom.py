@@ -103,6 +103,9 @@ def measure(folder: Path | None) -> None:
     import matplotlib.pyplot as plt
     import pandas as pd
 
+    from fedlab.view.colours import style
+
+    style()
     ours = pd.DataFrame([describe(*pair) for pair in generated(PER_SITE)])
     theirs = pd.DataFrame([describe(*pair) for pair in real(folder)] if folder else [])
     columns = list(ours.columns)

@@ -214,15 +214,17 @@ def figure(table: pd.DataFrame, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     from fedlab.core.types import rounded_up
+    from fedlab.view.colours import style
 
+    style()
     drawn, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for recipe, rows in table[table["epsilon"] < math.inf].groupby("recipe"):
         over = rows.groupby("proven")["mean"]
         axes.errorbar(over.mean().index, over.mean(), yerr=[over.mean() - over.min(), over.max() - over.mean()],
                       marker="o", capsize=3, label=recipe)
-    for style, (recipe, rows) in zip(("--", ":", "-.", (0, (1, 3))), table[~(table["epsilon"] < math.inf)].groupby(
+    for dashes, (recipe, rows) in zip(("--", ":", "-.", (0, (1, 3))), table[~(table["epsilon"] < math.inf)].groupby(
             "recipe"), strict=False):
-        axes.axhline(rows["mean"].mean(), linestyle=style, color="#555", label=recipe)
+        axes.axhline(rows["mean"].mean(), linestyle=dashes, color="#555", label=recipe)
     axes.set(xscale="log", xlabel="ε over the whole run by PRV (DP-SGD: per patient; the others: per site), δ = 0.001",
              ylabel="mean Dice of 24 held-out patients")
     ticks = sorted(proven("DP-SGD", epsilon) for epsilon in EPSILONS)

@@ -146,6 +146,9 @@ def figure(table: pd.DataFrame, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from fedlab.view.colours import style
+
+    style()
     order = table.groupby("arm")["share"].mean().sort_values()
     drawn, axes = plt.subplots(figsize=(8, 0.27 * len(order) + 1), layout="constrained")
     axes.barh(order.index, order, color="#9CC4E0")

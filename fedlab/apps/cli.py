@@ -1,4 +1,4 @@
-"""The command line: `fedlab demo`, `run`, `resume`, `evaluate`, `verify`, `data`, `site`, `export` and `deploy`."""
+"""The command line: `fedlab demo`, `run`, `resume`, `evaluate`, `show`, `lab`, `data`, `site`, `deploy` and others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fedlab import __version__
 from fedlab.apps.cli_arguments import HELP, Parser
 from fedlab.apps.cli_data import add_data
 from fedlab.apps.cli_deploy import add_deploy
+from fedlab.apps.cli_lab import add_lab
 from fedlab.apps.cli_runs import add_runs
 from fedlab.apps.cli_site import add_export, add_site
 from fedlab.apps.standard_streams import robust_streams, warnings_as_notes
@@ -58,7 +59,7 @@ def _parser() -> Parser:
     parser = Parser("fedlab", description=HELP["about"].strip())
     parser.add_argument("--version", action="version", version=f"fedlab {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (add_runs, add_data, add_site, add_export, add_deploy):
+    for add in (add_runs, add_lab, add_data, add_site, add_export, add_deploy):
         add(commands)
     return parser
 

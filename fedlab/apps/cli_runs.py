@@ -203,7 +203,7 @@ def _show(options: argparse.Namespace) -> None:
     from fedlab.training.public_model import public_file
 
     model, spacing = None, options.spacing
-    if options.model is not None and (options.public or options.prediction):
+    if sum(one is not None for one in (options.model, options.public, options.prediction)) > 1:
         raise ValueError("give one of --model, --public and --prediction")
     if options.model is not None or options.public:
         model, spacing = open_model(options.model or public_file(options.public), spacing)

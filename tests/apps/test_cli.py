@@ -252,3 +252,20 @@ def test_a_page_shows_the_scan_of_a_folder_or_a_file(tmp_path, capsys):
     assert "2 patients and there is one prediction" in refused(capsys, "show", "scans", "--prediction", "x.nii.gz")
     assert "no file or folder nowhere" in refused(capsys, "show", "nowhere")
     assert "give one of" in refused(capsys, "show", one, "--public", "--prediction", "x.nii.gz")
+
+
+def test_lab_opens_the_first_notebook_without_questions(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, words: started.append(words))
+    command("lab", "--", "--no-browser", "--port=8890")
+    words = started[-1]
+    root = Path(fedlab.__file__).resolve().parents[1]
+    assert words[1:4] == ["-m", "jupyterlab", f"--notebook-dir={root / 'notebooks'}"]
+    assert "--LabApp.default_url=/lab/tree/00_welcome.ipynb" in words
+    assert words[-2:] == ["--no-browser", "--port=8890"]
+    settings = next(word for word in words if "app_settings_dir" in word).partition("=")[2]
+    overrides = json.loads((Path(settings) / "overrides.json").read_text())
+    assert overrides["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
+    command("lab", "--folder", tmp_path)
+    assert not any("default_url" in word for word in started[-1])
+    assert "no folder nowhere" in refused(capsys, "lab", "--folder", "nowhere")
