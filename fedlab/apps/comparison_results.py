@@ -23,6 +23,7 @@ from fedlab.data.sites.persons import name_several
 from fedlab.evidence.differences import Difference, differences, groups, verdict
 from fedlab.run.trace import verify
 from fedlab.training.metrics import summary, threshold_dice
+from fedlab.view.colours import arm_label
 from fedlab.view.model_card import make_model_card
 from fedlab.view.report_page import Section, save_figure, write_report
 from fedlab.view.run_figures import contributions_figure, cross_site_heatmap, curves, dice_by_arm
@@ -75,7 +76,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     held_out = [patient for site in outcome.sites for patient in site.val]
     found: dict[str, Any] = {
         "main": outcome.main,
-        "verdict": verdict(outcome.scores, outcome.main, names={arm: _spoken(arm) for arm in table.index}),
+        "verdict": verdict(outcome.scores, outcome.main, names={arm: arm_label(arm) for arm in table.index}),
         "dice": {arm: row.to_dict() for arm, row in table.iterrows()},
         "differences": {rule: {arm: _as_json(one) for arm, one in differences(
             outcome.scores, outcome.main, empty=rule).items()} for rule in ("brats", "skip")},
@@ -158,7 +159,7 @@ def caution(outcome: Outcome) -> str:
 
 def describe(found: dict[str, Any], *, note: str = "") -> str:
     """The summary in a few lines for a terminal, ending with the verdict, and `note`, such as `caution` gives."""
-    rows = {_spoken(arm): dice for arm, dice in found["dice"].items()}
+    rows = {arm_label(arm): dice for arm, dice in found["dice"].items()}
     rows["best intensity threshold, chosen with hindsight"] = found["thresholding"]
     for name, text in (("train", "{}, on the {} patients it was trained on"), ("real", "{} model on {} real patients")):
         if name in found:
@@ -180,12 +181,30 @@ def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
         if section.figure is not None:
             save_figure(section.figure, out / "figures" / f"{name}.png")
     write_report(
-        out / "report.html", title=_TEXTS["title"], lead=_lead(outcome, found),
-        results={f"mean Dice, {_spoken(arm)}": f"{means['mean']:.2f}" for arm, means in found["dice"].items()},
+        out / "report.html", title=_TEXTS["title"], lead=_lead(outcome, found), verdict=found["verdict"],
+        results={f"mean Dice, {arm_label(arm)}": f"{means['mean']:.2f}" for arm, means in found["dice"].items()},
         sections=list(sections.values()), versions=found["versions"],
-        settings={**asdict(outcome.job), "arms": {name: repr(arm) for name, arm in outcome.arms.items()},
-                  "weights_sha256": found["weights_sha256"], "seconds": found["seconds"]},
-        notes=_notes(outcome, found))
+        settings=_settings(outcome, found), notes=_notes(outcome, found))
+
+
+def _settings(outcome: Outcome, found: dict[str, Any]) -> dict[str, str]:
+    """The settings as the report shows them: in words, folders by their names alone."""
+    job, seconds = outcome.job, found["seconds"]
+    values = {name: value for name, value in {**asdict(job.source), **asdict(job)}.items()
+              if name in _TEXTS["settings"] and value is not None}
+    shown = {_TEXTS["settings"][name]: _shown(value) for name, value in values.items()}
+    return {"data": type(job.source).__name__, **shown, **{f"arm: {name}": repr(arm) for name, arm in outcome.arms.items()},
+            "SHA-256 of the weights": found["weights_sha256"],
+            "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}
+
+
+def _shown(value: Any) -> str:
+    """A setting for a reader; a path without the folders above it."""
+    if isinstance(value, str):
+        return Path(value).name
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
@@ -197,11 +216,11 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
     for name, arm in outcome.arms.items():
         of_patient = {p: outcome.predictions.get(name) or outcome.predictions[f"{name} {site}"]
                       for site, p in first.items()}
-        overlays[f"{name}, the patient's own site" if arm.data == "each" and arm.rounds else name] = [
+        overlays[arm_label(f"{name}_own") if arm.data == "each" and arm.rounds else name] = [
             labels[p.id] for p, labels in of_patient.items()][:6]
     sections = {"dice": _section(
-        "dice", rule=found["empty_regions"], table=dice_table(outcome.scores).rename(index=_spoken),
-        figure=dice_by_arm(outcome.scores.assign(arm=_spoken_arms(outcome.scores))))}
+        "dice", rule=found["empty_regions"], table=dice_table(outcome.scores).rename(index=arm_label),
+        figure=dice_by_arm(outcome.scores.assign(arm=groups(outcome.scores))))}
     if outcome.train is not None:
         sections["train"] = _section("train", rule=_rule(outcome.train), table=_means(outcome.train))
     sections["tumours"] = _section("tumours", figure=compare(shown, overlays))
@@ -234,14 +253,11 @@ def _text(group: str, name: str, **values: Any) -> str:
     return " ".join(str(_TEXTS[group][name]).format(**values).split())
 
 
-def _spoken_arms(scores: pd.DataFrame) -> pd.Series[str]:
-    """The arm of each row as a figure names it."""
-    names = {"local_own": "local, own patients", "local_others": "local, other sites' patients"}
-    return groups(scores).replace(names)
-
-
 def _means(scores: pd.DataFrame) -> pd.DataFrame:
-    return summary(scores)[["dice", "hd95_mm", "patients"]]
+    """Mean Dice, median HD95 and the patients that count, by region."""
+    table = summary(scores)[["dice", "patients"]]
+    table.insert(1, "median HD95 [mm]", scores.groupby("region")["hd95_mm"].median())
+    return table.rename(columns={"dice": "mean Dice"})
 
 
 def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
@@ -256,7 +272,7 @@ def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
     shared = any(arm.data == "each" and arm.rounds for arm in outcome.arms.values())
     equal = "unequal" if not all_known or len(set(trained.values())) > 1 else "shares" if shared else "equal"
     text = " ".join([_text("lead", how, rounds=outcome.arms[outcome.main].rounds, **{"sites": found["sites"],
-                     "patients": found["patients"]}), found["verdict"], _text(
+                     "patients": found["patients"]}), _text(
         "lead", equal, steps=max(by_arm.values()), by_arm=", ".join(f"{name} {n:,}" for name, n in trained.items()))])
     return f"{text} {caution(outcome)}".rstrip()
 
@@ -274,10 +290,3 @@ def _notes(outcome: Outcome, found: dict[str, Any]) -> list[str]:
     return [*generated, caution(outcome) or _text("notes", "chance", held_out=held_out), *privacy,
             _text("notes", "empty", arm=outcome.main, rule=found["empty_regions"]),
             *([_text("notes", "without", names=without)] if without else []), *([f"{several}."] if several else [])]
-
-
-def _spoken(group: str) -> str:
-    """The name of an arm, or of a group of local models, as tables and texts say it."""
-    name, _, whose = group.rpartition("_")
-    known = {"own": f"{name}, on their own patients", "others": f"{name}, on the other sites' patients"}
-    return str(_TEXTS["arms"].get(group) or known.get(whose, group))

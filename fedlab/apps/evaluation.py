@@ -137,8 +137,8 @@ def describe_evaluation(result: dict[str, Any], scores: pd.DataFrame | None = No
                       for patient, row in each.head(_MOST_ROWS).iterrows()]
             lines += [f"… {len(each) - _MOST_ROWS} more patients in scores.csv"] * (len(each) > _MOST_ROWS) + [""]
         lines.append(f"{'mean':<{wide}}" + "".join(f"{name:>9}" for name in result["dice"]))
-        lines += [f"{name:<{wide}}" + "".join(f"{value:9.3f}" for value in result[key].values())
-                  for name, key in (("Dice", "dice"), ("HD95 [mm]", "hd95_mm"))]
+        lines += [f"{name:<{wide}}" + "".join(f"{value:9.{digits}f}" for value in result[key].values())
+                  for name, key, digits in (("Dice", "dice", 3), ("HD95 [mm]", "hd95_mm", 1))]
         lines.append(result["empty_regions"])
     return "\n".join(lines)
 

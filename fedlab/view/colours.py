@@ -27,7 +27,7 @@ LABEL_NAMES: Mapping[int, str] = {1: "necrotic / non-enhancing core", 2: "oedema
 LABEL_ABBREVIATIONS: Mapping[int, str] = {1: "NCR", 2: "ED", 4: "ET"}
 #: Value of an error map -> its colour and name; distinct from each other and from `LABEL_COLOURS`.
 ERRORS: Mapping[int, tuple[str, str]] = {
-    1: ("#F032E6", "false positive"), 2: ("#2F8CFF", "false negative"), 3: ("#D9D9D9", "both"),
+    1: ("#F032E6", "false positive"), 2: ("#2F8CFF", "false negative"), 3: ("#8BC34A", "both"),
 }
 #: Region -> its name, the largest first.
 REGION_NAMES: Mapping[str, str] = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
@@ -44,7 +44,6 @@ ARMS: Mapping[str, str] = {"public": GREEN, "federated": BLUE, "pooled": "#44444
 #: After the lines' colours those of Tol 2021 (muted), safe for the colour-blind too.
 _FURTHER = (*(colour for colour in LINES if colour not in ARMS.values()), "#882255", "#999933", "#332288", "#44AA99",
             "#CC6677", "#DDCC77", "#117733", "#AA4499")
-_ARM_LABELS = {"local_own": "local, own patients", "local_others": "local, others' patients"}
 
 
 def style() -> None:
@@ -76,8 +75,9 @@ def arm_of(name: str) -> str:
 
 
 def arm_label(name: str) -> str:
-    """The name of an arm as figures and tables print it."""
-    return _ARM_LABELS.get(name, name)
+    """The name of an arm, or of a group of local models, as figures, tables and texts say it."""
+    arm, _, whose = name.rpartition("_")
+    return {"own": f"{arm} on own patients", "others": f"{arm} on others' patients"}.get(whose, name) if arm else name
 
 
 def arm_colours(names: Iterable[str]) -> dict[str, str]:

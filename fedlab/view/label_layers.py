@@ -303,7 +303,7 @@ class ViewSettings:
         """Value of the overlay -> its colour and opacity, without the labels that are not drawn."""
         if self.region is None:
             return {value: (LABEL_COLOURS[value], self.opacity) for value in LABEL_COLOURS if value in self.labels}
-        return {value: (colour, self.opacity * (0.35 if value == 3 else 1.0))
+        return {value: (colour, self.opacity * (0.6 if value == 3 else 1.0))
                 for value, (colour, _) in ERRORS.items()}
 
     def legend(self) -> dict[str, str]:

@@ -32,8 +32,9 @@ class Section:
     Attributes:
         title: the heading; without one the section continues the one before it.
         text: plain text; an empty line starts a new paragraph.
-        table: shown with its index, numbers with three decimals.
+        table: shown under the figure, with its index, numbers with three decimals.
         caption: one line under the figure or table.
+        note: a footnote at the end of the section.
         alt: a description for readers who do not see the figure; by default the figure's own `alt`, or the caption.
     """
 
@@ -42,6 +43,7 @@ class Section:
     table: pd.DataFrame | None = None
     figure: Figure | None = None
     caption: str = ""
+    note: str = ""
     alt: str = ""
 
     def __post_init__(self) -> None:
@@ -82,16 +84,18 @@ def privacy_section(history: History, *, metric: str = "Dice", budget: float | N
 
 
 def write_report(
-    path: Path | str, *, title: str, lead: str, sections: Sequence[Section], results: Mapping[str, str] | None = None,
-    settings: Mapping[str, Any] | None = None, versions: Mapping[str, str] | None = None, notes: Sequence[str] = (),
+    path: Path | str, *, title: str, lead: str, sections: Sequence[Section], verdict: str = "",
+    results: Mapping[str, str] | None = None, settings: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None, notes: Sequence[str] = (),
 ) -> Path:
     """Writes one self-contained page without scripts that loads nothing and can be mailed and printed.
 
     Args:
         path: of the new file.
         title: of the page.
-        lead: one paragraph in plain words: the question and the result.
+        lead: one paragraph in plain words: the question, and the result if there is no verdict.
         sections: the parts of the page, in order.
+        verdict: the answer in one sentence, above the lead.
         results: name -> value, such as {"mean Dice, federated": "0.79"}; shown large under the lead.
         settings: of the run; nested mappings are printed as "outer, inner".
         versions: of the programs used.
@@ -104,7 +108,8 @@ def write_report(
 
     flat = pd.json_normalize(dict(settings), sep=", ").to_dict("records")[0] if settings else {}
     page = filled_in(
-        "fedlab.view", "report_page.html", title=title, lead=_paragraphs(lead), results=dict(results or {}),
+        "fedlab.view", "report_page.html", title=title, lead=_paragraphs(lead), verdict=verdict,
+        results=dict(results or {}),
         notes=list(notes), sections=[_prepared(section, number) for number, section in enumerate(sections)],
         settings={name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
                   for name, value in flat.items()}, versions=dict(versions or {}))
@@ -129,8 +134,8 @@ def _prepared(section: Section, number: int) -> dict[str, Any]:
         png, size = figure_png(section.figure, dpi=150)
         image = {"data": base64.b64encode(png).decode("ascii"), **size, "alt": section.description}
     return {"id": f"part-{number + 1}", "title": section.title, "text": _paragraphs(section.text),
-            "caption": section.caption, "table": None if section.table is None else _table(section.table),
-            "image": image}
+            "caption": section.caption, "note": section.note, "image": image,
+            "table": None if section.table is None else _table(section.table)}
 
 
 def _table(table: pd.DataFrame) -> dict[str, Any]:
@@ -140,20 +145,22 @@ def _table(table: pd.DataFrame) -> dict[str, Any]:
         "columns": [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in table.columns],
         "rows": [([_text(name) for name in names],
                   [(rounded_up(value, 4) if "ε" in str(column) and isinstance(value, float) and value == value
-                    else _text(value), isinstance(value, Number) and not isinstance(value, bool))
+                    else _text(value, str(column)), isinstance(value, Number) and not isinstance(value, bool))
                    for column, value in zip(table.columns, row, strict=True)])
                  for names, row in zip(index, table.itertuples(index=False, name=None), strict=True)],
     }
 
 
-def _text(value: Any) -> str:
-    """A value for readers: three decimals, a dash for a missing value, and digits in groups of three."""
+def _text(value: Any, column: str = "") -> str:
+    """A value for readers: three decimals, of mm and ml one, a dash for a missing value, and digits in threes."""
     import pandas as pd
 
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return "–"
     if isinstance(value, Real) and not isinstance(value, Integral):
         number = float(value)
+        if column.endswith(("[mm]", "[ml]")):
+            return f"{number:.1f}"
         return f"{number:.3f}" if number == 0 or 1e-3 <= abs(number) < 1e4 else f"{number:.3g}"
     if isinstance(value, Integral) and abs(int(value)) >= 10_000:
         return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")

@@ -61,7 +61,7 @@ def curves(histories: Mapping[str, History], *, metric: str = "Dice") -> Picture
                                           alpha=0.75 if models > 1 else 1.0))
         over_rounds(ax, title)
         if column == metric:
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1 if metric == "Dice" else None)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
     last = {name: table[metric].dropna() for name, table in tables.items() if metric in table}
     figure.alt = " ".join([f"{' and '.join(panels.values())} over the rounds.", *(
@@ -234,7 +234,7 @@ def dice_by_arm(scores: pd.DataFrame, *, metric: str = "dice") -> Picture:
     ax.set_title(title)
     ax.grid(axis="y")
     if metric == "dice":
-        ax.set(ylim=(0, 1.09), yticks=np.linspace(0, 1, 6))
+        ax.set(ylim=(-0.02, 1.09), yticks=np.linspace(0, 1, 6))
     labels = [f"{REGION_NAMES[region]} ({region})" if region in REGION_NAMES else region for region in regions]
     ax.set_xticks(range(len(regions)), labels, fontsize=10)
     ax.tick_params(axis="x", length=0, pad=20)

@@ -99,8 +99,8 @@ def overlay(ax: Axes, patient: Patient, label: Prediction | None, *, modality: s
     for value, colour in LABEL_COLOURS.items():
         if (shown == value).any():
             padded = (shown == value).astype(float)
-            ax.contourf(padded, levels=[0.5, 1.5], colors=[colour], alpha=0.48, extent=extent)
-            ax.contour(padded, levels=[0.5], colors=[colour], linewidths=1.1, extent=extent)
+            ax.contourf(padded, levels=[0.5, 1.5], colors=[colour], alpha=0.36, extent=extent)
+            ax.contour(padded, levels=[0.5], colors=[colour], linewidths=1.5, extent=extent)
     if line is not None and (mask := slice_image(line > 0, plane, index)).any():
         drawn = ax.contour(np.pad(mask, 1).astype(float), levels=[0.5], colors=["white"], linewidths=1.0, extent=extent)
         drawn.set_path_effects([withStroke(linewidth=2.0, foreground=(0, 0, 0, 0.55))])

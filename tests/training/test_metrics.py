@@ -155,7 +155,7 @@ def test_summary_by_the_brats_rule_by_hand():
     assert got.loc["mean", "dice"] == pytest.approx((0.9 + 0.9 + 0.6) / 3)
     assert got.loc["ET", ["patients", "without_region", "false_alarms"]].tolist() == [4, 2, 1]
     assert got.loc["mean", "patients"] == 4  # p1 of site a and p1 of site b are two patients
-    assert "373.13 mm" in got.attrs["rule"] and "TC 0, WT 0, ET 2" in got.attrs["rule"]
+    assert "373.13 mm" in got.attrs["rule"] and "WT 0, TC 0, ET 2" in got.attrs["rule"]
 
 
 def test_summary_that_skips_and_counts_false_alarms():

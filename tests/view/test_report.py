@@ -113,7 +113,7 @@ def test_figures_are_pngs_with_words_for_who_does_not_see_them(tmp_path: Path) -
 
 
 def test_tables_have_heads_dashes_and_aligned_numbers(tmp_path: Path) -> None:
-    html = written(tmp_path)
+    html = re.sub(' data-label="[^"]*"', "", written(tmp_path))  # a phone's head of the column
     assert '<tr><th scope="row">federated</th><td class="number">0.812</td><td class="number">24</td>' in html
     assert '<td class="number">–</td><td class="number">123\N{NARROW NO-BREAK SPACE}456</td><td>c</td>' in html
     assert '<th scope="col">arm</th>' in html
@@ -155,3 +155,18 @@ def test_same_content_same_bytes_and_a_bare_page_works(tmp_path: Path) -> None:
     assert written(tmp_path / "a") == written(tmp_path / "b")
     bare = Page(write_report(tmp_path / "bare.html", title="Bare", lead="Only this.", sections=[]).read_text())
     assert not bare.all("table") and not bare.all("nav") and not bare.all("dl")
+
+
+def test_the_verdict_stands_first_and_figures_before_tables_before_notes(tmp_path: Path) -> None:
+    table = pd.DataFrame({"HD95 [mm]": [12.345]}, index=pd.Index(["federated"], name="arm"))
+    one = Section(title="Both", figure=small_figure(), table=table, caption="Both of them.", note="A footnote.")
+    html = written(tmp_path, verdict="The answer.", sections=[one])
+    text = html.partition("</style>")[2]
+    places = [text.index(words) for words in ("The answer.", "One paragraph.", "<img", "<table", "A footnote.")]
+    assert places == sorted(places)
+    assert '<td class="number" data-label="HD95 [mm]">12.3</td>' in html
+
+
+def test_a_figure_opens_at_full_size_without_a_script(tmp_path: Path) -> None:
+    page = Page(written(tmp_path))
+    assert len(page.all("details")) == len(page.all("img")) == 3

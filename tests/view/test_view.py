@@ -177,7 +177,7 @@ def test_compare_scores_the_whole_volume() -> None:
     figure = compare([who, other], {"federated": [who.label, other.label], "local_others": [half, other.label * 0]})
     titles = np.array([ax.get_title() for ax in figure.axes]).reshape(2, 4)
     assert titles.tolist() == [["", "", "WT Dice 1.00", "WT Dice 0.73"], ["", "", "WT Dice 1.00", "WT Dice 0.00"]]
-    assert "second: federated, WT Dice 1.00; local, others' patients, WT Dice 0.00." in figure.alt
+    assert "second: federated, WT Dice 1.00; local on others' patients, WT Dice 0.00." in figure.alt
     without = compare([patient(labelled=False)], {"federated": [who.label]})
     assert len(without.axes) == 2
     assert not any("Dice" in ax.get_title() for ax in without.axes)
@@ -221,7 +221,7 @@ def test_unknown_arms_get_colours_of_their_own() -> None:
     assert len(set(colours.values())) == 4
     with pytest.raises(ValueError, match="told apart"):
         arm_colours([f"strategy {n}" for n in range(19)])
-    assert arm_label("local_others") == "local, others' patients"
+    assert arm_label("local_others") == "local on others' patients"
 
 
 def test_heatmap_writes_every_number_and_frames_a_models_own_site() -> None:
