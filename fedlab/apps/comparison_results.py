@@ -193,7 +193,8 @@ def _settings(outcome: Outcome, found: dict[str, Any]) -> dict[str, str]:
     values = {name: value for name, value in {**asdict(job.source), **asdict(job)}.items()
               if name in _TEXTS["settings"] and value is not None}
     shown = {_TEXTS["settings"][name]: _shown(value) for name, value in values.items()}
-    return {"data": type(job.source).__name__, **shown, **{f"arm: {name}": repr(arm) for name, arm in outcome.arms.items()},
+    arms = {f"arm: {name}": repr(arm) for name, arm in outcome.arms.items()}
+    return {"data": type(job.source).__name__, **shown, **arms,
             "SHA-256 of the weights": found["weights_sha256"],
             "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}
 
