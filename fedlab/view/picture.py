@@ -65,7 +65,8 @@ def matrix(ax: Axes, values: npt.NDArray[np.float64], rows: Sequence[str], colum
     image = ax.imshow(np.ma.masked_invalid(values), cmap=_SHADES.with_extremes(bad="#DDDDDD"), vmin=low, vmax=high,
                       aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        red, green, blue = (np.asarray(image.cmap(image.norm(value)))[:3] ** 2.2 if np.isfinite(value) else (1, 1, 1))
+        red, green, blue = (np.asarray(_SHADES(float(value - low) / (high - low)))[:3] ** 2.2
+                            if np.isfinite(value) else (1, 1, 1))
         dark = 0.21 * red + 0.72 * green + 0.07 * blue < 0.18  # luminance; from there on black has the better contrast
         ax.text(column, row, text(row, column, value), ha="center", va="center", fontsize=fontsize,
                 color="white" if dark else INK)
