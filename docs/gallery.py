@@ -63,7 +63,9 @@ def without_live_widgets(notebook: Any) -> None:
 
 
 def notebook_page(notebook: Any, path: Path, places: Places, *, seconds: float | None) -> Page:
-    """A notebook as a page; its pictures become files in a folder NAME_files of the site.
+    """A notebook as a page; its pictures become files in a folder NAME_files of the site, itself one to download.
+
+    A cell with the tag "thumbnail" has the picture of the start page; else it is the last one.
 
     Raises:
         ValueError: the notebook has no title, or TeX, which would have to be loaded from elsewhere.
@@ -84,11 +86,13 @@ def notebook_page(notebook: Any, path: Path, places: Places, *, seconds: float |
 
     soup = BeautifulSoup(body, "html.parser")
     places.localise(soup, path.resolve())
+    shutil.copyfile(path, places.out / path.name)
     pictures = soup.select("img")
+    chosen = soup.select(".celltag_thumbnail img") or pictures  # the cell with this tag, else the last figure
     for picture in pictures:
         picture["alt"] = ""  # the text around a figure says what it shows
     return page_of(soup, kind="notebook", name=name, seconds=seconds,
-                   figure=str(pictures[-1]["src"]) if pictures else None)
+                   figure=str(chosen[-1]["src"]) if chosen else None)
 
 
 def write_reference(out: Path) -> dict[str, str]:
@@ -141,7 +145,8 @@ def build(notebooks: Sequence[Path], out: Path, *, run: bool = True) -> list[str
     colours = HtmlFormatter(style="default").get_style_defs(".highlight")
     (out / MARK).write_text("\n".join([*((TEMPLATES / name).read_text("utf-8") for name in (MARK, "search.css")),
                                        colours, ""]), "utf-8")
-    shutil.copyfile(TEMPLATES / "search.js", out / "search.js")
+    for script in ("search.js", "copy.js"):
+        shutil.copyfile(TEMPLATES / script, out / script)
 
     texts = markdown_files()
     places = Places(out, {**{path.resolve(): f"{path.stem}.html" for path in notebooks},

@@ -68,7 +68,8 @@ def build(repository: Path, folder: Path, *cells: Any, options: Sequence[str] = 
 def site(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A gallery of one small notebook."""
     folder = tmp_path_factory.mktemp("gallery")
-    done = build(repository, folder, new_code_cell(FIGURE), new_code_cell(BAR), new_code_cell("print(6 * 7)"),
+    chosen = new_code_cell(FIGURE, metadata={"tags": ["thumbnail"]})
+    done = build(repository, folder, chosen, new_code_cell("figure"), new_code_cell(BAR), new_code_cell("print(6 * 7)"),
                  new_markdown_cell("## Two words\n\nSee [above](01_small.ipynb#Small) and [1](https://arxiv.org/abs/1)."))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every link holds" in done.stdout
@@ -80,17 +81,26 @@ def test_notebook_shows_what_it_computed(site: Path) -> None:
     shown = "".join(output.get_text() for output in page.select(".output_wrapper"))
     assert shown.split() == ["42"], "the PNG comes before other forms of a live output, a dead progress bar goes"
     assert "print(6 * 7)" in " ".join(page.select_one("article").get_text().split())
-    (picture,) = page.select("article img")
+    picture, last = page.select("article img")
+    assert last["src"] != picture["src"]
     assert (site / picture["src"]).read_bytes().startswith(b"\x89PNG")
     assert not page.select("article script"), "no widget waits for a kernel"
     assert page.select_one('a[href="01_small.html#Small"]'), "links between notebooks lead to their pages"
+
+
+def test_a_notebook_can_be_downloaded_as_it_is(site: Path) -> None:
+    page = BeautifulSoup((site / "01_small.html").read_text("utf-8"), "html.parser")
+    link = page.select_one("a[download]")
+    assert link and (site / str(link["href"])).read_bytes() == (site.parent / "01_small.ipynb").read_bytes()
 
 
 def test_index_has_the_map(site: Path) -> None:
     page = BeautifulSoup((site / "index.html").read_text("utf-8"), "html.parser")
     (entry,) = page.select(".map li")
     assert "01 Small" in " ".join(entry.get_text().split()) and "You will see one figure." in entry.get_text()
-    assert entry.select_one("img") and entry.select_one('a[href="01_small.html"]')
+    shown = BeautifulSoup((site / "01_small.html").read_text("utf-8"), "html.parser").select("article img")
+    assert entry.select_one("img")["src"] == shown[0]["src"], "the figure of the cell with the tag thumbnail"
+    assert entry.select_one('a[href="01_small.html"]')
 
 
 def test_the_start_page_leads_to_every_page_and_namespace(site: Path, repository: Path) -> None:
