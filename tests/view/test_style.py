@@ -47,7 +47,7 @@ def test_every_figure_of_the_package_is_drawn_with_the_style(path: Path) -> None
 def test_the_package_makes_no_figure_in_another_way() -> None:
     for path in CODE:
         text = path.read_text("utf-8")
-        assert "pyplot" not in text, path
+        assert "matplotlib.pyplot" not in text and "import pyplot" not in text, path
         assert "Figure(" not in text.replace("class Picture(Figure)", ""), path
 
 
