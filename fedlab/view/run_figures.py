@@ -197,8 +197,8 @@ _FEWEST = 6
 def dice_by_arm(scores: pd.DataFrame, *, metric: str = "dice") -> Picture:
     """The arms side by side for each region: a bar for the mean over patients with its interval, a dot per patient.
 
-    The interval is that of the mean of one arm, at 95 % by Student's t, from six patients on. Whether two arms differ is
-    said by the paired difference (`fedlab.difference`), not by bars that overlap.
+    The interval is that of the mean of one arm, at 95 % by Student's t, from six patients on. Whether two arms differ
+    is said by the paired difference (`fedlab.difference`), not by bars that overlap.
 
     Args:
         scores: one row per patient, region and arm, with the columns `arm`, `region`, `patient` and `metric`. NaN,
