@@ -38,7 +38,7 @@ _ARMS: Arguments = {"--arms": {"type": Path, "metavar": "FILE.py"}}
 
 
 #: Patients per site, rounds and steps of a demo in a minute.
-_QUICK = {"patients": 6, "rounds": 4, "steps": 3}
+_QUICK = {"patients": 5, "rounds": 4, "steps": 3}
 
 
 def add_runs(commands: Any) -> None:
@@ -91,7 +91,7 @@ def _demo(options: argparse.Namespace) -> None:
                     **settings}
     elif (sites, patients) != (None, None):
         sites = len(Phantoms.sizes) if sites is None else sites
-        settings |= {"sizes": equal_sizes(sites, 12 * sites if patients is None else patients), "held_out": 1 / 3}
+        settings |= {"sizes": equal_sizes(sites, 12 * sites if patients is None else patients), "held_out": 1 if options.quick else 1 / 3}
     _begin(options, "demo", Phantoms(**settings), start=options.start or "collection", real=options.real)
 
 
