@@ -91,7 +91,8 @@ def _demo(options: argparse.Namespace) -> None:
                     **settings}
     elif (sites, patients) != (None, None):
         sites = len(Phantoms.sizes) if sites is None else sites
-        settings |= {"sizes": equal_sizes(sites, 12 * sites if patients is None else patients), "held_out": 1 if options.quick else 1 / 3}
+        settings |= {"sizes": equal_sizes(sites, 12 * sites if patients is None else patients),
+                     "held_out": 1 if options.quick else 1 / 3}
     _begin(options, "demo", Phantoms(**settings), start=options.start or "collection", real=options.real)
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import nibabel
 import pytest
+from tqdm import tqdm
 
 import fedlab
 from fedlab.apps.cli import main
 from fedlab.apps.cli_arguments import read_shape
+from fedlab.apps.comparison import arms_of, read_job
 from fedlab.apps.comparison_data import Phantoms
+from fedlab.evidence.arms import _BAR, main_arm
 from runs import command, contents, finished_demo
 
 TINY = ("--sites", "2", "--patients", "4", "--rounds", "1", "--steps", "1", "--shape", "48,64,48")
@@ -269,3 +272,38 @@ def test_lab_opens_the_first_notebook_without_questions(tmp_path, monkeypatch, c
     command("lab", "--folder", tmp_path)
     assert not any("default_url" in word for word in started[-1])
     assert "no folder nowhere" in refused(capsys, "lab", "--folder", "nowhere")
+
+
+def test_a_quick_demo_is_small_and_says_what_it_cannot_show(monkeypatch, capsys):
+    monkeypatch.setattr("fedlab.apps.comparison.run_job", interrupt)
+    assert main(["demo", "--quick", "--out", "quick"]) == 130
+    job = read_job(Path("quick"))
+    assert (job.source.sizes, job.source.held_out, job.rounds, job.steps) == ((5, 5), 1, 4, 3)
+    assert "cannot show which model is better" in capsys.readouterr().err
+    assert "not both" in refused(capsys, "demo", "--quick", "--full", "--out", "x")
+
+
+def test_an_arm_with_a_guarantee_spends_the_epsilon_that_was_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr("fedlab.apps.comparison.run_job", interrupt)
+    assert main(["demo", "--epsilon", "8", "--delta", "0.01", "--clip", "0.5", "--out", "run"]) == 130
+    job = read_job(Path("run"))
+    arms = arms_of(job, Path("run"))
+    assert list(arms) == ["public", "private", "federated", "pooled", "local"] and main_arm(arms) == "private"
+    technique = arms["private"].privacy
+    assert (technique.clip, technique.delta, technique.max_epsilon) == (0.5, 0.01, 8)
+    training = fedlab.privacy.Gaussian(noise_multiplier=technique.noise_multiplier, sample_rate=technique.sample_rate,
+                                       steps=job.rounds * job.steps)
+    assert 7.9 < fedlab.privacy.epsilon_of([training], delta=0.01) <= 8
+    assert all(arm.privacy is None for name, arm in arms.items() if name != "private")
+    for wrong, says in ((["--delta", "0.01"], "say --epsilon too"), (["--epsilon", "-1"], "epsilon"),
+                        (["--epsilon", "8", "--delta", "2"], "delta"), (["--epsilon", "8", "--clip", "0"], "--clip")):
+        assert says in refused(capsys, "demo", *wrong, "--out", "wrong")
+    assert not Path("wrong").exists()
+
+
+def test_the_bar_leaves_room_for_itself_and_says_what_is_left():
+    """At 80 columns, with the longest text: share done, time left, arm, round and Dice."""
+    text = "local site-02, round 12 of 33, Dice 0.52"
+    shown = tqdm.format_meter(40, 100, 30.0, ncols=80, prefix="training", bar_format=_BAR, postfix=text)
+    assert len(shown) <= 80 and text in shown and " 40 %" in shown and "00:45 left" in shown
+    assert len(shown.split("|")[1]) >= 8
