@@ -282,7 +282,7 @@ class _Page:
                     for s in (Spent(**entry) for entry in entries)]
         return [name, f"{present}" if name in self.sites else "–", last("loss", "{:.3f}"), last("metric", "{:.3f}"),
                 last("norm"),
-                last("clipped", "{:.0%}").replace("%", " %"), last("MB", "{:.2f}") if present else "–",
+                last("clipped", "{:.0%}").replace("%", " %"), last("MB", "{:.3f}") if present else "–",
                 "; ".join(spending) or "–",
                 f"{len(away)} of {len(self.records)} rounds, last round {away[-1][0] + 1}: {away[-1][1]}"
                 if away else ""]
