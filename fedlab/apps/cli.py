@@ -99,7 +99,7 @@ def _with_options(text: str, options: argparse.Namespace) -> str:
         bare = rf"(?<![\w/.-]){keyword}(?![\w/-])" if "_" in keyword else rf"^{keyword}(?= (?:is|must|lies) )"
         text = re.sub(bare, option, text)
     # Keywords that the command has no option for are no remedy here.
-    text = re.sub(r"[,;]? (?:or )?(?:pass|say|give) [a-z_]+=(?: and [a-z_]+=)*(?![\w'])(?: as [\w ]+)?", "", text)
+    text = re.sub(r"[,;:]? (?:or )?(?:pass|say|give) [a-z_]+=(?: and [a-z_]+=)*(?![\w'])(?: as [\w ]+)?", "", text)
     text = re.sub(r"\((\d+), (\d+), (\d+)\)", r"\1,\2,\3", text)  # a shape as it is typed
     return re.sub(r"\[Errno \d+\] ", "", text)
 

@@ -119,7 +119,8 @@ def _named(model_file: Path) -> str:
 def dice_by_patient(scores: pd.DataFrame) -> pd.DataFrame:
     """Dice of each labelled patient (rows, in the order of the table) for WT, TC, ET and their mean."""
     labelled = scores[scores["reference_ml"].notna()]
-    wide = labelled.pivot_table(index="patient", columns="region", values="dice", sort=False)[list(REGION_ORDER)]
+    wide = labelled.pivot_table(index="patient", columns="region", values="dice", sort=False)
+    wide = wide.reindex(columns=list(REGION_ORDER))
     return wide.assign(mean=wide.mean(axis=1)).rename_axis(columns=None)
 
 
