@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/demo.py [--seeds 0 1 2 3 4] [--real DIR] [--out FOLDER] [-- DEMO-OPTIONS]
 
 Every seed is a whole `fedlab demo` in a process of its own with a cold cache; a seed whose run in FOLDER is complete is
-not repeated. Writes benchmarks/results/demo.json and demo.png and the section of README.md between its two marks. A test
-notices when generator, start, settings or README are newer than the results. Run it on an idle machine.
+not repeated. Writes benchmarks/results/demo.json and demo.png and the section of README.md between its two marks. A
+test notices when generator, start, settings or README are newer than the results. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--real", metavar="DIR", help="a BraTS folder to try the federated models on")
     parser.add_argument("--out", type=Path, help="folder of the runs, to continue an interrupted benchmark")
-    parser.add_argument("options", nargs="*", help="further options of fedlab demo, such as --rounds 64; then the README "
-                                                   "is left as it is and the results are printed only")
+    parser.add_argument("options", nargs="*", help="further options of fedlab demo, such as --rounds 64; then "
+                                                   "the results are printed only, and the README is left as it is")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         out = options.out or Path(scratch)
