@@ -89,6 +89,9 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "weights_sha256": weights_sha256(federated.params) if federated else None,
         "versions": versions(),
     }
+    if (pooled := _watched(outcome, "pooled")) and outcome.main == "federated":
+        last = pooled[max(pooled)]
+        found["rounds_to_pooled"] = next((n for n, dice in _watched(outcome, "federated").items() if dice >= last), None)
     if outcome.train is not None:
         found["train"] = {"patients": sum(len(site.train) for site in outcome.sites),
                           "dice": summary(outcome.train)["dice"][list(_COLUMNS)].to_dict()}
@@ -96,6 +99,19 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         found["real"] = {"patients": int(outcome.real["patient"].nunique()),
                          "dice": summary(outcome.real)["dice"][list(REGIONS)].to_dict()}
     return found
+
+
+def _watched(outcome: Outcome, model: str) -> dict[int, float]:
+    """Dice of one held-out patient per site after those rounds, counted from 1, in which a model was watched."""
+    records = outcome.histories[model].published().records if model in outcome.histories else []
+    return {record["round"] + 1: record["metrics"]["Dice"] for record in records if "Dice" in record["metrics"]}
+
+
+def _reached(found: dict[str, Any]) -> str:
+    if "rounds_to_pooled" not in found:
+        return ""
+    rounds = found["rounds_to_pooled"]
+    return _text("lead", "reached" if rounds else "behind", rounds=rounds)
 
 
 def _as_json(one: Difference) -> dict[str, Any]:
@@ -171,7 +187,8 @@ def describe(found: dict[str, Any], *, note: str = "") -> str:
     lines.append(f"{found['patients']} patients of {found['sites']} sites, {found['rounds']} rounds, seed "
                  f"{found['seed']}; {seconds['total']:.0f} s (data {seconds['data']:.0f}, training "
                  f"{seconds['train']:.0f}, evaluation {seconds['evaluate']:.0f})")
-    return "\n".join([*lines, *([note] if note else []), "", *textwrap.wrap(found["verdict"], 100)])
+    lines += [text for text in (_reached(found), note) if text]
+    return "\n".join([*lines, "", *textwrap.wrap(found["verdict"], 100)])
 
 
 def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
@@ -217,7 +234,7 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
             seconds=worth.seconds, megabytes=worth.stored_bytes / 1e6, table=worth.table,
             figure=contributions_figure(worth, metric="mean Dice"))
     if any(column in history.table() for history in outcome.histories.values() for column in ("loss", "Dice")):
-        sections["curves"] = _section("curves", figure=curves(outcome.histories))
+        sections["curves"] = _section("curves", reached=_reached(found), figure=curves(outcome.histories))
     sections["sites"] = _section("sites", partition=outcome.partition.id, table=outcome.partition.table(),
                                  figure=sites_figure(outcome.sites))
     return sections
