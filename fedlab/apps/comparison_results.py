@@ -91,7 +91,8 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     }
     if (pooled := _watched(outcome, "pooled")) and outcome.main == "federated":
         last = pooled[max(pooled)]
-        found["rounds_to_pooled"] = next((n for n, dice in _watched(outcome, "federated").items() if dice >= last), None)
+        found["rounds_to_pooled"] = next(
+            (n for n, dice in _watched(outcome, "federated").items() if dice >= last), None)
     if outcome.train is not None:
         found["train"] = {"patients": sum(len(site.train) for site in outcome.sites),
                           "dice": summary(outcome.train)["dice"][list(_COLUMNS)].to_dict()}

@@ -108,7 +108,7 @@ def test_every_place_with_a_dice_says_how_empty_regions_counted(demo):
 def test_the_summary_has_exactly_the_promised_keys(demo):
     found = summary_of(demo.folder)
     assert set(found) == {"main", "verdict", "dice", "differences", "empty_regions", "thresholding", "seconds",
-                          "patients", "sites", "rounds", "seed", "weights_sha256", "versions"}  # watched after round 4: too late here
+                          "patients", "sites", "rounds", "seed", "weights_sha256", "versions"}
     assert set(found["dice"]) == set(ARMS)
     assert all(set(found["dice"][arm]) == {"WT", "TC", "ET", "mean"} for arm in ARMS)
     assert set(found["thresholding"]) == {"WT"} and 0 < found["thresholding"]["WT"] < 1
