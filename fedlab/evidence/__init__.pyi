@@ -6,9 +6,11 @@ from .findings import Finding, Threat
 from .inversion import Inversion, invert_update, one_step_update, patch_net
 from .membership import RMIA, LossThreshold, Membership, UpdateMembership, shadow_models
 from .runs import RunOnDisk, RunTable, runs
+from .sweeps import Sweep, sweep
 
 __all__ = [
     "RMIA", "Arm", "ArmComparison", "Contributions", "Difference", "Finding", "Inversion", "KeepUpdates",
-    "LossThreshold", "Membership", "RunOnDisk", "RunTable", "Threat", "UpdateMembership", "compare_arms", "dice_on",
-    "difference", "invert_update", "one_step_update", "patch_net", "runs", "shadow_models", "site_contributions",
+    "LossThreshold", "Membership", "RunOnDisk", "RunTable", "Sweep", "Threat", "UpdateMembership", "compare_arms",
+    "dice_on", "difference", "invert_update", "one_step_update", "patch_net", "runs", "shadow_models",
+    "site_contributions", "sweep",
 ]
