@@ -96,7 +96,6 @@ def section(result: dict[str, Any], printed: str, of: dict[str, str]) -> str:
         gain = ["–" if arm == "federated" else "{:+.3f} ({:+.3f} to {:+.3f})".format(
             *together["differences"][rule][arm]) for rule in ("brats", "skip")]
         rows.append(f"| {' | '.join([name, dice, *gain])} |")
-    seconds = [one["seconds"]["total"] for one in result["seeds"].values()]
     return f"""{MARKS[0]}
 
 `fedlab demo --seed {seeds[0]}` on {of["cores"]} cores of {of["processor"]} (AMX: {of["bf16 tiles (AMX)"]}):
@@ -113,8 +112,7 @@ region.
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-Federated reaches {together["federated / pooled"]:.3f} of the Dice of pooled training. A run took {min(seconds):.0f} to
-{max(seconds):.0f} s.
+Federated reaches {together["federated / pooled"]:.3f} of the Dice of pooled training.
 
 {MARKS[1]}"""
 
