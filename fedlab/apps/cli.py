@@ -1,4 +1,4 @@
-"""The command line: `fedlab demo`, `run`, `resume`, `evaluate`, `verify`, `data`, `site`, `export` and `deploy`."""
+"""The command line: `fedlab demo`, `run`, `assess`, `resume`, `evaluate`, `verify`, `data`, `site`, `deploy`, ..."""
 
 from __future__ import annotations
 

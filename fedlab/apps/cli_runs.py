@@ -1,4 +1,4 @@
-"""The commands for runs: `fedlab demo`, `run`, `resume`, `evaluate`, `verify` and `runs`."""
+"""The commands for runs: `fedlab demo`, `run`, `assess`, `resume`, `evaluate`, `verify` and `runs`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ _ARMS: Arguments = {"--arms": {"type": Path, "metavar": "FILE.py"}}
 
 
 def add_runs(commands: Any) -> None:
-    """Adds `demo`, `run`, `resume`, `evaluate`, `verify` and `runs` to argparse's sub-parsers."""
+    """Adds `demo`, `run`, `assess`, `resume`, `evaluate`, `verify` and `runs` to argparse's sub-parsers."""
     add_command(commands, "demo", _demo, {
         "--sites": {"type": int}, "--patients": {"type": int}, "--shape": {"type": read_shape}, "--full": FLAG,
         "--real": {"metavar": "DIR"}, **_TRAINING, **_ARMS})
     add_command(commands, "run", _run, {
         "--data": {"required": True, "metavar": "DIR"}, "--sites": {"required": True, "metavar": "TABLE.csv"},
         "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING, **_ARMS})
+    add_command(commands, "assess", _assess, {
+        "file": {"type": Path, "nargs": "?", "metavar": "FILE.py"}, "--data": {"metavar": "DIR"},
+        "--sites": {"metavar": "TABLE.csv"}, "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING,
+        "--rounds": {"type": int}, "--steps": {"type": int}, "--seeds": {"type": int}, "--out": {"type": Path},
+        "--keep": FLAG, "--json": FLAG})
     add_command(commands, "resume", _resume, {"out": {"type": Path, "metavar": "RUN"}, "--json": FLAG})
     add_command(commands, "evaluate", _evaluate, {
         "model": {"type": Path, "metavar": "MODEL", "nargs": "?"},
@@ -69,6 +74,28 @@ def _run(options: argparse.Namespace) -> None:
     _begin(options, "run", Folder(data=options.data, table=options.sites, spacing_mm=options.spacing,
                                   layout=options.layout, label_convention=options.label_convention,
                                   skip_broken=options.skip_broken), start=options.start or "broad")
+
+
+def _assess(options: argparse.Namespace) -> None:
+    from fedlab.apps.assessing import Assessment, assess_file
+    from fedlab.apps.comparison import remove_working_files
+    from fedlab.apps.comparison_data import Folder, Phantoms
+
+    if (options.data is None) != (options.sites is None):
+        raise ValueError("--data and --sites go together: a folder of scans, and the table of its sites")
+    source = Phantoms() if options.data is None else Folder(
+        data=options.data, table=options.sites, spacing_mm=options.spacing, layout=options.layout,
+        label_convention=options.label_convention, skip_broken=options.skip_broken)
+    options.out = new_path(options.out, "assess")
+    say = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
+    say(f"fedlab: run directory {options.out}; interrupted, it continues with the same command and --out {options.out}")
+    found = assess_file(Assessment(source=source, file=options.file, **_given(
+        rounds=options.rounds, steps=options.steps, seeds=options.seeds)), options.out)
+    if not options.keep:
+        remove_working_files(options.out)
+    print(json.dumps(found.as_json(), indent=1, allow_nan=False) if options.json else
+          "\n".join([*found.sentences().values(), "", found.table().T.to_string()]))
+    say(f"\npage: {options.out / 'page.html'}")
 
 
 def _begin(options: argparse.Namespace, name: str, source: Any, **settings: Any) -> None:

@@ -22,7 +22,7 @@ from fedlab.core.errors import FedlabError
 from fedlab.core.files import write_json
 from fedlab.core.protocols import Strategy
 from fedlab.core.settings import check_whole
-from fedlab.core.types import Site, Spent
+from fedlab.core.types import ServerState, Site, Spent
 from fedlab.core.weights import weights_sha256
 from fedlab.core.workers import Workers, script_not_imported, tell
 from fedlab.data.store import load_sites
@@ -97,8 +97,8 @@ def assess(techniques: Mapping[str, Technique], sites: Sequence[Site] | Callable
     with _folder(out) as folder:
         compared = compare_arms(sites, arms, seeds=chosen, out=folder, workers=workers, progress=progress)
         jobs = [_Try(attack=attack, name=name, arm=arm, seed=seed, prepared=folder / f"seed-{seed}" / "prepared",
-                     file=folder / f"seed-{seed}" / "attacks" / f"{quote(name, safe='')}, {quote(called, safe='')}.json",
-                     history=compared.histories[seed, name])
+                     file=folder / f"seed-{seed}" / "attacks" / f"{quote(f'{name}, {called}', safe=' ,')}.json",
+                     state=compared.histories[seed, name].state)
                 for name, arm in arms.items() if arm.rounds for called, attack in attacks.items() for seed in chosen]
         tried = _all(jobs, workers, progress)
     results = {(job.name, job.seed, repr(job.attack)): one for job, one in zip(jobs, tried, strict=True)}
@@ -131,10 +131,11 @@ def _arms(techniques: Mapping[str, Technique], trainer: SiteTrainer, rounds: int
             case Aggregation():
                 arm = Arm(trainer=trainer, rounds=rounds, strategy=strategy, aggregation=technique)
             case _:
-                raise ValueError(f"the technique {name!r} is {technique!r}, expected a fedlab.Privacy, an aggregation or "
-                                 "a fedlab.evidence.Arm")
+                raise ValueError(f"the technique {name!r} is {technique!r}, expected a fedlab.Privacy, an aggregation "
+                                 "or a fedlab.evidence.Arm")
         if arm.data != "sites" or not arm.rounds:
-            raise ValueError(f"the technique {name!r} trains no federation: {arm!r}; compare such arms with compare_arms")
+            raise ValueError(f"the technique {name!r} trains no federation: {arm!r}; compare such arms with "
+                             "compare_arms")
         arms[name] = arm
     bare = arms["none"]
     if (bare.privacy is not None and type(bare.privacy) is not Privacy) or bare.aggregation is not None:
@@ -173,7 +174,7 @@ class _Try:
     seed: int
     prepared: Path
     file: Path
-    history: History
+    state: ServerState | None
 
 
 def _all(jobs: Sequence[_Try], workers: int | None, progress: bool) -> list[dict[str, Any]]:
@@ -193,9 +194,9 @@ def _try(packed: bytes) -> dict[str, Any]:
     import cloudpickle
 
     job: _Try = cloudpickle.loads(packed)  # from the process that started this one, never from a file
-    state, sites = job.history.state, load_sites(job.prepared)
+    state, sites = job.state, load_sites(job.prepared)
     if state is None:
-        return {"not_tried": f"no round was finished: {job.history.stopped}"}
+        return {"not_tried": "no round was finished"}
     note = {"attack": repr(job.attack), "technique": repr(job.arm), "weights": weights_sha256(state.model),
             "patients": sha256_of([patients_sha256([*site.train, *site.val]) for site in sites])}
     with suppress(OSError, ValueError, KeyError):
@@ -236,7 +237,8 @@ def _assessed(name: str, arm: Arm, scores: pd.DataFrame, histories: Sequence[His
         spent=_spent(worst), guarantee=worst.guarantee(),
         findings={called: attacks[called].found(tried) for called, of in results.items()
                   if (tried := [one["tried"] for one in of if "tried" in one])},
-        not_tried={called: of[0]["not_tried"] for called, of in results.items() if all("not_tried" in one for one in of)},
+        not_tried={called: of[0]["not_tried"] for called, of in results.items()
+                   if all("not_tried" in one for one in of)},
         megabytes=_mean(numbers["bytes"] / 1e6 for record in records for numbers in record["sites"].values()),
         seconds=_mean(record.get("seconds") for record in records) * arm.rounds, stopped=stopped or "")
 
@@ -247,10 +249,9 @@ def _epsilon(history: History) -> float:
 
 def _spent(history: History) -> list[Spent]:
     """The largest ε that may be published of each unit."""
-    table, worst = history.published().spent(), {}
-    for (_, _, unit), row in table.sort_values("epsilon").iterrows() if len(table) else ():
-        worst[unit] = Spent(unit=unit, **row.to_dict())
-    return list(worst.values())
+    found = [Spent(**entry) for record in map(published, history.records) for entries in record["spent"].values()
+             for entry in entries]
+    return list({one.unit: one for one in sorted(found, key=lambda one: one.epsilon)}.values())
 
 
 def _mean(values: Iterable[float | None]) -> float:

@@ -14,14 +14,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import nn
 
-from fedlab.core.protocols import Answer
-from fedlab.core.types import ServerState, Site, Tensors, Update
+from fedlab.core.types import Answer, ServerState, Site, Tensors, Update
 from fedlab.core.weights import load_weights
 from fedlab.evidence.arms import Arm
 from fedlab.evidence.findings import Finding, Threat
 from fedlab.evidence.membership import LossThreshold, Membership, UpdateMembership
 from fedlab.run.local import Local
-from fedlab.run.round import star
+from fedlab.run.round import Star
 
 __all__ = ["Attack", "Case", "ModelMembership", "NotApplicable", "Seen", "SentMembership"]
 
@@ -37,7 +36,7 @@ class Seen:
     Attributes:
         delta: the update, or the mean of several.
         sites: whose patients it comes from.
-        threat: who sees it, as far as it differs from a server that sees each update.
+        who, sees: of the threat model.
     """
 
     delta: Tensors
@@ -91,11 +90,12 @@ class Case:
             NotApplicable: no round with one server, such as of pooled data.
         """
         arm, sites = self.arm, list(self.sites if sites is None else sites)
-        if arm.data != "sites" or arm.topology is not star or arm.engine is not None:
+        if arm.data != "sites" or not isinstance(arm.topology, Star) or arm.engine is not None:
             raise NotApplicable("no round in this process with one server, whose updates could be seen")
         observer = _Observer()
         start = {name: t.clone() for name, t in arm.trainer.initial().items()}
-        history = replace(arm, rounds=1, trainer=copy.deepcopy(arm.trainer), engine=observer).train(sites, seed=self.seed)
+        one_round = replace(arm, rounds=1, trainer=copy.deepcopy(arm.trainer), engine=observer)
+        history = one_round.train(sites, seed=self.seed)
         hidden = arm.aggregation is not None and arm.aggregation.hides_updates
         if hidden or (arm.privacy is not None and arm.privacy.works_at_server):
             if history.state is None:
@@ -151,8 +151,7 @@ class SentMembership:
     def try_on(self, case: Case) -> Mapping[str, Any]:
         attack, model, out = UpdateMembership(score=self.score), case.model(), []
         for seen in case.seen():
-            members, others = ([p for site in seen.sites for p in of(site)] for of in (lambda s: s.train,
-                                                                                       lambda s: s.val))
+            members, others = [p for site in seen.sites for p in site.train], [p for s in seen.sites for p in s.val]
             if not others:
                 continue
             found = attack(model, seen.delta, members=members, others=others)

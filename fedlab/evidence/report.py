@@ -93,7 +93,8 @@ class Evidence:
             "proven ε": ", ".join(f"{rounded_up(s.epsilon)} per {s.unit}" for s in one.spent) or "–",
             **{attack: one.findings[attack].number if attack in one.findings else "–" for attack in attacks},
             "MB per site and round": "–" if math.isnan(one.megabytes) else f"{one.megabytes:.2f}",
-            "seconds": "–" if math.isnan(one.seconds) else f"{one.seconds:.0f}"} for name, one in self.techniques.items()}
+            "seconds": "–" if math.isnan(one.seconds) else f"{one.seconds:.0f}"}
+            for name, one in self.techniques.items()}
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def sentences(self) -> dict[str, str]:
@@ -115,9 +116,9 @@ class Evidence:
         dice = _Axis(min(ends), max(ends), *_PANELS[0])
         attacks = [name for name in self._attacks() if any(math.isfinite(one.findings[name].high) for one in
                                                            self.techniques.values() if name in one.findings)]
-        leaks = [(name, attack, *map(_advantage, (f, f, f), (f.value, f.low, f.high))) for name in drawn
-                 for attack in attacks if (f := self[name].findings.get(attack))]
-        leak = _Axis(min([0.0, *(row[3] for row in leaks)]), 1.0, *_PANELS[1])
+        leaks = [(name, attack, _advantage(found)) for name in drawn
+                 for attack in attacks if (found := self[name].findings.get(attack))]
+        leak = _Axis(min([0.0, *(low for _, _, (_, low, _) in leaks)]), 1.0, *_PANELS[1])
         marks = {attack: _MARKS[place % len(_MARKS)] for place, attack in enumerate(attacks)}
         return filled_in(
             "fedlab.evidence", "evidence.svg", left=_LEFT, strip=_STRIP, right=_RIGHT, panels=_PANELS, marks=marks,
@@ -127,10 +128,10 @@ class Evidence:
             points=[{"number": number, "name": name, "x": round(places[name], 1), "y": dice(intervals[name].value),
                      "low": dice(intervals[name].low), "high": dice(intervals[name].high)}
                     for number, name in enumerate(drawn, 1)],
-            leaks=[{"x": round(places[name] + 7 * (attacks.index(attack) - (len(attacks) - 1) / 2), 1), "y": leak(value),
-                    "low": leak(least), "high": leak(most), "colour": marks[attack][0], "mark": marks[attack][1],
-                    "text": f"{name}, {self[name].findings[attack].attack}"}
-                   for name, attack, value, least, most in leaks],
+            leaks=[{"x": round(places[name] + 7 * (attacks.index(attack) - (len(attacks) - 1) / 2), 1),
+                    "y": leak(value), "low": leak(least), "high": leak(most), "colour": marks[attack][0],
+                    "mark": marks[attack][1], "text": f"{name}, {self[name].findings[attack].attack}"}
+                   for name, attack, (value, least, most) in leaks],
             text=" ".join(self.sentences().values()))
 
     def save(self, path: Path | str) -> Path:
@@ -207,9 +208,12 @@ def _of(one: Difference | None, form: str = "{:+.3f}") -> str:
     return f"{form.format(one.value)}{interval}n = {one.patients})"
 
 
-def _advantage(found: Finding, value: float) -> float:
-    """A number of an attack on the scale from 0, chance, to 1, the largest value of AUC, correlation and share."""
-    return (value - found.chance) / (1 - found.chance) if found.chance < 1 else 0.0
+def _advantage(found: Finding) -> tuple[float, float, float]:
+    """Value and limits on the scale from 0, chance, to 1, the largest value of AUC, correlation and share."""
+    room = 1 - found.chance
+    value, low, high = ((number - found.chance) / room if room > 0 else 0.0
+                        for number in (found.value, found.low, found.high))
+    return value, low, high
 
 
 def _plain(value: Any) -> Any:
