@@ -34,8 +34,8 @@ def add_runs(commands: Any) -> None:
     add_command(commands, "assess", _assess, {
         "file": {"type": Path, "nargs": "?", "metavar": "FILE.py"}, "--data": {"metavar": "DIR"},
         "--sites": {"metavar": "TABLE.csv"}, "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING,
-        "--rounds": {"type": int}, "--steps": {"type": int}, "--seeds": {"type": int}, "--out": {"type": Path},
-        "--keep": FLAG, "--json": FLAG})
+        "--rounds": {"type": int}, "--steps": {"type": int}, "--seeds": {"type": int, "default": 3},
+        "--out": {"type": Path}, "--keep": FLAG, "--json": FLAG})
     add_command(commands, "resume", _resume, {"out": {"type": Path, "metavar": "RUN"}, "--json": FLAG})
     add_command(commands, "evaluate", _evaluate, {
         "model": {"type": Path, "metavar": "MODEL", "nargs": "?"},
@@ -77,8 +77,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _assess(options: argparse.Namespace) -> None:
-    from fedlab.apps.assessing import Assessment, assess_file
-    from fedlab.apps.comparison import remove_working_files
+    from fedlab.apps.assessing import assess_file
+    from fedlab.apps.comparison import Job, remove_working_files
     from fedlab.apps.comparison_data import Folder, Phantoms
 
     if (options.data is None) != (options.sites is None):
@@ -89,8 +89,8 @@ def _assess(options: argparse.Namespace) -> None:
     options.out = new_path(options.out, "assess")
     say = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
     say(f"fedlab: run directory {options.out}; interrupted, it continues with the same command and --out {options.out}")
-    found = assess_file(Assessment(source=source, file=options.file, **_given(
-        rounds=options.rounds, steps=options.steps, seeds=options.seeds)), options.out)
+    found = assess_file(Job(source=source, **_given(rounds=options.rounds, steps=options.steps)), options.out,
+                        file=options.file, seeds=options.seeds)
     if not options.keep:
         remove_working_files(options.out)
     print(json.dumps(found.as_json(), indent=1, allow_nan=False) if options.json else

@@ -99,12 +99,14 @@ def assess(techniques: Mapping[str, Technique], sites: Sequence[Site] | Callable
         jobs = [_Try(attack=attack, name=name, arm=arm, seed=seed, prepared=folder / f"seed-{seed}" / "prepared",
                      file=folder / f"seed-{seed}" / "attacks" / f"{quote(f'{name}, {called}', safe=' ,')}.json",
                      state=compared.histories[seed, name].state)
-                for name, arm in arms.items() if arm.rounds for called, attack in attacks.items() for seed in chosen]
+                for name, arm in arms.items() if arm.rounds for called, attack in attacks.items()
+                for seed in (chosen[:1] if getattr(attack, "once", False) else chosen)]
         tried = _all(jobs, workers, progress)
     results = {(job.name, job.seed, repr(job.attack)): one for job, one in zip(jobs, tried, strict=True)}
     scores = compared.scores if callable(sites) else compared.scores.drop(columns="seed")
     found = {name: _assessed(name, arm, scores, [compared.histories[seed, name] for seed in chosen],
-                             {called: [results[name, seed, repr(attack)] for seed in chosen]
+                             {called: [results[name, seed, repr(attack)] for seed in chosen
+                                       if (name, seed, repr(attack)) in results]
                               for called, attack in attacks.items() if arm.rounds}, attacks, public)
              for name, arm in arms.items()}
     settings = {"sites": len(first), "patients trained on": sum(len(site.train) for site in first),

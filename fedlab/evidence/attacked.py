@@ -125,7 +125,10 @@ class _Observer(Local):
 
 
 class Attack(Protocol):
-    """An attack of an assessment; it prints as the code that makes it."""
+    """An attack of an assessment; it prints as the code that makes it.
+
+    With an attribute `once` that is true it is tried with the first seed only.
+    """
 
     def try_on(self, case: Case) -> Mapping[str, Any]:
         """Attacks one technique with one seed, in a worker process; returns plain values.

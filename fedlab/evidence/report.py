@@ -172,9 +172,11 @@ class Evidence:
             parts.append("keeps no share that can be stated, as none has no clear gain over start"
                          if math.isnan(one.kept.value) else f"keeps {one.kept} of the gain over start")
         parts.append(f"guarantees {one.guarantee}" if one.spent else "gives no formal guarantee")
+        bounds = {attack: f for attack, f in one.findings.items() if math.isinf(f.high)}
+        parts += [f"{attack} show {f.measure} {f.number}" for attack, f in bounds.items()]
         clear = [f"{attack} ({f.measure} {f.number}, chance {f.chance:.2f})" for attack, f in one.findings.items()
-                 if f.is_clear]
-        others = [attack for attack, f in one.findings.items() if not f.is_clear]
+                 if f.is_clear and attack not in bounds]
+        others = [attack for attack, f in one.findings.items() if not f.is_clear and attack not in bounds]
         parts += [f"leaks to {', '.join(clear)}"] * bool(clear)
         parts += [f"shows no leak to {', '.join(others)}, which proves nothing"] * bool(others)
         early = f" A training ended early: {one.stopped}." if one.stopped else ""

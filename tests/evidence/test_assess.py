@@ -45,7 +45,7 @@ def sites() -> list[Site]:
 
 
 class Counting:
-    """An attack of one's own, that finds out how often it was tried."""
+    """An attack of one's own: how many sites can be told apart in what is sent."""
 
     def try_on(self, case: Case):
         if case.arm.aggregation is not None:
