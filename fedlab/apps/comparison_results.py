@@ -16,13 +16,16 @@ import pandas as pd
 from fedlab import __version__
 from fedlab.apps.comparison import Outcome
 from fedlab.apps.comparison_data import Folder
+from fedlab.core.extras import MissingExtra
 from fedlab.core.files import packaged_toml, write_json, write_whole
-from fedlab.core.types import REGIONS
+from fedlab.core.types import REGIONS, Patient
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.persons import name_several
 from fedlab.evidence.differences import Difference, differences, groups, verdict
 from fedlab.run.trace import verify
 from fedlab.training.metrics import summary, threshold_dice
+from fedlab.view.label_layers import ViewSettings, make_case
+from fedlab.view.live_viewer import live_viewer
 from fedlab.view.model_card import make_model_card
 from fedlab.view.report_page import Section, save_figure, write_report
 from fedlab.view.run_figures import contributions_figure, cross_site_heatmap, curves, dice_by_arm
@@ -30,6 +33,7 @@ from fedlab.view.site_figures import sites_figure
 from fedlab.view.slices import compare
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
 __all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "versions", "write_results"]
@@ -37,6 +41,7 @@ __all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "vers
 _COLUMNS = ("WT", "TC", "ET", "mean")
 #: Held-out patients below which their mean is no estimate for other patients.
 _FEW = 20
+_LIVE = 4  # patients in the 3-D view of a report
 _TEXTS = packaged_toml("fedlab.apps", "report.toml")
 
 
@@ -223,6 +228,7 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
     if outcome.train is not None:
         sections["train"] = _section("train", rule=_rule(outcome.train), table=_means(outcome.train))
     sections["tumours"] = _section("tumours", figure=compare(shown, overlays))
+    sections["live"] = _live_section(shown[:_LIVE], overlays)
     if outcome.real is not None:
         patients, labels = zip(*outcome.real_cases, strict=True)
         sections["real"] = _section(
@@ -239,6 +245,18 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
     sections["sites"] = _section("sites", partition=outcome.partition.id, table=outcome.partition.table(),
                                  figure=sites_figure(outcome.sites))
     return sections
+
+
+def _live_section(patients: list[Patient], overlays: dict[str, list[torch.Tensor]]) -> Section:
+    """Patients in 3-D with every arm, or the command that installs what this needs."""
+    cases = [make_case(patient, {name: labels[number] for name, labels in overlays.items()})
+             for number, patient in enumerate(patients)]
+    first = next(iter(overlays))
+    try:
+        live = live_viewer(cases, ViewSettings(layer=first, crosshair=cases[0].centre()))
+    except MissingExtra as missing:
+        return Section(title=_TEXTS["sections"]["live"]["title"], text=str(missing))
+    return Section(**_TEXTS["sections"]["live"], live=live)
 
 
 def _section(name: str, *, table: pd.DataFrame | None = None, figure: Figure | None = None,

@@ -33,7 +33,7 @@ from fedlab.view.label_layers import REFERENCE, VIEWS, Case, ViewSettings
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["LiveViewer", "NiiVueScript", "live_viewer", "niivue_script", "nifti_bytes", "packed", "viewer_script"]
+__all__ = ["LiveViewer", "NiiVueScript", "live_viewer", "nifti_bytes", "niivue_script", "packed", "viewer_script"]
 
 _VIEWS = dict(zip(VIEWS, (3, 0, 1, 2, 4), strict=True))  # NiiVue's numbers of slice types
 
@@ -65,17 +65,18 @@ class LiveViewer:
 @cache
 def niivue_script() -> NiiVueScript:
     """NiiVue as ipyniivue contains it; raises `MissingExtra` where it is absent or built in another way."""
-    found = importlib.util.find_spec("ipyniivue")
+    found, command = importlib.util.find_spec("ipyniivue"), install_command("lab")
     if found is None or found.origin is None:
-        raise MissingExtra(f"live 3-D needs ipyniivue, which is not installed. Install it with: {install_command('lab')}")
+        raise MissingExtra(f"live 3-D needs ipyniivue, which is not installed. Install it with: {command}")
     text = (Path(found.origin).parent / "static" / "widget.js").read_text("utf-8")
     export = re.search(r"export\s*\{\s*([\w$]+) as default\s*\};?\s*$", text)
     names = [re.search(pattern, text) for pattern in (
-        r'"Creating new Niivue instance".{0,200}?([\w$]+)=new ([\w$]+)\(', r"await ([\w$]+)\.new\([\w$]+,[\w$]+,[\w$]+\.get",
+        r'"Creating new Niivue instance".{0,200}?([\w$]+)=new ([\w$]+)\(',
+        r"await ([\w$]+)\.new\([\w$]+,[\w$]+,[\w$]+\.get",
         r"await ([\w$]+)\.readMesh\([\w$]+,[\w$]+,[\w$]+\.gl,[\w$]+\.get")]
     if export is None or None in names or "</script" in text:
-        raise MissingExtra("the installed ipyniivue is built in another way than versions 2.4: install one of them with: "
-                           f"{install_command('lab')}")
+        raise MissingExtra("the installed ipyniivue is built in another way than version 2.4, which live 3-D needs. "
+                           f"Install that with: {command}")
     (instance, niivue), (image,), (mesh,) = (name.groups() for name in names if name is not None)
     return NiiVueScript(text[:export.start()], export[1], instance, niivue, image, mesh)
 

@@ -48,8 +48,8 @@ class Canvas(NiiVue):  # type: ignore[misc]
     """
 
     _script = niivue_script()
-    _esm = (f"{_script.text}\nexport default (() => {{\nconst [inner, NVMesh, instance] = [{_script.widget}, {_script.mesh}, "
-            f"() => {_script.instance}];\n{viewer_script('notebook')}\n}})();")
+    _esm = (f"{_script.text}\nexport default (() => {{\nconst inner = {_script.widget}, NVMesh = {_script.mesh}, "
+            f"instance = () => {_script.instance};\n{viewer_script('notebook')}\n}})();")
     shown = traitlets.Dict().tag(sync=True)
     beside = traitlets.Bytes().tag(sync=True)
 
@@ -98,8 +98,8 @@ class NiiVuePanel:
                              sagittal_nose_left=True, drag_and_drop_enabled=False, log_level="error")
         if REFERENCE in case.layers and len(case.layers) > 1:
             self.canvas.beside = gzip.compress(case.layer(REFERENCE).tobytes(order="F"), 1)
-        self._scan = _Layer(data=nifti_bytes(case.grey(settings.modality), case.affine), name="scan.nii", colormap="gray",
-                            cal_min=0.0, cal_max=255.0, opacity=1.0)
+        self._scan = _Layer(data=nifti_bytes(case.grey(settings.modality), case.affine), name="scan.nii",
+                            colormap="gray", cal_min=0.0, cal_max=255.0, opacity=1.0)
         self._over = _Layer(data=nifti_bytes(self._values(), case.affine), name="overlay.nii", opacity=settings.opacity,
                             colormap_label=self._colour_table(), cal_min=0.0, cal_max=float(_LARGEST))
         self.canvas.load_volumes([self._scan, self._over])
@@ -116,7 +116,7 @@ class NiiVuePanel:
         above, below = (ipywidgets.HBox([self.controls[name] for name in row],
                                         layout=ipywidgets.Layout(flex_flow="row wrap")) for row in rows)
         labels = ipywidgets.HBox([self.controls[name] for name in LABEL_ABBREVIATIONS.values()])
-        side = ipywidgets.VBox([self.numbers, labels, self.legend], layout=ipywidgets.Layout(width="270px"))
+        side = ipywidgets.VBox([self.numbers, labels, self.legend], layout=ipywidgets.Layout(width="290px"))
         wide = ipywidgets.Layout(flex="1 1 auto", display="block")  # in a flexible box a canvas is 0 pixels wide
         middle = ipywidgets.HBox([ipywidgets.Box([self.poster, self.canvas], layout=wide), side])
         self.widget = ipywidgets.VBox([above, middle, below])
@@ -193,7 +193,8 @@ class NiiVuePanel:
         self.canvas.shown = self._shown()
         for label, name in LABEL_ABBREVIATIONS.items():
             chip = self.controls[name]
-            chip.icon, chip.disabled = "check" if label in self.settings.labels else "", self.settings.region is not None
+            chip.icon = "check" if label in self.settings.labels else ""
+            chip.disabled = self.settings.region is not None
         count = 3 if case.scored(layer) else 1
         rows = [] if layer is None else [
             (fact.region, (f"{fact.ml:.1f}", f"{fact.reference_ml:.1f}", f"{fact.dice:.3f}")[:count])

@@ -117,7 +117,8 @@ def write_report(
         notes=list(notes), sections=[_prepared(section, number) for number, section in enumerate(sections)],
         settings={name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
                   for name, value in flat.items()}, versions=dict(versions or {}),
-        policy="; ".join(["default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", *(one.policy for one in live)]))
+        policy="; ".join(["default-src 'none'", "img-src data:", "style-src 'unsafe-inline'",
+                          *(one.policy for one in live)]))
     return write_new(path, page.encode())
 
 

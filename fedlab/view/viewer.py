@@ -23,8 +23,8 @@ __all__ = ["Backend", "Viewer", "show"]
 Backend: TypeAlias = Literal["auto", "niivue", "itk", "static"]
 _DPI = 110  # of the picture that a notebook keeps
 _POSTER_DPI = 80  # of the picture shown until the canvas is ready
-_SAVED = ("Drag in a slice to move the crosshair, scroll to page through slices, drag the head to turn it. Slices are in "
-          "radiological convention: the patient's right (R) is on the left.")
+_SAVED = ("Drag in a slice to move the crosshair, scroll to page through slices, drag the head to turn it. Slices are "
+          "in radiological convention: the patient's right (R) is on the left.")
 
 
 class Viewer:
@@ -81,7 +81,8 @@ class Viewer:
         from fedlab.view.report_page import Section, write_report
 
         if Path(path).suffix.lower() != ".html":
-            raise ValueError(f"a viewer is saved as a page, .html, got {Path(path).name!r}; picture().savefig writes images")
+            raise ValueError(f"a viewer is saved as a page, .html, got {Path(path).name!r}; picture().savefig writes "
+                             "images")
         live = live_viewer([self.case], self.settings)
         return write_report(path, title=self.case.patient.id, lead=_SAVED, sections=[Section(live=live)])
 

@@ -363,10 +363,11 @@ function dress(nv, NVMesh, state) {
     const project = ([x, y, z]) => [left + w * (1 + mvp[0] * x + mvp[4] * y + mvp[8] * z + mvp[12]) / 2,
       top + h * (1 - mvp[1] * x - mvp[5] * y - mvp[9] * z - mvp[13]) / 2];
     const middle = nv.pivot3D, reach = middle.map((value, axis) => nv.extentsMax[axis] - value), [cx, cy] = project(middle);
+    const perMillimetre = w / 2 * Math.hypot(mvp[0], mvp[4], mvp[8]);
     ["RL", "AP", "SI"].forEach((letters, axis) => [0, 1].forEach(end => {
       const place = middle.map((value, other) => value + (other === axis ? (end ? -1 : 1) * (reach[axis] + 6) : 0));
       const [x, y] = project(place);
-      if (Math.hypot(x - cx, y - cy) > 0.2 * Math.min(w, h))
+      if (Math.hypot(x - cx, y - cy) > 0.71 * perMillimetre * (reach[axis] + 6))
         write(letters[end], Math.min(Math.max(x, left + 8), left + w - 8), Math.min(Math.max(y, top + 10), top + h - 22), "center");
     }));
   }
