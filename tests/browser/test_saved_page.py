@@ -141,7 +141,7 @@ def test_surfaces_enclose_the_labels(patients: list[fl.Patient], opened: Any, tm
     found = json.loads(page.canvas.get_attribute("data-millilitres"))
     for value in (1, 2, 4):
         voxels = int((patients[0].label == value).sum()) * MM**3 / 1000
-        assert found[str(value)] == pytest.approx(voxels, rel=0.08)
+        assert found[str(value)] == pytest.approx(voxels, rel=0.02)
 
 
 def test_tools_under_the_views(patients: list[fl.Patient], opened: Any, tmp_path: Path) -> None:

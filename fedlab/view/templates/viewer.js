@@ -6,7 +6,7 @@ const AXIAL = 0, CORONAL = 1, SAGITTAL = 2, ALL = 3, SOLID = 4;
 const NAMES = { [AXIAL]: "axial", [CORONAL]: "coronal", [SAGITTAL]: "sagittal", [SOLID]: "3-D" };
 const SIDES = { [AXIAL]: "RLAP", [CORONAL]: "RLSI", [SAGITTAL]: "APSI" };  // left, right, top and bottom of a slice
 const BRAIN_CELLS = 72, TUMOUR_CELLS = 110;  // along the longest side of a surface; a larger body is decimated
-const ROUNDS = 12;  // of smoothing
+const ROUNDS = 8;  // of smoothing
 const SHADER = `#version 300 es
 precision highp float;
 uniform float opacity;
@@ -34,8 +34,10 @@ function element(tag, parent, properties = {}, style = "") {
 /** The voxels of some values within their bounds, every `step`-th along each axis, with an empty rim. */
 function cutOut(values, [nx, ny, nz], wanted, most) {
   const low = [nx, ny, nz], high = [-1, -1, -1];
+  let count = 0;
   for (let z = 0, at = 0; z < nz; z++) for (let y = 0; y < ny; y++) for (let x = 0; x < nx; x++, at++) {
     if (!wanted[values[at]]) continue;
+    count++;
     if (x < low[0]) low[0] = x;
     if (x > high[0]) high[0] = x;
     if (y < low[1]) low[1] = y;
@@ -52,7 +54,7 @@ function cutOut(values, [nx, ny, nz], wanted, most) {
     for (let x = 1, to = 1 + size[0] * (y + size[1] * z); x < size[0] - 1; x++, to++, from += step)
       mask[to] = wanted[values[from]];
   }
-  return { mask, size, low, step };
+  return { mask, size, low, step, count };
 }
 
 /** Surface of a mask by surface nets (Gibson 1998): one vertex per mixed cell, smoothed but kept within its cell. */
@@ -97,14 +99,33 @@ function surface({ mask, size: [sx, sy, sz], low, step }) {
   return { points: points.map((value, at) => low[at % 3] + (value - 1) * step), triangles };
 }
 
-/** Millilitres within a surface in mm, by the divergence theorem. */
-function millilitres({ points, triangles }) {
-  let volume = 0;
+/** Volume and area of a surface in mm, and the sums of its triangles' normals at each vertex. */
+function measured({ points, triangles }) {
+  const normals = new Float32Array(points.length);
+  let volume = 0, area = 0;
   for (let at = 0; at < triangles.length; at += 3) {
-    const [a, b, c] = [0, 1, 2].map(corner => points.subarray(3 * triangles[at + corner], 3 * triangles[at + corner] + 3));
-    volume += a[0] * (b[1] * c[2] - b[2] * c[1]) + a[1] * (b[2] * c[0] - b[0] * c[2]) + a[2] * (b[0] * c[1] - b[1] * c[0]);
+    const [a, b, c] = [3 * triangles[at], 3 * triangles[at + 1], 3 * triangles[at + 2]];
+    const [ux, uy, uz, vx, vy, vz] = [b, c].flatMap(end => [0, 1, 2].map(axis => points[end + axis] - points[a + axis]));
+    const normal = [uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx];
+    area += Math.hypot(...normal) / 2;
+    for (let axis = 0; axis < 3; axis++) {
+      volume += points[a + axis] * normal[axis] / 6;
+      for (const corner of [a, b, c]) normals[corner + axis] += normal[axis];
+    }
   }
-  return Math.abs(volume) / 6000;
+  return { volume, area, normals };
+}
+
+/** Moves a surface along its normals until it encloses a volume in mm³: smoothing has made thin parts thinner. */
+function filled(body, wanted) {
+  for (let round = 0; round < 3; round++) {
+    const { volume, area, normals } = measured(body), sign = Math.sign(volume), move = (wanted - Math.abs(volume)) / area;
+    for (let at = 0; at < normals.length; at += 3) {
+      const length = Math.hypot(normals[at], normals[at + 1], normals[at + 2]) || 1;
+      for (let axis = 0; axis < 3; axis++) body.points[at + axis] += sign * move * normals[at + axis] / length;
+    }
+  }
+  return Math.abs(measured(body).volume);
 }
 
 /** Tiles of the views in a width and a height: [view, left, top, width, height, whether it shows the reference]. */
@@ -263,8 +284,9 @@ function dress(nv, NVMesh, state) {
         const [x, y, z, shift] = affine[at % 3], from = at - at % 3;
         return x * voxels[from] + y * voxels[from + 1] + z * voxels[from + 2] + shift;
       });
+      const volume = filled(body, cut.count * nv.back.pixDimsRAS[1] * nv.back.pixDimsRAS[2] * nv.back.pixDimsRAS[3]);
       const mesh = new NVMesh(body.points, body.triangles, name, colour(voxels), opacity, true, nv.gl);
-      Object.assign(mesh, { meshShaderIndex: shader, millilitres: millilitres(body) });
+      Object.assign(mesh, { meshShaderIndex: shader, millilitres: volume / 1000 });
       mesh.updateMesh(nv.gl);
       return mesh;
     };
