@@ -352,7 +352,8 @@ function dress(nv, NVMesh, state) {
       pen.rect(x, y, w, h);
       pen.clip();
       if (whose) write(whose, x + 6, y + 11, "left");
-      write(NAMES[view] + slice, x + 6, y + h - 10, "left", "", "#ddd");
+      const name = NAMES[view] + slice, long = 6 + 7 * name.length > w / 2 - 10;  // too long beside the letter below
+      write(name, x + 6, y + h - (long ? 25 : 10), "left", "", "#ddd");
       if (view === SOLID) solid(write, nv.screenSlices[number], scale);
       else {
         const [left, right, up, down] = SIDES[view];
