@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -29,9 +29,6 @@ from fedlab.core.files import filled_in
 from fedlab.core.types import MODALITIES
 from fedlab.view.colours import ERRORS, LABEL_ABBREVIATIONS, LABEL_COLOURS, LABEL_NAMES, REGION_LABELS, arm_label
 from fedlab.view.label_layers import REFERENCE, VIEWS, Case, ViewSettings
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 __all__ = ["LiveViewer", "NiiVueScript", "live_viewer", "nifti_bytes", "niivue_script", "packed", "viewer_script"]
 
@@ -119,11 +116,12 @@ def live_viewer(cases: Sequence[Case], settings: ViewSettings) -> LiveViewer:
                                 "colour": colour, "opacity": 1.0} for value, colour in LABEL_COLOURS.items()},
              "errors": {value: {"name": name, "colour": colour, "opacity": 0.35 if value == 3 else 1.0}
                         for value, (colour, name) in ERRORS.items()}}
-    data = {"cases": [_packed_case(case) for case in cases], **parts, "regions": REGION_LABELS, "shown": {
+    packed_cases = [_packed_case(case) for case in cases]
+    packed_cases[0]["crosshair"] = settings.crosshair
+    data = {"cases": packed_cases, **parts, "regions": REGION_LABELS, "shown": {
         "modality": settings.modality, "layer": settings.layer, "overlay": settings.overlay,
         "opacity": settings.opacity, "view": _VIEWS[settings.view],
         "hidden": [value for value in LABEL_COLOURS if value not in settings.labels]}}
-    data["cases"][0]["crosshair"] = settings.crosshair
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
                       for text in (own, bundle))
     html = filled_in("fedlab.view", "live_viewer.html", alt=picture.alt, script=own, bundle=packed(bundle.encode()),

@@ -105,8 +105,8 @@ def _slice(ax: Axes, case: Case, settings: ViewSettings, grey: Bytes,
     wide, high = (side * count * mm / longest for count, mm in ((shown.shape[1], across), (shown.shape[0], up)))
     x, y = left + (side - wide) / 2, bottom + (side - high) / 2
     ax.imshow(shown, interpolation="bilinear", aspect="auto", extent=(x, x + wide, y, y + high), zorder=1)
-    for value, (colour, opacity) in settings.colours().items() if overlay is not None else ():
-        here = slice_image(overlay, plane, index) == value
+    for value, (colour, opacity) in settings.colours().items():
+        here = np.zeros(1) if overlay is None else slice_image(overlay, plane, index) == value
         if opacity and here.any():  # a line keeps its hue over bright enhancement
             rim_x, rim_y = (wide / shown.shape[1], high / shown.shape[0])
             ax.contour(np.pad(here, 1)[::-1].astype(float), levels=[0.5], colors=[colour], linewidths=0.9, zorder=1.5,

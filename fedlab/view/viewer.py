@@ -84,7 +84,7 @@ class Viewer:
             raise ValueError(f"a viewer is saved as a page, .html, got {Path(path).name!r}; picture().savefig writes "
                              "images")
         live = live_viewer([self.case], self.settings)
-        return write_report(path, title=self.case.patient.id, lead=_SAVED, sections=[Section(live=live)])
+        return write_report(Path(path), title=self.case.patient.id, lead=_SAVED, sections=[Section(live=live)])
 
     def close(self) -> None:
         """Frees the widgets in the browser and in the kernel."""
