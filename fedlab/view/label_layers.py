@@ -161,6 +161,13 @@ class Case:
             raise ValueError(f"there is no layer {name!r}; there are {known}")
         return self.layers[name]
 
+    def beside(self, name: str | None) -> str | None:
+        """The layer to compare one with: the reference, for the reference the first arm; None if there is no other."""
+        others = [other for other in self.layers if other != REFERENCE]
+        if REFERENCE not in self.layers or name is None or not others:
+            return None
+        return others[0] if name == REFERENCE else REFERENCE
+
     def scored(self, name: str | None) -> bool:
         """Whether a layer is a prediction with a reference to compare it with."""
         return name is not None and name != REFERENCE and REFERENCE in self.layers

@@ -44,7 +44,7 @@ class Canvas(NiiVue):  # type: ignore[misc]
 
     Attributes:
         shown: what the browser names and draws beside: `NiiVuePanel.shown`.
-        beside: gzip of the voxels of the reference, x fastest; empty if there is none.
+        beside: gzip of the voxels of the layer shown beside, x fastest; empty if there is none.
     """
 
     _script = niivue_script()
@@ -96,8 +96,7 @@ class NiiVuePanel:
         self.poster = _Poster(png=poster, height=height)
         self.canvas = Canvas(height=height, slice_type=_SLICES[settings.view], is_radiological_convention=True,
                              sagittal_nose_left=True, drag_and_drop_enabled=False, log_level="error")
-        if REFERENCE in case.layers and len(case.layers) > 1:
-            self.canvas.beside = gzip.compress(case.layer(REFERENCE).tobytes(order="F"), 1)
+        self._beside: str | None = None
         self._scan = _Layer(data=nifti_bytes(case.grey(settings.modality), case.affine), name="scan.nii",
                             colormap="gray", cal_min=0.0, cal_max=255.0, opacity=1.0)
         self._over = _Layer(data=nifti_bytes(self._values(), case.affine), name="overlay.nii", opacity=settings.opacity,
@@ -182,11 +181,14 @@ class NiiVuePanel:
         """What the browser needs to know besides the two volumes."""
         now, case = self.settings, self.case
         low, high = case.grey_range(now.modality)
-        labels = replace(now, overlay="labels")
-        beside = now.layer not in (None, REFERENCE) and now.overlay != "none"
+        if (other := case.beside(now.layer)) != self._beside:
+            self._beside = other
+            self.canvas.beside = b"" if other is None else gzip.compress(case.layer(other).tobytes(order="F"), 1)
+        beside = None if other is None or now.overlay == "none" else {
+            "name": arm_label(other), "left": other == REFERENCE, "colours": _table(replace(now, overlay="labels"))}
         return {"patient": case.patient.id, "layer": "" if now.layer is None else arm_label(now.layer),
                 "modality": now.modality, "low": low, "high": high, "start": [part.start for part in case.box],
-                "names": now.names(), "beside": _table(labels) if beside else []}
+                "names": now.names(), "beside": beside}
 
     def _write(self) -> None:
         layer, case = self.settings.layer, self.case

@@ -241,12 +241,12 @@ def grey(picture: Pixels) -> int:
 
 
 def tiles(canvas: Any) -> dict[str, Pixels]:
-    """The views of a viewer's canvas as displayed, by name; " beside" ends the name of one that shows the reference."""
+    """The views of a viewer's canvas as displayed, by name; " beside" ends the name of one for comparison."""
     places = json.loads(canvas.get_attribute("data-tiles") or "[]")
     whole, found = pixels(canvas.screenshot()), {}
     for place in places:
         left, top = round(place["left"]), round(place["top"])
-        found[place["view"] + " beside" * place["reference"]] = whole[
+        found[place["view"] + " beside" * place["beside"]] = whole[
             top:top + round(place["height"]), left:left + round(place["width"])]
     return found
 

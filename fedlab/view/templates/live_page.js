@@ -26,7 +26,7 @@ async function start(root) {
     patient: one.patient, layer: one.layers[now.layer]?.name ?? "", modality: now.modality, start: one.start,
     low: one.modalities[now.modality].low, high: one.modalities[now.modality].high,
     names: Object.fromEntries(Object.entries(parts()).map(([value, part]) => [value, part.name])),
-    beside: beside && now.overlay !== "none" && now.layer !== "reference" ? { name: "reference", values: beside,
+    beside: beside && now.overlay !== "none" ? { ...beside,
       colours: colours(labels, now.hidden).map((part, at) => at % 4 === 3 ? part * now.opacity : part) } : null }));
 
   const memory = new Map();
@@ -47,7 +47,9 @@ async function start(root) {
   let turn = 0;
   async function refresh({ patient = false, scan = patient, overlay = patient } = {}) {
     const mine = ++turn, file = await voxels("modalities", now.modality), over = await values();
-    beside = one.layers.reference ? await voxels("layers", "reference") : null;
+    const other = now.layer === "reference" ? Object.keys(one.layers).find(name => name !== "reference") : "reference";
+    beside = one.layers[other] && one.layers[now.layer] ? { name: one.layers[other].name, left: other === "reference",
+      values: await voxels("layers", other) } : null;
     if (mine !== turn) return refresh({ patient, scan, overlay });  // a later choice has come between
     if (patient) {
       const whole = new Uint8Array(file.length);

@@ -17,10 +17,12 @@ return {
     if (nv.canvas) return inner.render(context);  // shown in another place
     await keepVoxels(model);
     let beside = null;
-    if (model.get("beside").byteLength) {
-      const packed = new Blob([model.get("beside")]).stream().pipeThrough(new DecompressionStream("gzip"));
-      beside = new Uint8Array(await new Response(packed).arrayBuffer());
-    }
+    const unpack = async () => {
+      const packed = model.get("beside");
+      beside = packed.byteLength ? new Uint8Array(await new Response(
+        new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer()) : null;
+    };
+    await unpack();
     const update = nv.updateGLVolume;
     nv.updateGLVolume = () => {};  // ipyniivue draws everything anew for each volume; here once, at the end
     const leave = await inner.render(context);
@@ -28,8 +30,9 @@ return {
     nv.updateGLVolume = update;
     dress(nv, NVMesh, () => {
       const shown = model.get("shown");
-      return { ...shown, beside: beside && shown.beside.length ? { name: "reference", values: beside, colours: shown.beside } : null };
+      return { ...shown, beside: beside && shown.beside && { ...shown.beside, values: beside } };
     });
+    model.on("change:beside", () => unpack().then(() => nv.updateGLVolume()));
     model.on("change:shown", () => nv.updateGLVolume());
     nv.updateGLVolume();
     return leave;

@@ -1,5 +1,5 @@
 // What fedlab adds to NiiVue, in a notebook and in a saved page: an arrangement of views that fills the canvas, the
-// reference beside an arm, lit surfaces in a translucent brain, marks of orientation, and tools below the views.
+// reference and an arm side by side, lit surfaces in a translucent brain, marks of orientation, and tools below the views.
 // `Niivue`, `NVImage` and `NVMesh` are NiiVue's classes.
 
 const AXIAL = 0, CORONAL = 1, SAGITTAL = 2, ALL = 3, SOLID = 4;
@@ -128,7 +128,7 @@ function filled(body, wanted) {
   return Math.abs(measured(body).volume);
 }
 
-/** Tiles of the views in a width and a height: [view, left, top, width, height, whether it shows the reference]. */
+/** Tiles of the views in a width and a height: [view, left, top, width, height, whether it shows the layer beside]. */
 function arrangement(view, width, height, beside) {
   if (view !== ALL) {
     if (view === SOLID || !beside) return [[view, 0, 0, width, height, false]];
@@ -154,7 +154,7 @@ function arrangement(view, width, height, beside) {
  *
  * `state()` returns what is shown now: patient, layer, modality, low and high (intensities of the values 10 and 255),
  * start (first voxel of the box), names (of the overlay's values), and beside: null, or the values, colours and name
- * of the layer shown beside. */
+ * of the layer shown beside, and whether it stands left. */
 function dress(nv, NVMesh, state) {
   const canvas = nv.canvas, box = canvas.parentElement;
   Object.assign(box.style, { position: "relative", overflow: "hidden", background: "black" });
@@ -204,6 +204,7 @@ function dress(nv, NVMesh, state) {
     if (busy || !nv.back || !canvas.width) return;
     const scale = canvas.width / (canvas.clientWidth || canvas.width), high = canvas.height / scale - bar.offsetHeight;
     tiles = arrangement(nv.opts.sliceType, canvas.width / scale, high, Boolean(seen.texture));
+    if (seen.texture && tiles.length > 1 && !state().beside?.left) [tiles[0][5], tiles[1][5]] = [false, true];
     nv.customLayout = tiles.map(([sliceType, x, y, w, h]) => ({
       sliceType, position: [x * scale / canvas.width, y * scale / canvas.height, w * scale / canvas.width, h * scale / canvas.height] }));
     drawSceneCore.call(nv);
@@ -233,7 +234,7 @@ function dress(nv, NVMesh, state) {
   /** The texture of the layer shown beside. */
   function besides() {
     const { beside } = state(), gl = nv.gl;
-    if (!beside || !nv.back) {
+    if (!beside || beside.values.length !== nv.back?.dimsRAS.slice(1, 4).reduce((size, side) => size * side)) {
       seen.texture = null;
       return;
     }
@@ -342,11 +343,11 @@ function dress(nv, NVMesh, state) {
       pen.fillText(text, x, y);
     };
     const places = [];
-    tiles.forEach(([view, x, y, w, h, reference], number) => {
+    tiles.forEach(([view, x, y, w, h, other], number) => {
       const dim = nv.back.dimsRAS, axis = { [AXIAL]: 2, [CORONAL]: 1, [SAGITTAL]: 0 }[view];
       const slice = axis === undefined ? "" : ` ${Math.min(Math.floor(nv.scene.crosshairPos[axis] * dim[axis + 1]), dim[axis + 1] - 1) + start[axis]}`;
-      const whose = view === AXIAL || tiles.length < 3 ? reference ? beside?.name : layer : "";
-      places.push({ view: NAMES[view], reference, left: x, top: y, width: w, height: h });
+      const whose = view === AXIAL || tiles.length < 3 ? other ? beside?.name : layer : "";
+      places.push({ view: NAMES[view], beside: other, left: x, top: y, width: w, height: h });
       pen.save();
       pen.beginPath();
       pen.rect(x, y, w, h);
