@@ -108,9 +108,7 @@ def live_viewer(cases: Sequence[Case], settings: ViewSettings) -> LiveViewer:
     if not cases:
         raise ValueError("a live viewer needs at least one patient")
     picture = draw_case(cases[0], settings)
-    script = niivue_script()
-    bundle = (f"{script.text};globalThis.fedlabNiiVue({{Niivue:{script.niivue},NVImage:{script.image},"
-              f"NVMesh:{script.mesh}}});")
+    bundle, bundle_hash = _bundle(niivue_script())
     own = f"(() => {{\n{viewer_script('live_page')}\n}})();"
     parts = {"labels": {value: {"name": LABEL_NAMES[value], "short": LABEL_ABBREVIATIONS[value],
                                 "colour": colour, "opacity": 1.0} for value, colour in LABEL_COLOURS.items()},
@@ -122,12 +120,22 @@ def live_viewer(cases: Sequence[Case], settings: ViewSettings) -> LiveViewer:
         "modality": settings.modality, "layer": settings.layer, "overlay": settings.overlay,
         "opacity": settings.opacity, "view": _VIEWS[settings.view],
         "hidden": [value for value in LABEL_COLOURS if value not in settings.labels]}}
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-                      for text in (own, bundle))
-    html = filled_in("fedlab.view", "live_viewer.html", alt=picture.alt, script=own, bundle=packed(bundle.encode()),
+    html = filled_in("fedlab.view", "live_viewer.html", alt=picture.alt, script=own, bundle=bundle,
                      data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
                      poster=base64.b64encode(picture._repr_png_(dpi=90)[0]).decode("ascii"))
-    return LiveViewer(html=html, policy=f"script-src {hashes}; connect-src data:")
+    return LiveViewer(html=html, policy=f"script-src {_source(own)} {bundle_hash}; connect-src data:")
+
+
+@cache
+def _bundle(script: NiiVueScript) -> tuple[str, str]:
+    """NiiVue as a page holds it, packed, and its hash for the content policy."""
+    text = (f"{script.text};globalThis.fedlabNiiVue({{Niivue:{script.niivue},NVImage:{script.image},"
+            f"NVMesh:{script.mesh}}});")
+    return packed(text.encode()), _source(text)
+
+
+def _source(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _packed_case(case: Case) -> dict[str, Any]:
