@@ -19,8 +19,8 @@ from pygments.util import ClassNotFound
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: The order of the pages in docs/; a page that is missing here follows in alphabetical order.
-ORDER = ("workflows", "faults", "privacy", "guarantees", "engines", "viewing", "own_scans", "phantom", "scale",
-         "architecture")
+ORDER = ("workflows", "faults", "privacy", "guarantees", "evidence", "engines", "viewing", "own_scans", "phantom",
+         "scale", "architecture")
 #: Files that a page may show or offer for download; they are copied into the site.
 COPIED = {".png", ".svg", ".csv", ".json"}
 

@@ -1,4 +1,4 @@
-"""The command line: `fedlab demo`, `run`, `resume`, `evaluate`, `show`, `lab`, `data`, `site`, `deploy` and others."""
+"""The command line: `fedlab demo`, `run`, `assess`, `evaluate`, `show`, `lab`, `data`, `site`, `deploy` and others."""
 
 from __future__ import annotations
 

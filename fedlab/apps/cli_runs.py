@@ -1,4 +1,4 @@
-"""The commands for runs and models: `fedlab demo`, `run`, `resume`, `evaluate`, `show`, `verify` and `runs`."""
+"""The commands for runs and models: `demo`, `run`, `assess`, `resume`, `evaluate`, `show`, `verify` and `runs`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _QUICK = {"patients": 5, "rounds": 4, "steps": 3}
 
 
 def add_runs(commands: Any) -> None:
-    """Adds `demo`, `run`, `resume`, `evaluate`, `show`, `verify` and `runs` to argparse's sub-parsers."""
+    """Adds `demo`, `run`, `assess`, `resume`, `evaluate`, `show`, `verify`, `runs` to argparse's sub-parsers."""
     add_command(commands, "demo", _demo, {
         "--sites": {"type": int}, "--patients": {"type": int}, "--shape": {"type": read_shape},
         "--spacing": {"type": float, "metavar": "MM"}, "--full": FLAG, "--quick": FLAG,
@@ -51,6 +51,11 @@ def add_runs(commands: Any) -> None:
         "--data": {"required": True, "metavar": "DIR"}, "--sites": {"required": True, "metavar": "TABLE.csv"},
         "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING, **_TRAINING, **_PRIVACY,
         **_ARMS})
+    add_command(commands, "assess", _assess, {
+        "file": {"type": Path, "nargs": "?", "metavar": "FILE.py"}, "--data": {"metavar": "DIR"},
+        "--sites": {"metavar": "TABLE.csv"}, "--spacing": {"type": float, "default": 3.0, "metavar": "MM"}, **READING,
+        "--rounds": {"type": int}, "--steps": {"type": int}, "--seeds": {"type": int, "default": 3},
+        "--out": {"type": Path}, "--keep": FLAG, "--json": FLAG})
     add_command(commands, "resume", _resume, {"out": {"type": Path, "metavar": "RUN"}, "--json": FLAG})
     add_command(commands, "evaluate", _evaluate, {
         "model": {"type": Path, "metavar": "MODEL", "nargs": "?"},
@@ -102,6 +107,28 @@ def _run(options: argparse.Namespace) -> None:
     _begin(options, "run", Folder(data=options.data, table=options.sites, spacing_mm=options.spacing,
                                   layout=options.layout, label_convention=options.label_convention,
                                   skip_broken=options.skip_broken), start=options.start or "broad")
+
+
+def _assess(options: argparse.Namespace) -> None:
+    from fedlab.apps.assessing import assess_file
+    from fedlab.apps.comparison import Job, remove_working_files
+    from fedlab.apps.comparison_data import Folder, Phantoms
+
+    if (options.data is None) != (options.sites is None):
+        raise ValueError("--data and --sites go together: a folder of scans, and the table of its sites")
+    source = Phantoms() if options.data is None else Folder(
+        data=options.data, table=options.sites, spacing_mm=options.spacing, layout=options.layout,
+        label_convention=options.label_convention, skip_broken=options.skip_broken)
+    options.out = new_path(options.out, "assess")
+    say = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
+    say(f"fedlab: run directory {options.out}; interrupted, it continues with the same command and --out {options.out}")
+    found = assess_file(Job(source=source, **_given(rounds=options.rounds, steps=options.steps)), options.out,
+                        file=options.file, seeds=options.seeds)
+    if not options.keep:
+        remove_working_files(options.out)
+    print(json.dumps(found.as_json(), indent=1, allow_nan=False) if options.json else
+          "\n".join([*found.sentences().values(), "", found.table().T.to_string()]))
+    say(f"\npage: {options.out / 'page.html'}")
 
 
 def _begin(options: argparse.Namespace, name: str, source: Any, **settings: Any) -> None:

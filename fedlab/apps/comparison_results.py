@@ -16,14 +16,18 @@ import pandas as pd
 from fedlab import __version__
 from fedlab.apps.comparison import Outcome
 from fedlab.apps.comparison_data import Folder
+from fedlab.core.extras import MissingExtra
 from fedlab.core.files import packaged_toml, write_json, write_whole
 from fedlab.core.regions import REGION_ORDER
+from fedlab.core.types import Patient
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.persons import name_several
 from fedlab.evidence.differences import Difference, differences, groups, verdict
 from fedlab.run.trace import verify
 from fedlab.training.metrics import summary, threshold_dice
 from fedlab.view.colours import arm_label
+from fedlab.view.label_layers import ViewSettings, make_case
+from fedlab.view.live_viewer import live_viewer
 from fedlab.view.model_card import make_model_card
 from fedlab.view.report_page import Section, save_figure, write_report
 from fedlab.view.run_figures import contributions_figure, cross_site_heatmap, curves, dice_by_arm
@@ -31,6 +35,7 @@ from fedlab.view.site_figures import sites_figure
 from fedlab.view.slices import compare
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
 __all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "versions", "write_results"]
@@ -38,6 +43,7 @@ __all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "vers
 _COLUMNS = (*REGION_ORDER, "mean")
 #: Held-out patients below which their mean is no estimate for other patients.
 _FEW = 20
+_LIVE = 4  # patients in the 3-D view of a report
 _TEXTS = packaged_toml("fedlab.apps", "report.toml")
 
 
@@ -90,6 +96,10 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "weights_sha256": weights_sha256(federated.params) if federated else None,
         "versions": versions(),
     }
+    if (pooled := _watched(outcome, "pooled")) and outcome.main == "federated":
+        last = pooled[max(pooled)]
+        found["rounds_to_pooled"] = next(
+            (n for n, dice in _watched(outcome, "federated").items() if dice >= last), None)
     if outcome.train is not None:
         found["train"] = {"patients": sum(len(site.train) for site in outcome.sites),
                           "dice": summary(outcome.train)["dice"][list(_COLUMNS)].to_dict()}
@@ -97,6 +107,19 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         found["real"] = {"patients": int(outcome.real["patient"].nunique()),
                          "dice": summary(outcome.real)["dice"][list(REGION_ORDER)].to_dict()}
     return found
+
+
+def _watched(outcome: Outcome, model: str) -> dict[int, float]:
+    """Dice of one held-out patient per site after those rounds, counted from 1, in which a model was watched."""
+    records = outcome.histories[model].published().records if model in outcome.histories else []
+    return {record["round"] + 1: record["metrics"]["Dice"] for record in records if "Dice" in record["metrics"]}
+
+
+def _reached(found: dict[str, Any]) -> str:
+    if "rounds_to_pooled" not in found:
+        return ""
+    rounds = found["rounds_to_pooled"]
+    return _text("lead", "reached" if rounds else "behind", rounds=rounds)
 
 
 def _as_json(one: Difference) -> dict[str, Any]:
@@ -172,7 +195,8 @@ def describe(found: dict[str, Any], *, note: str = "") -> str:
     lines.append(f"{found['patients']} patients of {found['sites']} sites, {found['rounds']} rounds, seed "
                  f"{found['seed']}; {seconds['total']:.0f} s (data {seconds['data']:.0f}, training "
                  f"{seconds['train']:.0f}, evaluation {seconds['evaluate']:.0f})")
-    return "\n".join([*lines, *([note] if note else []), "", *textwrap.wrap(found["verdict"], 100)])
+    lines += [text for text in (_reached(found), note) if text]
+    return "\n".join([*lines, "", *textwrap.wrap(found["verdict"], 100)])
 
 
 def _write_report(outcome: Outcome, found: dict[str, Any], out: Path) -> None:
@@ -225,6 +249,7 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
     if outcome.train is not None:
         sections["train"] = _section("train", rule=_rule(outcome.train), table=_means(outcome.train))
     sections["tumours"] = _section("tumours", figure=compare(shown, overlays))
+    sections["live"] = _live_section(shown[:_LIVE], overlays)
     if outcome.real is not None:
         patients, labels = zip(*outcome.real_cases, strict=True)
         sections["real"] = _section(
@@ -237,10 +262,22 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
             seconds=worth.seconds, megabytes=worth.stored_bytes / 1e6, table=worth.table,
             figure=contributions_figure(worth, metric="mean Dice"))
     if any(column in history.table() for history in outcome.histories.values() for column in ("loss", "Dice")):
-        sections["curves"] = _section("curves", figure=curves(outcome.histories))
+        sections["curves"] = _section("curves", reached=_reached(found), figure=curves(outcome.histories))
     sections["sites"] = _section("sites", partition=outcome.partition.id, table=outcome.partition.table(),
                                  figure=sites_figure(outcome.sites))
     return sections
+
+
+def _live_section(patients: list[Patient], overlays: dict[str, list[torch.Tensor]]) -> Section:
+    """Patients in 3-D with every arm, or the command that installs what this needs."""
+    cases = [make_case(patient, {name: labels[number] for name, labels in overlays.items()})
+             for number, patient in enumerate(patients)]
+    first = next(iter(overlays))
+    try:
+        live = live_viewer(cases, ViewSettings(layer=first, crosshair=cases[0].centre()))
+    except MissingExtra as missing:
+        return Section(title=_TEXTS["sections"]["live"]["title"], text=str(missing))
+    return Section(**_TEXTS["sections"]["live"], live=live)
 
 
 def _section(name: str, *, table: pd.DataFrame | None = None, figure: Figure | None = None,

@@ -1,6 +1,6 @@
-"""What supports a claim about a run: contributions of sites and attacks on updates.
+"""What supports a claim about a run: comparisons, contributions of sites, and what attackers learn.
 
-Read `contributions` first, then `inversion`. May import `checks` and the packages below it.
+Read `assessment` first, then `attacked` and `findings`. May import `checks` and the packages below it.
 """
 
 import lazy_loader

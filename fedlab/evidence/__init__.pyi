@@ -1,14 +1,21 @@
 from .arms import Arm
+from .assessment import assess, default_attacks
+from .attacked import Attack, Case, ModelMembership, NotApplicable, SentMembership
 from .comparison import ArmComparison, compare_arms
 from .contributions import Contributions, KeepUpdates, dice_on, site_contributions
-from .differences import Difference, difference
+from .differences import Difference, Share, difference, share_kept
 from .findings import Finding, Threat
 from .inversion import Inversion, invert_update, one_step_update, patch_net
 from .membership import RMIA, LossThreshold, Membership, UpdateMembership, shadow_models
+from .presets import presets
+from .report import Assessed, Evidence
 from .runs import RunOnDisk, RunTable, runs
+from .sweeps import Sweep, sweep
 
 __all__ = [
-    "RMIA", "Arm", "ArmComparison", "Contributions", "Difference", "Finding", "Inversion", "KeepUpdates",
-    "LossThreshold", "Membership", "RunOnDisk", "RunTable", "Threat", "UpdateMembership", "compare_arms", "dice_on",
-    "difference", "invert_update", "one_step_update", "patch_net", "runs", "shadow_models", "site_contributions",
+    "RMIA", "Arm", "ArmComparison", "Assessed", "Attack", "Case", "Contributions", "Difference", "Evidence", "Finding",
+    "Inversion", "KeepUpdates", "LossThreshold", "Membership", "ModelMembership", "NotApplicable", "RunOnDisk",
+    "RunTable", "SentMembership", "Share", "Sweep", "Threat", "UpdateMembership", "assess", "compare_arms",
+    "default_attacks", "dice_on", "difference", "invert_update", "one_step_update", "patch_net", "presets", "runs",
+    "shadow_models", "share_kept", "site_contributions", "sweep",
 ]

@@ -17,7 +17,8 @@ from fedlab.training.metrics import summary
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Difference", "difference", "differences", "differences_table", "groups", "mean_dice", "verdict"]
+__all__ = ["Difference", "Share", "difference", "differences", "differences_table", "groups", "mean_dice", "share_kept",
+           "verdict"]
 
 _PATIENT = ["seed", "site", "patient"]
 #: Held-out patients below which no interval is stated.
@@ -62,6 +63,30 @@ class Difference:
         seeds = f", {self.seeds} seeds" if self.seeds > 1 else ""
         return (f"{self.one} − {self.other}: {self.value:+.3f} {what} ({interval}; paired over {self.patients} "
                 f"patient{'s' * (self.patients != 1)} of {self.sites} site{'s' * (self.sites != 1)}{seeds})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The share of a gain in mean Dice that an arm keeps, over the same patients.
+
+    Attributes:
+        value: (arm − start) / (full − start); NaN if the gain of the full arm over the start is not clear of 0.
+        low, high: limits of its 95 % interval; NaN as above, or if too few patients are held out to state one.
+        patients: number of patients.
+        gain: the difference of which it is the share.
+    """
+
+    value: float
+    low: float
+    high: float
+    patients: int
+    gain: Difference
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return f"no share: {self.gain.one} has no clear gain over {self.gain.other} (n = {self.patients})"
+        interval = f"{self.low:.0%} to {self.high:.0%}" if math.isfinite(self.low) else "no interval"
+        return f"{self.value:.0%} ({interval}; n = {self.patients})"
 
 
 def difference(scores: pd.DataFrame, one: str, other: str, *, region: str = "mean",
@@ -112,6 +137,29 @@ def mean_dice(scores: pd.DataFrame, arm: str, *,
     nothing = own.assign(arm="nothing", dice=0.0)
     found = difference(pd.concat([own, nothing]), arm, "nothing", empty=empty)
     return found.value, found.low, found.high
+
+
+def share_kept(scores: pd.DataFrame, arm: str, *, full: str, start: str, draws: int = 4000, seed: int = 0) -> Share:
+    """The share of the gain of the arm `full` over the arm `start` that another arm keeps.
+
+    Gain and share are of mean Dice, paired over patients; each draw of the bootstrap of `difference` gives a ratio, and
+    the interval holds the middle 95 % of them. It is stated where the interval of the gain excludes 0: else the ratio
+    has no meaning (Fieller 1954).
+
+    Raises:
+        ValueError: as in `difference`.
+    """
+    gain, kept = (difference(scores, one, start, draws=draws, seed=seed) for one in (full, arm))
+    low = high = math.nan
+    if not (gain.low > 0 or (math.isnan(gain.low) and gain.value > 0)):
+        return Share(value=math.nan, low=low, high=high, patients=gain.patients, gain=gain)
+    if math.isfinite(gain.low):
+        bottom = _dice(scores, start, "brats")
+        weights = _draws(bottom, draws, np.random.default_rng(seed))
+        top, whole = (_mean((_dice(scores, one, "brats") - bottom)[list(REGIONS)].to_numpy(dtype=float), weights)
+                      for one in (arm, full))
+        low, high = np.quantile(top[whole > 0] / whole[whole > 0], (0.025, 0.975))
+    return Share(value=kept.value / gain.value, low=float(low), high=float(high), patients=gain.patients, gain=gain)
 
 
 def groups(scores: pd.DataFrame) -> pd.Series[str]:

@@ -150,12 +150,23 @@ class Case:
         """A modality as grey values; see `grey_values`. Computed anew at every call."""
         return grey_values(self.patient, modality, self.box)
 
+    def grey_range(self, modality: str) -> tuple[float, float]:
+        """The intensities of the grey values 10 and 255 of a modality."""
+        return _scale(_finite(self.patient, modality, self.box))
+
     def layer(self, name: str) -> Bytes:
         """The labels of a layer; raises `ValueError` if there is none of this name."""
         if name not in self.layers:
             known = ", ".join(self.layers) or "none: the patient has no label map and no prediction was given"
             raise ValueError(f"there is no layer {name!r}; there are {known}")
         return self.layers[name]
+
+    def beside(self, name: str | None) -> str | None:
+        """The layer to compare one with: the reference, for the reference the first arm; None if there is no other."""
+        others = [other for other in self.layers if other != REFERENCE]
+        if REFERENCE not in self.layers or name is None or not others:
+            return None
+        return others[0] if name == REFERENCE else REFERENCE
 
     def scored(self, name: str | None) -> bool:
         """Whether a layer is a prediction with a reference to compare it with."""
@@ -196,21 +207,33 @@ class Case:
 
 def grey_values(patient: Patient, modality: str, box: Box = (slice(None), slice(None), slice(None))) -> Bytes:
     """A modality within a box, scaled between two percentiles of its nonzero voxels to 10...255; 0 stays 0."""
+    volume = _finite(patient, modality, box)
+    low, high = _scale(volume)
+    brain = volume != 0
+    volume -= low
+    volume *= 245 / (high - low)
+    np.clip(volume, 0, 245, out=volume)
+    grey: Bytes = ((volume + 10) * brain).astype(np.uint8)  # the brain stands out from the background
+    return grey
+
+
+def _finite(patient: Patient, modality: str, box: Box) -> npt.NDArray[np.float32]:
+    """A copy of a modality within a box; raises `ValueError` for NaN and Inf."""
     check_choice(MODALITIES, modality=modality)
     volume = patient.image[MODALITIES.index(modality)][box].detach().cpu().to(torch.float32, copy=True).numpy()
     if invalid := int(np.count_nonzero(~np.isfinite(volume))):
         raise ValueError(f"{modality} of patient {patient.id} holds NaN or Inf in {invalid:,} voxels and cannot be "
                          "shown; fedlab data inspect reports what is wrong with a scan")
-    brain = volume != 0
-    inside = volume[brain]
+    return volume
+
+
+def _scale(volume: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """Two percentiles of the nonzero voxels, (0, 1) if there are none."""
+    inside = volume[volume != 0]
     if not inside.size:
-        return np.zeros(volume.shape, dtype=np.uint8)
+        return 0.0, 1.0
     low, high = np.percentile(inside[::max(1, inside.size // _SAMPLE)], (0.5, 99.7))
-    volume -= low
-    volume *= 245 / max(float(high - low), 1e-6)
-    np.clip(volume, 0, 245, out=volume)
-    grey: Bytes = ((volume + 10) * brain).astype(np.uint8)  # the brain stands out from the background
-    return grey
+    return float(low), max(float(high), float(low) + 1e-6)
 
 
 def largest_slice(labels: npt.NDArray[Any], axis: int) -> int:
@@ -306,10 +329,15 @@ class ViewSettings:
         return {value: (colour, self.opacity * (0.6 if value == 3 else 1.0))
                 for value, (colour, _) in ERRORS.items()}
 
+    def names(self) -> dict[int, str]:
+        """Value of the overlay -> its name."""
+        return dict(LABEL_NAMES) if self.region is None else {
+            value: f"{name} {self.region}" for value, (_, name) in ERRORS.items()}
+
     def legend(self) -> dict[str, str]:
         """Colour -> its meaning."""
         if self.overlay == "none":
             return {}
         if self.region is None:
             return {LABEL_COLOURS[value]: LABEL_NAMES[value] for value in LABEL_COLOURS if value in self.labels}
-        return {colour: f"{name} {self.region}" for colour, name in ERRORS.values()}
+        return {ERRORS[value][0]: name for value, name in self.names().items()}

@@ -7,6 +7,7 @@ functions: it loads ipywidgets.
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +15,19 @@ from typing import Any
 
 import anywidget
 import ipywidgets
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import traitlets
-from ipyniivue import MultiplanarType, NiiVue, ShowRender, SliceType
+from ipyniivue import NiiVue, SliceType
 from ipyniivue import Volume as NiiVueVolume
 from ipyniivue.traits import LUT
 from matplotlib.colors import to_rgba
 
 from fedlab.core.files import filled_in
 from fedlab.core.types import MODALITIES
-from fedlab.view.colours import LABEL_ABBREVIATIONS, arm_label
+from fedlab.view.colours import LABEL_ABBREVIATIONS, LABEL_COLOURS, arm_label
 from fedlab.view.label_layers import OVERLAYS, REFERENCE, VIEWS, Case, ViewSettings
+from fedlab.view.live_viewer import nifti_bytes, niivue_script, viewer_script
 from fedlab.view.slices import AXES
 
 __all__ = ["NiiVuePanel"]
@@ -36,6 +37,21 @@ _SLICES: Mapping[str, SliceType] = {
     "sagittal": SliceType.SAGITTAL, "3-D": SliceType.RENDER,
 }
 _LARGEST = max(LABEL_ABBREVIATIONS)
+
+
+class Canvas(NiiVue):  # type: ignore[misc]
+    """ipyniivue's canvas with fedlab's arrangement of views, surfaces, marks and tools; see templates/viewer.js.
+
+    Attributes:
+        shown: what the browser names and draws beside: `NiiVuePanel.shown`.
+        beside: gzip of the voxels of the layer shown beside, x fastest; empty if there is none.
+    """
+
+    _script = niivue_script()
+    _esm = (f"{_script.text}\nexport default (() => {{\nconst inner = {_script.widget}, NVMesh = {_script.mesh}, "
+            f"instance = () => {_script.instance};\n{viewer_script('notebook')}\n}})();")
+    shown = traitlets.Dict().tag(sync=True)
+    beside = traitlets.Bytes().tag(sync=True)
 
 
 class _Poster(anywidget.AnyWidget):
@@ -59,15 +75,9 @@ class _Layer(NiiVueVolume):  # type: ignore[misc]
 
     def repaint(self, array: npt.NDArray[np.uint8], affine: npt.NDArray[np.float64]) -> None:
         """Replaces the voxels here, for a browser that connects later, and in the connected one."""
-        self.data = _nifti(array, affine)
+        self.data = nifti_bytes(array, affine)
         self.send({"type": "buffer_change", "data": {"attr": "img", "type": "uint8"}},
                   buffers=[array.tobytes(order="F")])
-
-
-def _nifti(array: npt.NDArray[np.uint8], affine: npt.NDArray[np.float64]) -> bytes:
-    image = nib.Nifti1Image(array, affine)
-    image.header.set_xyzt_units("mm")
-    return bytes(image.to_bytes())
 
 
 class NiiVuePanel:
@@ -84,18 +94,12 @@ class NiiVuePanel:
         self.case, self.settings = case, settings
         self._moving = False
         self.poster = _Poster(png=poster, height=height)
-        self.canvas = NiiVue(
-            height=height, slice_type=_SLICES[settings.view], multiplanar_show_render=ShowRender.ALWAYS,
-            multiplanar_layout=MultiplanarType.ROW,
-            is_radiological_convention=True, sagittal_nose_left=True, show_all_orientation_markers=True,
-            font_color=(1.0, 1.0, 1.0, 0.9), crosshair_width=0.8 / max(case.patient.spacing_mm),  # voxels
-            crosshair_color=(0.5, 0.83, 1.0, 0.8), show_3d_crosshair=False, drag_and_drop_enabled=False,
-            log_level="error",
-            # In 3-D the brain is translucent, and the enhancing tumour shows through the oedema.
-            gradient_opacity=0.6, render_overlay_blend=0.45)
-        self._scan = _Layer(data=_nifti(case.grey(settings.modality), case.affine), name="scan.nii", colormap="gray",
-                            cal_min=0.0, cal_max=255.0, opacity=1.0)
-        self._over = _Layer(data=_nifti(self._values(), case.affine), name="overlay.nii", opacity=settings.opacity,
+        self.canvas = Canvas(height=height, slice_type=_SLICES[settings.view], is_radiological_convention=True,
+                             sagittal_nose_left=True, drag_and_drop_enabled=False, log_level="error")
+        self._beside: str | None = None
+        self._scan = _Layer(data=nifti_bytes(case.grey(settings.modality), case.affine), name="scan.nii",
+                            colormap="gray", cal_min=0.0, cal_max=255.0, opacity=1.0)
+        self._over = _Layer(data=nifti_bytes(self._values(), case.affine), name="overlay.nii", opacity=settings.opacity,
                             colormap_label=self._colour_table(), cal_min=0.0, cal_max=float(_LARGEST))
         self.canvas.load_volumes([self._scan, self._over])
         self.canvas.on_location_change(self._clicked)
@@ -111,7 +115,7 @@ class NiiVuePanel:
         above, below = (ipywidgets.HBox([self.controls[name] for name in row],
                                         layout=ipywidgets.Layout(flex_flow="row wrap")) for row in rows)
         labels = ipywidgets.HBox([self.controls[name] for name in LABEL_ABBREVIATIONS.values()])
-        side = ipywidgets.VBox([self.numbers, labels, self.legend], layout=ipywidgets.Layout(width="270px"))
+        side = ipywidgets.VBox([self.numbers, labels, self.legend], layout=ipywidgets.Layout(width="290px"))
         wide = ipywidgets.Layout(flex="1 1 auto", display="block")  # in a flexible box a canvas is 0 pixels wide
         middle = ipywidgets.HBox([ipywidgets.Box([self.poster, self.canvas], layout=wide), side])
         self.widget = ipywidgets.VBox([above, middle, below])
@@ -143,7 +147,7 @@ class NiiVuePanel:
             self.canvas.set_slice_type(_SLICES[now.view])
         if now.crosshair != before.crosshair:
             self._move_crosshair()
-        if (now.layer, now.overlay, now.labels) != (before.layer, before.overlay, before.labels):
+        if replace(now, crosshair=before.crosshair, view=before.view) != before:
             self._write()
 
     def _values(self) -> npt.NDArray[np.uint8]:
@@ -152,10 +156,7 @@ class NiiVuePanel:
 
     def _colour_table(self) -> LUT:
         """One colour per value from 0 on; labels that are not drawn are transparent."""
-        table = np.zeros((_LARGEST + 1, 4))
-        for value, (colour, opacity) in replace(self.settings, opacity=1.0).colours().items():
-            table[value] = to_rgba(colour, opacity)
-        return LUT(lut=np.rint(255 * table).astype(int).ravel().tolist(), min=0, max=_LARGEST)
+        return LUT(lut=_table(replace(self.settings, opacity=1.0)), min=0, max=_LARGEST)
 
     def _move_crosshair(self) -> None:
         """Puts the crosshair into the centre of its voxel; NiiVue counts in fractions of the box."""
@@ -176,8 +177,26 @@ class NiiVuePanel:
             self._moving = False
         self.settings = replace(self.settings, crosshair=(x, y, z))
 
+    def _shown(self) -> dict[str, Any]:
+        """What the browser needs to know besides the two volumes."""
+        now, case = self.settings, self.case
+        low, high = case.grey_range(now.modality)
+        if (other := case.beside(now.layer)) != self._beside:
+            self._beside = other
+            self.canvas.beside = b"" if other is None else gzip.compress(case.layer(other).tobytes(order="F"), 1)
+        beside = None if other is None or now.overlay == "none" else {
+            "name": arm_label(other), "left": other == REFERENCE, "colours": _table(replace(now, overlay="labels"))}
+        return {"patient": case.patient.id, "layer": "" if now.layer is None else arm_label(now.layer),
+                "modality": now.modality, "low": low, "high": high, "start": [part.start for part in case.box],
+                "names": now.names(), "beside": beside}
+
     def _write(self) -> None:
         layer, case = self.settings.layer, self.case
+        self.canvas.shown = self._shown()
+        for label, name in LABEL_ABBREVIATIONS.items():
+            chip = self.controls[name]
+            chip.icon = "check" if label in self.settings.labels else ""
+            chip.disabled = self.settings.region is not None
         count = 3 if case.scored(layer) else 1
         rows = [] if layer is None else [
             (fact.region, (f"{fact.ml:.1f}", f"{fact.reference_ml:.1f}", f"{fact.dice:.3f}")[:count])
@@ -185,6 +204,14 @@ class NiiVuePanel:
         self.numbers.value = filled_in("fedlab.view", "layer_numbers.html", patient=case.patient.id, layer=layer,
                                        rows=rows, columns=("", "ml", "reference ml", "Dice")[:count + 1])
         self.legend.value = filled_in("fedlab.view", "colour_legend.html", legend=self.settings.legend())
+
+
+def _table(settings: ViewSettings) -> list[int]:
+    """Red, green, blue and opacity of the values 0 to 4 of the overlay, from 0 to 255, one after the other."""
+    table = np.zeros((_LARGEST + 1, 4))
+    for value, (colour, opacity) in settings.colours().items():
+        table[value] = to_rgba(colour, opacity)
+    return list(map(int, np.rint(255 * table).ravel()))
 
 
 def _controls(case: Case, settings: ViewSettings) -> dict[str, Any]:
@@ -208,5 +235,6 @@ def _controls(case: Case, settings: ViewSettings) -> dict[str, Any]:
         control.layout, control.style = narrow, {"description_width": "62px"}
     for label, name in LABEL_ABBREVIATIONS.items():
         controls[name] = ipywidgets.ToggleButton(value=label in settings.labels, description=name,
-                                                 tooltip="shown or hidden", layout=ipywidgets.Layout(width="78px"))
+                                                 tooltip="shown or hidden", layout=ipywidgets.Layout(
+                                                     width="82px", border_left=f"10px solid {LABEL_COLOURS[label]}"))
     return controls

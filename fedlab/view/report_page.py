@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from fedlab.view.live_viewer import LiveViewer
+
 __all__ = ["Section", "privacy_section", "save_figure", "write_report"]
 
 _MOST_ROUNDS = 12  # of a table, before it leaves some out
@@ -36,6 +38,7 @@ class Section:
         caption: one line under the figure or table.
         note: a footnote at the end of the section.
         alt: a description for readers who do not see the figure; by default the figure's own `alt`, or the caption.
+        live: a viewer of patients; a page has at most one.
     """
 
     title: str = ""
@@ -45,6 +48,7 @@ class Section:
     caption: str = ""
     note: str = ""
     alt: str = ""
+    live: LiveViewer | None = None
 
     def __post_init__(self) -> None:
         if self.figure is not None and not self.description:
@@ -88,7 +92,9 @@ def write_report(
     results: Mapping[str, str] | None = None, settings: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None, notes: Sequence[str] = (),
 ) -> Path:
-    """Writes one self-contained page without scripts that loads nothing and can be mailed and printed.
+    """Writes one self-contained page that loads nothing and can be mailed and printed.
+
+    It has scripts only for a live viewer, and its content policy admits only those.
 
     Args:
         path: of the new file.
@@ -103,16 +109,21 @@ def write_report(
 
     Raises:
         RunError: the file exists already.
+        ValueError: more than one live viewer.
     """
     import pandas as pd
 
+    if len(live := [section.live for section in sections if section.live is not None]) > 1:
+        raise ValueError(f"a page has at most one live viewer, got {len(live)}; give one all patients")
     flat = pd.json_normalize(dict(settings), sep=", ").to_dict("records")[0] if settings else {}
     page = filled_in(
         "fedlab.view", "report_page.html", title=title, lead=_paragraphs(lead), verdict=verdict,
         results=dict(results or {}),
         notes=list(notes), sections=[_prepared(section, number) for number, section in enumerate(sections)],
         settings={name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-                  for name, value in flat.items()}, versions=dict(versions or {}))
+                  for name, value in flat.items()}, versions=dict(versions or {}),
+        policy="; ".join(["default-src 'none'", "img-src data:", "style-src 'unsafe-inline'",
+                          *(one.policy for one in live)]))
     return write_new(path, page.encode())
 
 
@@ -135,7 +146,8 @@ def _prepared(section: Section, number: int) -> dict[str, Any]:
         image = {"data": base64.b64encode(png).decode("ascii"), **size, "alt": section.description}
     return {"id": f"part-{number + 1}", "title": section.title, "text": _paragraphs(section.text),
             "caption": section.caption, "note": section.note, "image": image,
-            "table": None if section.table is None else _table(section.table)}
+            "table": None if section.table is None else _table(section.table),
+            "live": None if section.live is None else section.live.html}
 
 
 def _table(table: pd.DataFrame) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A case as a still picture: three planes and the tumour in the translucent brain, without OpenGL or meshes.
 
 For each pixel of the 3-D view the first voxel of a body along the line of sight is found, and shaded by the direction
-of the surface there. Orthographic, seen from the front, from the patient's right and from above.
+of the surface there. Angle, light and glass are those of the interactive viewer (templates/viewer.js).
 """
 
 from __future__ import annotations
@@ -28,12 +28,10 @@ Image: TypeAlias = npt.NDArray[np.float32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 _CROSSHAIR = "#7FD4FF"
-_PIXELS = 96
+_PIXELS = 128
 _TURN, _TILT = np.deg2rad(35.0), np.deg2rad(22.0)  # from the front towards the patient's right, and up
-_LIGHT = np.array([-0.4, 0.55, 0.75]) / np.linalg.norm([-0.4, 0.55, 0.75])  # right, up and towards the viewer
-# Drawn from the inside out, with a factor of the opacity: the core shows through the enhancing tumour, both through
-# the oedema. Label 3 occurs in error maps only.
-_COVER = {1: 1.0, 4: 0.8, 2: 0.5, 3: 0.5}
+_LIGHT = np.array([-0.35, 0.5, 0.8]) / np.linalg.norm([-0.35, 0.5, 0.8])  # right, up and towards the viewer
+_SPAN = 0.68  # width of the 3-D view as a share of the box's diagonal
 
 
 @styled
@@ -58,7 +56,7 @@ def draw_case(case: Case, settings: ViewSettings, *, layers: Sequence[str] | Non
         if view == "3-D":
             ax.imshow(bodies[name], interpolation="bilinear", aspect="auto", zorder=1,
                       extent=(left, left + side, bottom, bottom + side))
-            write_sides(ax, ("R", "L"), (left + 0.07, left + side - 0.07), bottom + 0.28)
+            _directions(ax, case, (left, bottom, side))
         else:
             _slice(ax, case, settings, grey, values[name], view, (left, bottom, side))
         if view == views[0]:
@@ -107,6 +105,13 @@ def _slice(ax: Axes, case: Case, settings: ViewSettings, grey: Bytes,
     wide, high = (side * count * mm / longest for count, mm in ((shown.shape[1], across), (shown.shape[0], up)))
     x, y = left + (side - wide) / 2, bottom + (side - high) / 2
     ax.imshow(shown, interpolation="bilinear", aspect="auto", extent=(x, x + wide, y, y + high), zorder=1)
+    for value, (colour, opacity) in settings.colours().items():
+        here = np.zeros(1) if overlay is None else slice_image(overlay, plane, index) == value
+        if opacity and here.any():  # a line keeps its hue over bright enhancement
+            rim_x, rim_y = (wide / shown.shape[1], high / shown.shape[0])
+            ax.contour(np.pad(here, 1)[::-1].astype(float), levels=[0.5], colors=[colour], linewidths=0.9, zorder=1.5,
+                       extent=(x - rim_x, x + wide + rim_x, y - rim_y, y + high + rim_y)).set_path_effects(
+                           [withStroke(linewidth=1.8, foreground=(0, 0, 0, 0.5))])
     column, row = (settings.crosshair[other] for other in range(3) if other != axis)
     ax.vlines(x + wide * (1 - (column + 0.5) / shown.shape[1]), y, y + high, color=_CROSSHAIR, linewidth=0.5, alpha=0.7)
     ax.hlines(y + high * (row + 0.5) / shown.shape[0], x, x + wide, color=_CROSSHAIR, linewidth=0.5, alpha=0.7)
@@ -127,26 +132,53 @@ def _caption(case: Case, name: str | None) -> str:
     return f"{arm_label(name)}   {' · '.join(words)}"
 
 
+def _directions(ax: Axes, case: Case, cell: Cell) -> None:
+    """The patient's six sides around the 3-D view, without those towards and away from the viewer."""
+    from matplotlib.patheffects import withStroke
+
+    left, bottom, side = cell
+    across, up, away = _axes()
+    size = np.asarray(case.shape) * case.patient.spacing_mm
+    for axis, letters in enumerate(("RL", "AP", "SI")):
+        if abs(away[axis]) > 0.7:
+            continue
+        for letter, sign in zip(letters, (1, -1), strict=True):
+            reach = sign * (size[axis] / 2 + 6) / (_SPAN * float(np.linalg.norm(size)))
+            x, y = np.clip((0.5 + reach * across[axis], 0.5 + reach * up[axis]), 0.04, 0.96)
+            ax.text(left + side * x, bottom + side * y, letter, color="white", fontsize=8, fontweight="bold",
+                    ha="center", va="center", path_effects=[withStroke(linewidth=1.3, foreground="black")])
+
+
 def _rendered(case: Case, settings: ViewSettings,
               layers: Mapping[str | None, Bytes | None]) -> dict[str | None, Bytes]:
-    """One RGB image per layer: its values inside the brain, or the brain alone."""
+    """One RGB image per layer: its values as opaque surfaces inside the translucent brain, or the brain alone."""
     from matplotlib.colors import to_rgb
 
-    colours = settings.colours()
-    skin, rim = _shaded(_rotated(case, case.grey(settings.modality) > 0).astype(bool))
-    glass = np.where(skin > 0, 0.2 + 0.55 * rim, 0)[..., None]
+    scan = _rotated(case, case.grey(settings.modality))
+    light, rim, first = _shaded(scan > 0)
+    below = np.minimum(first + 5, _PIXELS - 1)[..., None]  # a few voxels under the surface folds can be seen
+    tone = np.clip((0.35 + np.take_along_axis(scan, below, axis=2)[..., 0] / 255) * (0.5 + 0.9 * light), 0, 1)
+    glass = np.where(light > 0, 0.3 + 0.6 * rim, 0)
     images: dict[str | None, Bytes] = {}
     for name, values in layers.items():
-        image = np.zeros((_PIXELS, _PIXELS, 3), dtype=np.float32)
+        image, nearest = np.zeros((_PIXELS, _PIXELS, 3), dtype=np.float32), np.full((_PIXELS, _PIXELS), _PIXELS)
         rotated = np.zeros((_PIXELS,) * 3, dtype=np.uint8) if values is None else _rotated(case, values)
-        for value in (value for value in _COVER if value in colours):
-            light, _ = _shaded(np.equal(rotated, value))
-            colour, opacity = colours[value]
-            cover = ((light > 0) * opacity * _COVER[value])[..., None]
-            image = image * (1 - cover) + np.asarray(to_rgb(colour)) * light[..., None] * cover
-        image = np.clip(image * (1 - 0.5 * glass) + 0.9 * glass * skin[..., None], 0, 1)
+        for value, (colour, opacity) in settings.colours().items():
+            light, _, first = _shaded(np.equal(rotated, value))
+            seen = (light > 0) & (first < nearest) & (opacity > 0)
+            image[seen] = np.asarray(to_rgb(colour)) * light[seen, None]
+            nearest[seen] = first[seen]
+        image = np.clip(image * (1 - glass[..., None]) + (glass * tone)[..., None], 0, 1)
         images[name] = np.rint(255 * image).astype(np.uint8)
     return images
+
+
+def _axes() -> tuple[npt.NDArray[np.float64], ...]:
+    """The picture's directions in the patient: to the right, up, and away from the viewer."""
+    sin, cos = np.sin(_TURN), np.cos(_TURN)
+    away = np.array([-sin * np.cos(_TILT), -cos * np.cos(_TILT), -np.sin(_TILT)])  # from the viewer into the head
+    right = np.array([-cos, sin, 0.0])  # seen from the front, the patient's left is there
+    return right, -np.cross(away, right), away
 
 
 def _rotated(case: Case, values: Bytes | npt.NDArray[np.bool_]) -> Bytes:
@@ -154,17 +186,15 @@ def _rotated(case: Case, values: Bytes | npt.NDArray[np.bool_]) -> Bytes:
     from scipy.ndimage import affine_transform
 
     spacing, shape = np.asarray(case.patient.spacing_mm), np.asarray(case.shape)
-    step = float(np.linalg.norm(shape * spacing)) * 0.74 / _PIXELS
-    sin, cos = np.sin(_TURN), np.cos(_TURN)
-    away = np.array([-sin * np.cos(_TILT), -cos * np.cos(_TILT), -np.sin(_TILT)])  # from the viewer into the head
-    right = np.array([-cos, sin, 0.0])  # in the picture: seen from the front, the patient's left is there
-    matrix = np.stack([np.cross(away, right), right, away], axis=1) * step / spacing[:, None]
+    step = float(np.linalg.norm(shape * spacing)) * _SPAN / _PIXELS
+    right, up, away = _axes()
+    matrix = np.stack([-up, right, away], axis=1) * step / spacing[:, None]
     offset = (shape - 1) / 2 - matrix @ np.full(3, (_PIXELS - 1) / 2)
     return np.asarray(affine_transform(values.view(np.uint8), matrix, offset, (_PIXELS,) * 3, order=0))
 
 
-def _shaded(body: npt.NDArray[np.bool_]) -> tuple[Image, Image]:
-    """Brightness of the surface at each pixel, 0 where there is none, and how far it turns away from the viewer."""
+def _shaded(body: npt.NDArray[np.bool_]) -> tuple[Image, Image, npt.NDArray[np.intp]]:
+    """At each pixel the surface's brightness, 0 where there is none, its turn away from the viewer, and its depth."""
     from scipy.ndimage import uniform_filter
 
     smooth = uniform_filter(body.astype(np.float32), 3)
@@ -180,5 +210,6 @@ def _shaded(body: npt.NDArray[np.bool_]) -> tuple[Image, Image]:
     down, right, away = normal
     outward = np.stack([right, -down, -away], axis=2)
     outward /= np.maximum(np.linalg.norm(outward, axis=2, keepdims=True), 1e-6)
-    light = 0.35 + 0.65 * np.clip(outward @ _LIGHT, 0, 1)
-    return (light * hit).astype(np.float32), ((1 - np.clip(outward[..., 2], 0, 1)) ** 2 * hit).astype(np.float32)
+    light = 0.42 + 0.68 * np.clip(outward @ _LIGHT, 0, 1)
+    rim = (1 - np.clip(outward[..., 2], 0, 1)) ** 1.6
+    return (light * hit).astype(np.float32), (rim * hit).astype(np.float32), surface[2]

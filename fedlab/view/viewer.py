@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from fedlab.core.extras import MissingExtra, install_command
@@ -21,6 +23,8 @@ __all__ = ["Backend", "Viewer", "show"]
 Backend: TypeAlias = Literal["auto", "niivue", "itk", "static"]
 _DPI = 110  # of the picture that a notebook keeps
 _POSTER_DPI = 80  # of the picture shown until the canvas is ready
+_SAVED = ("Drag in a slice to move the crosshair, scroll to page through slices, drag the head to turn it. Slices are "
+          "in radiological convention: the patient's right (R) is on the left.")
 
 
 class Viewer:
@@ -64,6 +68,24 @@ class Viewer:
         layers = [name for name in self.case.layers if not (errors and name == REFERENCE)] if every else None
         return draw_case(self.case, self.settings, layers=layers or None)
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the viewer as a page that opens from disk in a browser, without a kernel and a network.
+
+        It holds the finite modalities and all layers of the patient; the layer, view and place shown now come first.
+
+        Raises:
+            RunError: the file exists already, or ipyniivue is not installed.
+            ValueError: a name that does not end in .html.
+        """
+        from fedlab.view.live_viewer import live_viewer
+        from fedlab.view.report_page import Section, write_report
+
+        if Path(path).suffix.lower() != ".html":
+            raise ValueError(f"a viewer is saved as a page, .html, got {Path(path).name!r}; picture().savefig writes "
+                             "images")
+        live = live_viewer([self.case], self.settings)
+        return write_report(Path(path), title=self.case.patient.id, lead=_SAVED, sections=[Section(live=live)])
+
     def close(self) -> None:
         """Frees the widgets in the browser and in the kernel."""
         if self._panel is not None:
@@ -100,7 +122,7 @@ class Viewer:
 def show(patient: Patient, prediction: Prediction | Mapping[str, Prediction] | None = None, *,
          modality: str = MODALITIES[0], view: View = "all", arm: str | None = None, overlay: str = "labels",
          opacity: float = 0.6, labels: Sequence[int] = (1, 2, 4), crosshair: tuple[int, int, int] | None = None,
-         backend: Backend = "auto", height: int = 380) -> Viewer:
+         backend: Backend = "auto", height: int = 520) -> Viewer:
     """Shows a patient in linked slices and in 3-D: four modalities, the expert's labels, and predictions of arms.
 
     Controls beside the canvas change every choice; volumes [ml] and Dice of the layer stand next to them.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import html
 import json
 import re
@@ -69,10 +71,17 @@ def test_a_demo_leaves_everything_that_it_promises(demo):
 
 def test_the_report_is_one_file_that_says_what_was_found(demo):
     page = (demo.folder / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "@import" not in page
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.DOTALL)
+    (run,) = (text for kind, text in scripts if not kind)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert policy.startswith("default-src 'none'; ") and "unsafe-inline" not in policy.partition("script-src")[2]
+    assert base64.b64encode(hashlib.sha256(run.encode()).digest()).decode() in policy, "the policy names the script"
+    assert [kind for kind, _ in scripts if kind] == [' type="application/json"',
+                                                     ' type="text/plain" id="fedlab-niivue"']
+    assert "@import" not in page
     loaded = re.findall(r"""\b(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(\s*["']?([^"')]+)""", page)
     assert loaded and all((target or other).startswith(("data:", "#")) for target, other in loaded)
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 7
     found = summary_of(demo.folder)
     for arm in ARMS:
         assert f"{found['dice'][arm]['mean']:.2f}" in page

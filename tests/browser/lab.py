@@ -240,6 +240,17 @@ def grey(picture: Pixels) -> int:
     return int(((np.ptp(picture, axis=-1) < 0.05) & (level > 0.1) & (level < 0.9)).sum())
 
 
+def tiles(canvas: Any) -> dict[str, Pixels]:
+    """The views of a viewer's canvas as displayed, by name; " beside" ends the name of one for comparison."""
+    places = json.loads(canvas.get_attribute("data-tiles") or "[]")
+    whole, found = pixels(canvas.screenshot()), {}
+    for place in places:
+        left, top = round(place["left"]), round(place["top"])
+        found[place["view"] + " beside" * place["beside"]] = whole[
+            top:top + round(place["height"]), left:left + round(place["width"])]
+    return found
+
+
 def differing(one: Pixels, other: Pixels) -> int:
     """Number of pixels that differ visibly between two pictures; all of them if the sizes differ."""
     if one.shape != other.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -132,6 +133,19 @@ def test_version_is_one(repository: Path) -> None:
     assert {"10.1007/978-3-030-32692-0_16", "10.1038/s41746-020-00323-1"} == {
         reference["doi"] for reference in citation["references"]
     }
+    deposit = json.loads((repository / ".zenodo.json").read_text("utf-8"))
+    assert (deposit["title"], deposit["license"]) == (citation["title"], citation["license"])
+    assert [one["name"] for one in deposit["creators"]] == [one["name"] for one in citation["authors"]]
+    assert deposit["keywords"] == citation["keywords"]
+
+
+def test_the_page_for_coding_agents_names_only_what_exists(repository: Path) -> None:
+    text = (repository / "AGENTS.md").read_text("utf-8")
+    makefile = (repository / "Makefile").read_text("utf-8")
+    for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in re.findall(r"`((?:fedlab|tests|docs|benchmarks|notebooks)/[\w./]*)`|\]\(([\w./]+)\)", text):
+        assert (repository / "".join(path)).exists(), path
 
 
 def run_import(folder: Path, repository: Path) -> subprocess.CompletedProcess[str]:

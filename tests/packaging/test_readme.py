@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -35,3 +36,18 @@ def test_what_it_points_to_exists(repository: Path) -> None:
     paths = re.findall(named, text)
     assert len(paths) >= 5
     assert [p for pair in paths for p in pair if p and not (repository / p).exists()] == []
+
+
+def test_the_figures_of_the_demo_are_those_of_this_generator_start_and_settings(repository: Path, monkeypatch) -> None:
+    """Run benchmarks/demo.py again when this fails: something that its results depend on has changed since."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import demo
+
+    kept = json.loads((repository / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+    assert kept["result"]["settings"] == demo.settings()
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    shown = text[text.index(demo.MARKS[0]) : text.index(demo.MARKS[1])]
+    made = demo.section(kept["result"], "first line\nprinted", kept["machine"]).removesuffix(demo.MARKS[1])
+    assert shown.split("```")[2] == made.split("```")[2] and shown.split("```")[0] == made.split("```")[0]
+    for arm, dice in kept["result"]["seeds"]["0"]["dice"].items():
+        assert "".join(f"{dice[name]:8.3f}" for name in ("WT", "TC", "ET", "mean")) in shown, arm

@@ -12,7 +12,7 @@ import torch
 from cohorts import blob_patient
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import Patient, rounded_up
-from fedlab.evidence.inversion import invert_update, one_step_update, patch_net
+from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
 from fedlab.privacy.accounting.ledger import Gaussian, epsilon_of
 from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.training.trainer import DiceBCE
@@ -162,11 +162,23 @@ def test_moving_a_knob_changes_what_is_shown_and_starts_an_attack_anew(patient):
     wait_for(lambda: not attacks(), seconds=30, why="the attack does not end")
     assert list(made._found) == [made.knobs]  # the cancelled attack left no result
     assert "correlation with the true patch" in made._picture_box.value
-    assert made._picture_box.value.count("data:image/png") == 8
+    assert made._picture_box.value.count("data:image/png") == 12  # the patch, its reconstruction, their difference
     made._fraction.value = 0.5
     assert "no attack on these settings yet" in made._picture_box.value
     assert made._picture_box.value.count("data:image/png") == 4  # never the picture of other settings
     assert made.reconstruct() is made._found[made.knobs] and not attacks()
+
+
+def test_both_rows_have_one_grey_window_and_their_difference_a_row(playground):
+    truth = playground.patch
+    playground._found[playground.knobs] = Inversion(image=truth + 1000.0, distance=0.0, steps=1, seconds=0.1)
+    shown = playground._pictures()
+    assert list(shown) == ["the patch", "reconstruction", "difference"]
+    assert all(float(row.max()) == 1.0 and float(row.min()) == 0.0 for row in shown["the patch"])
+    assert all((row == 1.0).all() for row in shown["reconstruction"] + shown["difference"])
+    playground._found[playground.knobs] = Inversion(image=truth.clone(), distance=0.0, steps=1, seconds=0.1)
+    assert all((row == 0.5).all() for row in playground._pictures()["difference"])
+    assert "within them FLAIR 1.00, T1 1.00, T1c 1.00, T2 1.00" in playground._outcome()
 
 
 def test_a_static_picture_is_left_where_there_is_no_kernel(playground):

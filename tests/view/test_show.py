@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 import tracemalloc
@@ -239,6 +240,34 @@ def test_controls_change_what_is_shown(patient: fl.Patient, guess: torch.Tensor)
     panel.controls["view"].value = "coronal"
     assert panel.canvas.opts.slice_type.name == "CORONAL"
     assert (viewer.settings.modality, viewer.settings.view, viewer.settings.opacity) == ("T2", "coronal", 0.25)
+
+
+def test_reference_and_an_arm_side_by_side(patient: fl.Patient, guess: torch.Tensor) -> None:
+    panel = panel_of(fl.show(patient, {"a": guess, "b": patient.label}, backend="niivue"))
+
+    def beside() -> Any:
+        return np.frombuffer(gzip.decompress(panel.canvas.beside), np.uint8).reshape(panel.case.shape, order="F")
+
+    shown = panel.canvas.shown
+    assert shown["layer"] == "a" and (shown["beside"]["name"], shown["beside"]["left"]) == ("reference", True)
+    assert np.array_equal(beside(), panel.case.layer("reference"))
+    assert shown["beside"]["colours"][4:8] == [0xE8, 0x43, 0x2E, 153], "red at the opacity of the overlay, 0.6"
+    panel.controls["arm"].value = "reference"
+    assert panel.canvas.shown["beside"]["name"] == "a" and not panel.canvas.shown["beside"]["left"]
+    assert np.array_equal(beside(), panel.case.layer("a"))
+    panel.controls["overlay"].value = "none"
+    assert panel.canvas.shown["beside"] is None
+    assert panel_of(fl.show(patient, backend="niivue")).canvas.shown["beside"] is None, "there is no arm"
+
+
+def test_browser_knows_the_names_and_the_intensities(patient: fl.Patient, guess: torch.Tensor) -> None:
+    panel = panel_of(fl.show(patient, {"a": guess}, backend="niivue"))
+    assert panel.canvas.shown["names"][2] == "oedema" and panel.canvas.shown["modality"] == "FLAIR"
+    low, high = panel.canvas.shown["low"], panel.canvas.shown["high"]
+    assert 0.5 <= low < 0.55 and 1.45 < high <= 1.5, "percentiles of numbers between 0.5 and 1.5"
+    panel.controls["overlay"].value = "errors TC"
+    assert panel.canvas.shown["names"] == {1: "false positive TC", 2: "false negative TC", 3: "both TC"}
+    assert panel.controls["ED"].disabled, "an error map has no oedema to hide"
 
 
 def test_a_toggle_for_each_label(patient: fl.Patient) -> None:

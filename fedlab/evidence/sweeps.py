@@ -1,0 +1,106 @@
+"""Settings × seeds side by side on the cores there are, as one tidy table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlab.core.types import Site
+from fedlab.evidence.arms import Arm
+from fedlab.evidence.comparison import ArmComparison, compare_arms
+from fedlab.evidence.differences import mean_dice
+from fedlab.training.metrics import summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Sweep", "sweep"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sweep:
+    """The result of `sweep`; shows as its table, and `fedlab.view.sweep_figure` draws it.
+
+    Attributes:
+        settings: by name of the arm that was made from them.
+        comparison: scores and histories of these arms; `comparison.difference` compares two of them.
+    """
+
+    settings: Mapping[str, Mapping[str, Any]]
+    comparison: ArmComparison
+
+    def table(self) -> pd.DataFrame:
+        """One row per setting and seed, for further analysis.
+
+        Columns: the settings; seed; patients that were scored; WT, TC, ET and mean Dice (BraTS rule), with the 95 %
+        interval of the mean over patients (low, high); guarantee, the privacy spent in words; MB that sites sent;
+        seconds of the rounds.
+        """
+        import pandas as pd
+
+        scores, rows = self.comparison.scores, list[dict[str, Any]]()
+        for (seed, name), history in self.comparison.histories.items():
+            own = scores[(scores["arm"] == name) & (scores["seed"] == seed)]
+            dice, (_, low, high), rounds = summary(own)["dice"], mean_dice(own, name), history.published().table()
+            rows.append({**self.settings[name], "seed": seed, "patients": own["patient"].nunique(),
+                         **{region: dice[region] for region in ("WT", "TC", "ET", "mean")}, "low": low, "high": high,
+                         "guarantee": history.guarantee(),
+                         "MB": rounds["bytes"].sum() / 1e6 if "bytes" in rounds else None,
+                         "seconds": rounds["seconds"].sum() if "seconds" in rounds else None})
+        return pd.DataFrame(rows)
+
+    def over_seeds(self) -> pd.DataFrame:
+        """One row per setting: mean Dice over the patients of all seeds with its 95 % interval, and numbers of both."""
+        import pandas as pd
+
+        scores, rows = self.comparison.scores, []
+        for name, settings in self.settings.items():
+            own = scores[scores["arm"] == name]
+            dice, low, high = mean_dice(own, name)
+            rows.append({**settings, "dice": dice, "low": low, "high": high, "seeds": own["seed"].nunique(),
+                         "patients": len(own[["seed", "site", "patient"]].drop_duplicates())})
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        return f"<Sweep of {len(self.settings)} settings>\n{self.over_seeds().to_string(float_format='{:.3g}'.format)}"
+
+    def _repr_html_(self) -> str:
+        html: str = self.over_seeds().to_html(float_format="{:.3g}".format, index=False)
+        return html
+
+
+def sweep(make: Callable[..., Arm], grid: Mapping[str, Sequence[Any]], *,
+          sites: Sequence[Site] | Callable[[int], Sequence[Site]], seeds: Sequence[int] = (0,),
+          out: Path | str | None = None, workers: int | None = None, progress: bool = True) -> Sweep:
+    """Trains one arm per combination of settings and seed, side by side, and scores all on the same patients.
+
+    Args:
+        make: makes the `Arm` of one combination, called with its settings by name, and with seed= if it has such an
+            argument.
+        grid: the values to try, by name of the setting.
+        sites, seeds, out, workers, progress: as of `compare_arms`; with `out` a sweep that was interrupted continues,
+            and one with more values or seeds trains what is new.
+
+    Raises:
+        ValueError: no setting, a setting without a value, or an arm that trains one model per site.
+    """
+    if not grid or not all(len(values) for values in grid.values()):
+        raise ValueError(f"a sweep needs at least one setting, each with at least one value; got {dict(grid)!r}")
+    combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    settings = {", ".join(f"{name}={value!r}" for name, value in one.items()): one for one in combinations}
+    if len(settings) < len(combinations):
+        raise ValueError(f"some values of the sweep appear twice: {dict(grid)!r}")
+    seeded = "seed" in inspect.signature(make).parameters
+
+    def arms(seed: int) -> dict[str, Arm]:
+        made = {name: make(**one, **({"seed": seed} if seeded else {})) for name, one in settings.items()}
+        if any(arm.data == "each" for arm in made.values()):
+            raise ValueError("a sweep compares arms of one model each; use compare_arms for data='each'")
+        return made
+
+    found = compare_arms(sites, arms, seeds=seeds, out=out, workers=workers, progress=progress)
+    return Sweep(settings=settings, comparison=found)
