@@ -30,19 +30,20 @@ from fedlab.apps.comparison_data import Phantoms
 from fedlab.core.weights import weights_sha256
 from fedlab.data.phantom.generator import GENERATOR
 from fedlab.evidence.differences import difference, differences, mean_dice
+from fedlab.view.colours import arm_label
 
 README = Path(__file__).parents[1] / "README.md"
 MARKS = "<!-- made by benchmarks/demo.py -->", "<!-- end of what benchmarks/demo.py made -->"
 #: Arms in the order of the tables, and their names there.
-ARMS = {"public": "public model, untouched", "federated": "federated", "pooled": "all data pooled",
-        "local_own": "each site alone, its own patients", "local_others": "each site alone, the others' patients"}
+ARMS = {name: arm_label(name) for name in ("public", "federated", "pooled", "local_own", "local_others")}
 
 
 def settings() -> dict[str, Any]:
     """What the results depend on; equal to what they were made with, or the results are out of date."""
     job = Job(source=Phantoms())
     return {"generator": GENERATOR, "start": weights_sha256(job.trainer().initial()), "trainer": repr(job.trainer()),
-            **json.loads(json.dumps(asdict(job)))}
+            **{name: value for name, value in json.loads(json.dumps(asdict(job))).items()
+               if name not in ("epsilon", "delta", "clip")}}  # of an arm that is not compared here
 
 
 def run(seed: int, real: str | None, out: Path, options: Sequence[str]) -> Path:

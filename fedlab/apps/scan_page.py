@@ -18,9 +18,9 @@ from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.patient_files import PatientFiles
 from fedlab.training.metrics import predict
 from fedlab.view.label_layers import Prediction, ViewSettings, make_case
+from fedlab.view.live_viewer import live_viewer
 from fedlab.view.report_page import Section, write_report
 from fedlab.view.slices import show_patient
-from fedlab.view.static_view import draw_case
 
 __all__ = ["evaluation_page", "scan_page"]
 
@@ -87,14 +87,12 @@ def evaluation_page(out: Path, result: Mapping[str, Any], scores: pd.DataFrame,
 
 
 def _pictures(patient: Patient, prediction: Prediction | None, *, title: str) -> list[Section]:
-    """A slice of a patient; without a title, which means a page of one patient, also three planes and the 3-D view."""
+    """A slice of a patient; without a title, which means a page of one patient, also the viewer in three dimensions."""
     sections = [Section(title=title, figure=show_patient(patient, prediction))]
     if not title:
         case = make_case(patient, {} if prediction is None else {"prediction": prediction})
-        layer = next(iter(case.layers), None)
-        settings = ViewSettings(modality="FLAIR", view="all", layer=layer, overlay="labels", opacity=0.6,
-                                labels=(1, 2, 4), crosshair=case.centre())
-        sections.append(Section(figure=draw_case(case, settings, layers=list(case.layers) or None)))
+        settings = ViewSettings(layer=next(iter(case.layers), None), crosshair=case.centre())
+        sections.append(Section(live=live_viewer([case], settings)))
     return sections
 
 
