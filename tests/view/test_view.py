@@ -140,7 +140,7 @@ def test_each_label_is_filled_with_its_colour() -> None:
     assert np.ptp(grey, axis=-1).max() < 0.02  # no label, no colour
     middle = grey[grey.shape[0] // 2, grey.shape[1] // 2]
     for colour in LABEL_COLOURS.values():
-        mixed = 0.48 * np.array(to_rgb(colour)) + 0.52 * middle
+        mixed = 0.36 * np.array(to_rgb(colour)) + 0.64 * middle
         assert (np.abs(seen - mixed).max(axis=-1) < 0.02).sum() > 20, colour
 
 
