@@ -84,15 +84,20 @@ def _demo(options: argparse.Namespace) -> None:
     from fedlab.data.phantom.population import site_sizes
 
     sites, patients = options.sites, options.patients
+    if sites is not None and sites < 1:
+        raise ValueError(f"a comparison needs at least one site, got {sites}")
     if options.quick:
         if options.full:
             raise ValueError("give --quick or --full, not both")
-        sites, patients = sites or 2, patients or _QUICK["patients"] * (sites or 2)
-        options.rounds, options.steps = options.rounds or _QUICK["rounds"], options.steps or _QUICK["steps"]
+        sites = 2 if sites is None else sites
+        patients = _QUICK["patients"] * sites if patients is None else patients
+        options.rounds = _QUICK["rounds"] if options.rounds is None else options.rounds
+        options.steps = _QUICK["steps"] if options.steps is None else options.steps
         print(HELP["demo"]["quick"].strip(), file=sys.stderr)
     settings = _given(shape=options.shape, spacing_mm=options.spacing)
     if options.full:
-        settings = {"sizes": tuple(site_sizes(sites or 13, patients or 285)), "shape": (64, 64, 64), "held_out": 0.2,
+        sites, patients = 13 if sites is None else sites, 285 if patients is None else patients
+        settings = {"sizes": tuple(site_sizes(sites, patients)), "shape": (64, 64, 64), "held_out": 0.2,
                     **settings}
     elif (sites, patients) != (None, None):
         sites = len(Phantoms.sizes) if sites is None else sites

@@ -88,7 +88,7 @@ def test_a_foreign_folder_is_not_resumed(tmp_path, capsys):
     (["--sites", "4", "--patients", "0"], "at least 8 patients"),
     (["--sites", "4", "--patients", "5"], "at least 8 patients"),
     (["--sites", "4", "--patients", "9"], "use 8 patients"),
-    (["--full", "--patients", "20"], "at least 26 patients"),
+    (["--full", "--patients", "20"], "need 26 patients"),
     (["--full", "--sites", "0"], "at least one site, got 0"),
     (["--rounds", "0"], "--rounds is a positive whole number"),
     (["--steps", "0"], "--steps is a positive whole number"),
