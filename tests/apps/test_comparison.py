@@ -290,7 +290,7 @@ def test_any_arms_are_compared_from_a_file(tmp_path, capsys):
     assert found["main"] == "halved" and set(found["dice"]) == {"start", "halved", "proximal", "alone_own",
                                                                 "alone_others"}
     assert set(found["differences"]["brats"]) == {"start", "proximal", "alone_own", "alone_others"}
-    assert "local on others' patients" in printed
+    assert "alone on others' patients" in printed
     assert found["verdict"] in " ".join(printed.split())
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     assert "Gradient steps of the arms, as far as they may be published: halved 4, proximal 2, alone 4." in page
@@ -391,7 +391,7 @@ def test_real_scans_of_few_patients_run_and_the_report_says_what_that_is_worth(t
     assert (found["patients"], found["sites"]) == (5, 3)
     rows = rows_of(out / "scores.csv")
     assert {row["site"] for row in rows} == {"1", "2"}  # site 3 has one patient, and holds none out
-    assert {row["arm"] for row in rows} == {"federated", "pooled", "local 1", "local 2", "local 3"}
+    assert {row["arm"] for row in rows} == {"public", "federated", "pooled", "local 1", "local 2", "local 3"}
     trained = rows_of(out / "train.csv")
     assert len({row["patient"] for row in trained}) == found["train"]["patients"] == 3
     assert not {row["patient"] for row in trained} & {row["patient"] for row in rows}
