@@ -56,19 +56,19 @@ def share_interval(count: int, trials: int) -> tuple[float, float, float]:
     return count / trials, low, high
 
 
-def mean_interval(values: Floats) -> tuple[float, float, float]:
+def mean_interval(values: npt.ArrayLike) -> tuple[float, float, float]:
     """A mean and its interval by Student's t: (value, low, high); infinitely wide for one value."""
     from scipy.stats import t
 
-    values = _finite(values, "values")
-    mean = float(values.mean())
-    if len(values) == 1:
+    found = _finite(values, "values")
+    mean = float(found.mean())
+    if len(found) == 1:
         return mean, -math.inf, math.inf
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    half = float(t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
     return mean, mean - half, mean + half
 
 
-def _finite(values: Floats, what: str) -> Floats:
+def _finite(values: npt.ArrayLike, what: str) -> Floats:
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or not len(found) or not np.isfinite(found).all():
         raise ValueError(f"{what} are one or more finite numbers in one dimension, got {found}")

@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from fedlab.core.files import filled_in
-from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import generator
 from fedlab.core.settings import check_positive, check_share, check_whole, check_within
 from fedlab.core.types import MODALITIES, Patient, SiteState, Spent, Update, rounded_up
-from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
+from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net, tumour_patch
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.clipping import clip_update
@@ -124,7 +123,7 @@ class PrivacyPlayground:
                                   progress=False)[0].train[0]
         self.patient = patient
         self.model = patch_net(seed=seed) if model is None else copy.deepcopy(model)
-        self.patch, self.regions = _patch(self.patient, crop)
+        self.patch, self.regions = tumour_patch(self.patient, crop)
         self.update = one_step_update(self.model, self.patch, self.regions, site=self.patient.id)
         self._found: dict[Knobs, Inversion] = {}
         self._progress: tuple[Knobs, int, torch.Tensor] | None = None  # of a running attack
@@ -371,20 +370,6 @@ class PrivacyPlayground:
         images = {name: [png_base64(picture) for picture in row] for name, row in self._pictures().items()}
         self._picture_box.value = filled_in("fedlab.view", "playground_images.html", outcome=self._outcome(),
                                             failed=self._failed, modalities=MODALITIES, rows=images)
-
-
-def _patch(patient: Patient, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cube around the middle of the tumour, within the scan: image (4, c, c, c) and regions (3, c, c, c)."""
-    if patient.label is None:
-        raise ValueError(f"patient {patient.id} has no label, which training needs to compute an update")
-    where = patient.label.nonzero()
-    if len(where) == 0 or min(patient.label.shape) < crop:
-        raise ValueError(f"expected a patient with a tumour and at least {crop} voxels along each axis; {patient.id} "
-                         f"has {len(where)} tumour voxels on a grid of {tuple(patient.label.shape)}")
-    middle = where.float().mean(dim=0).round().long()
-    first = (middle - crop // 2).clamp(min=0).minimum(torch.tensor(patient.label.shape) - crop)
-    cut = tuple(slice(start, start + crop) for start in first.tolist())
-    return patient.image[(slice(None), *cut)].float(), labels_to_regions(patient.label[cut])
 
 
 def _slice(channel: torch.Tensor) -> npt.NDArray[np.float64]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedlab.core.muted_warnings import muted
 from fedlab.core.settings import check_positive, check_share, check_whole
 
-__all__ = ["RELEASES", "Accountant", "Concentrated", "Gaussian", "Pure", "Release", "epsilon_of"]
+__all__ = ["RELEASES", "Accountant", "Concentrated", "Gaussian", "Pure", "Release", "epsilon_of", "renyi_of"]
 
 Accountant = Literal["rdp", "prv", "gdp"]
 
@@ -116,6 +116,20 @@ def epsilon_of(releases: Iterable[Release], *, delta: float, accountant: Account
     """
     if not (isinstance(delta, Real) and 0 < delta < 1):
         raise ValueError(f"delta lies between 0 and 1, got {delta}")
+    gaussian, pure, rho = _kinds(releases)
+    if rho and accountant != "rdp":
+        raise ValueError(f"accountant {accountant!r} cannot account for concentrated releases, such as discrete "
+                         "Gaussian noise, of which only the Rényi divergence is known; say accountant='rdp'")
+    return _epsilon(gaussian, pure, rho, delta, accountant)
+
+
+def renyi_of(releases: Iterable[Release]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Rényi orders, and the divergence at each that the releases together allow at most; NaN where none is known."""
+    return np.array(_ORDERS, dtype=float), _renyi_divergences(*_kinds(releases))
+
+
+def _kinds(releases: Iterable[Release]) -> tuple[_Gaussians, _Pures, float]:
+    """The releases by kind, and the sum of the ρ of concentrated ones."""
     gaussian: dict[tuple[float, float], int] = {}
     pure: dict[float, int] = {}
     rhos = []
@@ -127,11 +141,8 @@ def epsilon_of(releases: Iterable[Release], *, delta: float, accountant: Account
             rhos.append(release.rho * release.times)
         else:
             pure[release.epsilon] = pure.get(release.epsilon, 0) + release.times
-    if rhos and accountant != "rdp":
-        raise ValueError(f"accountant {accountant!r} cannot account for concentrated releases, such as discrete "
-                         "Gaussian noise, of which only the Rényi divergence is known; say accountant='rdp'")
-    return _epsilon(tuple(sorted((*key, steps) for key, steps in gaussian.items())), tuple(sorted(pure.items())),
-                    math.fsum(rhos), delta, accountant)
+    return (tuple(sorted((*key, steps) for key, steps in gaussian.items())), tuple(sorted(pure.items())),
+            math.fsum(rhos))
 
 
 @lru_cache(maxsize=4096)
@@ -147,13 +158,18 @@ def _epsilon(gaussian: _Gaussians, pure: _Pures, rho: float, delta: float, accou
     return renyi if accountant == "rdp" else min(renyi, basic + _prv(gaussian, delta))
 
 
-def _renyi(gaussian: _Gaussians, pure: _Pures, rho: float, delta: float) -> float:
+def _renyi_divergences(gaussian: _Gaussians, pure: _Pures, rho: float) -> npt.NDArray[np.float64]:
     orders = np.array(_ORDERS, dtype=float)
     total = rho * orders
     for noise_multiplier, sample_rate, steps in gaussian:
         total += steps * np.array(_renyi_of_step(noise_multiplier, sample_rate))
     for epsilon, times in pure:
         total += times * np.minimum(epsilon, orders * epsilon**2 / 2)
+    return total
+
+
+def _renyi(gaussian: _Gaussians, pure: _Pures, rho: float, delta: float) -> float:
+    orders, total = np.array(_ORDERS, dtype=float), _renyi_divergences(gaussian, pure, rho)
     # Balle et al. 2020, theorem 21: from Rényi divergence to ε at δ.
     found = total + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
     return float(max(0.0, np.nanmin(found))) if not np.isnan(found).all() else math.inf
