@@ -230,9 +230,10 @@ def _controls(case: Case, settings: ViewSettings) -> dict[str, Any]:
         start, size = case.box[axis].start, case.shape[axis]
         controls[plane] = ipywidgets.IntSlider(value=start + settings.crosshair[axis], min=start,
                                                max=start + size - 1, description=plane)
-    narrow = ipywidgets.Layout(width="220px")
-    for control in controls.values():
-        control.layout, control.style = narrow, {"description_width": "62px"}
+    for name, control in controls.items():
+        wide = name in AXES or name == "opacity"
+        control.layout = ipywidgets.Layout(width="300px" if wide else "210px")
+        control.style = {"description_width": "62px"}
     for label, name in LABEL_ABBREVIATIONS.items():
         controls[name] = ipywidgets.ToggleButton(value=label in settings.labels, description=name,
                                                  tooltip="shown or hidden", layout=ipywidgets.Layout(
