@@ -97,6 +97,7 @@ class NiiVuePanel:
         self.canvas = Canvas(height=height, slice_type=_SLICES[settings.view], is_radiological_convention=True,
                              sagittal_nose_left=True, drag_and_drop_enabled=False, log_level="error")
         self._beside: str | None = None
+        self._ranges: dict[str, tuple[float, float]] = {}
         self._scan = _Layer(data=nifti_bytes(case.grey(settings.modality), case.affine), name="scan.nii",
                             colormap="gray", cal_min=0.0, cal_max=255.0, opacity=1.0)
         self._over = _Layer(data=nifti_bytes(self._values(), case.affine), name="overlay.nii", opacity=settings.opacity,
@@ -180,7 +181,9 @@ class NiiVuePanel:
     def _shown(self) -> dict[str, Any]:
         """What the browser needs to know besides the two volumes."""
         now, case = self.settings, self.case
-        low, high = case.grey_range(now.modality)
+        if now.modality not in self._ranges:
+            self._ranges[now.modality] = case.grey_range(now.modality)
+        low, high = self._ranges[now.modality]
         if (other := case.beside(now.layer)) != self._beside:
             self._beside = other
             self.canvas.beside = b"" if other is None else gzip.compress(case.layer(other).tobytes(order="F"), 1)
