@@ -47,9 +47,11 @@ def main() -> None:
         trainer = fl.SiteTrainer(model=torch.nn.Conv3d(4, 3, 1), lr=1e-2, steps=1, crop=(16, 16, 16), augment=None)
     presets = fl.evidence.presets(sites[0], trainer, rounds=rounds, epsilon=EPSILON, delta=DELTA, clip=CLIP,
                                   gradient_clip=GRADIENT_CLIP)
+    attacks = {"canaries": fl.evidence.Canaries(canaries=20), "membership": fl.evidence.SentMembership(),
+               "reconstruction": fl.evidence.SentReconstruction(patients=1, crop=8, steps=2)} if options.quick else None
     begun = time.perf_counter()
     found = fl.evidence.assess(presets, sites.__getitem__, trainer, rounds=rounds, seeds=seeds, public=True,
-                               out=None if options.quick else options.folder)
+                               attacks=attacks, out=None if options.quick else options.folder)
     print(found.table().T.to_string())
     if options.quick:
         return

@@ -27,7 +27,7 @@ def assess_file(job: Job, out: Path, *, file: Path | None = None, seeds: int = 3
         job: its source, rounds and trainer. Generated patients are new ones in every seed.
         out: the run directory.
         file: of Python, with a dictionary `techniques`, or a function of that name of the sites and the trainer, and
-            perhaps a `trainer`; `fedlab.evidence.presets` without one.
+            perhaps a `trainer` and a dictionary `attacks`; `fedlab.evidence.presets` without one.
         seeds: number of trainings of each technique.
 
     Raises:
@@ -47,7 +47,7 @@ def assess_file(job: Job, out: Path, *, file: Path | None = None, seeds: int = 3
             sites = [job.source.prepare(seed=seed, workers=workers) for seed in range(seeds if generated else 1)]
         found = assess(techniques(sites[0], trainer) if callable(techniques) else techniques,
                        sites.__getitem__ if generated else sites[0], trainer, rounds=job.rounds, seeds=seeds,
-                       public=generated, out=out / "arms", progress=progress)
+                       attacks=given.get("attacks"), public=generated, out=out / "arms", progress=progress)
         write_whole(out / "scores.csv", found.scores.to_csv(index=False).encode())
         write_json(out / "evidence.json", found.as_json())
         found.save(out / "page.html")

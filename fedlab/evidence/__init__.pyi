@@ -1,6 +1,6 @@
 from .arms import Arm
 from .assessment import assess, default_attacks
-from .attacked import Attack, Case, ModelMembership, NotApplicable, SentMembership
+from .attacked import Attack, Canaries, Case, ModelMembership, NotApplicable, SentMembership, SentReconstruction
 from .canaries import Audit, CanaryAudit
 from .comparison import ArmComparison, compare_arms
 from .contributions import Contributions, KeepUpdates, dice_on, site_contributions
@@ -16,10 +16,10 @@ from .runs import RunOnDisk, RunTable, runs
 from .sweeps import Sweep, sweep
 
 __all__ = [
-    "RMIA", "Arm", "ArmComparison", "Assessed", "Attack", "Audit", "CanaryAudit", "Case", "Contributions",
-    "Difference", "Evidence", "Finding", "Inversion", "KeepUpdates", "LossThreshold", "Membership",
-    "ModelMembership", "NotApplicable", "PropertyInference", "Reconstructed", "Reconstruction", "RunOnDisk",
-    "RunTable", "SentMembership", "Share", "SiteInference", "Sweep", "Threat", "UpdateMembership", "assess",
-    "compare_arms", "default_attacks", "dice_on", "difference", "invert_update", "one_step_update", "patch_net",
-    "presets", "runs", "shadow_models", "share_kept", "site_contributions", "sweep", "tissue_prior", "tumour_patch",
+    "RMIA", "Arm", "ArmComparison", "Assessed", "Attack", "Audit", "Canaries", "CanaryAudit", "Case", "Contributions",
+    "Difference", "Evidence", "Finding", "Inversion", "KeepUpdates", "LossThreshold", "Membership", "ModelMembership",
+    "NotApplicable", "PropertyInference", "Reconstructed", "Reconstruction", "RunOnDisk", "RunTable", "SentMembership",
+    "SentReconstruction", "Share", "SiteInference", "Sweep", "Threat", "UpdateMembership", "assess", "compare_arms",
+    "default_attacks", "dice_on", "difference", "invert_update", "one_step_update", "patch_net", "presets", "runs",
+    "shadow_models", "share_kept", "site_contributions", "sweep", "tissue_prior", "tumour_patch",
 ]

@@ -27,7 +27,15 @@ from fedlab.core.weights import weights_sha256
 from fedlab.core.workers import Workers, script_not_imported, tell
 from fedlab.data.store import load_sites
 from fedlab.evidence.arms import Arm, messages_until_done
-from fedlab.evidence.attacked import Attack, Case, ModelMembership, NotApplicable, SentMembership
+from fedlab.evidence.attacked import (
+    Attack,
+    Canaries,
+    Case,
+    ModelMembership,
+    NotApplicable,
+    SentMembership,
+    SentReconstruction,
+)
 from fedlab.evidence.comparison import compare_arms
 from fedlab.evidence.differences import difference, share_kept
 from fedlab.evidence.report import Assessed, Evidence
@@ -50,7 +58,8 @@ Technique = Privacy | Aggregation | Arm
 
 def default_attacks() -> dict[str, Attack]:
     """The attacks of `assess`, by name."""
-    return {"membership, by the update": SentMembership(), "membership, by the model": ModelMembership()}
+    return {"canaries": Canaries(), "reconstruction": SentReconstruction(),
+            "membership, by the update": SentMembership(), "membership, by the model": ModelMembership()}
 
 
 def assess(techniques: Mapping[str, Technique], sites: Sequence[Site] | Callable[[int], Sequence[Site]],

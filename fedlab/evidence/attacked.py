@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 from torch import nn
 
-from fedlab.core.types import Answer, ServerState, Site, Tensors, Update
+from fedlab.core.regions import regions_to_labels
+from fedlab.core.types import Answer, Patient, ServerState, Site, Tensors, Update
 from fedlab.core.weights import load_weights
 from fedlab.evidence.arms import Arm
+from fedlab.evidence.canaries import CanaryAudit
 from fedlab.evidence.findings import Finding, Threat
+from fedlab.evidence.inversion import tumour_patch
 from fedlab.evidence.membership import LossThreshold, Membership, UpdateMembership
+from fedlab.evidence.reconstruction import Reconstruction
+from fedlab.privacy.base import Privacy
 from fedlab.run.local import Local
 from fedlab.run.round import Star
+from fedlab.training.trainer import SiteTrainer
 
-__all__ = ["Attack", "Case", "ModelMembership", "NotApplicable", "Seen", "SentMembership"]
+__all__ = ["Attack", "Canaries", "Case", "ModelMembership", "NotApplicable", "Seen", "SentMembership",
+           "SentReconstruction"]
 
 
 class NotApplicable(ValueError):
@@ -183,3 +191,87 @@ class ModelMembership:
     def found(self, tries: Sequence[Mapping[str, Any]]) -> Finding:
         return Membership.of(self, LossThreshold.threat, *(np.concatenate([one[group] for one in tries])
                                                            for group in ("members", "others"))).auc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canaries:
+    """`CanaryAudit` of one round of the technique, with the trainer's steps: the ε that it shows, once for all seeds.
+
+    Args:
+        canaries: their number.
+    """
+
+    canaries: int = 1000
+    once: ClassVar[bool] = True
+
+    def try_on(self, case: Case) -> Mapping[str, Any]:
+        if case.arm.aggregation is not None:
+            raise NotApplicable("canaries audit techniques at the sites or at the server, not a sum under encryption")
+        audit = CanaryAudit(canaries=self.canaries, steps=case.arm.trainer.steps or 1, seed=case.seed)(
+            case.arm.privacy or Privacy())
+        claim = f", REFUTED is the claim of {audit.claimed}" * audit.refuted
+        return {**asdict(audit.finding), "attack": repr(self), "measure": f"ε of one round{claim}"}
+
+    def found(self, tries: Sequence[Mapping[str, Any]]) -> Finding:
+        return _finding(tries[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentReconstruction:
+    """`Reconstruction` from what is sent after one plain step on a patch around a tumour, once for all seeds.
+
+    The easiest case for the attacker: one patient, one step, known labels. The prior and the candidates are patches of
+    held-out patients of the same sites.
+
+    Args:
+        patients: number of patients that are attacked, one site each.
+        crop: edge of the patch in voxels.
+        steps: of each attack.
+    """
+
+    patients: int = 4
+    crop: int = 16
+    steps: int = 150
+    once: ClassVar[bool] = True
+
+    def try_on(self, case: Case) -> Mapping[str, Any]:
+        if case.arm.aggregation is not None:
+            raise NotApplicable("the update of one patient is never seen, only the sum of several sites")
+        scans = [p for site in case.sites for p in site.train if _has_tumour(p)][:self.patients]
+        others = [p for site in case.sites for p in site.val if _has_tumour(p)][:19]
+        if not scans or not others:
+            raise NotApplicable("no patient with a tumour to train on, or none that is held out")
+        edge = min(self.crop, *(size for p in (*scans, *others) for size in p.image.shape[1:]))
+        patches = [tumour_patch(patient, edge) for patient in scans]
+        seen = one_step_each(case, patches)
+        found = Reconstruction(steps=self.steps, seed=case.seed)(
+            case.model(), [one.delta for one in seen], patches, public=[tumour_patch(one, edge) for one in others])
+        threat = replace(Reconstruction.threat, who=seen[0].who)
+        return {**asdict(replace(found.correlation, threat=threat)), "attack": repr(self)}
+
+    def found(self, tries: Sequence[Mapping[str, Any]]) -> Finding:
+        return _finding(tries[0])
+
+
+def one_step_each(case: Case, patches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Seen]:
+    """What is seen of one plain gradient step on each patch (image and regions), each at a site of its own."""
+    seen = []
+    for image, regions in patches:
+        x, y, z = image.shape[1:]
+        trainer = SiteTrainer(model=case.model(), steps=1, batch_size=1, crop=(x, y, z), augment=None, optimiser=_sgd,
+                              lr=0.1, precision="fp32")
+        patient = Patient("patch", image, regions_to_labels(regions), np.eye(4))
+        seen += replace(case, arm=replace(case.arm, trainer=trainer)).seen([Site("site", [patient])])
+    return seen
+
+
+def _finding(values: Mapping[str, Any]) -> Finding:
+    return Finding(**{**values, "threat": Threat(**values["threat"])})
+
+
+def _has_tumour(patient: Patient) -> bool:
+    return patient.label is not None and bool(patient.label.any())
+
+
+def _sgd(parameters: Any, lr: float) -> Any:
+    return torch.optim.SGD(parameters, lr=lr)

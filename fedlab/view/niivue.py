@@ -97,6 +97,7 @@ class NiiVuePanel:
         self.canvas = Canvas(height=height, slice_type=_SLICES[settings.view], is_radiological_convention=True,
                              sagittal_nose_left=True, drag_and_drop_enabled=False, log_level="error")
         self._beside: str | None = None
+        self._ranges: dict[str, tuple[float, float]] = {}
         self._scan = _Layer(data=nifti_bytes(case.grey(settings.modality), case.affine), name="scan.nii",
                             colormap="gray", cal_min=0.0, cal_max=255.0, opacity=1.0)
         self._over = _Layer(data=nifti_bytes(self._values(), case.affine), name="overlay.nii", opacity=settings.opacity,
@@ -180,7 +181,9 @@ class NiiVuePanel:
     def _shown(self) -> dict[str, Any]:
         """What the browser needs to know besides the two volumes."""
         now, case = self.settings, self.case
-        low, high = case.grey_range(now.modality)
+        if now.modality not in self._ranges:
+            self._ranges[now.modality] = case.grey_range(now.modality)
+        low, high = self._ranges[now.modality]
         if (other := case.beside(now.layer)) != self._beside:
             self._beside = other
             self.canvas.beside = b"" if other is None else gzip.compress(case.layer(other).tobytes(order="F"), 1)
@@ -230,9 +233,10 @@ def _controls(case: Case, settings: ViewSettings) -> dict[str, Any]:
         start, size = case.box[axis].start, case.shape[axis]
         controls[plane] = ipywidgets.IntSlider(value=start + settings.crosshair[axis], min=start,
                                                max=start + size - 1, description=plane)
-    narrow = ipywidgets.Layout(width="220px")
-    for control in controls.values():
-        control.layout, control.style = narrow, {"description_width": "62px"}
+    for name, control in controls.items():
+        wide = name in AXES or name == "opacity"
+        control.layout = ipywidgets.Layout(width="300px" if wide else "210px")
+        control.style = {"description_width": "62px"}
     for label, name in LABEL_ABBREVIATIONS.items():
         controls[name] = ipywidgets.ToggleButton(value=label in settings.labels, description=name,
                                                  tooltip="shown or hidden", layout=ipywidgets.Layout(

@@ -41,6 +41,7 @@ class Viewer:
         self.case, self.backend = case, backend
         self._settings, self._height = settings, height
         self._panel: Any = None
+        self._still: tuple[bytes, dict[str, int]] | None = None
 
     @property
     def panel(self) -> Any:
@@ -96,7 +97,10 @@ class Viewer:
         return f"<Viewer of {self.case.patient.id}: {layers}; backend {self.backend!r}>"
 
     def _poster(self) -> tuple[bytes, dict[str, int]]:
-        return self.picture(every=False)._repr_png_(dpi=_POSTER_DPI)
+        """The first view as a picture, drawn once."""
+        if self._still is None:
+            self._still = self.picture(every=False)._repr_png_(dpi=_POSTER_DPI)
+        return self._still
 
     def _ipython_display_(self) -> None:
         """Displays a still picture at once; the canvas replaces it when the browser has loaded it."""
@@ -111,11 +115,12 @@ class Viewer:
         show_bundle(bundle, raw=True, metadata=metadata)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        widget = self.panel.widget if self.backend == "niivue" else None  # it starts while we draw
         drawn = self.picture()
         png, size = drawn._repr_png_(dpi=_DPI)
         bundle: dict[str, Any] = {"text/plain": f"{self!r}\n{drawn.alt}", "image/png": png}
-        if self.backend == "niivue":
-            bundle = self.panel.widget._repr_mimebundle_() | bundle
+        if widget is not None:
+            bundle = widget._repr_mimebundle_() | bundle
         return bundle, {"image/png": size}
 
 

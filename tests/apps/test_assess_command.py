@@ -23,6 +23,7 @@ class Halved(fl.Privacy):
 
 trainer = fl.SiteTrainer(model=torch.nn.Conv3d(4, 3, 1), lr=1e-2, steps=1, crop=(16, 16, 16), augment=None)
 techniques = {"halved": Halved()}
+attacks = {"by the model": fl.evidence.ModelMembership()}
 """
 
 
@@ -44,6 +45,7 @@ def test_a_file_of_techniques_gives_a_page_and_its_numbers(file, tmp_path, monke
     assert "Halved()" in (out / "page.html").read_text(encoding="utf-8")
     found = json.loads((out / "evidence.json").read_text(encoding="utf-8"))
     assert set(found["techniques"]) == {"start", "none", "halved"}
+    assert list(found["techniques"]["halved"]["findings"]) == ["by the model"]
     assert sorted(path.name for path in out.iterdir()) == ["evidence.json", "page.html", "scores.csv"]
     assert main(["assess", str(file), "--out", str(out)]) == 1
     assert "finished assessment" in capsys.readouterr().err
