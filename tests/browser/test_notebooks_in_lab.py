@@ -51,7 +51,7 @@ def test_first_federated_run(visit: Callable[..., Visit], repository: Path, seen
 
 def test_predictions_in_3d(visit: Callable[..., Visit], repository: Path, seen: Seen) -> None:
     notebook = visit(with_parameters(repository / "notebooks" / "06_visualise_predictions_in_3d.ipynb",
-                                     sizes=(3, 3), held_out=1, rounds=1, steps=1))
+                                     sizes=(3, 3), held_out=1, rounds=1, steps=3))
     notebook.run_all()
     wait_for(lambda: notebook.finished() or notebook.cell("show").locator("canvas").count(), seconds=PATIENCE,
              why="no canvas")
@@ -73,14 +73,17 @@ def test_predictions_in_3d(visit: Callable[..., Visit], repository: Path, seen: 
     drag(notebook, cell, "opacity", 1.0)
     wait_for(lambda: coloured(shot(notebook)) > 100, seconds=120, why="the tumour does not reappear")
 
+    for arm in ("public", "federated"):
+        before = settled(notebook)
+        choose(cell, "arm", arm)
+        wait_for(lambda before=before: differing(before, shot(notebook)) > 100, seconds=120,
+                 why="another arm gives the same overlay")
+        assert volume(cell, "WT") > 1, f"the model {arm} predicts no tumour, so no test sees a prediction"
+        assert coloured(keep(seen, notebook, f"06-{arm}")) > 100, f"the tumour predicted by {arm} is not on screen"
     full = settled(notebook)
     drag(notebook, cell, "axial", 0.15)
     wait_for(lambda: differing(full, shot(notebook)) > 500, seconds=120, why="another slice gives the same picture")
     keep(seen, notebook, "06-other-slice")
-    before = settled(notebook)
-    choose(cell, "arm", "federated")
-    wait_for(lambda: differing(before, shot(notebook)) > 100, seconds=120, why="another arm gives the same overlay")
-    keep(seen, notebook, "06-federated")
     seen.keep("06-controls", cell.screenshot())
     notebook.check_quiet()
 
@@ -156,6 +159,12 @@ def keep(seen: Seen, notebook: Visit, name: str) -> Pixels:
 def choose(cell: Any, control: str, option: str) -> None:
     """Selects an option of the drop-down list with this description."""
     cell.locator(".widget-dropdown").filter(has_text=control).locator("select").first.select_option(label=option)
+
+
+def volume(cell: Any, region: str) -> float:
+    """ml of a region in the arm that is shown, from the table beside the canvas."""
+    row = cell.locator("tr").filter(has_text=region).first
+    return float(row.locator("td").first.inner_text())
 
 
 def drag(notebook: Visit, cell: Any, control: str, share: float) -> None:
