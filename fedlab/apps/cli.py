@@ -12,6 +12,7 @@ from pathlib import Path
 from fedlab.apps.cli_arguments import HELP
 from fedlab.apps.cli_data import add_data
 from fedlab.apps.cli_deploy import add_deploy
+from fedlab.apps.cli_itk import add_itk
 from fedlab.apps.cli_runs import add_runs
 from fedlab.apps.cli_site import add_export, add_site
 from fedlab.apps.standard_streams import robust_streams
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("fedlab", description=HELP["about"].strip(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (add_runs, add_data, add_site, add_export, add_deploy):
+    for add in (add_runs, add_data, add_site, add_export, add_deploy, add_itk):
         add(commands)
     return parser
 
