@@ -13,6 +13,7 @@ from fedlab import __version__
 from fedlab.apps.cli_arguments import HELP, Parser
 from fedlab.apps.cli_data import add_data
 from fedlab.apps.cli_deploy import add_deploy
+from fedlab.apps.cli_itk import add_itk
 from fedlab.apps.cli_lab import add_lab
 from fedlab.apps.cli_runs import add_runs
 from fedlab.apps.cli_site import add_export, add_site
@@ -59,7 +60,7 @@ def _parser() -> Parser:
     parser = Parser("fedlab", description=HELP["about"].strip())
     parser.add_argument("--version", action="version", version=f"fedlab {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (add_runs, add_lab, add_data, add_site, add_export, add_deploy):
+    for add in (add_runs, add_lab, add_data, add_site, add_export, add_deploy, add_itk):
         add(commands)
     return parser
 

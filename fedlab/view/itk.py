@@ -1,60 +1,51 @@
-"""itkwidgets as a backend. It can hang a notebook instead of failing, so all its requirements are checked first.
+"""itkwidgets as a backend, with the local parts of its viewer (`fedlab.view.itk_parts`).
 
 On import, itkwidgets 1.0a55 takes over the kernel's queue of cells and runs no further cell until its viewer answers
-from the browser. The viewer is not part of the package: it is loaded from an internet address written into itkwidgets,
-with parts from a CDN. Hence two strict requirements: a browser is connected, and the user has agreed to run that code
-beside the scans.
+from the browser. Where none can answer, `require` refuses; where none does, `ItkPanel` ends the wait.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
-import os
-import re
-import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from fedlab.core.errors import RunError
 from fedlab.core.extras import MissingExtra, install_command
+from fedlab.view import itk_parts
 from fedlab.view.label_layers import Case, ViewSettings
 from fedlab.view.widget_snapshot import running_kernel
 
-__all__ = ["ALLOWED", "ItkPanel", "require"]
+__all__ = ["ItkPanel", "require"]
 
-#: Environment variable by which a user agrees to run code from the internet.
-ALLOWED = "FEDLAB_ITK_FROM_INTERNET"
-_INSTEAD = "backend='niivue' shows the same from installed files, backend='static' without a browser"
-_EXTENSION = "imjoy-jupyterlab-extension"
-_TIMEOUT = 3.0  # seconds to reach the viewer's address
+_INSTEAD = "backend='niivue' shows the same, backend='static' without a browser"
+#: Seconds in which the page has to answer, and then to draw. Time in which a cell runs does not count.
+_ANSWER, _DRAW = 90.0, 300.0
+_PAUSE = 0.25  # seconds between two looks
+_PLANES = {"all": "Volume", "3-D": "Volume", "sagittal": "XPlane", "coronal": "YPlane", "axial": "ZPlane"}
 
 
 def require() -> None:
     """Raises `RunError` with the remedy where itkwidgets cannot work; it is not imported."""
-    spec = importlib.util.find_spec("itkwidgets")
-    if spec is None or spec.origin is None:
+    if importlib.util.find_spec("itkwidgets") is None:
         raise MissingExtra("backend='itk' needs itkwidgets, which is not installed. Install it with: "
                            f"{install_command('itk')}; {_INSTEAD}")
     if not _asked_by_lab():
-        raise RunError("backend='itk' works in JupyterLab only: without a browser to show its viewer the notebook "
-                       f"would wait for it forever; {_INSTEAD}")
-    host, port = _viewer_host(Path(spec.origin).parent)
-    if os.environ.get(ALLOWED) != "1":
-        raise RunError(f"itkwidgets contains no viewer: it would run code from {host} and a CDN beside the scans. To "
-                       f"allow that, set os.environ['{ALLOWED}'] = '1'; {_INSTEAD}")
+        raise RunError("backend='itk' works in JupyterLab only: without a browser to show its viewer there is nothing "
+                       f"to see; {_INSTEAD}")
+    if itk_parts.installed() is None:
+        raise RunError("itkwidgets contains no viewer, and its parts are not set up here. Run once, with a network: "
+                       f"fedlab itk install; then reload the page of JupyterLab. {_INSTEAD}")
     if (file := _switched_off()) is not None:
-        raise RunError(f"JupyterLab's extension {_EXTENSION}, which itkwidgets needs, is disabled in {file}, because "
-                       "it requests scripts from a CDN at every start; to allow that, run 'jupyter labextension enable "
-                       f"{_EXTENSION}' and reopen JupyterLab; {_INSTEAD}")
-    try:
-        socket.create_connection((host, port), timeout=_TIMEOUT).close()
-    except OSError as error:
-        raise RunError(f"the viewer of itkwidgets can't be reached at {host} ({error}), and the notebook would wait "
-                       f"for it forever: connect to the internet and try again; {_INSTEAD}") from error
+        raise RunError(f"JupyterLab's extension {itk_parts.NAME}, which shows the viewer, is disabled in {file}. Run "
+                       f"'jupyter labextension enable {itk_parts.NAME}' and reload the page; {_INSTEAD}")
 
 
 def _asked_by_lab() -> bool:
@@ -65,7 +56,7 @@ def _asked_by_lab() -> bool:
 
 
 def _switched_off() -> Path | None:
-    """The file of JupyterLab's settings that disables the extension of itkwidgets; the user's own settings win."""
+    """The file of JupyterLab's settings that disables the extension; the user's own settings win."""
     from jupyter_core.paths import jupyter_config_path
 
     for folder in map(Path, jupyter_config_path()):
@@ -73,27 +64,21 @@ def _switched_off() -> Path | None:
         if file.is_file():
             settings = json.loads(file.read_text(encoding="utf-8"))
             known = settings.get("disabledExtensions", {})
-            if isinstance(known, dict) and _EXTENSION in known:
-                return file if known[_EXTENSION] else None
+            if isinstance(known, dict) and itk_parts.NAME in known:
+                return file if known[itk_parts.NAME] else None
     return None
 
 
-def _viewer_host(package: Path) -> tuple[str, int]:
-    """Host and port of the viewer, read from the source of itkwidgets without importing it."""
-    text = (package / "viewer_config.py").read_text(encoding="utf-8")
-    found = re.search(r"ITK_VIEWER_SRC\s*=\s*\(?\s*[\"']([^\"']+)[\"']", text)
-    address = urlsplit(found.group(1)) if found else None
-    if address is None or address.hostname is None:
-        raise RunError("this version of itkwidgets does not name the address of its viewer. Install the version that "
-                       f"fedlab supports with: {install_command('itk')}; {_INSTEAD}")
-    return address.hostname, address.port or 443
-
-
 class ItkPanel:
-    """One modality with labels over it in the interface of itkwidgets, which accepts no colour table from Python."""
+    """One modality with labels over it in the interface of itkwidgets, which accepts no colour table from Python.
 
-    def __init__(self, case: Case, settings: ViewSettings) -> None:
-        import itkwidgets
+    Args:
+        case: patient and layers.
+        settings: what is shown at first.
+        report: called once: with None when the picture is drawn, else with the reason why there is none.
+    """
+
+    def __init__(self, case: Case, settings: ViewSettings, report: Callable[[str | None], None]) -> None:
         from ngff_zarr import to_ngff_image
 
         self.settings = settings
@@ -109,7 +94,51 @@ class ItkPanel:
                                  translation=origin, name=case.patient.id)
 
         layers = {} if overlay is None else {"label_image": lps(overlay)}
-        self.widget = itkwidgets.view(image=lps(case.grey(settings.modality)), **layers)
+        self.widget = _viewers().view(image=lps(case.grey(settings.modality)), ui_collapsed=False, **layers)
+        self.widget.set_view_mode(_PLANES[settings.view])
+        if overlay is not None:
+            self.widget.set_label_image_blend(settings.opacity)
+        self._guard = asyncio.get_running_loop().create_task(_watch(self.widget, report))
 
     def close(self) -> None:
         """Does nothing: itkwidgets keeps its viewers until the page is closed."""
+
+
+def _viewers() -> Any:
+    """itkwidgets. It wants imjoy_elfinder, a file manager that needs pydantic 1, to be there but does not use it."""
+    if importlib.util.find_spec("imjoy_elfinder") is None:
+        sys.modules["imjoy_elfinder"] = ModuleType("imjoy_elfinder")
+        try:
+            import itkwidgets
+        finally:
+            del sys.modules["imjoy_elfinder"]
+    import itkwidgets
+
+    return itkwidgets
+
+
+async def _watch(widget: Any, report: Callable[[str | None], None]) -> None:
+    """Waits for the viewer; if it does not come in time, lets the following cells run without it."""
+    from itkwidgets.cell_watcher import CellWatcher
+
+    watcher, rpc = CellWatcher(), widget.viewer_rpc
+    for limit, arrived, missing in (
+            (_ANSWER, lambda: hasattr(rpc, "itk_viewer"),
+             "the page of JupyterLab did not answer. If it was open while 'fedlab itk install' ran, reload it and run "
+             "the cell again"),
+            (_DRAW, lambda: watcher.viewer_ready(rpc.parent), "the browser did not draw the picture; the console of "
+             "its developer tools says why")):
+        for _ in range(int(limit / _PAUSE)):
+            if arrived():
+                break
+            await asyncio.sleep(_PAUSE)
+        else:
+            watcher.viewers.data.pop(rpc.parent, None)
+            if watcher.results:  # values asked of a viewer that does not answer
+                watcher.results.clear()
+                watcher.current_request = None
+            watcher.create_task(watcher.execute_next_request)
+            report(f"itkwidgets was given up after {limit:g} s: {missing}. {_INSTEAD}")
+            return
+    widget.set_image_color_map("Grayscale")
+    report(None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -53,7 +55,7 @@ class Viewer:
         elif self._panel is None and self.backend == "itk":
             from fedlab.view.itk import ItkPanel
 
-            self._panel = ItkPanel(self.case, self._settings)
+            self._panel = ItkPanel(self.case, self._settings, self._replace_poster())
         return self._panel
 
     @property
@@ -102,10 +104,31 @@ class Viewer:
             self._still = self.picture(every=False)._repr_png_(dpi=_POSTER_DPI)
         return self._still
 
+    def _replace_poster(self) -> Callable[[str | None], None]:
+        """Displays a still picture; what is returned takes it away, or puts the reason over it that it stays."""
+        from IPython.display import display
+
+        png, size = self._poster()
+        bundle, metadata = {"image/png": png, "text/plain": repr(self)}, {"image/png": size}
+        handle: Any = display(bundle, raw=True, metadata=metadata, display_id=True)  # type: ignore[no-untyped-call]
+
+        def report(missing: str | None) -> None:
+            if missing is None:
+                handle.update({"text/plain": repr(self)}, raw=True)
+                return
+            picture = f'<img width="{size["width"]}" src="data:image/png;base64,{b64encode(png).decode("ascii")}">'
+            handle.update({"text/plain": missing, "text/html": f"<p>{escape(missing)}</p>{picture}"}, raw=True)
+
+        return report
+
     def _ipython_display_(self) -> None:
         """Displays a still picture at once; the canvas replaces it when the browser has loaded it."""
         from IPython.display import display
 
+        if self.backend == "itk":
+            self._panel = None  # itkwidgets shows a viewer where it was made, and only there
+            _ = self.panel
+            return
         show_bundle: Any = display
         if self.backend == "niivue" and self._panel is None:
             png, size = self._poster()

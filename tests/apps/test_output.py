@@ -29,7 +29,7 @@ from runs import SMALL, finished_demo
 COMMANDS = ["demo", "run", "assess", "resume", "evaluate", "show", "lab", "verify", "data", "data phantom",
             "data inspect", "data fetch", "data card", "site", "site init", "site show", "site approve", "export",
             "export technique", "deploy", "deploy init", "deploy start", "deploy stop", "deploy logs",
-            "deploy status", "deploy submit", "deploy abort"]
+            "deploy status", "deploy submit", "deploy abort", "itk", "itk install", "itk remove"]
 
 
 @pytest.fixture(scope="module")
