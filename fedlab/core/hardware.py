@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import nn
 
+from fedlab.core.convolution import FastConvolutions
 from fedlab.core.settings import check_choice
 
 __all__ = ["calling", "pick_device", "pick_precision", "precision_for"]
@@ -18,16 +23,25 @@ def pick_device(device: str) -> torch.device:
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of convolutions.
 
-    `"auto"` is bf16 on GPUs that support it and on CPUs with AMX tiles, where it is several times faster, else fp32.
-    It depends on the hardware alone, so a run repeats bit for bit on its machine.
+    `"auto"` is bf16 on GPUs that support it and on CPUs that multiply it in hardware (AVX-512 BF16, AMX), where it is
+    faster at every shape that `benchmarks/step.py` times, else fp32. It depends on the hardware alone, and on
+    oneDNN's `ONEDNN_MAX_CPU_ISA`, never on a clock, so a run repeats bit for bit on its machine.
 
     Raises:
         ValueError: an unknown precision.
     """
     check_choice(("auto", "bf16", "fp32"), precision=precision)
     fast = precision == "bf16" or (precision == "auto" and (
-        torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu.get_capabilities().get("amx_bf16")))
+        torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()))
     return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    if limit not in ("", "ALL", "DEFAULT") and not any(name in limit for name in ("BF16", "FP16", "AMX", "AVX10")):
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 def precision_for(model: nn.Module, precision: str, device: torch.device) -> torch.dtype:
@@ -46,7 +60,10 @@ def precision_for(model: nn.Module, precision: str, device: torch.device) -> tor
     return weights
 
 
-def calling(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """A block in which a network computes in a precision, by autocast for bf16 and fp16."""
+@contextmanager
+def calling(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """A block in which a network computes in a precision, by autocast for bf16 and fp16, with fast convolutions."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
+    fast = FastConvolutions() if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half), fast:
+        yield
