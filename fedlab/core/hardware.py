@@ -12,7 +12,7 @@ from torch import nn
 from fedlab.core.convolution import FastConvolutions
 from fedlab.core.settings import check_choice
 
-__all__ = ["calling", "pick_device", "pick_precision", "precision_for"]
+__all__ = ["calling", "computed_in", "pick_device", "pick_precision", "precision_for"]
 
 
 def pick_device(device: str) -> torch.device:
@@ -58,6 +58,12 @@ def precision_for(model: nn.Module, precision: str, device: torch.device) -> tor
         raise ValueError(f"the network's weights are {weights} and compute in that type: leave precision at 'auto', or "
                          f"say model.float() for precision={precision!r}")
     return weights
+
+
+def computed_in(model: nn.Module, precision: str, device: str) -> str:
+    """The precision that a trainer's setting stands for on this machine, such as "bf16" for "auto"."""
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    return names.get(precision_for(model, precision, pick_device(device)), precision)
 
 
 @contextmanager
