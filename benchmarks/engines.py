@@ -1,6 +1,6 @@
 """Engines side by side: time to the first gradient, seconds a round, peak memory, bytes on the wire, final weights.
 
-    .venv/bin/python benchmarks/engines.py [--sites 2 8 13] [--engines Local Processes …] [--rounds 6]
+    .venv/bin/python benchmarks/engines.py [--sites 2 8 13] [--engines Local Processes …] [--rounds 6] [--overhead]
 
 The same trainer on the same generated patients, each arm in a process of its own, one torch thread a process. Arms that
 are done are kept in a folder and not run again. Flower gets an environment of its own in that folder, which sees the
@@ -13,7 +13,8 @@ packages of this one; NVFLARE's arms run with the interpreter that is named, whe
 - on the wire: what went over the arm's own loopback interface, headers included, a round and a site; None where this
   system doesn't let a program have its own (Linux, as root). Shared memory is no wire.
 
-Writes `benchmarks/results/engines.{json,csv}`.
+Writes `benchmarks/results/engines.{json,csv}`; --overhead only the overhead of a round on `Local` over bare PyTorch, of
+which `engines_overhead.py` says how, and leaves the rest of the file as it is, with the machine of that part beside it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 
 import pandas as pd
 
-from common import RESULTS, write
+from common import RESULTS, machine, write
 
 HERE = Path(__file__).resolve().parent
 ENGINES = ("Local", "Processes", "NVFlare simulation", "NVFlare mTLS", "Flower simulation")
@@ -204,6 +205,22 @@ def table_of(arms: Sequence[Arm], folder: Path, flare: Path) -> pd.DataFrame:
     return table
 
 
+def measure_overhead(folder: Path, *, sites: int = 2, pairs: int = 8) -> None:
+    """Measures in a process of its own and writes the part of the results."""
+    from engines_task import make_data
+
+    folder.mkdir(parents=True, exist_ok=True)
+    make_data(folder / f"sites-{sites}", sites)
+    done = subprocess.run([sys.executable, str(HERE / "engines_overhead.py"), str(folder / f"sites-{sites}"),
+                           str(pairs)], check=True, stdout=subprocess.PIPE, text=True)
+    part = {**json.loads(done.stdout.splitlines()[-1]), "machine": machine()}
+    file = RESULTS / "engines.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    known["result"]["overhead of a round on Local over bare PyTorch"] = part
+    file.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(part, indent=1, ensure_ascii=False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=[2, 8, 13])
@@ -212,7 +229,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/engines"), help="rows, kept for the next time")
     parser.add_argument("--flare", type=Path, default=Path(".venv-flare/bin/python"),
                         help="interpreter of an environment with NVFLARE and fedlab")
+    parser.add_argument("--overhead", action="store_true", help="only the overhead of a round over bare PyTorch")
     options = parser.parse_args()
+    if options.overhead:
+        measure_overhead(options.folder.resolve())
+        return
     arms = [Arm(engine=engine, sites=count, rounds=options.rounds) for count in options.sites
             for engine in ENGINES if engine in options.engines]
     table = table_of(arms, options.folder.resolve(), options.flare.absolute())
@@ -223,7 +244,9 @@ def main() -> None:
     table.round(4).to_csv(RESULTS / "engines.csv", index=False)
     found = "from importlib.metadata import version; print(version('nvflare'))"
     nvflare = subprocess.run([options.flare.absolute(), "-c", found], capture_output=True, text=True, check=True).stdout
-    write("engines", {"rounds": options.rounds, "nvflare": nvflare.strip(), "flower": FLOWER.partition("==")[2],
+    known = json.loads((RESULTS / "engines.json").read_text(encoding="utf-8"))["result"]
+    kept = {name: part for name, part in known.items() if name.startswith("overhead")}
+    write("engines", {**kept, "rounds": options.rounds, "nvflare": nvflare.strip(), "flower": FLOWER.partition("==")[2],
                       "arms": table.round(4).to_dict("records")})
 
 

@@ -5,8 +5,13 @@ At the top are the words of a first notebook. Everything else stands in the name
 first used. Read `core`, `training`, `strategies` and `run` first, and of `privacy` the base and DP-SGD.
 """
 
+import os as _os
 from importlib import metadata as _metadata
 from pathlib import Path as _Path
+
+# Threads of torch that wait would spin, and on a busy machine keep the cores from those that they wait for. Read when
+# torch is loaded; a setting of the user's own stays.
+_os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _refuse_namesake() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import nn
 
+from fedlab.core.convolution import FastConvolutions
 from fedlab.core.settings import check_choice
 
-__all__ = ["calling", "pick_device", "pick_precision", "precision_for"]
+__all__ = ["calling", "computed_in", "pick_device", "pick_precision", "precision_for"]
 
 
 def pick_device(device: str) -> torch.device:
@@ -19,7 +23,7 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of convolutions.
 
     `"auto"` is bf16 on GPUs that support it and on CPUs with AMX tiles, where it is several times faster, else fp32.
-    It depends on the hardware alone, so a run repeats bit for bit on its machine.
+    It depends on the hardware alone, never on a clock, so a run repeats bit for bit on its machine.
 
     Raises:
         ValueError: an unknown precision.
@@ -46,7 +50,16 @@ def precision_for(model: nn.Module, precision: str, device: torch.device) -> tor
     return weights
 
 
-def calling(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """A block in which a network computes in a precision, by autocast for bf16 and fp16."""
+def computed_in(model: nn.Module, precision: str, device: str) -> str:
+    """The precision that a trainer's setting stands for on this machine, such as "bf16" for "auto"."""
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    return names.get(precision_for(model, precision, pick_device(device)), precision)
+
+
+@contextmanager
+def calling(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """A block in which a network computes in a precision, by autocast for bf16 and fp16, with fast convolutions."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
+    fast = FastConvolutions() if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype=dtype if half else torch.bfloat16, enabled=half), fast:
+        yield

@@ -6,6 +6,7 @@ processor time, so the workers are forked from one server that has imported ever
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
@@ -31,6 +32,7 @@ from fedlab.core.settings import check_whole
 
 __all__ = ["Stopped", "Workers", "available_cores", "forkserver", "script_not_imported", "settle", "tell"]
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _messages: Queue[Any] | None = None
 _stop: Event | None = None
 
@@ -131,10 +133,23 @@ def _settle(messages: Queue[Any], stop: Event) -> None:
 
 
 def settle() -> None:
-    """In a new worker: sets one torch thread, ignores Ctrl-C, and ends the process when its parent ends."""
+    """In a new worker: sets one torch thread, keeps freed memory, ignores Ctrl-C, and ends with its parent."""
     torch.set_num_threads(1)
+    _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops its workers in order
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _keep_memory() -> None:
+    """glibc keeps what is freed for the next step; else every large activation goes back to the system, page by page.
+
+    The same as `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` in the environment, which only count from the
+    start of a program on.
+    """
+    with suppress(AttributeError, OSError):  # of other systems
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _end_with_parent() -> None:

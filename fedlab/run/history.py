@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from fedlab.core.protocols import Run
+from fedlab.core.hardware import computed_in
+from fedlab.core.protocols import Elsewhere, Run
 from fedlab.core.types import REPEATS, Round, ServerState, Spent
 from fedlab.privacy.base import layers_at
 from fedlab.run.publishable import hidden_in, published
@@ -70,6 +71,7 @@ class History:
         remarks: what else must be said beside the guarantee.
 
     Attributes:
+        precision: "bf16" or "fp32" where the run trains in this process or beside it; "" where sites decide.
         stopped: why the run ended before its last round, if it did.
         state: the server's state after the last finished round, None before the first.
         site_states: what each site keeps for itself, by site, such as `history.site_states["site-01"].diagnostics`;
@@ -79,6 +81,7 @@ class History:
 
     def __init__(self, *, rounds: int, privacy: str = "Privacy()", remarks: Sequence[str] = ()) -> None:
         self.rounds, self.privacy, self.remarks = rounds, privacy, tuple(remarks)
+        self.precision = ""
         self.stopped: str | None = None
         self.state: ServerState | None = None
         self.site_states: Any = {}
@@ -88,13 +91,18 @@ class History:
     def of(cls, run: Run) -> History:
         """The history of a run that begins."""
         secure = f", aggregation={run.aggregation!r}" if run.aggregation.hides_updates else ""
-        return cls(rounds=run.rounds, privacy=f"{run.privacy!r}{secure}",
-                   remarks=list(dict.fromkeys(remark for site in run.sites for remark in site.remarks)))
+        history = cls(rounds=run.rounds, privacy=f"{run.privacy!r}{secure}",
+                      remarks=list(dict.fromkeys(remark for site in run.sites for remark in site.remarks)))
+        if not isinstance(run.engine, Elsewhere):
+            trainer = run.trainer
+            history.precision = computed_in(trainer.model, trainer.precision, trainer.device)
+        return history
 
     def published(self) -> History:
         """The history with those numbers only that may leave the server under the guarantee of the run."""
         out = History(rounds=self.rounds, privacy=self.privacy, remarks=self._remarks())
         out.records, out.state, out.stopped = [published(record) for record in self.records], self.state, self.stopped
+        out.precision = self.precision
         if self.stopped and self.hides_sites:  # the reason may name sites, or say that they have withdrawn
             out.stopped = "the reason is in the server's own record"
         return out

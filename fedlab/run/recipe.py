@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlab.core.hardware import computed_in
 from fedlab.core.types import Patient
 from fedlab.core.weights import patient_sha256, weights_sha256
 from fedlab.training.trainer import SiteTrainer
@@ -231,8 +232,9 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _trainer(trainer: SiteTrainer, above: tuple[int, ...]) -> Json:
-    """A trainer; what becomes of buffers that training moves is a setting only where there are some."""
+    """A trainer, with the precision that "auto" is here; what becomes of buffers only where training moves some."""
     found: dict[str, Any] = _object(trainer, above)
+    found["settings"]["precision"] = computed_in(trainer.model, trainer.precision, trainer.device)
     if moving := trainer.initial_model().keys() - trainer.initial().keys():
         found["settings"]["model"] = _module(trainer.model, (*above, id(trainer.model)), moving)
     else:

@@ -193,8 +193,7 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
         window: largest input of the model, in voxels.
         overlap: of neighbouring windows, as a fraction.
         mirror: whether to predict each window together with its mirror image along X, left and right exchanged, as one
-            batch, and to take the mean of both; None: as `segresnet(mirror=)` says of the model, else False. A pair can
-            take less time than one window, for which torch has only a slow convolution on many processors.
+            batch, and to take the mean of both; None: as `segresnet(mirror=)` says of the model, else False.
         precision: "auto", "bf16" or "fp32", as a `SiteTrainer` has it; see `fedlab.core.hardware.precision_for`.
         device: of the computation; None is that of the model, which is never moved.
 

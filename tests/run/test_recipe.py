@@ -19,6 +19,7 @@ from monai.transforms import Compose, RandFlipd, RandScaleIntensityd
 from torch import nn
 
 from cohorts import TinyNet, blob_sites
+from fedlab.core import hardware
 from fedlab.core.errors import RunError
 from fedlab.core.types import Site
 from fedlab.core.weights import trainable
@@ -229,6 +230,19 @@ def test_a_checkpoint_is_of_one_run_by_content(tmp_path, changed, said):
     with pytest.raises(RunError, match=f"other settings or data .*{said}"):
         run(rounds=2, **changed)
     assert len(run(rounds=2).records) == 2  # all objects are made anew
+
+
+def test_a_run_keeps_the_precision_that_auto_stood_for(tmp_path, monkeypatch):
+    def run(precision, *, rounds):
+        return federate(trainer(precision=precision), blob_sites(), rounds=rounds, checkpoint=tmp_path / "run",
+                        progress=False)
+
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
+    assert run("auto", rounds=1).precision == "fp32"
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: True)  # as on another machine
+    with pytest.raises(RunError, match=r"other settings or data .*trainer\.settings\.precision"):
+        run("auto", rounds=2)
+    assert run("fp32", rounds=2).published().precision == "fp32"
 
 
 def test_a_schedule_of_a_notebook_survives_a_kernel_restart(tmp_path):

@@ -14,7 +14,6 @@ from fedlab.core.kit import Kit
 from fedlab.core.muted_warnings import muted
 from fedlab.core.settings import check_choice
 from fedlab.core.weights import trainable
-from fedlab.privacy.dp.convolution import OneVolume
 
 __all__ = ["MODES", "Gradients", "PatientGradients", "per_patient"]
 
@@ -60,10 +59,9 @@ def per_patient(kit: Kit, image: torch.Tensor, target: torch.Tensor, how: Gradie
 
 def _backward(kit: Kit, image: torch.Tensor, target: torch.Tensor) -> PatientGradients:
     parameters = list(trainable(kit.model).values())
-    with OneVolume():
-        loss = kit.loss(image, target)
-        value = _finite(loss)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    loss = kit.loss(image, target)
+    value = _finite(loss)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return PatientGradients(value, [
         torch.zeros_like(p)[None] if g is None else g.float()[None] for p, g in zip(parameters, found, strict=True)])
 
