@@ -50,7 +50,7 @@ def main() -> None:
     attacks = {"canaries": fl.evidence.Canaries(canaries=20), "membership": fl.evidence.SentMembership(),
                "reconstruction": fl.evidence.SentReconstruction(patients=1, crop=8, steps=2)} if options.quick else None
     begun = time.perf_counter()
-    found = fl.evidence.assess(presets, sites.__getitem__, trainer, rounds=rounds, seeds=seeds, public=True,
+    found = fl.assess(presets, sites.__getitem__, trainer, rounds=rounds, seeds=seeds, public=True,
                                attacks=attacks, out=None if options.quick else options.folder)
     print(found.table().T.to_string())
     if options.quick:

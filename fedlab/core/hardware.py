@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -23,15 +24,23 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of convolutions.
 
     `"auto"` is bf16 on GPUs that support it and on CPUs with AMX tiles, where it is several times faster, else fp32.
-    It depends on the hardware alone, never on a clock, so a run repeats bit for bit on its machine.
+    It depends on the hardware alone, and on oneDNN's `ONEDNN_MAX_CPU_ISA`, never on a clock, so a run repeats bit for
+    bit on its machine. On processors with AVX-512 BF16 but without AMX, bf16 did not repeat to the last bit.
 
     Raises:
         ValueError: an unknown precision.
     """
     check_choice(("auto", "bf16", "fp32"), precision=precision)
     fast = precision == "bf16" or (precision == "auto" and (
-        torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu.get_capabilities().get("amx_bf16")))
+        torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()))
     return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    if limit not in ("", "ALL", "DEFAULT") and "AMX" not in limit:
+        return False
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def precision_for(model: nn.Module, precision: str, device: torch.device) -> torch.dtype:

@@ -66,10 +66,10 @@ def test_under_autocast_as_without_up_to_rounding():
 
 
 @pytest.mark.parametrize(("has", "limit", "expected"), [
-    ("avx512_bf16", "", torch.bfloat16), ("amx_bf16", "", torch.bfloat16), ("avx512_f", "", torch.float32),
+    ("avx512_bf16", "", torch.float32), ("amx_bf16", "", torch.bfloat16), ("avx512_f", "", torch.float32),
     ("amx_bf16", "AVX512_CORE", torch.float32), ("amx_bf16", "avx2", torch.float32),
-    ("amx_bf16", "AVX512_CORE_VNNI", torch.float32), ("amx_bf16", "AVX512_CORE_BF16", torch.bfloat16),
-    ("avx512_bf16", "ALL", torch.bfloat16)])
+    ("amx_bf16", "AVX512_CORE_VNNI", torch.float32), ("amx_bf16", "AVX512_CORE_BF16", torch.float32),
+    ("amx_bf16", "AVX512_CORE_AMX", torch.bfloat16), ("amx_bf16", "ALL", torch.bfloat16)])
 def test_bf16_is_chosen_where_the_processor_and_onednn_have_it(monkeypatch, has, limit, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)

@@ -69,7 +69,7 @@ def test_the_style_holds_for_later_figures_and_that_of_a_figure_of_fedlab_only_f
         before = dict(mpl.rcParams)
         fl.view.cross_site_heatmap(pd.DataFrame([[0.5]], index=["pooled"], columns=["site-01"]))
         assert dict(mpl.rcParams) == before
-        fl.view.style()
+        fl.style()
         ax = Figure().subplots()
         assert not ax.spines["top"].get_visible()
         assert tuple(line.get_color().upper() for line in (ax.plot([0, 1])[0] for _ in LINES)) == LINES
@@ -78,7 +78,7 @@ def test_the_style_holds_for_later_figures_and_that_of_a_figure_of_fedlab_only_f
 def test_ticks_of_small_and_large_numbers_do_not_overlap() -> None:
     """As at the histograms of the updates of notebook 03, whose labels -0.0020 and -0.0015 ran into each other."""
     with mpl.rc_context():
-        fl.view.style()
+        fl.style()
         for values in ([-0.002, 0.002], [-2e-5, 3e-5], [0, 4e6], [0.97, 1.03]):
             figure = Figure(figsize=(3, 2.2), layout="constrained")
             ax = figure.subplots()
