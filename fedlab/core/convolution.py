@@ -43,7 +43,9 @@ class FastConvolutions(TorchFunctionMode):
 def _conv3d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Any = 1, padding: Any = 0,
             dilation: Any = 1, groups: int = 1) -> torch.Tensor:
     kernel = weight.shape[2:]
-    if not _ours(x, weight) or (padding == "same" and any(k % 2 == 0 for k in kernel)):
+    mine = _ours(x, weight)
+    weight = _leaving(weight) if mine else weight
+    if not mine or (padding == "same" and any(k % 2 == 0 for k in kernel)):
         return torch.conv3d(x, weight, bias, stride, padding, dilation, groups)
     if torch.is_autocast_enabled("cpu"):
         x = x.to(torch.get_autocast_dtype("cpu"))
@@ -68,8 +70,10 @@ def _conv3d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 def _conv_transpose3d(x: torch.Tensor, weight: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
-    if _ours(x, weight) and _slow(x) and not torch.is_autocast_enabled("cpu"):
-        return torch.conv_transpose3d(x.expand(2, -1, -1, -1, -1), weight, *others, **named)[:1]
+    if _ours(x, weight):
+        weight = _leaving(weight)
+        if _slow(x) and not torch.is_autocast_enabled("cpu"):
+            return torch.conv_transpose3d(x.expand(2, -1, -1, -1, -1), weight, *others, **named)[:1]
     return torch.conv_transpose3d(x, weight, *others, **named)
 
 
@@ -106,7 +110,10 @@ def _format(x: torch.Tensor) -> torch.memory_format:
 
 
 def _leaving(x: torch.Tensor) -> torch.Tensor:
-    """The same values, whose gradient comes back in their own format; other layers are slow at a mixture."""
+    """The same values, whose gradient comes back in their own format.
+
+    Other layers are slow at a mixture, and fused optimisers take a gradient of other strides for one of their own.
+    """
     if x.requires_grad:
         memory_format, x = _format(x), x.view_as(x)
         x.register_hook(lambda gradient: gradient.contiguous(memory_format=memory_format))
@@ -132,13 +139,13 @@ def _channels_last(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     kept, outputs = _format(x), len(weight)
     along_last = weight.shape[4], stride[2], padding[2], dilation[2]
     paired = outputs <= _BLOCK // 2 and x.shape[4] % 2 == 0 and along_last == (3, 1, 1, 1)
-    x = _leaving(x)
+    x = _leaving(x).contiguous(memory_format=_LAST)
     if paired:  # voxels 2 j and 2 j + 1 see 2 j - 1 to 2 j + 2, which are two pairs after a voxel of padding
         x = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 1, 1)).unflatten(3, (-1, 2)).flatten(4).permute(0, 4, 1, 2, 3)
         both = torch.stack([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))]).unflatten(5, (2, 2))
         weight = both.permute(0, 1, 6, 2, 3, 4, 5).flatten(2, 3).flatten(0, 1)
         bias, padding = None if bias is None else bias.repeat(2), (*padding[:2], 0)
-    out = torch.conv3d(x.contiguous(memory_format=_LAST), weight, bias, stride, padding, dilation, groups)
+    out = torch.conv3d(x, weight, bias, stride, padding, dilation, groups)
     if paired:
         out = out.permute(0, 2, 3, 4, 1).unflatten(4, (2, outputs)).flatten(3, 4).permute(0, 4, 1, 2, 3)
     return out.contiguous(memory_format=kept)

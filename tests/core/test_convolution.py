@@ -51,6 +51,7 @@ def _three_orders(layer, x):
     out = layer(x)
     weights = [x, *layer.parameters()]
     first = torch.autograd.grad(out.square().mean(), weights, create_graph=True)
+    assert all(g.is_contiguous() for g in first[1:])  # as the weights are: fused optimisers look at memory alone
     second = torch.autograd.grad(sum(g.square().sum() for g in first), weights)
     return [out.detach(), *(g.detach() for g in first), *second]
 

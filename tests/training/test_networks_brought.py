@@ -41,7 +41,7 @@ class Multiple(TinyNet):
 def test_predict_pads_to_what_the_network_takes_and_finds_it_out_once():
     patient = blob_patient("a", seed=1, shape=(20, 40, 20))
     model = Multiple(32)
-    out = predict(model, patient)
+    out = predict(model, patient, precision="fp32")
     assert out.shape == (3, 20, 40, 20) and model.seen[0] == (32, 48, 32) and model.seen[-1] == (32, 64, 32)
     inner = torch.zeros(1, 4, 32, 64, 32)
     inner[:, :, 6:26, 12:52, 6:26] = patient.image
