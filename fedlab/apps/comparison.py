@@ -87,7 +87,7 @@ class Job:
 
     source: Phantoms | Folder
     rounds: int = 16
-    steps: int = 6
+    steps: int = 4
     batch_size: int = 2
     lr: float = 2e-3
     start: Literal["collection", "broad", "random"] = "collection"

@@ -112,8 +112,7 @@ def assess(techniques: Mapping[str, Technique], sites: Sequence[Site] | Callable
                 for seed in (chosen[:1] if getattr(attack, "once", False) else chosen)]
         tried = _all(jobs, workers, progress)
     results = {(job.name, job.seed, repr(job.attack)): one for job, one in zip(jobs, tried, strict=True)}
-    scores = compared.scores if callable(sites) else compared.scores.drop(columns="seed")
-    found = {name: _assessed(name, arm, scores, [compared.histories[seed, name] for seed in chosen],
+    found = {name: _assessed(name, arm, compared.paired_scores, [compared.histories[seed, name] for seed in chosen],
                              {called: [results[name, seed, repr(attack)] for seed in chosen
                                        if (name, seed, repr(attack)) in results]
                               for called, attack in attacks.items() if arm.rounds}, attacks, public)

@@ -32,23 +32,31 @@ class ArmComparison:
         scores: one row per seed, arm, held-out patient and region, as `fedlab.evaluate` returns them.
         histories: of the training, by seed and model.
         main: the arm that the others are compared with.
+        same_patients: whether all seeds are scored on the same patients, instead of each on its own. A patient then
+            counts once in intervals, with the mean over seeds.
     """
 
     scores: pd.DataFrame
     histories: Mapping[tuple[int, str], History]
     main: str
+    same_patients: bool = False
+
+    @property
+    def paired_scores(self) -> pd.DataFrame:
+        """The scores as `fedlab.evidence.difference` takes them: without "seed" where seeds share their patients."""
+        return self.scores.drop(columns="seed") if self.same_patients else self.scores
 
     def difference(self, one: str, other: str, **settings: Any) -> Difference:
         """The paired difference of two arms with its interval; see `fedlab.evidence.difference`."""
-        return difference(self.scores, one, other, **settings)
+        return difference(self.paired_scores, one, other, **settings)
 
     def table(self) -> pd.DataFrame:
         """Mean Dice of each arm by both rules for empty regions, and the main arm's Dice minus the arm's."""
-        return differences_table(self.scores, main=self.main)
+        return differences_table(self.paired_scores, main=self.main)
 
     def verdict(self) -> str:
         """One sentence per comparison of the main arm; a difference is claimed only where its interval excludes 0."""
-        return verdict(self.scores, main=self.main)
+        return verdict(self.paired_scores, main=self.main)
 
     def __repr__(self) -> str:
         return f"<ArmComparison: {self.verdict()}>"
@@ -97,6 +105,7 @@ def compare_arms(sites: Sequence[Site] | Callable[[int], Sequence[Site]],
         _check_models(models)
         trained = train_models(models, pool, progress=progress)
     return ArmComparison(scores=pd.concat([one.scores for one in trained], ignore_index=True), main=main,
+                         same_patients=not callable(sites),
                          histories={(m.seed, m.name): one.history for m, one in zip(models, trained, strict=True)})
 
 

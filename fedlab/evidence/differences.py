@@ -97,6 +97,7 @@ def difference(scores: pd.DataFrame, one: str, other: str, *, region: str = "mea
     drawn, so that the variance of a mean is unbiased in small sites (McCarthy and Snowden 1985; Rao and Wu 1988); sites
     with fewer than three held-out patients are drawn together. The interval says how the difference would vary with
     other patients of these sites. It does not cover other trainings; seeds do, each of which brings its own patients.
+    Where seeds share their patients, leave the column "seed" out: a patient then counts once, with the mean over seeds.
 
     Args:
         scores: rows of `fedlab.evaluate` with a column "arm", and "seed" if there are several.

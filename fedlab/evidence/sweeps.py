@@ -57,12 +57,13 @@ class Sweep:
         """One row per setting: mean Dice over the patients of all seeds with its 95 % interval, and numbers of both."""
         import pandas as pd
 
-        scores, rows = self.comparison.scores, []
+        seeds = {name: sum(of == name for _, of in self.comparison.histories) for name in self.settings}
+        rows = []
         for name, settings in self.settings.items():
-            own = scores[scores["arm"] == name]
-            dice, low, high = mean_dice(own, name)
-            rows.append({**settings, "dice": dice, "low": low, "high": high, "seeds": own["seed"].nunique(),
-                         "patients": len(own[["seed", "site", "patient"]].drop_duplicates())})
+            found = self.comparison.difference(name, name)
+            dice, low, high = mean_dice(self.comparison.paired_scores, name)
+            rows.append({**settings, "dice": dice, "low": low, "high": high, "seeds": seeds[name],
+                         "patients": found.patients})
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:

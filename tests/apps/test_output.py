@@ -44,6 +44,7 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k, name in enumerate(names):
         write_patient(folder, name, seed=k)
     write_table(folder / "sites.csv", ["Partition_ID", "Subject_ID"], [[k % 2, name] for k, name in enumerate(names)])
+    write_table(folder / "other.csv", ["site", "patient"], [[1, "A"]])
     return folder
 
 
@@ -249,7 +250,6 @@ def test_a_disk_that_cannot_be_written_is_named_with_the_remedy(
 ])
 def test_errors_name_the_options_of_the_command(demo: Path, scans: Path, tmp_path: Path, arguments: str, words: str,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    write_table(scans / "other.csv", ["site", "patient"], [[1, "A"]])
     write_patient(tmp_path / "broken", "BraTS2021_00000")
     next((tmp_path / "broken").rglob("*_t2.nii.gz")).write_bytes(b"nothing")
     assert main(arguments.format(demo=demo, scans=scans, broken=tmp_path / "broken").split()) == 1

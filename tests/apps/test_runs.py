@@ -39,7 +39,7 @@ def test_the_table_says_what_the_runs_found(folder, demo):
     expected = summary["dice"]["federated"]["mean"]
     assert table["dice"].tolist()[:2] == pytest.approx([expected + 0.1, expected])
     assert table.loc["first", ["main", "arms", "guarantee", "patients", "seed", "state"]].tolist() == [
-        "federated", "pooled, local_own, local_others", "none", 10, 0, "finished"]
+        "federated", "public, pooled, local_own, local_others", "none", 10, 0, "finished"]
     assert table["low"].isna().all()  # four held-out patients: no interval
     assert table.loc["stopped", "state"] == "not finished" and pd.isna(table.loc["stopped", "dice"])
 

@@ -16,7 +16,6 @@ from cohorts import BatchNet, TinyNet, blob_sites
 from fedlab import (
     DPSGD,
     FedAvg,
-    FedProx,
     Local,
     Privacy,
     PrivacyError,
@@ -36,7 +35,7 @@ from fedlab.engines.remote import Remote
 from fedlab.privacy import AtSites, LedgerFile, LocalGaussian, PersonalLayers, SharePercentile
 from fedlab.run import Admission, History, SiteStates
 from fedlab.run.site_task import SiteTask
-from fedlab.strategies import SCAFFOLD, FedNova, FedOpt
+from fedlab.strategies import SCAFFOLD, FedNova, FedOpt, FedProx
 from fedlab.topologies import Gossip, ring, star
 from fedlab.training import PolyDecay, augmentation
 

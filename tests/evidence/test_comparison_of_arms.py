@@ -78,9 +78,11 @@ def test_it_shows_differences_and_claims_none_without_an_interval(compared):
     assert list(table.index) == ["untouched", "federated", "halved", "pooled", "alone_own", "alone_others"]
     assert table.loc["pooled", "difference"] == pytest.approx(table.loc["federated", "mean"]
                                                               - table.loc["pooled", "mean"])
-    assert table["patients"].tolist() == [6] * 6
-    assert "6 held-out patients, 2 seeds, federated is" in found.verdict()
-    assert found.difference("federated", "alone_others").seeds == 2
+    assert table["patients"].tolist() == [3] * 6  # the seeds share their three patients
+    assert "3 held-out patients, federated is" in found.verdict()
+    gap = found.difference("federated", "pooled")
+    by_hand = found.scores.groupby("arm")["dice"].mean()
+    assert (gap.patients, gap.value) == (3, pytest.approx(by_hand["federated"] - by_hand["pooled"]))
     assert "<table" in found._repr_html_() and "federated is" in repr(found)
 
 
@@ -124,3 +126,10 @@ def test_a_technique_that_refuses_ends_the_comparison_with_its_reason():
                           rounds=1, privacy=DPSGD(clip=1.0, noise_multiplier=1.0, sample_rate=1.0))}
     with pytest.raises((ValueError, PrivacyError), match="BatchNorm"):
         compare_arms(sites(), bad, progress=False, workers=1)
+
+
+def test_seeds_with_patients_of_their_own_count_each_patient():
+    found = compare_arms(lambda seed: blob_sites((2, 2)), {"federated": Arm(trainer=trainer(), rounds=1)},
+                         seeds=(0, 1), progress=False, workers=1)
+    assert found.difference("federated", "federated").patients == 4
+    assert "4 held-out patients, 2 seeds" in found.verdict()

@@ -71,11 +71,11 @@ def test_a_sweep_that_grows_trains_only_what_is_new(swept):
 def test_it_shows_as_table_and_figure(swept):
     _, _, found = swept
     over = found.over_seeds()
-    assert set(over["seeds"]) == {2} and set(over["patients"]) == {18} and len(over) == 4
+    assert set(over["seeds"]) == {2} and set(over["patients"]) == {9} and len(over) == 4
     assert "<table" in found._repr_html_() and "rounds" in repr(found)
     figure = sweep_figure(found)
     (ax,) = figure.axes
-    assert ax.get_ylabel() == "mean Dice" and "18 patients, 2 seeds" in ax.get_title("left") and len(ax.containers) == 2
+    assert ax.get_ylabel() == "mean Dice" and "9 patients, 2 seeds" in ax.get_title("left") and len(ax.containers) == 2
     assert f"{over['dice'][0]:.2f}" in figure.alt
 
 
