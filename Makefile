@@ -34,12 +34,8 @@ export npm_config_cache := $(CACHE)/npm
 # The programs in an environment know its place: one that was copied or moved is made anew.
 MOVED := $(shell [ ! -f $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || echo moved)
 
-# NVFLARE and itkwidgets can't share an environment: this one sees the packages of the first, and its own before them.
-FLARE := .venv-flare
-FLARE_STAMP := $(FLARE)/.fedlab-installed
-
 .DEFAULT_GOAL := help
-.PHONY: help install flare demo test test-flare lint lab gallery chromium FORCE
+.PHONY: help install demo test lint lab gallery chromium FORCE
 
 help:
 	@echo 'fedlab: federated learning on brain-tumour MRI. Each command installs first what it needs.'
@@ -50,7 +46,6 @@ help:
 	@echo '  make lab       open JupyterLab on notebooks/00_welcome.ipynb'
 	@echo '  make gallery   run every notebook and write them, the pages and the reference as a site, runs/gallery/index.html'
 	@echo '  make install   create $(VENV) and install the tested versions into it'
-	@echo '  make flare     create $(FLARE), for runs across machines (notebook 08): NVFLARE beside the packages of $(VENV)'
 	@echo '  make lint      only the checks that need no running: style, types, import order'
 	@echo
 	@echo 'Settings: PYTHON=python3.12 (the Python to use, 3.11 or newer), ARGS="--seed 1" (for demo, lab, gallery),'
@@ -59,24 +54,15 @@ help:
 install: $(STAMP)
 	@echo "fedlab: installed in $(VENV) ($$($(PY) --version))"
 
-flare: $(FLARE_STAMP)
-
 demo: install
 	@echo "fedlab: running the demo; it says how much time is left ('make demo ARGS=--quick' takes about a minute)"
 	@$(VENV)/bin/fedlab demo $(ARGS)
 
-# A choice in PYTEST_ARGS may leave one of the two runs without a test, which is pytest's status 5.
-NONE_CHOSEN = [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]
-
-test: lint chromium flare
+# A choice in PYTEST_ARGS may leave no test, which is pytest's status 5.
+test: lint chromium
 	@echo "fedlab: running the tests and notebooks"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --nbval-lax --durations=25 $(PYTEST_ARGS) \
-	  --ignore=tests/engines/nvflare tests $(wildcard notebooks) || { $(NONE_CHOSEN); }
-	@$(MAKE) --no-print-directory test-flare
-
-test-flare: flare
-	@echo "fedlab: running the tests across processes, with NVFLARE"
-	@FEDLAB_FLARE=1 $(FLARE)/bin/python -m pytest --durations=10 $(PYTEST_ARGS) tests/engines/nvflare || { $(NONE_CHOSEN); }
+	  tests $(wildcard notebooks) || { [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]; }
 
 lint: install
 	@echo "fedlab: checking style"
@@ -86,7 +72,7 @@ lint: install
 	@echo "fedlab: checking the order of imports"
 	@$(VENV)/bin/lint-imports
 
-gallery: flare
+gallery: install
 	@echo "fedlab: building the documentation site"
 	@$(PY) docs/gallery.py $(ARGS)
 
@@ -124,18 +110,9 @@ $(PY):
 $(STAMP): pyproject.toml constraints.txt $(PY)
 	@echo "fedlab: installing the tested versions into $(VENV) (a few minutes the first time)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade
-	@$(PY) -m pip install -c constraints.txt -e '.[dev,itk,lab,test]'
+	@$(PY) -m pip install -c constraints.txt -e '.[dev,itk,lab,nvflare,test,tracking]'
 	@[ -e $(LABCONFIG)/page_config.json ] || { mkdir -p $(LABCONFIG); echo '$(QUIET)' > $(LABCONFIG)/page_config.json; }
 	@echo '$(OFFLINE)' > $(NBCONVERT)
 	@$(PY) -c 'import fedlab'
-	@pwd -P > $@
-
-$(FLARE_STAMP): $(STAMP)
-	@echo "fedlab: installing NVFLARE into $(FLARE); what pip says of imjoy-elfinder concerns $(VENV), which stays as it is"
-	@$(PY) -m venv --clear $(FLARE)
-	@for python in $(PY) $(FLARE)/bin/python; do $$python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done \
-	  | { read seen; read own; echo "$$seen" > "$$own/fedlab-venv.pth"; }
-	@$(FLARE)/bin/python -m pip install -c constraints.txt -e '.[nvflare]'
-	@$(FLARE)/bin/python -m ipykernel install --prefix $(VENV) --name fedlab-flare --display-name 'fedlab with NVFLARE' \
-	  2>/dev/null
+	@timeout 180 $(VENV)/bin/fedlab itk install || echo "fedlab: itkwidgets has no viewer yet; all else works without it"
 	@pwd -P > $@

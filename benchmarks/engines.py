@@ -4,7 +4,7 @@
 
 The same trainer on the same generated patients, each arm in a process of its own, one torch thread a process. Arms that
 are done are kept in a folder and not run again. Flower gets an environment of its own in that folder, which sees the
-packages of this one; NVFLARE's arms run with the interpreter that is named, where NVFLARE is installed.
+packages of this one.
 
 - first gradient: from the call until the first site has one, with everything imported and the patients at hand.
 - a round: median of the rounds after the first.
@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,12 @@ def flower_environment(folder: Path) -> Path:
     return python
 
 
-def command_of(arm: Arm, folder: Path, flare: Path, out: Path) -> list[str]:
+def command_of(arm: Arm, folder: Path, out: Path) -> list[str]:
     """What runs the arm; its loopback counters come to lie beside `out`."""
     if arm.engine == "Flower simulation":
         command = [str(flower_environment(folder)), str(HERE / "engines_flower.py")]
     else:
-        python = str(flare) if arm.engine.startswith("NVFlare") else sys.executable
-        command = [python, str(HERE / "engines_arm.py"), arm.engine]
+        command = [sys.executable, str(HERE / "engines_arm.py"), arm.engine]
     command += [str(folder / f"sites-{arm.sites}"), str(arm.rounds), str(out)]
     if own_network():
         # The counters of its loopback interface, once it is done; nobody else's traffic is on it.
@@ -131,7 +131,7 @@ def command_of(arm: Arm, folder: Path, flare: Path, out: Path) -> list[str]:
     return command
 
 
-def measure(arm: Arm, folder: Path, flare: Path) -> dict[str, Any]:
+def measure(arm: Arm, folder: Path) -> dict[str, Any]:
     """Runs one arm in a process of its own and adds what is to be seen of it from outside."""
     kept, out = folder / f"{arm.name}.json", folder / f"{arm.name}.part"
     stamp, log, wire = (out.with_suffix(suffix) for suffix in (".stamp", ".log", ".wire"))
@@ -145,7 +145,7 @@ def measure(arm: Arm, folder: Path, flare: Path) -> dict[str, Any]:
     memory.start()
     try:
         with log.open("wb") as file:
-            subprocess.run(command_of(arm, folder, flare, out), stdout=file, stderr=subprocess.STDOUT, env=environment,
+            subprocess.run(command_of(arm, folder, out), stdout=file, stderr=subprocess.STDOUT, env=environment,
                            check=True, timeout=PATIENCE)
     except subprocess.SubprocessError as error:
         raise RuntimeError(f"{arm} failed ({error}); see {log}") from error
@@ -161,13 +161,13 @@ def measure(arm: Arm, folder: Path, flare: Path) -> dict[str, Any]:
     return row
 
 
-def tried(arm: Arm, folder: Path, flare: Path) -> dict[str, Any]:
+def tried(arm: Arm, folder: Path) -> dict[str, Any]:
     """`measure`, again where it failed: on a busy machine Ray and NVFLARE sometimes miss their own time limits."""
     for _ in range(TRIES - 1):
         with suppress(RuntimeError):
-            return measure(arm, folder, flare)
+            return measure(arm, folder)
         print(f"{arm.engine} failed, once more …", flush=True)
-    return measure(arm, folder, flare)
+    return measure(arm, folder)
 
 
 def own_network() -> bool:
@@ -184,7 +184,7 @@ def loopback_bytes(counters: Path) -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def table_of(arms: Sequence[Arm], folder: Path, flare: Path) -> pd.DataFrame:
+def table_of(arms: Sequence[Arm], folder: Path) -> pd.DataFrame:
     """One row an arm; those that are done are read."""
     from engines_task import make_data
 
@@ -195,7 +195,7 @@ def table_of(arms: Sequence[Arm], folder: Path, flare: Path) -> pd.DataFrame:
         make_data(folder / f"sites-{arm.sites}", arm.sites)
         if not kept.is_file():
             print(f"{arm.engine}, {arm.sites} sites …", flush=True)
-        row = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else tried(arm, folder, flare)
+        row = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else tried(arm, folder)
         rows.append(row)
     table = pd.DataFrame(rows)
     local = {arm.sites: row["weights_sha256"] for arm, row in zip(arms, rows, strict=True) if arm.engine == "Local"}
@@ -227,8 +227,6 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--rounds", type=int, default=6, help="of each arm, at least 2")
     parser.add_argument("--folder", type=Path, default=Path("runs/engines"), help="rows, kept for the next time")
-    parser.add_argument("--flare", type=Path, default=Path(".venv-flare/bin/python"),
-                        help="interpreter of an environment with NVFLARE and fedlab")
     parser.add_argument("--overhead", action="store_true", help="only the overhead of a round over bare PyTorch")
     options = parser.parse_args()
     if options.overhead:
@@ -236,18 +234,16 @@ def main() -> None:
         return
     arms = [Arm(engine=engine, sites=count, rounds=options.rounds) for count in options.sites
             for engine in ENGINES if engine in options.engines]
-    table = table_of(arms, options.folder.resolve(), options.flare.absolute())
+    table = table_of(arms, options.folder.resolve())
     print(table.round(3).to_string())
     if set(options.engines) != set(ENGINES) or options.sites != [2, 8, 13]:
         print("nothing written: not all arms were asked for")
         return
     table.round(4).to_csv(RESULTS / "engines.csv", index=False)
-    found = "from importlib.metadata import version; print(version('nvflare'))"
-    nvflare = subprocess.run([options.flare.absolute(), "-c", found], capture_output=True, text=True, check=True).stdout
     known = json.loads((RESULTS / "engines.json").read_text(encoding="utf-8"))["result"]
     kept = {name: part for name, part in known.items() if name.startswith("overhead")}
-    write("engines", {**kept, "rounds": options.rounds, "nvflare": nvflare.strip(), "flower": FLOWER.partition("==")[2],
-                      "arms": table.round(4).to_dict("records")})
+    write("engines", {**kept, "rounds": options.rounds, "nvflare": version("nvflare"),
+                      "flower": FLOWER.partition("==")[2], "arms": table.round(4).to_dict("records")})
 
 
 if __name__ == "__main__":

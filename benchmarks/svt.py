@@ -1,10 +1,8 @@
 """The sparse vector: its time beside NVFLARE's filter, what it composes to, and what is left of a real update.
 
-    .venv/bin/python benchmarks/svt.py [--nvflare-python PATH]
+    .venv/bin/python benchmarks/svt.py
 
-NVFLARE and fedlab's viewers need versions of other packages that don't go together: give the Python of an environment
-with nvflare 2.9, or install `fedlab-workbench[nvflare]` and leave it out. Both work on the same vector with the same
-noise, in turns, on one thread each.
+Both work on the same vector with the same noise, in turns, on one thread each.
 """
 
 from __future__ import annotations
@@ -65,9 +63,9 @@ for line in sys.stdin:
 class Vendor:
     """NVFLARE's filter in a process of its own."""
 
-    def __init__(self, python: str, vector: Path) -> None:
+    def __init__(self, vector: Path) -> None:
         one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        self.process = subprocess.Popen([python, "-c", VENDOR, str(vector)], stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, "-c", VENDOR, str(vector)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True, env={**os.environ, **one_thread})
 
     def __call__(self, **settings: float) -> dict[str, Any]:
@@ -75,8 +73,7 @@ class Vendor:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit("NVFLARE's filter did not run (its message is above); give --nvflare-python the Python "
-                             "of an environment with nvflare>=2.9,<2.10")
+            raise SystemExit("NVFLARE's filter did not run (its message is above); install the extra 'nvflare'")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -99,14 +96,14 @@ def like_nvflare(fraction: float) -> SVT:
                epsilon_query=fraction * (CHOICE - threshold) / count, epsilon_release=fraction * VALUE / 2)
 
 
-def timings(python: str) -> dict[str, Any]:
+def timings() -> dict[str, Any]:
     """Seconds of both for each fraction, and how many times as long NVFLARE takes."""
     torch.set_num_threads(1)
     vector = 2e-4 * torch.randn(PARAMETERS, generator=generator(0, "vector"))
     update, out = Update(site="here", delta={"w": vector}, weight=1.0), {}
     with tempfile.TemporaryDirectory() as scratch:
         np.save(Path(scratch) / "vector.npy", vector.numpy())
-        vendor = Vendor(python, Path(scratch) / "vector.npy")
+        vendor = Vendor(Path(scratch) / "vector.npy")
         for fraction in FRACTIONS:
             technique, both = like_nvflare(fraction), {"fedlab": [], "nvflare": []}
             for turn in range(TURNS):
@@ -181,13 +178,10 @@ def utility(update: Update) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nvflare-python", default=sys.executable, metavar="PATH",
-                        help="the Python of an environment with nvflare>=2.9,<2.10")
-    options = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     update = real_update()
     size = sum(t.numel() for t in update.delta.values())
-    write("svt", {"time": timings(options.nvflare_python), "composed": composed(),
+    write("svt", {"time": timings(), "composed": composed(),
                   "a real update": {"norm": update.norm(), "median |change|": update.quantile_abs(0.5),
                                     "parameters": size, "cosine of pure chance, one in three beyond": size**-0.5,
                                     "sent": utility(update)}})

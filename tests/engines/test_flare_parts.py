@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import distributions
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -342,8 +342,10 @@ def test_a_simulation_goes_on_with_the_same_patients_only(tmp_path: Path) -> Non
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["site-0", "site-1"]
 
 
-@pytest.mark.skipif(any(distributions(name="nvflare")), reason="NVFLARE is installed here")
-def test_without_nvflare_the_error_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_nvflare_the_error_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: installed("no-nvflare" if name == "nvflare" else name))
     with pytest.raises(RunError, match=r"pip install 'fedlab-workbench\[nvflare\]'"):
         federate(a_trainer(), blob_sites((3, 2)), rounds=1, engine=NVFlare())
     assert main(["deploy", "init", str(tmp_path / "x"), "--server", "localhost", "--sites", "a"]) == 1

@@ -49,8 +49,7 @@ def test_there_are_notebooks() -> None:
 
 def test_valid_and_clean(notebook: Any) -> None:
     nbformat.validate(notebook)
-    across = any("NVFlare(" in cell.source for cell in code(notebook))  # in the environment that `make flare` makes
-    assert notebook.metadata.kernelspec.name == ("fedlab-flare" if across else "python3")
+    assert notebook.metadata.kernelspec.name == "python3"
     extra = set(notebook.metadata) - {"kernelspec", "language_info"}
     assert not extra, f"state of a tool or a widget in the metadata: {sorted(extra)}"
     assert set(notebook.metadata.language_info) == {"name"}, "the version of one machine's Python"

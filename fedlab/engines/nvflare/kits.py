@@ -43,9 +43,8 @@ def need_nvflare() -> None:
     try:
         version = metadata.version("nvflare")
     except metadata.PackageNotFoundError:
-        raise RunError("NVFLARE is not installed in this environment. In the checkout, run: make flare, then choose "
-                       f"the kernel 'fedlab with NVFLARE'. Elsewhere: {install}, in an environment without itkwidgets "
-                       "(the extra 'itk'), whose pydantic is another") from None
+        raise RunError("NVFLARE is not installed in this environment. In the checkout, run: make install. Elsewhere: "
+                       f"{install}") from None
     if version.split(".")[:2] != ["2", "9"]:
         raise RunError(f"fedlab runs on NVFLARE 2.9, found {version}. Install it with: {install}")
 
