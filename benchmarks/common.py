@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -42,6 +43,20 @@ def write(name: str, result: dict[str, Any]) -> None:
     text = json.dumps({"result": result, "machine": machine()}, indent=1, ensure_ascii=False)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def fill(text: str) -> str:
+    """A paragraph of a page, in lines of at most 120 characters."""
+    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
+
+
+def between_marks(page: str, text: str) -> None:
+    """Replaces the section of docs/<page>.md that the benchmark of this name made."""
+    file = RESULTS.parents[1] / "docs" / f"{page}.md"
+    marks = [f"<!-- {word} by benchmarks/{page}.py -->" for word in ("made", "end of what is made")]
+    begin, end = (file.read_text(encoding="utf-8").index(mark) for mark in marks)
+    whole = file.read_text(encoding="utf-8")
+    file.write_text(f"{whole[:begin]}{marks[0]}\n\n{text}\n\n{whole[end:]}", encoding="utf-8")
 
 
 def sweep(score: Callable[[Any, int], dict[str, Any]], jobs: Sequence[tuple[Any, int]], folder: Path,

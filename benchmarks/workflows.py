@@ -1,31 +1,36 @@
-"""Workflow x strategy on thirteen generated sites: the mean Dice of each, as a share of pooled training.
+"""Workflow x strategy on thirteen generated sites, from the narrow public model: the Dice of each, and its interval.
 
     .venv/bin/python benchmarks/workflows.py [--seeds 0 1 2] [--only TEXT]
 
-Thirteen sites as in Li et al. 2019, here of 2 to 6 training patients and 2 held out, at a small shape and with equal
-gradient steps in every arm; but FedNova takes two passes over each site's patients, as many steps on average. Arms with
-plain SGD stand apart: SCAFFOLD and FedNova need it, and what they are compared with is FedAvg with plain SGD.
-Writes `benchmarks/results/workflows.{json,csv,png}`.
+Thirteen sites as in Li et al. 2019, here of 2 to 6 training patients and 2 held out, with equal gradient steps in every
+arm; but FedNova takes two passes over each site's patients, as many steps on average. Arms with plain SGD stand apart:
+SCAFFOLD and FedNova need it, and what they are compared with is FedAvg with plain SGD.
+Writes `benchmarks/results/workflows.{json,csv,png}` and the section of docs/workflows.md between its two marks.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from common import RESULTS, sweep, write
+from common import RESULTS, between_marks, fill, sweep, write
+from fedlab.core.types import Site
+from fedlab.data.phantom.generator import GENERATOR
+from fedlab.data.store import load_sites, save_sites
+from fedlab.evidence.differences import difference, mean_dice
 
 SITES, HELD_OUT = 13, 2
 SIZES = (4, 4, 4, 5, 5, 6, 6, 6, 7, 7, 8, 8, 8)
-ROUNDS, STEPS = 8, 4
+ROUNDS, STEPS = 6, 3
 BUFFER = 4  # updates after which the asynchronous server moves: it takes more steps, each of fewer updates
-SHAPE, SPACING_MM, CROP = (32, 40, 32), 4.5, (16, 16, 16)
-LR, SGD_LR = 5e-3, 0.05
+SHAPE, SPACING_MM, CROP = (48, 64, 48), 3.0, (24, 24, 24)
+LR, SGD_LR = 2e-3, 0.05
+PREPARED = Path("runs/thirteen-sites") / GENERATOR
 WORKFLOWS = ("data lake", "each alone", "star", "ring", "once round", "peers: ring", "peers: exponential",
              "peers: complete", "tree", "rings in a tree", "peers of regions", "buffered")
 STRATEGIES = ("FedAvg", "uniform", "FedProx", "FedAdam", "FedYogi", "FedAdagrad", "server momentum", "FedBN",
@@ -46,7 +51,24 @@ def arms() -> list[Arm]:
     found = [Arm(workflow="star", strategy=strategy) for strategy in STRATEGIES]
     found += [Arm(workflow=workflow) for workflow in ("data lake", "each alone", *WORKFLOWS[3:])]
     found += [Arm(workflow=workflow, strategy="FedProx") for workflow in ("ring", "peers: ring", "tree")]
-    return [*found, Arm(workflow="tree", strategy="FedAdam"), Arm(workflow="buffered", strategy="server momentum")]
+    found += [Arm(workflow="tree", strategy="FedAdam"), Arm(workflow="buffered", strategy="server momentum")]
+    return [Arm(workflow="public"), *found]
+
+
+def prepare(seeds: Sequence[int]) -> None:
+    """Generates the sites of each seed once, for all arms."""
+    import fedlab as fl
+
+    for seed in seeds:
+        if not (PREPARED / f"seed-{seed}" / "done").is_file():
+            save_sites(fl.make_cohort(seed=seed, sizes=SIZES, shape=SHAPE, spacing_mm=SPACING_MM, held_out=HELD_OUT),
+                       PREPARED / f"seed-{seed}")
+            (PREPARED / f"seed-{seed}" / "done").touch()
+
+
+def prepared(seed: int) -> list[Site]:
+    """The sites of a seed."""
+    return load_sites(PREPARED / f"seed-{seed}")
 
 
 def strategy_of(name: str, model: Any) -> tuple[Any, Any]:
@@ -96,51 +118,82 @@ def topology_of(name: str, names: list[str]) -> Any:
 
 
 def score(arm: Arm, seed: int) -> dict[str, Any]:
-    """Trains one arm and scores it on the held-out patients of all sites, and each site's own model on its own."""
+    """Trains one arm; Dice of the held-out patients of all sites, and of each site's own model on its own patients."""
     import torch
 
     import fedlab as fl
 
-    sites = fl.make_cohort(seed=seed, sites=SITES, patients=sum(SIZES), sizes=SIZES, shape=SHAPE,
-                           spacing_mm=SPACING_MM, held_out=HELD_OUT, workers=0, progress=False)
-    model = fl.segresnet(seed=seed)
+    sites = prepared(seed)
+    model = fl.public_model("collection")
     strategy, privacy = strategy_of(arm.strategy, model)
     plain = arm.strategy.endswith("plain SGD")
     rounds, steps = {"once round": (1, ROUNDS * STEPS), "buffered": (ROUNDS * SITES // BUFFER, STEPS)}.get(
         arm.workflow, (ROUNDS, STEPS))
     trainer = fl.SiteTrainer(
-        model=model, crop=CROP, tumour_share=0.5, augment=fl.training.augmentation(flips=(0,)),
+        model=model, crop=CROP, tumour_share=0.5, clip_norm=1.0, augment=fl.training.augmentation(flips=(0,)),
         **({"epochs": 2} if "FedNova" in arm.strategy else {"steps": steps}),
         lr=SGD_LR if plain else LR if arm.workflow == "once round" else fl.training.PolyDecay(start=LR, rounds=rounds),
         **({"optimiser": torch.optim.SGD} if plain else {}))
     settings: dict[str, Any] = {"rounds": rounds, "seed": seed, "progress": False}
 
-    def mean_dice(params: Any, patients: Any) -> float:
+    def dice(params: Any, patients: Any) -> pd.DataFrame:
         fl.core.load_weights(model, params)
-        return float(fl.evaluate(model, patients, precision="fp32")["dice"].mean())
+        return fl.evaluate(model, patients, precision="fp32")
 
-    row: dict[str, Any] = {"workflow": arm.workflow, "strategy": arm.strategy, "seed": seed}
+    def own(models: Any) -> float:
+        return sum(float(dice(models[site.name], [site])["dice"].mean()) for site in sites) / SITES
+
+    if arm.workflow == "public":
+        return {"scores": packed(dice(trainer.initial(), sites))}
     if arm.workflow == "each alone":
-        alone = fl.run.local_only(trainer, sites, **settings)
-        return row | {"mean": sum(mean_dice(h.state.params, sites) for h in alone.values()) / SITES,
-                      "own": sum(mean_dice(alone[s.name].state.params, [s]) for s in sites) / SITES}
+        alone = {name: h.state.params for name, h in fl.run.local_only(trainer, sites, **settings).items()}
+        others = pd.concat([dice(params, [s for s in sites if s.name != name]) for name, params in alone.items()])
+        kept = others.groupby(["site", "patient", "region"], as_index=False)[["dice", "reference_ml"]].mean()
+        return {"scores": packed(kept), "own": own(alone)}
     if arm.workflow == "data lake":
-        history = fl.run.centralised(trainer, sites, **settings)
-        return row | {"mean": mean_dice(history.state.params, sites)}
+        return {"scores": packed(dice(fl.run.centralised(trainer, sites, **settings).state.params, sites))}
     history = fl.federate(trainer, sites, strategy=strategy, privacy=privacy,
                           topology=topology_of(arm.workflow, [site.name for site in sites]), **settings)
     params = history.state.params
-    row |= {"mean": mean_dice(params, sites), "megabytes": float(history.table()["bytes"].sum()) / 1e6}
+    row = {"scores": packed(dice(params, sites)), "megabytes": float(history.table()["bytes"].sum()) / 1e6}
     personal = strategy if arm.strategy == "Ditto" else privacy
     if personal is not None:
-        own = {site.name: personal.local(params, history.site_states[site.name]) for site in sites}
-    else:
-        own = dict(history.state.models) if arm.workflow.startswith("peers: ") else {}
-    return row | ({"own": sum(mean_dice(own[s.name], [s]) for s in sites) / SITES} if own else {})
+        row["own"] = own({site.name: personal.local(params, history.site_states[site.name]) for site in sites})
+    elif arm.workflow.startswith("peers: "):
+        row["own"] = own(dict(history.state.models))
+    return row
 
 
-def figure(table: pd.DataFrame, path: Path) -> None:
-    """Share of pooled training, a bar an arm, a dot a seed."""
+def packed(scores: pd.DataFrame) -> list[list[Any]]:
+    """Scores as rows for JSON: site, patient, region, Dice and the volume of the reference."""
+    rows: list[list[Any]] = scores[["site", "patient", "region", "dice", "reference_ml"]].to_numpy().tolist()
+    return rows
+
+
+def unpacked(table: pd.DataFrame) -> pd.DataFrame:
+    """The scores of all rows of a sweep, with columns arm and seed."""
+    columns = ["site", "patient", "region", "dice", "reference_ml"]
+    return pd.concat([pd.DataFrame(row.scores, columns=columns).assign(arm=row.arm, seed=row.seed)
+                      for row in table.itertuples()], ignore_index=True)
+
+
+def compared(table: pd.DataFrame, main: str) -> pd.DataFrame:
+    """One row per arm: mean Dice over the patients of all seeds, and its difference to the arm `main`, with intervals.
+
+    Args:
+        table: rows of a sweep with the columns arm, seed and scores.
+        main: the arm that the others are compared with.
+    """
+    scores, rows = unpacked(table), {}
+    for arm in table["arm"].unique():
+        found = difference(scores, arm, main)
+        rows[arm] = dict(zip(("dice", "dice_low", "dice_high"), mean_dice(scores, arm), strict=True)) | {
+            "gap": found.value, "low": found.low, "high": found.high, "patients": found.patients}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def figure(means: pd.DataFrame, path: Path) -> None:
+    """Mean Dice minus that of FedAvg at a server, with its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -149,15 +202,52 @@ def figure(table: pd.DataFrame, path: Path) -> None:
     from fedlab.view.colours import style
 
     style()
-    order = table.groupby("arm")["share"].mean().sort_values()
-    drawn, axes = plt.subplots(figsize=(8, 0.27 * len(order) + 1), layout="constrained")
-    axes.barh(order.index, order, color="#9CC4E0")
-    axes.scatter(table["share"], table["arm"], s=9, color="#003A66", zorder=3)
-    axes.axvline(1, color="#444", linewidth=1)
-    axes.set(xlabel="mean Dice of held-out patients over that of pooled training, a dot a seed", xlim=(0, None))
+    shown = means.sort_values("gap")
+    drawn, axes = plt.subplots(figsize=(8, 0.27 * len(shown) + 1), layout="constrained")
+    axes.errorbar(shown["gap"], range(len(shown)), fmt="o", markersize=4, capsize=2, color="#003A66",
+                  xerr=[shown["gap"] - shown["low"], shown["high"] - shown["gap"]])
+    axes.set_yticks(range(len(shown)), [called(arm) for arm in shown.index], fontsize=8)
+    axes.axvline(0, color="#444", linewidth=1)
+    axes.set(xlabel="mean Dice minus that of FedAvg at a server, 95 % interval over patients")
     axes.margins(y=0.01)
-    axes.tick_params(labelsize=8)
     drawn.savefig(path, dpi=130)
+
+
+#: Names in the table and the figure.
+NAMES = {"public": "public model, untrained", "data lake": "all data pooled",
+         "each alone": "each site alone, on others' patients",
+         "star": "server", "ring": "ring (cyclic transfer)", "once round": "ring, one single pass",
+         "peers: ring": "peers, ring graph", "peers: exponential": "peers, exponential graph",
+         "peers: complete": "peers, complete graph", "tree": "tree of three regions",
+         "rings in a tree": "three regions, a ring inside each", "peers of regions": "three regions that are peers",
+         "buffered": "asynchronous, four updates per step"}
+
+
+def called(arm: str) -> str:
+    """An arm's name for readers."""
+    workflow, _, strategy = arm.partition(", ")
+    alone = workflow in ("public", "data lake", "each alone")
+    return NAMES[workflow] if alone else f"{NAMES[workflow]}, {strategy}"
+
+
+def section(means: pd.DataFrame, seeds: Sequence[int]) -> str:
+    """The table of docs/workflows.md."""
+    rows = [f"| {called(arm)} | {row.dice:.3f} ({row.dice_low:.3f} to {row.dice_high:.3f}) | "
+            + ("–" if arm == "star, FedAvg" else f"{row.gap:+.3f} ({row.low:+.3f} to {row.high:+.3f})")
+            + f" | {'' if pd.isna(row.megabytes) else f'{row.megabytes:.0f}'} |"
+            for arm, row in means.sort_values("dice", ascending=False).iterrows()]
+    better = [called(arm) for arm, row in means.iterrows() if row.low > 0]
+    worse = [called(arm) for arm, row in means.iterrows() if row.high < 0]
+    about = [
+        f"`benchmarks/workflows.py` trains {len(means) - 1} arms from `fl.public_model(\"collection\")`, each with "
+        f"seeds {', '.join(map(str, seeds))}: thirteen generated sites of 2 to 6 training patients, {ROUNDS} rounds of "
+        f"{STEPS} steps, the same number of gradient steps in every arm but FedNova's. Mean Dice of WT, TC and ET on "
+        f"{int(means['patients'].max())} held-out patients, and its difference to FedAvg at a server, with 95 % "
+        "intervals, paired over patients:"]
+    found = [f"Better than FedAvg at a server, by an interval that excludes 0: {'; '.join(better) or 'no arm'}.",
+             f"Worse: {'; '.join(worse) or 'no arm'}."]
+    table = ["| arm | mean Dice | minus FedAvg at a server | sent [MB] |", "|---|---|---|---|", *rows]
+    return "\n\n".join([*map(fill, about), "\n".join(table), *map(fill, found)])
 
 
 def main() -> None:
@@ -166,21 +256,22 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only arms whose code holds this text; nothing is written")
     parser.add_argument("--folder", type=Path, default=Path("runs/workflows"), help="rows, kept for the next time")
     options = parser.parse_args()
-    chosen = [arm for arm in arms() if options.only in repr(arm)]
-    table = sweep(score, [(arm, seed) for seed in options.seeds for arm in chosen], options.folder, "arms")
+    prepare(options.seeds)
+    jobs = [(arm, seed) for seed in options.seeds for arm in arms() if options.only in repr(arm)]
+    table = sweep(score, jobs, options.folder, "arms")
+    table = table.assign(arm=["public" if a.workflow == "public" else f"{a.workflow}, {a.strategy}" for a, _ in jobs],
+                         seed=[seed for _, seed in jobs])
     if options.only:
-        print(table.round(3).to_string())
+        print(unpacked(table).groupby(["arm", "seed"])["dice"].mean().round(3).to_string())
         return
-    lake = table[table["workflow"] == "data lake"].set_index("seed")["mean"]
-    table["share"] = table["mean"] / table["seed"].map(lake)
-    table["arm"] = table["workflow"] + ", " + table["strategy"]
-    table.round(4).to_csv(RESULTS / "workflows.csv", index=False)
-    figure(table, RESULTS / "workflows.png")
-    means = table.groupby(["workflow", "strategy"], sort=False)[["mean", "own", "share", "megabytes"]].mean().round(3)
-    print(means.to_string())
+    extras = table.reindex(columns=["arm", "megabytes", "own"]).groupby("arm", sort=False).mean()
+    means = compared(table, "star, FedAvg").join(extras)
+    each = unpacked(table).groupby(["arm", "seed"], sort=False)["dice"].mean().rename("mean Dice").reset_index()
+    each.round(4).to_csv(RESULTS / "workflows.csv", index=False)
+    figure(means, RESULTS / "workflows.png")
+    between_marks("workflows", section(means, options.seeds))
     write("workflows", {"seeds": options.seeds, "arms": {
-        f"{workflow}, {strategy}": {k: float(v) for k, v in row.dropna().items()}
-        for (workflow, strategy), row in means.iterrows()}})
+        arm: {name: float(value) for name, value in row.dropna().round(4).items()} for arm, row in means.iterrows()}})
 
 
 if __name__ == "__main__":
