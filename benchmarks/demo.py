@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from common import RESULTS, machine, write
+from common import RESULTS, fill, machine, write
 from fedlab.apps.comparison import Job
 from fedlab.apps.comparison_data import Phantoms
 from fedlab.core.weights import weights_sha256
@@ -89,7 +89,8 @@ def results_of(folders: dict[int, Path]) -> dict[str, Any]:
 
 def section(result: dict[str, Any], printed: str, of: dict[str, str]) -> str:
     """The README's section: what one run printed, and the seeds together."""
-    shown = re.sub(r"\n+report: .*", "", printed.split("\n", 1)[1]).strip("\n")
+    lines = re.sub(r"\n+report: .*", "", printed.split("\n", 1)[1]).strip("\n").split("\n")
+    shown = "\n".join(map(fill, lines))
     together, seeds = result["together"], list(result["seeds"])
     rows = []
     for arm, name in ARMS.items():

@@ -298,7 +298,7 @@ def test_any_arms_are_compared_from_a_file(tmp_path, capsys):
     assert not (out / "model.safetensors").exists()  # only networks of segresnet are saved with their settings
     assert (out / "arms.py").read_text() == ARMS_FILE
     assert main(["demo", "--arms", str(file), "--rounds", "2", "--out", str(tmp_path / "b")]) == 1
-    says = "says how its arms train; leave --rounds, --steps, --start and --contributions out"
+    says = "says how its arms train; leave --rounds, --steps, --start, --epsilon and --contributions out"
     assert says in capsys.readouterr().err
     file.write_text("arms = 3")
     assert main(["demo", "--arms", str(file), "--out", str(tmp_path / "b")]) == 1
