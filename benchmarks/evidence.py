@@ -42,7 +42,7 @@ def main() -> None:
     rounds, seeds = (1, 1) if options.quick else (options.rounds, options.seeds)
     small = {"sizes": (3, 3), "shape": (32, 32, 32), "spacing_mm": 6.0, "held_out": 1} if options.quick else {}
     sites = cohorts(Phantoms(**small), seeds)
-    trainer = Job(source=Phantoms(), rounds=rounds).trainer()
+    trainer = Job(source=Phantoms(), rounds=rounds, steps=6, lr=2e-3).trainer()
     if options.quick:
         trainer = fl.SiteTrainer(model=torch.nn.Conv3d(4, 3, 1), lr=1e-2, steps=1, crop=(16, 16, 16), augment=None)
     presets = fl.evidence.presets(sites[0], trainer, rounds=rounds, epsilon=EPSILON, delta=DELTA, clip=CLIP,
