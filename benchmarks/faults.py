@@ -129,7 +129,10 @@ def section(means: pd.DataFrame, table: pd.DataFrame, seeds: Sequence[int]) -> s
              "updates without a fault, where the paired 95 % interval excludes 0. The median norm of an honest update "
              f"is {honest:.2g}.")
     head = [f"| fault | {' | '.join(STRATEGIES)} |", "|---" * (len(STRATEGIES) + 1) + "|"]
-    return "\n\n".join([fill(about), "\n".join([*head, *rows])])
+    more = ("[faults.csv](../benchmarks/results/faults.csv) has the Dice of each seed, the share of updates that were left "
+            "out and the norms of updates.")
+    picture = "![Fault by strategy: mean Dice of held-out patients](../benchmarks/results/faults.png)"
+    return "\n\n".join([fill(about), "\n".join([*head, *rows]), picture, fill(more)])
 
 
 def main() -> None:

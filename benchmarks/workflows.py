@@ -247,7 +247,9 @@ def section(means: pd.DataFrame, seeds: Sequence[int]) -> str:
     found = [f"Better than FedAvg at a server, by an interval that excludes 0: {'; '.join(better) or 'no arm'}.",
              f"Worse: {'; '.join(worse) or 'no arm'}."]
     table = ["| arm | mean Dice | minus FedAvg at a server | sent [MB] |", "|---|---|---|---|", *rows]
-    return "\n\n".join([*map(fill, about), "\n".join(table), *map(fill, found)])
+    picture = ("![Dice of each workflow and strategy minus that of FedAvg at a server]"
+               "(../benchmarks/results/workflows.png)")
+    return "\n\n".join([*map(fill, about), "\n".join(table), picture, *map(fill, found)])
 
 
 def main() -> None:
