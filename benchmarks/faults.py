@@ -129,8 +129,8 @@ def section(means: pd.DataFrame, table: pd.DataFrame, seeds: Sequence[int]) -> s
              "updates without a fault, where the paired 95 % interval excludes 0. The median norm of an honest update "
              f"is {honest:.2g}.")
     head = [f"| fault | {' | '.join(STRATEGIES)} |", "|---" * (len(STRATEGIES) + 1) + "|"]
-    more = ("[faults.csv](../benchmarks/results/faults.csv) has the Dice of each seed, the share of updates that were left "
-            "out and the norms of updates.")
+    more = ("[faults.csv](../benchmarks/results/faults.csv) has the Dice of each seed, the share of updates that were "
+            "left out and the norms of updates.")
     picture = "![Fault by strategy: mean Dice of held-out patients](../benchmarks/results/faults.png)"
     return "\n\n".join([fill(about), "\n".join([*head, *rows]), picture, fill(more)])
 
