@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from fedlab.core.extras import need
 __all__ = ["add_lab"]
 
 _FIRST = "00_welcome.ipynb"
+#: A folder of notebooks and data cards: in the wheel, and where `fedlab lab` copies it to.
+_PACKAGED, _COPY = Path(__file__).resolve().parents[1] / "series", Path("fedlab-series")
 
 
 def add_lab(commands: Any) -> None:
@@ -39,6 +42,14 @@ def _lab(options: argparse.Namespace) -> None:
 
 
 def _notebooks() -> Path:
-    """The notebooks of fedlab: in this folder, or of the checkout that is installed; else this folder."""
-    known = (Path("notebooks"), Path(__file__).resolve().parents[2] / "notebooks")
-    return next((folder for folder in known if (folder / _FIRST).is_file()), Path())
+    """The notebooks of fedlab: of this folder, of the checkout that is installed, or a copy of those in the wheel."""
+    known = (Path("notebooks"), _COPY / "notebooks", Path(__file__).resolve().parents[2] / "notebooks")
+    found = next((folder for folder in known if (folder / _FIRST).is_file()), None)
+    if found is None and _PACKAGED.is_dir():
+        if _COPY.exists():
+            raise RunError(f"{_COPY} is in the way: the notebooks would be copied there, and nothing is overwritten. "
+                           "Move it, or name a folder of notebooks with --folder")
+        shutil.copytree(_PACKAGED, _COPY)
+        print(f"fedlab: the notebooks are copied to {_COPY.resolve()}; they are yours to change", file=sys.stderr)
+        found = _COPY / "notebooks"
+    return found or Path()

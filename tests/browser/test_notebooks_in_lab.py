@@ -43,7 +43,11 @@ def test_first_federated_run(visit: Callable[..., Visit], repository: Path, seen
     assert grey(without) > 1000 and grey(reference) > 1000, "there is no brain"
     assert coloured(reference) > 100 and coloured(without) < 20, "the tumour is in the panel of the reference only"
 
-    bar = notebook.cell("federate").locator(".jupyter-widgets:has(.progress-bar-success)")
+    dashboard = notebook.cell("dashboard")
+    wait_for(lambda: "2 of 2 rounds" in dashboard.inner_text(), seconds=30,
+             why="the dashboard does not say that all rounds are done")
+    assert dashboard.locator("svg").count() >= 3, "the dashboard's curves are missing"
+    bar = notebook.cell("arms").locator(".jupyter-widgets:has(.progress-bar-success)")
     wait_for(lambda: bar.count() and "2/2" in bar.first.inner_text(), seconds=30,
              why="the progress bar is not a widget that has reached its end")
     notebook.check_quiet()

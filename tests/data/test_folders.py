@@ -356,7 +356,7 @@ def test_partitioning_tables(tmp_path):
     table.write_bytes(b"\xff\xfe\x00Partition")
     with pytest.raises(DataError, match="CSV table in UTF-8"):
         read_site_table(table)
-    with pytest.raises(DataError, match="there is no table .*none.csv"):
+    with pytest.raises(DataError, match=r"there is no table .*none\.csv"):
         read_site_table(tmp_path / "none.csv")
 
 

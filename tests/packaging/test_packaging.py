@@ -103,13 +103,14 @@ def test_constraints_are_what_is_installed(pinned: dict[str, Version]) -> None:
     assert not differ
 
 
-def test_wheel_carries_the_package_and_nothing_else(
+def test_wheel_carries_the_package_and_its_notebooks(
     repository: Path, project: dict[str, Any], tmp_path: Path
 ) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=repository, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
         names = set(archive.namelist())
         info = f"fedlab_workbench-{fedlab.__version__}.dist-info"
         facts = BytesParser().parsebytes(archive.read(f"{info}/METADATA"))
@@ -122,7 +123,25 @@ def test_wheel_carries_the_package_and_nothing_else(
     assert facts["Name"] == "fedlab-workbench"
     assert facts["License-Expression"] == "Apache-2.0"
     assert set(facts.get_all("Provides-Extra")) == set(project["optional-dependencies"])
+    series = {path.relative_to(repository).as_posix() for folder in ("notebooks", "data_cards")
+              for path in (repository / folder).iterdir() if path.suffix in (".ipynb", ".md")}
+    assert {name.removeprefix("fedlab/series/") for name in names if name.startswith("fedlab/series/")} == series
+    open_lab(tmp_path)
+    assert {path.relative_to(tmp_path / "fedlab-series").as_posix()
+            for path in (tmp_path / "fedlab-series").rglob("*") if path.is_file()} == series
+    mine = tmp_path / "fedlab-series" / "notebooks" / "00_welcome.ipynb"
+    mine.write_text("changed by the user")
+    assert "fedlab-series/notebooks" in open_lab(tmp_path) and mine.read_text() == "changed by the user"
     assert entry_points.split() == ["[console_scripts]", "fedlab", "=", "fedlab.apps.cli:main"]
+
+
+def open_lab(folder: Path) -> str:
+    """What `fedlab lab` says in a folder, run from the wheel unpacked there; JupyterLab says its version and ends."""
+    environment = {**os.environ, "PYTHONPATH": str(folder / "installed"), "JUPYTER_CONFIG_DIR": str(folder / "config")}
+    done = subprocess.run([sys.executable, "-m", "fedlab.apps.cli", "lab", "--", "--version"], cwd=folder, check=True,
+                          env=environment, capture_output=True, text=True, timeout=120)
+    assert re.match(r"\d+\.\d+", done.stdout)
+    return done.stderr
 
 
 def test_version_is_one(repository: Path) -> None:
