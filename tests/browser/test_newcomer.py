@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ LUMINANCES = """element => {
 
 
 @pytest.fixture
-def welcome(browser: Any, repository: Path, tmp_path: Path, seen: Seen) -> Any:
+def welcome(browser: Any, repository: Path, tmp_path_factory: pytest.TempPathFactory, seen: Seen) -> Iterator[Visit]:
     """The browser on the JupyterLab of `make lab`, on a copy of the notebooks whose first one has few patients."""
-    folder = Path(shutil.copytree(repository / "notebooks", tmp_path / "notebooks"))
+    folder = Path(shutil.copytree(repository / "notebooks", tmp_path_factory.mktemp("newcomer") / "notebooks"))
     first = folder / "00_welcome.ipynb"
     nbformat.write(with_parameters(first, sizes=(3, 3), held_out=1, rounds=1, steps=2), first)
-    lab, began = Lab(tmp_path / "lab", folder, newcomer=True), time.monotonic()
+    lab, began = Lab(tmp_path_factory.mktemp("lab"), folder, newcomer=True), time.monotonic()
     try:
         lab.wait()
         visit = Visit(browser, lab, None)
@@ -61,7 +62,7 @@ def test_the_welcome_notebook_opens_runs_and_shows_the_patients(welcome: Visit, 
     assert compared is not None and grey(compared) > 1000, "the patients are not shown"
     for theme, light in (("JupyterLab Dark", "false"), ("JupyterLab Light", "true")):
         page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
-        page.wait_for_selector(f"body[data-jp-theme-light={light}]")
+        page.wait_for_selector(f"body[data-jp-theme-light={light}]", state="attached")
         viewer = welcome.cell("turn")
         wait_for(lambda viewer=viewer: brain(viewer) > 1000, seconds=PATIENCE, why=f"no brain in the viewer, {theme}")
         text, behind = viewer.locator(".widget-label").filter(has_text=re.compile("arm")).first.evaluate(LUMINANCES)
