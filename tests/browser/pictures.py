@@ -22,7 +22,8 @@ from PIL import Image
 from lab import Lab, Visit, chromium, differing, grey, pixels, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WIDTH, COLOURS = 960, 128  # pixels of a picture, and colours of its palette
+WINDOW = {"width": 1250, "height": 1700}  # tall enough for the whole of each output
+WIDTH, COLOURS = 1000, 256  # pixels of a picture, and colours of its palette
 CELLS = {
     "start": """
 import fedlab as fl
@@ -30,14 +31,16 @@ sites = fl.make_cohort(sizes=(7, 6, 5), held_out=2, shape=(48, 64, 48), seed=0, 
 model = fl.public_model("collection")
 patient = max((one for site in sites for one in site.val), key=lambda one: float((one.label == 4).sum()))
 found = fl.core.regions_to_labels(fl.predict(model, patient) >= 0.5)
-trainer = fl.SiteTrainer(model=model, steps=3, crop=(32, 32, 32), lr=5e-4, tumour_share=0.5)
-noise = fl.DPSGD(clip=1.0, noise_multiplier=1.0, sample_rate=0.5, delta=1e-2)""",
+trainer = fl.SiteTrainer(model=model, steps=4, clip_norm=1.0, tumour_share=0.5,
+                         lr=fl.training.CosineDecay(start=2e-3, rounds=10, warmup=1))
+noise = fl.DPSGD(clip=1.0, noise_multiplier=2.0, sample_rate=0.5, delta=1e-2)
+at_one = fl.privacy.AtSites(sites=[sites[0].name], technique=noise)""",
     "viewer": 'fl.show(patient, {"model": found}, arm="model", modality="T1c")',
     "dashboard": """
-run = fl.view.BackgroundRun(trainer, sites, rounds=8, seed=0, privacy=noise, validate=fl.view.SiteDice(sites=sites))
+run = fl.view.BackgroundRun(trainer, sites, rounds=10, seed=0, privacy=at_one, validate=fl.view.SiteDice(sites=sites))
 fl.RunDashboard(run.start())""",
     "wait": "history = run.wait()",
-    "playground": "fl.view.PrivacyPlayground(patient=patient)",
+    "playground": "fl.view.PrivacyPlayground()",
 }
 
 
@@ -59,7 +62,7 @@ def small(png: bytes) -> Image.Image:
     """A picture of the width and with the colours that the README needs."""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     size = (WIDTH, round(picture.height * WIDTH / picture.width))
-    return picture.resize(size, Image.Resampling.LANCZOS).quantize(COLOURS, dither=Image.Dither.NONE)
+    return picture.resize(size, Image.Resampling.LANCZOS).quantize(COLOURS, kmeans=3, dither=Image.Dither.NONE)
 
 
 def main() -> None:
@@ -78,14 +81,16 @@ def main() -> None:
         try:
             lab.wait()
             visit = Visit(browser, lab, "pictures.ipynb")
+            visit.page.set_viewport_size(WINDOW)
             visit.run_all()
             wait_for(visit.finished, seconds=900, why="the cells have not finished")
             viewer = visit.cell("viewer")
             wait_for(lambda: grey(pixels(viewer.locator("canvas").first.screenshot())) > 1000, seconds=120,
                      why="there is no brain in the viewer")
             for name, seconds in (("viewer", 1.0), ("dashboard", 1.0), ("playground", 10.0)):
-                small(settled(visit.cell(name), seconds=seconds)).save(out / f"{name}.png", optimize=True)
-                print(f"{out / name}.png: {(out / name).with_suffix('.png').stat().st_size / 1e3:.0f} kB")
+                file = out / f"{name}.png"
+                small(settled(visit.cell(name), seconds=seconds)).save(file, optimize=True)
+                print(f"{file}: {file.stat().st_size / 1e3:.0f} kB", flush=True)
             visit.close()
         finally:
             lab.stop()
