@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from lab import Lab, Seen, Visit, differing, grey, pixels, tiles, wait_for, with_parameters
+from lab import Lab, Seen, Visit, grey, pixels, wait_for, with_parameters
 
 #: Seconds until a test fails; a shared machine may need a part of them.
 PATIENCE = 600
@@ -69,22 +68,8 @@ def test_the_welcome_notebook_opens_runs_and_shows_the_patients(welcome: Visit, 
         text, behind = viewer.locator(".widget-label").filter(has_text=re.compile("arm")).first.evaluate(LUMINANCES)
         assert abs(text - behind) > 0.4, f"{theme}: the labels of the viewer cannot be read"
         seen.keep(f"newcomer-{theme.split()[1].lower()}", page.screenshot())
-    turn(welcome, welcome.cell("turn").locator("canvas").first)
     welcome.check_quiet()
     assert welcome.failed == [], "requests failed"
-
-
-def turn(visit: Visit, canvas: Any) -> None:
-    """Drags the head in the 3-D view, and waits until it has turned."""
-    place = next(tile for tile in json.loads(canvas.get_attribute("data-tiles")) if tile["view"] == "3-D")
-    before, corner = tiles(canvas)["3-D"], canvas.bounding_box()
-    x, y = (corner[axis] + place[edge] + place[size] / 2 for axis, edge, size in (
-        ("x", "left", "width"), ("y", "top", "height")))
-    visit.page.mouse.move(x, y)
-    visit.page.mouse.down()
-    visit.page.mouse.move(x + 60, y + 10, steps=4)
-    visit.page.mouse.up()
-    wait_for(lambda: differing(before, tiles(canvas)["3-D"]) > 200, seconds=60, why="the head does not turn")
 
 
 def brain(cell: Any) -> int:
