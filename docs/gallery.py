@@ -35,6 +35,8 @@ MARK = "gallery.css"  # the style sheet; written first, so that the next build k
 WIDGET = "application/vnd.jupyter.widget-view+json"
 #: The form that is shown of an output, first choice first: a picture before a live widget.
 FORMS = ["image/png", "image/svg+xml", "image/jpeg", "text/html", "text/markdown", "text/plain"]
+#: The tag of the cell whose picture stands for its notebook on the start page.
+THUMBNAIL = "thumbnail"
 #: Markdown that only MathJax could show; loading that takes another machine.
 TEX = re.compile(r"\$\$|\\begin\{|(?<![\w$\\])\$[^\s$][^$\n]*\$")
 
@@ -65,10 +67,11 @@ def without_live_widgets(notebook: Any) -> None:
 def notebook_page(notebook: Any, path: Path, places: Places, *, seconds: float | None) -> Page:
     """A notebook as a page; its pictures become files in a folder NAME_files of the site, itself one to download.
 
-    A cell with the tag "thumbnail" has the picture of the start page; else it is the last one.
+    The cell with the tag "thumbnail" has the picture of the start page, its last one.
 
     Raises:
-        ValueError: the notebook has no title, or TeX, which would have to be loaded from elsewhere.
+        ValueError: the notebook has no title, or TeX, which would have to be loaded from elsewhere; or it has run and
+            its cell with the tag "thumbnail" shows no picture.
     """
     name = path.stem
     for cell in notebook.cells:
@@ -87,9 +90,10 @@ def notebook_page(notebook: Any, path: Path, places: Places, *, seconds: float |
     soup = BeautifulSoup(body, "html.parser")
     places.localise(soup, path.resolve())
     shutil.copyfile(path, places.out / path.name)
-    pictures = soup.select("img")
-    chosen = soup.select(".celltag_thumbnail img") or pictures  # the cell with this tag, else the last figure
-    for picture in pictures:
+    chosen = soup.select(f".celltag_{THUMBNAIL} img")
+    if seconds is not None and not chosen:
+        raise ValueError(f'{name}: the cell with the tag "{THUMBNAIL}" shows no picture; tag a cell with a figure')
+    for picture in soup.select("img"):
         picture["alt"] = ""  # the text around a figure says what it shows
     return page_of(soup, kind="notebook", name=name, seconds=seconds,
                    figure=str(chosen[-1]["src"]) if chosen else None)
@@ -136,10 +140,12 @@ def build(notebooks: Sequence[Path], out: Path, *, run: bool = True) -> list[str
         The broken links of the site, one line each.
 
     Raises:
-        ValueError: the folder is not empty and holds no gallery.
+        ValueError: the folder is not empty and holds no gallery, or not one cell of a notebook has the tag "thumbnail".
     """
     if out.exists() and not (out / MARK).exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds something else than a gallery; name another folder or remove it yourself")
+    for path in notebooks:
+        check_thumbnail(path)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     colours = HtmlFormatter(style="default").get_style_defs(".highlight")
@@ -161,6 +167,15 @@ def build(notebooks: Sequence[Path], out: Path, *, run: bool = True) -> list[str
     kinds |= {f"reference/{name}.html": "reference" for name in ("fedlab", *(f"fedlab/{one}" for one in namespaces))}
     print(f"gallery: {write_index(out, kinds)} entries in the search")
     return broken_links(out)
+
+
+def check_thumbnail(path: Path) -> None:
+    """Raises `ValueError` unless one cell of a notebook has the tag "thumbnail"."""
+    cells = nbformat.read(path, as_version=4).cells
+    found = sum(THUMBNAIL in cell.metadata.get("tags", ()) for cell in cells)
+    if found != 1:
+        raise ValueError(f'{path.name}: expected one cell with the tag "{THUMBNAIL}", whose figure stands for the '
+                         f"notebook on the start page; found {found}. Tag the cell with the most telling figure")
 
 
 def _notebook(path: Path, places: Places, *, run: bool) -> Page:

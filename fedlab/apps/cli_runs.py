@@ -1,10 +1,11 @@
-"""The commands for runs and models: `demo`, `run`, `assess`, `resume`, `evaluate`, `show`, `verify` and `runs`."""
+"""The commands for runs and models, from `demo` and `run` to `report`, `verify` and `runs`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import webbrowser
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,12 +38,15 @@ _PRIVACY: Arguments = {
 _ARMS: Arguments = {"--arms": {"type": Path, "metavar": "FILE.py"}}
 
 
+#: The page of `demo` and `run`, and the page of `assess` and `evaluate`.
+_PAGES = ("report.html", "page.html")
+
 #: Patients per site, rounds and steps of a demo in a minute.
 _QUICK = {"patients": 5, "rounds": 4, "steps": 3}
 
 
 def add_runs(commands: Any) -> None:
-    """Adds `demo`, `run`, `assess`, `resume`, `evaluate`, `show`, `verify`, `runs` to argparse's sub-parsers."""
+    """Adds the commands for runs and models to argparse's sub-parsers."""
     add_command(commands, "demo", _demo, {
         "--sites": {"type": int}, "--patients": {"type": int}, "--shape": {"type": read_shape},
         "--spacing": {"type": float, "metavar": "MM"}, "--full": FLAG, "--quick": FLAG,
@@ -67,6 +71,7 @@ def add_runs(commands: Any) -> None:
         "--public": {"nargs": "?", "const": "broad", "choices": ("broad", "collection")},
         "--prediction": {"type": Path, "metavar": "FILE"}, **LAYOUT, "--spacing": {"type": float, "metavar": "MM"},
         "--out": {"type": Path, "metavar": "FILE"}})
+    add_command(commands, "report", _report, {"run": {"type": Path, "metavar": "RUN"}, "--open": FLAG})
     add_command(commands, "verify", _verify, {
         "path": {"type": Path, "metavar": "RUN"}, "--head": {"metavar": "HASH"}, "--json": FLAG})
     add_command(commands, "runs", _runs, {
@@ -244,6 +249,22 @@ def _show(options: argparse.Namespace) -> None:
     scan_page(options.scan, page, prediction=options.prediction, model=model, spacing_mm=spacing,
               layout=options.layout, label_convention=options.label_convention)
     print(f"page: {page}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from fedlab.core.errors import RunError
+
+    run: Path = options.run
+    if not run.is_dir():
+        raise RunError(f"there is no run directory {run}; 'fedlab runs' lists those in runs/")
+    page = next((run / name for name in _PAGES if (run / name).is_file()), None)
+    if page is None and (run / "job.json").is_file():
+        raise RunError(f"{run} is not finished and has no report yet; continue it with: fedlab resume {run}")
+    if page is None:
+        raise RunError(f"{run} holds no report; expected a run directory with {' or '.join(_PAGES)}")
+    print(page)
+    if options.open and not webbrowser.open(page.resolve().as_uri()):
+        raise RunError(f"found no browser on this machine; copy {page} to one that has one: it is one file")
 
 
 def _verify(options: argparse.Namespace) -> int:

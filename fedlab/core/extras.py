@@ -6,7 +6,10 @@ import importlib.util
 
 from fedlab.core.errors import RunError
 
-__all__ = ["MissingExtra", "install_command", "need"]
+__all__ = ["LAB", "MissingExtra", "install_command", "need", "need_lab"]
+
+#: Modules that the extra `lab` brings to figures, viewers and pages.
+LAB = ("matplotlib", "ipywidgets", "ipyniivue", "jinja2", "mistune", "skimage")
 
 
 class MissingExtra(RunError, ImportError):
@@ -24,3 +27,8 @@ def need(extra: str, *modules: str, what: str) -> None:
     if missing:
         raise MissingExtra(f"{what} needs {', '.join(missing)}: not installed here. Install with: "
                            f"{install_command(extra)}")
+
+
+def need_lab() -> None:
+    """Raises `MissingExtra`, with the command that helps, in a kernel without the extra `lab`; for a notebook's top."""
+    need("lab", *LAB, what="this notebook")

@@ -6,8 +6,8 @@ Read `viewer` first, then `run_figures`. Needs the extra `lab`. May import `engi
 
 import lazy_loader
 
-from fedlab.core.extras import need
+from fedlab.core.extras import LAB, need
 
-need("lab", "matplotlib", "ipywidgets", "ipyniivue", "jinja2", "mistune", "skimage", what="fedlab.view")
+need("lab", *LAB, what="fedlab.view")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

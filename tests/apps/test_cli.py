@@ -258,6 +258,26 @@ def test_a_page_shows_the_scan_of_a_folder_or_a_file(tmp_path, capsys):
     assert "give one of" in refused(capsys, "show", one, "--public", "--prediction", "x.nii.gz")
 
 
+def test_report_names_the_page_of_a_run_and_opens_it(tmp_path, monkeypatch, capsys):
+    for name, files in {"demo": ["job.json", "summary.json", "report.html"], "evaluate": ["page.html"],
+                        "half": ["job.json"], "other": ["notes.txt"]}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: not opened.append(address))
+    assert command("report", "demo") == f"{Path('demo/report.html')}\n" and opened == []
+    assert command("report", tmp_path / "evaluate", "--open") == f"{tmp_path / 'evaluate' / 'page.html'}\n"
+    assert opened == [(tmp_path / "evaluate" / "page.html").as_uri()]
+    command("report", "demo", "--open")
+    assert opened[1:] == [(tmp_path / "demo" / "report.html").as_uri()], "from a path of this folder too"
+    assert "fedlab resume half" in refused(capsys, "report", "half")
+    assert "report.html or page.html" in refused(capsys, "report", "other")
+    assert "'fedlab runs'" in refused(capsys, "report", "nowhere")
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    assert "no browser" in refused(capsys, "report", "demo", "--open")
+
+
 def test_lab_opens_the_first_notebook_without_questions(tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr("os.execv", lambda program, words: started.append(words))

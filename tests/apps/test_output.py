@@ -26,7 +26,7 @@ from fedlab.data.sites.partition import Partition
 from folders import NEW, ball, save_files, write_patient, write_table
 from runs import SMALL, finished_demo
 
-COMMANDS = ["demo", "run", "assess", "resume", "evaluate", "show", "lab", "verify", "data", "data phantom",
+COMMANDS = ["demo", "run", "assess", "resume", "evaluate", "show", "report", "lab", "verify", "data", "data phantom",
             "data inspect", "data fetch", "data card", "site", "site init", "site show", "site approve", "export",
             "export technique", "deploy", "deploy init", "deploy start", "deploy stop", "deploy logs",
             "deploy status", "deploy submit", "deploy abort", "itk", "itk install", "itk remove"]

@@ -50,21 +50,27 @@ Pixels = npt.NDArray[np.float32]
 class Lab:
     """A JupyterLab on a folder of notebooks, on a free port of this machine.
 
+    Args:
+        folder: new or empty, for its settings and its log.
+        notebooks: the root folder of JupyterLab.
+        newcomer: whether `fedlab lab` starts it, as `make lab` does, without any settings of a user or of these tests.
+
     Attributes:
         url: of the server.
         token: for access.
     """
 
-    def __init__(self, folder: Path, notebooks: Path) -> None:
+    def __init__(self, folder: Path, notebooks: Path, *, newcomer: bool = False) -> None:
         self._folder, self._port = folder, _free_port()
         self.url, self.token = f"http://127.0.0.1:{self._port}", secrets.token_hex(16)
         self._log = (folder / "lab.log").open("wb")
+        program = (["-m", "fedlab.apps.cli", "lab", f"--folder={notebooks}", "--"] if newcomer else
+                   ["-m", "jupyterlab", f"--ServerApp.root_dir={notebooks}", "--LabApp.extension_manager=readonly"])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
-             f"--ServerApp.port={self._port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={notebooks}",
-             f"--IdentityProvider.token={self.token}", "--LabApp.expose_app_in_browser=True",
-             "--LabApp.extension_manager=readonly"],
-            cwd=notebooks, env=_environment(folder), stdout=self._log, stderr=subprocess.STDOUT)
+            [sys.executable, *program, "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+             f"--ServerApp.port={self._port}", "--ServerApp.port_retries=0",
+             f"--IdentityProvider.token={self.token}", "--LabApp.expose_app_in_browser=True"],
+            cwd=notebooks, env=_environment(folder, quiet=not newcomer), stdout=self._log, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float = 300) -> None:
         """Waits until the server answers."""
@@ -109,15 +115,22 @@ class Lab:
 class Visit:
     """A notebook open in a browser, with the requests and errors of the page.
 
+    Args:
+        browser: Playwright's Chromium.
+        lab: the JupyterLab.
+        name: of the notebook; None opens what JupyterLab opens by itself.
+
     Attributes:
         page: Playwright's page.
         foreign: addresses on other machines that the page requested; all were blocked.
         errors: reported by the browser's console.
+        failed: addresses whose request failed, or was answered with an error.
     """
 
-    def __init__(self, browser: Any, lab: Lab, name: str) -> None:
+    def __init__(self, browser: Any, lab: Lab, name: str | None) -> None:
         self.foreign: list[str] = []
         self.errors: list[str] = []
+        self.failed: list[str] = []
         self._lab = lab
         context = browser.new_context(viewport={"width": 1400, "height": 1000}, service_workers="block")
         context.set_default_timeout(120_000)
@@ -127,7 +140,11 @@ class Visit:
                      if said.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("websocket", lambda socket: self._note(socket.url))
-        self.page.goto(f"{lab.url}/lab/tree/{name}?reset&token={lab.token}", wait_until="domcontentloaded")
+        self.page.on("requestfailed", lambda request: self.failed.append(f"{request.url}: {request.failure}"))
+        self.page.on("response", lambda answer: self.failed.append(f"{answer.url}: {answer.status}")
+                     if answer.status >= 400 else None)
+        place = "/?" if name is None else f"/lab/tree/{name}?reset&"
+        self.page.goto(f"{lab.url}{place}token={lab.token}", wait_until="domcontentloaded")
         self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext")
         self.page.evaluate("""async () => {
             const panel = window.jupyterapp.shell.currentWidget;
@@ -306,16 +323,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """The environment of a JupyterLab that reads and writes settings in `folder` only."""
+def _environment(folder: Path, *, quiet: bool) -> dict[str, str]:
+    """The environment of a JupyterLab that reads and writes settings in `folder` only; `quiet` has those of tests."""
     settings = folder / "settings"
-    for name, values in SETTINGS.items():
+    for name, values in SETTINGS.items() if quiet else ():
         file = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values), "utf-8")
-    page = folder / "config" / "labconfig" / "page_config.json"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(json.dumps(DISABLED), "utf-8")
+    if quiet:
+        page = folder / "config" / "labconfig" / "page_config.json"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(json.dumps(DISABLED), "utf-8")
     places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
               "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
               "IPYTHONDIR": "ipython", "npm_config_cache": "npm"}

@@ -19,11 +19,24 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
+import nbformat
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 SCRIPT = Path(__file__).with_name("base_install.py")
+#: Runs the first cell of each notebook, and prints the error that it ends in.
+FIRST_CELLS = """
+import json, sys
+said = {}
+for name, source in json.load(open(sys.argv[1])).items():
+    try:
+        exec(source, {})
+        said[name] = "nothing is missing"
+    except Exception as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
 
 
 def closure(requirements: list[str]) -> dict[str, metadata.Distribution]:
@@ -118,6 +131,23 @@ def test_a_folder_is_inspected_without_a_page(base: Path, tmp_path: Path) -> Non
     assert "no page is written" in done.stderr and "pip install 'fedlab-workbench[lab]'" in done.stderr
     asked = run(base / "fedlab", "data", "inspect", "scans", "--html", "page.html", cwd=tmp_path)
     assert asked.returncode == 1 and "pip install 'fedlab-workbench[lab]'" in asked.stderr
+
+
+def test_every_notebook_names_the_command_in_its_first_cell(base: Path, repository: Path, tmp_path: Path) -> None:
+    notebooks = sorted((repository / "notebooks").glob("*.ipynb"))
+    cells = {path.name: nbformat.read(path, as_version=4).cells for path in notebooks}
+    firsts = {name: next(cell.source for cell in found if cell.cell_type == "code") for name, found in cells.items()}
+    (tmp_path / "firsts.json").write_text(json.dumps(firsts))
+    done = run(base / "python", "-c", FIRST_CELLS, str(tmp_path / "firsts.json"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert len(said) == len(notebooks) >= 10
+    for name, error in said.items():
+        if name.startswith("08"):
+            assert error.startswith("NVFLARE is not installed") and "make flare" in error
+        else:
+            assert error.startswith("this notebook needs matplotlib"), f"{name}: {error}"
+            assert "pip install 'fedlab-workbench[lab]'" in error, name
 
 
 def test_a_comparison_names_the_extra_before_anything_is_made(base: Path, tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ def links(repository: Path) -> ModuleType:
     return module
 
 
+def shown(source: str) -> Any:
+    """A cell of code whose figure stands for the notebook on the start page."""
+    return new_code_cell(source, metadata={"tags": ["thumbnail"]})
+
+
 def build(repository: Path, folder: Path, *cells: Any, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Runs docs/gallery.py on a notebook of these cells, into `folder`/site."""
     folder.mkdir(exist_ok=True)
@@ -68,8 +73,8 @@ def build(repository: Path, folder: Path, *cells: Any, options: Sequence[str] = 
 def site(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A gallery of one small notebook."""
     folder = tmp_path_factory.mktemp("gallery")
-    chosen = new_code_cell(FIGURE, metadata={"tags": ["thumbnail"]})
-    done = build(repository, folder, chosen, new_code_cell("figure"), new_code_cell(BAR), new_code_cell("print(6 * 7)"),
+    done = build(repository, folder, shown(FIGURE), new_code_cell("figure"), new_code_cell(BAR),
+                 new_code_cell("print(6 * 7)"),
                  new_markdown_cell("## Two words\n\nSee [above](01_small.ipynb#Small) and [1](https://arxiv.org/abs/1)."))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every link holds" in done.stdout
@@ -148,7 +153,7 @@ def test_the_search_knows_notebooks_pages_and_reference(site: Path) -> None:
 
 
 def test_notebooks_can_be_shown_without_running_them(repository: Path, tmp_path: Path) -> None:
-    done = build(repository, tmp_path, new_code_cell("1 / 0"), options=["--no-run"])
+    done = build(repository, tmp_path, shown("1 / 0"), options=["--no-run"])
     assert done.returncode == 0 and "every link holds" in done.stdout, done.stdout + done.stderr
     page = BeautifulSoup((tmp_path / "site" / "01_small.html").read_text("utf-8"), "html.parser")
     assert "1 / 0" in " ".join(page.select_one("article").get_text().split()) and not page.select(".output_wrapper")
@@ -231,15 +236,30 @@ def test_a_folder_without_pages_is_no_site(links: ModuleType, tmp_path: Path) ->
 
 
 def test_a_failing_notebook_stops_the_build(repository: Path, tmp_path: Path) -> None:
-    done = build(repository, tmp_path, new_code_cell("1 / 0"))
+    done = build(repository, tmp_path, shown("1 / 0"))
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
-    again = build(repository, tmp_path, new_markdown_cell("The sum $x$."))
+    again = build(repository, tmp_path, shown("1"), new_markdown_cell("The sum $x$."))
     assert "loads no MathJax" in again.stderr, "what a failed build leaves is no obstacle to the next one"
 
 
 def test_tex_is_refused(repository: Path, tmp_path: Path) -> None:
-    done = build(repository, tmp_path, new_markdown_cell("The sum $x^2$."))
+    done = build(repository, tmp_path, shown("1"), new_markdown_cell("The sum $x^2$."))
     assert done.returncode == 1 and "loads no MathJax" in done.stderr
+
+
+@pytest.mark.parametrize("cells, found", [([new_code_cell(FIGURE)], 0), ([shown(FIGURE), shown("figure")], 2)])
+def test_a_notebook_without_one_thumbnail_is_refused_before_it_runs(
+        repository: Path, tmp_path: Path, cells: list[Any], found: int) -> None:
+    done = build(repository, tmp_path, *cells)
+    assert done.returncode == 1 and "gallery: running" not in done.stdout
+    assert '01_small.ipynb: expected one cell with the tag "thumbnail"' in done.stderr
+    assert f"found {found}. Tag the cell" in done.stderr
+    assert not (tmp_path / "site").exists(), "an earlier site is still there"
+
+
+def test_a_thumbnail_without_a_figure_is_refused(repository: Path, tmp_path: Path) -> None:
+    done = build(repository, tmp_path, new_code_cell(FIGURE), shown("print(1)"))
+    assert done.returncode == 1 and 'the cell with the tag "thumbnail" shows no picture' in done.stderr
 
 
 def test_nothing_else_is_overwritten(repository: Path, tmp_path: Path) -> None:

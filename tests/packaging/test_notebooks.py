@@ -17,7 +17,7 @@ import fedlab
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-MARK = "# NBVAL_CHECK_OUTPUT"
+CHECKED, THUMBNAIL = "nbval-check-output", "thumbnail"
 LONGEST_CELL, LONGEST_FUNCTION = 15, 20
 CLOSING = ["What could go wrong", "Recap", "Exercises", "References"]
 #: A path from the root of a file system, of a home directory or of a Windows drive; not the "/" of a fraction or URL.
@@ -59,14 +59,25 @@ def test_valid_and_clean(notebook: Any) -> None:
 
 def test_stripped_but_for_checked_text(notebook: Any) -> None:
     for cell in code(notebook):
-        if MARK not in cell.source:
-            assert not cell.outputs, f"cell {cell.id} holds outputs; strip it, or mark it {MARK}"
+        assert "NBVAL_" not in cell.source, f"cell {cell.id}: a reader sees this mark; use the tag {CHECKED}"
+        if CHECKED not in cell.metadata.get("tags", ()):
+            assert not cell.outputs, f"cell {cell.id} holds outputs; strip it, or give it the tag {CHECKED}"
             assert cell.execution_count is None, f"cell {cell.id} holds a number of its execution; strip it"
             continue
-        assert cell.source.startswith(MARK), f"cell {cell.id}: the mark is its first line"
         assert cell.execution_count is not None, f"cell {cell.id}: nbval refuses an output without execution_count"
         kinds = {(output.output_type, output.get("name")) for output in cell.outputs}
         assert kinds == {("stream", "stdout")}, f"cell {cell.id} is compared, so it prints text and no more: {kinds}"
+
+
+def test_checked_text_speaks_to_the_reader(notebook: Any) -> None:
+    for cell in code(notebook):
+        said = "".join(output.get("text", "") for output in cell.outputs)
+        assert not re.search(r": (True|False)\b", said), f"cell {cell.id} prints a test's result; say what it means"
+
+
+def test_one_figure_stands_for_the_notebook(notebook: Any) -> None:
+    tagged = [cell for cell in notebook.cells if THUMBNAIL in cell.metadata.get("tags", ())]
+    assert [cell.cell_type for cell in tagged] == ["code"], f"one cell of code has the tag {THUMBNAIL}"
 
 
 def test_opens_with_a_title_and_a_promise(notebook: Any) -> None:
@@ -85,6 +96,7 @@ def test_one_cell_of_imports_and_then_one_of_parameters(notebook: Any) -> None:
     assert importing == [cells[0].id], "one cell imports, and it is the first"
     tagged = [cell.id for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     assert tagged == [cells[1].id], "one cell is tagged 'parameters', the one after the imports"
+    assert "fl.core.need_lab()" in cells[0].source, "the first cell checks what the notebook needs"
     statements = ast.parse(cells[1].source).body
     assert all(isinstance(node, ast.Assign | ast.AnnAssign) for node in statements), "parameters are assignments only"
 

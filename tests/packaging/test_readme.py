@@ -30,6 +30,17 @@ def test_it_fits_on_three_screens(repository: Path) -> None:
     assert len(example.splitlines()) <= 15
 
 
+def test_three_pictures_show_what_make_lab_offers(repository: Path) -> None:
+    """tests/browser/pictures.py makes them."""
+    (table,) = re.findall(r"<table>.*?</table>", (repository / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown = re.findall(r'<img src="([^"]+)" width="270" alt="([^"]+)">', table)
+    assert [Path(file).stem for file, _ in shown] == ["viewer", "dashboard", "playground"]
+    assert table.count("<tr>") == 1 and table.count("<td") == 3, "side by side in one row"
+    files = [(repository / file).read_bytes() for file, _ in shown]
+    assert all(content.startswith(b"\x89PNG") and len(content) > 10_000 for content in files)
+    assert sum(map(len, files)) <= 400_000
+
+
 def test_what_it_points_to_exists(repository: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
     named = r"`((?:notebooks|fedlab|benchmarks|data_cards)/[\w./-]*|[A-Z]+\.(?:md|cff))`|\]\(([\w./-]+)\)"
