@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/audits.py [--canaries 1000] [--seeds 3] [--folder runs/audits]
 
 A lower bound of ε with 95 % confidence per technique and seed (`fedlab.evidence.CanaryAudit`), on a small linear
-network. What is done is kept in the folder, so an interrupted benchmark goes on. Writes `benchmarks/results/audits.json`
-and the last two columns of the techniques' table in `docs/privacy.md`.
+network; two minutes on two cores. What is done is kept in the folder, so an interrupted benchmark goes on. Writes
+`benchmarks/results/audits.json` and the last two columns of the techniques' table in `docs/privacy.md`.
 """
 
 from __future__ import annotations
