@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb, to_rgba_array
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.patches import Patch
@@ -54,16 +54,16 @@ def darken(figure: object) -> None:
     if not isinstance(figure, Figure):
         return
     on_images = {text for ax in figure.axes if ax.images for text in ax.texts}
-    changed = {to_rgb(light): to_rgb(dark) for light, dark in _ON_DARK.items()}
+    changed = {to_hex(light): to_rgb(dark) for light, dark in _ON_DARK.items()}
     for artist in figure.findobj():
         if artist in on_images:
             continue
         for part in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
             if not hasattr(artist, f"get_{part}") or not hasattr(artist, f"set_{part}"):
                 continue
-            before = to_rgba_array(getattr(artist, f"get_{part}")())
-            after = [(*changed.get(tuple(rgba[:3]), tuple(rgba[:3])), rgba[3]) for rgba in before.tolist()]
-            if after != [tuple(rgba) for rgba in before.tolist()]:
+            before = to_rgba_array(getattr(artist, f"get_{part}")()).tolist()
+            after = [[*changed.get(to_hex(rgba), rgba[:3]), rgba[3]] for rgba in before]
+            if after != before:
                 getattr(artist, f"set_{part}")(after[0] if len(after) == 1 else after)
         box = artist.get_bbox_patch() if isinstance(artist, Text) else None
         if box is not None and to_rgb(box.get_facecolor()) == (1.0, 1.0, 1.0):

@@ -397,7 +397,7 @@ class PrivacyPlayground:
         prior, large = self.prior, self.weights == "public"
         return invert_update(sent.delta, model=self.model, regions=self.regions, steps=self.steps, seed=self.seed,
                              smoothness=_SMOOTHNESS, max_seconds=self.max_seconds, on_step=on_step, per_layer=large,
-                             start=prior if large else None)
+                             start=prior if large else None, lr=0.02 if large else 0.1)
 
     def _facts(self, sent: Update, spent: Spent | None) -> str:
         """The update that leaves the site, and its privacy cost."""

@@ -146,6 +146,9 @@ def test_figures_of_the_dark_theme_are_dark_and_their_texts_are_read(dark) -> No
         for text in figure.findobj(mpl.text.Text):
             if text.get_text() and text.get_visible() and text not in on_images:
                 assert contrast(text.get_color(), "#111111") > 4.5, (name, text.get_text())
+        if name == "bars":
+            bars = [bar for ax in figure.axes for bar in ax.patches if bar.get_height()]
+            assert len(bars) == 9 and all(contrast(bar.get_facecolor(), "#111111") > 3 for bar in bars)
         for line in figure.findobj(mpl.lines.Line2D):
             if line.get_visible() and line.get_linestyle() != "None" and len(line.get_xdata()) and line.axes:
                 is_grid = any(line in axis.get_gridlines() for axis in (line.axes.xaxis, line.axes.yaxis))
