@@ -326,14 +326,14 @@ class PrivacyPlayground:
             self._silent = False
 
     def _sigma_for(self, epsilon: float) -> float:
-        """The smallest σ of the slider's range that keeps all rounds within ε."""
+        """The smallest σ of the slider's range, in four digits, that keeps all rounds within ε."""
         check_positive(epsilon=epsilon)
         low, high = 1e-5, 1e3
         while high / low > 1.001:
             middle = math.sqrt(low * high)
             spent = replace(self.knobs, noise_multiplier=middle).spent(delta=self.delta, rounds=self.rounds)
             low, high = (middle, high) if spent is not None and spent.epsilon > epsilon else (low, middle)
-        return high
+        return float(rounded_up(high, 4))
 
     def _changed(self) -> None:
         """Updates everything after a setting has changed."""

@@ -277,6 +277,7 @@ def test_colours_follow_the_theme(playground):
     playground.reconstruct()
     page = playground.html()
     assert "background:#fff" not in page and "color:#555" not in page.replace("font-color2,#555", "")
+    assert page.count("<table") == page.count('<table style="color:inherit') == 2  # also in a page without a doctype
     assert "var(--jp-layout-color1,#fff)" in page and "var(--jp-ui-font-color1,#222)" in page
 
 
