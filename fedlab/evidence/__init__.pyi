@@ -8,7 +8,7 @@ from .differences import Difference, Share, difference, share_kept
 from .findings import Finding, Threat
 from .inference import PropertyInference, SiteInference
 from .inversion import Inversion, invert_update, one_step_update, patch_net, tumour_patch
-from .membership import RMIA, LossThreshold, Membership, UpdateMembership, shadow_models
+from .membership import RMIA, LossThreshold, Membership, RoundMembership, UpdateMembership, shadow_models
 from .presets import presets
 from .reconstruction import Reconstructed, Reconstruction, tissue_prior
 from .report import Assessed, Evidence
@@ -18,8 +18,8 @@ from .sweeps import Sweep, sweep
 __all__ = [
     "RMIA", "Arm", "ArmComparison", "Assessed", "Attack", "Audit", "Canaries", "CanaryAudit", "Case", "Contributions",
     "Difference", "Evidence", "Finding", "Inversion", "KeepUpdates", "LossThreshold", "Membership", "ModelMembership",
-    "NotApplicable", "PropertyInference", "Reconstructed", "Reconstruction", "RunOnDisk", "RunTable", "SentMembership",
-    "SentReconstruction", "Share", "SiteInference", "Sweep", "Threat", "UpdateMembership", "assess", "compare_arms",
-    "default_attacks", "dice_on", "difference", "invert_update", "one_step_update", "patch_net", "presets", "runs",
-    "shadow_models", "share_kept", "site_contributions", "sweep", "tissue_prior", "tumour_patch",
+    "NotApplicable", "PropertyInference", "Reconstructed", "Reconstruction", "RoundMembership", "RunOnDisk", "RunTable",
+    "SentMembership", "SentReconstruction", "Share", "SiteInference", "Sweep", "Threat", "UpdateMembership", "assess",
+    "compare_arms", "default_attacks", "dice_on", "difference", "invert_update", "one_step_update", "patch_net",
+    "presets", "runs", "shadow_models", "share_kept", "site_contributions", "sweep", "tissue_prior", "tumour_patch",
 ]

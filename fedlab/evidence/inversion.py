@@ -19,6 +19,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fedlab.core.global_generators import seeded
+from fedlab.core.hardware import calling
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.seeds import derive, generator
 from fedlab.core.settings import check_choice, check_positive, check_whole, check_within
@@ -199,7 +200,8 @@ def _gradients(model: nn.Module, params: Tensors, image: torch.Tensor, target: t
     weights = {name: p.clone().requires_grad_() for name, p in params.items()}
     total: list[torch.Tensor] = []
     for _ in range(steps):
-        value = loss(functional_call(model, weights, (image,)), target)
+        with calling(image.device, torch.float32):
+            value = loss(functional_call(model, weights, (image,)), target)
         found = torch.autograd.grad(value, list(weights.values()), create_graph=keep)
         total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
         moved = (w - lr * g for w, g in zip(weights.values(), found, strict=True))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
 from typing import Any, ClassVar, Literal
 
@@ -18,17 +19,19 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fedlab.core.regions import labels_to_regions
+from fedlab.core.hardware import calling
+from fedlab.core.regions import labels_to_regions, regions_to_labels
 from fedlab.core.seeds import derive
 from fedlab.core.settings import check_choice, check_positive, check_whole
 from fedlab.core.types import Patient, Site, Tensors
 from fedlab.core.weights import check_fit, trainable
 from fedlab.evidence.findings import Finding, Threat
 from fedlab.evidence.intervals import Floats, area_under_roc, share_interval, true_positives
+from fedlab.evidence.inversion import tumour_patch
 from fedlab.run.federate import federate
 from fedlab.training.trainer import DiceBCE, SiteTrainer
 
-__all__ = ["RMIA", "LossThreshold", "Membership", "UpdateMembership", "shadow_models"]
+__all__ = ["RMIA", "LossThreshold", "Membership", "RoundMembership", "UpdateMembership", "shadow_models"]
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 _WANTS = "whether a patient is among those trained on"
@@ -156,6 +159,70 @@ class UpdateMembership:
             return _of_each(model, patients, self.loss, weights, alignment)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoundMembership:
+    """`UpdateMembership` on the change of the global model in a round, over a few patients: a leakage curve of a run.
+
+    The change is what every site sees, and every recipient of two successive models; a server that sees single updates
+    learns more. A score is the alignment with the gradient on a cube around the patient's tumour, at the model before
+    the round: two passes of the network per patient. The result depends on patients, so no guarantee of the run covers
+    it; as for `SiteDice`, it is shown where sites are hidden only if the patients are public.
+
+    Args:
+        sites: their training patients are the members, those held out the others; both as many.
+        every: rounds between two attacks, the first after as many rounds.
+        patients: members at most, and others at most, taken from the sites in turn.
+        crop: edge of the cube in voxels; that of the smallest scan at most.
+        public: whether the patients are public, such as generated ones.
+
+    Raises:
+        ValueError: a number below 1, or no patient with a tumour to train on or among those held out.
+    """
+
+    sites: Sequence[Site]
+    every: int = 1
+    patients: int = 8
+    crop: int = 32
+    public: bool = False
+    threat: ClassVar[Threat] = Threat(who="site", wants=_WANTS, sees="the models of two successive rounds, and scan "
+                                      "and segmentation of a patient")
+
+    def __post_init__(self) -> None:
+        check_whole(every=self.every, patients=self.patients, crop=self.crop)
+        if not all(self._groups):
+            raise ValueError("leakage compares patients who were trained on with patients who were held out, each with "
+                             "a tumour; the sites lack one of the two: give sites with held-out patients (held_out=)")
+
+    def __call__(self, model: nn.Module, moved: Tensors) -> Finding:
+        """The AUC of the attack.
+
+        Args:
+            model: as before the round; does not change.
+            moved: the change of its weights.
+
+        Raises:
+            ValueError: the change does not fit the model.
+        """
+        members, others = self._groups
+        found = UpdateMembership(score="alignment")(model, moved, members=members, others=others).auc
+        return replace(found, attack=repr(self), threat=self.threat)
+
+    @cached_property
+    def _groups(self) -> tuple[list[Patient], list[Patient]]:
+        """Cubes of members and others, as many of each."""
+        train, held = (_in_turn([[p for p in group if p.label is not None and bool(p.label.any())] for group in groups])
+                       for groups in ([site.train for site in self.sites], [site.val for site in self.sites]))
+        count = min(self.patients, len(train), len(held))
+        edge = min([self.crop, *(size for p in (*train[:count], *held[:count]) for size in p.image.shape[1:])])
+        members, others = ([_cube(p, edge) for p in group[:count]] for group in (train, held))
+        return members, others
+
+    def __repr__(self) -> str:
+        names = ", ".join(site.name for site in self.sites)
+        return (f"RoundMembership(sites=<{names}>, every={self.every}, patients={self.patients}, crop={self.crop}"
+                f"{', public=True' if self.public else ''})")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RMIA:
     """A member is likelier under the model than under reference models, more so than other patients are (RMIA).
@@ -237,6 +304,17 @@ def shadow_models(trainer: SiteTrainer, patients: Sequence[Patient], *, count: i
     return found
 
 
+def _in_turn(groups: Sequence[Sequence[Patient]]) -> list[Patient]:
+    """The first of each group, then the second of each, and so on."""
+    return [group[k] for k in range(max(map(len, groups), default=0)) for group in groups if k < len(group)]
+
+
+def _cube(patient: Patient, edge: int) -> Patient:
+    """A cube around the middle of the tumour, as a patient."""
+    image, regions = tumour_patch(patient, edge)
+    return Patient(patient.id, image, regions_to_labels(regions), patient.affine)
+
+
 def _losses(model: nn.Module, patients: Sequence[Patient], loss: Loss | None, *,
             weights: Tensors | None = None) -> Floats:
     """The loss of each whole scan and its mirror image, without gradients."""
@@ -259,7 +337,9 @@ def _of_each(model: nn.Module, patients: Sequence[Patient], loss: Loss | None, w
             image, regions = patient.image.float().to(device), labels_to_regions(patient.label).float().to(device)
             # Two volumes: with one, torch takes a slow path on the CPU.
             pair, target = (torch.stack([t, t.flip(1)]) for t in (image, regions))
-            scores.append(score(loss(functional_call(model, dict(weights), (pair,)), target)))
+            with calling(device, torch.float32):
+                value = loss(functional_call(model, dict(weights), (pair,)), target)
+            scores.append(score(value))
     finally:
         model.train(training)
     return np.array(scores, dtype=np.float64)

@@ -20,8 +20,10 @@ import torch
 from fedlab.core.errors import RunError
 from fedlab.core.protocols import Engine
 from fedlab.core.settings import check_whole
-from fedlab.core.types import Round, Site
-from fedlab.core.weights import load_weights
+from fedlab.core.types import Round, ServerState, Site
+from fedlab.core.weights import load_weights, trainable
+from fedlab.evidence.findings import Finding
+from fedlab.evidence.membership import RoundMembership
 from fedlab.privacy.base import Privacy
 from fedlab.run.checkpoint import Checkpoint
 from fedlab.run.federate import federate
@@ -57,6 +59,8 @@ class BackgroundRun:
 
     Args:
         trainer, sites: as in `federate`.
+        leakage: an attack on the change of the global model in a round, whose result the dashboard shows; none by
+            default. It takes time after the rounds that it attacks, and changes nothing in the run.
         **settings: the other arguments of `federate` by name, except progress; on_round is called in the thread.
 
     Attributes:
@@ -66,6 +70,9 @@ class BackgroundRun:
         diagnostics: round -> site -> numbers that techniques left in the state of the site, such as norms before
             clipping, for the rounds of this process. A simulation holds the states of all sites; in a deployment these
             numbers never leave the site.
+        leaked: round -> what the attack found.
+        durations: round -> seconds of wall time, with validation, attack and checkpoint, for the rounds of this
+            process.
         views: the widgets that display this run, by kind.
 
     Raises:
@@ -74,29 +81,35 @@ class BackgroundRun:
 
     state: State
 
-    def __new__(cls, trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) -> BackgroundRun:
+    def __new__(cls, trainer: SiteTrainer, sites: Sequence[Site], *, leakage: RoundMembership | None = None,
+                **settings: Any) -> BackgroundRun:
         current = cls.under_way()
-        return current if current is not None and current._same(trainer, sites, settings) else super().__new__(cls)
+        same = current is not None and current._same(trainer, sites, settings) and _alike(current.leakage, leakage)
+        return current if current is not None and same else super().__new__(cls)
 
-    def __init__(self, trainer: SiteTrainer, sites: Sequence[Site], **settings: Any) -> None:
+    def __init__(self, trainer: SiteTrainer, sites: Sequence[Site], *, leakage: RoundMembership | None = None,
+                 **settings: Any) -> None:
         if hasattr(self, "state"):  # the run under way, which this call repeats
             return
         if "progress" in settings:
             raise TypeError("RunDashboard shows the progress, not a bar: leave progress out")
         signature(federate).bind(trainer, sites, **settings)  # raises where federate has no such argument
-        self.trainer, self.sites, self.settings = trainer, tuple(sites), settings
+        self.trainer, self.sites, self.settings, self.leakage = trainer, tuple(sites), settings, leakage
         self.privacy: Privacy = settings.get("privacy") or Privacy()
         self.engine: Engine = settings.get("engine") or Local()
         self.rounds: int = settings.get("rounds", signature(federate).parameters["rounds"].default)
         self.history = History(rounds=self.rounds, privacy=repr(self.privacy),
                                remarks=list(dict.fromkeys(remark for site in self.sites for remark in site.remarks)))
         self.diagnostics: dict[int, dict[str, dict[str, float]]] = {}
+        self.leaked: dict[int, Finding] = {}
+        self.durations: dict[int, float] = {}
         self.views: dict[str, Any] = {}
         self.error: BaseException | None = None
         self.state = "ready"
         self._listeners: list[Callable[[], None]] = []
         self._gate = threading.Condition(threading.RLock())
         self._left = 0.0  # rounds that may still begin
+        self._begun = 0.0  # the time at which the present round began
         self._thread: threading.Thread | None = None
 
     @staticmethod
@@ -237,6 +250,7 @@ class BackgroundRun:
         if not self.history.records and finished.number > 0 and self.settings.get("checkpoint") is not None:
             # The rounds before a resumed run goes on.
             self.history.records.extend(Checkpoint(Path(self.settings["checkpoint"])).records()[:-1])
+        before = self.history.state
         self.history.add(finished)
         self.diagnostics[finished.number] = {  # of the sites that work on this machine
             name: {key: float(value) for key, value in finished.site_states[name].diagnostics.items()
@@ -244,10 +258,32 @@ class BackgroundRun:
         calls = self.settings.get("on_round", ())
         for call in calls if isinstance(calls, Sequence) else (calls,):
             call(finished)
+        if self.leakage is not None and (finished.number + 1) % self.leakage.every == 0:
+            self._attack(self.leakage, before, finished)
+        self.durations[finished.number] = time.monotonic() - self._begun
         if finished.number + 1 < self.rounds:
             self._pass_gate()
         else:
             self._notify()
+
+    def _attack(self, attack: RoundMembership, before: ServerState | None, finished: Round) -> None:
+        """Attacks the change of the global model in a round, unless the model before it is not known."""
+        model = copy.deepcopy(self.trainer.model)
+        if before is not None:
+            load_weights(model, self.trainer.local(before))
+        elif finished.number == 0:
+            load_weights(model, self.trainer.initial_model())
+        else:  # the first round after a checkpoint
+            return
+        start = trainable(model)
+        moved = {name: after.to(start[name].device) - start[name].detach()
+                 for name, after in finished.state.params.items()}
+        if not any(bool(t.any()) for t in moved.values()):  # a void round
+            return
+        try:
+            self.leaked[finished.number] = attack(model, moved)
+        except Exception:  # nor may this end a run of hours
+            _log.exception("the attack on round %d failed; the run continues", finished.number + 1)
 
     def _pass_gate(self) -> None:
         """Waits until another round may begin."""
@@ -262,6 +298,7 @@ class BackgroundRun:
             if self.state == "stopping":
                 raise _Stop
             self._left -= 1
+            self._begun = time.monotonic()
 
 
 _STARTING = threading.Lock()

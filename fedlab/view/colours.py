@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar, get_args
+
+from fedlab.core.settings import check_choice
 
 __all__ = ["ARMS", "BLUE", "ERRORS", "GREEN", "GREY", "INK", "LABEL_ABBREVIATIONS", "LABEL_COLOURS", "LABEL_NAMES",
            "LINES", "MODALITY_COLOURS", "ORANGE", "RED", "REGION_COLOURS", "REGION_LABELS", "REGION_NAMES",
@@ -13,7 +15,12 @@ __all__ = ["ARMS", "BLUE", "ERRORS", "GREEN", "GREY", "INK", "LABEL_ABBREVIATION
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_STYLE = Path(__file__).parent / "templates" / "fedlab.mplstyle"
+Theme = Literal["light", "dark"]
+_TEMPLATES = Path(__file__).parent / "templates"
+_STYLES: Mapping[Theme, list[Path]] = {
+    "light": [_TEMPLATES / "fedlab.mplstyle"],
+    "dark": [_TEMPLATES / "fedlab.mplstyle", _TEMPLATES / "fedlab_dark.mplstyle"]}
+_theme: Theme = "light"  # of this session, as `style` has set it
 
 BLUE, ORANGE, GREEN, INK, RED, GREY = "#0072B2", "#E08A00", "#009E73", "#222222", "#B3261E", "#666666"
 #: Colours of lines (Okabe & Ito 2008, safe for the colour-blind), in an order in which neighbours differ.
@@ -46,24 +53,43 @@ _FURTHER = (*(colour for colour in LINES if colour not in ARMS.values()), "#8822
             "#CC6677", "#DDCC77", "#117733", "#AA4499")
 
 
-def style() -> None:
+def style(theme: Theme = "light") -> None:
     """Gives every later matplotlib figure of this session the look of fedlab's own: fonts, frame, colours of lines.
 
-    Call it once before the figures of a notebook or a script. The figures of fedlab have it in any case.
+    Call it once before the figures of a notebook or a script. The figures of fedlab have it in any case. A picture
+    cannot follow the theme of JupyterLab, so say `fl.style(theme="dark")` there: it holds for your figures and for
+    those of fedlab. Dashboards, charts and the playground follow the theme by themselves.
+
+    Args:
+        theme: "light", or "dark" for light text on JupyterLab's dark background.
+
+    Raises:
+        ValueError: another theme.
     """
+    global _theme
     from matplotlib import style as styles
 
-    styles.use(_STYLE)
+    check_choice(get_args(Theme), theme=theme)
+    _theme = theme
+    styles.use(_STYLES[theme])
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """A decorator: the function draws with the settings of our figures, and the user's settings return after it."""
+    """A decorator: the function draws with the settings of our figures, and the user's settings return after it.
+
+    Under the dark theme the colours that it names itself follow too.
+    """
     @functools.wraps(draw)
     def drawing(*args: P.args, **kwargs: P.kwargs) -> R:
         from matplotlib import style as styles
 
-        with styles.context(_STYLE):
-            return draw(*args, **kwargs)
+        with styles.context(_STYLES[_theme]):
+            figure = draw(*args, **kwargs)
+        if _theme == "dark":
+            from fedlab.view.picture import darken
+
+            darken(figure)
+        return figure
 
     return drawing
 

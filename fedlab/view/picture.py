@@ -11,16 +11,20 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from fedlab.view.colours import GREY, INK
 
-__all__ = ["Picture", "blended", "figure_png", "foot", "matrix", "over_rounds", "png_base64", "whole_ticks"]
+__all__ = ["Picture", "blended", "darken", "figure_png", "foot", "matrix", "over_rounds", "png_base64", "whole_ticks"]
 
+#: Colours of the light theme that cannot be seen on a dark background -> those that take their place.
+_ON_DARK = {INK: "#E8E8E8", GREY: "#B5B5B5", "#444444": "#C8C8C8", "#777777": "#A0A0A0",
+            "#F6F7F8": "#1C1C1C", "#6A51A3": "#A18BD6", "#8C510A": "#C98B4A"}
 _SHADES = LinearSegmentedColormap.from_list("fedlab", ["#F6F8FB", "#C9DDEE", "#6FA8D2", "#0072B2", "#003A66"])
 
 
@@ -43,6 +47,27 @@ def figure_png(figure: Figure, dpi: int) -> tuple[bytes, dict[str, int]]:
     figure.savefig(buffer, format="png", dpi=dpi)
     width, height = (round(inches * 96) for inches in figure.get_size_inches())
     return buffer.getvalue(), {"width": width, "height": height}
+
+
+def darken(figure: object) -> None:
+    """Gives a figure's artists the colours of the dark theme; text on images keeps its own."""
+    if not isinstance(figure, Figure):
+        return
+    on_images = {text for ax in figure.axes if ax.images for text in ax.texts}
+    changed = {to_hex(light): to_rgb(dark) for light, dark in _ON_DARK.items()}
+    for artist in figure.findobj():
+        if artist in on_images:
+            continue
+        for part in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            if not hasattr(artist, f"get_{part}") or not hasattr(artist, f"set_{part}"):
+                continue
+            before = to_rgba_array(getattr(artist, f"get_{part}")()).tolist()
+            after = [[*changed.get(to_hex(rgba), rgba[:3]), rgba[3]] for rgba in before]
+            if after != before:
+                getattr(artist, f"set_{part}")(after[0] if len(after) == 1 else after)
+        box = artist.get_bbox_patch() if isinstance(artist, Text) else None
+        if box is not None and to_rgb(box.get_facecolor()) == (1.0, 1.0, 1.0):
+            box.set_facecolor((*to_rgb(figure.get_facecolor()), box.get_alpha() or 1.0))
 
 
 def whole_ticks(ax: Axes, most: int = 10) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,17 @@ import torch
 from torch import nn
 
 from fedlab.core.files import filled_in
-from fedlab.core.seeds import generator
-from fedlab.core.settings import check_positive, check_share, check_whole, check_within
+from fedlab.core.seeds import derive, generator
+from fedlab.core.settings import check_choice, check_positive, check_share, check_whole, check_within
 from fedlab.core.types import MODALITIES, Patient, SiteState, Spent, Update, rounded_up
 from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net, tumour_patch
+from fedlab.evidence.reconstruction import channel_correlations, tissue_prior
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.clipping import clip_update
 from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.privacy.sparse.partial_sharing import PartialSharing
+from fedlab.training.public_model import public_model
 from fedlab.view.colours import BLUE, ORANGE, styled
 from fedlab.view.slices import slice_image
 from fedlab.view.widget_snapshot import display_snapshot, snapshot
@@ -35,9 +37,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Knobs", "PrivacyPlayground"]
 
+#: The weights that the update starts from: of a small or given network, or of the public model.
+Weights = Literal["random", "public"]
+
 _WAIT = 0.5  # seconds without a change before an attack begins
 #: Weight of the total variation in the attack. With ten times as much a tumour is not recognised without protection.
 _SMOOTHNESS = 1e-3
+#: Patients who are generated for what the adversary knows beforehand.
+_PUBLIC = 4
+#: Correlation within FLAIR and T1c from which on a person recognises the patch.
+_RECOGNISED = 0.7
+#: Weights -> what the menu says.
+_WEIGHTS = {"random": "random weights, small network", "given": "the given network", "public": "the public model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +101,20 @@ class PrivacyPlayground:
     The update is one plain gradient step of a network on one patch around a tumour. `LocalGaussian` and
     `PartialSharing` clip, perturb and thin it as in a run; the accountant states the cost of `rounds` such rounds; and
     a gradient inversion (`fedlab.evidence.inversion`) searches for the patch in the update sent, anew for every
-    setting, in a thread, within seconds. It is the easiest case for an adversary: one patch, one step, known labels.
-    A failed reconstruction proves nothing; the accountant's ε does.
+    setting, in a thread. It is the easiest case for an adversary: one patch, one step, known labels. A failed
+    reconstruction proves nothing; the accountant's ε does.
+
+    A menu chooses the weights that the step starts from: a small network at random ones, which the attack inverts
+    within seconds, or `fl.public_model("collection")`, a large trained network, which it seldom inverts within its
+    time: there it begins at what the adversary expects (`tissue_prior`) and weighs all layers alike. Beside each score
+    stands that of the expectation alone, without any update.
 
     Args:
         patient: with a label; by default a generated one, which takes a few seconds.
-        model: maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z); by default a small untrained `patch_net`.
+        model: maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z), in place of the small untrained `patch_net`.
+        weights: "random", the small network or the given one, or "public", the public model.
+        public: other patients with tumours, from whom the adversary knows the usual intensities; by default a few
+            generated ones, made at the first attack. With none there is no expectation to compare with.
         crop: edge of the patch in voxels.
         rounds: the number of rounds to which ε refers.
         delta: of the guarantee.
@@ -108,13 +127,15 @@ class PrivacyPlayground:
         ValueError: a patient without a label or a tumour, or smaller than the patch; a number out of range.
     """
 
-    def __init__(self, *, patient: Patient | None = None, model: nn.Module | None = None, crop: int = 16,
-                 rounds: int = 10, delta: float = 1e-2, steps: int = 400, max_seconds: float = 60.0, seed: int = 0,
-                 auto: bool = True) -> None:
+    def __init__(self, *, patient: Patient | None = None, model: nn.Module | None = None,
+                 weights: Weights = "random", public: Sequence[Patient] | None = None, crop: int = 16, rounds: int = 10,
+                 delta: float = 1e-2, steps: int = 400, max_seconds: float = 60.0, seed: int = 0, auto: bool = True
+                 ) -> None:
         check_whole(rounds=rounds, steps=steps)
         check_whole(least=4, crop=crop)
         check_positive(delta=delta, max_seconds=max_seconds)
         check_within(below=1, delta=delta)
+        check_choice(get_args(Weights), weights=weights)
         self.rounds, self.delta, self.steps, self.max_seconds, self.seed = rounds, delta, steps, max_seconds, seed
         if patient is None:
             from fedlab.data.phantom.generator import make_cohort
@@ -122,17 +143,18 @@ class PrivacyPlayground:
             patient = make_cohort(sizes=[1], held_out=0, shape=(48, 64, 48), seed=seed, workers=0,
                                   progress=False)[0].train[0]
         self.patient = patient
-        self.model = patch_net(seed=seed) if model is None else copy.deepcopy(model)
         self.patch, self.regions = tumour_patch(self.patient, crop)
-        self.update = one_step_update(self.model, self.patch, self.regions, site=self.patient.id)
-        self._found: dict[Knobs, Inversion] = {}
+        self._own = patch_net(seed=seed) if model is None else copy.deepcopy(model)
+        self._public = public
+        self._kept: dict[str, dict[Knobs, Inversion]] = {"random": {}, "public": {}}
+        self._start_from(weights)
         self._progress: tuple[Knobs, int, torch.Tensor] | None = None  # of a running attack
         self._failed = ""
         self._running: threading.Thread | None = None
         self._cancelled = threading.Event()
         self._silent = False
         self._renew: Callable[[], None] = lambda: None  # renews the static copy in the cell that displays it
-        self._build(auto)
+        self._build(auto, "random" if model is None else "given")
         self._changed()
 
     @property
@@ -142,14 +164,21 @@ class PrivacyPlayground:
                      noise_multiplier=float(self._sigma.value) if self._noise.value else 0.0)
 
     def set(self, *, clip: float | None = None, noise_multiplier: float | None = None, fraction: float | None = None,
-            epsilon: float | None = None) -> PrivacyPlayground:
+            epsilon: float | None = None, weights: Weights | None = None) -> PrivacyPlayground:
         """Moves the sliders; settings that are not given stay. `epsilon`, of all rounds, sets the noise multiplier.
+
+        With other weights the update is another one, and a clipping norm that is not given keeps its ratio to it.
 
         Raises:
             ValueError: a number out of range, or both a noise multiplier and an ε.
         """
         if epsilon is not None and noise_multiplier is not None:
             raise ValueError("an ε and the noise multiplier determine each other: give one of them")
+        if weights is not None:
+            check_choice(get_args(Weights), weights=weights)
+            with self._quiet():
+                self._weights.value = weights
+            self._take(weights)
         now = self.knobs
         wanted = Knobs(clip=now.clip if clip is None else clip, fraction=now.fraction if fraction is None else fraction,
                        noise_multiplier=now.noise_multiplier if noise_multiplier is None else noise_multiplier)
@@ -181,7 +210,8 @@ class PrivacyPlayground:
 
     def html(self) -> str:
         """Update and reconstruction as they are now: self-contained HTML."""
-        return ('<div style="font-family:sans-serif;background:#fff;color:#222">'
+        return ('<div style="font-family:sans-serif;background:var(--jp-layout-color1,#fff);'
+                'color:var(--jp-ui-font-color1,#222)">'
                 f"{self._facts_box.value}{self._picture_box.value}</div>")
 
     @styled
@@ -209,7 +239,39 @@ class PrivacyPlayground:
     def __repr__(self) -> str:
         return f"<PrivacyPlayground of patient {self.patient.id}: {self.knobs!r}; {self._outcome()}>"
 
-    def _build(self, auto: bool) -> None:
+    @cached_property
+    def prior(self) -> torch.Tensor | None:
+        """What the adversary expects of the labels alone, (4, X, Y, Z); None without other patients."""
+        others = self._public
+        if others is None:
+            from fedlab.data.phantom.generator import make_cohort
+
+            others = make_cohort(sizes=[_PUBLIC], held_out=0, shape=(48, 64, 48), seed=derive(self.seed, "public"),
+                                 workers=0, progress=False)[0].train
+        patches = [tumour_patch(one, self.patch.shape[1]) for one in others if one is not self.patient]
+        return tissue_prior(patches, self.regions) if patches else None
+
+    def _start_from(self, weights: Weights) -> None:
+        """Takes a network and its update, and what has been found about it."""
+        self.weights: Weights = weights
+        self.model = self._own if weights == "random" else public_model("collection")
+        self.update = one_step_update(self.model, self.patch, self.regions, site=self.patient.id)
+        self._found = self._kept[weights]
+
+    def _take(self, weights: Weights) -> None:
+        """Starts from other weights; the clipping norm keeps its ratio to the norm of the update."""
+        if weights == self.weights:
+            return
+        self._cancel()
+        ratio = float(self._clip.value) / self.update.norm()
+        self._start_from(weights)
+        norm = self.update.norm()
+        with self._quiet():
+            self._clip.min, self._clip.max = -30.0, 30.0
+            self._clip.value = _digits(ratio * norm)
+            self._clip.min, self._clip.max = math.log10(norm) - 2, math.log10(norm) + 1
+
+    def _build(self, auto: bool, own: str) -> None:
         import ipywidgets as widgets
 
         norm = self.update.norm()
@@ -217,27 +279,37 @@ class PrivacyPlayground:
         self._clip, self._sigma, self._epsilon = (
             widgets.FloatLogSlider(value=value, min=low, max=high, step=0.05, readout_format=".3g", description=name,
                                    **wide)
-            for name, value, low, high in (("clipping norm", norm, math.log10(norm) - 2, math.log10(norm) + 1),
-                                           ("noise multiplier σ", 1e-2, -5, 3),
+            for name, value, low, high in (("clipping norm", float(rounded_up(norm)), math.log10(norm) - 2,
+                                            math.log10(norm) + 1), ("noise multiplier σ", 1e-2, -5, 3),
                                            (f"ε of {self.rounds} rounds", 1e3, -2, 12)))
         self._fraction = widgets.FloatSlider(value=1.0, min=0.01, max=1.0, step=0.01, readout_format=".2f",
                                              description="fraction shared", **wide)
         self._noise = widgets.Checkbox(value=False, description="add noise", indent=False)
         self._auto = widgets.Checkbox(value=auto, description="reconstruct automatically", indent=False)
         self._button = widgets.Button(description="Reconstruct", icon="search", button_style="primary")
+        self._weights = widgets.Dropdown(
+            options=[(_WEIGHTS[own], "random"), (_WEIGHTS["public"], "public")], value=self.weights,
+            description="start of the step", **wide)
+        self._bar = widgets.IntProgress(min=0, max=self.steps, description="attack",
+                                        layout=widgets.Layout(width="440px", visibility="hidden"))
         self._facts_box, self._picture_box = widgets.HTML(), widgets.HTML()
-        for control in (self._clip, self._sigma, self._epsilon, self._fraction, self._noise, self._auto):
+        for control in (self._weights, self._clip, self._sigma, self._epsilon, self._fraction, self._noise, self._auto):
             control.observe(partial(self._moved, control), names="value")
         self._button.on_click(lambda button: self._begin())
-        knobs = widgets.VBox([self._clip, widgets.HBox([self._sigma, self._noise]), self._epsilon, self._fraction,
-                              widgets.HBox([self._button, self._auto])])
-        self._box = widgets.VBox([knobs, self._facts_box, self._picture_box])
+        knobs = widgets.VBox([self._weights, self._clip, self._noise, self._sigma, self._epsilon, self._fraction,
+                              widgets.HBox([self._button, self._auto]), self._facts_box])
+        self._box = widgets.HBox([knobs, widgets.VBox([self._bar, self._picture_box])],
+                                 layout=widgets.Layout(flex_flow="row wrap"))
 
     def _moved(self, control: Any, change: object) -> None:
         """After the user has moved a control; σ and ε follow each other, and both add noise."""
         if self._silent:
             return
+        if control is self._weights:
+            self._take(self._weights.value)
         with self._quiet():
+            if control is self._clip:
+                self._clip.value = _digits(float(self._clip.value))
             if control is self._epsilon:
                 self._sigma.value = self._sigma_for(float(self._epsilon.value))
             if control in (self._sigma, self._epsilon):
@@ -254,19 +326,20 @@ class PrivacyPlayground:
             self._silent = False
 
     def _sigma_for(self, epsilon: float) -> float:
-        """The smallest σ of the slider's range that keeps all rounds within ε."""
+        """The smallest σ of the slider's range, in four digits, that keeps all rounds within ε."""
         check_positive(epsilon=epsilon)
         low, high = 1e-5, 1e3
         while high / low > 1.001:
             middle = math.sqrt(low * high)
             spent = replace(self.knobs, noise_multiplier=middle).spent(delta=self.delta, rounds=self.rounds)
             low, high = (middle, high) if spent is not None and spent.epsilon > epsilon else (low, middle)
-        return high
+        return float(rounded_up(high, 4))
 
     def _changed(self) -> None:
         """Updates everything after a setting has changed."""
         sent = self.knobs.protect(self.update, delta=self.delta, seed=self.seed)
         spent = self.knobs.spent(delta=self.delta, rounds=self.rounds)
+        self._sigma.disabled = self._epsilon.disabled = spent is None
         if spent is not None:
             with self._quiet():
                 self._epsilon.value = min(max(float(rounded_up(spent.epsilon)), 1e-2), 1e12)
@@ -297,6 +370,7 @@ class PrivacyPlayground:
     def _attack_later(self, knobs: Knobs, cancelled: threading.Event) -> None:
         """The thread: attacks once the sliders rest."""
         def on_step(taken: int, patch: torch.Tensor) -> bool:
+            self._bar.value = taken
             if taken % 20 == 0 and not cancelled.is_set():
                 self._progress = (knobs, taken, patch)
                 self._show()
@@ -304,12 +378,15 @@ class PrivacyPlayground:
 
         if cancelled.wait(_WAIT):
             return
+        self._bar.value, self._bar.layout.visibility = 0, "visible"
         try:
             found = self._attack(knobs, on_step)
         except Exception as error:  # a thread has no cell to show it
             self._failed = f"{type(error).__name__}: {error}"
             self._show()
             return
+        finally:
+            self._bar.layout.visibility = "hidden"
         if not cancelled.is_set():
             self._found[knobs] = found
             self._show()
@@ -317,8 +394,10 @@ class PrivacyPlayground:
 
     def _attack(self, knobs: Knobs, on_step: Callable[[int, torch.Tensor], bool]) -> Inversion:
         sent = knobs.protect(self.update, delta=self.delta, seed=self.seed)
+        prior, large = self.prior, self.weights == "public"
         return invert_update(sent.delta, model=self.model, regions=self.regions, steps=self.steps, seed=self.seed,
-                             smoothness=_SMOOTHNESS, max_seconds=self.max_seconds, on_step=on_step)
+                             smoothness=_SMOOTHNESS, max_seconds=self.max_seconds, on_step=on_step, per_layer=large,
+                             start=prior if large else None, lr=0.02 if large else 0.1)
 
     def _facts(self, sent: Update, spent: Spent | None) -> str:
         """The update that leaves the site, and its privacy cost."""
@@ -337,11 +416,22 @@ class PrivacyPlayground:
         if found is None:
             return (f"attack running: step {progress[1]} of {self.steps}"
                     if progress is not None and progress[0] == self.knobs else "no attack on these settings yet")
-        within = (float(torch.corrcoef(torch.stack([one.flatten(), true.flatten()]))[0, 1])
-                  for one, true in zip(found.image.double(), self.patch.double(), strict=True))
-        by_channel = ", ".join(f"{name} {value:.2f}" for name, value in zip(MODALITIES, within, strict=True))
+        expected = "" if self.prior is None else f"; expected without any update {_scores(self.prior, self.patch)}"
         return (f"correlation with the true patch {found.correlation(self.patch):.2f} over all channels, within them "
-                f"{by_channel} (1: the patch itself, 0: unrelated) after {found.steps} steps in {found.seconds:.1f} s")
+                f"{_scores(found.image, self.patch)} (1: the patch itself, 0: unrelated) after {found.steps} steps in "
+                f"{found.seconds:.1f} s{expected}. {self._verdict(found)}")
+
+    def _verdict(self, found: Inversion) -> str:
+        """What the scores mean, in a sentence or two."""
+        reached = channel_correlations(found.image, self.patch)
+        known = 0.0 if self.prior is None else float(channel_correlations(self.prior, self.patch).mean())
+        seen = min(float(reached[MODALITIES.index(name)]) for name in ("FLAIR", "T1c")) >= _RECOGNISED
+        if seen and float(reached.mean()) > known:
+            return "A person recognises the patch: this update is a picture of the patient."
+        what = "A part of the patch" if float(reached.mean()) > max(known, 0.3) else "No more than was known before"
+        weak = (" From trained weights of a large network this attack is weak; from random weights of a small one an "
+                "update gives its patch away." if self.weights == "public" and not self.knobs.noise_multiplier else "")
+        return f"{what} is seen with this attack in its time, which proves nothing: another may succeed.{weak}"
 
     def _volumes(self) -> dict[str, torch.Tensor]:
         """The patch, and the reconstruction under the present settings as far as it has come."""
@@ -375,6 +465,17 @@ class PrivacyPlayground:
 def _slice(channel: torch.Tensor) -> npt.NDArray[np.float64]:
     """The middle axial slice."""
     return slice_image(channel.double().numpy(), "axial", channel.shape[2] // 2)
+
+
+def _scores(image: torch.Tensor, truth: torch.Tensor) -> str:
+    """The correlation within each modality."""
+    within = channel_correlations(image, truth).tolist()
+    return ", ".join(f"{name} {value:.2f}" for name, value in zip(MODALITIES, within, strict=True))
+
+
+def _digits(value: float) -> float:
+    """A number in three digits."""
+    return float(f"{value:.3g}")
 
 
 def _heights(values: torch.Tensor, edge: float) -> list[float]:

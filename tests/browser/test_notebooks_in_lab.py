@@ -110,8 +110,9 @@ def test_dashboard(visit: Callable[..., Visit], seen: Seen) -> None:
 
     def sent() -> list[str]:
         """Megabytes sent per site, from the table."""
-        rows = cell.locator("table tr").all()
-        return [row.locator("td").nth(6).inner_text() for row in rows[1:]]
+        head, *rows = cell.locator("table tr").all()
+        column = head.locator("th").all_inner_texts().index("sent [MB]")
+        return [row.locator("td").nth(column).inner_text() for row in rows]
 
     wait_for(lambda: state("ready") == 0, seconds=30, why="the dashboard is not drawn")
     press("Start")

@@ -12,7 +12,7 @@ import torch
 from fedlab.core.types import Patient, Site, SiteState, Update
 from fedlab.evidence.intervals import area_under_roc, mean_interval, share_interval, true_positives
 from fedlab.evidence.inversion import patch_net
-from fedlab.evidence.membership import RMIA, LossThreshold, UpdateMembership, shadow_models
+from fedlab.evidence.membership import RMIA, LossThreshold, RoundMembership, UpdateMembership, shadow_models
 from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.run.federate import federate
@@ -120,6 +120,32 @@ def test_the_area_and_its_interval_by_hand():
     variance = low * (1 - low) / 6 * (1 + 1.5 * ((1 - low) / (2 - low) + low / (1 + low)))
     assert value - low == pytest.approx(1.959964 * variance**0.5, rel=1e-5)
     assert area_under_roc(np.ones(20), np.zeros(20))[1:] == (pytest.approx(0.87, abs=0.03), 1.0)
+
+
+def test_the_attack_on_a_round_takes_as_many_members_as_others_from_the_sites_in_turn(trained):
+    before, _, delta = trained
+    healthy = replace(MEMBERS[0], id="healthy", label=torch.zeros(8, 8, 8, dtype=torch.uint8))
+    sites = [Site("a", [healthy, *MEMBERS[:6]], OTHERS[:3]), Site("b", MEMBERS[6:], OTHERS[3:4]),
+             Site("c", MEMBERS[:1])]
+    found = RoundMembership(sites=sites, patients=3, crop=32)(before, delta)  # a cube of the whole scan of 8 voxels
+    by_hand = UpdateMembership(score="alignment")(before, delta, members=[MEMBERS[0], MEMBERS[6], MEMBERS[0]],
+                                                  others=[OTHERS[0], OTHERS[3], OTHERS[1]]).auc
+    assert (found.value, found.low, found.high, found.trials) == (by_hand.value, by_hand.low, by_hand.high, 6)
+    assert found.threat.who == "site" and "RoundMembership(sites=<a, b, c>" in found.attack
+    assert RoundMembership(sites=sites, crop=8)(before, delta).trials == 8  # four are held out
+    learnt = RoundMembership(sites=[Site("all", MEMBERS, OTHERS)], patients=10)(before, delta)
+    assert learnt.is_clear and learnt.value > 0.5 and learnt.trials == 20
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(sites=[Site("a", MEMBERS)]), "held_out="), (dict(sites=[]), "held_out="),
+    (dict(sites=[Site("a", [], OTHERS)]), "held_out="),
+    (dict(sites=[Site("a", MEMBERS, [replace(OTHERS[0], label=None)])]), "held_out="),
+    (dict(sites=[Site("a", MEMBERS, OTHERS)], every=0), "every is"), (dict(sites=[], patients=-1), "patients is"),
+])
+def test_an_attack_on_rounds_needs_both_groups(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        RoundMembership(**wrong)
 
 
 def test_the_interval_of_the_area_covers_chance():

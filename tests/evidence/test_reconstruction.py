@@ -7,11 +7,20 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 from cohorts import blob_patient
+from fedlab.core.convolution import FastConvolutions
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.weights import trainable
-from fedlab.evidence.inversion import invert_update, one_step_update, patch_net, tumour_patch
+from fedlab.evidence.inversion import (
+    _distance,
+    _gradients,
+    invert_update,
+    one_step_update,
+    patch_net,
+    tumour_patch,
+)
 from fedlab.evidence.reconstruction import (
     Reconstruction,
     channel_correlations,
@@ -78,6 +87,50 @@ def test_every_objective_comes_closer(model, objective, per_layer):
                           local_lr=0.3)
     assert found.distance < first.distance / 3
     assert channel_correlations(found.image, image).mean() > channel_correlations(first.image, image).mean() + 0.15
+
+
+class Watched(nn.Module):
+    """A network that notes within which context it is called."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.modes = inner, set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.modes |= {type(mode) for mode in _get_current_function_mode_stack()}
+        return self.inner(x)
+
+
+def test_the_network_is_called_as_everywhere_else():
+    """One patch falls off torch's fast path otherwise: `fedlab.core.hardware.calling` holds for steps and attacks."""
+    (image, regions), watched = PATCHES[0], Watched(patch_net(width=4))
+    update = one_step_update(watched, image, regions)
+    assert watched.modes == {FastConvolutions}
+    watched.modes.clear()
+    invert_update(update.delta, model=watched, regions=regions, steps=1)
+    assert watched.modes == {FastConvolutions}
+
+
+@pytest.mark.parametrize("objective, per_layer", [("cosine", False), ("cosine", True), ("euclidean", True)])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_of_distances_are_those_of_float64(objective, per_layer, steps):
+    """Second derivatives through narrow, strided, unfolded and upsampled layers; float64 is computed by torch alone."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1), nn.Softplus(), nn.Conv3d(8, 5, 3, stride=2, padding=1),
+                            nn.GroupNorm(1, 5), nn.Upsample(scale_factor=2, mode="trilinear"), nn.Conv3d(5, 3, 1))
+    (image, regions), (guess, _) = PATCHES[0], PATCHES[1]
+
+    def slope(dtype: torch.dtype) -> torch.Tensor:
+        params = {name: p.detach().to(dtype) for name, p in trainable(network).items()}
+        patch, target = guess[None].to(dtype).requires_grad_(), regions[None].to(dtype)
+        seen, found = (_gradients(network, params, one, target, DiceBCE(), keep=True, steps=steps, lr=0.1)
+                       for one in (image[None].to(dtype), patch))
+        distance = _distance(found, [g.detach() for g in seen], objective, per_layer=per_layer)
+        return torch.autograd.grad(distance, [patch])[0].double()
+
+    exact = slope(torch.float64)
+    assert float(exact.abs().max()) > 0
+    torch.testing.assert_close(slope(torch.float32), exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
 
 
 def test_the_truth_explains_an_update_of_several_steps(model):

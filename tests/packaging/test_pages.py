@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -72,3 +73,27 @@ def test_examples_run(path: Path, tmp_path: Path) -> None:
                           env={**os.environ, "FEDLAB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(
                               [str(DOCS.parent), str(DOCS.parent / "tests")])})
     assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_techniques_has_the_audits_of_these_techniques(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run benchmarks/audits.py again when this fails: a technique, its settings or the page has changed since."""
+    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
+    import audits
+
+    rows = json.loads((audits.RESULTS / "audits.json").read_text("utf-8"))["result"]["rows"]
+    assert [row["code"] for row in rows[::3]] == list(map(repr, audits.TECHNIQUES))
+    assert [row["seed"] for row in rows] == [0, 1, 2] * len(audits.TECHNIQUES)
+    page = (DOCS / "privacy.md").read_text("utf-8")
+    assert audits.filled(page, rows) == page and audits.filled("| `TopK` | a | b |\n", rows) == "| `TopK` | a | b |\n"
+    for row in rows:  # read from the page alone
+        (line,) = re.findall(rf"^\| [^|]*`(?:privacy\.)?{row['technique']}`[^|]*\|.*$", page, re.MULTILINE)
+        claim, shown = line.split("|")[-3:-1]
+        low, *_, high = (float(bound) for bound in re.findall(r"\d+\.\d", shown.split(" at δ")[0]) * 2)
+        assert low - 0.05 <= row["shown"] <= high + 0.05 and not row["refuted"]
+        if row["claimed"] is None:
+            assert claim.strip() == "none" and "δ = 0.0005 per site" in shown
+        else:
+            terms = row["claimed"]
+            stated = float(re.search(r"ε = ([\d.]+) at δ = 0.0005 per", claim)[1])
+            assert terms["epsilon"] <= stated < 1.01 * terms["epsilon"] and row["shown"] < stated
+            assert all(terms[name] in claim for name in ("unit", "adjacency", "accountant"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 import signal
 import threading
@@ -12,16 +13,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cohorts import blob_sites
+from cohorts import TinyNet, blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, RunError, SiteError
-from fedlab.core.weights import trainable, weights_sha256
+from fedlab.core.regions import labels_to_regions
+from fedlab.core.weights import load_weights, trainable, weights_sha256
+from fedlab.evidence.membership import RoundMembership
 from fedlab.privacy.base import Privacy
-from fedlab.privacy.dp.site_level import LocalGaussian
+from fedlab.privacy.compression import SharePercentile, TopK
+from fedlab.privacy.dp.dpsgd import DPSGD
+from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.run.federate import federate
 from fedlab.run.svg_charts import chart
-from fedlab.training.trainer import SiteTrainer
+from fedlab.strategies.averaging import FedAvg
+from fedlab.training.trainer import DiceBCE, SiteTrainer
 from fedlab.view.background_run import BackgroundRun, SiteDice
-from fedlab.view.dashboard import RunDashboard
+from fedlab.view.dashboard import RunDashboard, _decimals
 from runs import wait_for
 from trainers import trainer
 
@@ -250,6 +256,144 @@ def test_clipping_norms_and_bytes_are_those_of_the_run():
     sent = history.sites().xs("site-0", level="site")
     assert f"{last:.0f} %" in row and f"{sent['bytes'].sum() / 1e6:.3f}" in row
     assert f"{sent['norm'].iloc[-1]:.3g}" in row
+
+
+def test_the_signal_to_noise_ratio_is_that_of_the_norms_at_the_site():
+    """From the definition: the clipped update over σ √n, which the noise of one draw meets within a few per cent."""
+    run = BackgroundRun(trainer(), blob_sites(), rounds=2, privacy=private())
+    history = run.start().wait(300)
+    entries = sum(t.numel() for t in history.state.params.values())
+    page = RunDashboard(run).html()
+    for name in ("site-0", "site-1"):
+        clipped = min(0.5, run.diagnostics[1][name]["norm before clipping"])
+        row = re.search(rf"<tr><td[^>]*>{name}</td>.*?</tr>", page).group()
+        shown = float(re.findall(r"<td[^>]*>([\d.]+)</td>", row)[-1])
+        assert shown == pytest.approx(clipped / (6.0 * 0.5 * math.sqrt(entries)), rel=0.1)  # 675 draws
+    assert "Signal-to-noise ratio" in page and "the norms before the noise are read" in page
+
+
+def test_the_ratio_of_dpsgd_is_that_of_a_step():
+    """Every patient in the one step, all gradients longer than the clip: the clip times the sum of directions."""
+    site, clip, one = blob_sites((3,))[0], 1e-3, trainer(steps=1)
+    run = BackgroundRun(one, [site], rounds=1, privacy=DPSGD(clip=clip, noise_multiplier=2.0, sample_rate=1.0,
+                                                             delta=0.1))
+    entries = sum(t.numel() for t in run.start().wait(300).state.params.values())
+    weights, units = trainer().initial(), []
+    for patient in site.train:  # the crop is the whole scan
+        model = TinyNet()
+        load_weights(model, weights)
+        DiceBCE()(model(patient.image[None]), labels_to_regions(patient.label)[None].float()).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        units.append(gradient / gradient.norm())
+        assert gradient.norm() > clip
+    by_hand = float(sum(units).norm()) / (2.0 * math.sqrt(entries))
+    told = run.diagnostics[0]["site-0"]
+    assert told["norm of the clipped sum"] / told["norm of the noise"] == pytest.approx(by_hand, rel=1e-3)
+    assert f"{by_hand:.3g}"[:4] in RunDashboard(run).html()
+
+
+def test_noise_at_the_server_shows_a_bound_that_needs_no_norm():
+    noise = CentralGaussian(clip=0.5, noise_multiplier=0.7, delta=0.1)
+    run = BackgroundRun(trainer(), blob_sites((2, 2, 2)), rounds=2, privacy=noise,
+                        strategy=FedAvg(weights="uniform"))
+    entries = sum(t.numel() for t in run.start().wait(300).state.params.values())
+    page = RunDashboard(run).html()
+    row = re.search(r"<tr><td[^>]*>server</td>.*?</tr>", page).group()
+    assert f"{3 / (0.7 * math.sqrt(entries)):.3g}" in row and "server: upper bound" in page
+    assert "site-0" not in page and "norm of the update" not in page.lower()
+
+
+def test_without_noise_there_is_no_ratio_and_no_empty_panel():
+    run = BackgroundRun(trainer(), blob_sites(), rounds=2)
+    assert "<svg role" not in RunDashboard(run).html()  # before the first round
+    run.start().wait(300)
+    page = RunDashboard(run).html()
+    assert page.count("<svg role") == 3 and "nothing yet" not in page  # loss, norm, bytes
+    assert not any(word in page for word in ("Signal", "signal / noise", "clipped", "Leakage", "ε spent", "absent"))
+    assert "Not measured: give validate=" in page and "No formal guarantee" in page
+
+
+def leak(sites, **settings) -> RoundMembership:
+    return RoundMembership(sites=sites, **settings)
+
+
+def test_leakage_of_every_other_round_with_interval_and_n():
+    sites, plain = blob_sites((4, 2)), BackgroundRun(trainer(), blob_sites((4, 2)), rounds=5)
+    whole = plain.start().wait(300)
+    run = BackgroundRun(trainer(), sites, rounds=5, leakage=leak(sites, every=2, crop=8))
+    assert bits(run.start().wait(300)) == bits(whole)  # the attack changes nothing
+    assert list(run.leaked) == [1, 3]
+    last = run.leaked[3]
+    assert last.trials == 4 and last.low <= last.value <= last.high  # two held out, so two members
+    page = RunDashboard(run).html()
+    assert f"membership AUC {last.value:.2f}, n = 4" in page and "95 % intervals" in page
+    assert "Outside any guarantee" in page and "the site sees the models of two successive rounds" in page
+    assert len(re.findall(r"<path d=\"M[\d.]+ [\d.]+V[\d.]+M", page)) == 2  # an interval per attack
+    again = BackgroundRun(trainer(), sites, rounds=5, leakage=leak(sites, every=2, crop=8))
+    again.start().wait(300)
+    assert [found.value for found in again.leaked.values()] == [found.value for found in run.leaked.values()]
+
+
+def test_leakage_of_patients_stays_with_the_server_where_it_adds_noise():
+    sites = blob_sites()
+    for public in (False, True):
+        run = BackgroundRun(trainer(), sites, rounds=1, strategy=FedAvg(weights="uniform"), leakage=leak(
+            sites, public=public), privacy=CentralGaussian(clip=0.5, noise_multiplier=1.0, delta=0.1))
+        run.start().wait(300)
+        page = RunDashboard(run).html()
+        assert (f"membership AUC {run.leaked[0].value:.2f}" in page) is public
+        assert ("Leakage is for the server only" in page) is not public
+
+
+def test_an_attack_that_fails_ends_no_run(caplog):
+    sites = blob_sites()
+    run = BackgroundRun(trainer(), sites, rounds=2, leakage=leak(sites))
+    object.__setattr__(run.leakage, "_groups", ([], []))  # as if the patients had gone
+    assert len(run.start().wait(300).records) == 2 and not run.leaked
+    assert "the attack on round 1 failed" in caplog.text and "Leakage" not in RunDashboard(run).html()
+
+
+def test_a_resumed_run_attacks_from_its_second_round_on(tmp_path):
+    sites = blob_sites()
+    first = BackgroundRun(trainer(), sites, rounds=3, checkpoint=tmp_path / "run")
+    first.step().wait(300)
+    first.stop().wait(300)
+    run = BackgroundRun(trainer(), sites, rounds=3, checkpoint=tmp_path / "run", leakage=leak(sites))
+    run.start().wait(300)
+    assert list(run.leaked) == [2]  # of round 1 the model before it is not at hand
+
+
+def test_the_headline_is_one_line_with_the_time_left():
+    both = TopK(keep=0.1) + SharePercentile(keep=0.5, bound=1.0)
+    run = BackgroundRun(trainer(), blob_sites(), rounds=400, privacy=both)
+    run.step().wait(300)
+    run.durations[0] = 90.0
+    page = RunDashboard(run).html()
+    assert "1 of 400 rounds, 2 min per round, about 10.0 h left; <span" in page
+    head = re.search(r"<div style=\"white-space:nowrap.*?</div>", page, re.DOTALL).group()
+    assert ">TopK + SharePercentile</span>" in head and "title=" in head and "TopK(keep=0.1" in head
+    run.stop().wait(300)
+    assert "left" not in re.search(r"rounds, .*?;", RunDashboard(run).html()).group()
+
+
+def test_time_is_not_shown_under_a_guarantee():
+    run = BackgroundRun(trainer(), blob_sites(), rounds=2, privacy=private())
+    run.step().wait(300)
+    assert run.durations and " per round" not in re.search(r"of 2 rounds.*?;", RunDashboard(run).html()).group()
+
+
+def test_numbers_of_a_column_have_the_same_decimals():
+    assert [_decimals(values) for values in ({"a": 0.672, "b": 37.6}, {"a": 0.0061, "b": 1.0}, {}, {"a": 0.0},
+                                             {"a": 1234.5}, {"a": 1e-12})] == [3, 5, 2, 2, 0, 6]
+
+
+def test_lines_that_coincide_are_all_seen():
+    same = [(1, 1.0), (2, 2.0)]
+    drawn = chart("MB", {"a": same, "b": same, "c": same, "d": [(1, 1.0), (2, 3.0)]}, rounds=2,
+                  styles={name: (f"#{k}{k}{k}", "") for k, name in enumerate("abcd")})
+    dashes = re.findall(r'stroke="#(\d)\d\d" stroke-width="1.5" stroke-dasharray="([^"]*)"'
+                        r'(?: stroke-dashoffset="(-?\d+)")?', drawn)
+    assert dashes == [("0", "7 14", ""), ("1", "7 14", "-7"), ("2", "7 14", "-14"), ("3", "", "")]
 
 
 def test_a_site_that_drops_out_is_named_with_its_reason():

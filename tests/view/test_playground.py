@@ -11,8 +11,9 @@ import torch
 
 from cohorts import blob_patient
 from fedlab.core.regions import labels_to_regions
-from fedlab.core.types import Patient, rounded_up
+from fedlab.core.types import MODALITIES, Patient, rounded_up
 from fedlab.evidence.inversion import Inversion, invert_update, one_step_update, patch_net
+from fedlab.evidence.reconstruction import channel_correlations, tissue_prior
 from fedlab.privacy.accounting.ledger import Gaussian, epsilon_of
 from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.training.trainer import DiceBCE
@@ -39,7 +40,8 @@ def patient() -> Patient:
 
 @pytest.fixture
 def playground(patient):
-    made = PrivacyPlayground(patient=patient, model=patch_net(width=8), crop=12, steps=80, rounds=10, auto=False)
+    made = PrivacyPlayground(patient=patient, model=patch_net(width=8), public=(), crop=12, steps=80, rounds=10,
+                             auto=False)
     yield made
     wait_for(lambda: not attacks(), seconds=20, why="an attack still runs")
 
@@ -154,7 +156,7 @@ def test_epsilon_and_sigma_follow_each_other(playground):
 
 
 def test_moving_a_knob_changes_what_is_shown_and_starts_an_attack_anew(patient):
-    made = PrivacyPlayground(patient=patient, model=patch_net(width=8), crop=12, steps=25, auto=True)
+    made = PrivacyPlayground(patient=patient, model=patch_net(width=8), public=(), crop=12, steps=25, auto=True)
     assert len(attacks()) == 1
     first = made._facts_box.value
     made._clip.value = made.update.norm() / 3
@@ -179,6 +181,104 @@ def test_both_rows_have_one_grey_window_and_their_difference_a_row(playground):
     playground._found[playground.knobs] = Inversion(image=truth.clone(), distance=0.0, steps=1, seconds=0.1)
     assert all((row == 0.5).all() for row in playground._pictures()["difference"])
     assert "within them FLAIR 1.00, T1 1.00, T1c 1.00, T2 1.00" in playground._outcome()
+
+
+@pytest.fixture
+def tiny_public(monkeypatch):
+    """A network of another size in place of the public model, which takes a minute."""
+    asked = []
+
+    def loaded(name):
+        asked.append(name)
+        return patch_net(width=4, seed=9)
+
+    monkeypatch.setattr("fedlab.view.playground.public_model", loaded)
+    return asked
+
+
+def test_the_weights_can_be_those_of_the_public_model(patient, tiny_public):
+    made = PrivacyPlayground(patient=patient, public=[smooth_patient(seed=5)], crop=12, steps=20, auto=False)
+    assert made.weights == "random" and not tiny_public and made._weights.value == "random"
+    small, ratio = made.update, made.knobs.clip / made.update.norm()
+    first = made.reconstruct()
+    made.set(weights="public")
+    assert tiny_public == ["collection"] and made._weights.value == made.weights == "public"
+    assert made.update.norm() != pytest.approx(small.norm())
+    assert made.knobs.clip / made.update.norm() == pytest.approx(ratio, rel=0.01)
+    assert made._clip.min < math.log10(made.knobs.clip) < made._clip.max
+    assert "no attack on these settings yet" in made.html()  # never that of other weights
+    assert made.reconstruct().image.shape == first.image.shape
+    made._weights.value = "random"  # as from the browser
+    assert made.reconstruct() is first and torch.equal(made.update.delta["0.weight"], small.delta["0.weight"])
+    with pytest.raises(ValueError, match="weights is one of 'random', 'public'"):
+        made.set(weights="trained")
+    with pytest.raises(ValueError, match="weights is one of 'random', 'public'"):
+        PrivacyPlayground(patient=patient, weights="trained")
+
+
+def test_scores_stand_beside_what_was_expected_without_an_update(patient, tiny_public):
+    """The attack on the public model begins at the expectation: one step of it is hardly another picture."""
+    others = [smooth_patient(seed=5), smooth_patient(seed=6)]
+    made = PrivacyPlayground(patient=patient, public=[patient, *others], weights="public", crop=12, steps=1, auto=False)
+    patches = [(p.image.float(), labels_to_regions(p.label)) for p in others]  # without the patient attacked
+    expected = tissue_prior(patches, labels_to_regions(patient.label))
+    torch.testing.assert_close(made.prior, expected)
+    found = made.reconstruct()
+    assert float((found.image - expected).abs().mean()) < 0.3 < float((found.image - made.patch).abs().mean())
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in zip(
+        MODALITIES, channel_correlations(expected, made.patch).tolist(), strict=True))
+    assert f"expected without any update {scores}" in made.html() and "proves nothing" in made.html()
+    assert "From trained weights of a large network this attack is weak" in made.html()
+    without = PrivacyPlayground(patient=patient, public=[patient], model=patch_net(width=4), crop=12, steps=1,
+                                auto=False)
+    without.reconstruct()
+    assert without.prior is None and "expected without" not in without.html()
+
+
+def test_it_says_whether_a_person_recognises_the_patch(playground):
+    def outcome(image: torch.Tensor) -> str:
+        playground._found[playground.knobs] = Inversion(image=image, distance=0.0, steps=1, seconds=0.1)
+        return playground._outcome()
+
+    truth = playground.patch
+    assert "A person recognises the patch" in outcome(truth.clone())
+    half = truth.clone()
+    half[2] = torch.randn(half[2].shape, generator=torch.Generator().manual_seed(0))  # T1c is not found
+    assert "A part of the patch is seen" in outcome(half) and "recognises" not in outcome(half)
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    assert "No more than was known before is seen" in outcome(noise)
+
+
+def test_sliders_without_effect_are_disabled_and_numbers_are_short(playground):
+    assert playground._sigma.disabled and playground._epsilon.disabled
+    playground._noise.value = True  # as from the browser
+    assert not playground._sigma.disabled and not playground._epsilon.disabled
+    assert playground.knobs.noise_multiplier == playground._sigma.value > 0
+    playground._noise.value = False
+    assert playground._sigma.disabled and playground.knobs.noise_multiplier == 0
+    norm = playground.update.norm()
+    assert norm <= playground.knobs.clip < 1.01 * norm and len(repr(playground.knobs.clip)) < 12
+    playground._clip.value = norm / 3
+    assert playground.knobs.clip == float(f"{norm / 3:.3g}")
+
+
+def test_progress_is_seen_while_an_attack_runs_and_columns_stand_side_by_side(patient):
+    made = PrivacyPlayground(patient=patient, model=patch_net(width=8), public=(), crop=12, steps=60, auto=True)
+    seen = []
+    made._bar.observe(lambda change: seen.append((change.new, made._bar.layout.visibility)), names="value")
+    wait_for(lambda: not attacks(), seconds=60, why="the attack does not end")
+    assert seen[-1] == (60, "visible") and len(seen) >= 3 and made._bar.layout.visibility == "hidden"
+    left, right = made.widget.children
+    assert made._clip in left.children and made._picture_box in right.children
+    assert made.widget.layout.flex_flow == "row wrap"  # one column where there is no room for two
+
+
+def test_colours_follow_the_theme(playground):
+    playground.reconstruct()
+    page = playground.html()
+    assert "background:#fff" not in page and "color:#555" not in page.replace("font-color2,#555", "")
+    assert page.count("<table") == page.count('<table style="color:inherit') == 2  # also in a page without a doctype
+    assert "var(--jp-layout-color1,#fff)" in page and "var(--jp-ui-font-color1,#222)" in page
 
 
 def test_a_static_picture_is_left_where_there_is_no_kernel(playground):

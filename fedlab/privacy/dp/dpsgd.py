@@ -223,6 +223,7 @@ class _Steps:
         self.norms: list[float] = []  # of the gradients of this step's patients
         self.seen: list[float] = []
         self.beyond = 0
+        self.summed, self.noised, self.taken = 0.0, 0.0, 0  # squared norms of sums and noise, and the number of steps
         self.rng = None if technique.secure_mode else noise_generator(kit.seed, "bits")
         self.noise = noise_generator(kit.seed, "noise")
         self.exact = ExactSum(noise_multiplier=technique.noise_on_gradients, patients=len(kit.patients),
@@ -271,6 +272,8 @@ class _Steps:
             self.exact.release(self.parameters, clip, self.expected)
         elif not self.opacus_draws:
             add_normal(self.parameters, technique.noise_on_gradients * clip / self.expected, self.noise)
+        if self.exact is None:
+            self._measure(clip)
         within = sum(norm <= clip for norm in self.norms)
         if isinstance(technique.clip, AdaptiveClip):
             bits = technique.clip.noised(within - len(self.norms) / 2, self.rng)
@@ -278,6 +281,12 @@ class _Steps:
         self.beyond += len(self.norms) - within
         self.seen.extend(self.norms)
         self.norms = []
+
+    def _measure(self, clip: float) -> None:
+        """Adds up the squared norms of the sum of clipped gradients and, as expected, of its noise."""
+        self.summed += sum(float(p.summed_grad.double().square().sum()) for p in self.parameters)
+        self.noised += (self.technique.noise_on_gradients * clip)**2 * sum(p.numel() for p in self.parameters)
+        self.taken += 1
 
     def finish(self) -> None:
         """Leaves the network as it was found; keeps at the site the clipping norm and the diagnostics."""
@@ -287,6 +296,10 @@ class _Steps:
                 p.__dict__.pop(left, None)
         if isinstance(self.technique.clip, AdaptiveClip):
             self.state.own[CLIPPING_NORM] = torch.tensor(self.optimiser.max_grad_norm, dtype=torch.float64)
+        if self.taken and self.technique.units:
+            self.state.diagnostics.update({
+                name: torch.tensor(math.sqrt(squares / self.taken), dtype=torch.float64)
+                for name, squares in (("norm of the clipped sum", self.summed), ("norm of the noise", self.noised))})
         self.state.diagnostics.update({
             "norms of patients' gradients": torch.tensor(self.seen, dtype=torch.float64),
             "share beyond the clipping norm": torch.tensor(self.beyond / max(1, len(self.seen)), dtype=torch.float64),
