@@ -62,8 +62,8 @@ def tests_of(path: str) -> list[str]:
 
 def changed_lines(base: str) -> dict[str, set[int]]:
     """Lines of this working tree that were changed since it left a commit, by file."""
-    diff = subprocess.run(["git", "diff", "-U0", "--merge-base", base, "--", "fedlab"], cwd=ROOT, check=True, capture_output=True,
-                          text=True).stdout
+    diff = subprocess.run(["git", "diff", "-U0", "--merge-base", base, "--", "fedlab"], cwd=ROOT, check=True,
+                          capture_output=True, text=True).stdout
     found: dict[str, set[int]] = {}
     for line in diff.splitlines():
         if line.startswith("+++ "):
