@@ -116,3 +116,15 @@ $(STAMP): pyproject.toml constraints.txt $(PY)
 	@$(PY) -c 'import fedlab'
 	@timeout 180 $(VENV)/bin/fedlab itk install || echo "fedlab: itkwidgets has no viewer yet; all else works without it"
 	@pwd -P > $@
+
+# Wrong code, one change at a time, that tests should notice: tests/mutants/mutate.py says how. A night for everything,
+# at most 10 minutes for the lines changed since a commit; a run that is stopped goes on where it was.
+.PHONY: mutants coverage
+mutants: install
+	@OMP_NUM_THREADS=1 $(PY) tests/mutants/mutate.py $(if $(BASE),--base $(BASE)) $(ARGS)
+
+# Lines and branches that the quick tests reach, and those that they don't; other tests: make coverage TESTS="tests/view".
+TESTS ?= tests/core tests/run tests/strategies tests/training tests/topologies tests/privacy
+coverage: install
+	@OMP_NUM_THREADS=1 $(PY) -m coverage run --branch --source fedlab -m pytest -q $(PYTEST_ARGS) $(TESTS); \
+	  $(PY) -m coverage report --sort=cover $(ARGS)

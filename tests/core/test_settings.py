@@ -16,6 +16,7 @@ def test_settings_in_range_pass():
     check_positive(lr=0.1, steps=3, other=np.float32(2.0))
     check_positive(optional=True, bound=None, clip=1.0)
     check_whole(rounds=1, sites=64)
+    check_whole(optional=True, rounds=None, sites=3)
     check_share(sample=1, fraction=0.1)
     check_within(mu=0, other=1e9)
     check_within(below=0.5, trim=0.49)
@@ -31,6 +32,8 @@ def test_settings_in_range_pass():
     *[(lambda bad=bad: check_whole(rounds=bad), "rounds is a positive whole number, got") for bad in (0, -1, 1.0)],
     *[(lambda bad=bad: check_share(sample=bad), "sample is above 0 and at most 1, got") for bad in (0, 1.01, math.nan)],
     *[(lambda bad=bad: check_within(mu=bad), "mu is at least 0 and finite, got") for bad in (-1, math.inf, math.nan)],
+    (lambda: check_whole(optional=True, rounds=0), "rounds is a positive whole number or None, got 0"),
+    (lambda: check_within(mu="0.5"), "mu is at least 0 and finite, got 0.5"),  # a text is no number
     (lambda: check_within(below=0.5, trim=0.5), "trim is at least 0 and below 0.5, got 0.5"),
     (lambda: check_within(most=1, tumour_share=1.1), "tumour_share is at least 0 and at most 1, got 1.1"),
     *[(lambda bad=bad: check_whole(least=0, seed=bad), "seed is a whole number of at least 0") for bad in (-1, True)],

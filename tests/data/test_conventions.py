@@ -11,6 +11,7 @@ import torch
 from fedlab.core.errors import DataError
 from fedlab.data.readers.conventions import (
     CONVENTIONS,
+    convention_of_layout,
     count_values,
     describe,
     detect_convention,
@@ -201,3 +202,27 @@ def test_what_a_label_map_of_2024_holds_is_told_by_its_values(counts, codes):
     check_labels(exam, "brats2024")
     assert [finding.code for finding in exam.findings] == codes
     assert all("7 voxels of resection cavity" in f.message for f in exam.findings if f.code == "cavity")
+
+
+@pytest.mark.parametrize(("layout", "convention"), [
+    ("msd", "msd"), ("nnunet", "msd"), ("brats2018", "brats2021"), ("brats2021", "brats2021"), ("fets", "brats2021"),
+    ("brats2023", "brats2023"), ("table", "brats2021")])
+def test_labels_are_written_as_the_layout_was_published(layout, convention):
+    assert convention_of_layout(layout) == convention
+
+
+def test_without_a_published_layout_values_decide_where_they_have_one_reading():
+    """4 without 3 is no cavity: 1, 2, 4 are those of BraTS 2021, of 2013 in the same meaning; none has a 5."""
+    for values in ((1, 2, 4), (1, 4), (4,)):
+        found = detect({"a": values, "b": (1, 2, 5)}, layout="table")
+        assert str(found) == (f"label convention brats2021 (the values are {', '.join(map(str, values))}, which permit "
+                              "one reading only)")
+
+
+@pytest.mark.parametrize(("values", "names"), [
+    ((1, 2, 3), ["brats2023", "brats2024", "msd", "brats2013", "brats2024ped"]),
+    ((1, 2, 3, 4), ["brats2024", "brats2013", "brats2024ped"]), ((5,), list(CONVENTIONS))])
+def test_without_a_published_layout_values_of_several_readings_are_refused(values, names):
+    with pytest.raises(DataError) as caught:
+        detect({"a": values}, layout="table")
+    assert set(offered(caught.value)) == set(names)

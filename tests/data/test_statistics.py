@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
+import irregular
 from cohorts import blob_patient
 from fedlab.core.errors import DataError
 from fedlab.core.types import MODALITIES, REGIONS, Patient, Site, Spent
@@ -91,14 +92,14 @@ def test_a_scale_of_zero_is_refused() -> None:
 # --- what one patient can change -----------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
-@given(image=hnp.arrays(np.float32, (4, 3, 3, 3), elements=st.floats(-2.0**100, 2.0**100, width=32)),
-       label=st.none() | hnp.arrays(np.uint8, (3, 3, 3), elements=st.sampled_from([0, 1, 2, 4])),
-       spacing=st.floats(0.1, 20))
-def test_no_patient_contributes_more_than_declared(image, label, spacing: float) -> None:
+@given(image=hnp.arrays(np.float32, (4, 3, 5, 2), elements=st.floats(-2.0**100, 2.0**100, width=32)),
+       label=st.none() | hnp.arrays(np.uint8, (3, 5, 2), elements=st.sampled_from([0, 1, 2, 4])),
+       affine=irregular.affines(), scale=st.floats(0.1, 20))
+def test_no_patient_contributes_more_than_declared(image, label, affine: np.ndarray, scale: float) -> None:
     """Adversarial images: the vectors are non-negative whole parts that sum to at most one patient each."""
     image[0, 0, 0, 0] = 1.0
     patient = Patient("p", torch.from_numpy(image), None if label is None else torch.from_numpy(label),
-                      np.diag([spacing, spacing, spacing, 1]))
+                      affine @ np.diag([scale, scale, scale, 1]))
     told = contributions(patient, domain=NAMED)
     assert len(told) == 1 + 4 + 3 + 2
     for name, counts in told.items():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import irregular
 from cohorts import blob_sites
 from fedlab.checks.privacy import check_privacy
 from fedlab.core.errors import PrivacyError
@@ -98,7 +99,8 @@ def rounds(draw):
     technique = SecureAggregation(sites=sites, clip=draw(st.sampled_from([0.3, 1.0, 40.0])),
                                   threshold=draw(st.integers(sites // 2 + 1, sites)), bits=draw(st.integers(24, 40)))
     most = int(0.3 * technique.clip / technique.resolution)
-    whole = {f"s{k}": draw(st.lists(st.integers(-most, most), min_size=5, max_size=5)) for k in range(sites)}
+    whole = {name: draw(st.lists(st.integers(-most, most), min_size=5, max_size=5))
+             for name in draw(irregular.names(sites))}
     gone = {site: stage for site in whole if (stage := draw(st.sampled_from([*STAGES, *[None] * 12])))}
     return technique, whole, gone
 

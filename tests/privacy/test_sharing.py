@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import irregular
 from cohorts import blob_sites
 from fedlab.core.errors import PrivacyError
 from fedlab.core.types import SiteState, Update
@@ -94,11 +95,8 @@ def test_quantised_values_are_levels_and_right_on_average():
 
 # Bytes
 
-shapes = st.lists(st.sampled_from([(), (1,), (7,), (3, 5), (33,), (2, 3, 11)]), min_size=1, max_size=4)
-
-
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.sampled_from([0.0, 0.01, 0.02, 0.2, 0.9, 1.0]), st.integers(0, 99))
+@given(irregular.shapes(), st.sampled_from([0.0, 0.01, 0.02, 0.2, 0.9, 1.0]), st.integers(0, 99))
 def test_sparse_code_is_exact_and_never_longer_than_dense(shape, density, seed):
     source = rng(seed)
     delta = {f"t{k}": torch.randn(s, generator=source) * (torch.rand(s, generator=source) < density)
@@ -111,7 +109,7 @@ def test_sparse_code_is_exact_and_never_longer_than_dense(shape, density, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.integers(1, 16), st.integers(0, 99))
+@given(irregular.shapes(), st.integers(1, 16), st.integers(0, 99))
 def test_codes_of_any_width_come_back(shape, bits, seed):
     source = rng(seed)
     like = {f"t{k}": torch.zeros(s) for k, s in enumerate(shape)}

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest, norm
 
+import irregular
 from cohorts import blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.types import Cohort, ServerState, SiteState, Update
@@ -62,11 +63,8 @@ def assert_standard_normal(values: torch.Tensor, std: float) -> None:
 
 # Clipping
 
-tensors = st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=5), min_size=1, max_size=4)
-
-
 @settings(max_examples=80, deadline=None)
-@given(tensors, st.floats(1e-6, 1e5), st.booleans())
+@given(irregular.tensors(), st.floats(1e-6, 1e5), st.booleans())
 def test_no_update_is_longer_than_the_clipping_norm(values, clip, per_layer):
     before = update(**{f"t{k}": torch.tensor(v) for k, v in enumerate(values)})
     after = clip_update(before, clip, per_layer=per_layer)
@@ -181,7 +179,7 @@ def test_noise_is_independent_between_sites_and_rounds():
 # Sensitivity
 
 @settings(max_examples=40, deadline=None)
-@given(tensors, tensors)
+@given(irregular.tensors(), irregular.tensors())
 def test_two_updates_of_a_site_differ_by_at_most_twice_the_clip(one, other):
     names = [f"t{k}" for k in range(4)]
     one, other = ({n: torch.tensor(([*v, *[[0.0]] * 4])[k] + [0.0] * 5)[:5] for k, n in enumerate(names)}

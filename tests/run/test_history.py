@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import irregular
 from fedlab.core.types import Round, ServerState, Spent
 from fedlab.run.history import History
 
@@ -44,6 +47,17 @@ def test_the_guarantee_states_the_worst_site_in_any_order():
     for order in (["aachen", "zurich", "mainz"], ["mainz", "aachen", "zurich"], ["zurich", "mainz", "aachen"]):
         one = finished(0, SITES, spent={name: (spent(epsilons[name]),) for name in order})
         assert history(one).guarantee() == f"ε = 5 at δ = 0.001 per patient ({ADJACENCY}, rdp accountant) at aachen"
+
+
+@given(irregular.names(3), st.lists(irregular.epsilons(), min_size=3, max_size=3, unique=True))
+def test_the_guarantee_states_the_worst_of_unequal_epsilons(names, epsilons):
+    shown = dict(zip(names, SITES.values(), strict=True))
+    one = finished(0, shown, spent={name: (spent(e),) for name, e in zip(names, epsilons, strict=True)})
+    said = history(one).guarantee()
+    worst = max(zip(epsilons, names, strict=True))
+    assert said.endswith(f" at {worst[1]}")
+    stated = float(said.removeprefix("ε = ").split()[0])
+    assert worst[0] <= stated <= worst[0] * 1.01 + 1e-4  # rounded up, never down
 
 
 def test_the_guarantee_is_that_of_the_last_round_in_which_each_site_took_part():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import irregular
 from cohorts import TinyNet, blob_sites
 from fedlab.core.errors import PrivacyError, RunError
 from fedlab.core.gate import check_update
@@ -26,17 +28,22 @@ def update(site: str, values: list[float], weight: float = 1.0, **more: object) 
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), st.floats(0.5, 200)),
-                min_size=1, max_size=6), st.randoms(use_true_random=False))
-def test_streaming_mean_is_the_naive_mean_in_any_order(pairs, random):
-    updates = [update(f"s{i}", values, weight) for i, (values, weight) in enumerate(pairs)]
-    total = sum(w for _, w in pairs)
-    naive = [sum(v[k] * w for v, w in pairs) / total for k in range(3)]
+@given(irregular.updates(), st.randoms(use_true_random=False))
+def test_streaming_mean_is_the_naive_mean_in_any_order(updates, random):
+    total = math.fsum(u.weight for u in updates)
     mean = weighted_mean(iter(updates))
-    torch.testing.assert_close(mean.delta["w"], torch.tensor(naive, dtype=torch.float64), rtol=1e-6, atol=1e-6)
-    assert mean.weight == pytest.approx(total)
+    for name, kind in (("a", "delta"), ("b", "delta"), ("mean", "buffers")):
+        found, parts = getattr(mean, kind)[name].reshape(-1), [getattr(u, kind)[name].reshape(-1) for u in updates]
+        naive = [math.fsum(float(t[k]) * u.weight for t, u in zip(parts, updates, strict=True)) / total
+                 for k in range(len(found))]
+        assert found.tolist() == pytest.approx(naive, rel=1e-12, abs=1e-9)
+    assert mean.buffers["count"].tolist() == [max(int(u.buffers["count"][k]) for u in updates) for k in range(2)]
+    assert set(mean.delta) == {"a", "b"} and set(mean.buffers) == {"mean", "count"}
+    assert mean.weight == pytest.approx(total) and mean.steps == sum(u.steps for u in updates)
+    assert mean.metrics["loss"] == pytest.approx(math.fsum(u.metrics["loss"] * u.weight for u in updates) / total)
     random.shuffle(updates)
-    torch.testing.assert_close(weighted_mean(updates).delta["w"], mean.delta["w"], rtol=1e-12, atol=1e-9)
+    for name, t in weighted_mean(updates).delta.items():
+        torch.testing.assert_close(t, mean.delta[name], rtol=1e-12, atol=1e-9)
 
 
 def test_fedavg_by_hand():

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
+import irregular
 from cohorts import blob_sites
 from fedlab.core.types import Update
 from fedlab.privacy.dp.site_level import CentralGaussian
@@ -61,9 +61,6 @@ def distance(a, b):
     return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
 
 
-rows_of_three = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3), min_size=5, max_size=9)
-
-
 # Naive references
 
 
@@ -82,7 +79,7 @@ def naive_krum(rows, f, m):
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows_of_three)
+@given(irregular.rows(least=5, most=9, width=3, reach=100))
 def test_median_and_trimmed_mean_are_the_naive_ones(rows):
     updates = made(rows)
     columns = list(zip(*rows, strict=True))

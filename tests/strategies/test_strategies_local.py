@@ -264,6 +264,10 @@ def test_scaffold_refuses_masks_and_workflows_without_one_server():
 
 @pytest.mark.parametrize("strategy,changes,match", [
     (FedNova(), {"optimiser": trainer().optimiser}, "is another"),
+    (FedNova(), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.5, dampening=0.1),
+                 "momentum": "restart"}, r"no dampening .* is SGD with \{'lr'"),
+    (FedNova(), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=1.0), "momentum": "restart"},
+     r"momentum below 1.* 'momentum': 1\.0"),
     (FedNova(momentum=0.0), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, r"momentum 0\.9"),
     (FedNova(), {"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, "momentum='restart'"),
     (FedNova(momentum=0.9), {}, r"momentum=0\.9\) is not for this run"),

@@ -1,10 +1,13 @@
+import math
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
 
+import irregular
 from cohorts import oblique
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import REGIONS, Patient, Site
@@ -106,6 +109,30 @@ def test_hd95_agrees_with_all_pairs_of_surface_voxels():
     for mask, array in zip(masks, (one, other), strict=True):
         mask[WT] = torch.from_numpy(array)
     assert score(masks[1], masks[0], spacing_mm=tuple(spacing))["WT"].hd95_mm == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(irregular.masks(), irregular.spacings())
+def test_scores_of_irregular_masks_are_the_naive_ones(pair, spacing):
+    """Dice and volumes by counting, HD95 by all pairs of surface voxels, on odd grids of unequal voxels."""
+    edges = []
+    for mask in pair:
+        voxels = {tuple(v) for v in mask.nonzero().tolist()}
+        inside = {v for v in voxels if all((*v[:k], v[k] + step, *v[k + 1:]) in voxels for k in range(3)
+                                           for step in (-1, 1))}
+        edges.append(np.array(sorted(voxels - inside), float).reshape(-1, 3) * spacing)
+    guess, reference = (torch.stack([mask] * 3) for mask in pair)
+    common, counts = int((pair[0] & pair[1]).sum()), [int(mask.sum()) for mask in pair]
+    for name, got in score(guess, reference, spacing_mm=spacing).items():
+        assert got.predicted_ml == pytest.approx(counts[0] * math.prod(spacing) / 1000), name
+        assert got.reference_ml == pytest.approx(counts[1] * math.prod(spacing) / 1000)
+        if not all(counts):
+            assert got[:2] == ((0.0, WORST_HD95_MM) if any(counts) else (1.0, 0.0))
+            continue
+        away = np.linalg.norm(edges[0][:, None] - edges[1][None], axis=-1)
+        hd95 = max(np.percentile(away.min(1), 95), np.percentile(away.min(0), 95))
+        assert got.dice == pytest.approx(2 * common / sum(counts)) and got.hd95_mm == pytest.approx(hd95, rel=1e-5,
+                                                                                                   abs=1e-6)
 
 
 def test_labels_are_taken_as_regions():

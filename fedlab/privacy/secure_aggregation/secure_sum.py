@@ -137,6 +137,9 @@ class SecureAggregation(Aggregation):
             if isinstance(layer, CentralGaussian) and self.noise_multiplier is not None:
                 raise ValueError("noise before the sum is hidden can make an update longer than CentralGaussian's clip "
                                  "covers; give noise_multiplier to one of them only")
+        if self.noise_multiplier is not None and "site" in run.privacy.units:
+            raise ValueError(f"{run.privacy!r} states ε per site for another change than noise in a secure sum does "
+                             f"({SUMMED_ZEROED}), so that the two cannot be added up; give noise to one of them only")
         if self.noise_multiplier is not None:
             self._terms.check_budget([self._release], self.max_epsilon)
         return replace(self, sites=len(run.sites))
