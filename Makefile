@@ -35,7 +35,7 @@ export npm_config_cache := $(CACHE)/npm
 MOVED := $(shell [ ! -f $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || echo moved)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint lab gallery chromium FORCE
+.PHONY: help install demo check test lint lab gallery chromium mutants coverage FORCE
 
 help:
 	@echo 'fedlab: federated learning on brain-tumour MRI. Each command installs first what it needs.'
@@ -46,7 +46,10 @@ help:
 	@echo '  make lab       open JupyterLab on notebooks/00_welcome.ipynb'
 	@echo '  make gallery   run every notebook and write them, the pages and the reference as a site, runs/gallery/index.html'
 	@echo '  make install   create $(VENV) and install the tested versions into it'
+	@echo '  make check     the checks of make lint and the quick tests, while you work'
 	@echo '  make lint      only the checks that need no running: style, types, import order'
+	@echo '  make mutants BASE=main   change the lines that differ from main, and see whether a test notices'
+	@echo '  make coverage  the branches that the quick tests reach'
 	@echo
 	@echo 'Settings: PYTHON=python3.12 (the Python to use, 3.11 or newer), ARGS="--seed 1" (for demo, lab, gallery),'
 	@echo '          PYTEST_ARGS="-k metrics" (for test).'
@@ -63,6 +66,11 @@ test: lint chromium
 	@echo "fedlab: running the tests and notebooks"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --nbval-lax --durations=25 $(PYTEST_ARGS) \
 	  tests $(wildcard notebooks) || { [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]; }
+
+# Folders of tests that take seconds per file. The other tests train, start processes or open a browser.
+QUICK := tests/core tests/faults tests/strategies tests/topologies tests/training
+check: lint
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses=4 --dist loadfile $(PYTEST_ARGS) $(QUICK)
 
 lint: install
 	@echo "fedlab: checking style"
@@ -93,6 +101,17 @@ chromium:
 lab: install
 	@$(VENV)/bin/fedlab lab -- $(ARGS)
 
+# Wrong code, one change at a time, that tests should notice: tests/mutants/mutate.py says how. A night for everything,
+# at most 10 minutes for the lines changed since a commit; a run that is stopped goes on where it was.
+mutants: install
+	@OMP_NUM_THREADS=1 $(PY) tests/mutants/mutate.py $(if $(BASE),--base $(BASE)) $(ARGS)
+
+# Lines and branches that the quick tests reach, and those that they don't; other tests: make coverage TESTS="tests/view".
+TESTS ?= $(QUICK)
+coverage: install
+	@OMP_NUM_THREADS=1 $(PY) -m coverage run --branch --source fedlab -m pytest -q $(PYTEST_ARGS) $(TESTS); \
+	  $(PY) -m coverage report --sort=cover $(ARGS)
+
 ifneq ($(MOVED),)
 $(PY): FORCE
 endif
@@ -116,15 +135,3 @@ $(STAMP): pyproject.toml constraints.txt $(PY)
 	@$(PY) -c 'import fedlab'
 	@timeout 180 $(VENV)/bin/fedlab itk install || echo "fedlab: itkwidgets has no viewer yet; all else works without it"
 	@pwd -P > $@
-
-# Wrong code, one change at a time, that tests should notice: tests/mutants/mutate.py says how. A night for everything,
-# at most 10 minutes for the lines changed since a commit; a run that is stopped goes on where it was.
-.PHONY: mutants coverage
-mutants: install
-	@OMP_NUM_THREADS=1 $(PY) tests/mutants/mutate.py $(if $(BASE),--base $(BASE)) $(ARGS)
-
-# Lines and branches that the quick tests reach, and those that they don't; other tests: make coverage TESTS="tests/view".
-TESTS ?= tests/core tests/run tests/strategies tests/training tests/topologies tests/privacy
-coverage: install
-	@OMP_NUM_THREADS=1 $(PY) -m coverage run --branch --source fedlab -m pytest -q $(PYTEST_ARGS) $(TESTS); \
-	  $(PY) -m coverage report --sort=cover $(ARGS)
