@@ -144,7 +144,7 @@ def test_every_notebook_names_the_command_in_its_first_cell(base: Path, reposito
     assert len(said) == len(notebooks) >= 10
     for name, error in said.items():
         if name.startswith("08"):
-            assert error.startswith("NVFLARE is not installed") and "make flare" in error
+            assert error.startswith("NVFLARE is not installed") and "make install" in error
         else:
             assert error.startswith("this notebook needs matplotlib"), f"{name}: {error}"
             assert "pip install 'fedlab-workbench[lab]'" in error, name
