@@ -64,8 +64,8 @@ demo: install
 # A choice in PYTEST_ARGS may leave no test, which is pytest's status 5.
 test: lint chromium
 	@echo "fedlab: running the tests and notebooks"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --nbval-lax --durations=25 $(PYTEST_ARGS) \
-	  tests $(wildcard notebooks) || { [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]; }
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder --nbval-lax --durations=25 \
+	  $(PYTEST_ARGS) tests $(wildcard notebooks) || { [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]; }
 
 # Folders of tests that take seconds per file. The other tests train, start processes or open a browser.
 QUICK := tests/core tests/faults tests/strategies tests/topologies tests/training

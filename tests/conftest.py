@@ -18,6 +18,14 @@ REAL_SCANS = REPOSITORY.parent / "shared" / "data" / "brats_real"
 LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}
 
 
+#: Folders whose files take longest: they come first, so that no process waits for the last file of another.
+LONGEST = ("nvflare", "notebooks", "browser")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((k for k, name in enumerate(LONGEST) if name in item.path.parts), len(LONGEST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def offline() -> Iterator[None]:
     """Fail a test that reaches for another machine, at once and by name."""
