@@ -292,6 +292,15 @@ def test_the_ratio_of_dpsgd_is_that_of_a_step():
     assert f"{by_hand:.3g}"[:4] in RunDashboard(run).html()
 
 
+def test_dpsgd_in_secure_mode_notes_no_norm_of_a_sum():
+    technique = DPSGD(clip=1e-3, noise_multiplier=2.0, sample_rate=1.0, delta=0.1, secure_mode=True)
+    run = BackgroundRun(trainer(steps=1), blob_sites((3,)), rounds=1, privacy=technique)
+    run.start().wait(300)
+    told = run.diagnostics[0]["site-0"]
+    assert "norm of the clipped sum" not in told and "norm of the noise" not in told
+    assert "Signal-to-noise ratio" not in RunDashboard(run).html()
+
+
 def test_noise_at_the_server_shows_a_bound_that_needs_no_norm():
     noise = CentralGaussian(clip=0.5, noise_multiplier=0.7, delta=0.1)
     run = BackgroundRun(trainer(), blob_sites((2, 2, 2)), rounds=2, privacy=noise,
