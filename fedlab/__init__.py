@@ -2,7 +2,8 @@
 
 At the top are the words of a first notebook. Everything else stands in the namespace of its package, for example
 `fedlab.privacy.TopK` or `fedlab.topologies.Gossip`; `fedlab.apps` holds the command line. A name is loaded when it is
-first used. Read `core`, `training`, `strategies` and `run` first, and of `privacy` the base and DP-SGD.
+first used. Examples assume `import fedlab as fl`. Read `core`, `training`, `strategies` and `run` first, and of
+`privacy` the base and DP-SGD.
 """
 
 import os as _os

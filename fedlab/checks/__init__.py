@@ -2,6 +2,10 @@
 
 Read `privacy` first: `check_privacy` tries a technique before a run depends on it. May import `topologies` and the
 packages below it.
+
+Example:
+    >>> bool(fl.checks.check_strategy(fl.FedAvg(weights="uniform")))
+    True
 """
 
 import lazy_loader

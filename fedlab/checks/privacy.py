@@ -77,6 +77,12 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
     Raises:
         PrivacyError: a check failed; the message is the report.
         ValueError: `technique` is not a `Privacy`, or is for other sites than `sites`.
+
+    Example:
+        >>> class Leaky(fl.Privacy):
+        ...     units = frozenset({"site"})  # claims a guarantee, adds no noise
+        >>> bool(fl.check_privacy(Leaky(), raise_=False))
+        False
     """
     if isinstance(technique, Aggregation):
         aggregation, technique = technique, Privacy()

@@ -15,6 +15,13 @@ class FedlabError(Exception):
             patients, so they stay in this process: a pickled error is without them.
         stage: what the site was doing, as in `SiteError`.
         told: what a server may know of it under a guarantee; see `fedlab.run.site_errors`.
+
+    Example:
+        >>> try:
+        ...     fl.read_cohort("no/such/folder")
+        ... except fl.FedlabError as error:
+        ...     print(type(error).__name__)
+        DataError
     """
 
     work: Any = None
@@ -38,7 +45,19 @@ class DataError(FedlabError, ValueError):
 
 
 class PrivacyError(FedlabError):
-    """A privacy mechanism cannot give its guarantee; nothing was sent."""
+    """A privacy mechanism cannot give its guarantee; nothing was sent.
+
+    Example:
+        >>> class Forgetful(fl.Privacy):
+        ...     units = frozenset({"site"})  # claims a guarantee, charges nothing
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> try:
+        ...     fl.federate(trainer, sites, privacy=Forgetful(), rounds=1)
+        ... except fl.PrivacyError as error:
+        ...     print(error)
+        round 0, site-01, check: Forgetful() promises a guarantee per site but entered nothing into the ledger; ...
+    """
 
 
 class PrivacyBudgetExhausted(PrivacyError):

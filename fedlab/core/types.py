@@ -34,6 +34,10 @@ Tensors = Mapping[str, torch.Tensor]
 Messages = Mapping[str, Mapping[str, bytes]]
 
 
+def _size(tensors: Tensors) -> str:
+    return f"{len(tensors)} tensors of {sum(t.numel() for t in tensors.values()):,} numbers"
+
+
 @dataclass(frozen=True, eq=False)
 class Patient:
     """One case, ready for a network.
@@ -48,6 +52,12 @@ class Patient:
 
     Raises:
         DataError: a type, shape or label value that is not one of these, or an affine that cannot be inverted.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> fl.Patient(id="mine-01", image=torch.zeros(4, 32, 32, 32), label=None, affine=np.diag([3.0, 3.0, 3.0, 1.0]))
+        <Patient mine-01: 32x32x32 at 3x3x3 mm, no label>
     """
 
     id: str
@@ -81,6 +91,11 @@ class Site:
         card: the data card of the site, if there is one.
         same: groups of patients' ids that are scans of one person each, besides what ids say themselves.
         remarks: what a guarantee of a run on these patients does not cover, such as how they were prepared.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> fl.Site(name="mine", train=sites[0].train, val=sites[0].val)
+        <Site mine: 3 patients to train on, 1 held out>
     """
 
     name: str
@@ -91,7 +106,8 @@ class Site:
     remarks: Sequence[str] = ()
 
     def __repr__(self) -> str:
-        return f"<Site {self.name}: {len(self.train)} patients to train on, {len(self.val)} held out>"
+        patients = f"{len(self.train)} patient{'s' * (len(self.train) != 1)}"
+        return f"<Site {self.name}: {patients} to train on, {len(self.val)} held out>"
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,11 @@ class SiteState(_Owned):
         if not isinstance(self.diagnostics, Diagnostics):
             self.diagnostics = Diagnostics(self.diagnostics)
 
+    def __repr__(self) -> str:
+        kept = ", ".join(f"{len(slots)} of {owner}" for owner, slots in self.namespaces.items() if slots)
+        sent = f"{self.updates} update{'s' * (self.updates != 1)} sent"
+        return f"<SiteState in round {self.round}: {sent}, tensors: {kept or 'none'}>"
+
     def take_over(self, other: SiteState) -> None:
         """Takes every value of another state, in place: views for other owners share them."""
         for part in fields(self):
@@ -245,6 +266,12 @@ class Update:
         round: number of the round it answers, so that an old update is recognised.
         seconds: time that the site took; 0 under a guarantee, which covers no time.
         buffers: values of the buffers that training has moved, such as the statistics of batch norm.
+
+    Example:
+        >>> import torch
+        >>> update = fl.Update(site="mine", delta={"weight": torch.tensor([3.0, 4.0])}, weight=7)
+        >>> update.norm(), update.map(lambda tensor: tensor / 2).norm()
+        (5.0, 2.5)
     """
 
     site: str
@@ -257,6 +284,11 @@ class Update:
     round: int | None = None
     seconds: float = 0.0
     buffers: Tensors = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        spent = "".join(f"; {spent}" for spent in self.spent)
+        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
+        return f"<Update of {self.site}: {_size(self.delta)}, weight {self.weight:g}, {steps}{spent}>"
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Update:
         """The same update with `change` applied to every tensor of the delta."""
@@ -310,6 +342,9 @@ class ServerState(_Owned):
     buffers: Tensors = field(default_factory=dict)
     owner: str = "server"
 
+    def __repr__(self) -> str:
+        return f"<ServerState before round {self.round}: {_size(self.model)}>"
+
     @property
     def model(self) -> Tensors:
         """All tensors of the global model, weights and buffers, as `load_weights` takes them."""
@@ -351,6 +386,15 @@ class Round:
     metrics: Mapping[str, float]
     seconds: float
     absent: Mapping[str, str] = field(default_factory=dict)
-    site_states: Mapping[str, SiteState] = field(default_factory=dict, repr=False)
+    site_states: Mapping[str, SiteState] = field(default_factory=dict)
     void: str | None = None
     server_only: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        hidden = "sites" in self.server_only
+        said = [] if hidden else [f"updates of {len(self.cohort) - len(self.absent)} of {len(self.cohort)} sites"]
+        said += [] if "validation" in self.server_only else [f"{k} {v:.3f}" for k, v in self.metrics.items()]
+        said += [f"void: {self.void}"] if self.void and not hidden else []
+        shown = ["server"] * ("server" in self.spent) if hidden else self.spent
+        said += [f"{name}: {spent}" for name in shown for spent in self.spent[name]]
+        return f"<Round {self.number}: {'; '.join(said)}>"

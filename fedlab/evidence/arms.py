@@ -64,6 +64,11 @@ class Arm:
     Raises:
         ValueError: a setting out of range, settings of a federation where there is none, or a technique that keeps
             tensors at the sites, so that there is no whole model to score.
+
+    Example:
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> arms = {"public": fl.Arm(trainer=trainer, rounds=0), "federated": fl.Arm(trainer=trainer, rounds=8),
+        ...         "pooled": fl.Arm(trainer=trainer, rounds=8, data="pooled")}
     """
 
     trainer: SiteTrainer

@@ -95,6 +95,12 @@ def assess(techniques: Mapping[str, Technique], sites: Sequence[Site] | Callable
             range; before anything is trained.
         DataError: no held-out patient.
         FedlabError: the first failure of a training.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> techniques = {"top 10 %": fl.privacy.TopK(keep=0.1)}
+        >>> evidence = fl.assess(techniques, sites, trainer, rounds=1, seeds=1, attacks={}, workers=1)
     """
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
     check_whole(rounds=rounds, seeds=len(chosen))

@@ -85,6 +85,13 @@ def compare_arms(sites: Sequence[Site] | Callable[[int], Sequence[Site]],
         ValueError: no arm, or two models of one name.
         DataError: no held-out patient.
         FedlabError: the first failure of an arm.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> arms = {"public": fl.Arm(trainer=trainer, rounds=0), "federated": fl.Arm(trainer=trainer, rounds=1)}
+        >>> fl.compare_arms(sites, arms, workers=1)
+        <ArmComparison: In mean Dice on 2 held-out patients, federated is ...>
     """
     import pandas as pd
 

@@ -111,6 +111,14 @@ def difference(scores: pd.DataFrame, one: str, other: str, *, region: str = "mea
 
     Raises:
         ValueError: an unknown arm or region, or arms that were not scored on the same patients.
+
+    Example:
+        >>> import pandas as pd
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> models = {name: fl.public_model(name) for name in ("broad", "collection")}
+        >>> scores = pd.concat([fl.evaluate(model, sites).assign(arm=name) for name, model in models.items()])
+        >>> print(fl.difference(scores, "broad", "collection"))
+        broad − collection: ... mean Dice (no interval from fewer than ... patients; paired over 2 patients of 2 sites)
     """
     check_choice((*REGIONS, "mean"), region=region)
     check_choice(("brats", "skip"), empty=empty)

@@ -162,6 +162,12 @@ def runs(folder: Path | str = "runs") -> RunTable:
 
     Raises:
         RunError: there is no such folder.
+
+    Example:
+        >>> from pathlib import Path
+        >>> Path("runs").mkdir(exist_ok=True)
+        >>> fl.runs("runs")  # after `fedlab demo`: one row per run
+        no run
     """
     folder = Path(folder)
     if not folder.is_dir():

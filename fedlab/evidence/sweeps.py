@@ -88,6 +88,13 @@ def sweep(make: Callable[..., Arm], grid: Mapping[str, Sequence[Any]], *,
 
     Raises:
         ValueError: no setting, a setting without a value, or an arm that trains one model per site.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> def make(lr):
+        ...     trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16), lr=lr)
+        ...     return fl.Arm(trainer=trainer, rounds=1)
+        >>> found = fl.sweep(make, {"lr": (1e-3, 3e-3)}, sites=sites, workers=1)
     """
     if not grid or not all(len(values) for values in grid.values()):
         raise ValueError(f"a sweep needs at least one setting, each with at least one value; got {dict(grid)!r}")

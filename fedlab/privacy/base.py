@@ -39,6 +39,16 @@ class Privacy:
         keeps_tensors: whether some tensors of the model stay at each site, so that the global model is not whole.
         sends: names of the metrics that it sends beside the update, which its guarantee covers; under a guarantee all
             others stay at the site.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Rounded(fl.Privacy):
+        ...     step: float
+        ...     def protect(self, update, context):
+        ...         return update.map(lambda tensor: (tensor / self.step).round() * self.step)
+        >>> Rounded(step=0.01) + fl.privacy.TopK(keep=0.1)
+        Rounded(step=0.01) + TopK(keep=0.1, per_layer=False, error_feedback=False)
     """
 
     units: frozenset[str] = frozenset()

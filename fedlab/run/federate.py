@@ -114,6 +114,13 @@ def each_round(
         SiteError: a site failed.
         PrivacyBudgetExhausted: no site may take part any more.
         PrivacyError: a technique refused or failed; nothing was sent.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> run = fl.each_round(trainer, sites, rounds=2)
+        >>> next(run)
+        <Round 0: updates of 2 of 2 sites>
     """
     run = make_run(trainer, sites, strategy=strategy, privacy=privacy, aggregation=aggregation, rounds=rounds,
                    topology=topology, engine=engine, admission=admission, seed=seed)
@@ -173,6 +180,12 @@ def federate(
         ValueError, SiteError, PrivacyError: as in `each_round`. When the privacy budgets of all sites are used up,
             the run ends early instead, and `history.stopped` says so.
         RunError: the checkpoint or the trace is of a run with other settings, damaged, or cannot be saved.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> fl.federate(trainer, sites, strategy=fl.FedAvg(), rounds=2, seed=0)
+        <History: 2 of 2 rounds, loss ...; no formal guarantee>
     """
     run = make_run(trainer, sites, strategy=strategy, privacy=privacy, aggregation=aggregation, rounds=rounds,
                    topology=topology, engine=engine, admission=admission, seed=seed)

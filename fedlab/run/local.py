@@ -44,6 +44,13 @@ class Local:
             Without it ledgers end with the run and its checkpoint.
         debug: keep the live objects of a failed site in `failed`, by its name, until it fails again: model, state,
             batch, exception and more, see `FailedSite`.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> engine = fl.Local(ledgers="ledgers")  # privacy spent outlives this session
+        >>> technique = fl.DPSGD(clip=1.0, noise_multiplier=1.0, batch=2, delta=1e-3, max_epsilon=8.0)
+        >>> history = fl.federate(trainer, sites, privacy=technique, engine=engine, rounds=1)
     """
 
     def __init__(self, *, ledgers: Path | str | None = None, debug: bool = False) -> None:

@@ -85,6 +85,12 @@ class FedAvg:
 
     Raises:
         ValueError: an unknown weighting, a server step that is not positive, or a probability outside (0, 1].
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> fl.federate(trainer, sites, strategy=fl.FedAvg(weights="uniform"), rounds=2)
+        <History: 2 of 2 rounds, loss ...; no formal guarantee>
     """
 
     one_server: ClassVar[bool] = False

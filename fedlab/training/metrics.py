@@ -128,6 +128,15 @@ def summary(table: pd.DataFrame, *, empty: Literal["brats", "skip"] = "brats") -
 
     Raises:
         ValueError: an unknown `empty`, missing columns, or no patient with a reference.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> fl.summary(fl.evaluate(fl.public_model(), sites))[["patients", "without_region", "false_alarms"]]
+              patients  without_region  false_alarms
+        WT           2               0             0
+        TC           2               0             0
+        ET           2               0             0
+        mean         2               0             0
     """
     import pandas as pd
 
@@ -203,6 +212,11 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
     Raises:
         ValueError: the model takes none of these sizes, or returns another number of channels, another grid, or
             values that are not finite.
+
+    Example:
+        >>> patient = fl.make_cohort(sites=1, patients=2, shape=(32, 32, 32), spacing_mm=6.0)[0].train[0]
+        >>> fl.predict(fl.public_model(), patient).shape
+        torch.Size([3, 32, 32, 32])
     """
     from monai.inferers import sliding_window_inference
 
@@ -283,6 +297,13 @@ def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient
 
     Raises:
         ValueError: no patient to evaluate on.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> fl.evaluate(fl.public_model(), sites)[["site", "patient", "region"]].head(2)
+              site      patient region
+        0  site-01  site-01-000     WT
+        1  site-01  site-01-000     TC
     """
     import pandas as pd
     from tqdm.auto import tqdm

@@ -32,6 +32,11 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0, mirror: 
 
     Raises:
         ValueError: `filters` is not a positive multiple of 8 (group norm has 8 groups).
+
+    Example:
+        >>> model = fl.segresnet(filters=8, seed=0)
+        >>> f"{sum(weights.numel() for weights in model.parameters()):,}"
+        '1,176,843'
     """
     if filters < 8 or filters % 8:
         raise ValueError(f"filters is a positive multiple of 8 (group norm has 8 groups), got {filters}")

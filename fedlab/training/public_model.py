@@ -27,6 +27,9 @@ def public_model(name: Literal["broad", "collection"] = "broad") -> nn.Module:
 
     Raises:
         ValueError: another name.
+
+    Example:
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=4)
     """
     return load_model(public_file(name))[0]
 

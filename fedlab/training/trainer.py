@@ -184,6 +184,12 @@ class SiteTrainer:
 
     Raises:
         ValueError: a setting out of its range.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.segresnet(), lr=1e-3, steps=4, clip_norm=1.0, crop=(16, 16, 16))
+        >>> history = fl.federate(trainer, sites, rounds=1)
+        >>> scores = fl.evaluate(trainer.model, sites)  # the model has the weights of the last round
     """
 
     model: nn.Module

@@ -65,6 +65,11 @@ def style(theme: Theme = "light") -> None:
 
     Raises:
         ValueError: another theme.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> fl.style()
+        >>> figure, axes = plt.subplots()
     """
     global _theme
     from matplotlib import style as styles

@@ -62,6 +62,15 @@ class RunDashboard:
     Raises:
         ValueError: `budget` is not a positive number.
         TypeError: `run` is not a `BackgroundRun`.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> run = fl.view.BackgroundRun(trainer, sites, rounds=2)
+        >>> dashboard = fl.RunDashboard(run)  # as the last line of a cell it is shown
+        >>> _ = run.start()
+        >>> run.wait()
+        <History: 2 of 2 rounds, loss ...; no formal guarantee>
     """
 
     def __init__(self, run: BackgroundRun, *, budget: float | None = None, metric: str = "Dice") -> None:

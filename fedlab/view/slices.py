@@ -166,6 +166,11 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[Prediction]
 
     Raises:
         ValueError: no patient, an arm with another number of label maps than patients, or as `overlay`.
+
+    Example:
+        >>> patient = fl.make_cohort(sites=1, patients=2, shape=(32, 32, 32), spacing_mm=6.0)[0].train[0]
+        >>> figure = fl.compare([patient], {"public": [fl.predict(fl.public_model(), patient)]})
+        >>> figure.savefig("public.png")
     """
     if not patients:
         raise ValueError("there is no patient to compare arms on")

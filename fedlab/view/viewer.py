@@ -174,6 +174,11 @@ def show(patient: Patient, prediction: Prediction | Mapping[str, Prediction] | N
     Raises:
         ValueError: a prediction on another grid, invalid labels, NaN, or an unknown choice.
         RunError: the backend cannot work here; the message says what to do.
+
+    Example:
+        >>> patient = fl.make_cohort(sites=1, patients=2, shape=(32, 32, 32), spacing_mm=6.0)[0].train[0]
+        >>> viewer = fl.show(patient, {"public": fl.predict(fl.public_model(), patient)})
+        >>> path = viewer.save("patient.html")  # one file, opens without a network
     """
     arms: Mapping[str, Prediction] = {} if prediction is None else (
         prediction if isinstance(prediction, Mapping) else {"prediction": prediction})

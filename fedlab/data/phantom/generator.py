@@ -237,6 +237,10 @@ def make_cohort(*, sites: int = 13, patients: int = 285, shape: Sequence[int] = 
 
     Raises:
         ValueError: settings that contradict each other.
+
+    Example:
+        >>> fl.make_cohort(sizes=(9, 5), held_out=2, shape=(32, 32, 32), spacing_mm=6.0)
+        [<Site site-01: 7 patients to train on, 2 held out>, <Site site-02: 3 patients to train on, 2 held out>]
     """
     sizes = _sizes(sites, patients, held_out, sizes)
     held = [_held_out(size, held_out, number) for number, size in enumerate(sizes, 1)]

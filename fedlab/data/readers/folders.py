@@ -90,6 +90,11 @@ def read_cohort(folder: str | os.PathLike[str], *, layout: str | None = None, la
 
     Raises:
         DataError, ValueError: as in `find_patients`.
+
+    Example:
+        >>> folder = fl.data.write_brats("scans", sites=2, patients=4, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> fl.read_cohort(folder, spacing_mm=6.0, progress=False)
+        <PatientFolder of 4 patients in scans: layout brats2021 ...
     """
     grid = Grid(spacing_mm=spacing_mm, shape=shape, dtype=dtype)
     found = _survey(folder, layout=layout, label_convention=label_convention, progress=progress)
@@ -186,6 +191,11 @@ def read_sites(folder: str | os.PathLike[str], table: str | os.PathLike[str], *,
     Raises:
         DataError: folder or table cannot be used, or patients have problems.
         ValueError: options out of range.
+
+    Example:
+        >>> folder = fl.data.write_brats("scans", sizes=(4, 3), shape=(32, 32, 32), spacing_mm=6.0)
+        >>> fl.read_sites(folder, folder / "partitioning.csv", spacing_mm=6.0, held_out=1, progress=False)
+        [<Site 1: 3 patients to train on, 1 held out>, <Site 2: 2 patients to train on, 1 held out>]
     """
     folder = Path(folder)
     partition, same = read_site_table(table)

@@ -70,6 +70,13 @@ class DPSGD(Privacy):
     Raises:
         ValueError: a setting is out of range; before the first round also a network or a loss that mixes patients, a
             site with fewer patients than `batch`, or δ of at least 1 over a site's number of patients.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> technique = fl.DPSGD(clip=1.0, noise_multiplier=1.0, batch=2, delta=1e-3)
+        >>> print(fl.federate(trainer, sites, privacy=technique, rounds=1).guarantee())
+        ε = 3.04 at δ = 0.001 per patient (zero-out: ...
     """
 
     def __init__(self, *, clip: float | AdaptiveClip, noise_multiplier: float, delta: float = 1e-5,

@@ -84,6 +84,13 @@ class SecureAggregation(Aggregation):
 
     Raises:
         ValueError: a setting is out of range, or too few bits for the sum of so many sites.
+
+    Example:
+        >>> sites = fl.make_cohort(sizes=(3, 3, 3), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
+        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
+        >>> mean = fl.FedAvg(weights="uniform")
+        >>> fl.federate(trainer, sites, strategy=mean, aggregation=fl.SecureAggregation(threshold=2), rounds=1)
+        <History: 1 of 1 rounds...; no formal guarantee>
     """
 
     hides_updates: ClassVar[bool] = True
