@@ -25,7 +25,8 @@ from fedlab.core.hardware import calling, pick_precision
 from fedlab.core.seeds import generator
 from fedlab.data.store import load_sites
 from fedlab.run.federate import each_round
-from fedlab.training.trainer import Crops, DiceBCE, adamw
+from fedlab.training.defaults import DiceBCE, adamw
+from fedlab.training.trainer import Crops
 
 STEPS, BATCH, CROP, LR = 10, 2, (32, 32, 32), 1e-3
 

@@ -47,10 +47,11 @@ from fedlab.data.phantom.contrast import draw_scanners
 from fedlab.data.phantom.generator import GENERATOR, SiteProfile, generate_patient, make_cohort, site_profiles
 from fedlab.data.phantom.population import Population
 from fedlab.data.readers.folders import read_cohort
+from fedlab.training.defaults import DiceBCE, adamw, augmentation
 from fedlab.training.metrics import evaluate, summary, threshold_dice
 from fedlab.training.networks import save_model, segresnet
 from fedlab.training.schedules import CosineDecay
-from fedlab.training.trainer import Crops, DiceBCE, adamw, augmentation
+from fedlab.training.trainer import Crops
 
 #: Where the shipped models lie.
 PACKAGE = Path(__file__).parents[1] / "fedlab" / "training" / "public"

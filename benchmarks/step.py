@@ -35,9 +35,9 @@ from fedlab.core.hardware import calling
 from fedlab.core.kit import Kit
 from fedlab.core.types import Patient
 from fedlab.privacy.dp.gradients import per_patient
+from fedlab.training.defaults import DiceBCE, adamw
 from fedlab.training.metrics import predict
 from fedlab.training.networks import segresnet
-from fedlab.training.trainer import DiceBCE, adamw
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE = 60

@@ -36,7 +36,7 @@ READING = {
     "core/errors.py": "what can go wrong, and what it is called",
     "core/seeds.py": "one seed for every random choice",
     "core/weights.py": "the weights of a model as tensors, and their hash",
-    "training/trainer.py": "one site's training: crops, loss, optimiser, the loop",
+    "training/trainer.py": "one site's training: crops, optimiser, the loop",
     "strategies/averaging.py": "the mean of updates, FedAvg, FedNova",
     "strategies/server_optimisers.py": "the server's step",
     "strategies/client_drift.py": "FedProx, SCAFFOLD, Ditto",

@@ -40,10 +40,11 @@ from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.run.history import History
 from fedlab.run.local import Local
 from fedlab.run.trackers import CsvTracker
+from fedlab.training.defaults import augmentation
 from fedlab.training.networks import save_model, segresnet
 from fedlab.training.public_model import public_model
 from fedlab.training.schedules import CosineDecay
-from fedlab.training.trainer import SiteTrainer, augmentation
+from fedlab.training.trainer import SiteTrainer
 from fedlab.view.colours import arm_colours
 
 __all__ = ["Job", "Outcome", "arms_of", "data_changed", "open_job", "read_job", "remove_working_files",

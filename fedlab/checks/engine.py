@@ -33,7 +33,8 @@ from fedlab.strategies.averaging import FedAvg
 from fedlab.strategies.client_drift import SCAFFOLD
 from fedlab.topologies.cyclic import ring
 from fedlab.topologies.gossip import Gossip
-from fedlab.training.trainer import SiteTrainer, adamw
+from fedlab.training.defaults import adamw
+from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["FailsAt", "Marks", "check_engine"]
 

@@ -17,11 +17,9 @@ class FedlabError(Exception):
         told: what a server may know of it under a guarantee; see `fedlab.run.site_errors`.
 
     Example:
-        >>> try:
-        ...     fl.read_cohort("no/such/folder")
-        ... except fl.FedlabError as error:
-        ...     print(type(error).__name__)
-        DataError
+        >>> fl.read_cohort("no/such/folder")
+        Traceback (most recent call last):
+        fedlab.core.errors.DataError: no/such/folder is not a folder; ...
     """
 
     work: Any = None
@@ -49,14 +47,10 @@ class PrivacyError(FedlabError):
 
     Example:
         >>> class Forgetful(fl.Privacy):
-        ...     units = frozenset({"site"})  # claims a guarantee, charges nothing
-        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
-        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
-        >>> try:
-        ...     fl.federate(trainer, sites, privacy=Forgetful(), rounds=1)
-        ... except fl.PrivacyError as error:
-        ...     print(error)
-        round 0, site-01, check: Forgetful() promises a guarantee per site but entered nothing into the ledger; ...
+        ...     units = frozenset({"site"})  # claims a guarantee, gives none
+        >>> fl.check_privacy(Forgetful())
+        Traceback (most recent call last):
+        fedlab.core.errors.PrivacyError: ...
     """
 
 

@@ -25,7 +25,7 @@ from fedlab.core.seeds import derive, generator
 from fedlab.core.settings import check_choice, check_positive, check_whole, check_within
 from fedlab.core.types import Patient, Tensors, Update
 from fedlab.core.weights import check_fit, trainable
-from fedlab.training.trainer import DiceBCE
+from fedlab.training.defaults import DiceBCE
 
 __all__ = ["Inversion", "invert_update", "one_step_update", "patch_net", "tumour_patch"]
 

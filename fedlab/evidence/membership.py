@@ -29,7 +29,8 @@ from fedlab.evidence.findings import Finding, Threat
 from fedlab.evidence.intervals import Floats, area_under_roc, share_interval, true_positives
 from fedlab.evidence.inversion import tumour_patch
 from fedlab.run.federate import federate
-from fedlab.training.trainer import DiceBCE, SiteTrainer
+from fedlab.training.defaults import DiceBCE
+from fedlab.training.trainer import SiteTrainer
 
 __all__ = ["RMIA", "LossThreshold", "Membership", "RoundMembership", "UpdateMembership", "shadow_models"]
 

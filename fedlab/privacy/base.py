@@ -41,14 +41,11 @@ class Privacy:
             others stay at the site.
 
     Example:
-        >>> from dataclasses import dataclass
-        >>> @dataclass(frozen=True, kw_only=True)
-        ... class Rounded(fl.Privacy):
-        ...     step: float
+        >>> class Rounded(fl.Privacy):
         ...     def protect(self, update, context):
-        ...         return update.map(lambda tensor: (tensor / self.step).round() * self.step)
-        >>> Rounded(step=0.01) + fl.privacy.TopK(keep=0.1)
-        Rounded(step=0.01) + TopK(keep=0.1, per_layer=False, error_feedback=False)
+        ...         return update.map(lambda tensor: (tensor * 1000).round() / 1000)
+        >>> Rounded() + fl.privacy.TopK(keep=0.1)
+        Rounded() + TopK(keep=0.1, per_layer=False, error_feedback=False)
     """
 
     units: frozenset[str] = frozenset()

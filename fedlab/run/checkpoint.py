@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -21,7 +22,7 @@ from fedlab.core.weights import weights_sha256
 from fedlab.run.recipe import Json, differences
 from fedlab.run.site_states import SiteStates
 
-__all__ = ["Checkpoint", "Saved"]
+__all__ = ["Checkpoint", "Saved", "full_disk_explained"]
 
 Saved = tuple[ServerState, SiteStates, list[dict[str, Any]]]
 
@@ -166,3 +167,15 @@ def _grouped(flat: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tens
         group, name = key.split("|", 1)
         groups.setdefault(group, {})[name] = tensor
     return groups
+
+
+@contextmanager
+def full_disk_explained() -> Iterator[None]:
+    """Says what to do where something cannot be saved for lack of space."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"the run cannot be saved ({error}); free some space and start it again: with its checkpoint "
+                       "it continues after the last round that was saved") from error

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from fedlab.core.errors import PrivacyBudgetExhausted, RunError
+from fedlab.core.errors import PrivacyBudgetExhausted
 from fedlab.core.protocols import Elsewhere, Engine, Run, Strategy, Topology
 from fedlab.core.types import Round, ServerState, Site
 from fedlab.core.weights import load_weights
@@ -21,11 +18,11 @@ from fedlab.data.sites.persons import check_one_scan_each
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy, layers_at
 from fedlab.run.admission import Admission
-from fedlab.run.checkpoint import Checkpoint
+from fedlab.run.checkpoint import Checkpoint, full_disk_explained
 from fedlab.run.history import History
 from fedlab.run.local import Local
 from fedlab.run.publishable import Validate, validated
-from fedlab.run.recipe import Json, patients_sha256, recipe
+from fedlab.run.recipe import parts_recipe, run_as_code, run_recipe
 from fedlab.run.round import star
 from fedlab.run.run_checks import check_numbers, check_server
 from fedlab.run.site_states import SiteStates
@@ -34,7 +31,7 @@ from fedlab.run.trace import Trace
 from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
-__all__ = ["check_sites", "each_round", "federate", "loop", "make_run", "run_recipe"]
+__all__ = ["check_sites", "each_round", "federate", "loop", "make_run"]
 
 
 def make_run(
@@ -201,10 +198,10 @@ def federate(
         run = replace(run, task=replace(run.task, identity=identity))
     rounds_left = _rounds(run, history.state, site_states)
     traced = None if trace is None else Trace.open(
-        trace, recipe=identity, settings=_as_code(run), sites=run.sites, state=history.state,
+        trace, recipe=identity, settings=run_as_code(run), sites=run.sites, state=history.state,
         start=trainer.initial_model(), resumable=saved is not None)
     try:
-        with _full_disk_explained(), history.progress(enabled=progress) as show:
+        with full_disk_explained(), history.progress(enabled=progress) as show:
             for finished in _until_exhausted(rounds_left, history):
                 if validate is not None:
                     finished = validated(finished, validate, _with_weights(trainer, finished.state))
@@ -218,40 +215,12 @@ def federate(
                     call(finished)
     finally:
         if saved is not None:
-            saved.leave(_parts_recipe(run))
+            saved.leave(parts_recipe(run))
     if traced is not None:
         traced.end(round=0 if history.state is None else history.state.round, stopped=history.stopped)
     if history.state is not None:
         _with_weights(trainer, history.state)
     return history
-
-
-@contextmanager
-def _full_disk_explained() -> Iterator[None]:
-    """Says what to do where something cannot be saved for lack of space."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(f"the run cannot be saved ({error}); free some space and start it again: with its checkpoint "
-                       "it continues after the last round that was saved") from error
-
-
-def run_recipe(run: Run) -> dict[str, Json]:
-    """The identity of a run by content: its parts, seed and the data of each site."""
-    sites = {site.name: "elsewhere" if len(site.train) == 0 else patients_sha256(site.train) for site in run.sites}
-    return {**_parts_recipe(run), "patients": dict(sites)}
-
-
-def _parts_recipe(run: Run) -> dict[str, Json]:
-    parts = ("trainer", "strategy", "privacy", "aggregation", "topology", "admission", "seed")
-    return {name: recipe(getattr(run, name)) for name in parts}
-
-
-def _as_code(run: Run) -> dict[str, str]:
-    names = ("trainer", "strategy", "privacy", "aggregation", "topology", "admission", "engine", "seed", "rounds")
-    return {name: repr(getattr(run, name)) for name in names}
 
 
 def _until_exhausted(run: Iterator[Round], history: History) -> Iterator[Round]:

@@ -46,11 +46,8 @@ class Local:
             batch, exception and more, see `FailedSite`.
 
     Example:
-        >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
-        >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
-        >>> engine = fl.Local(ledgers="ledgers")  # privacy spent outlives this session
-        >>> technique = fl.DPSGD(clip=1.0, noise_multiplier=1.0, batch=2, delta=1e-3, max_epsilon=8.0)
-        >>> history = fl.federate(trainer, sites, privacy=technique, engine=engine, rounds=1)
+        >>> fl.Local(ledgers="ledgers")  # privacy spent outlives this session
+        Local(ledgers='ledgers')
     """
 
     def __init__(self, *, ledgers: Path | str | None = None, debug: bool = False) -> None:

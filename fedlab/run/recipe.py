@@ -32,11 +32,13 @@ import torch
 from torch import nn
 
 from fedlab.core.hardware import computed_in
+from fedlab.core.protocols import Run
 from fedlab.core.types import Patient
 from fedlab.core.weights import patient_sha256, weights_sha256
 from fedlab.training.trainer import SiteTrainer
 
-__all__ = ["differences", "patients_sha256", "recipe", "recipe_sha256", "sha256_of", "versions"]
+__all__ = ["differences", "parts_recipe", "patients_sha256", "recipe", "recipe_sha256", "run_as_code",
+           "run_recipe", "sha256_of", "versions"]
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -52,6 +54,24 @@ _PATIENTS: weakref.WeakKeyDictionary[Patient, tuple[tuple[int, ...], str]] = wea
 def recipe(value: Any) -> Json:
     """An object as plain data that is equal for objects that compute the same, in any process."""
     return _recipe(value, ())
+
+
+def run_recipe(run: Run) -> dict[str, Json]:
+    """The identity of a run by content: its parts, seed and the data of each site."""
+    sites = {site.name: "elsewhere" if len(site.train) == 0 else patients_sha256(site.train) for site in run.sites}
+    return {**parts_recipe(run), "patients": dict(sites)}
+
+
+def parts_recipe(run: Run) -> dict[str, Json]:
+    """The identity of a run without the data of its sites."""
+    parts = ("trainer", "strategy", "privacy", "aggregation", "topology", "admission", "seed")
+    return {name: recipe(getattr(run, name)) for name in parts}
+
+
+def run_as_code(run: Run) -> dict[str, str]:
+    """The settings of a run, each as the code that makes it."""
+    names = ("trainer", "strategy", "privacy", "aggregation", "topology", "admission", "engine", "seed", "rounds")
+    return {name: repr(getattr(run, name)) for name in names}
 
 
 def recipe_sha256(value: Any) -> str:

@@ -205,7 +205,7 @@ def test_a_run_is_named_by_all_of_its_plan() -> None:
     assert len({one.run, *(other.run for other in others)}) == 1 + len(others)
     assert one.modules == ("cohorts", "fedlab.deploy.objects", "fedlab.privacy.aggregation", "fedlab.privacy.base",
                            "fedlab.run.round", "fedlab.strategies.averaging",
-                           "fedlab.training.trainer")
+                           "fedlab.training.defaults", "fedlab.training.trainer")
 
 
 class InCell(Privacy):

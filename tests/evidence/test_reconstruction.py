@@ -27,7 +27,7 @@ from fedlab.evidence.reconstruction import (
     similarity,
     tissue_prior,
 )
-from fedlab.training.trainer import DiceBCE
+from fedlab.training.defaults import DiceBCE
 
 
 def smooth_patch(seed: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,8 @@ from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.dp.gradients import MODES
 from fedlab.privacy.dp.validators import check_loss, check_private, fix_private
 from fedlab.run.federate import each_round, federate
+from fedlab.training.defaults import DiceBCE
 from fedlab.training.networks import segresnet
-from fedlab.training.trainer import DiceBCE
 from trainers import plain_sgd, trainer
 
 

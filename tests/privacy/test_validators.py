@@ -10,7 +10,7 @@ from cohorts import TinyNet, blob_sites
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.dp.validators import check_loss, check_private
 from fedlab.run.federate import each_round
-from fedlab.training.trainer import DiceBCE
+from fedlab.training.defaults import DiceBCE
 from trainers import trainer
 
 # What moves in a forward pass.

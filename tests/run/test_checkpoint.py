@@ -23,7 +23,7 @@ from fedlab.core.types import Site
 from fedlab.core.weights import weights_sha256
 from fedlab.data.readers.folders import read_cohort
 from fedlab.run.federate import federate
-from fedlab.training.trainer import DiceBCE, augmentation
+from fedlab.training.defaults import DiceBCE, augmentation
 from folders import write_patient
 from trainers import trainer
 

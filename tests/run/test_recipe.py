@@ -27,11 +27,11 @@ from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import Quantise, TopK
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.personal_layers import PersonalLayers
-from fedlab.run.federate import federate, make_run, run_recipe
-from fedlab.run.recipe import differences, patients_sha256, recipe, recipe_sha256
+from fedlab.run.federate import federate, make_run
+from fedlab.run.recipe import differences, patients_sha256, recipe, recipe_sha256, run_recipe
 from fedlab.strategies import FedAvg
+from fedlab.training.defaults import DiceBCE, augmentation
 from fedlab.training.schedules import PolyDecay
-from fedlab.training.trainer import DiceBCE, augmentation
 from trainers import trainer
 
 
@@ -192,7 +192,7 @@ def test_a_recipe_is_the_same_in_another_process(tmp_path):
     script = "import sys; sys.path[:0] = sys.argv[1:]\n" + textwrap.dedent("""
         from trainers import trainer
         from fedlab.run.recipe import recipe_sha256
-        from fedlab.training.trainer import augmentation
+        from fedlab.training.defaults import augmentation
         print(recipe_sha256([trainer(augment=augmentation()), {"c": {"x", "y", "z"}}]))
         """)
     out = subprocess.run([sys.executable, "-c", script, *sys.path], capture_output=True, text=True, timeout=120)

@@ -27,7 +27,7 @@ from fedlab.run.local import Local
 from fedlab.run.round import one_round
 from fedlab.strategies.averaging import FedAvg
 from fedlab.strategies.client_drift import SCAFFOLD, Ditto
-from fedlab.training.trainer import DiceBCE
+from fedlab.training.defaults import DiceBCE
 from trainers import batches, plain_sgd, trainer
 
 

@@ -34,9 +34,9 @@ from fedlab.strategies import (
 )
 from fedlab.topologies.buffered import Buffered
 from fedlab.topologies.tree import Tree
+from fedlab.training.defaults import DiceBCE
 from fedlab.training.networks import segresnet
 from fedlab.training.schedules import PolyDecay
-from fedlab.training.trainer import DiceBCE
 from trainers import batches, plain_sgd, trainer
 
 LR, STEPS = 0.2, 3

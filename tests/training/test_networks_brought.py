@@ -15,10 +15,11 @@ from fedlab.core.global_generators import seeded
 from fedlab.core.types import SiteState
 from fedlab.core.weights import load_weights, trainable, weights_sha256
 from fedlab.run.federate import each_round, federate
+from fedlab.training.defaults import DiceBCE, augmentation
 from fedlab.training.metrics import evaluate, predict
 from fedlab.training.networks import segresnet
 from fedlab.training.schedules import PolyDecay
-from fedlab.training.trainer import Crops, DiceBCE, SiteTrainer, augmentation
+from fedlab.training.trainer import Crops, SiteTrainer
 from trainers import trainer
 
 # Sizes

@@ -15,9 +15,10 @@ from fedlab.core.weights import trainable, weights_sha256
 from fedlab.run.baselines import centralised, local_only
 from fedlab.run.federate import federate
 from fedlab.strategies import FedAvg
+from fedlab.training.defaults import DiceBCE, augmentation
 from fedlab.training.networks import segresnet
 from fedlab.training.schedules import CosineDecay, PolyDecay
-from fedlab.training.trainer import Crops, DiceBCE, augmentation
+from fedlab.training.trainer import Crops
 from trainers import batches, plain_sgd, trainer
 
 

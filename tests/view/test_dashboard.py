@@ -25,7 +25,8 @@ from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.run.federate import federate
 from fedlab.run.svg_charts import chart
 from fedlab.strategies.averaging import FedAvg
-from fedlab.training.trainer import DiceBCE, SiteTrainer
+from fedlab.training.defaults import DiceBCE
+from fedlab.training.trainer import SiteTrainer
 from fedlab.view.background_run import BackgroundRun, SiteDice
 from fedlab.view.dashboard import RunDashboard, _decimals
 from runs import wait_for

@@ -16,7 +16,7 @@ from fedlab.evidence.inversion import Inversion, invert_update, one_step_update,
 from fedlab.evidence.reconstruction import channel_correlations, tissue_prior
 from fedlab.privacy.accounting.ledger import Gaussian, epsilon_of
 from fedlab.privacy.dp.site_level import LocalGaussian
-from fedlab.training.trainer import DiceBCE
+from fedlab.training.defaults import DiceBCE
 from fedlab.view.playground import Knobs, PrivacyPlayground
 from runs import wait_for
 

@@ -20,7 +20,7 @@ from fedlab.core.weights import trainable
 from fedlab.privacy.dp.contents import copied, fingerprint
 from fedlab.privacy.dp.gradients import MODES, Gradients, per_patient
 from fedlab.privacy.dp.passes import leaks, probe_copy, probes
-from fedlab.training.trainer import DiceBCE
+from fedlab.training.defaults import DiceBCE
 
 __all__ = ["Fitness", "check_loss", "check_private", "fix_private", "require_private"]
 
