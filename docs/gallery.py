@@ -10,6 +10,7 @@ the end every link of the site is followed; a broken one makes this program fail
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import shutil
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import nbformat
 from bs4 import BeautifulSoup
 from nbclient import NotebookClient
@@ -37,6 +39,9 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 FORMS = ["image/png", "image/svg+xml", "image/jpeg", "text/html", "text/markdown", "text/plain"]
 #: The tag of the cell whose picture stands for its notebook on the start page.
 THUMBNAIL = "thumbnail"
+#: The namespaces in the order of a study: patients, training, federation, privacy, evidence, viewing, and the rest.
+NAMESPACES = ("data", "training", "strategies", "run", "topologies", "privacy", "checks", "evidence", "view", "faults",
+              "engines", "deploy", "core")
 #: Markdown that only MathJax could show; loading that takes another machine.
 TEX = re.compile(r"\$\$|\\begin\{|(?<![\w$\\])\$[^\s$][^$\n]*\$")
 
@@ -104,22 +109,44 @@ def write_reference(out: Path) -> dict[str, str]:
 
     Returns:
         Namespace -> the first sentence of its docstring.
+
+    Raises:
+        ValueError: `NAMESPACES` lists other namespaces than there are.
     """
     import pdoc
 
     import fedlab
 
-    namespaces = {name: getattr(fedlab, name) for name in dir(fedlab) if hasattr(getattr(fedlab, name), "__path__")}
+    namespaces = {name: getattr(fedlab, name) for name in NAMESPACES}
+    if missing := {name for name in dir(fedlab) if hasattr(getattr(fedlab, name), "__path__")} ^ set(namespaces):
+        raise ValueError(f"NAMESPACES in {Path(__file__).name} is out of date: {', '.join(sorted(missing))}")
     for package in (fedlab, *namespaces.values()):
         for name in package.__all__:
             getattr(package, name)  # pdoc sees only names that are loaded, and takes a module of the same name for them
     footer = f"fedlab {fedlab.__version__}"
     pdoc.render.configure(docformat="google", search=False, show_source=False, footer_text=footer,
                           template_directory=TEMPLATES)
+    pdoc.render.env.filters["code"] = _with_code
+    pdoc.render.env.globals["groups"] = [_group(fedlab, name, package) for name, package in namespaces.items()]
     pdoc.pdoc("fedlab", "!fedlab\\.apps", "!fedlab\\..+\\..+", output_directory=out)
     for page in out.rglob("*.html"):
         page.write_text(_without_dead_links(page.read_text("utf-8")), "utf-8")
-    return {name: str(package.__doc__).partition(".\n")[0] for name, package in namespaces.items()}
+    return {name: _first_sentence(package) for name, package in namespaces.items()}
+
+
+def _group(top: Any, name: str, package: Any) -> dict[str, Any]:
+    """A namespace on the first page of the reference: its names that are at the top too, and the others."""
+    first = {each: _first_sentence(getattr(package, each)) + "." for each in package.__all__ if each in top.__all__}
+    return {"name": name, "text": _first_sentence(package), "first": first,
+            "rest": [each for each in package.__all__ if each not in first]}
+
+
+def _with_code(text: str) -> markupsafe.Markup:
+    return markupsafe.Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(text, quote=False)))
+
+
+def _first_sentence(named: Any) -> str:
+    return re.split(r"\.(?:\s+(?=[A-Z])|$)", " ".join(str(named.__doc__).split("\n\n")[0].split()))[0]
 
 
 def _without_dead_links(page: str) -> str:

@@ -160,16 +160,21 @@ def test_notebooks_can_be_shown_without_running_them(repository: Path, tmp_path:
 
 
 def test_reference_has_every_public_name(site: Path) -> None:
-    page = (site / "reference" / "fedlab.html").read_text("utf-8")
+    page = BeautifulSoup((site / "reference" / "fedlab.html").read_text("utf-8"), "html.parser")
     namespaces = [name for name in fedlab.__all__ if isinstance(getattr(fedlab, name), ModuleType)]
-    assert not [name for name in fedlab.__all__ if name not in namespaces and f'<section id="{name}">' not in page]
+    first = [str(term["id"]) for term in page.select(".group dt[id]")]
+    assert sorted([*first, *namespaces]) == sorted(fedlab.__all__), "each name at the top, once"
+    assert len(page.select(".group")) == len(namespaces)
     for namespace in namespaces:
-        assert f'href="fedlab/{namespace}.html"' in page
         inner = (site / "reference" / "fedlab" / f"{namespace}.html").read_text("utf-8")
         names = getattr(fedlab, namespace).__all__
         assert not [name for name in names if f'<section id="{name}">' not in inner], namespace
-    section = BeautifulSoup(page[page.index('<section id="federate">'):].partition("</section>")[0], "html.parser")
+        listed = {str(link["href"]) for link in page.select(f'.group a[href^="fedlab/{namespace}.html"]')}
+        assert listed == {f"fedlab/{namespace}.html", *(f"fedlab/{namespace}.html#{name}" for name in names)}
+    inner = (site / "reference" / "fedlab" / "run.html").read_text("utf-8")
+    section = BeautifulSoup(inner[inner.index('<section id="federate">'):].partition("</section>")[0], "html.parser")
     assert "rounds" in section.get_text() and section.find(string="Raises:"), "its docstring is laid out"
+    assert section.find(string="Example:") and section.select(".highlight, .codehilite"), "its example is code"
 
 
 def test_loads_nothing_from_elsewhere(site: Path) -> None:
