@@ -309,10 +309,16 @@ def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
     all_known = set(trained) == {name for name, arm in outcome.arms.items() if arm.rounds}
     shared = any(arm.data == "each" and arm.rounds for arm in outcome.arms.values())
     equal = "unequal" if not all_known or len(set(trained.values())) > 1 else "shares" if shared else "equal"
-    text = " ".join([_text("lead", how, rounds=outcome.arms[outcome.main].rounds, **{"sites": found["sites"],
-                     "patients": found["patients"]}), _text(
-        "lead", equal, steps=max(by_arm.values()), by_arm=", ".join(f"{name} {n:,}" for name, n in trained.items()))])
-    return f"{text} {caution(outcome)}".rstrip()
+    held_out = sum(len(site.val) for site in outcome.sites)
+    said = [_text("lead", how, rounds=outcome.arms[outcome.main].rounds, sites=found["sites"],
+                  patients=found["patients"], trained=found["patients"] - held_out, held_out=held_out),
+            _text("lead", equal, steps=max(by_arm.values()),
+                  by_arm=", ".join(f"{name} {n:,}" for name, n in trained.items()))]
+    rates = {name: outcome.arms[name].trainer.lr for name in trained}
+    rates = {name: getattr(rate, "start", rate) for name, rate in rates.items()}
+    if len({repr(rate) for rate in rates.values()}) > 1:
+        said.append(_text("lead", "rates", by_arm=", ".join(f"{name} {rate}" for name, rate in rates.items())))
+    return " ".join([*said, caution(outcome)]).rstrip()
 
 
 def _notes(outcome: Outcome, found: dict[str, Any]) -> list[str]:
