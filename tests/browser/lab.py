@@ -257,6 +257,10 @@ def grey(picture: Pixels) -> int:
     return int(((np.ptp(picture, axis=-1) < 0.05) & (level > 0.1) & (level < 0.9)).sum())
 
 
+#: A viewer with a head has at least this many grey pixels; names, letters and lines alone have about 10,000.
+BRAIN = 50_000
+
+
 def tiles(canvas: Any) -> dict[str, Pixels]:
     """The views of a viewer's canvas as displayed, by name; " beside" ends the name of one for comparison."""
     places = json.loads(canvas.get_attribute("data-tiles") or "[]")

@@ -19,7 +19,7 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from lab import Lab, Visit, chromium, differing, grey, pixels, wait_for
+from lab import BRAIN, Lab, Visit, chromium, differing, grey, pixels, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WINDOW = {"width": 1250, "height": 1700}  # tall enough for the whole of each output
@@ -85,7 +85,7 @@ def main() -> None:
             visit.run_all()
             wait_for(visit.finished, seconds=900, why="the cells have not finished")
             viewer = visit.cell("viewer")
-            wait_for(lambda: grey(pixels(viewer.locator("canvas").first.screenshot())) > 1000, seconds=120,
+            wait_for(lambda: grey(pixels(viewer.locator("canvas").first.screenshot())) > BRAIN, seconds=120,
                      why="there is no brain in the viewer")
             for name, seconds in (("viewer", 1.0), ("dashboard", 1.0), ("playground", 10.0)):
                 file = out / f"{name}.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 
-from lab import Lab, Seen, Visit, grey, pixels, wait_for, with_parameters
+from lab import BRAIN, Lab, Seen, Visit, differing, grey, pixels, tiles, wait_for, with_parameters
 
 #: Seconds until a test fails; a shared machine may need a part of them.
 PATIENCE = 600
@@ -60,16 +62,37 @@ def test_the_welcome_notebook_opens_runs_and_shows_the_patients(welcome: Visit, 
     seen.time("00: Run All to the end", time.monotonic() - welcome.started)
     compared = welcome.image("look")
     assert compared is not None and grey(compared) > 1000, "the patients are not shown"
-    for theme, light in (("JupyterLab Dark", "false"), ("JupyterLab Light", "true")):
+    viewer = welcome.cell("turn")
+    wait_for(lambda: brain(viewer) > BRAIN, seconds=PATIENCE, why="no brain in the viewer")
+    turn(welcome, viewer)
+    for theme, light in 2 * (("JupyterLab Dark", "false"), ("JupyterLab Light", "true")):
         page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
         page.wait_for_selector(f"body[data-jp-theme-light={light}]", state="attached")
-        viewer = welcome.cell("turn")
-        wait_for(lambda viewer=viewer: brain(viewer) > 1000, seconds=PATIENCE, why=f"no brain in the viewer, {theme}")
+        time.sleep(2)  # a canvas may lose its picture when the page is laid out anew
+        wait_for(lambda: brain(viewer) > BRAIN, seconds=60, why=f"no brain in the viewer, {theme}")
         text, behind = viewer.locator(".widget-label").filter(has_text=re.compile("arm")).first.evaluate(LUMINANCES)
         assert abs(text - behind) > 0.4, f"{theme}: the labels of the viewer cannot be read"
         seen.keep(f"newcomer-{theme.split()[1].lower()}", page.screenshot())
     welcome.check_quiet()
     assert welcome.failed == [], "requests failed"
+
+
+def turn(visit: Visit, viewer: Any) -> None:
+    """Drags the head in the 3-D view, which then shows another side; the slices stay."""
+    canvas, mouse = viewer.locator("canvas").first, visit.page.mouse
+    canvas.scroll_into_view_if_needed()
+    wait_for(lambda: grey(tiles(canvas).get("3-D", np.zeros((1, 1, 3)))) > BRAIN / 10, seconds=PATIENCE,
+             why="no head in 3-D")
+    before, box = tiles(canvas), canvas.bounding_box()
+    place = next(one for one in json.loads(canvas.get_attribute("data-tiles")) if one["view"] == "3-D")
+    x, y = (box[axis] + place[edge] + place[side] / 2
+            for axis, edge, side in (("x", "left", "width"), ("y", "top", "height")))
+    mouse.move(x, y)
+    mouse.down()
+    mouse.move(x + 70, y + 20, steps=5)
+    mouse.up()
+    wait_for(lambda: differing(before["3-D"], tiles(canvas)["3-D"]) > 2000, seconds=60, why="the head does not turn")
+    assert differing(before["coronal"], tiles(canvas)["coronal"]) == 0, "a slice has changed too"
 
 
 def brain(cell: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from nbformat.v4 import new_code_cell, new_notebook
 
-from lab import Pixels, Seen, Visit, coloured, differing, grey, pixels, wait_for, with_parameters
+from lab import BRAIN, Pixels, Seen, Visit, coloured, differing, grey, pixels, wait_for, with_parameters
 
 #: Seconds until a test fails; a shared machine may need a part of them.
 PATIENCE = 600
@@ -59,7 +59,7 @@ def test_predictions_in_3d(visit: Callable[..., Visit], repository: Path, seen: 
     notebook.run_all()
     wait_for(lambda: notebook.finished() or notebook.cell("show").locator("canvas").count(), seconds=PATIENCE,
              why="no canvas")
-    wait_for(lambda: grey(shot(notebook)) > 1000, seconds=PATIENCE, why="the canvas stays blank")
+    wait_for(lambda: grey(shot(notebook)) > BRAIN, seconds=PATIENCE, why="the canvas stays blank")
     began = notebook.began("show")
     assert began is not None
     seen.time("06: the viewer's cell to its first picture", time.time() - began)
@@ -73,7 +73,7 @@ def test_predictions_in_3d(visit: Callable[..., Visit], repository: Path, seen: 
     drag(notebook, cell, "opacity", 0.0)
     wait_for(lambda: coloured(shot(notebook)) < 20, seconds=120, why="the tumour stays at opacity 0")
     bare = keep(seen, notebook, "06-without-overlay")
-    assert grey(bare) > 1000 and differing(reference, bare) > 100, "only the tumour disappears"
+    assert grey(bare) > BRAIN and differing(reference, bare) > 100, "only the tumour disappears"
     drag(notebook, cell, "opacity", 1.0)
     wait_for(lambda: coloured(shot(notebook)) > 100, seconds=120, why="the tumour does not reappear")
 
@@ -134,6 +134,34 @@ def test_dashboard(visit: Callable[..., Visit], seen: Seen) -> None:
     wait_for(lambda: state("stopped") is not None, seconds=120, why="it does not stop")
     assert cell.locator("button").filter(has_text="Continue").is_disabled(), "a stopped run can be continued"
     notebook.no_errors_in_cells()
+    notebook.check_quiet()
+
+
+def test_playground(visit: Callable[..., Visit], seen: Seen) -> None:
+    cells = [new_code_cell("import fedlab as fl\nfl.view.PrivacyPlayground(steps=150, auto=False)",
+                           id="playground")]
+    python = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    notebook = visit(new_notebook(cells=cells, metadata=python))
+    notebook.run_all()
+    wait_for(notebook.finished, seconds=PATIENCE, why="the playground is not displayed")
+    cell = notebook.cell("playground")
+
+    def seen_by_the_attacker() -> float | None:
+        """The correlation within FLAIR, once the attack on these settings has ended."""
+        found = re.search(r"within them FLAIR (-?\d\.\d\d)", cell.inner_text())
+        return float(found[1]) if found else None
+
+    assert seen_by_the_attacker() is None, "there was no attack yet"
+    cell.locator("button").filter(has_text="Reconstruct").click()
+    wait_for(lambda: seen_by_the_attacker() is not None, seconds=PATIENCE, why="the attack does not end")
+    plain = seen_by_the_attacker()
+    seen.keep("playground", cell.screenshot())
+    cell.get_by_text("add noise").click()
+    wait_for(lambda: seen_by_the_attacker() is None, seconds=60, why="the attack on other settings is still shown")
+    cell.locator("button").filter(has_text="Reconstruct").click()
+    wait_for(lambda: seen_by_the_attacker() is not None, seconds=PATIENCE, why="the second attack does not end")
+    noisy = seen_by_the_attacker()
+    assert plain is not None and noisy is not None and plain > noisy + 0.05, (plain, noisy)
     notebook.check_quiet()
 
 
