@@ -19,6 +19,7 @@ from fedlab.apps.cli_arguments import (
     read_shape,
 )
 from fedlab.core.errors import RunError
+from fedlab.core.text import counted
 
 __all__ = ["add_data"]
 
@@ -45,7 +46,7 @@ def _phantom(options: argparse.Namespace) -> None:
 
     write_brats(options.out, sites=options.sites, patients=options.patients, shape=options.shape,
                 spacing_mm=options.spacing, seed=options.seed)
-    print(f"{options.patients} patients and partitioning.csv in {options.out}")
+    print(f"{counted(options.patients, 'patient')} and partitioning.csv in {options.out}")
 
 
 def _inspect(options: argparse.Namespace) -> int:

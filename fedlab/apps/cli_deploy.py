@@ -9,6 +9,7 @@ from typing import Any
 
 from fedlab.apps.cli_arguments import FLAG, add_command, add_group
 from fedlab.core.errors import RunError
+from fedlab.core.text import counted
 
 __all__ = ["add_deploy"]
 
@@ -87,7 +88,7 @@ def _ask_server(kit: Path) -> None:
             name, state = str(job.get("job_id")), str(job.get("status"))
             line = f"job {name} ({job.get('job_name')}): {state}"
             if state == "RUNNING" and (reply := admin.ask(name, {"have": 0})):
-                line += f", {len(reply['rounds'])} rounds"
+                line += f", {counted(len(reply['rounds']), 'round')}"
                 line += f", lost: {', '.join(reply['lost'])}" if reply["lost"] else ""
             print(line)
 

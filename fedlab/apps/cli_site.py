@@ -15,6 +15,7 @@ from typing import Any
 
 from fedlab.apps.cli_arguments import FLAG, LAYOUT, REQUIRED_PATH, add_command, add_group, read_shape
 from fedlab.core.errors import RunError
+from fedlab.core.text import counted
 
 __all__ = ["add_export", "add_site", "try_technique"]
 
@@ -56,7 +57,7 @@ def _init(options: argparse.Namespace) -> None:
                           spacing_mm=options.spacing, shape=options.shape, held_out=options.held_out, card=options.card)
     read_settings(out)
     labelled = sum(files.label is not None for files in found.values())
-    print(f"{len(found)} patients in {options.data}, {labelled} of them labelled\n\n"
+    print(f"{counted(len(found), 'patient')} in {options.data}, {labelled} of them labelled\n\n"
           f"Next, state the site's policy in {path}\nThen check it with: fedlab site show {out}")
 
 
@@ -75,7 +76,7 @@ def _show(options: argparse.Namespace) -> None:
         print(f"  approved {module}.py: {_state_of(options.folder / 'techniques' / f'{module}.py', digest)}")
     answers = options.folder / "ledger" / "answers.json"
     known = json.loads(answers.read_text(encoding="utf-8")) if answers.is_file() else {}
-    print(f"\nsent      {sum(map(len, known.values()))} updates in {len(known)} runs")
+    print(f"\nsent      {counted(sum(map(len, known.values())), 'update')} in {counted(len(known), 'run')}")
     file = LedgerFile(options.folder / "ledger", settings.name)
     if not file.path.is_file():
         print("privacy   nothing was released under a guarantee")

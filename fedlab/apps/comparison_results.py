@@ -19,6 +19,7 @@ from fedlab.apps.comparison_data import Folder
 from fedlab.core.extras import MissingExtra
 from fedlab.core.files import packaged_toml, write_json, write_whole
 from fedlab.core.regions import REGION_ORDER
+from fedlab.core.text import counted
 from fedlab.core.types import Patient
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.persons import name_several
@@ -192,7 +193,8 @@ def describe(found: dict[str, Any], *, note: str = "") -> str:
               for text, dice in rows.items()]
     lines.append(found["empty_regions"])
     seconds = found["seconds"]
-    lines.append(f"{found['patients']} patients of {found['sites']} sites, {found['rounds']} rounds, seed "
+    lines.append(f"{counted(found['patients'], 'patient')} of {counted(found['sites'], 'site')}, "
+                 f"{counted(found['rounds'], 'round')}, seed "
                  f"{found['seed']}; {seconds['total']:.0f} s (data {seconds['data']:.0f}, training "
                  f"{seconds['train']:.0f}, evaluation {seconds['evaluate']:.0f})")
     lines += [text for text in (_reached(found), note) if text]

@@ -18,6 +18,7 @@ from fedlab.core.extras import MissingExtra
 from fedlab.core.files import write_json, write_whole
 from fedlab.core.hardware import pick_device
 from fedlab.core.regions import REGION_ORDER, labels_to_regions
+from fedlab.core.text import counted
 from fedlab.core.types import Patient
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.data.readers.conventions import convention_of_layout, describe
@@ -127,8 +128,8 @@ def dice_by_patient(scores: pd.DataFrame) -> pd.DataFrame:
 def describe_evaluation(result: dict[str, Any], scores: pd.DataFrame | None = None) -> str:
     """The result of `evaluate_folder` in a few lines for a terminal; with scores.csv also a row per patient."""
     written = "; ".join(f"{name}: {meaning}" for name, meaning in result["label_conventions"].items())
-    lines = [f"{result['patients']} patients segmented, {result['labelled'] or 'none'} with an expert's label"
-             f"{'' if result['labelled'] else ', so there is no score'}", f"values of the label maps: {written}"]
+    lines = [f"{counted(result['patients'], 'patient')} segmented, {result['labelled'] or 'none'} with an expert's "
+             f"label{'' if result['labelled'] else ', so there is no score'}", f"values of the label maps: {written}"]
     if result["labelled"]:
         each = dice_by_patient(scores) if scores is not None else pd.DataFrame()
         wide = max([10, *(len(str(patient)) + 2 for patient in each.index)])

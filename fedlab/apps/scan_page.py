@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedlab.core.errors import DataError
+from fedlab.core.text import counted
 from fedlab.core.types import Patient
 from fedlab.data.readers.folders import find_patients, read_patient
 from fedlab.data.readers.layouts import list_patients
@@ -72,7 +73,7 @@ def evaluation_page(out: Path, result: Mapping[str, Any], scores: pd.DataFrame,
     Raises:
         RunError: `out` exists.
     """
-    lead = f"{result['patients']} patients segmented, {result['labelled'] or 'none'} with an expert's label."
+    lead = f"{counted(result['patients'], 'patient')} segmented, {result['labelled'] or 'none'} with an expert's label."
     cards = {f"mean Dice, {name}": f"{value:.2f}" for name, value in result.get("dice", {}).items()}
     sections = [Section(title="Dice of each patient", table=scores, caption=result["empty_regions"])] \
         if result["labelled"] else []

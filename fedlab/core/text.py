@@ -1,4 +1,4 @@
-"""Text of unknown origin: in Markdown, and without the folders of this machine."""
+"""Text for readers: numbers with nouns; text of unknown origin, in Markdown and without the folders of this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["escape_markdown", "without_folders"]
+__all__ = ["counted", "escape_markdown", "without_folders"]
 
 #: The beginning of an absolute path: /, ~/, C:\, \\server\, file:///.
 _ROOT = r"(?:\bfile:|~\w*|\b[A-Za-z]:)?[/\\]+"
@@ -16,6 +16,12 @@ _FOLDERS = rf"(?:(?:{_WORD}|{_BARE}(?: {_BARE}){{1,3}})[/\\]+)*"
 _QUOTED = re.compile(rf"""(?P<quote>['"`])(?:{_ROOT}|\.{{1,2}}[/\\])[^'"`\n]*?(?P<name>[^/\\'"`\n]*)(?P=quote)""")
 _ABSOLUTE = re.compile(rf"(?<!https:)(?<!http:)(?<![\w.)\]/<]){_ROOT}(?=[^\s/\\]){_FOLDERS}")
 _RELATIVE = re.compile(r"(?<![\w/\\])(?:[\w.+@%~-]+[/\\]+)+(?=[\w+@%~-][\w.+@%~-]*\.[A-Za-z]\w*)")
+
+
+def counted(number: float, noun: str) -> str:
+    """A number and its noun, such as "1 patient" and "3 patients"."""
+    return f"{number:g} {noun}{'s' * (number != 1)}" if isinstance(number, float) else (
+        f"{number} {noun}{'s' * (number != 1)}")
 
 
 def escape_markdown(text: object) -> str:

@@ -16,6 +16,7 @@ import torch
 from fedlab.core.errors import FedlabError
 from fedlab.core.patient_checks import check_patient
 from fedlab.core.settings import check_within
+from fedlab.core.text import counted
 
 __all__ = ["MODALITIES", "REGIONS", "REPEATS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round",
            "ServerState", "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal", "rounded_up"]
@@ -35,7 +36,7 @@ Messages = Mapping[str, Mapping[str, bytes]]
 
 
 def _size(tensors: Tensors) -> str:
-    return f"{len(tensors)} tensors of {sum(t.numel() for t in tensors.values()):,} numbers"
+    return f"{counted(len(tensors), 'tensor')} of {sum(t.numel() for t in tensors.values()):,} numbers"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +107,7 @@ class Site:
     remarks: Sequence[str] = ()
 
     def __repr__(self) -> str:
-        patients = f"{len(self.train)} patient{'s' * (len(self.train) != 1)}"
-        return f"<Site {self.name}: {patients} to train on, {len(self.val)} held out>"
+        return f"<Site {self.name}: {counted(len(self.train), 'patient')} to train on, {len(self.val)} held out>"
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,7 @@ class SiteState(_Owned):
 
     def __repr__(self) -> str:
         kept = ", ".join(f"{len(slots)} of {owner}" for owner, slots in self.namespaces.items() if slots)
-        sent = f"{self.updates} update{'s' * (self.updates != 1)} sent"
-        return f"<SiteState in round {self.round}: {sent}, tensors: {kept or 'none'}>"
+        return f"<SiteState in round {self.round}: {counted(self.updates, 'update')} sent, tensors: {kept or 'none'}>"
 
     def take_over(self, other: SiteState) -> None:
         """Takes every value of another state, in place: views for other owners share them."""
@@ -286,8 +285,8 @@ class Update:
 
     def __repr__(self) -> str:
         spent = "".join(f"; {spent}" for spent in self.spent)
-        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
-        return f"<Update of {self.site}: {_size(self.delta)}, weight {self.weight:g}, {steps}{spent}>"
+        size, steps = _size(self.delta), counted(self.steps, "step")
+        return f"<Update of {self.site}: {size}, weight {self.weight:g}, {steps}{spent}>"
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Update:
         """The same update with `change` applied to every tensor of the delta."""
@@ -391,7 +390,8 @@ class Round:
 
     def __repr__(self) -> str:
         hidden = "sites" in self.server_only
-        said = [] if hidden else [f"updates of {len(self.cohort) - len(self.absent)} of {len(self.cohort)} sites"]
+        sent, asked = len(self.cohort) - len(self.absent), counted(len(self.cohort), "site")
+        said = [] if hidden else [f"updates of {sent} of {asked}"]
         said += [] if "validation" in self.server_only else [f"{k} {v:.3f}" for k, v in self.metrics.items()]
         said += [f"void: {self.void}"] if self.void and not hidden else []
         shown = ["server"] * ("server" in self.spent) if hidden else self.spent

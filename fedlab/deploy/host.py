@@ -16,7 +16,7 @@ import torch
 
 from fedlab.core.errors import FedlabError, PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.core.files import locked, write_whole
-from fedlab.core.text import without_folders
+from fedlab.core.text import counted, without_folders
 from fedlab.core.types import Failure, ServerState, Site, Spent, Tensors, Withdrawal
 from fedlab.deploy.messages import are_notes, limit_for, pack_answer, unpack_state, unpack_weights
 from fedlab.deploy.plan import Plan
@@ -94,7 +94,7 @@ class SiteHost:
         except BaseException:
             host.close()
             raise
-        host._log(f"opened with {len(host.site.train)} patients to train on, {len(host.site.val)} held out")
+        host._log(f"opened with {counted(len(host.site.train), 'patient')} to train on, {len(host.site.val)} held out")
         return host
 
     def begin(self, plan_json: str, start: bytes) -> None:

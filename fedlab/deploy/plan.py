@@ -15,6 +15,7 @@ import torch
 from fedlab.core import protocols
 from fedlab.core.errors import FedlabError
 from fedlab.core.protocols import Strategy, Topology, Trainer
+from fedlab.core.text import counted
 from fedlab.core.types import Site, Tensors
 from fedlab.core.weights import load_weights, trainable, weights_sha256
 from fedlab.deploy.messages import strict_json
@@ -176,4 +177,5 @@ class Plan:
                     raise ValueError("these are weights of another model than the plan's")
 
     def __repr__(self) -> str:
-        return f"<Plan {self.run}: {self.rounds} rounds of {len(self.sites)} sites, model {self.model[:12]}>"
+        rounds, sites = counted(self.rounds, "round"), counted(len(self.sites), "site")
+        return f"<Plan {self.run}: {rounds} of {sites}, model {self.model[:12]}>"

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.settings import check_whole
+from fedlab.core.text import counted
 from fedlab.core.types import ServerState, SiteState, Spent, rounded_up
 from fedlab.deploy.limits import Limits, clips_in
 from fedlab.deploy.plan import Plan
@@ -106,11 +107,11 @@ class SitePolicy(Limits):
             raise PrivacyError(f"the plan names the sites {list(plan.sites)[:20]}, this one is {site!r}")
         privacy = technique_at(privacy, site)  # techniques for other sites do not protect this one
         if len(plan.sites) < self.min_sites:
-            raise PrivacyError(f"min_sites: this site takes part in runs of at least {self.min_sites} sites, the plan "
-                               f"has {len(plan.sites)}")
+            raise PrivacyError(f"min_sites: this site takes part in runs of at least {counted(self.min_sites, 'site')}"
+                               f", the plan has {len(plan.sites)}")
         if self.max_rounds is not None and plan.rounds > self.max_rounds:
-            raise PrivacyError(f"max_rounds: this site takes part in at most {self.max_rounds} rounds of a run, the "
-                               f"plan has {plan.rounds}")
+            raise PrivacyError(f"max_rounds: this site takes part in at most {counted(self.max_rounds, 'round')} of a "
+                               f"run, the plan has {plan.rounds}")
         for required in self.require:
             required.check(privacy, aggregation)
         parts: tuple[Privacy | Aggregation, ...] = (*privacy.layers, aggregation)
@@ -174,7 +175,7 @@ class SitePolicy(Limits):
             self.max_rounds and f"max_rounds = {self.max_rounds}",
             self.max_updates and f"max_updates = {self.max_updates}",
             *self.limit_lines(),
-            self.min_sites > 1 and f"takes part in runs of at least {self.min_sites} sites",
+            self.min_sites > 1 and f"takes part in runs of at least {counted(self.min_sites, 'site')}",
             self.installed and f"runs may name the installed modules {', '.join(self.installed)}",
             self.tell_errors and "sends the server the text of errors where no guarantee forbids it",
         ]

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedlab.core.regions import REGION_ORDER
 from fedlab.core.settings import check_choice, check_whole
+from fedlab.core.text import counted
 from fedlab.core.types import REGIONS
 from fedlab.training.metrics import summary
 
@@ -61,8 +62,8 @@ class Difference:
                     f"no interval from fewer than {_FEWEST} patients")
         what = "mean Dice" if self.region == "mean" else f"{self.region} Dice"
         seeds = f", {self.seeds} seeds" if self.seeds > 1 else ""
-        return (f"{self.one} − {self.other}: {self.value:+.3f} {what} ({interval}; paired over {self.patients} "
-                f"patient{'s' * (self.patients != 1)} of {self.sites} site{'s' * (self.sites != 1)}{seeds})")
+        return (f"{self.one} − {self.other}: {self.value:+.3f} {what} ({interval}; paired over "
+                f"{counted(self.patients, 'patient')} of {counted(self.sites, 'site')}{seeds})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +224,8 @@ def verdict(scores: pd.DataFrame, main: str, *, names: Mapping[str, str] | None 
         parts[what].append(f"{spoken.get(name, name)} ({one.value:+.3f}{interval})")
     claims = [f"{what} {', '.join(of)}" for what, of in parts.items() if of]
     found = difference(scores, main, main)
-    return (f"In mean Dice on {found.patients} held-out patients{f', {found.seeds} seeds' * (found.seeds > 1)}, "
+    return (f"In mean Dice on {counted(found.patients, 'held-out patient')}"
+            f"{f', {found.seeds} seeds' * (found.seeds > 1)}, "
             f"{spoken.get(main, main)} is {'; '.join(claims) or 'the only arm'}.")
 
 

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlab.core.text import counted
 from fedlab.core.types import Site
 from fedlab.evidence.arms import Arm
 from fedlab.evidence.comparison import ArmComparison, compare_arms
@@ -67,7 +68,8 @@ class Sweep:
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        return f"<Sweep of {len(self.settings)} settings>\n{self.over_seeds().to_string(float_format='{:.3g}'.format)}"
+        table = self.over_seeds().to_string(float_format="{:.3g}".format)
+        return f"<Sweep of {counted(len(self.settings), 'setting')}>\n{table}"
 
     def _repr_html_(self) -> str:
         html: str = self.over_seeds().to_html(float_format="{:.3g}".format, index=False)

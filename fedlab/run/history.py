@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from fedlab.core.hardware import computed_in
 from fedlab.core.protocols import Elsewhere, Run
+from fedlab.core.text import counted
 from fedlab.core.types import REPEATS, Round, ServerState, Spent
 from fedlab.privacy.base import layers_at
 from fedlab.run.publishable import hidden_in, published
@@ -198,7 +199,7 @@ class History:
         shown = "".join(f", {k} {v:.3f}" for k, v in self._latest().items() if k not in ("bytes", "seconds"))
         stopped = self.published().stopped
         early = f", stopped: {stopped}" if stopped else ""
-        return f"<History: {len(self.records)} of {self.rounds} rounds{shown}; {self.guarantee()}{early}>"
+        return f"<History: {len(self.records)} of {counted(self.rounds, 'round')}{shown}; {self.guarantee()}{early}>"
 
     def _latest(self) -> dict[str, float]:
         """The last known value of each number; a metric may be missing in some rounds."""
@@ -214,7 +215,8 @@ class History:
         last = table.tail(10).astype({name: int for name in ("bytes",) if name in table})
         html: str = last.to_html(float_format="{:.3f}".format, na_rep="–")
         early = f"<p>Stopped: {escape(stopped)}</p>" if stopped else ""
-        return (f"<p>{len(self.records)} of {self.rounds} rounds; privacy: {escape(self.guarantee())}</p>{early}{drawn}"
+        return (f"<p>{len(self.records)} of {counted(self.rounds, 'round')}; "
+                f"privacy: {escape(self.guarantee())}</p>{early}{drawn}"
                 f"<p>The last {len(last)}:</p>{html}")
 
     def _chart(self, values: pd.Series[float]) -> str:

@@ -23,6 +23,7 @@ from safetensors.torch import load, save, save_file
 
 from fedlab.core.errors import RunError
 from fedlab.core.files import replacing
+from fedlab.core.text import counted
 from fedlab.core.types import SiteState
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class SiteStates(Mapping[str, SiteState]):
         return states
 
     def __repr__(self) -> str:
-        return f"<SiteStates of {len(self)} sites in {self.folder}>"
+        return f"<SiteStates of {counted(len(self), 'site')} in {self.folder}>"
 
 
 def _temporary_folder(*, of: SiteStates) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedlab.core.errors import DataError, RunError
 from fedlab.core.files import append_whole
+from fedlab.core.text import counted
 from fedlab.core.types import Round, ServerState, Site, Tensors
 from fedlab.core.weights import weights_sha256
 from fedlab.data.sites.partition import Partition
@@ -152,8 +153,8 @@ class Verdict:
         return not self.problems
 
     def __str__(self) -> str:
-        said = [f"{self.path}: {self.lines} lines, {self.rounds} rounds, "
-                + ("whole" if self.ok else f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}")]
+        said = [f"{self.path}: {counted(self.lines, 'line')}, {counted(self.rounds, 'round')}, "
+                + ("whole" if self.ok else f"{counted(len(self.problems), 'problem')}")]
         said += [f"  - {problem}" for problem in self.problems] + [f"  note: {note}" for note in self.notes]
         return "\n".join([*said, f"  head {self.head}"])
 

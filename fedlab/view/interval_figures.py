@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedlab.core.text import counted
 from fedlab.evidence.differences import mean_dice
 from fedlab.evidence.runs import RunTable
 from fedlab.evidence.sweeps import Sweep
@@ -54,7 +55,7 @@ def sweep_figure(found: Sweep) -> Picture:
     if others:
         figure.legend(loc="outside right upper")
     seeds, patients = int(table["seeds"].max()), int(table["patients"].max())
-    ax.set_title(f"95 % intervals over {patients} patients, {seeds} seed{'s' * (seeds != 1)}", fontsize=10)
+    ax.set_title(f"95 % intervals over {counted(patients, 'patient')}, {counted(seeds, 'seed')}", fontsize=10)
     figure.alt = "Mean Dice by setting: " + "; ".join(
         f"{name} {row.dice:.2f}" for name, row in zip(found.settings, table.itertuples(), strict=True)) + "."
     return figure

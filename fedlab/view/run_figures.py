@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fedlab.core.text import counted
 from fedlab.core.types import REPEATS, rounded_up
 from fedlab.evidence.contributions import Contributions
 from fedlab.run.history import History
@@ -246,10 +247,10 @@ def dice_by_arm(scores: pd.DataFrame, *, metric: str = "dice") -> Picture:
     ax.set_xticks(range(len(regions)), labels, fontsize=10)
     ax.tick_params(axis="x", length=0, pad=20)
     figure.legend(loc="outside lower center", ncols=-(-len(arms) // -(-len(arms) // 5)))
-    ax.set_title(f"bars: mean over {patients} patient{'s' * (patients != 1)}"
+    ax.set_title(f"bars: mean over {counted(patients, 'patient')}"
                  f"{', lines: its 95 % interval' * (patients >= _FEWEST)}, dots: single patients", loc="right",
                  fontsize=9, fontweight="normal", color=GREY)
-    figure.alt = f"{title} by arm and region, means over {patients} patients: " + "; ".join(
+    figure.alt = f"{title} by arm and region, means over {counted(patients, 'patient')}: " + "; ".join(
         f"{arm_label(arm)} " + ", ".join(f"{region} {values[arm, region].mean():.2f}" for region in regions
                                         if (arm, region) in values) for arm in arms) + "."
     return figure

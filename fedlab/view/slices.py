@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from fedlab.core.settings import check_choice
+from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES, Patient
 from fedlab.view.colours import LABEL_COLOURS, LABEL_NAMES, arm_label, styled
 from fedlab.view.label_layers import Prediction, as_labels, check_ras, grey_values, head_box, largest_slice
@@ -204,8 +205,8 @@ def compare(patients: Sequence[Patient], arms: Mapping[str, Sequence[Prediction]
         ax.annotate(head, (0.5, 1), (0, 19), xycoords="axes fraction", textcoords="offset points", ha="center",
                     va="bottom", fontweight="bold", fontsize=10)
     _legend(figure, plane, labels=True, line=known and bool(arms))
-    figure.alt = " ".join([f"{plane.capitalize()} {modality} slices of {len(patients)} patients with the tumour "
-                           f"according to {', '.join(heads[1:])}.", *sentences])
+    figure.alt = " ".join([f"{plane.capitalize()} {modality} slices of {counted(len(patients), 'patient')} with the "
+                           f"tumour according to {', '.join(heads[1:])}.", *sentences])
     return figure
 
 

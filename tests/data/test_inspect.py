@@ -166,7 +166,7 @@ def test_every_kind_of_defect_is_a_finding_of_its_patient_and_stops_nothing(tmp_
     if severity == "error":
         with pytest.raises(DataError, match=rf"\[{code}\]"):
             read_cohort(folder, progress=False)
-        with pytest.warns(UserWarning, match="continuing without 1 patients"):
+        with pytest.warns(UserWarning, match="continuing without 1 patient:"):
             assert read_cohort(folder, progress=False, broken="skip").ids == ("good 1",)
     elif code == "no-label":
         assert read_cohort(folder, progress=False).ids == ("bad one é", "good 1")

@@ -202,7 +202,7 @@ def test_a_stray_patient_of_another_layout_is_a_finding(tmp_path):
     write_layout(tmp_path, "brats2023", [ball("P3")])
     with pytest.raises(DataError, match=r"P3: P3-seg\.nii\.gz is named as in BraTS 2023.*\[other-layout\]"):
         find_patients(tmp_path)
-    with pytest.warns(UserWarning, match="continuing without 1 patients"):
+    with pytest.warns(UserWarning, match="continuing without 1 patient:"):
         assert list(find_patients(tmp_path, broken="skip")) == ["P1", "P2"]
 
 

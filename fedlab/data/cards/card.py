@@ -21,7 +21,7 @@ import yaml
 
 from fedlab.core.errors import DataError
 from fedlab.core.files import filled_in, write_new
-from fedlab.core.text import escape_markdown
+from fedlab.core.text import counted, escape_markdown
 from fedlab.data.cards.croissant import croissant
 from fedlab.data.cards.schema import FIELDS, MARK, is_open, problems, read_front_matter, split_sections, summary
 from fedlab.data.readers.findings import bullets
@@ -53,7 +53,7 @@ class DataCard:
     def __post_init__(self) -> None:
         if found := problems(self.metadata, self.body):
             more = f"\n  and {len(found) - 50} more" if len(found) > 50 else ""
-            raise DataError(f"the data card has {len(found)} problem{'s' * (len(found) > 1)}:\n"
+            raise DataError(f"the data card has {counted(len(found), 'problem')}:\n"
                             f"{bullets(found[:50])}{more}")
 
     @property

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from fedlab.core.errors import DataError
 from fedlab.core.seeds import derive
+from fedlab.core.text import counted
 from fedlab.core.types import Patient, Site
 from fedlab.core.workers import Workers, script_not_imported
 from fedlab.data.brain import bounding_box, normalise
@@ -310,7 +311,7 @@ def _orders(sizes: Sequence[int], profiles: Sequence[SiteProfile] | None, shape:
 
 def _held_out(size: int, held_out: int | float, number: int) -> int:
     if size < 1:
-        raise ValueError(f"site {number} has {size} patients; a site needs at least one")
+        raise ValueError(f"site {number} has {counted(size, 'patient')}; a site needs at least one")
     if isinstance(held_out, int):
         count = held_out
     elif 0.0 <= held_out < 1.0:
@@ -318,7 +319,7 @@ def _held_out(size: int, held_out: int | float, number: int) -> int:
     else:
         raise ValueError(f"held_out must be a count or a fraction below 1, got {held_out}")
     if not 0 <= count < size:
-        raise ValueError(f"site {number} has {size} patients: {count} held out would leave none to train on")
+        raise ValueError(f"site {number} has {counted(size, 'patient')}: {count} held out would leave none to train on")
     return count
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.core.errors import DataError
+from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.findings import Finding, Severity
 from fedlab.data.readers.patient_files import Listing, PatientFiles, is_nifti, is_valid_id, stem
@@ -52,7 +53,7 @@ def list_msd(folder: Path) -> Listing:
     files: dict[str, PatientFiles] = {}
     if layout == "nnunet":
         findings = _by_channel(folder, scans, channels, files)
-        reason = f"dataset.json, and one file per modality for {len(files)} patients in the order {order}"
+        reason = f"dataset.json, and one file per modality for {counted(len(files), 'patient')} in the order {order}"
     else:
         findings = _by_entry(folder, entries, channels, files)
         findings += [Finding(stem(scan), "not-in-table", f"dataset.json does not list {name}/{scan.name}; ignored",

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 from fedlab.core.errors import DataError
 from fedlab.core.files import packaged_toml
+from fedlab.core.text import counted
 
 __all__ = ["CODES", "Broken", "Finding", "Severity", "bullets", "usable", "without_errors"]
 
@@ -76,13 +77,14 @@ def usable(found: Mapping[str, _T], findings: Sequence[Finding], *, broken: Brok
     bad = {f.patient for f in errors}
     good = without_errors(found, errors)
     if errors and broken == "raise":
-        raise DataError(f"{where}: problems with {len(bad)} of {len(good) + len(bad)} patients:\n{bullets(errors)}\n"
+        counts = f"{len(bad)} of {counted(len(good) + len(bad), 'patient')}"
+        raise DataError(f"{where}: problems with {counts}:\n{bullets(errors)}\n"
                         f"Repair the files, or pass broken='skip' (--skip-broken) to continue without these patients",
                         code=errors[0].code)
     if not good:
         raise DataError(f"{where}: no usable patient:\n{bullets(errors)}")
     if errors:
-        warnings.warn(f"{where}: continuing without {len(bad)} patients:\n{bullets(errors)}", stacklevel=3)
+        warnings.warn(f"{where}: continuing without {counted(len(bad), 'patient')}:\n{bullets(errors)}", stacklevel=3)
     if oddities:
         warnings.warn(f"{where}:\n{bullets(oddities)}", stacklevel=3)
     return good

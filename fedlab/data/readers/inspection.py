@@ -13,6 +13,7 @@ import numpy as np
 
 from fedlab.core.errors import DataError
 from fedlab.core.regions import REGION_ORDER
+from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.conventions import CONVENTIONS, Convention, check_convention, detect_convention, to_internal
 from fedlab.data.readers.findings import Finding
@@ -136,7 +137,7 @@ class Inspection:
 
     def summary(self) -> list[str]:
         """Folder, layout, label convention and counts, one line each."""
-        counts = f"{len(self.cases)} patients, {len(self.broken)} with errors, " \
+        counts = f"{counted(len(self.cases), 'patient')}, {len(self.broken)} with errors, " \
                  f"{sum(case.usable and bool(case.findings) for case in self.cases)} with warnings only"
         return [f"{self.folder}", f"layout: {self.layout} ({self.reason})",
                 f"label convention: {self.convention.names or 'none'} ({self.convention.reason})", counts]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlab.core.errors import DataError
+from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.decathlon import list_msd, looks_like_msd
 from fedlab.data.readers.findings import Finding
@@ -241,7 +242,7 @@ def _year(root: Path, folders: Sequence[_Folder], mark: str) -> tuple[str, str, 
     """Layout, reason and tables of a folder with patient folders."""
     count = f"{len(folders)} patient folder{'s' if len(folders) > 1 else ''}"
     if folders[0].path == root:
-        count = f"{len(folders)} patients in one folder"
+        count = f"{counted(len(folders), 'patient')} in one folder"
     if mark == "-":
         return "brats2023", f"{count} with files named -t1n, -t1c, -t2w, -t2f", []
     graded = any(folder.grade for folder in folders)

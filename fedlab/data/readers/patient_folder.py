@@ -14,6 +14,7 @@ import torch
 
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions
+from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES, Patient
 from fedlab.core.weights import patient_sha256
 from fedlab.core.workers import available_cores
@@ -147,8 +148,8 @@ class PatientFolder(Sequence[Patient]):
         return pd.DataFrame(rows, index=pd.Index(self.files, name="patient"))
 
     def __repr__(self) -> str:
-        head = (f"<PatientFolder of {len(self)} patients in {self.folder}: layout {self.layout} ({self.reason}); "
-                f"{self.convention}>")
+        head = (f"<PatientFolder of {counted(len(self), 'patient')} in {self.folder}: layout {self.layout} "
+                f"({self.reason}); {self.convention}>")
         return head + (f"\n{bullets(self.findings)}" if self.findings else "")
 
     def _repr_html_(self) -> str:

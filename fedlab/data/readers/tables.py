@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from fedlab.core.errors import DataError
+from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.findings import Finding
 from fedlab.data.readers.patient_files import Listing, PatientFiles, is_valid_id
@@ -188,7 +189,8 @@ def list_table(path: Path) -> Listing:
         else:
             files[patient], problems = _row_files(patient, row, meaning, path)
             findings += problems
-    return Listing(folder=path.parent, layout="table", reason=f"{path.name} gives paths for {len(files)} patients",
+    return Listing(folder=path.parent, layout="table",
+                   reason=f"{path.name} gives paths for {counted(len(files), 'patient')}",
                    files=dict(sorted(files.items())), findings=tuple(findings))
 
 

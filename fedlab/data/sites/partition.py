@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedlab.core.errors import DataError
 from fedlab.core.files import write_new
 from fedlab.core.seeds import derive
+from fedlab.core.text import counted
 from fedlab.core.types import Patient, Site
 from fedlab.data.readers.findings import bullets
 from fedlab.data.sites.persons import (
@@ -184,7 +185,8 @@ class Partition:
     def __repr__(self) -> str:
         several = len(several_scans(self.patients, self.same))
         persons = f"; {several} persons with several scans, kept together" if several else ""
-        return (f"<Partition {self.id}: {len(self.patients)} patients at {len(self.train)} sites, "
+        patients, sites = counted(len(self.patients), "patient"), counted(len(self.train), "site")
+        return (f"<Partition {self.id}: {patients} at {sites}, "
                 f"{sum(map(len, self.held_out.values()))} held out; {self.how}{persons}>")
 
     def _repr_html_(self) -> str:

@@ -20,6 +20,7 @@ from fedlab.core.errors import PrivacyError
 from fedlab.core.protocols import Run
 from fedlab.core.settings import check_patterns, check_positive, check_share, check_whole
 from fedlab.core.tensors import flatten, matching, unflatten
+from fedlab.core.text import counted
 from fedlab.core.types import SiteState, Spent, Tensors, Update
 from fedlab.privacy.accounting.ledger import Accountant, Ledger, Pure, Terms, epsilon_of
 from fedlab.privacy.base import Privacy
@@ -61,7 +62,7 @@ def composed_epsilon(techniques: Mapping[str, SVT | SparseVector | SparseVectorC
         cost = technique if isinstance(technique, SparseVectorCost) else technique.cost(parameters)
         rows[name] = {"values per round": cost.released, "ε stated, no guarantee": cost.stated,
                       "ε of one value": cost.per_value, "δ": cost.delta,
-                      **{f"ε, {n} round{'s' * (n > 1)}": cost.epsilon(rounds=n) for n in rounds}}
+                      **{f"ε, {counted(n, 'round')}": cost.epsilon(rounds=n) for n in rounds}}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
