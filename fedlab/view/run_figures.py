@@ -96,8 +96,8 @@ def privacy_curves(history: History, *, metric: str = "Dice", budget: float | No
 
     spent, table = history.published().spent(), history.table()
     if spent.empty:
-        raise ValueError("the run has no formal guarantee, so there is no ε to draw; fedlab.curves shows what it "
-                         "learned")
+        raise ValueError("the run has no formal guarantee, so there is no ε to draw; fedlab.view.curves shows what "
+                         "it learned")
     units = dict.fromkeys(spent.index.get_level_values("unit"))
     shown = metric in table and bool(table[metric].notna().any())
     figure = Picture(figsize=(5 * (len(units) + shown), 4.1), layout="constrained")

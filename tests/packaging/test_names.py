@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,40 @@ def test_a_name_at_the_top_stands_in_its_namespace_too() -> None:
         if module is not None:
             namespace = getattr(fedlab, module.partition(".")[0])
             assert getattr(namespace, name) is getattr(fedlab, name)
+
+
+#: `fl.NAME` or `fedlab.NAME` in a docstring, message, page or notebook; not a host, a file, a pattern or a longer word.
+NAMED = re.compile(r"(?<![\w./@-])(?:fedlab|fl)\.(?!hospital|mplstyle)([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?![\w*…])")
+FILES = {"css", "html", "ipynb", "json", "md", "py", "toml"}
+
+
+def exists(path: str) -> bool:
+    """Whether a dotted name below `fedlab` is a module, or stands in one, as an attribute or a field of a class."""
+    parts = path.split(".")
+    for cut in range(len(parts), -1, -1):
+        try:
+            found: object = importlib.import_module(".".join(["fedlab", *parts[:cut]]))
+        except ImportError:
+            continue
+        for name in parts[cut:]:
+            found = name if name in getattr(found, "__dataclass_fields__", {}) else getattr(found, name, None)
+        if found is not None:
+            return True
+    return False
+
+
+def test_a_name_that_does_not_exist_is_noticed() -> None:
+    real = ("apps", "core.Site.train", "run.federate", "run.federate.make_run", "training.trainer.SiteTrainer.steps")
+    assert all(map(exists, real)) and not any(map(exists, ("curves", "core.Site.trained", "run.federate.curves")))
+
+
+def test_names_in_docstrings_messages_pages_and_notebooks_exist(repository: Path) -> None:
+    texts = [path for folder in ("fedlab", "docs", "notebooks", "data_cards", "benchmarks")
+             for path in (repository / folder).rglob("*") if path.suffix in (".py", ".md", ".ipynb", ".j2", ".toml")]
+    named = {(match[1], path.name) for path in [*texts, repository / "README.md"]
+             for match in NAMED.finditer(path.read_text("utf-8")) if match[1].split(".")[0] not in FILES}
+    assert len(named) > 500
+    assert [f"{file}: fedlab.{name}" for name, file in sorted(named) if not exists(name)] == []
 
 
 def loaded(statement: str, repository: Path) -> set[str]:
