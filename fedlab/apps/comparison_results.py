@@ -44,6 +44,8 @@ __all__ = ["caution", "cross_site", "describe", "dice_table", "summarise", "vers
 _COLUMNS = (*REGION_ORDER, "mean")
 #: Held-out patients below which their mean is no estimate for other patients.
 _FEW = 20
+#: Settings of a private arm, without a meaning where there is none.
+_NOISE = ("delta", "clip")
 _LIVE = 4  # patients in the 3-D view of a report
 _TEXTS = packaged_toml("fedlab.apps", "report.toml")
 
@@ -217,10 +219,10 @@ def _settings(outcome: Outcome, found: dict[str, Any]) -> dict[str, str]:
     """The settings as the report shows them: in words, folders by their names alone."""
     job, seconds = outcome.job, found["seconds"]
     values = {name: value for name, value in {**asdict(job.source), **asdict(job)}.items()
-              if name in _TEXTS["settings"] and value is not None}
+              if name in _TEXTS["settings"] and value is not None and (job.epsilon is not None or name not in _NOISE)}
     shown = {_TEXTS["settings"][name]: _shown(value) for name, value in values.items()}
     arms = {f"arm: {name}": repr(arm) for name, arm in outcome.arms.items()}
-    return {"data": type(job.source).__name__, **shown, **arms,
+    return {"data": _TEXTS["sources"][type(job.source).__name__], **shown, **arms,
             "SHA-256 of the weights": found["weights_sha256"],
             "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}
 

@@ -67,9 +67,10 @@ def style(theme: Theme = "light") -> None:
         ValueError: another theme.
 
     Example:
-        >>> import matplotlib.pyplot as plt
-        >>> fl.style()
-        >>> figure, axes = plt.subplots()
+        >>> import matplotlib
+        >>> fl.style()  # before the first figure of a notebook
+        >>> matplotlib.rcParams["axes.spines.top"]
+        False
     """
     global _theme
     from matplotlib import style as styles

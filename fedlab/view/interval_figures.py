@@ -28,7 +28,7 @@ def sweep_figure(found: Sweep) -> Picture:
     The setting with the most values lies on the horizontal axis, logarithmic if its values span a factor of 20; the
     others, if there are any, are lines of a colour each.
     """
-    from fedlab.view.picture import Picture
+    from fedlab.view.picture import Picture, log_ticks
 
     table = found.over_seeds()
     names = list(next(iter(found.settings.values())))
@@ -47,7 +47,7 @@ def sweep_figure(found: Sweep) -> Picture:
         ax.errorbar(x, rows["dice"], yerr=_around(rows), marker="o", capsize=3, color=LINES[number % len(LINES)],
                     label=label or None, linestyle="-" if numbers else "none")
     if numbers and table[along].min() > 0 and table[along].max() / table[along].min() >= 20:
-        ax.set_xscale("log")
+        log_ticks(ax)
     elif not numbers:
         ax.set_xticks(range(len(places)), places)
     ax.set(xlabel=along, ylabel="mean Dice")

@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from fedlab.view.colours import GREY, INK
 
-__all__ = ["Picture", "blended", "darken", "figure_png", "foot", "matrix", "over_rounds", "png_base64", "whole_ticks"]
+__all__ = ["Picture", "blended", "darken", "figure_png", "foot", "log_ticks", "matrix", "over_rounds", "png_base64",
+           "whole_ticks"]
 
 #: Colours of the light theme that cannot be seen on a dark background -> those that take their place.
 _ON_DARK = {INK: "#E8E8E8", GREY: "#B5B5B5", "#444444": "#C8C8C8", "#777777": "#A0A0A0",
@@ -73,6 +74,15 @@ def darken(figure: object) -> None:
 def whole_ticks(ax: Axes, most: int = 10) -> None:
     """Ticks of the horizontal axis at whole numbers, at most `most` of them."""
     ax.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True))
+
+
+def log_ticks(ax: Axes) -> None:
+    """Makes the horizontal axis of drawn values logarithmic, with plain numbers that do not run into each other."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def over_rounds(ax: Axes, title: str) -> None:

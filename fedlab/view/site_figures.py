@@ -39,7 +39,7 @@ def sites_figure(sites: Sequence[Site]) -> Picture:
     Raises:
         ValueError: there is no site.
     """
-    from fedlab.view.picture import Picture
+    from fedlab.view.picture import Picture, log_ticks
 
     if not sites:
         raise ValueError("there is no site to show")
@@ -54,8 +54,7 @@ def sites_figure(sites: Sequence[Site]) -> Picture:
         points = [(of_labels[label], row + offset) for row, of_labels in volumes if of_labels[label]]
         right.scatter(*np.reshape(points, (-1, 2)).T, s=20, color=LABEL_COLOURS[label], edgecolor="#444444",
                       linewidth=0.4, alpha=0.85, label=name)
-    right.set_xscale("log")
-    right.xaxis.set_major_formatter("{x:g}")
+    log_ticks(right)
     right.set_title("Volumes of the parts of the tumours [ml], one dot per patient")
     _finish(figure, counts, "Patients of each site")
     figure.alt += " Volumes of tumour parts."

@@ -19,7 +19,7 @@ import fedlab as fl
 from cohorts import blob_patient, blob_sites
 from fedlab.core.regions import REGION_ORDER
 from fedlab.view.colours import ARMS, LINES, REGION_COLOURS, REGION_LABELS, REGION_NAMES
-from fedlab.view.picture import figure_png
+from fedlab.view.picture import figure_png, log_ticks
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = sorted((ROOT / "fedlab").rglob("*.py"))
@@ -93,6 +93,22 @@ def test_ticks_of_small_and_large_numbers_do_not_overlap() -> None:
                            for label in ax.get_xticklabels() if label.get_text())
             shown = [box for box in boxes if ax.bbox.x0 - 1 <= sum(box) / 2 <= ax.bbox.x1 + 1]
             assert all(left[1] < right[0] for left, right in pairwise(shown)), values
+
+
+@pytest.mark.parametrize("values", [[1.5, 45], [0.02, 0.6], [0.3, 260], [1e-4, 1e2], [1, 2.5]])
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers_that_do_not_overlap(values) -> None:
+    """As at the tumour volumes of a small cohort, whose labels 3 × 10⁰ and 4 × 10⁰ ran into each other."""
+    figure = Figure(figsize=(4, 2.2), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(values, [0, 1])
+    log_ticks(ax)
+    figure.canvas.draw()
+    labels = [*ax.get_xticklabels(), *ax.get_xticklabels(minor=True)]
+    boxes = sorted((label.get_window_extent().x0, label.get_window_extent().x1, label.get_text())
+                   for label in labels if label.get_text())
+    shown = [box for box in boxes if ax.bbox.x0 - 1 <= (box[0] + box[1]) / 2 <= ax.bbox.x1 + 1]
+    assert len(shown) >= 2 and all(float(text) > 0 for _, _, text in shown)
+    assert all(left[1] < right[0] for left, right in pairwise(shown)), shown
 
 
 def test_regions_and_arms_have_one_order() -> None:
