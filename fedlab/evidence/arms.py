@@ -85,7 +85,7 @@ class Arm:
         check_whole(least=0, rounds=self.rounds)
         check_choice(("sites", "pooled", "each"), data=self.data)
         given = [name for name in ("strategy", "aggregation", "engine", "admission") if getattr(self, name) is not None]
-        if self.data != "sites" and (given or self.topology is not star):
+        if self.data != "sites" and (given or self.topology != star):
             raise ValueError(f"{', '.join(given) or 'topology'}: settings of a federation, but the arm trains on "
                              f"data={self.data!r}; leave them out, or say data='sites'")
         if self.privacy is not None and any(layer.keeps_tensors for layer in self.privacy.layers):

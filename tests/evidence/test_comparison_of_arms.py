@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -19,6 +22,7 @@ from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.run.baselines import centralised
 from fedlab.run.federate import federate
 from fedlab.strategies.client_drift import FedProx
+from fedlab.topologies import ring
 from fedlab.training.metrics import evaluate
 from trainers import trainer
 
@@ -109,6 +113,13 @@ def test_a_site_without_a_held_out_patient_still_has_its_own_model():
 def test_wrong_arms_are_refused_at_construction(settings, message):
     with pytest.raises(ValueError, match=message):
         Arm(trainer=trainer(), **settings)
+
+
+def test_an_arm_can_be_changed_in_another_process():
+    arm = pickle.loads(pickle.dumps(Arm(trainer=trainer(), rounds=1, data="pooled")))
+    assert replace(arm, rounds=2).rounds == 2
+    with pytest.raises(ValueError, match="topology: settings of a federation"):
+        replace(arm, topology=ring)
 
 
 def test_wrong_comparisons_are_refused_before_training():

@@ -119,7 +119,7 @@ def test_a_site_that_is_killed_leaves_the_run_going_and_comes_back(hospitals: Ho
             hospitals.start("site-03")
 
     federate(trainer(steps=40), NAMES, strategy=UNIFORM, privacy=PRIVATE, aggregation=SECURE, rounds=12, seed=4,
-             on_round=after,             engine=hospitals.engine(), admission=Admission(min_sites=2), progress=False)
+             on_round=after, engine=hospitals.engine(), admission=Admission(min_sites=2), progress=False)
     assert [one.number for one in came] == list(range(12))
     gone = [one.number for one in came if "site-03" in one.absent]
     assert gone and gone[0] in (1, 2)
