@@ -210,7 +210,8 @@ def figure(means: pd.DataFrame, path: Path) -> None:
                   xerr=[shown["gap"] - shown["low"], shown["high"] - shown["gap"]])
     axes.set_yticks(range(len(shown)), [called(arm) for arm in shown.index], fontsize=8)
     axes.axvline(0, color="#444", linewidth=1)
-    axes.set(xlabel="mean Dice minus that of FedAvg at a server, 95 % interval over patients")
+    axes.set_xlabel("mean Dice minus that of FedAvg at a server,\n95 % interval over patients", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
     axes.margins(y=0.01)
     drawn.savefig(path, dpi=130)
 
