@@ -95,8 +95,8 @@ def over_rounds(ax: Axes, title: str) -> None:
 
 
 def matrix(ax: Axes, values: npt.NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], *, low: float,
-           high: float, text: Callable[[int, int, float], str], fontsize: float) -> None:
-    """A matrix as shades with texts in its cells, grey where a value is missing, and a colour bar beside it."""
+           high: float, text: Callable[[int, int, float], str], fontsize: float, bar: Sequence[Axes] = ()) -> None:
+    """A matrix as shades with texts in its cells, grey where a value is missing, and a colour bar beside these axes."""
     image = ax.imshow(np.ma.masked_invalid(values), cmap=_SHADES.with_extremes(bad="#DDDDDD"), vmin=low, vmax=high,
                       aspect="auto")
     for (row, column), value in np.ndenumerate(values):
@@ -109,7 +109,8 @@ def matrix(ax: Axes, values: npt.NDArray[np.float64], rows: Sequence[str], colum
     ax.set_xticks(range(len(columns)), columns)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.figure.colorbar(image, ax=ax).outline.set_visible(False)
+    if bar:
+        ax.figure.colorbar(image, ax=list(bar)).outline.set_visible(False)
 
 
 def foot(figure: Figure, colours: Mapping[str, str], text: str, *further: Artist) -> None:

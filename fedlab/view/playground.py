@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -226,7 +227,7 @@ class PrivacyPlayground:
                 ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
                 ax.set(xticks=[], yticks=[], title=modality)
             axes[0].set_ylabel(name)
-        figure.suptitle(self._outcome(), fontsize=9)
+        figure.suptitle(textwrap.fill(self._outcome(), 105), fontsize=9)
         figure.alt = self._outcome()
         return figure
 

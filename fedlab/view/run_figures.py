@@ -169,7 +169,8 @@ def cross_site_heatmap(table: pd.DataFrame, *, title: str = "Mean Dice of each m
     figure = Picture(figsize=(names + cell * len(sites) + 0.9, 1.4 + min(0.52, max(0.36, cell)) * len(models)
                               + (longest / 2 if longest > cell else 0)), layout="constrained")
     ax = figure.subplots()
-    matrix(ax, values, [arm_label(model) for model in models], sites, high=1.0, fontsize=10 if cell > 0.55 else 7.5,
+    matrix(ax, values, [arm_label(model) for model in models], sites, high=1.0, bar=[ax],
+           fontsize=10 if cell > 0.55 else 7.5,
            low=min(0.5, np.floor(np.nanmin(values) * 10) / 10) if np.isfinite(values).any() else 0.0,
            text=lambda row, column, value: f"{value:.2f}" if np.isfinite(value) else "–")
     ax.hlines(np.arange(1, len(models)) - 0.5, -0.5, len(sites) - 0.5, color="white", linewidth=1.5)

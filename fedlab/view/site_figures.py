@@ -149,7 +149,7 @@ def _shifts(ax: Axes, names: Sequence[str], released: Mapping[str, SiteStatistic
 
 @styled
 def heterogeneity_figure(report: Heterogeneity, *, measure: str = "jensen_shannon") -> Picture:
-    """One matrix per quantity: the distance between each two sites. Grey: withheld.
+    """One matrix per quantity: the distance between each two sites. Grey: withheld; all of it: named in the title.
 
     Args:
         report: from `fedlab.data.sites.heterogeneity.heterogeneity`.
@@ -162,12 +162,16 @@ def heterogeneity_figure(report: Heterogeneity, *, measure: str = "jensen_shanno
 
     check_choice(("jensen_shannon", "wasserstein"), measure=measure)
     bounded = measure == "jensen_shannon"
-    matrices = report.jensen_shannon if bounded else report.wasserstein
-    columns = min(4, len(matrices))
-    rows = -(-len(matrices) // columns)
+    found = report.jensen_shannon if bounded else report.wasserstein
+    pairs = {name: values[np.triu_indices(len(values), 1)] for name, values in found.items()}
+    matrices = {name: values for name, values in found.items() if np.isfinite(pairs[name]).any()}
+    columns = min(4, max(1, len(matrices)))
+    rows = max(1, -(-len(matrices) // columns))
     title = ("Jensen–Shannon distance between sites (0 the same, 1 no overlap)" if bounded
              else "Earth mover's distance between sites (intensity units; ml)")
-    figure = Picture(figsize=(2.9 * columns, 3.0 * rows + 0.3), layout="constrained")
+    if withheld := [name for name in found if name not in matrices]:
+        title += f"\nwithheld by the sites: {', '.join(withheld)}"
+    figure = Picture(figsize=(max(6.5, 2.7 * columns + 0.6), 2.7 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     figure.alt = f"{title}."
     few = len(report.sites) <= 8  # the cells have room for numbers
@@ -176,15 +180,17 @@ def heterogeneity_figure(report: Heterogeneity, *, measure: str = "jensen_shanno
         shown = few and row != column and np.isfinite(value)
         return (f"{value:.2f}" if value < 10 else f"{value:.0f}") if shown else ""
 
-    for ax, (name, values) in zip(axes, matrices.items(), strict=False):
-        known = values[np.triu_indices(len(values), 1)]
-        known = known[np.isfinite(known)]
-        matrix(ax, values, report.sites, report.sites, low=0.0, text=text, fontsize=7,
-               high=1.0 if bounded else max([*known, 1e-9]))
+    shown = axes[:len(matrices)]
+    for ax, (name, values) in zip(shown, matrices.items(), strict=True):
+        known = pairs[name][np.isfinite(pairs[name])]
+        matrix(ax, values, report.sites, report.sites, low=0.0, text=text, fontsize=8,
+               high=1.0 if bounded else max([*known, 1e-9]),
+               bar=list(shown) if bounded and ax is shown[-1] else [] if bounded or few else [ax])
         ax.set(title=name, aspect="equal")
-        ax.tick_params(labelsize=7)
-        ax.tick_params(axis="x", labelrotation=90)
-        figure.alt += f" {name}: {known.mean() if len(known) else np.nan:.2f} on average."
+        ax.tick_params(labelsize=8)
+        if max(map(len, report.sites)) > 3:
+            ax.tick_params(axis="x", labelrotation=90)
+        figure.alt += f" {name}: {known.mean():.2f} on average."
     for ax in axes[len(matrices):]:
         ax.set_visible(False)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
@@ -214,7 +220,8 @@ def intensity_figure(statistics: Sequence[SiteStatistics]) -> Picture:
             furthest(spread.quantile(share) for spread in spreads.values())
             for furthest, share in ((min, 0.002), (max, 0.998))))
         ax.spines["left"].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, title="site",
+                  title_fontsize=8)
     figure.alt = f"Histograms of {', '.join(modalities)} over the brain at {len(statistics)} sites."
     return figure
 
@@ -261,10 +268,22 @@ def _draw(ax: Axes, title: str, topology: Topology | None, names: Sequence[str])
         site = name in names
         ax.scatter(x, y, s=360, marker="o" if site else "s", zorder=3,
                    color=BLUE if site else _LAKE if topology is None else INK)
-        ax.annotate(name, (x, y), xytext=(0, -17), textcoords="offset points", ha="center", va="top", fontsize=7.5,
-                    zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})
-    ax.set(title=title, xlim=(-1.45, 1.45), ylim=(-1.55, 1.35), aspect="equal")
+        shift, across, along = _beside(x, y, tree=isinstance(topology, Tree))
+        ax.annotate(name, (x, y), xytext=shift, textcoords="offset points", fontsize=8, zorder=4, ha=across, va=along)
+    ax.set(title=title, xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal")
     ax.set_axis_off()
+
+
+def _beside(x: float, y: float, *, tree: bool) -> tuple[Place, str, str]:
+    """Where the name of a place stands, off its arrows: the shift in points, and both alignments of the text."""
+    if tree:
+        dx, dy = (0.0, -1.0) if y < -0.5 else (math.copysign(1.0, x), 0.0) if abs(x) > 0.05 else (0.0, 1.0)
+    elif math.hypot(x, y) < 0.05:
+        dx, dy = 0.8, -0.8
+    else:
+        dx, dy = x, y
+    across = "left" if dx > 0.3 else "right" if dx < -0.3 else "center"
+    return (13 * dx, 13 * dy), across, "bottom" if dy > 0.3 else "top" if dy < -0.3 else "center"
 
 
 def _places(topology: Topology | None, names: Sequence[str], messages: Sequence[tuple[str, str]]) -> dict[str, Place]:
