@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,9 @@ def write_reference(out: Path) -> dict[str, str]:
                           template_directory=TEMPLATES)
     pdoc.render.env.filters["code"] = _with_code
     pdoc.render.env.globals["groups"] = [_group(fedlab, name, package) for name, package in namespaces.items()]
-    pdoc.pdoc("fedlab", "!fedlab\\.apps", "!fedlab\\..+\\..+", output_directory=out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # annotations that pdoc cannot evaluate are shown as they are written
+        pdoc.pdoc("fedlab", "!fedlab\\.apps", "!fedlab\\..+\\..+", output_directory=out)
     for page in out.rglob("*.html"):
         page.write_text(_without_dead_links(page.read_text("utf-8")), "utf-8")
     return {name: _first_sentence(package) for name, package in namespaces.items()}

@@ -201,7 +201,7 @@ def federate(
         trace, recipe=identity, settings=run_as_code(run), sites=run.sites, state=history.state,
         start=trainer.initial_model(), resumable=saved is not None)
     try:
-        with full_disk_explained(), history.progress(enabled=progress) as show:
+        with full_disk_explained(), history.progress(enabled=progress, sites=run.names) as show:
             for finished in _until_exhausted(rounds_left, history):
                 if validate is not None:
                     finished = validated(finished, validate, _with_weights(trainer, finished.state))

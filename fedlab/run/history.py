@@ -181,10 +181,11 @@ class History:
         return "; ".join(out) or "no formal guarantee"
 
     @contextmanager
-    def progress(self, *, enabled: bool) -> Iterator[Callable[[], None]]:
-        """A progress bar over the rounds; yields a function that moves it to the last finished round."""
+    def progress(self, *, enabled: bool, sites: Sequence[str] = ()) -> Iterator[Callable[[], None]]:
+        """A progress bar over the rounds, with the name of a site alone; yields a function that moves it on."""
         timeless = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}" if self.privacy != "Privacy()" else None
-        with tqdm(total=self.rounds, initial=len(self.records), desc="rounds", disable=not enabled,
+        name = f"{sites[0]}, rounds" if len(sites) == 1 else "rounds"
+        with tqdm(total=self.rounds, initial=len(self.records), desc=name, disable=not enabled,
                   bar_format=timeless) as bar:
             def show() -> None:
                 last = self._latest()

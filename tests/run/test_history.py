@@ -90,3 +90,11 @@ def test_tables_have_one_row_per_round_and_site():
     assert list(made.sites().index) == [(0, "zurich"), (0, "aachen"), (0, "mainz"), (1, "mainz")]
     assert made.sites().loc[(0, "aachen"), "steps"] == 2
     assert made.absent().loc[(0, "bonn"), "reason"] == "late" and made.spent().empty
+
+
+@pytest.mark.parametrize("sites, name", [(["site-02"], "site-02, rounds:"), (["a", "b"], "rounds:"), ([], "rounds:")])
+def test_a_progress_bar_has_the_name_of_a_site_that_trains_alone(sites, name, capsys):
+    with History(rounds=3).progress(enabled=True, sites=sites):
+        pass
+    bars = [bar for bar in capsys.readouterr().err.split("\r") if bar.strip()]
+    assert bars and all(bar.startswith(name) for bar in bars)
