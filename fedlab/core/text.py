@@ -18,10 +18,9 @@ _ABSOLUTE = re.compile(rf"(?<!https:)(?<!http:)(?<![\w.)\]/<]){_ROOT}(?=[^\s/\\]
 _RELATIVE = re.compile(r"(?<![\w/\\])(?:[\w.+@%~-]+[/\\]+)+(?=[\w+@%~-][\w.+@%~-]*\.[A-Za-z]\w*)")
 
 
-def counted(number: float, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     """A number and its noun, such as "1 patient" and "3 patients"."""
-    return f"{number:g} {noun}{'s' * (number != 1)}" if isinstance(number, float) else (
-        f"{number} {noun}{'s' * (number != 1)}")
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def escape_markdown(text: object) -> str:
