@@ -237,7 +237,9 @@ class _Page:
         rounds = [record["round"] + 1.0 for record in self.records]
         sent = {name: accumulate(record["sites"].get(name, {}).get("bytes", 0.0) / 1e6 for record in self.records)
                 for name in self.sites}
-        return {"loss": of_site("loss"), "norm": of_site("norm"), "clipped": points(self._clipped),
+        # The norm of masked numbers says nothing.
+        hidden = getattr(self.run.settings.get("aggregation"), "hides_updates", False)
+        return {"loss": of_site("loss"), "norm": {} if hidden else of_site("norm"), "clipped": points(self._clipped),
                 "SNR": points(self._ratio) | self._at_most(rounds),
                 "metric": points(lambda record, name: record["metrics"].get(keys[name]), "all"),
                 "MB": {name: list(zip(rounds, values, strict=True)) for name, values in sent.items()}}

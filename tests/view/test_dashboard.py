@@ -22,6 +22,7 @@ from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import SharePercentile, TopK
 from fedlab.privacy.dp.dpsgd import DPSGD
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
+from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.federate import federate
 from fedlab.run.svg_charts import chart
 from fedlab.strategies.averaging import FedAvg
@@ -257,6 +258,14 @@ def test_clipping_norms_and_bytes_are_those_of_the_run():
     sent = history.sites().xs("site-0", level="site")
     assert f"{last:.0f} %" in row and f"{sent['bytes'].sum() / 1e6:.3f}" in row
     assert f"{sent['norm'].iloc[-1]:.3g}" in row
+
+
+def test_masked_updates_have_no_norm():
+    run = BackgroundRun(trainer(), blob_sites((1, 1, 1)), rounds=1, strategy=FedAvg(weights="uniform"),
+                        aggregation=SecureAggregation(threshold=2))
+    run.start().wait(300)
+    page = RunDashboard(run).html()
+    assert "Bytes sent so far" in page and "Norm of the update" not in page and ">norm<" not in page
 
 
 def test_the_signal_to_noise_ratio_is_that_of_the_norms_at_the_site():
