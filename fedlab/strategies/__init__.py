@@ -10,7 +10,7 @@ Example:
     >>> sites = fl.make_cohort(sizes=(4, 4), held_out=1, shape=(32, 32, 32), spacing_mm=6.0)
     >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
     >>> fl.federate(trainer, sites, strategy=fl.strategies.FedProx(mu=0.01), rounds=1)
-    <History: 1 of 1 rounds, loss ...; no formal guarantee>
+    <History: 1 of 1 round, loss ...; no formal guarantee>
 """
 
 import lazy_loader

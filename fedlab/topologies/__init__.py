@@ -9,7 +9,7 @@ Example:
     >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
     >>> peers = fl.topologies.Gossip(graph=nx.path_graph(2))
     >>> fl.federate(trainer, sites, topology=peers, rounds=1)
-    <History: 1 of 1 rounds, loss ..., consensus distance 0.000; no formal guarantee>
+    <History: 1 of 1 round, loss ..., consensus distance 0.000; no formal guarantee>
 """
 
 import lazy_loader

@@ -90,7 +90,7 @@ class SecureAggregation(Aggregation):
         >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
         >>> mean = fl.FedAvg(weights="uniform")
         >>> fl.federate(trainer, sites, strategy=mean, aggregation=fl.SecureAggregation(threshold=2), rounds=1)
-        <History: 1 of 1 rounds...; no formal guarantee>
+        <History: 1 of 1 round...; no formal guarantee>
     """
 
     hides_updates: ClassVar[bool] = True
