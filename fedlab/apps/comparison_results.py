@@ -320,7 +320,7 @@ def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
                   by_arm=", ".join(f"{name} {n:,}" for name, n in trained.items()))]
     rates = {name: outcome.arms[name].trainer.lr for name in trained}
     rates = {name: getattr(rate, "start", rate) for name, rate in rates.items()}
-    if len({repr(rate) for rate in rates.values()}) > 1:
+    if all(isinstance(rate, int | float) for rate in rates.values()) and len(set(rates.values())) > 1:
         said.append(_text("lead", "rates", by_arm=", ".join(f"{name} {rate}" for name, rate in rates.items())))
     return " ".join([*said, caution(outcome)]).rstrip()
 
