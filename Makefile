@@ -64,13 +64,13 @@ demo: install
 # A choice in PYTEST_ARGS may leave no test, which is pytest's status 5.
 test: lint chromium
 	@echo "fedlab: running the tests and notebooks"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder --nbval-lax --durations=25 \
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --nbval-lax --durations=25 \
 	  $(PYTEST_ARGS) tests $(wildcard notebooks) || { [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]; }
 
 # Folders of tests that take seconds per file. The other tests train, start processes or open a browser.
 QUICK := tests/core tests/faults tests/strategies tests/topologies tests/training
 check: lint
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses=4 --dist loadfile $(PYTEST_ARGS) $(QUICK)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS) $(QUICK)
 
 lint: install
 	@echo "fedlab: checking style"

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import mistune
 from bs4 import BeautifulSoup, Tag
+from PIL import Image
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
@@ -23,6 +24,8 @@ ORDER = ("workflows", "faults", "privacy", "guarantees", "evidence", "engines", 
          "scale", "architecture")
 #: Files that a page may show or offer for download; they are copied into the site.
 COPIED = {".png", ".svg", ".csv", ".json"}
+#: Pixels above which a picture's text cannot be read at the width of a phone.
+WIDE = 640
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,8 @@ class Places:
         """Turns the links and pictures of a page into those of the site.
 
         Args:
-            soup: the page; changed in place.
+            soup: the page; changed in place. Its pictures open at full size; those with many details, which a
+                phone scrolls instead of shrinking, get the class "broad".
             source: the file that it was made from.
         """
         for tag in soup.select("a[href]"):
@@ -84,6 +88,12 @@ class Places:
         for tag in soup.select("img[src]"):
             tag["src"] = self._place(str(tag["src"]), source) or tag["src"]
             tag["loading"] = "lazy"
+            file = self.out / str(tag["src"])
+            if not str(tag["src"]).startswith("data:") and file.is_file():
+                if file.suffix == ".svg" or Image.open(file).width > WIDE:
+                    tag["class"] = [*tag.get_attribute_list("class", []), "broad"]
+                if tag.find_parent("a") is None:
+                    tag.wrap(soup.new_tag("a", attrs={"class": "figure", "href": tag["src"]}))
 
     def _place(self, link: str, source: Path) -> str | None:
         parts = urlsplit(link)

@@ -22,6 +22,11 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}
 LONGEST = ("nvflare", "notebooks", "browser")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores, at most 4: tests of real servers and browsers wait most of their time."""
+    return min(4, 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((k for k, name in enumerate(LONGEST) if name in item.path.parts), len(LONGEST)))
 

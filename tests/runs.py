@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 from fedlab.apps.cli import main
 
@@ -39,11 +41,20 @@ def command(*arguments: object) -> str:
 
 @cache
 def finished_demo(base: Path) -> Run:
-    """The demo at its smallest, uninterrupted, seed 0. Tests only read it."""
-    folder = base / "finished-demo"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDLAB_CACHE", str(base / "cache"))
-        return Run(folder, command("demo", *SMALL, "--contributions", "--out", folder))
+    """The demo at its smallest, uninterrupted, seed 0. Tests only read it.
+
+    Several pytest processes train it once, and each reads a copy.
+    """
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo-made-once"
+    folder, printed = made / "run", made / "printed.txt"
+    made.mkdir(exist_ok=True)
+    with FileLock(made / "lock"), pytest.MonkeyPatch.context() as patch:
+        if not printed.is_file():
+            patch.setenv("FEDLAB_CACHE", str(made / "cache"))
+            printed.write_text(command("demo", *SMALL, "--contributions", "--out", folder), encoding="utf-8")
+    own = base / "finished-demo"
+    shutil.copytree(folder, own)
+    return Run(own, printed.read_text(encoding="utf-8").replace(str(folder), str(own)))
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:
