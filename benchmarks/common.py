@@ -50,10 +50,10 @@ def fill(text: str) -> str:
     return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
 
 
-def between_marks(page: str, text: str) -> None:
-    """Replaces the section of docs/<page>.md that the benchmark of this name made."""
+def between_marks(page: str, text: str, *, by: str | None = None) -> None:
+    """Replaces the section of docs/<page>.md that a benchmark made, by default the one of the page's name."""
     file = RESULTS.parents[1] / "docs" / f"{page}.md"
-    marks = [f"<!-- {word} by benchmarks/{page}.py -->" for word in ("made", "end of what is made")]
+    marks = [f"<!-- {word} by benchmarks/{by or page}.py -->" for word in ("made", "end of what is made")]
     begin, end = (file.read_text(encoding="utf-8").index(mark) for mark in marks)
     whole = file.read_text(encoding="utf-8")
     file.write_text(f"{whole[:begin]}{marks[0]}\n\n{text}\n\n{whole[end:]}", encoding="utf-8")

@@ -28,6 +28,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import ExtractOutputPreprocessor
 from pygments.formatters import HtmlFormatter
+from tqdm.auto import tqdm
 
 from links import broken_links
 from pages import REPOSITORY, Page, Places, markdown_files, markdown_page, page_of, source_page
@@ -189,7 +190,8 @@ def build(notebooks: Sequence[Path], out: Path, *, run: bool = True) -> list[str
     places = Places(out, {**{path.resolve(): f"{path.stem}.html" for path in notebooks},
                           **{path: f"{name}.html" for path, (_, name) in texts.items()},
                           REPOSITORY / "README.md": "index.html"})
-    pages = [_notebook(path, places, run=run) for path in notebooks]
+    bar = tqdm(notebooks, desc="gallery: running notebooks", unit="notebook", disable=not run)
+    pages = [_notebook(path, places, run=run) for path in bar]
     pages += [markdown_page(path, kind, name, places) for path, (kind, name) in texts.items()]
     print("gallery: writing the reference", flush=True)
     namespaces = write_reference(out / "reference")
@@ -212,9 +214,8 @@ def check_thumbnail(path: Path) -> None:
 def _notebook(path: Path, places: Places, *, run: bool) -> Page:
     notebook, seconds = nbformat.read(path, as_version=4), None
     if run:
-        print(f"gallery: running {path.name}", end=" ", flush=True)
         seconds = execute(notebook, path.resolve().parent)  # the folder that its relative paths start from
-        print(f"({seconds:.0f} s)", flush=True)
+        tqdm.write(f"gallery: {path.name} took {seconds:.0f} s")
     return notebook_page(notebook, path, places, seconds=seconds)
 
 

@@ -256,7 +256,7 @@ def test_tex_is_refused(repository: Path, tmp_path: Path) -> None:
 def test_a_notebook_without_one_thumbnail_is_refused_before_it_runs(
         repository: Path, tmp_path: Path, cells: list[Any], found: int) -> None:
     done = build(repository, tmp_path, *cells)
-    assert done.returncode == 1 and "gallery: running" not in done.stdout
+    assert done.returncode == 1 and "running notebooks" not in done.stderr
     assert '01_small.ipynb: expected one cell with the tag "thumbnail"' in done.stderr
     assert f"found {found}. Tag the cell" in done.stderr
     assert not (tmp_path / "site").exists(), "an earlier site is still there"
