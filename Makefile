@@ -4,6 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 PYTEST_ARGS ?=
+EXTRAS := dev,itk,lab,nvflare,search,test,tracking
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -35,7 +36,7 @@ export npm_config_cache := $(CACHE)/npm
 MOVED := $(shell [ ! -f $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || echo moved)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test lint lab gallery chromium mutants coverage FORCE
+.PHONY: help install demo check test lint lab gallery chromium mutants coverage constraints FORCE
 
 help:
 	@echo 'fedlab: federated learning on brain-tumour MRI. Each command installs first what it needs.'
@@ -50,6 +51,7 @@ help:
 	@echo '  make lint      only the checks that need no running: style, types, import order'
 	@echo '  make mutants BASE=main   change the lines that differ from main, and see whether a test notices'
 	@echo '  make coverage  the branches that the quick tests reach'
+	@echo '  make constraints   renew the list of tested versions, constraints.txt'
 	@echo
 	@echo 'Settings: PYTHON=python3.12 (the Python to use, 3.11 or newer), ARGS="--seed 1" (for demo, lab, gallery),'
 	@echo '          PYTEST_ARGS="-k metrics" (for test).'
@@ -101,6 +103,16 @@ chromium:
 lab: install
 	@$(VENV)/bin/fedlab lab -- $(ARGS)
 
+# The newest versions that pyproject.toml allows, found in an environment of their own. torch stays where it is, or:
+# make constraints TORCH=2.14.0.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+constraints:
+	@echo "fedlab: installing the newest versions beside torch $(TORCH) (minutes)"
+	@"$(PYTHON)" -m venv --clear $(CACHE)/newest
+	@$(CACHE)/newest/bin/python -m pip install -q torch==$(TORCH) 'jsonschema<4.25' -e '.[$(EXTRAS)]'
+	@$(CACHE)/newest/bin/python .ci/constraints.py
+	@rm -r $(CACHE)/newest
+
 # Wrong code, one change at a time, that tests should notice: tests/mutants/mutate.py says how. A night for everything,
 # at most 10 minutes for the lines changed since a commit; a run that is stopped goes on where it was.
 mutants: install
@@ -129,7 +141,7 @@ $(PY):
 $(STAMP): pyproject.toml constraints.txt $(PY)
 	@echo "fedlab: installing the tested versions into $(VENV) (a few minutes the first time)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade
-	@$(PY) -m pip install -c constraints.txt -e '.[dev,itk,lab,nvflare,test,tracking]'
+	@$(PY) -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
 	@[ -e $(LABCONFIG)/page_config.json ] || { mkdir -p $(LABCONFIG); echo '$(QUIET)' > $(LABCONFIG)/page_config.json; }
 	@echo '$(OFFLINE)' > $(NBCONVERT)
 	@$(PY) -c 'import fedlab'

@@ -13,7 +13,7 @@ from .presets import presets
 from .reconstruction import Reconstructed, Reconstruction, tissue_prior
 from .report import Assessed, Evidence
 from .runs import RunOnDisk, RunTable, runs
-from .sweeps import Sweep, sweep
+from .sweeps import Sweep, search, sweep
 
 __all__ = [
     "RMIA", "Arm", "ArmComparison", "Assessed", "Attack", "Audit", "Canaries", "CanaryAudit", "Case", "Contributions",
@@ -21,5 +21,6 @@ __all__ = [
     "NotApplicable", "PropertyInference", "Reconstructed", "Reconstruction", "RoundMembership", "RunOnDisk", "RunTable",
     "SentMembership", "SentReconstruction", "Share", "SiteInference", "Sweep", "Threat", "UpdateMembership", "assess",
     "compare_arms", "default_attacks", "dice_on", "difference", "invert_update", "one_step_update", "patch_net",
-    "presets", "runs", "shadow_models", "share_kept", "site_contributions", "sweep", "tissue_prior", "tumour_patch",
+    "presets", "runs", "search", "shadow_models", "share_kept", "site_contributions", "sweep", "tissue_prior",
+    "tumour_patch",
 ]

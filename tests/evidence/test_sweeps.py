@@ -12,7 +12,7 @@ from cohorts import blob_patient, blob_sites
 from fedlab.core.errors import RunError
 from fedlab.evidence.arms import Arm
 from fedlab.evidence.runs import runs
-from fedlab.evidence.sweeps import sweep
+from fedlab.evidence.sweeps import search, sweep
 from fedlab.privacy import LocalGaussian
 from fedlab.training.metrics import evaluate
 from fedlab.view.interval_figures import runs_figure, sweep_figure
@@ -110,3 +110,32 @@ def test_runs_on_disk_are_drawn_with_their_intervals(tmp_path):
     assert math.isfinite(low) and low < 0.535 < high
     with pytest.raises(RunError, match="no run 'three'"):
         runs_figure(runs(tmp_path), "three")
+
+
+def test_a_search_proposes_from_earlier_scores_and_trains_each_proposal_once(tmp_path):
+    """The same call goes on where it was stopped, and more trials begin with the same ones."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    def of(rounds: int, clip: float | None) -> Arm:
+        return make(clip=clip, rounds=rounds, seed=0)
+
+    space = {"rounds": IntDistribution(1, 2), "clip": CategoricalDistribution((None, 0.5))}
+    common = {"sites": SITES, "at_once": 2, "out": tmp_path, "workers": 1, "progress": False}
+    found = search(of, space, trials=3, **common)
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("scores.csv")}
+    assert len(trained) == len(found.settings) <= 3
+    more = search(of, space, trials=5, **common)
+    assert list(more.settings)[:len(found.settings)] == list(found.settings)
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    dice = more.table().set_index(["rounds", "clip"])["mean"]
+    best = more.best()
+    assert dice.max() == dice.loc[[(best["rounds"], best["clip"])]].item()
+    assert more.comparison.difference(*list(more.settings)[:2]).patients == 9
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"trials": 0, "space": {"rounds": None}}, "trials"), ({"trials": 1, "space": {}}, "at least one setting"),
+    ({"trials": 1, "at_once": 0, "space": {"rounds": None}}, "at_once")])
+def test_a_search_without_a_meaning_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        search(make, sites=SITES, **settings)

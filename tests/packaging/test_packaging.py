@@ -26,7 +26,7 @@ import fedlab
 #: What the person who asked for fedlab named.
 NAMED = {"jupyterlab", "ipywidgets", "torch", "monai", "nibabel", "itkwidgets", "opacus", "pytest", "nbval"}
 #: Extras that are in the conda environment.
-IN_CONDA = ("lab", "itk", "nvflare", "tracking", "test")
+IN_CONDA = ("lab", "itk", "nvflare", "tracking", "search", "test")
 
 
 @pytest.fixture(scope="module")
