@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ORDER = ("workflows", "faults", "privacy", "guarantees", "evidence", "engines", "viewing", "own_scans", "phantom",
          "scale", "architecture")
 #: Files that a page may show or offer for download; they are copied into the site.
-COPIED = {".png", ".svg", ".csv", ".json"}
+COPIED = {".png", ".svg", ".csv", ".json", ".html"}
 #: Pixels above which a picture's text cannot be read at the width of a phone.
 WIDE = 640
 
