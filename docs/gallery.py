@@ -103,6 +103,10 @@ def notebook_page(notebook: Any, path: Path, places: Places, *, seconds: float |
         raise ValueError(f'{name}: the cell with the tag "{THUMBNAIL}" shows no picture; tag a cell with a figure')
     for picture in soup.select("img"):
         picture["alt"] = ""  # the text around a figure says what it shows
+    for number, figure in enumerate(soup.select("a.figure"), 1):
+        figure["id"] = f"figure-{number}"
+        figure.insert_after(soup.new_tag("a", attrs={
+            "class": "anchor-link", "href": f"#{figure['id']}", "aria-label": "address of this figure"}))
     return page_of(soup, kind="notebook", name=name, seconds=seconds,
                    figure=str(chosen[-1]["src"]) if chosen else None)
 

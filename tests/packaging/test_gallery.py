@@ -89,6 +89,9 @@ def test_notebook_shows_what_it_computed(site: Path) -> None:
     picture, last = page.select("article img")
     assert last["src"] != picture["src"]
     assert (site / picture["src"]).read_bytes().startswith(b"\x89PNG")
+    assert picture.parent["href"] == picture["src"], "a figure opens at full size"
+    assert [one["id"] for one in page.select("a.figure")] == ["figure-1", "figure-2"]
+    assert page.select_one('a.anchor-link[href="#figure-2"]'), "and has an address of its own"
     assert not page.select("article script"), "no widget waits for a kernel"
     assert page.select_one('a[href="01_small.html#Small"]'), "links between notebooks lead to their pages"
 
