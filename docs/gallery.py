@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ THUMBNAIL = "thumbnail"
 #: The namespaces in the order of a study: patients, training, federation, privacy, evidence, viewing, and the rest.
 NAMESPACES = ("data", "training", "strategies", "run", "topologies", "privacy", "checks", "evidence", "view", "faults",
               "engines", "deploy", "core")
+#: The end of a notebook's promise, which the start page says once for all of them.
+TIME_IT_TAKES = re.compile(r",\s+in\s+about\s[^.]*?\([^)]*\)")
 #: Markdown that only MathJax could show; loading that takes another machine.
 TEX = re.compile(r"\$\$|\\begin\{|(?<![\w$\\])\$[^\s$][^$\n]*\$")
 
@@ -229,6 +232,7 @@ def write_pages(pages: Sequence[Page], places: Places, namespaces: Mapping[str, 
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     notebooks = [page for page in pages if page.kind == "notebook"]
     topics = [page for page in pages if page.kind == "page"]
+    brief = [replace(page, promise=TIME_IT_TAKES.sub("", page.promise)) for page in notebooks]
     common: dict[str, Any] = {"notebooks": notebooks, "topics": topics, "root": "", "page": None}
 
     def write(name: str, template: str, **values: object) -> None:
@@ -238,7 +242,7 @@ def write_pages(pages: Sequence[Page], places: Places, namespaces: Mapping[str, 
 
     readme = markdown_page(REPOSITORY / "README.md", "page", "README", places)
     picture = BeautifulSoup(readme.body, "html.parser").select_one("img")
-    write("index.html", "index.html.j2", lead=readme.promise, picture=picture, namespaces=namespaces)
+    write("index.html", "index.html.j2", brief=brief, lead=readme.promise, picture=picture, namespaces=namespaces)
     for series in (notebooks, topics):
         for before, page, after in zip([None, *series], series, [*series[1:], None], strict=False):
             write(f"{page.name}.html", "page.html.j2", page=page, before=before, after=after)
