@@ -44,7 +44,8 @@ class Threat:
 class Finding:
     """One number that an attack reached; it prints as a sentence with interval and number of trials.
 
-    A finding that is clear of chance shows a leak. One that is not shows nothing: a better attack may succeed.
+    A finding that is clear of chance shows a leak. One that is not shows nothing: a better attack may succeed. A
+    reconstruction below what the attacker's prior knowledge gives is none.
 
     Args:
         attack: the code that makes it.
@@ -76,20 +77,21 @@ class Finding:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes chance, on either side: then the attack learns something."""
-        return self.low > self.chance or self.high < self.chance
+        """Whether the interval excludes chance on the side of a leak; of an AUC, whose sign may be turned, on either."""
+        return self.low > self.chance or self.is_inverted
 
     @property
     def is_inverted(self) -> bool:
-        """Whether the interval lies below chance: the attacker has the wrong sign and may turn it."""
-        return self.high < self.chance
+        """Whether an AUC lies below chance: the attacker has the wrong sign and may turn it."""
+        return self.measure == "AUC" and self.high < self.chance
 
     @property
     def verdict(self) -> str:
         """In words, whether this is a leak; never that there is none."""
         if self.is_inverted:
-            return (f"inverted sign: an attacker who turns it reaches {2 * self.chance - self.value:.2f}"
-                    if self.measure == "AUC" else "below chance")
+            return f"inverted sign: an attacker who turns it reaches {2 * self.chance - self.value:.2f}"
+        if self.high < self.chance:
+            return "below chance: this attack learns nothing, which is no proof of protection"
         return "clear of chance" if self.is_clear else "not clear of chance, which is no proof of protection"
 
     @property

@@ -91,7 +91,7 @@ class Evidence:
             "Dice": _of(one.dice, "{:.3f}"), "minus none": _of(one.to_none), "minus start": _of(one.to_start),
             "gain kept": "–" if one.kept is None else str(one.kept),
             "proven ε": ", ".join(f"{rounded_up(s.epsilon)} per {s.unit}" for s in one.spent) or "–",
-            **{attack: one.findings[attack].number if attack in one.findings else "–" for attack in attacks},
+            **{attack: _beside_chance(one.findings[attack]) if attack in one.findings else "–" for attack in attacks},
             "MB per site and round": "–" if math.isnan(one.megabytes) else f"{one.megabytes:.2f}",
             "seconds": "–" if math.isnan(one.seconds) else f"{one.seconds:.0f}"}
             for name, one in self.techniques.items()}
@@ -208,6 +208,11 @@ def _of(one: Difference | None, form: str = "{:+.3f}") -> str:
         return "–"
     interval = (f" ({form} to {form}; " if math.isfinite(one.low) else " (no interval; ").format(one.low, one.high)
     return f"{form.format(one.value)}{interval}n = {one.patients})"
+
+
+def _beside_chance(found: Finding) -> str:
+    """The number of a finding; a lower bound, such as of ε, has no chance to stand beside."""
+    return found.number if math.isinf(found.high) else found.number.replace(", n", f", chance {found.chance:.2f}, n")
 
 
 def _advantage(found: Finding) -> tuple[float, float, float]:

@@ -24,6 +24,13 @@ def test_an_auc_below_chance_is_an_inverted_sign_and_no_protection():
     assert not unclear.is_clear and "no proof of protection" in str(unclear)
 
 
+def test_a_reconstruction_below_the_prior_is_no_leak():
+    found = replace(FOUND, measure="correlation within channels", value=0.3, low=0.2, high=0.4)
+    assert not found.is_clear and not found.is_inverted
+    assert "below chance: this attack learns nothing, which is no proof of protection" in str(found)
+    assert replace(found, value=0.7, low=0.6, high=0.8).is_clear
+
+
 def test_a_lower_bound_has_no_upper_limit():
     bound = replace(FOUND, measure="ε", value=1.2, low=0.8, high=float("inf"), chance=0.0)
     assert "1.20 (at least 0.80 with 95 % confidence, n = 40)" in str(bound)
