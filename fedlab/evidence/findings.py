@@ -77,7 +77,7 @@ class Finding:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes chance on the side of a leak; of an AUC, whose sign may be turned, on either."""
+        """Whether the interval lies above chance; for an AUC, whose sign an attacker may turn, also below."""
         return self.low > self.chance or self.is_inverted
 
     @property
