@@ -24,6 +24,10 @@ __all__ = ["TABLES", "find_column", "find_path_table", "list_table", "merge_colu
 TABLES = (".csv", ".tsv")
 _MAX_BYTES = 2**26
 _SEPARATORS = (",", ";", "\t")
+#: How the files of Excel begin: .xlsx, which is a zip archive, and .xls.
+_WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+#: The first line with which Excel is told the separator.
+_STATED = re.compile(r'"?sep=([,;\t])"?[\r\n]+', re.IGNORECASE)
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "patient": ("patient", "patientid", "id", "subject", "subjectid", "case", "caseid"),
     "FLAIR": ("flair", "t2f", "t2flair"),
@@ -38,7 +42,7 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     """Column names and rows of a table, each row with its line number; cells are stripped, "" if empty.
 
     The text is in UTF-8, or in UTF-16 with a byte order mark; commas, semicolons or tabs separate the cells. Unnamed
-    columns and rows without content are skipped.
+    columns, rows without content and a first line such as "sep=;" are skipped.
 
     Raises:
         DataError: the table cannot be read, has no header, repeats a column name, a row has too many cells, or its
@@ -47,8 +51,16 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise DataError(f"{path}: {path.stat().st_size:,} bytes are too many for a table of patients")
-        text = _decoded(path.read_bytes())
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text, path), strict=True)
+        raw = path.read_bytes()
+        if raw.startswith(_WORKBOOKS):
+            raise DataError(f"{path}: a workbook of a spreadsheet program, not a CSV table; save the sheet with the "
+                            "patients as CSV in UTF-8")
+        text = _decoded(raw)
+        stated = _STATED.match(text)
+        mark = stated[1] if stated else _separator(text, path)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+        if stated:
+            next(reader)
         header = [name.strip() for name in next(reader, [])]
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except FileNotFoundError as error:
