@@ -133,6 +133,22 @@ def test_the_order_of_modalities_comes_from_dataset_json(tmp_path):
         assert torch.equal(first.image, other.image) and torch.equal(first.label, other.label)
 
 
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_files_of_the_decathlon_may_be_unpacked_or_packed(tmp_path, ending):
+    write_msd(tmp_path, [ball("P1")])
+    for part in ("imagesTr", "labelsTr"):
+        path = tmp_path / part / "P1.nii.gz"
+        volume = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asanyarray(volume.dataobj), volume.affine), tmp_path / part / f"new{ending}")
+        path.unlink()
+        (tmp_path / part / f"new{ending}").rename(tmp_path / part / f"P1{ending}")
+    named = (tmp_path / "dataset.json").read_text()
+    (tmp_path / "dataset.json").write_text(named.replace(".nii.gz", ".nii" if ending == ".nii.gz" else ".nii.gz"))
+    found = list_patients(tmp_path)
+    assert found.files["P1"].label == tmp_path / "labelsTr" / f"P1{ending}" and not found.findings
+    assert int((read(tmp_path)[0].label > 0).sum()) == np.count_nonzero(ball("P1").label)
+
+
 def test_decathlon_test_cases_have_no_label(tmp_path):
     write_msd(tmp_path, [ball("BRATS_001"), ball("BRATS_002")], test=("BRATS_002",))
     cohort = read(tmp_path)
@@ -296,12 +312,22 @@ def test_tables_of_paths_with_problems(tmp_path):
     refused(head, "no row below its header")
     refused("", "contains no column name")
     refused(head + ",flair\n", "two columns are named flair")
+    refused(head + ",mask,T1 path,case\n", "columns patient and case may each be the patient; columns t1 and T1 path "
+            "may each be the T1; columns label and mask may each be the label; keep one, and rename the others")
     refused(head + "\n" + rows[0] + ",more\n", "more cells")
     refused('"' + good, "cannot be read as a CSV")
     table.write_text(good)
     shutil.copy(table, tmp_path / "again.csv")
     with pytest.raises(DataError, match=r"several tables of paths: again\.csv, paths\.csv"):
         find_patients(tmp_path)
+
+
+def test_label_maps_in_a_column_of_another_name_are_not_passed_over_in_silence(tmp_path):
+    write_paths(tmp_path, [ball("P1"), ball("P2")])
+    table = tmp_path / "paths.csv"
+    table.write_text(table.read_text().replace(",label", ",ground truth", 1))
+    with pytest.warns(UserWarning, match=r"P2: paths\.csv has no column label, .* column ground truth .*\[no-label\]"):
+        assert all(patient.label is None for patient in read(table))
 
 
 def test_absolute_paths_and_other_headings(tmp_path):

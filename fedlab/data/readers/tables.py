@@ -16,7 +16,7 @@ from fedlab.core.errors import DataError
 from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.findings import Finding
-from fedlab.data.readers.patient_files import Listing, PatientFiles, is_valid_id
+from fedlab.data.readers.patient_files import Listing, PatientFiles, is_nifti, is_valid_id
 
 __all__ = ["TABLES", "find_column", "find_path_table", "list_table", "merge_columns", "read_table"]
 
@@ -147,10 +147,10 @@ def merge_columns(tables: Collection[Path], patients: Collection[str]) -> dict[s
     return merged
 
 
-def _meaning(columns: Collection[str]) -> dict[str, str]:
-    """The column of the patient and the column of each modality's path."""
+def _meaning(columns: Collection[str]) -> dict[str, list[str]]:
+    """The columns that may be that of the patient, and those of each modality's path."""
     short = {name: re.sub("(path|file)$", "", _letters(name)) for name in columns}
-    return {kind: found[0] for kind, names in _NAMES.items() if (found := [c for c in columns if short[c] in names])}
+    return {kind: found for kind, names in _NAMES.items() if (found := [c for c in columns if short[c] in names])}
 
 
 def find_path_table(folder: Path) -> Path | None:
@@ -182,7 +182,11 @@ def list_table(path: Path) -> Listing:
         DataError: the table cannot be read, lacks a column, or has no row.
     """
     columns, rows = read_table(path)
-    meaning = _meaning(columns)
+    candidates = _meaning(columns)
+    if several := [f"{' and '.join(found)} may each be the {kind}" for kind, found in candidates.items()
+                   if len(found) > 1]:
+        raise DataError(f"{path}: columns {'; columns '.join(several)}; keep one, and rename the others")
+    meaning = {kind: found[0] for kind, found in candidates.items()}
     if missing := [name for name in ("patient", *MODALITIES) if name not in meaning]:
         raise DataError(f"{path}: no column {' and '.join(missing)}; expected patient, flair, t1, t1c, t2 and "
                         f"optionally label, found {', '.join(columns)}")
@@ -221,4 +225,8 @@ def _row_files(patient: str, row: Mapping[str, str], meaning: Mapping[str, str],
     label = paths.pop("label", None)
     used = set(meaning.values())
     columns = {name: cell for name, cell in row.items() if name not in used and cell}
+    if "label" not in meaning and (unread := [name for name, cell in columns.items() if is_nifti(Path(cell))]):
+        findings.append(Finding(patient, "no-label", f"{table.name} has no column label, and the files in its column "
+                                f"{' and '.join(unread)} are not read; name the column of the label maps label",
+                                "warning"))
     return PatientFiles(id=patient, images=paths, label=label, layout="table", columns=columns), findings
