@@ -20,8 +20,9 @@ from fedlab.data.readers.conventions import (
 )
 from fedlab.data.readers.folders import find_patients, read_cohort, read_sites
 from fedlab.data.readers.inspection import inspect_folder
+from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.patient_files import PatientFiles
-from fedlab.data.readers.scan import Examination, check_labels
+from fedlab.data.readers.scan import Examination, check_labels, examine
 from folders import NEW, ball, save, save_files, write_layout, write_nnunet, write_table
 
 
@@ -162,6 +163,22 @@ def test_labels_that_are_off_by_rounding_are_the_same_labels(name, kind):
         assert count_values(floats) == count_values(stored)
     far = np.array([1.4], dtype=kind)
     assert to_internal(far, name).tolist() == [0] and 1.4 == pytest.approx(*count_values(far))
+
+
+def test_rounding_in_the_background_of_a_label_map_is_no_label(tmp_path):
+    raw = ball("P1")
+    save_files(raw, tmp_path / "P1")
+    path = tmp_path / "P1" / "P1_seg.nii.gz"
+    path.unlink()
+    save(raw.label.astype(np.float32) + np.float32(2e-4), raw.affine, path)
+    exam = examine(list_patients(tmp_path).files["P1"], labels="brats2021")
+    assert not exam.findings and np.array_equal(exam.label, raw.label)
+    assert exam.label_counts == {float(value): int((raw.label == value).sum()) for value in (0, 1, 2, 4)}
+
+
+def test_only_the_values_of_the_contradicting_label_maps_are_shown():
+    with pytest.raises(DataError, match=r"1 of the 2 .* \(b\) hold other values: 0, 1, 2, 3\. "):
+        detect_convention({"a": {0, 1, 2, 4}, "b": {0, 1, 2, 3}}, layout="brats2021")
 
 
 def test_of_two_values_of_one_meaning_the_smaller_is_written():

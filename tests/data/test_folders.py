@@ -325,7 +325,7 @@ def test_float_labels_no_label_and_stray_labels(tmp_path):
         return a, m
 
     rewrite(home / "P1_seg.nii.gz", stray)
-    with pytest.warns(UserWarning, match="1 labelled voxels lie where every modality is 0"):
+    with pytest.warns(UserWarning, match="1 labelled voxels lie where every modality is 0, 0.1% of all"):
         read_patient(files)
     (home / "P1_seg.nii.gz").unlink()
     files = find_patients(tmp_path)["P1"]

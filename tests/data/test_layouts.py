@@ -23,6 +23,7 @@ from fedlab.data.readers.layouts import LAYOUTS, list_patients
 from fedlab.data.readers.nifti import from_ras
 from fedlab.training.networks import save_model, segresnet
 from folders import (
+    LPS,
     OLD,
     ball,
     load_raw,
@@ -132,6 +133,22 @@ def test_the_order_of_modalities_comes_from_dataset_json(tmp_path):
         assert torch.equal(first.image, other.image) and torch.equal(first.label, other.label)
 
 
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_files_of_the_decathlon_may_be_unpacked_or_packed(tmp_path, ending):
+    write_msd(tmp_path, [ball("P1")])
+    for part in ("imagesTr", "labelsTr"):
+        path = tmp_path / part / "P1.nii.gz"
+        volume = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asanyarray(volume.dataobj), volume.affine), tmp_path / part / f"new{ending}")
+        path.unlink()
+        (tmp_path / part / f"new{ending}").rename(tmp_path / part / f"P1{ending}")
+    named = (tmp_path / "dataset.json").read_text()
+    (tmp_path / "dataset.json").write_text(named.replace(".nii.gz", ".nii" if ending == ".nii.gz" else ".nii.gz"))
+    found = list_patients(tmp_path)
+    assert found.files["P1"].label == tmp_path / "labelsTr" / f"P1{ending}" and not found.findings
+    assert int((read(tmp_path)[0].label > 0).sum()) == np.count_nonzero(ball("P1").label)
+
+
 def test_decathlon_test_cases_have_no_label(tmp_path):
     write_msd(tmp_path, [ball("BRATS_001"), ball("BRATS_002")], test=("BRATS_002",))
     cohort = read(tmp_path)
@@ -184,6 +201,67 @@ def test_a_folder_in_a_folder_and_folders_side_by_side(tmp_path):
         list_patients(tmp_path / "other" / "P1")
 
 
+def test_scans_that_lie_elsewhere_are_named_and_not_passed_over_in_silence(tmp_path):
+    write_layout(tmp_path, "brats2021", [ball("P1"), ball("P2")])
+    write_layout(tmp_path / "later", "brats2021", [ball("P3"), ball("P4")])
+    save(ball().label, LPS, tmp_path / "atlas" / "mni" / "template.nii.gz")  # no name of any layout
+    save(ball().label, LPS, tmp_path / "P5_t1.nii.gz")
+    said = [(f.patient, f.code, f.severity) for f in list_patients(tmp_path).findings]
+    assert said == [("P5", "elsewhere", "warning"), ("later", "elsewhere", "warning")]
+    with pytest.warns(UserWarning, match=r"scans of 2 patients \(P3, P4\) lie in later and are not read"):
+        assert read(tmp_path).ids == ("P1", "P2")
+    found = inspect_folder(tmp_path, progress=False)
+    assert found.summary()[-1] == "2 patients, 0 with errors, 0 with warnings only"
+    assert len(found.findings) == 2 and "lie beside the patients' folders" in found.findings[0].message
+    (tmp_path / "t.csv").write_text("Partition_ID,Subject_ID\n1,P1\n2,P2\n2,P5\n")
+    with pytest.raises(DataError, match=r"P5: is in t\.csv but has no scans .*\[no-folder\]"):
+        read_sites(tmp_path, tmp_path / "t.csv", progress=False)
+
+
+def test_scans_beside_a_folder_of_patients_are_read_and_that_folder_is_named(tmp_path):
+    write_layout(tmp_path / "later", "brats2021", [ball("P3")])
+    for path in (tmp_path / "later" / "P3").iterdir():
+        shutil.copy(path, tmp_path / path.name.replace("P3", "P1"))
+    assert list(list_patients(tmp_path).files) == ["P1"]
+    assert [f.patient for f in list_patients(tmp_path).findings] == ["later"]
+
+
+def test_of_a_folder_of_scans_beside_one_of_labels_neither_is_chosen(tmp_path):
+    write_layout(tmp_path / "images", "brats2023", [ball("P1"), ball("P2")])
+    (tmp_path / "labels").mkdir()
+    for name in ("P1", "P2"):
+        (tmp_path / "images" / name / f"{name}-seg.nii.gz").rename(tmp_path / "labels" / f"{name}-seg.nii.gz")
+    with pytest.raises(DataError, match=r"subfolders that do: images, labels; to read several together, write a table"):
+        list_patients(tmp_path)
+
+
+@pytest.mark.parametrize("deeper", ["{}/nifti", "sub-{}/ses-01/anat"])
+def test_scans_in_a_folder_of_each_patients_folder_are_said_to_lie_too_deep(tmp_path, deeper):
+    for name in ("P1", "P2"):
+        save_files(ball(name), tmp_path / "x" / name)
+        (tmp_path / deeper.format(name)).parent.mkdir(parents=True)
+        (tmp_path / "x" / name).rename(tmp_path / deeper.format(name))
+    (tmp_path / "x").rmdir()
+    with pytest.raises(DataError, match=r"lie deeper .*P1_flair\.nii\.gz; move those of each .* table of paths"):
+        list_patients(tmp_path)
+
+
+def test_dicom_is_recognised(tmp_path):
+    (tmp_path / "P1" / "series 1").mkdir(parents=True)
+    (tmp_path / "P1" / "series 1" / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(50))
+    with pytest.raises(DataError, match=r"holds DICOM files such as P1/series 1/IM0001; convert them to NIfTI"):
+        list_patients(tmp_path)
+
+
+def test_ids_in_upper_and_lower_case_are_one(tmp_path):
+    write_layout(tmp_path, "brats2021", [ball("Pat_a1"), ball("Pat_a2")])
+    for path in (tmp_path / "Pat_a1").iterdir():
+        path.rename(path.with_name(path.name.upper()))
+    found = list_patients(tmp_path)
+    assert list(found.files) == ["Pat_a1", "Pat_a2"] and not found.findings
+    assert len(found.files["Pat_a1"].images) == 4 and found.files["Pat_a1"].label.name == "PAT_A1_SEG.NII.GZ"
+
+
 def test_unknown_and_mixed_layouts_are_errors(tmp_path):
     save(ball().label, ball().affine, tmp_path / "a" / "P1" / "scan.nii.gz")
     with pytest.raises(DataError, match=r"match no layout: scan\.nii\.gz.* write a table of paths"):
@@ -234,12 +312,22 @@ def test_tables_of_paths_with_problems(tmp_path):
     refused(head, "no row below its header")
     refused("", "contains no column name")
     refused(head + ",flair\n", "two columns are named flair")
+    refused(head + ",mask,T1 path,case\n", "columns patient and case may each be the patient; columns t1 and T1 path "
+            "may each be the T1; columns label and mask may each be the label; keep one, and rename the others")
     refused(head + "\n" + rows[0] + ",more\n", "more cells")
     refused('"' + good, "cannot be read as a CSV")
     table.write_text(good)
     shutil.copy(table, tmp_path / "again.csv")
     with pytest.raises(DataError, match=r"several tables of paths: again\.csv, paths\.csv"):
         find_patients(tmp_path)
+
+
+def test_label_maps_in_a_column_of_another_name_are_not_passed_over_in_silence(tmp_path):
+    write_paths(tmp_path, [ball("P1"), ball("P2")])
+    table = tmp_path / "paths.csv"
+    table.write_text(table.read_text().replace(",label", ",ground truth", 1))
+    with pytest.warns(UserWarning, match=r"P2: paths\.csv has no column label, .* column ground truth .*\[no-label\]"):
+        assert all(patient.label is None for patient in read(table))
 
 
 def test_absolute_paths_and_other_headings(tmp_path):

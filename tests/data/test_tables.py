@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from fedlab.core.errors import DataError
+from fedlab.data.readers.folders import check_sites
 from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.tables import find_column, read_table
 from fedlab.data.sites.partition import by_column
 from fedlab.data.sites.site_table import read_site_table
-from folders import ball, write_paths
+from folders import ball, save_files, write_paths
 
 SITES = {"1": ["a", "b"], "2": ["c"]}
 ROWS = [("Partition_ID", "Subject_ID", "age"), ("1", "a", "61"), ("1", "b", "47"), ("2", "c", "70")]
@@ -30,6 +31,41 @@ def test_what_spreadsheets_write_is_read(separator: str, encoding: str, ending: 
     assert read_site_table(path).sites == SITES
     assert read_table(path)[1][2] == (4, {"Partition_ID": "2", "Subject_ID": "c", "age": "70"})
     assert set(by_column(path, "AGE", held_out=0).train) == {"61", "47", "70"}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_first_line_that_tells_excel_the_separator_is_skipped(separator: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(f"\ufeffsep={separator}\r\n{text(separator, chr(13) + chr(10))}".encode())
+    assert read_site_table(tmp_path / "t.csv").sites == SITES
+    assert [line for line, _ in read_table(tmp_path / "t.csv")[1]] == [3, 4, 5]
+
+
+@pytest.mark.parametrize(("one", "other"), [("UKE", "uke"), ("North  Bank", "north bank"), ("1", "01"), ("1", "1.0"),
+                                            ("K\u00f6ln", "Ko\u0308ln")])
+def test_one_site_written_in_two_ways_is_refused(one: str, other: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"Partition_ID,Subject_ID\n{one},a\n{other},b\n10,c\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"differ only in how they are written .* write each site in one way") as caught:
+        read_site_table(tmp_path / "t.csv")
+    show = ascii if "\u00f6" in one else repr  # the two forms of an umlaut look the same
+    assert f"{show(one)} and {show(other)}" in str(caught.value)
+
+
+def test_names_of_sites_that_differ_in_what_they_say_stay_apart(tmp_path: Path) -> None:
+    names = ["1", "10", "100", "3.5", "3.05", "site 2", "site 20", "A", "AB"]
+    (tmp_path / "t.csv").write_text("Partition_ID,Subject_ID\n" + "".join(f"{name},of {name}\n" for name in names))
+    assert set(read_site_table(tmp_path / "t.csv").sites) == set(names)
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("7", "007"), ("7.0", "7"), ("p_a", "P_A"), ("J\u00f6", "Jo\u0308")])
+def test_an_id_that_the_folder_writes_in_another_way_is_named(listed: str, stored: str, tmp_path: Path) -> None:
+    for name in (stored, "P2"):
+        save_files(ball(name, shape=(12, 14, 10)), tmp_path / "scans" / name)
+    (tmp_path / "t.csv").write_text(f"Partition_ID,Subject_ID\n1,{listed}\n1,P2\n", encoding="utf-8")
+    show = ascii if "\u00f6" in listed else repr
+    with pytest.raises(DataError) as caught:
+        check_sites(tmp_path / "scans", tmp_path / "t.csv")
+    said = f"which has {show(stored)}; write {show(listed)} in t.csv as the folder does [no-folder]"
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("byte_order", ["utf-16-le", "utf-16-be"])
@@ -71,6 +107,8 @@ def test_a_second_mark_within_cells_does_not_mislead(content: str, tmp_path: Pat
     (b"\xff\xfeno table at all", "save it as CSV in UTF-8"),
     (b"\xff\xfe\x00", "save it as CSV in UTF-8"),
     (b"Partition_ID,Subject_ID\n1,a,b\n", "line 2 has more cells than the header has columns"),
+    (b"PK\x03\x04\x14\0\6\0", "a workbook of a spreadsheet program, not a CSV table; save the sheet"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a workbook of a spreadsheet program, not a CSV table"),
 ])
 def test_other_tables_are_refused_with_what_to_do(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(content)

@@ -21,7 +21,7 @@ from fedlab.data.cache import file_state
 from fedlab.data.readers.nifti import read_volume
 
 __all__ = ["CONVENTIONS", "Convention", "check_convention", "convention_of_layout", "count_values", "describe",
-           "detect_convention", "file_values", "from_internal", "to_internal", "wrong_values"]
+           "detect_convention", "file_values", "from_internal", "rounded", "to_internal", "wrong_values"]
 
 #: Label conventions: value in the file -> label inside fedlab (1 core, 2 oedema, 4 enhancing, 0 no tumour).
 CONVENTIONS: Mapping[str, Mapping[int, int]] = {
@@ -92,14 +92,20 @@ def check_convention(name: str | None) -> None:
         raise ValueError(f"label_convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {name!r}")
 
 
+def rounded(array: np.ndarray) -> np.ndarray:
+    """A label map with whole numbers where floats are whole but for rounding; the array itself in any other case."""
+    if array.dtype.kind != "f":
+        return array
+    whole = np.rint(array)
+    with np.errstate(invalid="ignore"):
+        return whole if (np.abs(array - whole) < _TOLERANCE).all() else array  # False where anything is NaN or Inf
+
+
 def count_values(array: np.ndarray) -> dict[float, int]:
     """Number of voxels by value; of more than 64 values the smallest 64 are given."""
-    is_whole = array.dtype.kind in "ui"
-    if array.dtype.kind == "f":
-        whole = np.rint(array)
-        with np.errstate(invalid="ignore"):
-            is_whole = bool((np.abs(array - whole) < _TOLERANCE).all())  # False where anything is NaN or Inf
-        array = whole if is_whole else array
+    whole = rounded(array)
+    is_whole = whole is not array or array.dtype.kind in "ui"
+    array = whole
     low, high = array.min(), array.max()
     if is_whole and float(high) - float(low) < 65536:
         flat = array.ravel(order="K")
@@ -253,14 +259,15 @@ def _expect(names: Sequence[str], values: Mapping[str, Collection[float]], why: 
     """The expected convention, unless most patients whose values distinguish conventions contradict it."""
     telling = {patient: own for patient, own in values.items() if set(own) - {0.0, 1.0, 2.0} and _fitting(own)}
     against = [patient for patient, own in telling.items() if not _fitting(own, names)]
-    shown = _shown(set().union(*values.values()))
     if against and 2 * len(against) >= len(telling):
-        fitting = _fitting(set().union(*(values[patient] for patient in against)), possible)
+        held = set().union(*(values[patient] for patient in against))
         raise DataError(f"label convention {' or '.join(map(repr, names))} was expected ({why}), but {len(against)} of "
                         f"the {len(telling)} label maps that distinguish conventions ({', '.join(against[:3])}"
-                        f"{', …' if len(against) > 3 else ''}) hold other values: {shown}. {_ask(fitting)}",
+                        f"{', …' if len(against) > 3 else ''}) hold other values: {_shown(held)}. "
+                        f"{_ask(_fitting(held, possible))}",
                         code="label-convention")
     present = set().union(*(own for own in values.values() if _fitting(own, names)))
+    shown = _shown(set().union(*values.values()))
     return _only_reading(_fitting(present, names), present), f"{why}; the values are {shown}"
 
 

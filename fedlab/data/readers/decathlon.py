@@ -186,14 +186,16 @@ def _by_entry(folder: Path, entries: list[dict[str, Any]], channels: Mapping[str
 
 
 def _path(folder: Path, patient: str, kind: str, text: Any) -> Path:
-    """The file that dataset.json names for a patient's image or label."""
+    """The file that dataset.json names for a patient's image or label, or the same one packed or unpacked since."""
     parts = str(text).replace("\\", "/").split("/")
     if not isinstance(text, str) or "\0" in text or not parts[0] or ".." in parts or ":" in parts[0]:
         raise DataError(f"dataset.json gives the {kind} {str(text)[:80]!r}; expected a path below the data set's "
                         f"folder", code="outside")
     if stem(Path(text)) != patient:
         raise DataError(f"its {kind} {Path(text).name} carries another patient's id", code="foreign-file")
-    if not os.path.isfile(folder / text):
+    named = folder / text
+    unpacked = [named, *(named.with_name(patient + suffix) for suffix in (".nii.gz", ".nii"))]
+    if (found := next(filter(os.path.isfile, unpacked), None)) is None:
         raise DataError(f"dataset.json names the {kind} {text}, which is missing",
                         code="missing-modality" if kind == "image" else "no-label")
-    return folder / text
+    return found

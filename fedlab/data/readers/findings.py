@@ -78,8 +78,8 @@ def usable(found: Mapping[str, _T], findings: Sequence[Finding], *, broken: Brok
     good = without_errors(found, errors)
     if errors and broken == "raise":
         counts = f"{len(bad)} of {counted(len(good) + len(bad), 'patient')}"
-        raise DataError(f"{where}: problems with {counts}:\n{bullets(errors)}\n"
-                        f"Repair the files, or pass broken='skip' (--skip-broken) to continue without these patients",
+        others = ", or pass broken='skip' (--skip-broken) to continue without these patients" if good else ""
+        raise DataError(f"{where}: problems with {counts}:\n{bullets(errors)}\nRepair the files{others}",
                         code=errors[0].code)
     if not good:
         raise DataError(f"{where}: no usable patient:\n{bullets(errors)}")

@@ -38,7 +38,7 @@ from fedlab.data.readers.scan import (
 )
 from fedlab.data.sites.partition import split_patients
 from fedlab.data.sites.persons import at_site, in_columns, name_several
-from fedlab.data.sites.site_table import read_site_table
+from fedlab.data.sites.site_table import alike, read_site_table, spelled
 
 __all__ = ["CONVENTIONS", "LAYOUTS", "Finding", "PatientFiles", "PatientFolder", "check_sites", "find_patients",
            "in_parallel", "read_cohort", "read_label", "read_patient", "read_sites", "save_prediction", "to_native"]
@@ -252,13 +252,18 @@ def _choose(folder: Path, partition: Mapping[str, Sequence[str]], table: str | o
     findings = survey.findings
     findings += [Finding(patient, "not-in-table", f"has scans but no row in {name}; left out", "warning")
                  for patient in survey.listing.files if patient not in wanted]
-    reported = {f.patient for f in findings}
+    reported = {f.patient for f in findings if f.severity == "error"}
+    left = {alike(patient): patient for patient in survey.listing.files if patient not in wanted}
     found = {}
     for patient in wanted:
         files = survey.files.get(patient)
         if files is None:
             if patient not in reported:
-                findings.append(Finding(patient, "no-folder", f"is in {name} but has no scans in {folder}"))
+                other, hint = left.get(alike(patient)), ""
+                if other is not None:
+                    stored, listed = spelled(other, patient)
+                    hint = f", which has {stored}; write {listed} in {name} as the folder does"
+                findings.append(Finding(patient, "no-folder", f"is in {name} but has no scans in {folder}{hint}"))
         elif files.label is None:
             findings.append(Finding(patient, "no-label", "has no label map to learn from"))
         else:

@@ -137,8 +137,9 @@ class Inspection:
 
     def summary(self) -> list[str]:
         """Folder, layout, label convention and counts, one line each."""
-        counts = f"{counted(len(self.cases), 'patient')}, {len(self.broken)} with errors, " \
-                 f"{sum(case.usable and bool(case.findings) for case in self.cases)} with warnings only"
+        patients = [case for case in self.cases if {f.code for f in case.findings} != {"elsewhere"} or case.modalities]
+        counts = f"{counted(len(patients), 'patient')}, {len(self.broken)} with errors, " \
+                 f"{sum(case.usable and bool(case.findings) for case in patients)} with warnings only"
         return [f"{self.folder}", f"layout: {self.layout} ({self.reason})",
                 f"label convention: {self.convention.names or 'none'} ({self.convention.reason})", counts]
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from fedlab.core.errors import DataError
@@ -86,7 +87,7 @@ def _innermost(folder: Path) -> Path:
     """The folder itself, or the only folder in it where it contains nothing else; at most three levels down."""
     inner = folder
     for _ in range(4):
-        if looks_like_msd(inner) or _tables(inner) or _find_folders(inner):
+        if looks_like_msd(inner) or _tables(inner) or _find_folders(inner) or _find_together(inner):
             return inner
         inside = [entry for entry in sorted(inner.iterdir()) if _is_visible_folder(entry)]
         if len(inside) != 1:
@@ -103,13 +104,15 @@ def _list(root: Path, layout: str | None) -> Listing:
             raise DataError(f"{root} contains no CSV file with the columns patient, flair, t1, t1c and t2")
         return list_table(table)
     folders = _find_folders(root)
-    crowded = [folder for folder in folders if len(ids := _by_id(folder.scans)) > 1 and folder.id not in ids]
+    crowded = [folder for folder in folders if folder.is_crowded]
     if layout is None and all(not folder.mark or folder in crowded for folder in folders):
         if looks_like_msd(root):
             return list_msd(root)
         if (table := find_path_table(root)) is not None:
             return list_table(table)
     if len(crowded) == 1 == len(folders):
+        if _elsewhere(root, folders):
+            raise DataError(_no_patients(root))
         return _list(crowded[0].path, layout)
     if not folders or len(crowded) == len(folders):
         folders = _find_together(root)
@@ -125,8 +128,9 @@ def _list(root: Path, layout: str | None) -> Listing:
         mark = marks.most_common(1)[0][0]
     else:
         examples = ", ".join(path.name for folder in folders[:2] for path in folder.scans[:3])
-        raise DataError(f"{root}: {len(folders)} folders contain scans, but the names match no layout: {examples}. "
-                        f"Expected {'; '.join(LAYOUTS.values())}. For any other layout write a table of paths")
+        raise DataError(f"{root}: {counted(len(folders), 'folder')} with scans, but their names match no layout: "
+                        f"{examples}. Expected {'; '.join(LAYOUTS.values())}. For any other layout write a table of "
+                        f"paths")
     return _list_folders(root, folders, mark, layout)
 
 
@@ -155,6 +159,21 @@ class _Folder:
         """The separator of most names, "_" or "-"; "" where no name matches."""
         marks = Counter(mark for scan in self.scans for mark, name in _NAMES.items() if name.fullmatch(scan.name))
         return marks.most_common(1)[0][0] if marks else ""
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a scan carries the name of the folder."""
+        return any(_same_id(name, self.id) for name in _by_id(self.scans))
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether it holds scans of several patients."""
+        return len(_by_id(self.scans)) > 1 and not self.is_named
+
+
+def _same_id(one: str, other: str) -> bool:
+    """Whether two names of a patient differ at most in upper and lower case."""
+    return one.casefold() == other.casefold()
 
 
 def _find_folders(root: Path) -> list[_Folder]:
@@ -188,6 +207,33 @@ def _by_id(scans: Iterable[Path]) -> dict[str, list[Path]]:
         for match in filter(None, (pattern.fullmatch(scan.name) for pattern in _NAMES.values())):
             found.setdefault(match["id"], []).append(scan)
     return found
+
+
+def _scans_below(folder: Path, levels: int = 3) -> Iterator[Path]:
+    """The scans in a folder and, some levels deep, in the folders in it; nothing from those that cannot be listed."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return
+    for entry in inside:
+        if is_nifti(entry):
+            yield entry
+        elif levels and _is_visible_folder(entry):
+            yield from _scans_below(entry, levels - 1)
+
+
+def _elsewhere(root: Path, folders: Sequence[_Folder]) -> dict[Path, list[str]]:
+    """The places below `root` with scans named as in a layout that are in none of the folders, and the ids there."""
+    read = {folder.path for folder in folders}
+    graded = [entry for entry in root.iterdir() if entry.name.upper() in _GRADES and _is_visible_folder(entry)]
+    found: dict[Path, list[str]] = {}
+    for place in (root, *graded):
+        inside = sorted(place.iterdir())
+        if place not in read:
+            found[place] = sorted(_by_id(filter(is_nifti, inside)))
+        found |= {entry: sorted(_by_id(_scans_below(entry))) for entry in inside
+                  if _is_visible_folder(entry) and entry not in read and entry not in graded}
+    return {place: ids for place, ids in found.items() if ids}
 
 
 def _tables(folder: Path, start: str = "") -> list[Path]:
@@ -228,6 +274,12 @@ def _list_folders(root: Path, folders: Sequence[_Folder], mark: str, stated: str
         findings += problems
         if folder.scans:  # an empty folder or a broken link is a finding, not a patient
             files[folder.id] = named
+    for place, ids in _elsewhere(root, folders).items():
+        where = "beside the patients' folders" if place == root else f"in {place.relative_to(root)}"
+        findings.append(Finding(ids[0] if place == root else str(place.relative_to(root)), "elsewhere",
+                                f"scans of {counted(len(ids), 'patient')} ({', '.join(ids[:3])}"
+                                f"{', …' if len(ids) > 3 else ''}) lie {where} and are not read; move them to where "
+                                f"those of the other patients lie, or read them as a folder of their own", "warning"))
     layout, reason, tables = _year(root, folders, mark)
     if stated is not None and stated != layout:
         layout, reason = stated, f"{reason}, like {layout}"
@@ -277,16 +329,18 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
     kinds: dict[str, list[Path]] = {}
     for path in folder.scans:
         match, other = (_NAMES[key].fullmatch(path.name) for key in (mark, "-" if mark == "_" else "_"))
-        if match is None and other is not None and other["id"] == folder.id:
+        if match is None and other is not None and _same_id(other["id"], folder.id):
             findings.append(Finding(folder.id, "other-layout", f"{path.name} is named as in "
                                     f"{'BraTS 2023' if mark == '_' else 'BraTS 2018 to 2021'}, unlike most files here; "
                                     f"label values have other meanings there"))
         elif match is None:
             endings = ", ".join(mark + suffix for suffix in _SUFFIXES[mark])
             findings.append(Finding(folder.id, "unknown-file", f"{path.name} is ignored: its name has none of the "
-                                    f"endings {endings}; rename it if it is one of them", "warning"))
-        elif match["id"] != folder.id:
-            findings.append(Finding(folder.id, "foreign-file", f"{path.name} carries another patient's id"))
+                                    f"endings {endings}; rename it if it is one of them, or write a table of paths",
+                                    "warning"))
+        elif not _same_id(match["id"], folder.id):
+            findings.append(Finding(folder.id, "foreign-file", f"expected {folder.id}{path.name[match.end('id'):]}, "
+                                    f"but {path.name} carries another patient's id"))
         elif not os.path.isfile(path):
             findings.append(Finding(folder.id, "no-file", f"{path.name} is a folder, or a broken or circular link"))
         else:
@@ -307,10 +361,30 @@ def _no_patients(root: Path) -> str:
     entries = sorted(root.iterdir())
     candidates = [_innermost(entry) for entry in entries if _is_visible_folder(entry)]
     like = [str(entry.relative_to(root)) for entry in candidates
-            if looks_like_msd(entry) or _find_together(entry) or any(folder.mark for folder in _find_folders(entry))]
+            if looks_like_msd(entry) or _find_together(entry)
+            or any(folder.is_named or folder.is_crowded for folder in _find_folders(entry))]
     if like:
-        return f"{root} contains no patients itself; give one of its subfolders that do: {', '.join(like)}"
+        together = f"; to read several together, write a table of paths, {LAYOUTS['table']}" if len(like) > 1 else ""
+        return f"{root} contains no patients itself; give one of its subfolders that do: {', '.join(like)}{together}"
     if scan := next(iter(_by_id(entries).values()), None):
         return f"{root} contains scans such as {scan[0].name}: it is one patient's folder; give the folder above it"
+    if deep := next(_scans_below(root), None):
+        return (f"{root}: its scans lie deeper than in any layout, such as {deep.relative_to(root)}; move those of "
+                f"each patient into one folder <ID>/, or write a table of paths, {LAYOUTS['table']}")
+    if dicom := _find_dicom(root):
+        return (f"{root} holds DICOM files such as {dicom.relative_to(root)}; convert them to NIfTI, for example with "
+                f"dcm2niix, then register them and remove the skull")
     return (f"{root} contains no patient folder; expected {'; '.join(LAYOUTS.values())}; found "
             f"{', '.join(entry.name for entry in entries[:5]) or 'nothing'}")
+
+
+def _find_dicom(root: Path) -> Path | None:
+    """The first DICOM file among the first entries below a folder, by its mark at byte 128; None without one."""
+    for path in filter(Path.is_file, islice(root.rglob("*"), 1000)):
+        try:
+            with path.open("rb") as file:
+                if file.read(132)[128:] == b"DICM":
+                    return path
+        except OSError:
+            continue
+    return None

@@ -133,7 +133,8 @@ def _parse_header(head: bytes) -> Any:
                 raise _wrong(f"expected header and voxels in one NIfTI file (magic 'n+1' or 'n+2'), got "
                              f"{header['magic'].item()!r}")
             return header
-    raise DataError(f"not a NIfTI file: it starts with the bytes {head[:4].hex(' ') or '(none)'}", code="not-nifti")
+    starts = f"starts with the bytes {head[:4].hex(' ')}" if head else "is empty; copy it again from its source"
+    raise DataError(f"not a NIfTI file: it {starts}", code="not-nifti")
 
 
 def _shape(header: Any, series: bool) -> tuple[int, ...]:

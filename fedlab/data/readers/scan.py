@@ -22,6 +22,7 @@ from fedlab.data.readers.conventions import (
     count_values,
     describe,
     from_internal,
+    rounded,
     to_internal,
     wrong_values,
 )
@@ -125,12 +126,14 @@ def examine(files: PatientFiles, *, labels: str | None = None) -> Examination:
     if exam.images and len({array.shape for array in exam.images.values()}) == 1:
         _check_brain(exam)
     if "label" in exam.volumes:
-        exam.label = np.asarray(exam.volumes["label"].array)
+        exam.label = rounded(np.asarray(exam.volumes["label"].array))
         exam.label_counts = count_values(exam.label)
         if exam.brain is not None and exam.label.shape == exam.brain.shape:
             stray = int(np.count_nonzero((exam.label != 0) & ~exam.brain))
             if stray:
-                exam.add("label-outside", f"{stray} labelled voxels lie where every modality is 0", "warning")
+                share = stray / np.count_nonzero(exam.label)
+                exam.add("label-outside", f"{stray} labelled voxels lie where every modality is 0, {share:.1%} of all; "
+                         f"check that the label map belongs to the scans and has their orientation", "warning")
     check_labels(exam, labels)
     return exam
 

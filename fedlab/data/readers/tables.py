@@ -16,7 +16,7 @@ from fedlab.core.errors import DataError
 from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.findings import Finding
-from fedlab.data.readers.patient_files import Listing, PatientFiles, is_valid_id
+from fedlab.data.readers.patient_files import Listing, PatientFiles, is_nifti, is_valid_id
 
 __all__ = ["TABLES", "find_column", "find_path_table", "list_table", "merge_columns", "read_table"]
 
@@ -24,6 +24,10 @@ __all__ = ["TABLES", "find_column", "find_path_table", "list_table", "merge_colu
 TABLES = (".csv", ".tsv")
 _MAX_BYTES = 2**26
 _SEPARATORS = (",", ";", "\t")
+#: How the files of Excel begin: .xlsx, which is a zip archive, and .xls.
+_WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+#: The first line with which Excel is told the separator.
+_STATED = re.compile(r'"?sep=([,;\t])"?[\r\n]+', re.IGNORECASE)
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "patient": ("patient", "patientid", "id", "subject", "subjectid", "case", "caseid"),
     "FLAIR": ("flair", "t2f", "t2flair"),
@@ -38,7 +42,7 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     """Column names and rows of a table, each row with its line number; cells are stripped, "" if empty.
 
     The text is in UTF-8, or in UTF-16 with a byte order mark; commas, semicolons or tabs separate the cells. Unnamed
-    columns and rows without content are skipped.
+    columns, rows without content and a first line such as "sep=;" are skipped.
 
     Raises:
         DataError: the table cannot be read, has no header, repeats a column name, a row has too many cells, or its
@@ -47,8 +51,16 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise DataError(f"{path}: {path.stat().st_size:,} bytes are too many for a table of patients")
-        text = _decoded(path.read_bytes())
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text, path), strict=True)
+        raw = path.read_bytes()
+        if raw.startswith(_WORKBOOKS):
+            raise DataError(f"{path}: a workbook of a spreadsheet program, not a CSV table; save the sheet with the "
+                            "patients as CSV in UTF-8")
+        text = _decoded(raw)
+        stated = _STATED.match(text)
+        mark = stated[1] if stated else _separator(text, path)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+        if stated:
+            next(reader)
         header = [name.strip() for name in next(reader, [])]
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except FileNotFoundError as error:
@@ -135,10 +147,10 @@ def merge_columns(tables: Collection[Path], patients: Collection[str]) -> dict[s
     return merged
 
 
-def _meaning(columns: Collection[str]) -> dict[str, str]:
-    """The column of the patient and the column of each modality's path."""
+def _meaning(columns: Collection[str]) -> dict[str, list[str]]:
+    """The columns that may be that of the patient, and those of each modality's path."""
     short = {name: re.sub("(path|file)$", "", _letters(name)) for name in columns}
-    return {kind: found[0] for kind, names in _NAMES.items() if (found := [c for c in columns if short[c] in names])}
+    return {kind: found for kind, names in _NAMES.items() if (found := [c for c in columns if short[c] in names])}
 
 
 def find_path_table(folder: Path) -> Path | None:
@@ -170,7 +182,11 @@ def list_table(path: Path) -> Listing:
         DataError: the table cannot be read, lacks a column, or has no row.
     """
     columns, rows = read_table(path)
-    meaning = _meaning(columns)
+    candidates = _meaning(columns)
+    if several := [f"{' and '.join(found)} may each be the {kind}" for kind, found in candidates.items()
+                   if len(found) > 1]:
+        raise DataError(f"{path}: columns {'; columns '.join(several)}; keep one, and rename the others")
+    meaning = {kind: found[0] for kind, found in candidates.items()}
     if missing := [name for name in ("patient", *MODALITIES) if name not in meaning]:
         raise DataError(f"{path}: no column {' and '.join(missing)}; expected patient, flair, t1, t1c, t2 and "
                         f"optionally label, found {', '.join(columns)}")
@@ -209,4 +225,8 @@ def _row_files(patient: str, row: Mapping[str, str], meaning: Mapping[str, str],
     label = paths.pop("label", None)
     used = set(meaning.values())
     columns = {name: cell for name, cell in row.items() if name not in used and cell}
+    if "label" not in meaning and (unread := [name for name, cell in columns.items() if is_nifti(Path(cell))]):
+        findings.append(Finding(patient, "no-label", f"{table.name} has no column label, and the files in its column "
+                                f"{' and '.join(unread)} are not read; name the column of the label maps label",
+                                "warning"))
     return PatientFiles(id=patient, images=paths, label=label, layout="table", columns=columns), findings

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,7 @@ from fedlab.data.readers.findings import bullets
 from fedlab.data.readers.tables import find_column, read_table
 from fedlab.data.sites.persons import persons_apart
 
-__all__ = ["Groups", "SiteTable", "by_number", "group_by_site", "read_site_table"]
+__all__ = ["Groups", "SiteTable", "alike", "by_number", "group_by_site", "read_site_table", "spelled"]
 
 #: Groups of ids that belong to one person each.
 Groups = Sequence[frozenset[str]]
@@ -35,9 +37,9 @@ def read_site_table(table: str | os.PathLike[str], *, site_column: str = "Partit
         Sites in the order of their numbers or names, ids in the order of the table.
 
     Raises:
-        DataError: the table cannot be read, lacks a column, has empty cells, lists a patient twice, or has scans of
-            one person at two sites: no split could keep that person out of the held-out scans of every model, and a
-            guarantee per patient would not hold for this person.
+        DataError: the table cannot be read, lacks a column, has empty cells, lists a patient twice, writes one site in
+            two ways, or has scans of one person at two sites: no split could keep that person out of the held-out
+            scans of every model, and a guarantee per patient would not hold for this person.
     """
     columns, rows = read_table(Path(table))
     return group_by_site(table, "line", columns, rows, site_column, patient_column)
@@ -68,6 +70,12 @@ def group_by_site(table: object, unit: str, columns: Sequence[str], rows: Sequen
             if person:
                 people.setdefault(person, set()).add(patient)
     same = tuple(frozenset(person) for person in people.values() if len(person) > 1)
+    written: dict[str, list[str]] = {}
+    for site in sites:
+        written.setdefault(alike(site), []).append(site)
+    if twice := [" and ".join(spelled(*names)) for names in written.values() if len(names) > 1]:
+        raise DataError(f"{table}: names of sites that differ only in how they are written would become sites of their "
+                        f"own: {'; '.join(twice)}; write each site in one way")
     if problems:
         raise DataError(f"{table}: a patient must belong to exactly one site:\n{bullets(problems)}\ncorrect the table")
     if apart := persons_apart({patient: f"site {site}" for patient, (site, _) in listed.items()}, same):
@@ -76,6 +84,18 @@ def group_by_site(table: object, unit: str, columns: Sequence[str], rows: Sequen
     if not sites:
         raise DataError(f"{table}: no row below its header; expected one row per patient")
     return SiteTable({site: sites[site] for site in sorted(sites, key=by_number)}, same)
+
+
+def alike(name: str) -> str:
+    """The same text for names that differ only in case, spaces, Unicode form, leading zeros, or as 1 and 1.0 do."""
+    plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", re.sub(r"^(\d+)\.0+$", r"\1", plain))
+
+
+def spelled(*names: str) -> list[str]:
+    """The names in quotes, so that a difference can be seen: with codes of the letters where two look the same."""
+    shown = len({unicodedata.normalize("NFKC", name) for name in names}) == len(names)
+    return [repr(name) if shown else ascii(name) for name in names]
 
 
 def by_number(site: str) -> tuple[int, int, str]:
