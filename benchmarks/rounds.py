@@ -1,6 +1,6 @@
 """How far more rounds bring a federation towards pooled training, from the public model and from random weights.
 
-    .venv/bin/python benchmarks/rounds.py [--seeds 0 1 2] [--folder runs/rounds]
+    .venv/bin/python benchmarks/rounds.py [--seeds 0 1 2] [--starts collection random] [--folder runs/rounds]
 
 The federated and the pooled arm of `fedlab demo`, with as many gradient steps in both, on new sites in every seed. The
 learning rates are those of the demo, chosen for 32 rounds from the public model; they are taken for more rounds and for
@@ -34,10 +34,10 @@ def name_of(arm: str, start: str, rounds: int) -> str:
     return f"{arm}, {rounds} rounds, {start}"
 
 
-def arms(seed: int) -> dict[str, Arm]:
+def arms(seed: int, starts: Sequence[Start]) -> dict[str, Arm]:
     """The two arms for every start and number of rounds; each number has a learning-rate schedule of its own."""
     found = {}
-    for start in STARTS:
+    for start in starts:
         for rounds in ROUNDS:
             job = Job(source=Phantoms(), start=start, rounds=rounds, seed=seed)
             found[name_of("federated", start, rounds)] = Arm(trainer=job.trainer(), rounds=rounds)
@@ -55,10 +55,10 @@ def cohort(folder: Path, seed: int) -> list[Site]:
     return load_sites(prepared)
 
 
-def rows_of(found: ArmComparison, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def rows_of(found: ArmComparison, seeds: Sequence[int], starts: Sequence[Start]) -> list[dict[str, Any]]:
     """One row per start and number of rounds: Dice of both arms, their difference, and the minutes of training."""
     rows = []
-    for start in STARTS:
+    for start in starts:
         for rounds in ROUNDS:
             both = [name_of(arm, start, rounds) for arm in ("federated", "pooled")]
             dice = [mean_dice(found.paired_scores, arm) for arm in both]
@@ -94,10 +94,12 @@ def section(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
     parser.add_argument("--folder", type=Path, default=Path("runs/rounds"), help="kept for the next time")
     options = parser.parse_args()
-    found = compare_arms(lambda seed: cohort(options.folder, seed), arms, seeds=options.seeds, out=options.folder)
-    rows = rows_of(found, options.seeds)
+    found = compare_arms(lambda seed: cohort(options.folder, seed), lambda seed: arms(seed, options.starts),
+                         seeds=options.seeds, out=options.folder)
+    rows = rows_of(found, options.seeds, options.starts)
     between_marks("workflows", section(rows, options.seeds), by="rounds")
     write("rounds", {"seeds": options.seeds, "rows": rows})
 
