@@ -34,7 +34,8 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
     """Puts a technique, or several joined by `+`, through small federated runs and observes them.
 
     The checks, by name:
-        "fits the run": it works with the trainer, the sites and the strategy; three rounds end.
+        "fits the run": it works with the trainer, the sites and the strategy; three rounds end, the last of them with
+            the number 100, so that a schedule shows.
         "shapes and names": protect() returns an `Update` with the tensors of its input.
         "purity": it changes neither its input nor itself, the sites or the weights.
         "state": it writes tensors, into its own namespace.
@@ -42,7 +43,7 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
         "determinism": one seed gives the same numbers, whatever else drew random numbers before.
         "fails closed": nothing is sent after NaN, missing, unknown or misshapen tensors.
         "ledger": a technique with `units` charges every round and states what is spent.
-        "budget": with `max_epsilon`, a site withdraws before it would exceed it.
+        "budget": with `max_epsilon`, a site withdraws before it would exceed it, in the first round and in the next.
         "charges": every round and every step is charged, at no lower rate than sites are drawn with.
         "noise": every entry of every tensor under a charge varies with the random numbers.
         "sensitivity": the noise is the charged one for any update or patient, adversarial ones included, by the L2
