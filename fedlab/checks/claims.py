@@ -23,6 +23,9 @@ Floats = npt.NDArray[np.float64]
 
 PRIVACY = Battery("privacy")
 
+#: Parts of words by which an adjacency says that a contribution is removed.
+_GONE = ("zero", "remov", "nothing", "absen", "left out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -67,14 +70,28 @@ class Claim:
         return chi_of([self], 1)
 
     @property
+    def removes(self) -> bool:
+        """Whether neighbours differ by a contribution that is there or not; any other adjacency is that of any two.
+
+        Only words that say so are taken for it: a replacement moves a sum twice as far.
+        """
+        words = self.charges[0].terms.adjacency.lower()
+        return "any two" not in words and any(said in words for said in _GONE)
+
+    @property
     def to_zero(self) -> bool:
-        """Whether neighbours differ by a contribution that is there or not, rather than by any two.
+        """Whether updates are compared with zeros only, rather than any two of them.
 
         To add a patient may change the update of a site in any way.
         """
-        words = self.charges[0].terms.adjacency.lower()
-        per_site = self.charges[0].terms.unit == "site"
-        return per_site and "any two" not in words and "replace one" not in words
+        return self.charges[0].terms.unit == "site" and self.removes
+
+    @property
+    def read(self) -> str:
+        """How the adjacency is understood, if that is not what its words say."""
+        adjacency = self.charges[0].terms.adjacency
+        return "" if self.removes or "any two" in adjacency.lower() else (
+            f" (the adjacency {adjacency!r} says of no contribution that it is removed, so any two are compared)")
 
     def output(self, seen: Rehearsal, number: int, site: str) -> Tensors:
         """The output of the layer in a round."""

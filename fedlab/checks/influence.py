@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -23,7 +23,7 @@ from fedlab.checks.claims import PRIVACY, Claim, allowed_of, chi_of
 from fedlab.checks.leaks import differing, moved_far, statistics, suspects
 from fedlab.checks.noise_law import least_distance
 from fedlab.checks.noise_tests import Noise, check_noise, check_sites, only_shifted
-from fedlab.checks.rehearsal import Stage
+from fedlab.checks.rehearsal import Stage, other_patient
 from fedlab.checks.samples import Outcome, Samples, Sketch, View, collect
 from fedlab.checks.watched import Rehearsal, Script
 from fedlab.core.types import Tensors
@@ -94,13 +94,16 @@ def check_updates(stage: Stage, claims: Sequence[Claim]) -> Iterator[Finding]:
             yield finding
         if not good:  # what is wrong is told once, by the check that is nearest to it
             return
+    if stage.technique.works_at_server and not watch.at_server:
+        # What leaves the sites is covered; the server's part may not take the noise off again.
+        yield from (found for found in _Watch(stage, claims, moved=True).leaving() if found.outcome == "failed")
 
 
 class _Watch:
     """The rehearsals of one stage, shared by all checks."""
 
-    def __init__(self, stage: Stage, claims: Sequence[Claim]) -> None:
-        self.claims, self.everyone = claims, stage.unlimited()
+    def __init__(self, stage: Stage, claims: Sequence[Claim], *, moved: bool = False) -> None:
+        self.claims, self.everyone, self.moved = claims, stage.unlimited(), moved
         hidden = stage.aggregation.hides_updates
         self.at_server = hidden or any(claim.where == "server" for claim in claims)
         self.stage = self.everyone if self.at_server else self.everyone.alone()
@@ -120,10 +123,15 @@ class _Watch:
         return lambda seen, number: claim.output(seen, number, self.site)
 
     def _final(self, seen: Rehearsal, number: int) -> Tensors:
-        return seen.moved[number].delta if self.at_server else seen.sent[number][self.site].delta
+        return seen.moved[number].delta if self.at_server or self.moved else seen.sent[number][self.site].delta
 
-    def _collect(self, chosen: Mapping[int, Tensors], *, runs: int, start: int = 0) -> Samples:
-        return collect(self.stage, only(self.site, chosen, self.zeros), seeds=range(start, start + runs),
+    def _collect(self, chosen: Mapping[int, Tensors], *, runs: int, start: int = 0, others: bool = False) -> Samples:
+        """With `others` the site has other patients, too: of them nothing but the update may tell."""
+        stage, (first, *rest) = self.stage, self.stage.sites
+        if others:
+            stage = replace(stage, sites=[replace(first, train=[*map(other_patient, first.train)],
+                                                  val=[*map(other_patient, first.val)]), *rest])
+        return collect(stage, only(self.site, chosen, self.zeros), seeds=range(start, start + runs),
                        rounds=_ROUNDS, views=self.views, sketch=self.sketch, site=self.site, at_server=self.at_server)
 
     def _coupled(self, chosen: Mapping[int, Tensors], rounds: int = 1) -> tuple[list[Floats], list[Outcome]]:
@@ -193,7 +201,7 @@ class _Watch:
             found = 1 / (worst * claim.mu) if worst and math.isfinite(worst) else math.inf
             measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {found:.3g}"
             charged = f"{1 / claim.mu:.3g}"
-        return PRIVACY.verdict("sensitivity", f"{where}: measured is {measured}, charged is {charged}"
+        return PRIVACY.verdict("sensitivity", f"{where}: measured is {measured}, charged is {charged}{claim.read}"
                                if worst > 1 + _SLACK else None, where=where, measured=measured, charged=charged)
 
     def laws(self) -> Iterator[Finding]:
@@ -233,7 +241,7 @@ class _Watch:
         """What finally leaves, in each round, reveals no more of an update than was charged."""
         covered = self.stage.technique.sends if self.at_server else frozenset[str]()
         large = self.inputs.updates["large, unequal"]
-        every = self._collect(dict.fromkeys(range(_ROUNDS), large), runs=self.runs)
+        every = self._collect(dict.fromkeys(range(_ROUNDS), large), runs=self.runs, others=True)
         first = self._collect({0: large}, runs=_RUNS_AFTER)
         for number in range(_ROUNDS):
             allowed = allowed_of(self.claims, number + 1)

@@ -27,7 +27,7 @@ from fedlab.checks.noise_law import (
     spread_of_norms,
 )
 from fedlab.checks.noise_tests import Noise, law_of
-from fedlab.checks.rehearsal import Stage, marked, rehearse
+from fedlab.checks.rehearsal import Stage, marked, other_patient, rehearse
 from fedlab.checks.samples import Samples, Sketch, collect
 from fedlab.checks.small_runs import plain_descent
 from fedlab.checks.watched import Rehearsal
@@ -111,35 +111,48 @@ def _noise_and_sensitivity(stage: Stage, claim: Claim) -> Iterator[Finding]:
                           entries="the gradient of every trainable tensor, in every step")
     if silent:
         return
-    moved, which = _influence(stage, claim, sketch, Noise.of(runs, sketch))
-    if moved is None:
-        yield Finding(check="sensitivity", outcome="warned",
-                      what="no replacement of the patient had an effect: it was never drawn",
-                      remedy="check the technique with a higher sampling rate and all else the same")
+    found = _influence(stage, claim, sketch, quiet)
+    if isinstance(found, Finding):
+        yield found
         return
-    steps = sum(release.steps for release, _ in claim.charges if isinstance(release, Gaussian))
-    mu = math.sqrt(claim.square(1) / steps)  # of one step
     # To replace a patient is to remove one and to add another: twice the change that is charged.
-    worst = math.sqrt(Noise.of(runs, sketch).least_square_distance(moved**2, equal=False)) / 2
-    measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {1 / max(worst, 1e-99):.3g}"
-    yield PRIVACY.verdict("sensitivity", f"{where}, {which[0]} and {which[1]}: measured is {measured}, charged is "
-                          f"{1 / mu:.3g}" if worst > mu * (1 + _SLACK) else None, where=f"{where}, {which[0]} and "
-                          f"{which[1]}", measured=measured, charged=f"{1 / mu:.3g}")
-    if worst <= mu * (1 + _SLACK):
-        yield from _every_step(stage, claim, sketch, quiet, moved / 2, mu)
+    sides, worst, what = (2 if claim.removes else 1), 0.0, ("", "")
+    for number, (moved, which) in enumerate(found):
+        far = math.sqrt(quiet.noise(number, sketch).least_square_distance(moved**2, equal=False)) / sides
+        worst, what = max((worst, what), (far / quiet.mu(claim, number), which))
+    mu = quiet.mu(claim, 0)
+    measured = "no noise at all" if math.isinf(worst) else f"a noise multiplier of {1 / max(worst * mu, 1e-99):.3g}"
+    where = f"{where}, {what[0]} and {what[1]}"
+    yield PRIVACY.verdict("sensitivity", f"{where}: measured is {measured}, charged is {1 / mu:.3g}{claim.read}"
+                          if worst > 1 + _SLACK else None, where=where, measured=measured, charged=f"{1 / mu:.3g}")
+    if worst <= 1 + _SLACK:
+        yield from _every_step(stage, claim, sketch, quiet, [moved / sides for moved, _ in found])
 
 
 @dataclass(frozen=True)
 class _Quiet:
-    """The noise of steps, (runs, steps of all rounds, entries), and the first round of the last run."""
+    """The noise of steps, (runs, steps of all rounds, entries), and the last run."""
 
     rows: Floats
     seen: Rehearsal
-    steps: int
+    steps: int  # of a round
 
-    def charged(self, claim: Claim) -> int:
-        return sum(release.steps for release, _ in self.seen.equipped.get((0, claim.layer), ())
-                   if isinstance(release, Gaussian))
+    def charged(self, claim: Claim, number: int = 0) -> int:
+        """The steps that are charged of a round."""
+        return sum(release.steps for release in self._releases(claim, number))
+
+    def mu(self, claim: Claim, number: int) -> float:
+        """1 over the noise multiplier that is charged of a step of a round."""
+        square = sum(release.steps / release.noise_multiplier**2 for release in self._releases(claim, number))
+        return math.sqrt(square / max(1, self.charged(claim, number)))
+
+    def noise(self, number: int, sketch: Sketch) -> Noise:
+        """The noise of the first step of a round."""
+        return Noise.of(self.rows[:, min(number * self.steps, self.rows.shape[1] - 1)], sketch)
+
+    def _releases(self, claim: Claim, number: int) -> list[Gaussian]:
+        return [release for release, _ in self.seen.equipped.get((number, claim.layer), ())
+                if isinstance(release, Gaussian)]
 
 
 def _gradients(seen: Rehearsal, stage: Stage, number: int) -> list[Tensors]:
@@ -164,33 +177,47 @@ def _quiet(stage: Stage, sketch: Sketch) -> _Quiet:
     return _Quiet(np.array([row[:least] for row in rows]), seen, len(_gradients(seen, stage, 0)))
 
 
-def _influence(stage: Stage, claim: Claim, sketch: Sketch, noise: Noise
-               ) -> tuple[Floats | None, tuple[str, str]]:
-    """The largest shift of a step's gradient when a patient is replaced, and by which; None if it was never drawn."""
-    (usual, *others), site = stage.sites[0].train, stage.sites[0].name
+def _influence(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet
+               ) -> list[tuple[Floats, tuple[str, str]]] | Finding:
+    """The largest shift of a step's gradient in each round when a patient is replaced, and by which.
 
-    def steps(name: str, seed: int) -> Floats:
-        changed = replace(stage, sites=[Site(site, [_PATIENTS[name](usual), *others])])
-        seen = rehearse(changed, seed=seed, quick=True)
-        return np.array([sketch.take(step) for step in _gradients(seen, stage, 0)])
+    Of a guarantee per site, when all its patients are. A finding if none was ever drawn, or steps depend on patients.
+    """
+    (usual, *others), site = stage.sites[0].train, stage.sites[0].name
+    per_site = claim.charges[0].terms.unit == "site"
+    rounds = 1 if _adaptive(stage) else _ROUNDS  # noise and bound move: only first steps can be compared
+
+    def steps(name: str, seed: int) -> list[Floats]:
+        change = _PATIENTS[name]
+        changed = replace(stage, sites=[Site(site, [change(usual), *(map(change, others) if per_site else others)])])
+        seen = rehearse(changed, seed=seed, rounds=rounds, quick=True)
+        return [np.array([sketch.take(step) for step in _gradients(seen, stage, number)]) for number in range(rounds)]
 
     stage = stage.seeded()
-    worst, moved, which, drawn = -1.0, None, ("", ""), 0
+    noise = [quiet.noise(number, sketch) for number in range(rounds)]
+    worst: list[tuple[float, Floats | None, tuple[str, str]]] = [(0.0, None, ("", ""))] * rounds
+    drawn = 0
     for seed in range(_TRIED):
         shown = {name: steps(name, seed) for name in list(_PATIENTS)[:2]}
-        one, other = shown.values()
-        if np.array_equal(one, other):
+        if all(map(np.array_equal, *shown.values())):
             continue
         shown |= {name: steps(name, seed) for name in list(_PATIENTS)[2:]}
         drawn += 1
-        for a, b in combinations(shown, 2):
-            for shift in (shown[a] - shown[b])[:1 if _adaptive(stage) else None]:
-                found = noise.square_distance(shift**2, equal=False)
-                if found > worst:
-                    worst, moved, which = found, shift, (a, b)
-        if drawn == _DRAWN:
+        for (a, one), (b, other) in combinations(shown.items(), 2):
+            for number in range(rounds):
+                if len(one[number]) != len(other[number]):
+                    return PRIVACY.verdict("beside the update", f"the number of steps of a round is {len(one[number])} "
+                                           f"with {a} and {len(other[number])} with {b}")
+                for shift in (one[number] - other[number])[:1 if _adaptive(stage) else None]:
+                    found = noise[number].square_distance(shift**2, equal=False)
+                    if found > worst[number][0]:
+                        worst[number] = found, shift, (a, b)
+        if drawn >= _DRAWN and all(shift is not None for _, shift, _ in worst):
             break
-    return moved, which
+    moved = [(shift, which) for _, shift, which in worst if shift is not None]
+    return moved if len(moved) == rounds else Finding(check="sensitivity", outcome="warned",
+                            what="no replacement of the patient had an effect: it was never drawn",
+                            remedy="check the technique with a higher sampling rate and all else the same")
 
 
 def _adaptive(stage: Stage) -> bool:
@@ -198,24 +225,31 @@ def _adaptive(stage: Stage) -> bool:
     return any(isinstance(getattr(layer, "clip", None), AdaptiveClip) for layer in stage.technique.layers)
 
 
-def _every_step(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet, moved: Floats, mu: float
+def _every_step(stage: Stage, claim: Claim, sketch: Sketch, quiet: _Quiet, moved: Sequence[Floats]
                 ) -> Iterator[Finding]:
-    """Noise of one size and law in every step, drawn anew, also in steps that draw few patients or none."""
-    where, rows = stage.name(claim.layer), quiet.rows
-    sizes = [Noise.of(rows[:, step], sketch).total for step in range(rows.shape[1])]
+    """Noise of one law in every step, as much as is charged, drawn anew, also in steps that draw few patients or none.
+
+    Args:
+        moved: the largest shift of a step, in each round.
+    """
+    where, rows, adaptive = stage.name(claim.layer), quiet.rows, _adaptive(stage)
+    rounds = [0 if adaptive else min(step // quiet.steps, len(moved) - 1) for step in range(rows.shape[1])]
+    shifts = np.array([moved[number] for number in rounds])
+    charged = np.array([quiet.mu(claim, number)**2 for number in rounds])
+    sizes = np.array([Noise.of(rows[:, step], sketch).total for step in range(rows.shape[1])])
+    sizes = sizes if adaptive else sizes / (shifts**2).sum(axis=1) * charged
     weak = [step for step, size in enumerate(sizes) if size < _LATER * sizes[0]]
     if weak:
         yield PRIVACY.verdict("independent draws", f"{where} adds next to no noise in step {weak[0] % quiet.steps + 1}")
         return
-    adaptive = _adaptive(stage)
     noise, turns = rows - rows.mean(axis=0), np.resize([1.0, -1.0], rows.shape[1])
     for sides in [] if adaptive else [np.ones(rows.shape[1]), turns]:
         parts = []
         for group in sketch.groups.values():
-            if moved[group].any():
-                square, freedom = least_joint_distance(np.outer(sides, moved[group]), noise[:, :, group])
+            if shifts[:, group].any():
+                square, freedom = least_joint_distance(sides[:, None] * shifts[:, group], noise[:, :, group])
                 parts.append((square, float(freedom)))
-        together = least_distance(parts) / (mu**2 * rows.shape[1])
+        together = least_distance(parts) / float(charged.sum())
         if together > 1.02:
             yield PRIVACY.verdict("independent draws", f"the noise of the steps of {where} is not independent, or some "
                                   f"have less: together they have {1 / math.sqrt(together):.3g} of the charged noise")
@@ -267,15 +301,22 @@ def _draws(stage: Stage, claim: Claim) -> Iterator[Finding]:
     yield PRIVACY.verdict("draws", odd_draws(np.array(drawn), charged))
 
 
+#: What is put in the place of some patients: of the first, or of the last and of one held out.
+_ELSE = {"a bright scan that is all tumour, of other voxels": True,
+         "other scans of the last patient and of one held out": False}
+
+
 def _leaving(stage: Stage, claim: Claim) -> Iterator[Finding]:
-    """What finally leaves after training and all techniques, for a usual patient and for others in its place."""
+    """What finally leaves after training and all techniques, for usual patients and for others in their place."""
     (usual, *others), site = stage.sites[0].train, stage.sites[0].name
+    held_out = list(stage.sites[0].val) or [replace(usual, id="a patient held out")]
+    every = claim.charges[0].terms.unit == "site"
     sketch = Sketch.of(stage.like)
     stage = replace(stage, trainer=replace(stage.trainer, lr=1.0, steps=1))
 
-    def samples(name: str) -> Samples:
-        changed = replace(stage, sites=[Site(site, [_PATIENTS[name](usual), *others])])
-        return collect(changed, None, seeds=range(_FINAL_RUNS), rounds=3, sketch=sketch, site=site, at_server=False,
+    def samples(train: Sequence[Patient], val: Sequence[Patient]) -> Samples:
+        return collect(replace(stage, sites=[Site(site, list(train), list(val))]), None, seeds=range(_FINAL_RUNS),
+                       rounds=3, sketch=sketch, site=site, at_server=False,
                        views=[lambda seen, number: seen.sent[number][site].delta])
 
     def numbers(found: Samples, number: int) -> dict[str, Floats]:
@@ -283,20 +324,22 @@ def _leaving(stage: Stage, claim: Claim) -> Iterator[Finding]:
         return statistics(found.entries[-1][:, number], found.sums[:, number], signs=np.ones(size),
                           heavy=np.zeros(size, dtype=bool), single=True)
 
-    before = samples("a patient")
-    # A replaced patient is one removed and one added: four times the divergence.
-    twice: Sequence[Claim] = [claim] * 4
-    for name in list(_PATIENTS)[1:3]:
-        after = samples(name)
+    before = samples([usual, *others], held_out)
+    for name, first in _ELSE.items():
+        # A replaced patient may be one removed and one added; of two patients the distance is twice as large.
+        times = (2 if claim.removes else 1) * (1 if first or every else 2)
+        claims: Sequence[Claim] = [claim] * times**2
+        after = samples([*map(other_patient, [usual, *others])], [*map(other_patient, held_out)]) if every else samples(
+            [other_patient(usual), *others], held_out) if first else samples(
+            [usual, *others[:-1], *map(other_patient, others[-1:])], [other_patient(held_out[0]), *held_out[1:]])
         for number in range(3):
-            allowed = allowed_of(twice, number + 1)
+            allowed, chi = allowed_of(claims, number + 1), chi_of(claims, number + 1)
             wrong = differing([run[number] for run in before.outcomes], [run[number] for run in after.outcomes],
                               allowed=allowed, covered=frozenset())
             if wrong:
                 yield PRIVACY.verdict("beside the update", f"{wrong} depends on a patient, in round {number + 1} and "
                                       f"for {name}")
                 return
-            chi = chi_of(twice, number + 1)
             far = moved_far(numbers(before, number), numbers(after, number), chi=chi, allowed=allowed)
             if far:
                 yield PRIVACY.verdict("whole update", f"the update sent in round {number + 1} reveals far more of "

@@ -34,7 +34,8 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
     """Puts a technique, or several joined by `+`, through small federated runs and observes them.
 
     The checks, by name:
-        "fits the run": it works with the trainer, the sites and the strategy; three rounds end.
+        "fits the run": it works with the trainer, the sites and the strategy; three rounds end, the last of them with
+            the number 100, so that a schedule shows.
         "shapes and names": protect() returns an `Update` with the tensors of its input.
         "purity": it changes neither its input nor itself, the sites or the weights.
         "state": it writes tensors, into its own namespace.
@@ -42,7 +43,7 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
         "determinism": one seed gives the same numbers, whatever else drew random numbers before.
         "fails closed": nothing is sent after NaN, missing, unknown or misshapen tensors.
         "ledger": a technique with `units` charges every round and states what is spent.
-        "budget": with `max_epsilon`, a site withdraws before it would exceed it.
+        "budget": with `max_epsilon`, a site withdraws before it would exceed it, in the first round and in the next.
         "charges": every round and every step is charged, at no lower rate than sites are drawn with.
         "noise": every entry of every tensor under a charge varies with the random numbers.
         "sensitivity": the noise is the charged one for any update or patient, adversarial ones included, by the L2
@@ -173,6 +174,10 @@ def _cause(error: Exception) -> Finding:
     if isinstance(error, PrivacyError) and "entered nothing into the ledger" in str(error):
         return Finding(check="ledger", outcome="failed", what=what,
                        remedy="charge Ledger(state) in equip() or protect() before noise is added")
+    if isinstance(error, PrivacyError) and str(error).startswith("release() states"):
+        return Finding(check="ledger", outcome="failed", what=what,
+                       remedy="charge Ledger(state) of the state that release() is given, in every round, and return "
+                              "dataclasses.replace(mean, spent=ledger.spent())")
     return PRIVACY.verdict("fits the run", what)
 
 
@@ -239,6 +244,11 @@ def _determinism(stage: Stage) -> Finding:
         hidden or all(recipe_sha256(update.delta) == recipe_sha256(other.sent[k][site].delta)
                       for k, sent in one.sent.items() for site, update in sent.items()))
     secure = any(getattr(part, "secure_mode", False) for part in stage.parts)
+    if same and one.unseeded:
+        return Finding(check="determinism", outcome="failed", what=f"{stage.name(min(one.unseeded))} enters its noise "
+                       "as one that does not repeat with the seed, but the same seed gives the same numbers",
+                       remedy="take the noise from the operating system, or leave repeatable and seeded of "
+                              "Ledger.charge() as they are: the guarantee then says that the noise repeats")
     return PRIVACY.verdict("determinism", None if same or secure else "two runs with the same seed differ", what=
                            "the same seed gives the same numbers" if same else
                            "no two runs are alike, as secure_mode intends")
@@ -292,25 +302,39 @@ def _ledger(stage: Stage, seen: Rehearsal, claims: Sequence[Claim]) -> Iterator[
     if extra:
         yield Finding(check="ledger", outcome="warned", what=f"also charges for {sorted(extra)}, not named in units",
                       remedy="name them too, so that a round without the charge is refused")
+    for terms in {charge.terms for claim in claims for charge in claim.charges}:
+        many = len(stage.sites) if terms.unit == "site" else len(stage.sites[0].train)
+        if terms.delta >= 1 / many:
+            yield Finding(check="ledger", outcome="failed", what=f"delta is {terms.delta:g} with {many} {terms.unit}s: "
+                          f"giving one {terms.unit} away entirely would satisfy the guarantee",
+                          remedy="choose delta below 1 over their number; Terms.check_delta refuses others in check()")
+            return
     stated = {spent.unit for sent in seen.sent.values() for update in sent.values() for spent in update.spent}
     yield Finding(check="ledger", outcome="passed",
                   what=f"every round is charged and states what is spent per {' and per '.join(sorted(stated))}")
-    yield _budget(stage, once=min(s.epsilon for update in seen.sent[0].values() for s in update.spent))
+    yield _budget(stage, *([s.epsilon for update in seen.sent[number].values() for s in update.spent]
+                           for number in range(2)))
 
 
-def _budget(stage: Stage, once: float) -> Finding:
-    """Whether a site withdraws at a budget of a quarter of `once`, the ε of one round."""
+def _budget(stage: Stage, once: Sequence[float], twice: Sequence[float]) -> Finding:
+    """Whether a site withdraws at a budget of a quarter of the ε of one round, and at one between one round and two."""
     limited = [part for part in stage.parts if part.units and hasattr(part, "max_epsilon")]
     if not limited:
         return Finding(check="budget", outcome="warned", what="no site can set a budget",
                        remedy="take max_epsilon=None as an argument and pass it to Ledger.charge(max_epsilon=...)")
-    tight = stage.remade(lambda part: {"max_epsilon": once / 4} if part in limited else {})
-    tried = rehearse(tight, checked=False, catch=True)
+    def tried_with(budget: float, rounds: int) -> Rehearsal:
+        return rehearse(stage.remade(lambda part: {"max_epsilon": budget} if part in limited else {}), rounds=rounds,
+                        checked=False, catch=True)
+
+    tried = tried_with(min(once) / 4, 1)
     # An aggregation refuses when it is bound to the run, before the first round.
     refused = (PrivacyBudgetExhausted, *([ValueError] if stage.aggregation.units else []))
     ended = "an update was sent" if tried.error is None else f"the run ended with {tried.error!r}"
-    return PRIVACY.verdict("budget", None if isinstance(tried.error, refused) and not tried.sent.get(0) else
-                           f"with max_epsilon at a quarter of the cost of a round, {ended}")
+    if not isinstance(tried.error, refused) or tried.sent.get(0):
+        return PRIVACY.verdict("budget", f"with max_epsilon at a quarter of the cost of a round, {ended}")
+    late = max(once) < min(twice) and tried_with((max(once) + min(twice)) / 2, 3).sent.get(1)
+    return PRIVACY.verdict("budget", "with max_epsilon between the cost of one round and of two, an update was sent in "
+                           "the second" if late else None)
 
 
 def _order(stage: Stage) -> Iterator[Finding]:

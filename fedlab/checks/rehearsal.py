@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedlab.checks.small_runs import noise_site, small_trainer
 from fedlab.checks.watched import (
+    LATE,
     CountingTrainer,
     Recorder,
     Rehearsal,
@@ -36,7 +38,7 @@ from fedlab.run.site_states import SiteStates
 from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
-__all__ = ["DECOY", "Stage", "make_stage", "marked", "rehearse"]
+__all__ = ["DECOY", "Stage", "make_stage", "marked", "other_patient", "rehearse"]
 
 #: A namespace that belongs to no part of the rehearsal.
 DECOY = "another technique"
@@ -123,6 +125,12 @@ def marked(site: Site) -> Site:
                                 for k, p in enumerate(site.train)])
 
 
+def other_patient(patient: Patient) -> Patient:
+    """Another patient under the same id: a bright scan that is all tumour, of other voxels."""
+    label = None if patient.label is None else torch.full_like(patient.label, 4)
+    return Patient(patient.id, patient.image * 1e4, label, patient.affine @ np.diag([3.0, 3.0, 3.0, 1.0]))
+
+
 def rehearse(stage: Stage, *, script: Script | None = None, rounds: int = 1, seed: int = 0, checked: bool = True,
              catch: bool = False, quick: bool = False, count: bool = False, absent: Sequence[str] = ()) -> Rehearsal:
     """A run of the stage's parts, through the real task of a site and the real server; the model does not move.
@@ -130,7 +138,7 @@ def rehearse(stage: Stage, *, script: Script | None = None, rounds: int = 1, see
     Args:
         stage: its parts are not changed unless they change themselves.
         script: the updates that training gives; None to train.
-        rounds, seed: of the run.
+        rounds, seed: of the run; the last of several rounds has the number `LATE`.
         checked: whether the technique's check() and check_site() are called first.
         catch: whether an error is noted in the result instead of raised.
         quick: whether the checks of what hooks change are left out.
@@ -142,15 +150,19 @@ def rehearse(stage: Stage, *, script: Script | None = None, rounds: int = 1, see
     seen.states = states = StatesInMemory() if quick else SiteStates()
     for site in sites:
         states.save(site.name, SiteState(enrolled=True, namespaces={DECOY: {"x": torch.ones(2)}}))
-    trainer: Any = stage.trainer if script is None else ScriptedTrainer(stage.trainer, script)
+    trainer: Any = stage.trainer if script is None else ScriptedTrainer(stage.trainer, script, seen)
     trainer = CountingTrainer(stage.trainer, seen) if count else trainer
     strategy: Any = StandingStrategy(stage.strategy, seen, absent)
     aggregation = WatchedAggregation(stage.aggregation, seen, len(stage.technique.layers), seed)
+    state = None
     try:
-        for _ in each_round(trainer, sites, strategy=strategy, aggregation=aggregation, rounds=rounds, seed=seed,
-                            privacy=Watched(stage.technique, seen, seed=seed, checked=checked), site_states=states,
-                            engine=Recorder(seen)):
-            pass
+        for last in [*([rounds - 2] if rounds > 1 else []), LATE if rounds > 1 else 0]:
+            for finished in each_round(
+                    trainer, sites, strategy=strategy, aggregation=aggregation, rounds=last + 1, seed=seed, state=state,
+                    privacy=Watched(stage.technique, seen, seed=seed, checked=checked), site_states=states,
+                    engine=Recorder(seen)):
+                state, seen.round = finished.state, seen.round + 1
+            state = replace(state, round=LATE) if state is not None else None
     except Exception as error:
         if not catch:
             raise

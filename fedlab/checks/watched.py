@@ -14,6 +14,7 @@ import torch
 from fedlab.core.gate import check_update
 from fedlab.core.kit import Kit
 from fedlab.core.protocols import Exchange, Run, Strategy
+from fedlab.core.seeds import derive
 from fedlab.core.types import Answer, Cohort, Patient, ServerState, Site, SiteState, Tensors, Update
 from fedlab.privacy.accounting.ledger import Ledger, Terms
 from fedlab.privacy.accounting.mechanisms import RELEASES, Release
@@ -26,8 +27,11 @@ from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
 from fedlab.training.trainer import SiteTrainer
 
-__all__ = ["Charge", "CountingTrainer", "Recorder", "Rehearsal", "SameNoise", "Script", "ScriptedTrainer",
+__all__ = ["LATE", "Charge", "CountingTrainer", "Recorder", "Rehearsal", "SameNoise", "Script", "ScriptedTrainer",
            "StandingStrategy", "StatesInMemory", "Step", "Watched", "WatchedAggregation"]
+
+#: The number of the last round of a rehearsal of several: a schedule has changed noise and charges by then.
+LATE = 100
 
 #: The update that training gives at a site, from the site's name and the round.
 Script = Callable[[str, int], Tensors]
@@ -56,10 +60,10 @@ class Step:
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """The observations of a rehearsal; numbers of rounds, places of layers and names of sites are keys."""
+    """The observations of a rehearsal; rounds, counted from 0, places of layers and names of sites are keys."""
 
     quick: bool = False  # whether nothing is compared that only a first look needs
-    round: int = 0  # the present one
+    round: int = 0  # how many went before the present one, whose number in the run may be larger
     steps: list[Step] = field(default_factory=list)
     trained: dict[int, dict[str, Tensors]] = field(default_factory=dict)  # round -> site -> result of training
     # (round, layer) -> entries of the first site's equip(), and of release().
@@ -68,6 +72,7 @@ class Rehearsal:
     gradients: dict[tuple[int, str], list[list[torch.Tensor]]] = field(default_factory=dict)  # of each step, noisy
     batches: dict[tuple[int, str], list[set[int]]] = field(default_factory=dict)  # patients of each step, if counted
     foreign: list[str] = field(default_factory=list)  # as in `_Before.foreign`, of equip() and release()
+    unseeded: set[int] = field(default_factory=set)  # layers that entered noise as one that no seed repeats
     sent: dict[int, dict[str, Update]] = field(default_factory=dict)  # round -> site -> the update that left it
     released: dict[int, dict[int, Update]] = field(default_factory=dict)  # round -> layer -> of release() or after()
     moved: dict[int, Update] = field(default_factory=dict)  # round -> the update that moved the model
@@ -85,6 +90,7 @@ class Rehearsal:
         before = _Before(state, quick=self.quick)
         given = {} if self.quick else {name: t.clone() for name, t in update.delta.items()}
         out = hook()
+        self.unseeded |= before.unseeded(layer)
         changed = tuple(n for n, t in given.items() if recipe_sha256(t) != recipe_sha256(update.delta.get(n, t)))
         self.steps.append(Step(layer=layer, round=self.round, site=update.site, given=given, returned=out,
                                in_place=changed, foreign=before.foreign(), charged=before.charged()))
@@ -118,6 +124,10 @@ class _Before:
         new = self._state.ledger.get("entries", [])
         new = Ledger(self._state).note()["entries"] if len(new) > self._entries and not self._quick else new
         return tuple(Charge(RELEASES[e["kind"]](**e["release"]), Terms(**e["terms"])) for e in new[self._entries:])
+
+    def unseeded(self, layer: int) -> set[int]:
+        """The layer, if one of the new entries is of noise that no seed repeats."""
+        return {layer for entry in self._state.ledger.get("entries", [])[self._entries:] if not entry["seeded"]}
 
     def foreign(self) -> tuple[str, ...]:
         """Other owners whose namespace the hook has changed; the hook's own, if it holds anything but tensors."""
@@ -159,12 +169,14 @@ class Watched(Privacy):
     def equip(self, kit: Kit, site: Site, state: SiteState) -> Kit:
         seen = self.seen
         seen.gradients[seen.round, site.name] = []
+        kit.seed = derive(self.seed, "equip", site.name, seen.round)  # in a run it depends on what is remembered, too
         kit.optimiser.register_step_pre_hook(lambda optimiser, args, kwargs: seen.note_gradients(optimiser))
         for place, layer in enumerate(self.layers):
             own = state.of(f"layer {place}")
             before = _Before(own, quick=seen.quick)
             kit = layer.equip(kit, site, own)
             seen.foreign.extend(before.foreign())
+            seen.unseeded |= before.unseeded(place)
             seen.equipped.setdefault((seen.round, place), before.charged())
         return kit
 
@@ -185,9 +197,10 @@ class Watched(Privacy):
             before = _Before(own, quick=self.seen.quick)
             mean = self.layers[place].release(mean, cohort, own, rng)
             self.seen.foreign.extend(before.foreign())
-            self.seen.settled[cohort.round, place] = before.charged()
-            self.seen.released.setdefault(cohort.round, {})[place] = mean
-        self.seen.broadcasts[cohort.round] = dict(state.broadcast)
+            self.seen.unseeded |= before.unseeded(place)
+            self.seen.settled[self.seen.round, place] = before.charged()
+            self.seen.released.setdefault(self.seen.round, {})[place] = mean
+        self.seen.broadcasts[self.seen.round] = dict(state.broadcast)
         return mean
 
     def __repr__(self) -> str:
@@ -205,14 +218,14 @@ class _InPlaceOf:
 
 
 class ScriptedTrainer(_InPlaceOf):
-    """Goes through a whole round but returns an update that was chosen beforehand."""
+    """Goes through a whole round but returns an update that was chosen beforehand, by the rounds that were `seen`."""
 
-    def __init__(self, trainer: SiteTrainer, script: Script) -> None:
+    def __init__(self, trainer: SiteTrainer, script: Script, seen: Rehearsal | None = None) -> None:
         super().__init__(trainer)
-        self.script = script
+        self.script, self.seen = script, seen
 
     def fit(self, kit: Kit, site: Site, state: ServerState, *, site_state: SiteState, seed: int) -> Update:
-        delta = dict(self.script(site.name, state.round))
+        delta = dict(self.script(site.name, state.round if self.seen is None else self.seen.round))
         norm = Update(site=site.name, delta=delta, weight=1.0).norm()
         return Update(site=site.name, delta=delta, weight=float(len(site.train)), steps=1, buffers=state.buffers,
                       metrics={"loss": 1 / (1 + norm) if math.isfinite(norm) else 0.5})
@@ -247,7 +260,7 @@ class StandingStrategy(_InPlaceOf):
         return [site for site in sites if site.name not in self.absent]
 
     def step(self, state: ServerState, mean: Update) -> ServerState:
-        self.seen.moved[state.round] = mean
+        self.seen.moved[self.seen.round] = mean
         return replace(state, round=state.round + 1)
 
 
@@ -282,8 +295,7 @@ class Recorder(Local):
         self.seen = seen
 
     def train(self, task: SiteTask, state: ServerState, cohort: Sequence[Site], states: SiteStates) -> Iterator[Answer]:
-        self.seen.round = state.round
-        sent = self.seen.sent.setdefault(state.round, {})
+        sent = self.seen.sent.setdefault(self.seen.round, {})
         if self.seen.quick:  # the recipe of its parts is not asked for in every run
             task = replace(task, identity=dict.fromkeys(("trainer", "strategy", "privacy", "aggregation"), "rehearsal"))
         for answer in super().train(task, state, cohort, states):

@@ -13,7 +13,7 @@ from fedlab.core.types import Round, ServerState, Update
 from fedlab.core.weights import weights_sha256
 from fedlab.privacy.noise.streams import noise_generator
 from fedlab.run.arrivals import Arrivals, Void
-from fedlab.run.server_ledger import server_ledger
+from fedlab.run.server_ledger import server_ledger, stated
 from fedlab.strategies.averaging import TooFewUpdates
 
 __all__ = ["Star", "Workflow", "one_round", "star", "with_buffers"]
@@ -79,7 +79,7 @@ def _release(run: Run, mean: Update, arrivals: Arrivals, state: ServerState) -> 
     rng = noise_generator(run.seed, "release", state.round, known := weights_sha256(mean.delta))
     with server_ledger(run, state, known):
         out = run.privacy.release(mean, arrivals.took_part, state.of("privacy"), rng)
-    arrivals.charge(out.spent)
+    arrivals.charge(stated(out.spent, state))
     return out
 
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fedlab.core.errors import PrivacyError
 from fedlab.core.protocols import Run
-from fedlab.core.types import ServerState
+from fedlab.core.types import ServerState, Spent
 from fedlab.privacy.accounting.ledger import Ledger
 from fedlab.run.local import with_ledger
 
-__all__ = ["SERVER", "server_ledger"]
+__all__ = ["SERVER", "server_ledger", "stated"]
 
 #: The server among the sites: no site may have this name.
 SERVER = "server"
@@ -41,6 +42,23 @@ def server_ledger(run: Run, state: ServerState, mean_sha256: str) -> Iterator[No
         yield
         if not Ledger(state).releases():  # nothing at the server is accounted for
             state.ledger.clear()
+
+
+def stated(spent: tuple[Spent, ...], state: ServerState) -> tuple[Spent, ...]:
+    """What release() states as spent at the server, if it follows from the server's ledger.
+
+    Raises:
+        PrivacyError: it states less, something else, or what no ledger holds.
+    """
+    known = {one.unit: one for one in (Ledger(state).spent() if state.ledger else ())}
+    for one in spent:
+        proven = known.get(one.unit)
+        if proven is None or one._replace(epsilon=0.0) != proven._replace(epsilon=0.0) or not (
+                one.epsilon >= proven.epsilon * (1 - 1e-9)):
+            raise PrivacyError(f"release() states {one} as spent, but by the server's ledger it is "
+                               f"{proven or 'nothing'}; charge Ledger(state) of the state that release() is given, and "
+                               "state dataclasses.replace(mean, spent=ledger.spent())")
+    return spent
 
 
 def _store(engine: Any) -> Any:

@@ -22,6 +22,7 @@ from fedlab.privacy.base import Privacy, technique_at
 from fedlab.privacy.noise.streams import noise_generator, noise_stream
 from fedlab.run.recipe import Json, patients_sha256, recipe_sha256, sha256_of
 from fedlab.run.site_errors import as_site_error
+from fedlab.run.under_guarantee import under_guarantee
 from fedlab.strategies.averaging import FedAvg
 from fedlab.training.trainer import SiteTrainer
 
@@ -128,7 +129,7 @@ class SiteTask:
             if ledger:
                 ledger = Ledger(site_state)
                 ledger.bind(trained)
-                update = _with_spent(update, ledger, privacy, self.aggregation)
+                update = under_guarantee(update, state.params, ledger, [privacy, self.aggregation])
             site_state.updates += 1
 
             work.stage = "remember"
@@ -163,17 +164,6 @@ class SiteTask:
         stream = noise_stream(self.seed, site.name, state.round, weights_sha256(state.params),
                               weights_sha256(remembered), known, patients_sha256(site.train))
         return Ledger.open(site_state, site=site.name, round=state.round, stream=str(stream)), stream
-
-
-def _with_spent(update: Update, ledger: Ledger, privacy: Privacy, aggregation: Aggregation) -> Update:
-    """The update with the privacy spent; numbers that no guarantee covers, such as the loss, stay at the site."""
-    for part in (privacy, aggregation):
-        unpaid = sorted(unit for unit in part.units if not ledger.charged(unit))  # type: ignore[arg-type]
-        if unpaid:
-            raise PrivacyError(f"{part!r} promises a guarantee per {' and per '.join(unpaid)} but entered nothing into "
-                               "the ledger; charge it in equip() or protect()")
-    metrics = {name: value for name, value in update.metrics.items() if name in privacy.sends}
-    return replace(update, spent=ledger.spent(), metrics=metrics)
 
 
 def _check_namespaces(site_state: SiteState) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mistakes import RIGHT, WRONG
+from unseen_mistakes import NAMED
 
 from cohorts import TinyNet, blob_patient
 from fedlab.checks.check_report import CheckReport
@@ -34,6 +35,12 @@ def small(technique: Privacy) -> CheckReport:
 def test_a_mistake_is_found(technique):
     report = small(technique)
     assert report.failed, str(report)
+
+
+@pytest.mark.parametrize(("technique", "check"), NAMED, ids=repr)
+def test_a_mistake_is_named(technique, check):
+    report = small(technique)
+    assert report.failed == (check,), str(report)
 
 
 @pytest.mark.parametrize("technique", RIGHT[1::PART], ids=repr)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
-from mistakes import ONE, PATIENT, Gauss, HandMade, Server, dp, with_delta
+from mistakes import ONE, PATIENT, SRV, Gauss, HandMade, Server, dp, with_delta
 
-from fedlab.privacy.accounting.ledger import Concentrated, Ledger, Pure
+from fedlab.core.errors import PrivacyBudgetExhausted
+from fedlab.privacy.accounting.ledger import Concentrated, Gaussian, Ledger, Pure
+from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.clipping import clip_update
 from fedlab.privacy.dp.dpsgd import DPSGD, PatientBatches
 from fedlab.privacy.dp.gradients import per_patient
@@ -406,6 +409,161 @@ class WeightIsDrawn(DPSGD):
         return replace(update, weight=1.0 + float(state.own["drawn"]))
 
 
+# What is claimed, beside the noise itself.
+
+
+class SaysItNeverRepeats(Gauss):
+    """Enters noise of the run's seed as noise that no seed repeats."""
+
+    def charge(self, state, update):
+        Ledger(state).charge(Gaussian(noise_multiplier=self.noise_multiplier / 2), terms=ONE,
+                             max_epsilon=self.max_epsilon, repeatable=False)
+
+
+class BudgetOfOneRound(Gauss):
+    """Compares the ε of this round alone with the budget."""
+
+    def charge(self, state, update):
+        release = Gaussian(noise_multiplier=self.noise_multiplier / 2)
+        if self.max_epsilon is not None and ONE.spent([release]).epsilon > self.max_epsilon:
+            raise PrivacyBudgetExhausted("a round costs more than the budget")
+        Ledger(state).charge(release, terms=ONE)
+
+
+class DeltaOfOneHalf(Gauss):
+    """A guarantee that may fail for one site of two."""
+
+    def charge(self, state, update):
+        Ledger(state).charge(Gaussian(noise_multiplier=self.noise_multiplier / 2), terms=replace(ONE, delta=0.5),
+                             max_epsilon=self.max_epsilon)
+
+
+class Substitutes(Gauss):
+    """Charges for updates that are one clip apart, and calls it the substitution of a site."""
+
+    def charge(self, state, update):
+        Ledger(state).charge(Gaussian(noise_multiplier=self.noise_multiplier), max_epsilon=self.max_epsilon,
+                             terms=replace(ONE, adjacency="substitute the data of one site"))
+
+
+class SubstitutesPatient(HandMade):
+    """Charges for one patient removed, and calls it the replacement of one."""
+
+    def charge(self, state, kit):
+        Ledger(state).charge(Gaussian(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate,
+                                      steps=len(kit.loader)), terms=replace(PATIENT, adjacency="replace one patient"),
+                             max_epsilon=self.max_epsilon)
+
+
+class PatientsAsSite(HandMade):
+    """DP-SGD against one patient, charged as if it hid the whole site."""
+
+    units = frozenset({"site"})
+
+    def charge(self, state, kit):
+        Ledger(state).charge(Gaussian(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate,
+                                      steps=len(kit.loader)), terms=ONE, max_epsilon=self.max_epsilon)
+
+
+class ServerStatesTheRound(Server):
+    """States the ε of this round alone as what is spent."""
+
+    def charge(self, state, cohort):
+        super().charge(state, cohort)
+        return (SRV.spent([Gaussian(noise_multiplier=self.noise_multiplier, sample_rate=cohort.sample)]),)
+
+
+# Later, and elsewhere.
+
+
+class NoNoiseAfterTenRounds(Gauss):
+    """Noise in the first ten rounds only, "until the model has settled"."""
+
+    def protect(self, update, state, rng):
+        self.charge(state, update)
+        return self.noisy(self.clipped(update), rng) if state.round < 10 else self.clipped(update)
+
+
+class LargerClipLater(DPSGD):
+    """Doubles the clip after the first round, but not the noise."""
+
+    def equip(self, kit, site, state):
+        kit = super().equip(kit, site, state)
+        if state.round > 0:
+            kit.optimiser.max_grad_norm *= 2
+            kit.optimiser.noise_multiplier /= 2
+        return kit
+
+
+class TakesNoiseOffAtServer(Gauss):
+    """Remembers each site's noise in the class, and subtracts it from the mean at the server."""
+
+    drawn: ClassVar[dict] = {}
+
+    def noisy(self, update, rng):
+        out = super().noisy(update, rng)
+        self.drawn[update.site] = {n: t - update.delta[n] for n, t in out.delta.items()}
+        return out
+
+    def release(self, mean, cohort, state, rng):
+        return with_delta(mean, lambda n, t: t - sum(self.drawn[site][n] for site in cohort.arrived) / len(cohort))
+
+
+class AddsImageMean(Gauss):
+    """Adds the mean of the site's scans to the noisy update, to correct for the scanner."""
+
+    def equip(self, kit, site, state):
+        state.own["mean"] = torch.stack([p.image.float().mean() for p in site.train]).mean()
+        return kit
+
+    def protect(self, update, state, rng):
+        return super().protect(update, state, rng).map(lambda t: t + state.own["mean"])
+
+
+class Reads(Privacy):
+    """Adds what it reads of a site's patients before training to the last tensor, after DP-SGD."""
+
+    def read(self, site):
+        raise NotImplementedError
+
+    def equip(self, kit, site, state):
+        state.own["read"] = torch.as_tensor(self.read(site), dtype=torch.float32)
+        return kit
+
+    def protect(self, update, state, rng):
+        last = list(update.delta)[-1]
+        return with_delta(update, lambda n, t: t + state.own["read"] if n == last else t)
+
+
+class ReadsLastPatient(Reads):
+    def read(self, site):
+        return site.train[len(site.train) - 1].image.float().mean()
+
+
+class ReadsTumours(Reads):
+    def read(self, site):
+        return 10 * torch.stack([(p.label > 0).float().mean() for p in site.train]).mean()
+
+
+class ReadsSpacing(Reads):
+    def read(self, site):
+        return sum(float(p.affine[0, 0]) for p in site.train) / len(site.train)
+
+
+class ReadsHeldOut(Reads):
+    def read(self, site):
+        return torch.stack([p.image.float().mean() for p in site.val]).mean() if len(site.val) else 0.0
+
+
+class StepsOfBrightScans(DPSGD):
+    """Takes one step more where a scan is bright."""
+
+    def equip(self, kit, site, state):
+        kit = super().equip(kit, site, state)
+        kit.loader.steps += int(max(float(p.image.abs().max()) for p in site.train) > 100)
+        return kit
+
+
 CENTRAL = dict(clip=1.0, noise_multiplier=1.0, delta=1e-3)
 
 WRONG = [
@@ -418,4 +576,15 @@ WRONG = [
     ServerCountsClipped(), ServerSkipsFirstTensor(),
     SetsPrior(), dp(PlainWarmUp), RawPreconditioner(), OneDrawPerRound(), AlwaysTheBrightest(), StepOfItsLoss(),
     CropsAreRecords(), LeavesOutOutliers(), MedianClip(), NoiseDecaysInTheRound(), dp(WeightIsDrawn),
+]
+
+#: Each with the check that names the mistake.
+NAMED = [
+    (SaysItNeverRepeats(), "determinism"), (BudgetOfOneRound(), "budget"), (DeltaOfOneHalf(), "ledger"),
+    (ServerStatesTheRound(), "ledger"), (Substitutes(), "sensitivity"), (SubstitutesPatient(), "sensitivity"),
+    (PatientsAsSite(), "sensitivity"), (NoNoiseAfterTenRounds(), "noise"), (dp(LargerClipLater), "sensitivity"),
+    (TakesNoiseOffAtServer(), "sensitivity"), (AddsImageMean(), "sensitivity"),
+    (dp(DPSGD) + ReadsLastPatient(), "sensitivity"), (dp(DPSGD) + ReadsTumours(), "sensitivity"),
+    (dp(DPSGD) + ReadsSpacing(), "sensitivity"), (dp(DPSGD) + ReadsHeldOut(), "sensitivity"),
+    (dp(StepsOfBrightScans), "beside the update"),
 ]

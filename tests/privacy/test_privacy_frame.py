@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -284,3 +285,52 @@ def test_an_aggregation_is_no_technique():
             make()
     with pytest.raises(ValueError, match="privacy="):
         make_run(trainer(), blob_sites(), aggregation=Noise())
+
+
+def test_under_a_guarantee_nothing_leaves_beside_values():
+    class Kept(Noise):
+        """Noise on tensors of one dimension; the others times 0, which leaves -0.0 where the update was negative."""
+
+        def protect(self, update, state, rng):
+            out = super().protect(update, state, rng)
+            delta = {name: torch.stack([update.delta[name], noisy])[1] if noisy.dim() < 2 else update.delta[name] * 0
+                     for name, noisy in reversed(out.delta.items())}
+            delta[next(iter(delta))].raw = update
+            assert any(bool(torch.signbit(t).any()) for t in delta.values() if t.dim() > 1)
+            return replace(out, delta=delta)
+
+    class Sees(FedAvg):
+        def combine(self, updates):
+            seen.extend(updates := list(updates))
+            return super().combine(updates)
+
+    seen, model = [], trainer()
+    next(each_round(model, blob_sites(), privacy=Kept(), strategy=Sees()))
+    for update in seen:
+        assert list(update.delta) == list(model.initial())
+        for t in update.delta.values():
+            assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
+            assert t.is_contiguous() and not vars(t) and (t.dim() < 2 or not torch.signbit(t).any())
+
+
+class AtServer(Privacy):
+    """Noise at the server, which states as spent what `says` makes of the ledger's statement."""
+
+    says = staticmethod(lambda spent: spent)
+
+    def release(self, mean, cohort, state, rng):
+        ledger = Ledger(state)
+        ledger.charge(STEP, terms=TERMS)
+        return replace(mean, spent=self.says(ledger.spent()))
+
+
+def test_the_server_states_what_its_ledger_holds_or_the_round_ends():
+    assert federate(trainer(), blob_sites(), privacy=AtServer(), rounds=2, progress=False).spent()[
+        "epsilon"].max() == epsilon_of([STEP] * 2, delta=1e-2)
+    for says, expected in ((lambda spent: tuple(s._replace(epsilon=s.epsilon / 2) for s in spent), "ledger it is ε"),
+                           (lambda spent: (TERMS.spent([STEP]),), "ledger it is ε"),  # one round, without the remark
+                           (lambda spent: tuple(s._replace(unit="patient") for s in spent), "ledger it is nothing")):
+        technique = AtServer()
+        technique.says = says
+        with pytest.raises(PrivacyError, match=expected):
+            federate(trainer(), blob_sites(), privacy=technique, rounds=2, progress=False)
