@@ -587,6 +587,24 @@ def test_a_known_folder_is_left_out_whatever_its_name() -> None:
 TERMS = Terms(unit="site", delta=0.1, adjacency="any two updates of a site")
 
 
+def test_a_budget_compares_the_largest_delta_of_a_plan() -> None:
+    policy = SitePolicy(budgets={"site": Budget(epsilon=9.0, delta=0.1)})
+    parts = [LocalGaussian(clip=1.0, noise_multiplier=8.0, delta=0.05), SVT_]
+    for one, other in (parts, parts[::-1]):
+        policy.check_plan(plan_of(), one + other, Aggregation(), site=SITE.name)
+        with pytest.raises(PrivacyError, match=r"at δ of at most 0\.09, the plan has 0\.1"):
+            replace(policy, budgets={"site": Budget(epsilon=9.0, delta=0.09)}).check_plan(
+                plan_of(), one + other, Aggregation(), site=SITE.name)
+
+
+def test_a_budget_is_not_compared_with_an_epsilon_at_a_larger_delta() -> None:
+    ledger = Ledger.open(SiteState(), site=SITE.name, round=0, stream="a")
+    ledger.charge(Gaussian(noise_multiplier=8.0), terms=TERMS)
+    SitePolicy(budgets={"site": Budget(epsilon=9.0, delta=0.1)}).check_spent(ledger)
+    with pytest.raises(PrivacyError, match="not charged per site for this round at such a δ"):
+        SitePolicy(budgets={"site": Budget(epsilon=9.0, delta=0.09)}).check_spent(ledger)
+
+
 def private_plan(**more: Any) -> Plan:
     return plan_of(privacy=LocalGaussian(clip=1.0, noise_multiplier=8.0, delta=0.1), **more)
 

@@ -64,6 +64,13 @@ def test_gdp_refuses_sampled_records():
         epsilon_of([STEP], delta=1e-3, accountant="gdp")
 
 
+@pytest.mark.parametrize("accountant", ["gdp", "prv"])
+def test_beside_exact_noise_pure_releases_add_to_epsilon(accountant):
+    exact = 4.3767  # of noise 1 at δ = 1e-5 (Balle and Wang 2018)
+    found = epsilon_of([Gaussian(noise_multiplier=1.0), Pure(epsilon=0.2, times=2)], delta=1e-5, accountant=accountant)
+    assert found == pytest.approx(exact + 0.4, abs=1e-3)
+
+
 def test_pure_releases_add_up_or_less():
     assert epsilon_of([Pure(epsilon=0.5, times=2)], delta=1e-6) == pytest.approx(1.0)
     many = epsilon_of([Pure(epsilon=0.01, times=10_000)], delta=1e-6)
@@ -112,6 +119,35 @@ def test_a_budget_is_not_exceeded():
     with pytest.raises(PrivacyBudgetExhausted, match="this release would make it"):
         ledger.charge(STEP, terms=PATIENT, max_epsilon=limit)
     assert Ledger(state).spent()[0].epsilon == limit
+
+
+def test_what_a_round_released_before_it_was_run_again_counts_and_stays():
+    state, other = SiteState(), Gaussian(noise_multiplier=2.0)
+    opened(state).charge(STEP, terms=PATIENT)
+    again, both = opened(state), epsilon_of([STEP, other], delta=1e-3)
+    with pytest.raises(PrivacyBudgetExhausted, match="this release would make it"):
+        again.charge(other, terms=PATIENT, max_epsilon=0.999 * both)
+    opened(state).close(in_file=False)  # it released nothing this time
+    assert Ledger(state).releases() == [STEP]
+    opened(state).charge(other, terms=PATIENT, max_epsilon=both)
+    assert Ledger(state).spent()[0].epsilon == both
+
+
+def test_one_seeded_release_makes_a_round_seeded():
+    for order in ((True, False), (False, True)):
+        ledger = opened(SiteState())
+        for repeatable in order:
+            ledger.charge(STEP, terms=PATIENT, repeatable=repeatable)
+        assert ledger.seeded and ledger.spent()[0].repeats
+    assert not opened(SiteState()).seeded
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_merged_ledger_is_in_a_file_if_either_was(which):
+    ledgers = opened(SiteState()), opened(SiteState())
+    ledgers[which].close(in_file=True)
+    ledgers[0].merge(ledgers[1])
+    assert ledgers[0].note()["in_file"]
 
 
 def test_units_are_kept_apart_and_terms_may_not_differ():

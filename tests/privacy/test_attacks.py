@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from fedlab.privacy import (
     epsilon_of,
     noise_multiplier_for,
 )
+from fedlab.privacy.accounting.ledger import PATIENT_ZEROED, check_statement
 from fedlab.privacy.aggregation import shown_sha256
 from fedlab.privacy.base import technique_at
 from fedlab.privacy.noise.streams import noise_generator, noise_stream
@@ -246,6 +247,16 @@ def test_an_update_that_is_turned_away_has_left_its_site_and_counts():
     assert history.guarantee() != "no formal guarantee"
 
 
+def test_an_update_of_eight_steps_states_more_than_seven_cost():
+    technique = DPSGD(clip=1.0, noise_multiplier=2.0, sample_rate=0.5, delta=1e-2)
+    seven, eight = (epsilon_of([Gaussian(noise_multiplier=2.0, sample_rate=0.5, steps=n)], delta=1e-2) for n in (7, 8))
+    for epsilon in (seven, eight):
+        update = Update(site="site-1", delta={}, weight=2.0, steps=8,
+                        spent=(Spent(epsilon, 1e-2, "patient", "rdp", PATIENT_ZEROED, repeats=True),))
+        with nullcontext() if epsilon == eight else pytest.raises(PrivacyError, match="under DPSGD"):
+            check_statement(update, [technique])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Says(Fault):
     """A site whose software states something else as spent."""
@@ -372,6 +383,13 @@ def test_a_noise_stream_has_more_seeds_than_can_be_tried():
     apart = torch.corrcoef(table) - torch.eye(len(streams))
     assert float(apart.abs().max()) < 6 / 1000**0.5  # of 1485 pairs; probability 3e-6
     assert stats.kstest(table.flatten().numpy(), "norm").pvalue > 1e-6
+
+
+def test_streams_whose_names_run_together_are_apart():
+    """Site "a1" in round 2 and site "a" in round 12, or one seed and another."""
+    names = [(1, "a1", 2), (1, "a", 12), (1, "a12"), (11, "a", 2), (1, "1a", 2)]
+    assert len({noise_stream(*name) for name in names}) == len(names)
+    assert len({float(torch.randn(1, generator=noise_generator(*name))) for name in names}) == len(names)
 
 
 class DoesNotRepeat(SiteTrainer):

@@ -159,6 +159,32 @@ def test_patients_are_drawn_independently_with_the_stated_probability():
     assert abs(float((taken.sum(dim=1) == 0).double().mean()) - nobody) < 4.5 * (nobody / steps) ** 0.5
 
 
+class Croppings(Numbered):
+    """Patients whose every crop is another one."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def __getitem__(self, k):
+        self.taken += 1
+        return torch.tensor([float(self.taken)]), torch.tensor([float(self.taken)])
+
+
+def test_the_crops_of_a_patient_are_drawn_one_by_one():
+    [(image, target)] = PatientBatches(Croppings(), sample_rate=1.0, steps=1, crops=3, rng=None)
+    assert image.flatten().tolist() == target.flatten().tolist() == list(range(1, 22))  # 7 patients, 3 crops of each
+
+
+@pytest.mark.parametrize("gradients", ["backward", "hooks", "functorch"])
+def test_dropout_leaves_out_other_parts_for_each_patient(gradients):
+    image, target = batch_of(blob_sites((1,)))
+    kit = equipped(DPSGD(clip=1.0, noise_multiplier=1.0, gradients=gradients, **ALL), blob_sites((1,))[0])
+    kit.model = torch.nn.Sequential(torch.nn.Dropout(0.5), kit.model).train()
+    same = image.repeat(2, 1, 1, 1, 1, 1), target.repeat(2, 1, 1, 1, 1, 1)
+    first = torch.cat([found.gradients[0] for found in per_patient(kit, *same, gradients)])
+    assert len(first) == 2 and not torch.allclose(first[0], first[1], rtol=1e-3)
+
+
 def test_drawing_from_the_operating_system_has_the_stated_probability():
     sizes = [len(image) for image, _ in PatientBatches(Numbered(), sample_rate=0.3, steps=3000, rng=None)]
     assert abs(sum(sizes) / 21000 - 0.3) < 6 * (0.21 / 21000) ** 0.5  # unseeded: p < 2e-9

@@ -388,6 +388,13 @@ def test_a_copy_in_memory_of_a_ledger_in_a_file_is_not_charged_alone(tmp_path):
     assert LedgerFile(tmp_path, site.name).path.read_bytes() == before
 
 
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_ledger_says_whether_the_noise_of_statistics_repeats(tmp_path, repeats):
+    LedgerFile(tmp_path, "a").charging(delta=1e-3)(Spent(0.5, 0.0, "patient", "rdp", PATIENT_ZEROED, repeats=repeats))
+    [spent] = LedgerFile(tmp_path, "a").read().spent()
+    assert spent.repeats is repeats and LedgerFile(tmp_path, "a").read().releases() == [Pure(epsilon=0.5)]
+
+
 def test_statistics_and_training_that_cannot_be_added_up_are_refused(tmp_path):
     site = blob_sites((4,))[0]
     site_statistics(site, domain=FEW, epsilon=0.5, charge=LedgerFile(tmp_path, site.name).charging(delta=1e-3))

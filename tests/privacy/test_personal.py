@@ -117,6 +117,24 @@ def test_personal_layers_are_trained_privately_with_dp_sgd():
     assert "per patient" in history.guarantee()
 
 
+def test_the_kept_head_is_a_copy_of_the_one_that_was_trained():
+    one, site, state = trainer(), blob_sites((1,))[0], SiteState(owner="privacy")
+    kit = HEAD.equip(one.prepare(site, FedAvg().begin(one.initial()), site_state=state.of("optimiser"), seed=0), site,
+                     state)
+    kit.close()
+    wanted = kit.model.last.weight.detach().clone()
+    with torch.no_grad():
+        kit.model.last.weight.zero_()  # another site trains the same network
+    assert head_of(state)["last.weight"].equal(wanted) and wanted.any()
+
+
+def test_an_update_that_was_encoded_before_keeps_its_length():
+    update = Update(site="a", delta={"first.weight": torch.ones(4), "last.weight": torch.ones(6)}, weight=1.0)
+    rng = torch.Generator()
+    assert HEAD.protect(update, SiteState(), rng).nbytes == 4 * 4
+    assert HEAD.protect(replace(update, encoded=7), SiteState(), rng).nbytes == 7
+
+
 def test_quantised_personal_layers_cost_a_scale_each():
     sent = Sent()
     federate(trainer(), blob_sites((1,)), rounds=1, privacy=HEAD + Quantise(bits=8) + sent, progress=False)

@@ -322,6 +322,46 @@ def test_keys_that_differ_from_site_to_site_are_noticed():
         sim.answer("receive", "x", {p: sealed[p]["x"] for p in "yz"})
 
 
+def test_mask_keys_that_differ_from_site_to_site_are_noticed():
+    """With its own mask key in the place of each peer's, towards one site, the server would know that site's masks."""
+    technique = SecureAggregation(sites=3, clip=1.0, threshold=3)
+    sim = Sim(technique, dict.fromkeys("xyz", torch.ones(5)))
+    keys = {site: sim.answer("keys", site, {})["server"] for site in "xyz"}
+    forger = technique.answer("keys", "z", {}, SiteState())["server"]
+    forged = {peer: keys[peer][:32] + forger[32:64] + keys[peer][64:] for peer in "yz"}  # between two other keys
+    sealed = {site: sim.answer("shares", site, keys | (forged if site == "x" else {})) for site in "xyz"}
+    for site, peers in (("x", "yz"), ("y", "xz")):
+        with pytest.raises(PrivacyError, match="changed on its way"):
+            sim.answer("receive", site, {p: sealed[p][site] for p in peers})
+
+
+def test_sites_with_other_members_reveal_nothing():
+    """One site was handed no share of a peer that dropped out, so that it takes the others alone for members."""
+    sim = Sim(SecureAggregation(sites=4, clip=1.0, threshold=3), dict.fromkeys("wxyz", torch.ones(5)))
+    keys = {site: sim.answer("keys", site, {})["server"] for site in "wxyz"}
+    sealed = {site: sim.answer("shares", site, keys) for site in "wxyz"}
+    for site in "xyz":
+        withheld = {site, "w"} if site == "x" else {site}
+        sim.answer("receive", site, {p: sealed[p][site] for p in "wxyz" if p not in withheld})
+        sim.technique.mask(update(site, torch.ones(5)), sim.states[site], torch.Generator())
+    words = {site: sim.answer("agree", site, {"server": b'["x", "y", "z"]'}) for site in "xyz"}
+    for site in "xyz":
+        with pytest.raises(PrivacyError, match="different lists of survivors"):
+            sim.answer("unmask", site, {p: words[p][site] for p in "xyz" if p != site})
+
+
+def test_a_site_helps_with_one_update_of_its_own_a_round():
+    """Of two sums of the same sites and round the difference would be the change of the one that trained again."""
+    values = dict.fromkeys("xyz", torch.full((5,), 0.1))
+    first = Sim(SecureAggregation(sites=3, clip=1.0, threshold=2), values)
+    wanted = flat(first.train().finish())
+    again, other = (Sim(first.technique, mine) for mine in (values, values | {"x": torch.zeros(5)}))
+    again.states = other.states = first.states
+    torch.testing.assert_close(flat(again.train().finish()), wanted, rtol=0, atol=0)
+    with pytest.raises(PrivacyError, match="x has helped to unmask another sum of round"):
+        other.train().finish()
+
+
 def test_what_is_no_mean_of_masked_updates_is_refused():
     for spoil in (lambda u: u.map(lambda t: t * 0.999), lambda u: u.map(lambda t: t + 0.25)):
         sim = Sim(SecureAggregation(sites=3, clip=1.0, threshold=2), dict.fromkeys("xyz", torch.ones(5))).train()

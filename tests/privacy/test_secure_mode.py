@@ -319,6 +319,9 @@ def test_noise_for_other_devices_is_drawn_here(monkeypatch):
     noise = [pure_noise(DPSGD(clip=0.2, noise_multiplier=1.5, **NOBODY), seed=3, steps=60).flatten() for _ in range(2)]
     assert made[0].optimiser.noise_multiplier == 0 and torch.equal(*noise)
     assert abs(float((noise[0] / 1.5).square().mean()) - 1) < 5 * (2 / noise[0].numel()) ** 0.5
+    beside_bits = DPSGD(clip=AdaptiveClip(start=0.2, bit_noise=1.0, lr=1e-16), noise_multiplier=1.5, **NOBODY)
+    more = pure_noise(beside_bits, seed=3, steps=60).flatten() / 2.2678  # (1.5⁻² - 2⁻²)^(-1/2)
+    assert abs(float(more.square().mean()) - 1) < 5 * (2 / more.numel()) ** 0.5
     one = torch.zeros(4, requires_grad=True)
     add_normal([one], 2.0, noise_generator(7, "noise"))
     assert torch.equal(one.grad, (2 * standard_normal((4,), noise_generator(7, "noise"))).float())

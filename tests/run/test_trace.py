@@ -7,6 +7,7 @@ import hashlib
 import json
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from fedlab.privacy.dp.site_level import LocalGaussian
 from fedlab.run.admission import Admission
 from fedlab.run.federate import federate
 from fedlab.run.local import Local
-from fedlab.run.trace import verify
+from fedlab.run.trace import model_sha256, verify
 from fedlab.topologies.gossip import Gossip
 from trainers import trainer
 
@@ -287,3 +288,8 @@ def test_the_command_says_what_it_found(done, copy, capsys):
     assert run(copy) == 1 and "cut off" in capsys.readouterr().out
     with pytest.raises(RunError, match="there is no trace"):
         run(copy.parent / "nowhere")
+
+
+def test_models_of_sites_that_are_exchanged_are_another_model():
+    one, other = {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}
+    assert model_sha256(one, {"a": one, "b": other}) != model_sha256(one, {"a": other, "b": one})

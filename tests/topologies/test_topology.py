@@ -24,6 +24,7 @@ from fedlab.run.federate import each_round, federate
 from fedlab.run.round import Star, star
 from fedlab.strategies.averaging import FedAvg
 from fedlab.topologies.buffered import Buffered
+from fedlab.topologies.combining import combined
 from fedlab.topologies.cyclic import Ring, ring
 from fedlab.topologies.gossip import Gossip
 from fedlab.topologies.tree import Tree
@@ -153,6 +154,13 @@ def test_a_buffer_by_hand():
     assert topology.metrics(second) == {"staleness": 1, "clock": 1.5}
     assert third.params["w"].item() == pytest.approx(second.params["w"].item() - 1.5 / 2**0.5)
     assert third.models["mainz"]["w"].item() == 8  # still at work on what it was first given
+
+
+def test_models_are_mixed_by_weight_and_counts_in_them_by_the_largest():
+    models = {"a": {"w": torch.tensor(1.0), "n": torch.tensor(5)}, "b": {"w": torch.tensor(3.0), "n": torch.tensor(3)}}
+    for order in ("ab", "ba"):
+        mixed = combined({name: {"a": 0.25, "b": 0.75}[name] for name in order}, models)
+        assert (mixed["w"].item(), mixed["n"].item()) == (2.5, 5)
 
 
 def test_a_full_buffer_of_equal_sites_is_the_star():

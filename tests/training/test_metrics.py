@@ -374,6 +374,19 @@ def test_threshold_dice_finds_dark_tumours_and_values_beyond_the_range():
     assert threshold_dice([healthy]).dice == 1.0  # nothing marked, nothing there
 
 
+def test_the_oracle_of_threshold_dice_keeps_one_direction_for_all_patients():
+    """A bright and a dark tumour of 8 of 64 voxels: the wrong way round all voxels are taken, 2 · 8 / (64 + 8)."""
+    label = torch.zeros(4, 4, 4, dtype=torch.uint8)
+    label[:2, :2, :2] = 1
+    cases = []
+    for name, value in (("bright", 3.0), ("dark", -1.0)):
+        image = torch.ones(4, 4, 4, 4)
+        image[3][label > 0] = value
+        cases.append(Patient(id=name, image=image.half(), label=label, affine=np.eye(4)))
+    got = threshold_dice(cases)
+    assert (got.dice, got.oracle_dice) == pytest.approx((0.5, (1 + 2 / 9) / 2))
+
+
 def test_threshold_dice_is_fast():
     cases = [Patient(id=str(i), image=torch.randn(4, 64, 64, 64).half(), affine=np.eye(4),
                      label=torch.zeros(64, 64, 64, dtype=torch.uint8)) for i in range(6)]
