@@ -158,7 +158,8 @@ class Checkpoint:
             raise RunError(f"{folder} is damaged ({error}); remove the run's folder to start over") from error
 
     def _rounds(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("round-*") if p.is_dir() and p.suffix != ".part")
+        found = [p for p in self.folder.glob("round-*") if p.is_dir() and p.name[6:].isdigit()]
+        return sorted(found, key=lambda p: int(p.name[6:]))  # not by text: 10000 comes after 9999
 
 
 def _grouped(flat: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ from fedlab.core.errors import RunError
 from fedlab.core.types import Site
 from fedlab.core.weights import weights_sha256
 from fedlab.data.readers.folders import read_cohort
+from fedlab.run.checkpoint import Checkpoint
 from fedlab.run.federate import federate
 from fedlab.training.defaults import DiceBCE, augmentation
 from folders import write_patient
@@ -170,3 +171,13 @@ def test_a_schedule_of_a_notebook_survives_a_restart_of_its_kernel(tmp_path):
     resumed = kernel(3, "<ipython-input-1>", tmp_path / "run")
     assert resumed == kernel(3, "<ipython-input-2>") and resumed[0] == "3"
     assert len(resumed[1]) == len(weights_sha256({}))
+
+
+def test_round_ten_thousand_is_later_than_the_one_before_it(tmp_path):
+    """Both are there if a run is killed after it has written the one and before it has removed the other."""
+    for rounds in (1, 2):
+        federate(trainer(), blob_sites(), rounds=rounds, progress=False, checkpoint=tmp_path / str(rounds))
+    kept = tmp_path / "2"
+    (kept / "round-0002").rename(kept / "round-10000")
+    (tmp_path / "1" / "round-0001").rename(kept / "round-9999")
+    assert len(Checkpoint(kept).records()) == 2
