@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 import fedlab as fl
@@ -34,6 +35,8 @@ def cohorts(source: Phantoms, seeds: int) -> list[Sequence[fl.Site]]:
 def section(found: fl.evidence.Evidence, options: argparse.Namespace) -> str:
     """The tables and the figure of docs/evidence.md."""
     table = found.table()
+    drawn = [name for name in found.techniques if name != "start"]
+    table.index = pd.Index([f"{drawn.index(name) + 1} {name}" if name in drawn else name for name in table.index])
     costs = ["Dice", "minus none", "minus start", "gain kept", "proven ε", "MB per site and round", "seconds"]
 
     def lines(columns: Sequence[str]) -> str:
@@ -49,8 +52,9 @@ def section(found: fl.evidence.Evidence, options: argparse.Namespace) -> str:
              "[The whole page](../benchmarks/results/evidence.html) has the guarantees in full.")
     picture = ("![Dice and the advantage of attackers against the proven ε of each technique]"
                "(../benchmarks/results/evidence.svg)")
-    return "\n\n".join([fill(about), picture, "What each technique costs and proves:", lines(costs),
-                        "What attackers reach:", lines([column for column in table if column not in costs])])
+    return "\n\n".join([
+        fill(about), picture, "What each technique costs and proves, with its number in the figure:", lines(costs),
+        "What attackers reach:", lines([str(column) for column in table if column not in costs])])
 
 
 def main() -> None:

@@ -123,8 +123,8 @@ class Evidence:
         return filled_in(
             "fedlab.evidence", "evidence.svg", left=_LEFT, strip=_STRIP, right=_RIGHT, panels=_PANELS, marks=marks,
             dice=dice.ticks(), leak=leak.ticks(), start=dice(self["start"].dice.value), chance=leak(0.0),
-            epsilons=[(f"{10.0**k:g}", _LEFT + 20 + (_STRIP - _LEFT - 60) * (k - low) / (high - low))
-                      for k in range(low, high + 1)] if proven else [],
+            epsilons=[(_power(k), _LEFT + 20 + (_STRIP - _LEFT - 60) * (k - low) / (high - low))
+                      for k in range(low, high + 1, 1 + (high - low) // 9)] if proven else [],
             points=[{"number": number, "name": name, "x": round(places[name], 1), "y": dice(intervals[name].value),
                      "low": dice(intervals[name].low), "high": dice(intervals[name].high)}
                     for number, name in enumerate(drawn, 1)],
@@ -208,6 +208,12 @@ def _of(one: Difference | None, form: str = "{:+.3f}") -> str:
         return "–"
     interval = (f" ({form} to {form}; " if math.isfinite(one.low) else " (no interval; ").format(one.low, one.high)
     return f"{form.format(one.value)}{interval}n = {one.patients})"
+
+
+def _power(exponent: int) -> str:
+    """A power of ten on an axis: "0.1", "10", "10⁶"."""
+    superscript = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{10.0**exponent:g}" if abs(exponent) < 4 else f"10{superscript}"
 
 
 def _beside_chance(found: Finding) -> str:
