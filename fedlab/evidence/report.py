@@ -110,6 +110,8 @@ class Evidence:
         places = {name: _STRIP + (_RIGHT - _STRIP) * (bare.index(name) + 0.5) / len(bare) if name in bare else
                   _LEFT + 20 + (_STRIP - _LEFT - 60) * (math.log10(self[name].epsilon) - low) / (high - low)
                   for name in drawn}
+        # Of several points above one ε every second one has its number on the left.
+        left = {name for k, name in enumerate(drawn) if sum(places[one] == places[name] for one in drawn[:k]) % 2}
         intervals = {name: self[name].dice for name in drawn}
         ends = [value for one in [*intervals.values(), self["start"].dice]
                 for value in (one.value, one.low, one.high) if math.isfinite(value)]
@@ -125,8 +127,9 @@ class Evidence:
             dice=dice.ticks(), leak=leak.ticks(), start=dice(self["start"].dice.value), chance=leak(0.0),
             epsilons=[(_power(k), _LEFT + 20 + (_STRIP - _LEFT - 60) * (k - low) / (high - low))
                       for k in range(low, high + 1, 1 + (high - low) // 9)] if proven else [],
-            points=[{"number": number, "name": name, "x": round(places[name], 1), "y": dice(intervals[name].value),
-                     "low": dice(intervals[name].low), "high": dice(intervals[name].high)}
+            points=[{"number": number, "name": name, "left": name in left, "x": round(places[name], 1),
+                     "y": dice(intervals[name].value), "low": dice(intervals[name].low),
+                     "high": dice(intervals[name].high)}
                     for number, name in enumerate(drawn, 1)],
             leaks=[{"x": round(places[name] + 7 * (attacks.index(attack) - (len(attacks) - 1) / 2), 1),
                     "y": leak(value), "low": leak(least), "high": leak(most), "colour": marks[attack][0],
