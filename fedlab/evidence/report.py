@@ -110,8 +110,9 @@ class Evidence:
         places = {name: _STRIP + (_RIGHT - _STRIP) * (bare.index(name) + 0.5) / len(bare) if name in bare else
                   _LEFT + 20 + (_STRIP - _LEFT - 60) * (math.log10(self[name].epsilon) - low) / (high - low)
                   for name in drawn}
-        # Of several points above one ε every second one has its number on the left.
-        left = {name for k, name in enumerate(drawn) if sum(places[one] == places[name] for one in drawn[:k]) % 2}
+        # Of several points above about one ε every second one has its number on the left.
+        left = {name for k, name in enumerate(drawn)
+                if sum(abs(places[one] - places[name]) < 12 for one in drawn[:k]) % 2}
         intervals = {name: self[name].dice for name in drawn}
         ends = [value for one in [*intervals.values(), self["start"].dice]
                 for value in (one.value, one.low, one.high) if math.isfinite(value)]
