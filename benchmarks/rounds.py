@@ -80,7 +80,7 @@ def section(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
         gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["federated minus pooled"])
         start = {"collection": "public model", "random": "random weights"}[row["start"]]
         lines.append(f"| {start} | {row['rounds']} | {' | '.join(dice)} | {gap} | {row['ratio']:.3f} "
-                     f"| {row['minutes of training']['federated']:.0f} |")
+                     f"| {row['minutes of training']['federated']:.1f} |")
     about = ("`benchmarks/rounds.py` trains the federated and the pooled arm of `fedlab demo` with as many gradient "
              f"steps in both, on seeds {', '.join(map(str, seeds))}: eight sites and 51 training patients each. Mean "
              f"Dice of WT, TC and ET on {rows[0]['patients']} held-out patients with 95 % intervals, paired over "
