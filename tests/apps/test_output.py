@@ -250,7 +250,8 @@ def test_a_disk_that_cannot_be_written_is_named_with_the_remedy(
 ])
 def test_errors_name_the_options_of_the_command(demo: Path, scans: Path, tmp_path: Path, arguments: str, words: str,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    write_patient(tmp_path / "broken", "BraTS2021_00000")
+    for name in ("BraTS2021_00000", "BraTS2021_00001"):
+        write_patient(tmp_path / "broken", name)
     next((tmp_path / "broken").rglob("*_t2.nii.gz")).write_bytes(b"nothing")
     assert main(arguments.format(demo=demo, scans=scans, broken=tmp_path / "broken").split()) == 1
     said = capsys.readouterr().err
