@@ -157,9 +157,9 @@ async function start(root) {
     for (const [key, layer] of Object.entries(one.layers)) {
       const row = element("tr", body, { className: key === now.layer ? "now" : "" });
       element("th", row, { textContent: layer.name });
-      for (const { ml, dice } of layer.facts) {
-        element("td", row, { textContent: ml.toFixed(1) });
-        if (scored) element("td", row, { textContent: dice === null ? "–" : dice.toFixed(3) });
+      for (const { region, ml, dice } of layer.facts) {  // labels: where the page is narrow, the head is hidden
+        element("td", row, { textContent: ml.toFixed(1) }).dataset.label = `${region} [ml]`;
+        if (scored) element("td", row, { textContent: dice === null ? "–" : dice.toFixed(3) }).dataset.label = `${region} Dice`;
       }
     }
   }
