@@ -41,7 +41,7 @@ def arms(seed: int, starts: Sequence[Start]) -> dict[str, Arm]:
         for rounds in ROUNDS:
             job = Job(source=Phantoms(), start=start, rounds=rounds, seed=seed)
             found[name_of("federated", start, rounds)] = Arm(trainer=job.trainer(), rounds=rounds)
-            found[name_of("pooled", start, rounds)] = Arm(trainer=job.trainer(in_one_place=True), rounds=rounds,
+            found[name_of("pooled", start, rounds)] = Arm(trainer=job.trainer(job.lr_pooled), rounds=rounds,
                                                           data="pooled")
     return found
 

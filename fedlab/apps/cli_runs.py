@@ -153,7 +153,7 @@ def _begin(options: argparse.Namespace, name: str, source: Any, **settings: Any)
     if options.epsilon is None and (options.delta, options.clip) != (None, None):
         raise ValueError("--delta and --clip belong to a guarantee: say --epsilon too")
     if settings["start"] == "random":
-        given = {"rounds": 33, "steps": 10, "lr": 3e-3, "lr_in_one_place": 3e-3, **given}
+        given = {"rounds": 33, "steps": 10, "lr": 3e-3, "lr_pooled": 3e-3, "lr_local": 3e-3, **given}
     job = Job(source=source, seed=options.seed, keep=options.keep, contributions=options.contributions,
               arms=options.arms is not None, **settings, **given)
     options.out = new_path(options.out, name)

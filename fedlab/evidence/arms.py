@@ -36,6 +36,7 @@ from fedlab.run.federate import federate
 from fedlab.run.history import History
 from fedlab.run.recipe import patients_sha256, sha256_of
 from fedlab.run.round import star
+from fedlab.strategies.averaged_weights import AveragedWeights
 from fedlab.training.metrics import COLUMNS, evaluate, predict, score_rows
 from fedlab.training.trainer import SiteTrainer
 
@@ -59,7 +60,8 @@ class Arm:
         rounds: of training; 0 scores the start as it is, such as a public model.
         data: "sites": a federation; "pooled": all patients in one place, with as many gradient steps per round as all
             sites together; "each": one model per site, trained there alone, for as many rounds.
-        strategy, privacy, aggregation, topology, engine, admission: of the federation, as of `fedlab.federate`.
+        strategy, privacy, aggregation, topology, engine, admission: of the federation, as of `fedlab.federate`. An arm
+            of any kind may have `AveragedWeights`, whose mean is then scored.
 
     Raises:
         ValueError: a setting out of range, settings of a federation where there is none, or a technique that keeps
@@ -84,7 +86,8 @@ class Arm:
     def __post_init__(self) -> None:
         check_whole(least=0, rounds=self.rounds)
         check_choice(("sites", "pooled", "each"), data=self.data)
-        given = [name for name in ("strategy", "aggregation", "engine", "admission") if getattr(self, name) is not None]
+        given = [name for name in ("strategy", "aggregation", "engine", "admission") if getattr(self, name) is not None
+                 and not isinstance(getattr(self, name), AveragedWeights)]
         if self.data != "sites" and (given or self.topology != star):
             raise ValueError(f"{', '.join(given) or 'topology'}: settings of a federation, but the arm trains on "
                              f"data={self.data!r}; leave them out, or say data='sites'")
@@ -105,9 +108,13 @@ class Arm:
             load_weights(self.trainer.model, self.trainer.initial_model())
             return history
         train = centralised if self.data == "pooled" else federate
-        parts = {name: getattr(self, name) for name in ("strategy", "aggregation", "topology", "engine", "admission")}
-        return train(self.trainer, sites, rounds=self.rounds, privacy=self.privacy, progress=False, **settings,
-                     **(parts if self.data == "sites" else {}))
+        parts = {name: getattr(self, name) for name in ("aggregation", "topology", "engine", "admission")}
+        history = train(self.trainer, sites, rounds=self.rounds, strategy=self.strategy, privacy=self.privacy,
+                        progress=False, **settings, **(parts if self.data == "sites" else {}))
+        if isinstance(self.strategy, AveragedWeights) and history.state is not None:
+            history.state = self.strategy.averaged(history.state)
+            load_weights(self.trainer.model, self.trainer.local(history.state))
+        return history
 
 
 @dataclass(frozen=True, kw_only=True)

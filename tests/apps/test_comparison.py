@@ -88,7 +88,7 @@ def test_the_report_is_one_file_that_says_what_was_found(demo):
     assert found["weights_sha256"] in page and found["versions"]["torch"] in page
     assert "nothing generalises from so few" in page and "4 patients were held out and 6 trained on" in page
     assert "2 sites trained one network on 6 patients for 2 rounds" in page and "4 others were held out" in page
-    assert "Highest learning rates: federated 0.004, pooled 0.002, local 0.002." in page
+    assert "Highest learning rates: federated 0.004, pooled 0.002, local 0.001." in page
 
 
 def test_contributions_add_up_to_what_the_run_gained(demo):
@@ -474,11 +474,12 @@ def test_a_job_is_read_back_as_it_was_noted(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [
-    None, "", "{", "[]", '"job"', "3", "null", '{"format": "fedlab-job-2"}', '{"format": "fedlab-job-1"}',
-    '{"format": "fedlab-job-1", "source_kind": "cloud", "source": {}, "crop": [1]}',
-    '{"format": "fedlab-job-1", "source_kind": "folder", "source": [], "crop": [32, 32, 32]}',
-    '{"format": "fedlab-job-1", "source_kind": "folder", "source": {"data": "a", "table": "b"}, "crop": [32], "x": 1}',
-    '{"format": "fedlab-job-1", "source_kind": "folder", "source": {"data": "a", "table": "b"}, "crop": [], '
+    None, "", "{", "[]", '"job"', "3", "null", '{"format": "fedlab-job-3"}', '{"format": "fedlab-job-2"}',
+    '{"format": "fedlab-job-1"}',
+    '{"format": "fedlab-job-3", "source_kind": "cloud", "source": {}, "crop": [1]}',
+    '{"format": "fedlab-job-3", "source_kind": "folder", "source": [], "crop": [32, 32, 32]}',
+    '{"format": "fedlab-job-3", "source_kind": "folder", "source": {"data": "a", "table": "b"}, "crop": [32], "x": 1}',
+    '{"format": "fedlab-job-3", "source_kind": "folder", "source": {"data": "a", "table": "b"}, "crop": [], '
     '"rounds": 0}',
 ])
 def test_a_folder_that_is_no_run_is_not_resumed(text, tmp_path):
