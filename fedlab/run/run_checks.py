@@ -7,6 +7,8 @@ from urllib.parse import quote
 
 from fedlab.core.protocols import Run
 from fedlab.core.settings import check_whole
+from fedlab.privacy.accounting.ledger import check_terms
+from fedlab.privacy.base import layers_at
 from fedlab.run.server_ledger import SERVER
 
 __all__ = ["check_numbers", "check_server"]
@@ -32,13 +34,18 @@ def check_numbers(run: Run) -> None:
 
 
 def check_server(run: Run) -> None:
-    """Refuses parts that need one server with all updates where there is none, or where their proof does not hold."""
+    """Refuses parts that need one server with all updates where there is none, or where their proofs do not hold."""
     if getattr(run.strategy, "one_server", False) and not run.topology.one_server:
         raise ValueError(f"{run.strategy!r} needs all updates of a round at one server, which {run.topology!r} does "
                          "not have; use topology=star")
     if run.privacy.works_at_server and not run.topology.one_server:
         raise ValueError(f"{run.privacy!r} works on the mean of all updates at one server, which {run.topology!r} does "
                          "not have; use topology=star, or a technique that protects each update at its site")
+    # One ledger adds up what all techniques at a site spend, and one what those at the server spend.
+    check_terms([layer for layer in run.privacy.layers if layer.works_at_server], sites=len(run.sites))
+    for name in run.names:
+        check_terms([layer for layer in layers_at(run.privacy.layers, name) if not layer.works_at_server],
+                    sites=len(run.sites))
     if run.guarded and getattr(run.admission, "deadline", None) is not None:
         raise ValueError("no guarantee covers the time that a site takes, so it is not sent and admission cannot apply "
                          "a deadline; leave deadline out, and limit the wait with NVFlare(seconds=...)")

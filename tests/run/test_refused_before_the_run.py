@@ -9,7 +9,7 @@ import pytest
 from cohorts import blob_sites
 from fedlab.engines import NVFlare, Processes
 from fedlab.faults.sites import Faulty
-from fedlab.privacy import CentralGaussian, LocalGaussian
+from fedlab.privacy import DPSGD, AtSites, CentralGaussian, LocalGaussian, Privacy, Terms
 from fedlab.run.admission import Admission
 from fedlab.run.federate import federate, make_run
 from fedlab.run.local import Local
@@ -29,6 +29,50 @@ def test_a_deadline_under_a_guarantee(engine, privacy):
         make_run(trainer(), blob_sites(), admission=Admission(deadline=60.0), **parts)
     assert make_run(trainer(), blob_sites(), admission=Admission(), **parts).guarded
     assert not make_run(trainer(), blob_sites(), admission=Admission(deadline=60.0), engine=engine).guarded
+
+
+class Own(Privacy):
+    """Noise with terms of its own, as in notebook 04."""
+
+    units = frozenset({"site"})
+
+    def __init__(self, **terms):
+        self.terms = Terms(**{"unit": "site", "delta": 1e-3, "adjacency": "any two updates of a site", **terms})
+
+
+class OwnAtServer(Own):
+    units = frozenset()
+
+    def release(self, mean, cohort, state, rng):
+        return mean
+
+
+LOCAL = LocalGaussian(**NOISE)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: type(engine).__name__)
+@pytest.mark.parametrize("one, other", [
+    (LOCAL, LocalGaussian(**NOISE | {"delta": 2e-3})), (LOCAL, LocalGaussian(**NOISE, accountant="gdp")),
+    (LOCAL, AtSites(sites=("site-1",), technique=LocalGaussian(**NOISE, accountant="gdp"))),
+    (Own(delta=2e-3), LOCAL), (Own(adjacency="one voxel"), LOCAL),
+    (OwnAtServer(), OwnAtServer(accountant="gdp"))])
+def test_two_guarantees_that_cannot_be_added_up(one, other, engine):
+    with pytest.raises(ValueError, match="cannot be added up; use the same δ, adjacency and accountant"):
+        make_run(trainer(), blob_sites(), privacy=one + other, strategy=FedAvg(weights="uniform"), engine=engine)
+
+
+@pytest.mark.parametrize("joined", [
+    LOCAL + LocalGaussian(**NOISE), Own() + LOCAL, Own(delta=2e-3) + OwnAtServer(), LOCAL + CentralGaussian(**NOISE),
+    LOCAL + DPSGD(**NOISE | {"delta": 0.1}, batch=1)], ids=repr)
+def test_guarantees_that_can(joined):
+    assert make_run(trainer(), blob_sites(), privacy=joined, strategy=FedAvg(weights="uniform")).guarded
+
+
+@pytest.mark.parametrize("own", [Own, OwnAtServer])
+def test_a_delta_that_giving_one_site_away_would_satisfy(own):
+    with pytest.raises(ValueError, match=r"below 1 over the number of sites \(1/2\), got 0\.5"):
+        make_run(trainer(), blob_sites(), privacy=own(delta=0.5), strategy=FedAvg(weights="uniform"))
+    assert make_run(trainer(), blob_sites(), privacy=own(delta=0.49), strategy=FedAvg(weights="uniform"))
 
 
 @pytest.mark.parametrize("name, said", [

@@ -25,7 +25,7 @@ from fedlab.privacy.accounting.mechanisms import (
 )
 
 __all__ = ["PATIENT_ZEROED", "SITE_ZEROED", "SUMMED_ZEROED", "Accountant", "Concentrated", "Gaussian", "HasLedger",
-           "Ledger", "Pure", "Terms", "check_statement", "epsilon_of", "noise_multiplier_for"]
+           "Ledger", "Pure", "Terms", "check_statement", "check_terms", "epsilon_of", "noise_multiplier_for"]
 
 Unit = Literal["patient", "site"]
 HasLedger = SiteState | ServerState
@@ -326,6 +326,28 @@ class Ledger:
     def __repr__(self) -> str:
         spent = "; ".join(map(str, self.spent())) or "nothing released under a guarantee"
         return f"<Ledger of {self._note['site'] or 'a site'}: {spent}>"
+
+
+def check_terms(parts: Sequence[Any], *, sites: int) -> None:
+    """Refuses techniques of one place, a site or the server, whose ε of a unit cannot be added up.
+
+    Known are the terms that a technique has as an attribute; those of others are compared in the ledger.
+
+    Raises:
+        ValueError: two of them have another δ, adjacency or accountant for the same unit, or a δ per site is not below
+            1 over the number of sites.
+    """
+    seen: dict[Unit, tuple[Terms, Any]] = {}
+    for part in parts:
+        terms = getattr(part, "terms", getattr(part, "_terms", None))
+        if not isinstance(terms, Terms):
+            continue
+        if terms.unit == "site":
+            terms.check_delta(sites)
+        known, other = seen.setdefault(terms.unit, (terms, part))
+        if _implied(known) != _implied(terms):
+            raise ValueError(f"the ε of {other!r} ({known}) and of {part!r} ({terms}) cannot be added up; use the same "
+                             "δ, adjacency and accountant")
 
 
 def _implied(terms: Terms) -> Terms:
