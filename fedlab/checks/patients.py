@@ -325,6 +325,13 @@ def _leaving(stage: Stage, claim: Claim) -> Iterator[Finding]:
                           heavy=np.zeros(size, dtype=bool), single=True)
 
     before = samples([usual, *others], held_out)
+    # Sampling makes ε smaller only while nobody knows how many were drawn.
+    drawn = any(isinstance(release, Gaussian) and release.sample_rate < 1 for release, _ in claim.charges)
+    for key in ("weight", "steps") if drawn else ():
+        if any(len({run[number].get(key) for run in before.outcomes}) > 1 for number in range(3)):
+            yield PRIVACY.verdict("beside the update", f"{key} differs between draws of the same patients, whose "
+                                  "sampling is charged as secret")
+            return
     for name, first in _ELSE.items():
         # A replaced patient may be one removed and one added; of two patients the distance is twice as large.
         times = (2 if claim.removes else 1) * (1 if first or every else 2)
