@@ -36,7 +36,7 @@ export npm_config_cache := $(CACHE)/npm
 MOVED := $(shell [ ! -f $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || echo moved)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test lint lab gallery chromium mutants coverage constraints FORCE
+.PHONY: help install demo check test lint lab gallery chromium mutants coverage constraints seeds FORCE
 
 help:
 	@echo 'fedlab: federated learning on brain-tumour MRI. Each command installs first what it needs.'
@@ -51,6 +51,7 @@ help:
 	@echo '  make lint      only the checks that need no running: style, types, import order'
 	@echo '  make mutants BASE=main   change the lines that differ from main, and see whether a test notices'
 	@echo '  make coverage  the branches that the quick tests reach'
+	@echo '  make seeds     the tests of samplers with 50 other seeds (SEEDS=50)'
 	@echo '  make constraints   renew the list of tested versions, constraints.txt'
 	@echo
 	@echo 'Settings: PYTHON=python3.12 (the Python to use, 3.11 or newer), ARGS="--seed 1" (for demo, lab, gallery),'
@@ -73,6 +74,12 @@ test: lint chromium
 QUICK := tests/core tests/faults tests/strategies tests/topologies tests/training
 check: lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS) $(QUICK)
+
+# Tests that compare samples with a law, in the files below, with other seeds; see tests/chance.py.
+SEEDS ?= 50
+seeds: install
+	@for k in $$(seq 1 $(SEEDS)); do OMP_NUM_THREADS=1 FEDLAB_TEST_SEEDS=$$k $(PY) -m pytest -q --no-header -m chance \
+	  $(PYTEST_ARGS) $$(grep -rl "mark[.]chance" tests --include="test_*.py") || exit 1; done
 
 lint: install
 	@echo "fedlab: checking style"

@@ -1,7 +1,7 @@
 """check_privacy() refuses techniques with one plausible mistake and no right one, however suspicious it looks.
 
-A part of mistakes.py and unseen_mistakes.py in each run of the tests; benchmarks/check_privacy.py tries all of them, and fedlab's own
-techniques with random settings.
+A part of mistakes.py and unseen_mistakes.py in each run of the tests; benchmarks/check_privacy.py tries all of the
+first, and fedlab's own techniques with random settings.
 """
 
 from __future__ import annotations

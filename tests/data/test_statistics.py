@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 import irregular
+from chance import FALSE_ALARM, SIGMAS, seeded
 from cohorts import blob_patient
 from fedlab.core.errors import DataError
 from fedlab.core.types import MODALITIES, REGIONS, Patient, Site, Spent
@@ -50,26 +51,28 @@ def blob_site(name: str, count: int, *, held: int = 0, scale: float = 1.0, shift
 
 # --- Laplace noise -------------------------------------------------------------------------------------------------
 
+@pytest.mark.chance
 @pytest.mark.parametrize("scale", [Fraction(1, 3), Fraction(2), Fraction(37, 5), Fraction(10**6, 7)])
 def test_the_noise_has_the_moments_of_the_discrete_laplace_distribution(scale: Fraction) -> None:
-    """Mean and variance within 4.5 standard errors each: a correct sampler fails once in 70 000 runs."""
-    n, rng = 20_000, random.Random(1)
+    """Mean and variance."""
+    n, rng = 20_000, random.Random(seeded(1))
     draws = np.array([discrete_laplace(scale=scale, rng=rng) for _ in range(n)], dtype=float)
     true = stats.dlaplace(1 / float(scale))
     variance, kurtosis = true.stats("vk")
-    assert abs(draws.mean()) < 4.5 * math.sqrt(variance / n)
-    assert abs(np.square(draws).mean() / variance - 1) < 4.5 * math.sqrt((float(kurtosis) + 2) / n)
+    assert abs(draws.mean()) < SIGMAS * math.sqrt(variance / n)
+    assert abs(np.square(draws).mean() / variance - 1) < SIGMAS * math.sqrt((float(kurtosis) + 2) / n)
 
 
+@pytest.mark.chance
 def test_the_noise_has_the_right_probabilities() -> None:
-    """Chi-squared at significance 1e-4, seeded."""
-    n, rng, scale = 20_000, random.Random(2), Fraction(3, 2)
+    """Chi-squared."""
+    n, rng, scale = 20_000, random.Random(seeded(2)), Fraction(3, 2)
     draws = np.array([discrete_laplace(scale=scale, rng=rng) for _ in range(n)])
     ends = np.arange(-5, 6)
     seen = [(draws <= -6).sum(), *[(draws == k).sum() for k in ends], (draws >= 6).sum()]
     true = stats.dlaplace(1 / float(scale))
     expected = n * np.array([true.cdf(-6), *true.pmf(ends), true.sf(5)])
-    assert stats.chisquare(seen, expected).pvalue > 1e-4
+    assert stats.chisquare(seen, expected).pvalue > FALSE_ALARM
 
 
 def test_one_unit_more_is_hidden_by_the_noise() -> None:
@@ -163,13 +166,14 @@ def test_noise_is_seeded_or_fresh() -> None:
     assert site_statistics(site, **settings_) != site_statistics(site, **settings_)
 
 
+@pytest.mark.chance
 def test_noised_counts_are_unbiased_with_the_declared_spread() -> None:
-    """80 seeds; mean of the count within 4.5 standard errors, spread within a third."""
+    """80 seeds; the mean of the count, and the spread within 0.35: 5 standard errors of a Laplace law's."""
     site, q = blob_site("a", 20), 3
     few = replace(COARSE, modalities=("T1",), regions=("WT",))
-    counts = [site_statistics(site, domain=few, epsilon=3.0, seed=seed).patients for seed in range(80)]
+    counts = [site_statistics(site, domain=few, epsilon=3.0, seed=seeded(seed)).patients for seed in range(80)]
     sd = math.sqrt(2) * q / 3.0
-    assert abs(np.mean(counts) - 20) < 4.5 * sd / math.sqrt(80)
+    assert abs(np.mean(counts) - 20) < SIGMAS * sd / math.sqrt(80)
     assert np.std(counts) == pytest.approx(sd, rel=0.35)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
+from chance import FALSE_ALARM, seeded
 from cohorts import TinyNet, blob_sites
 from fedlab.checks import check_privacy
 from fedlab.core import PrivacyError, ServerState, SiteState, Update
@@ -371,18 +372,20 @@ def test_numerical_composition_is_bounded_and_never_above_the_renyi_bound(releas
 # Noise that repeats with the seed
 
 
+@pytest.mark.chance
 def test_a_noise_stream_has_more_seeds_than_can_be_tried():
     """Torch's own seeds are 32 bits on the CPU: whoever sees noise tries them all."""
     same, other = (torch.Generator().manual_seed(seed) for seed in (5, 5 + 2**32))
     assert torch.equal(torch.randn(4, generator=same), torch.randn(4, generator=other))  # the reason
-    streams = [noise_stream(0, "x"), *(noise_stream(0, "x") ^ 1 << bit for bit in range(0, 256, 5)), 5, 5 + 2**32]
+    stream = noise_stream(seeded(0), "x")
+    streams = [stream, *(stream ^ 1 << bit for bit in range(0, 256, 5)), 5, 5 + 2**32]
     drawn = [torch.randn(1000, generator=noise_generator(stream, "noise")) for stream in streams]
     assert all(0 < stream < 2**256 for stream in streams) and len(streams) == 55
     table = torch.stack(drawn)
     assert torch.equal(drawn[0], torch.randn(1000, generator=noise_generator(streams[0], "noise")))
     apart = torch.corrcoef(table) - torch.eye(len(streams))
-    assert float(apart.abs().max()) < 6 / 1000**0.5  # of 1485 pairs; probability 3e-6
-    assert stats.kstest(table.flatten().numpy(), "norm").pvalue > 1e-6
+    assert float(apart.abs().max()) < 7.1 / 1000**0.5  # of 1485 pairs: probability 2e-9
+    assert stats.kstest(table.flatten().numpy(), "norm").pvalue > FALSE_ALARM
 
 
 def test_streams_whose_names_run_together_are_apart():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from chance import SIGMAS, seeded
 from cohorts import blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError
 from fedlab.core.types import SiteState
@@ -194,11 +195,12 @@ def test_a_round_without_any_site_still_releases():
         torch.testing.assert_close(p, one.initial()[name] + 50)
 
 
+@pytest.mark.chance
 def test_sites_are_sampled_independently_with_the_stated_probability():
     sites = blob_sites((1, 1, 1))
-    taken = [len(FedAvg(sample=0.3).select(sites, torch.Generator().manual_seed(k))) for k in range(3000)]
+    taken = [len(FedAvg(sample=0.3).select(sites, torch.Generator().manual_seed(seeded(k)))) for k in range(3000)]
     share = sum(taken) / 9000
-    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 9000) ** 0.5  # p = 6e-5 for a right sampler
+    assert abs(share - 0.3) < SIGMAS * (0.3 * 0.7 / 9000) ** 0.5
     with pytest.raises(ValueError, match="sample is above 0 and at most 1"):
         FedAvg(sample=0.0)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import irregular
+from chance import FALSE_ALARM, SIGMAS, seeded
 from cohorts import blob_sites
 from fedlab.checks.privacy import check_privacy
 from fedlab.core.errors import PrivacyError
@@ -34,7 +35,6 @@ from states import kept_as
 from trainers import trainer
 
 #: Masks come from the operating system, so a right implementation fails a test of them with this probability.
-SIGNIFICANCE = 1e-6
 STAGES = ("keys", "shares", "receive", "train", "agree", "unmask")
 UNIFORM = FedAvg(weights="uniform")
 
@@ -167,11 +167,12 @@ def p_of_uniform_bytes(words, bits):
     return min(stats.chisquare(np.bincount(column, minlength=256)).pvalue for column in columns.T) * len(columns.T)
 
 
+@pytest.mark.chance
 @pytest.mark.parametrize("bits", [32, 40])
 def test_the_server_sees_a_single_update_as_uniform_bits(bits):
     count = 2**16 + 1
     technique = SecureAggregation(sites=3, clip=1.0, threshold=2, bits=bits)
-    plain = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / count**0.5
+    plain = torch.randn(count, generator=torch.Generator().manual_seed(seeded(0)), dtype=torch.float64) / count**0.5
     for values in (torch.zeros(count, dtype=torch.float64), plain, torch.eye(1, count, dtype=torch.float64)[0]):
         sim = Sim(technique, {"x": values, "y": values, "z": values}).train()
         seen = [flat(masked).numpy() for masked in sim.masked]
@@ -179,9 +180,9 @@ def test_the_server_sees_a_single_update_as_uniform_bits(bits):
         views = [*seen, seen[0] + seen[1], seen[0] + seen[2], seen[1] - seen[0]]  # less than all three
         for view in views:
             words = np.mod(view, 2.0**bits)
-            assert p_of_uniform_bytes(words.astype(np.uint64), bits) > SIGNIFICANCE
-            assert stats.kstest(words / 2.0**bits, "uniform").pvalue > SIGNIFICANCE
-            assert abs(np.corrcoef(words, plain)[0, 1]) < 5 / count**0.5  # p = 6e-7
+            assert p_of_uniform_bytes(words.astype(np.uint64), bits) > FALSE_ALARM
+            assert stats.kstest(words / 2.0**bits, "uniform").pvalue > FALSE_ALARM
+            assert abs(np.corrcoef(words, plain)[0, 1]) < SIGMAS / count**0.5
     whole = technique._whole_numbers(plain.numpy().copy())[0].astype(np.int64)
     assert p_of_uniform_bytes(whole % 2**bits, bits) < 1e-12  # the test sees a bare update for what it is
 
@@ -373,17 +374,19 @@ def test_what_is_no_mean_of_masked_updates_is_refused():
 NOISY = {"sites": 4, "clip": 0.5, "threshold": 3, "noise_multiplier": 1.5, "delta": 1e-2}
 
 
+@pytest.mark.chance
 def test_noise_has_the_variance_and_fourth_moment_it_is_accounted_with():
     """Without drop-outs the sum has 4/3 of the variance promised; at the threshold, exactly the promised one."""
     count = 100_001
     for gone, shares in (({}, 4), ({"s3": "train"}, 3)):
-        sim = Sim(SecureAggregation(**NOISY), {f"s{k}": torch.zeros(count) for k in range(4)}, gone=gone, seed=5)
+        sim = Sim(SecureAggregation(**NOISY), {f"s{k}": torch.zeros(count) for k in range(4)}, gone=gone,
+                  seed=seeded(5))
         total = flat(sim.train().finish()).numpy() * len(sim.masked)
         unit = total / (1.5 * 0.5 * math.sqrt(shares / 3))
-        # Standard errors of the moments of a normal variable; four of them is p = 6e-5, and the seed is fixed.
-        assert abs(unit.mean()) < 4 / count**0.5
-        assert abs((unit**2).mean() - 1) < 4 * (2 / count) ** 0.5
-        assert abs((unit**4).mean() - 3) < 4 * (96 / count) ** 0.5
+        # Standard errors of the moments of a normal variable.
+        assert abs(unit.mean()) < SIGMAS / count**0.5
+        assert abs((unit**2).mean() - 1) < SIGMAS * (2 / count) ** 0.5
+        assert abs((unit**4).mean() - 3) < SIGMAS * (96 / count) ** 0.5
 
 
 def test_colluding_sites_count_as_adding_no_noise():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from chance import FALSE_ALARM, SIGMAS, keyed
 from fedlab.core.errors import PrivacyError
 from fedlab.core.types import SiteState
 from fedlab.privacy.accounting.ledger import Concentrated, Gaussian, Ledger, Pure, Terms, epsilon_of
@@ -37,6 +38,7 @@ def test_any_threshold_of_the_shares_gives_the_secret_back(secret, threshold, mo
     assert join_secret({k: shares[k] for k in chosen}) == secret
 
 
+@pytest.mark.chance
 def test_fewer_shares_fit_every_secret():
     """Two shares of a threshold of three, with any secret, lie on one polynomial: they rule nothing out."""
     shares = split_secret(bytes(32), threshold=3, count=5)
@@ -46,7 +48,7 @@ def test_fewer_shares_fit_every_secret():
             join_secret(points)
     # Each share by itself is uniform, whatever the secret: 4000 splits of a secret of zeros.
     firsts = [int.from_bytes(split_secret(bytes(32), threshold=2, count=1)[0], "big") / 2**521 for _ in range(4000)]
-    assert stats.kstest(firsts, "uniform").pvalue > 1e-6  # the polynomials come from the operating system
+    assert stats.kstest(firsts, "uniform").pvalue > FALSE_ALARM  # the polynomials come from the operating system
 
 
 def test_the_modulus_of_the_shares_is_prime():
@@ -117,34 +119,37 @@ def test_streams_are_added_modulo_the_word_in_any_number_of_threads(word, thread
         torch.set_num_threads(before)
 
 
+@pytest.mark.chance
 @pytest.mark.parametrize("log2_sigma", [1, 2, 5])
 def test_discrete_gaussian_values_are_as_frequent_as_the_formula_says(log2_sigma):
-    """Chi-square at p = 1e-4 for a fixed key, over all values expected five times or more and both tails."""
+    """Chi-square over all values expected five times or more and both tails."""
     count, sigma = 400_000, 2**log2_sigma
-    drawn = discrete_gaussian(count, log2_sigma=log2_sigma, key=bytes([log2_sigma]) * 32)
+    drawn = discrete_gaussian(count, log2_sigma=log2_sigma, key=keyed(bytes([log2_sigma]) * 32))
     values = np.arange(-10 * sigma, 10 * sigma + 1)
     p = np.exp(-(values / sigma) ** 2 / 2)
     p /= p.sum()
     bulk = p * count >= 5
     inside = np.isin(drawn, values[bulk])
     seen = [*np.bincount(drawn[inside] - values[bulk][0], minlength=bulk.sum()), (~inside).sum()]
-    assert stats.chisquare(seen, [*p[bulk] * count, (1 - p[bulk].sum()) * count]).pvalue > 1e-4
+    assert stats.chisquare(seen, [*p[bulk] * count, (1 - p[bulk].sum()) * count]).pvalue > FALSE_ALARM
 
 
+@pytest.mark.chance
 @pytest.mark.parametrize("log2_sigma", [1, 8, 16, 24])
 def test_discrete_gaussian_moments(log2_sigma):
-    """Mean, variance and fourth moment within four standard errors (p = 6e-5) for a fixed key."""
+    """Mean, variance and fourth moment."""
     count = 600_000  # more than one stream
-    unit = discrete_gaussian(count, log2_sigma=log2_sigma, key=b"moments." * 4) / 2.0**log2_sigma
-    assert abs(unit.mean()) < 4 / count**0.5
-    assert abs((unit**2).mean() - 1) < 4 * (2 / count) ** 0.5
-    assert abs((unit**4).mean() - 3) < 4 * (96 / count) ** 0.5
+    unit = discrete_gaussian(count, log2_sigma=log2_sigma, key=keyed(b"moments." * 4)) / 2.0**log2_sigma
+    assert abs(unit.mean()) < SIGMAS / count**0.5
+    assert abs((unit**2).mean() - 1) < SIGMAS * (2 / count) ** 0.5
+    assert abs((unit**4).mean() - 3) < SIGMAS * (96 / count) ** 0.5
     neighbours = np.corrcoef(unit[1:], unit[:-1])[0, 1]
-    assert abs(neighbours) < 4 / count**0.5
+    assert abs(neighbours) < SIGMAS / count**0.5
     if log2_sigma == 24:  # fine enough to be compared with the normal distribution
-        assert stats.kstest(unit, "norm").pvalue > 1e-4
+        assert stats.kstest(unit, "norm").pvalue > FALSE_ALARM
 
 
+@pytest.mark.chance
 def test_discrete_gaussian_repeats_with_its_key_in_any_number_of_threads():
     before = torch.get_num_threads()
     try:
@@ -154,8 +159,8 @@ def test_discrete_gaussian_repeats_with_its_key_in_any_number_of_threads():
         np.testing.assert_array_equal(discrete_gaussian(600_000, log2_sigma=20, key=bytes(32)), one)
     finally:
         torch.set_num_threads(before)
-    other = discrete_gaussian(600_000, log2_sigma=20, key=b"\1" * 32)
-    assert abs(np.corrcoef(one, other)[0, 1]) < 4 / 600_000**0.5
+    other = discrete_gaussian(600_000, log2_sigma=20, key=keyed(b"\1" * 32))
+    assert abs(np.corrcoef(one, other)[0, 1]) < SIGMAS / 600_000**0.5
     assert discrete_gaussian(0, log2_sigma=4, key=bytes(32)).shape == (0,)
     for wrong in (0, 25):
         with pytest.raises(ValueError, match="between 1 and 24"):

@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 from test_dpsgd import NOBODY, equipped, noisy_gradients, pure_noise
 
+from chance import FALSE_ALARM, SIGMAS, keyed, seeded
 from cohorts import TinyNet, blob_sites
 from fedlab.core.errors import PrivacyError
 from fedlab.core.types import Cohort, ServerState, SiteState, Update
@@ -37,10 +38,8 @@ from fedlab.run.federate import federate
 from fedlab.strategies import FedAvg
 from trainers import trainer
 
-#: Probability with which a right sampler fails one test.
-FALSE_ALARM = 1e-6
 UNIFORM = FedAvg(weights="uniform")
-KEY = bytes(range(32))
+KEY = keyed(bytes(range(32)))
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -62,6 +61,7 @@ def assert_as_frequent(drawn: np.ndarray, values: np.ndarray, p: np.ndarray) -> 
 
 # Samplers
 
+@pytest.mark.chance
 @pytest.mark.parametrize("scale", [0.4, 1.0, 3.7, 12.1])
 def test_rounded_gaussian_values_are_as_frequent_as_the_normal_law_says(scale):
     values = np.arange(-130, 131)
@@ -69,14 +69,15 @@ def test_rounded_gaussian_values_are_as_frequent_as_the_normal_law_says(scale):
     assert_as_frequent(rounded_gaussian(300_000, scale=scale, key=KEY), values, p)
 
 
+@pytest.mark.chance
 def test_fine_gaussian_values_are_normal_and_independent():
     count, scale = 600_000, 2.0**40 * 1.2345  # more than one stream
     z = rounded_gaussian(count, scale=scale, key=KEY) / scale
     assert stats.kstest(z, "norm").pvalue > FALSE_ALARM
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert abs((z**power).mean() - expected) < 5 * (variance / count) ** 0.5  # p = 6e-7
+        assert abs((z**power).mean() - expected) < SIGMAS * (variance / count) ** 0.5
     for lag in (1, 2, 2**15):
-        assert abs((z[lag:] * z[:-lag]).mean()) < 5 / count**0.5
+        assert abs((z[lag:] * z[:-lag]).mean()) < SIGMAS / count**0.5
     assert len(np.unique(z)) > 0.999 * count  # the last bits are noise, too
     low = rounded_gaussian(count, scale=2.0**40, key=KEY) & 15
     assert_as_frequent(low, np.arange(16), np.full(16, 1 / 16) - 1e-12)
@@ -92,6 +93,7 @@ def test_a_coarse_grid_holds_the_fine_values_rounded(coarse, factor):
     assert (found[~edge] == exact[~edge]).all() and edge.mean() < 0.01
 
 
+@pytest.mark.chance
 @pytest.mark.parametrize("scale", [1, 3, 7, 1000])
 def test_laplace_values_are_as_frequent_as_the_formula_says(scale):
     values = np.arange(-20 * scale, 20 * scale + 1)
@@ -100,6 +102,7 @@ def test_laplace_values_are_as_frequent_as_the_formula_says(scale):
                        (1 - ratio) / (1 + ratio) * ratio ** np.abs(values))
 
 
+@pytest.mark.chance
 def test_laplace_values_of_a_large_scale_are_laplace():
     drawn = discrete_laplace_steps(300_000, scale=2**45 + 12345, key=KEY) / (2**45 + 12345)
     assert stats.kstest(drawn, "laplace").pvalue > FALSE_ALARM and np.abs(drawn).max() > 9
@@ -261,6 +264,7 @@ SCALES = [  # settings, standard deviations over the clip of what is drawn in on
 ]
 
 
+@pytest.mark.chance
 @pytest.mark.parametrize(("technique", "deviation", "of_bits"), SCALES, ids=repr)
 def test_noise_has_the_stated_scale_beside_every_setting(technique, deviation, of_bits, monkeypatch):
     assert pytest.approx(2.2678, abs=1e-4) == BESIDE
@@ -272,16 +276,16 @@ def test_noise_has_the_stated_scale_beside_every_setting(technique, deviation, o
 
     monkeypatch.setattr(on_grid, "rounded_gaussian", watched)
     if isinstance(technique, DPSGD):
-        noise = pure_noise(technique, steps=60).flatten()
+        noise = pure_noise(technique, steps=60, seed=seeded(0)).flatten()
     else:
-        sent = technique.protect(update(w=torch.zeros(9_000), v=torch.zeros(5)), SiteState(), rng())
+        sent = technique.protect(update(w=torch.zeros(9_000), v=torch.zeros(5)), SiteState(), rng(seeded(0)))
         if isinstance(technique, CentralGaussian):
             sent = technique.release(UNIFORM.combine([sent]), Cohort(0, ("a",), 1, 1.0),
-                                     ServerState(round=0, params={}), rng())
+                                     ServerState(round=0, params={}), rng(seeded(0)))
         noise = torch.cat([t.flatten() for t in sent.delta.values()]).double() / 0.2
-    bound = 5 * (2 / noise.numel()) ** 0.5  # p = 6e-7
+    bound = SIGMAS * (2 / noise.numel()) ** 0.5
     assert abs(float((noise / deviation).square().mean()) - 1) < bound
-    assert abs(float((noise / deviation).pow(4).mean()) - 3) < 5 * (96 / noise.numel()) ** 0.5
+    assert abs(float((noise / deviation).pow(4).mean()) - 3) < SIGMAS * (96 / noise.numel()) ** 0.5
     if of_bits is not None:  # grid of the bits: 1/2 times 2**16, or 16 standard deviations, in 2**50 steps
         scales = {scale for count, scale in drawn if count == 1 and scale == of_bits * 2.0**34}
         assert scales
@@ -306,6 +310,7 @@ def test_noise_on_the_bits_of_a_clip_does_not_repeat_in_secure_mode(secure):
     assert all((one == two) is not secure for one, two in zip(*clips, strict=True))
 
 
+@pytest.mark.chance
 def test_noise_for_other_devices_is_drawn_here(monkeypatch):
     """A GPU's generator has a seed of 64 bits; a site's noise comes from its stream of 256 bits wherever it trains."""
     made = []
@@ -316,12 +321,13 @@ def test_noise_for_other_devices_is_drawn_here(monkeypatch):
         made.append(self)
 
     monkeypatch.setattr(dpsgd._Steps, "__init__", elsewhere)
-    noise = [pure_noise(DPSGD(clip=0.2, noise_multiplier=1.5, **NOBODY), seed=3, steps=60).flatten() for _ in range(2)]
+    at = dict(seed=seeded(3), steps=60)
+    noise = [pure_noise(DPSGD(clip=0.2, noise_multiplier=1.5, **NOBODY), **at).flatten() for _ in range(2)]
     assert made[0].optimiser.noise_multiplier == 0 and torch.equal(*noise)
-    assert abs(float((noise[0] / 1.5).square().mean()) - 1) < 5 * (2 / noise[0].numel()) ** 0.5
+    assert abs(float((noise[0] / 1.5).square().mean()) - 1) < SIGMAS * (2 / noise[0].numel()) ** 0.5
     beside_bits = DPSGD(clip=AdaptiveClip(start=0.2, bit_noise=1.0, lr=1e-16), noise_multiplier=1.5, **NOBODY)
-    more = pure_noise(beside_bits, seed=3, steps=60).flatten() / 2.2678  # (1.5⁻² - 2⁻²)^(-1/2)
-    assert abs(float(more.square().mean()) - 1) < 5 * (2 / more.numel()) ** 0.5
+    more = pure_noise(beside_bits, **at).flatten() / 2.2678  # (1.5⁻² - 2⁻²)^(-1/2)
+    assert abs(float(more.square().mean()) - 1) < SIGMAS * (2 / more.numel()) ** 0.5
     one = torch.zeros(4, requires_grad=True)
     add_normal([one], 2.0, noise_generator(7, "noise"))
     assert torch.equal(one.grad, (2 * standard_normal((4,), noise_generator(7, "noise"))).float())
@@ -361,6 +367,7 @@ def test_in_secure_mode_low_bits_tell_no_two_updates_apart(technique, monkeypatc
         assert scale <= drawn * step < scale + step  # whole steps, never less noise than is charged
 
 
+@pytest.mark.chance
 def test_exact_values_have_the_law_that_is_charged():
     """All 20,000 values of one release: of a weight w in [-γ, γ] a share of exp(-(γ - w) / b) / 2 reaches γ."""
     technique = SparseVector(fraction=1.0, epsilon=2_000.0, clip=1.0, threshold=0.0, selection=0.5, passes=10_000,

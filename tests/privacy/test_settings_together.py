@@ -20,6 +20,7 @@ import torch
 from scipy import optimize, special, stats
 from test_dpsgd import equipped
 
+from chance import FALSE_ALARM, seeded
 from cohorts import TinyNet, blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
 from fedlab.core.types import ServerState, Site, SiteState
@@ -42,8 +43,6 @@ from fedlab.strategies import FedAvg
 from fedlab.topologies import star
 from trainers import trainer
 
-#: Probability with which right code fails one comparison of a deviation. The file makes fewer than 400 of them.
-FALSE_ALARM = 1e-9
 DELTA, CLIP, SIGMA, BITS = 0.003, 0.2, 1.5, 1.3
 #: What the bits of an adaptive clip leave for the gradients, of a noise multiplier of 1.5: (1.5⁻² - 2.6⁻²)^(-1/2).
 BESIDE_BITS = 1.8364
@@ -201,7 +200,7 @@ class Measured(NamedTuple):
 
 def measured(technique: DPSGD, state: SiteState, *, rate: float) -> Measured:
     """One round at a site of five, step by step: the noise, from the gradients and from how an adaptive clip moves."""
-    kit = equipped(technique, FIVE, state=state, steps=STEPS, loss=no_gradient, crop=(4, 4, 4))
+    kit = equipped(technique, FIVE, seed=seeded(0), state=state, steps=STEPS, loss=no_gradient, crop=(4, 4, 4))
     noise, bits, drawn, expected = [], [], 0, rate * 5
     for image, target in kit.loader:
         clip = kit.optimiser.max_grad_norm
@@ -218,6 +217,7 @@ def measured(technique: DPSGD, state: SiteState, *, rate: float) -> Measured:
     return Measured(torch.cat(noise), torch.tensor(bits, dtype=torch.float64), drawn)
 
 
+@pytest.mark.chance
 @pytest.mark.parametrize("row", SGD, ids=repr)
 def test_dp_sgd_beside_every_setting(row):
     if row.refused:
@@ -261,7 +261,7 @@ def run(privacy: Privacy, *, sites: list[Site] = SITES, away: bool = False, stra
     """Two rounds in which no site learns anything, so that the model moves by the noise alone; one site may be away."""
     faults = [DropOut(sites=("mu",), rounds=(1,))] if away else []
     starts = trainer(**STILL).initial()
-    history = federate(trainer(**STILL), sites, privacy=privacy, rounds=2, seed=1, progress=False,
+    history = federate(trainer(**STILL), sites, privacy=privacy, rounds=2, seed=seeded(1), progress=False,
                        strategy=strategy or FedAvg(weights="uniform"), engine=Faulty(engine=Local(), faults=faults),
                        admission=Admission(), **more)
     moved = torch.cat([(history.state.params[k].double() - starts[k].double()).flatten() for k in starts])
@@ -277,6 +277,7 @@ def charged(history, site: str, unit: str = "site") -> float:
 LOCAL = list(itertools.product((False, True), (False, True), ACCOUNTANTS, (False, True), ("patients", "uniform")))
 
 
+@pytest.mark.chance
 @pytest.mark.parametrize(("secure", "per_layer", "accountant", "away", "weights"), LOCAL)
 def test_local_noise_beside_every_setting(secure, per_layer, accountant, away, weights):
     technique = LocalGaussian(clip=CLIP, noise_multiplier=4.0, delta=DELTA, per_layer=per_layer, secure_mode=secure,
@@ -296,6 +297,7 @@ def test_local_noise_beside_every_setting(secure, per_layer, accountant, away, w
 CENTRAL = list(itertools.product((False, True), (False, True), (False, True), ACCOUNTANTS, (1.0, 0.6), (False, True)))
 
 
+@pytest.mark.chance
 @pytest.mark.parametrize(("secure", "adaptive", "per_layer", "accountant", "sample", "away"), CENTRAL)
 def test_noise_at_the_server_beside_every_setting(secure, adaptive, per_layer, accountant, sample, away):
     def technique(**more) -> CentralGaussian:
@@ -325,6 +327,7 @@ def test_noise_at_the_server_beside_every_setting(secure, adaptive, per_layer, a
 SUMMED = list(itertools.product((False, True), (32, 40), (0, 1), (False, True)))
 
 
+@pytest.mark.chance
 @pytest.mark.parametrize(("secure", "bits", "colluding", "away"), SUMMED)
 def test_noise_in_secure_sums_beside_every_setting(secure, bits, colluding, away):
     def aggregation(**more) -> SecureAggregation:
