@@ -68,7 +68,10 @@ def test_two_mechanisms_of_one_unit_add_up_in_one_ledger():
 
 
 @pytest.mark.parametrize("other", [local(delta=1e-4), local(accountant="prv")])
-def test_what_cannot_be_added_up_is_refused_and_nothing_is_sent(other):
+def test_what_cannot_be_added_up_is_refused_before_the_run_or_else_nothing_is_sent(other, monkeypatch):
+    with pytest.raises(ValueError, match=r"use the same δ, adjacency and accountant$"):
+        each_round(trainer(), blob_sites((2, 2)), privacy=local() + other)
+    monkeypatch.setattr(LocalGaussian, "terms", None, raising=False)  # as of a technique that does not show its terms
     with pytest.raises(PrivacyError, match=r"use the same δ, adjacency and accountant; nothing was sent"):
         next(each_round(trainer(), blob_sites((2, 2)), privacy=local() + other))
 
