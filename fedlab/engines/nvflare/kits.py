@@ -27,8 +27,24 @@ from fedlab.core.errors import RunError
 from fedlab.core.files import filled_in
 from fedlab.deploy.policy import SitePolicy
 
-__all__ = ["begin", "check_site_names", "class_rules", "free_port", "make_kits", "need_nvflare", "running",
-           "server_policy", "site_folder", "stop"]
+__all__ = [
+    "VARIABLES",
+    "begin",
+    "check_site_names",
+    "class_rules",
+    "free_port",
+    "make_kits",
+    "need_nvflare",
+    "program_of",
+    "running",
+    "server_policy",
+    "site_folder",
+    "stop",
+    "use_launchers",
+]
+
+#: Variables of NVFLARE's processes: a finished job waits this long for sites that are gone.
+VARIABLES = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "30"}
 
 #: All classes that a job may use at a server or site.
 _CLASSES = ["nvflare.collab.runtime.controller.CollabController", "nvflare.collab.runtime.executor.CollabExecutor",
@@ -149,6 +165,17 @@ def _settle(kit: Path) -> None:
     path.write_text(json.dumps(resources, indent=2), encoding="utf-8")
 
 
+def use_launchers(kit: Path) -> None:
+    """Makes a kit's process start its jobs as `fedlab.engines.nvflare.launchers` says."""
+    path = kit / "local" / "resources.json"
+    resources = json.loads(path.read_text(encoding="utf-8"))
+    launcher = {"server": "ServerLauncher", "client": "SiteLauncher"}[_kind_of(kit)]
+    for component in resources["components"]:
+        if component["id"] == "process_launcher":
+            component["path"] = f"fedlab.engines.nvflare.launchers.{launcher}"
+    path.write_text(json.dumps(resources, indent=2), encoding="utf-8")
+
+
 def _link_site(kit: Path, folder: Path) -> None:
     """Notes in a site's kit where the site's own folder is."""
     note = kit / "local" / "fedlab.toml"
@@ -207,26 +234,34 @@ def begin(kit: Path, *, site: Path | None = None, environment: dict[str, str] | 
         RunError: it runs already, there is no such kit, or a site's kit does not name the site's folder.
     """
     need_nvflare()
-    kind, kit = _kind_of(kit), kit.resolve()
+    kit = kit.resolve()
     if found := running(kit):
         raise RunError(f"{kit.name} runs already, as process {found[0].pid}")
     if site is not None:
         _link_site(kit, site)
+    program = program_of(kit)
+    with (kit / "console.log").open("ab") as log:
+        process = subprocess.Popen([sys.executable, "-u", "-m", *program], stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**os.environ, **VARIABLES, **(environment or {})})
+    return process.pid
+
+
+def program_of(kit: Path) -> list[str]:
+    """The module of NVFLARE that runs the server or site of a kit, and its arguments; makes the kit ready for it.
+
+    Raises:
+        RunError: as `begin`.
+    """
+    kind = _kind_of(kit)
     _settle(kit)
     name, org = "", "fedlab"
     if kind == "client":
         name = json.loads((kit / "startup" / "fed_client.json").read_text(encoding="utf-8"))["client"]["fqsn"]
         org = "".join(c if c.isalnum() else "_" for c in name)
     (kit / "transfer").mkdir(exist_ok=True)
-    with (kit / "console.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{kind}.{kind}_train", "-m", str(kit),
-             "-s", f"fed_{kind}.json", "--set", "secure_train=true", "config_folder=config", f"org={org}",
-             *([f"uid={name}"] if name else [])],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            # A finished job waits this long for sites that are gone.
-            env={**os.environ, "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "30", **(environment or {})})
-    return process.pid
+    return [f"nvflare.private.fed.app.{kind}.{kind}_train", "-m", str(kit), "-s", f"fed_{kind}.json",
+            "--set", "secure_train=true", "config_folder=config", f"org={org}", *([f"uid={name}"] if name else [])]
 
 
 def running(kit: Path) -> list[Any]:
