@@ -27,28 +27,19 @@ from fedlab.core.errors import RunError
 from fedlab.core.files import filled_in
 from fedlab.deploy.policy import SitePolicy
 
-__all__ = [
-    "VARIABLES",
-    "begin",
-    "check_site_names",
-    "class_rules",
-    "free_port",
-    "make_kits",
-    "need_nvflare",
-    "program_of",
-    "running",
-    "server_policy",
-    "site_folder",
-    "stop",
-    "use_launchers",
-]
+__all__ = ["FORKED", "VARIABLES", "begin", "check_site_names", "class_rules", "free_port", "make_kits", "need_nvflare",
+           "program_of", "running", "server_policy", "site_folder", "stop", "use_launchers"]
 
+#: The module that processes of a rehearsal are forked from.
+FORKED = "fedlab.engines.nvflare.parties"
 #: Variables of NVFLARE's processes: a finished job waits this long for sites that are gone.
 VARIABLES = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "30"}
 
 #: All classes that a job may use at a server or site.
 _CLASSES = ["nvflare.collab.runtime.controller.CollabController", "nvflare.collab.runtime.executor.CollabExecutor",
             "fedlab.engines.nvflare.server_part.ServerPart", "fedlab.engines.nvflare.site_part.SitePart"]
+#: A job that lacks sites is tried again within seconds, for an hour and a half; by default NVFLARE takes 10 s and more.
+_SCHEDULE = {"min_schedule_interval": 1.0, "max_schedule_interval": 10.0, "max_schedule_count": 540}
 _RIGHTS = {"submit_job": "any", "clone_job": "none", "manage_job": "any", "download_job": "any", "view": "any",
            "operate": "o:site", "shell_commands": "none", "byoc": "none", "app_command": "any"}
 
@@ -140,6 +131,8 @@ def _harden(kit: Path) -> None:
     resources["components"] = [c for c in resources["components"] if "logging" not in c["path"]]
     if "servers" in resources:
         resources["servers"][0]["heart_beat_timeout"] = 60
+        scheduler = next(c for c in resources["components"] if c["id"] == "job_scheduler")
+        scheduler["args"] |= _SCHEDULE
     rights = {"format_version": "1.0", "permissions": {"project_admin": _RIGHTS, "lead": _RIGHTS}}
     for name, content in (("resources", resources), ("authorization", rights)):
         (local / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -267,14 +260,15 @@ def program_of(kit: Path) -> list[str]:
 def running(kit: Path) -> list[Any]:
     """The kit's processes, of `psutil`, the oldest first: the one that was started, then the jobs that it has begun.
 
-    A job's process that has lost its parent is found too, by its command line.
+    A job's process that has lost its parent is found too, by its command line; one of a rehearsal by its folder.
     """
     import psutil
 
     home = str(kit.resolve())
     found = [process for process in psutil.process_iter(["cmdline", "status", "create_time"])
              if process.info["status"] != psutil.STATUS_ZOMBIE and (command := process.info["cmdline"])
-             and ((home in command and any("nvflare." in part for part in command)) or _is_watchdog(process, home))]
+             and ((home in command and any("nvflare." in part for part in command)) or _is_watchdog(process, home)
+                  or (FORKED in command and _folder_of(process) == home))]
     return sorted(found, key=lambda process: (process.info["create_time"], process.pid))
 
 
@@ -309,6 +303,14 @@ def free_port() -> int:
     """A free port of loopback."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def _folder_of(process: Any) -> str | None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return str(process.cwd())
+    return None
 
 
 def _is_watchdog(process: Any, home: str) -> bool:

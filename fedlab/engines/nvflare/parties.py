@@ -18,10 +18,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from fedlab.core.errors import RunError
-from fedlab.engines.nvflare.kits import VARIABLES, begin, program_of, stop, use_launchers
+from fedlab.engines.nvflare.kits import FORKED, VARIABLES, begin, program_of, stop, use_launchers
 
 __all__ = ["parties"]
 
@@ -29,8 +31,10 @@ __all__ = ["parties"]
 _IMPORTED = (
     "nvflare.private.fed.app.server.server_train", "nvflare.private.fed.app.server.runner_process",
     "nvflare.private.fed.app.client.client_train", "nvflare.private.fed.app.client.worker_process",
-    "nvflare.collab.runtime.controller", "nvflare.collab.runtime.executor", "fedlab.engines.nvflare.launchers",
-    "fedlab.engines.nvflare.server_part", "fedlab.engines.nvflare.site_part")
+    "nvflare.fuel.f3.drivers.aio_grpc_driver", "nvflare.fuel.f3.drivers.aio_http_driver", "nvflare.app_opt.pt",
+    "nvflare.app_common.executors.client_api_executor", "nvflare.collab.runtime.controller",
+    "nvflare.collab.runtime.executor", "fedlab.engines.nvflare.launchers", "fedlab.engines.nvflare.server_part",
+    "fedlab.engines.nvflare.site_part")
 #: Of Linux: what a process is sent when its parent ends, and whose child it becomes.
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 #: Seconds that the processes have to end.
@@ -62,29 +66,30 @@ def parties(folder: Path, environment: Mapping[str, str]) -> Iterator[Callable[[
                 stop(kit)
         return
 
-    def fork(kit: Path) -> int:
-        kit = kit.resolve()
-        program = program_of(kit)
-        use_launchers(kit)
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps([str(kit), program]), file=orders, flush=True)
-            if reply := replies.readline():
-                return int(reply)
-        raise RunError(f"the processes could not be started; {folder / 'processes.log'} says why")
-
     with (folder / "processes.log").open("ab") as log:
-        source = subprocess.Popen([sys.executable, "-u", "-m", __name__, str(folder)], stdin=subprocess.PIPE, text=True,
+        source = subprocess.Popen([sys.executable, "-u", "-m", FORKED, str(folder)], stdin=subprocess.PIPE, text=True,
                                   stdout=subprocess.PIPE, stderr=log, start_new_session=True,
                                   env={**os.environ, **VARIABLES, **environment})
-    orders, replies = source.stdin, source.stdout
-    assert orders is not None and replies is not None
+    assert source.stdin is not None and source.stdout is not None
     try:
-        yield fork
+        yield partial(_fork, source.stdin, source.stdout, Path(log.name))
     finally:
         with contextlib.suppress(BrokenPipeError):
-            orders.close()
+            source.stdin.close()
         source.wait()
-        replies.close()
+        source.stdout.close()
+
+
+def _fork(orders: IO[str], replies: IO[str], log: Path, kit: Path) -> int:
+    """Has the server or site of a kit forked, and returns its process id."""
+    kit = kit.resolve()
+    program = program_of(kit)
+    use_launchers(kit)
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps([str(kit), program]), file=orders, flush=True)
+        if reply := replies.readline():
+            return int(reply)
+    raise RunError(f"the processes could not be started; {log} says why")
 
 
 def _serve() -> list[str] | None:
