@@ -27,8 +27,8 @@ from fedlab.core.errors import RunError
 from fedlab.core.files import filled_in
 from fedlab.deploy.policy import SitePolicy
 
-__all__ = ["FORKED", "VARIABLES", "begin", "check_site_names", "class_rules", "free_port", "make_kits", "need_nvflare",
-           "program_of", "running", "server_policy", "site_folder", "stop", "use_launchers"]
+__all__ = ["FORKED", "VARIABLES", "begin", "check_site_names", "class_rules", "free_port", "hurry", "make_kits",
+           "need_nvflare", "program_of", "running", "server_policy", "site_folder", "stop"]
 
 #: The module that processes of a rehearsal are forked from.
 FORKED = "fedlab.engines.nvflare.parties"
@@ -158,14 +158,16 @@ def _settle(kit: Path) -> None:
     path.write_text(json.dumps(resources, indent=2), encoding="utf-8")
 
 
-def use_launchers(kit: Path) -> None:
-    """Makes a kit's process start its jobs as `fedlab.engines.nvflare.launchers` says."""
+def hurry(kit: Path) -> None:
+    """For a rehearsal: the kit's process starts jobs as `launchers` says, and a site that is early soon asks again."""
     path = kit / "local" / "resources.json"
     resources = json.loads(path.read_text(encoding="utf-8"))
-    launcher = {"server": "ServerLauncher", "client": "SiteLauncher"}[_kind_of(kit)]
-    for component in resources["components"]:
-        if component["id"] == "process_launcher":
-            component["path"] = f"fedlab.engines.nvflare.launchers.{launcher}"
+    launcher = next(c for c in resources["components"] if c["id"] == "process_launcher")
+    if _kind_of(kit) == "server":
+        launcher["path"] = "fedlab.engines.nvflare.launchers.ServerLauncher"
+    else:
+        launcher["path"] = "fedlab.engines.nvflare.launchers.SiteLauncher"
+        resources["client"]["client_register_interval"] = 0.5
     path.write_text(json.dumps(resources, indent=2), encoding="utf-8")
 
 
@@ -226,13 +228,7 @@ def begin(kit: Path, *, site: Path | None = None, environment: dict[str, str] | 
     Raises:
         RunError: it runs already, there is no such kit, or a site's kit does not name the site's folder.
     """
-    need_nvflare()
-    kit = kit.resolve()
-    if found := running(kit):
-        raise RunError(f"{kit.name} runs already, as process {found[0].pid}")
-    if site is not None:
-        _link_site(kit, site)
-    program = program_of(kit)
+    program = program_of(kit, site=site)
     with (kit / "console.log").open("ab") as log:
         process = subprocess.Popen([sys.executable, "-u", "-m", *program], stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True,
@@ -240,13 +236,18 @@ def begin(kit: Path, *, site: Path | None = None, environment: dict[str, str] | 
     return process.pid
 
 
-def program_of(kit: Path) -> list[str]:
+def program_of(kit: Path, *, site: Path | None = None) -> list[str]:
     """The module of NVFLARE that runs the server or site of a kit, and its arguments; makes the kit ready for it.
 
     Raises:
         RunError: as `begin`.
     """
-    kind = _kind_of(kit)
+    need_nvflare()
+    kind, kit = _kind_of(kit), kit.resolve()
+    if found := running(kit):
+        raise RunError(f"{kit.name} runs already, as process {found[0].pid}")
+    if site is not None:
+        _link_site(kit, site)
     _settle(kit)
     name, org = "", "fedlab"
     if kind == "client":

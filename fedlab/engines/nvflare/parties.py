@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from fedlab.core.errors import RunError
-from fedlab.engines.nvflare.kits import FORKED, VARIABLES, begin, program_of, stop, use_launchers
+from fedlab.engines.nvflare.kits import FORKED, VARIABLES, begin, hurry, program_of, stop
 
 __all__ = ["parties"]
 
@@ -35,18 +35,16 @@ _IMPORTED = (
     "nvflare.app_common.executors.client_api_executor", "nvflare.collab.runtime.controller",
     "nvflare.collab.runtime.executor", "fedlab.engines.nvflare.launchers", "fedlab.engines.nvflare.server_part",
     "fedlab.engines.nvflare.site_part")
-#: Of Linux: what a process is sent when its parent ends, and whose child it becomes.
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 #: Seconds that the processes have to end.
 _WITHIN = 10.0
 
 
 @contextlib.contextmanager
-def parties(folder: Path, environment: Mapping[str, str]) -> Iterator[Callable[[Path], int]]:
+def parties(folder: Path, environment: Mapping[str, str]) -> Iterator[Callable[..., int]]:
     """Yields a function that starts the server or site of a kit, as `kits.begin` does, and returns its process id.
 
-    All of them end with the block, or with this process. Where the system is not Linux, forking is not safe, and they
-    are programs of their own.
+    Its arguments are the kit and, as there, the site's own folder. All of them end with the block, or with this
+    process. Where the system is not Linux, forking is not safe, and they are programs of their own.
 
     Args:
         folder: for the log of the process that the others are forked from.
@@ -55,9 +53,9 @@ def parties(folder: Path, environment: Mapping[str, str]) -> Iterator[Callable[[
     if sys.platform != "linux":
         begun: list[Path] = []
 
-        def start(kit: Path) -> int:
+        def start(kit: Path, site: Path | None = None) -> int:
             begun.append(kit)
-            return begin(kit, environment=dict(environment))
+            return begin(kit, site=site, environment=dict(environment))
 
         try:
             yield start
@@ -80,13 +78,12 @@ def parties(folder: Path, environment: Mapping[str, str]) -> Iterator[Callable[[
         source.stdout.close()
 
 
-def _fork(orders: IO[str], replies: IO[str], log: Path, kit: Path) -> int:
+def _fork(orders: IO[str], replies: IO[str], log: Path, kit: Path, site: Path | None = None) -> int:
     """Has the server or site of a kit forked, and returns its process id."""
-    kit = kit.resolve()
-    program = program_of(kit)
-    use_launchers(kit)
+    program = program_of(kit, site=site)
+    hurry(kit)
     with contextlib.suppress(BrokenPipeError):
-        print(json.dumps([str(kit), program]), file=orders, flush=True)
+        print(json.dumps([str(kit.resolve()), program]), file=orders, flush=True)
         if reply := replies.readline():
             return int(reply)
     raise RunError(f"the processes could not be started; {log} says why")
@@ -98,9 +95,11 @@ def _serve() -> list[str] | None:
     Returns:
         In a forked process, the module that it runs and the arguments; None in this one.
     """
+    from fedlab.engines.nvflare.launchers import become_subreaper
+
     if threading.active_count() > 1:
         raise RuntimeError("a process that has threads is not forked")
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # a job whose party was killed is found here
+    become_subreaper()  # a job whose party was killed is found here
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that have ended leave nothing behind
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         os.dup2(2, 1)
@@ -121,7 +120,7 @@ def _settle(kit: Path, source: int) -> None:
     """Makes a forked process a party: in its kit's folder, with a log there, ending with the process it is from."""
     import numpy as np
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: sent to this process when its parent ends
     if os.getppid() != source:
         os._exit(1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -154,9 +153,9 @@ def main() -> None:
     program = _serve()
     if program is None:
         return
-    from fedlab.engines.nvflare.launchers import keep_spare
+    from fedlab.engines.nvflare.launchers import keep_source
 
-    module, *arguments = keep_spare() or program
+    module, *arguments = keep_source() or program
     sys.argv[1:] = arguments
     sys.modules.pop(module, None)  # run anew as the main module
     runpy.run_module(module, run_name="__main__", alter_sys=True)

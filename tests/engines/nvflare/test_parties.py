@@ -11,7 +11,7 @@ import pytest
 
 from fedlab.core import RunError
 from fedlab.engines.nvflare.kits import free_port, make_kits, running, stop
-from fedlab.engines.nvflare.launchers import keep_spare
+from fedlab.engines.nvflare.launchers import keep_source
 from fedlab.engines.nvflare.parties import parties
 from runs import wait_for
 
@@ -33,7 +33,7 @@ def test_each_party_is_a_process_in_its_own_folder_and_all_end_with_the_one_they
         kits: Path, tmp_path: Path) -> None:
     with parties(tmp_path, {"OMP_NUM_THREADS": "1"}) as start:
         started = {name: start(kits / name) for name in ("server", "a")}
-        # The party and the process that waits for its first job.
+        # The party and the process that its jobs are forked from.
         wait_for(lambda: all(len(running(kits / name)) == 2 for name in started), seconds=20, why="they are there")
         for name, pid in started.items():
             assert running(kits / name)[0].pid == pid
@@ -53,4 +53,4 @@ def test_each_party_is_a_process_in_its_own_folder_and_all_end_with_the_one_they
 def test_with_threads_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("threading.active_count", lambda: 2)
     with pytest.raises(RuntimeError, match="has threads"):
-        keep_spare()
+        keep_source()
