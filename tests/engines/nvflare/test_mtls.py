@@ -18,6 +18,7 @@ from fedlab import Local, PrivacyError, federate
 from fedlab.core import Round, weights_sha256
 from fedlab.engines.nvflare.admin import Admin
 from fedlab.engines.nvflare.kits import begin, running
+from fedlab.engines.nvflare.parties import parties
 from fedlab.engines.nvflare.run_folder import FinishedRounds, read_round
 from fedlab.privacy import AtSites, LedgerFile
 from fedlab.run import Admission, verify
@@ -32,9 +33,13 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
             patch.setenv(name, value)
         made = Hospitals(tmp_path_factory.mktemp("hospitals"))
         try:
-            for name in ("server", *NAMES):
-                made.start(name)
-            yield made
+            # Forked, since importing everything takes each job of each party seconds. What a test kills or ends is
+            # started again as in a hospital, by fedlab deploy start.
+            with parties(made.folder, ENVIRONMENT) as start:
+                start(made.kits / "server")
+                for name in NAMES:
+                    start(made.kits / name, made.folder / name)
+                yield made
         finally:
             made.end()
             left = [p.pid for p in psutil.process_iter(["cmdline"])
