@@ -29,6 +29,7 @@ __all__ = ["parties"]
 
 #: The programs of a party and its jobs, and what they import later.
 _IMPORTED = (
+    "fedlab.core.warm_imports", "opacus",
     "nvflare.private.fed.app.server.server_train", "nvflare.private.fed.app.server.runner_process",
     "nvflare.private.fed.app.client.client_train", "nvflare.private.fed.app.client.worker_process",
     "nvflare.fuel.f3.drivers.aio_grpc_driver", "nvflare.fuel.f3.drivers.aio_http_driver", "nvflare.app_opt.pt",
@@ -144,9 +145,7 @@ def _end_all() -> None:
 
 def main() -> None:
     """Imports everything, then becomes what it is told."""
-    from fedlab.engines.nvflare.site_part import SLOW
-
-    for module in (*_IMPORTED, *SLOW):
+    for module in _IMPORTED:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # the collector would write to memory that forked processes share

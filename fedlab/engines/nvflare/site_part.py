@@ -24,10 +24,7 @@ from fedlab.engines.nvflare.kits import site_folder
 from fedlab.engines.nvflare.simulation import simulated_host
 from fedlab.run.site_errors import kind_of
 
-__all__ = ["SLOW", "SitePart"]
-
-#: Modules that a site needs and that take seconds to import.
-SLOW = ("monai.losses", "monai.transforms", "monai.networks.nets", "opacus", "torch._dynamo")
+__all__ = ["SitePart"]
 
 #: Seconds that the process of an ended job is given to release the site's folder.
 _LET_GO = 30.0
@@ -52,7 +49,7 @@ class SitePart:
     @collab.init  # type: ignore[untyped-decorator]
     def prepare(self) -> None:
         """Imports slow modules before the server begins to count the seconds."""
-        for module in SLOW:
+        for module in ("monai.losses", "monai.transforms", "monai.networks.nets", "opacus", "torch._dynamo"):
             importlib.import_module(module)
 
     @collab.publish  # type: ignore[untyped-decorator]
