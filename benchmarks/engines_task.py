@@ -32,22 +32,23 @@ def make_data(folder: Path, count: int) -> None:
         scratch.rename(folder)
 
 
-def stamped_sgd(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+class StampedSGD(torch.optim.SGD):
     """Plain SGD that notes when the first gradient of the whole run is there; the clock is one for all processes."""
-    optimiser = torch.optim.SGD(parameters, lr=lr)
 
-    def note(*_: Any) -> None:
-        with suppress(FileExistsError), Path(os.environ[STAMP]).open("x", encoding="utf-8") as file:
-            file.write(repr(time.monotonic()))
+    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.register_step_pre_hook(_note)
 
-    optimiser.register_step_pre_hook(note)
-    return optimiser
+
+def _note(*_: Any) -> None:
+    with suppress(FileExistsError), Path(os.environ[STAMP]).open("x", encoding="utf-8") as file:
+        file.write(repr(time.monotonic()))
 
 
 def make_trainer() -> fl.SiteTrainer:
     """The smallest SegResNet of the library: 1.2 million weights go to each site and back."""
     return fl.SiteTrainer(model=fl.segresnet(seed=0), lr=LR, steps=STEPS, batch_size=1, crop=CROP, augment=None,
-                          optimiser=stamped_sgd, momentum="restart", precision="fp32", device="cpu")
+                          optimiser=StampedSGD, momentum="restart", precision="fp32", device="cpu")
 
 
 def timed(run: Callable[[Callable[[Any], None]], fl.core.ServerState], rounds: int) -> dict[str, Any]:

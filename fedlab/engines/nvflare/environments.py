@@ -27,7 +27,8 @@ from fedlab.deploy.messages import pack_weights
 from fedlab.deploy.plan import Plan
 from fedlab.deploy.weights_file import save_run_weights
 from fedlab.engines.nvflare.admin import Admin, watch
-from fedlab.engines.nvflare.kits import begin, check_site_names, class_rules, free_port, make_kits, need_nvflare, stop
+from fedlab.engines.nvflare.kits import check_site_names, class_rules, free_port, make_kits, need_nvflare
+from fedlab.engines.nvflare.parties import parties
 from fedlab.engines.nvflare.run_folder import FinishedRounds, SavedRun
 from fedlab.engines.nvflare.simulation import SIMULATION, prepare_simulation
 from fedlab.run.federate import make_run
@@ -132,18 +133,15 @@ class ProofOfConcept:
 
     def rounds(self, saved: SavedRun, sites: Sequence[Site], *, have: int) -> Iterator[Round]:
         threads = self.threads or torch.get_num_threads()
-        with _folder(self.folder) as folder:
-            names = saved.plan.sites
+        need_nvflare()
+        check_site_names(names := saved.plan.sites)
+        with _folder(self.folder) as folder, parties(folder, _variables(folder, threads)) as start:
             kits = make_kits(folder / "project", server="localhost", sites=names, port=free_port())
             prepare_simulation(folder, sites, modules=saved.plan.modules)
-            try:
-                for name in ("server", *names):
-                    begin(kits / name, environment=_variables(folder, threads))
-                researcher = Production(kit=kits / "admin", threads=threads, wait=self.wait, repeatable_noise=True)
-                yield from researcher.rounds(saved, sites, have=have)
-            finally:
-                for name in (*names, "server"):
-                    stop(kits / name)
+            for name in ("server", *names):
+                start(kits / name)
+            researcher = Production(kit=kits / "admin", threads=threads, wait=self.wait, repeatable_noise=True)
+            yield from researcher.rounds(saved, sites, have=have)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,12 +27,19 @@ from fedlab.core.errors import RunError
 from fedlab.core.files import filled_in
 from fedlab.deploy.policy import SitePolicy
 
-__all__ = ["begin", "check_site_names", "class_rules", "free_port", "make_kits", "need_nvflare", "running",
-           "server_policy", "site_folder", "stop"]
+__all__ = ["FORKED", "VARIABLES", "begin", "check_site_names", "class_rules", "free_port", "hurry", "make_kits",
+           "need_nvflare", "program_of", "running", "server_policy", "site_folder", "stop"]
+
+#: The module that processes of a rehearsal are forked from.
+FORKED = "fedlab.engines.nvflare.parties"
+#: Variables of NVFLARE's processes: a finished job waits this long for sites that are gone.
+VARIABLES = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "30"}
 
 #: All classes that a job may use at a server or site.
 _CLASSES = ["nvflare.collab.runtime.controller.CollabController", "nvflare.collab.runtime.executor.CollabExecutor",
             "fedlab.engines.nvflare.server_part.ServerPart", "fedlab.engines.nvflare.site_part.SitePart"]
+#: A job that lacks sites is tried again within seconds, for an hour and a half; by default NVFLARE takes 10 s and more.
+_SCHEDULE = {"min_schedule_interval": 1.0, "max_schedule_interval": 10.0, "max_schedule_count": 540}
 _RIGHTS = {"submit_job": "any", "clone_job": "none", "manage_job": "any", "download_job": "any", "view": "any",
            "operate": "o:site", "shell_commands": "none", "byoc": "none", "app_command": "any"}
 
@@ -124,6 +131,8 @@ def _harden(kit: Path) -> None:
     resources["components"] = [c for c in resources["components"] if "logging" not in c["path"]]
     if "servers" in resources:
         resources["servers"][0]["heart_beat_timeout"] = 60
+        scheduler = next(c for c in resources["components"] if c["id"] == "job_scheduler")
+        scheduler["args"] |= _SCHEDULE
     rights = {"format_version": "1.0", "permissions": {"project_admin": _RIGHTS, "lead": _RIGHTS}}
     for name, content in (("resources", resources), ("authorization", rights)):
         (local / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -146,6 +155,19 @@ def _settle(kit: Path) -> None:
             component["args"]["uri_root"] = str(kit.resolve() / "jobs")
     if "snapshot_persistor" in resources:
         resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit.resolve() / "snapshots")
+    path.write_text(json.dumps(resources, indent=2), encoding="utf-8")
+
+
+def hurry(kit: Path) -> None:
+    """For a rehearsal: the kit's process starts jobs as `launchers` says, and a site that is early soon asks again."""
+    path = kit / "local" / "resources.json"
+    resources = json.loads(path.read_text(encoding="utf-8"))
+    launcher = next(c for c in resources["components"] if c["id"] == "process_launcher")
+    if _kind_of(kit) == "server":
+        launcher["path"] = "fedlab.engines.nvflare.launchers.ServerLauncher"
+    else:
+        launcher["path"] = "fedlab.engines.nvflare.launchers.SiteLauncher"
+        resources["client"]["client_register_interval"] = 0.5
     path.write_text(json.dumps(resources, indent=2), encoding="utf-8")
 
 
@@ -206,6 +228,20 @@ def begin(kit: Path, *, site: Path | None = None, environment: dict[str, str] | 
     Raises:
         RunError: it runs already, there is no such kit, or a site's kit does not name the site's folder.
     """
+    program = program_of(kit, site=site)
+    with (kit / "console.log").open("ab") as log:
+        process = subprocess.Popen([sys.executable, "-u", "-m", *program], stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**os.environ, **VARIABLES, **(environment or {})})
+    return process.pid
+
+
+def program_of(kit: Path, *, site: Path | None = None) -> list[str]:
+    """The module of NVFLARE that runs the server or site of a kit, and its arguments; makes the kit ready for it.
+
+    Raises:
+        RunError: as `begin`.
+    """
     need_nvflare()
     kind, kit = _kind_of(kit), kit.resolve()
     if found := running(kit):
@@ -218,28 +254,22 @@ def begin(kit: Path, *, site: Path | None = None, environment: dict[str, str] | 
         name = json.loads((kit / "startup" / "fed_client.json").read_text(encoding="utf-8"))["client"]["fqsn"]
         org = "".join(c if c.isalnum() else "_" for c in name)
     (kit / "transfer").mkdir(exist_ok=True)
-    with (kit / "console.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{kind}.{kind}_train", "-m", str(kit),
-             "-s", f"fed_{kind}.json", "--set", "secure_train=true", "config_folder=config", f"org={org}",
-             *([f"uid={name}"] if name else [])],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            # A finished job waits this long for sites that are gone.
-            env={**os.environ, "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "30", **(environment or {})})
-    return process.pid
+    return [f"nvflare.private.fed.app.{kind}.{kind}_train", "-m", str(kit), "-s", f"fed_{kind}.json",
+            "--set", "secure_train=true", "config_folder=config", f"org={org}", *([f"uid={name}"] if name else [])]
 
 
 def running(kit: Path) -> list[Any]:
     """The kit's processes, of `psutil`, the oldest first: the one that was started, then the jobs that it has begun.
 
-    A job's process that has lost its parent is found too, by its command line.
+    A job's process that has lost its parent is found too, by its command line; one of a rehearsal by its folder.
     """
     import psutil
 
     home = str(kit.resolve())
     found = [process for process in psutil.process_iter(["cmdline", "status", "create_time"])
              if process.info["status"] != psutil.STATUS_ZOMBIE and (command := process.info["cmdline"])
-             and ((home in command and any("nvflare." in part for part in command)) or _is_watchdog(process, home))]
+             and ((home in command and any("nvflare." in part for part in command)) or _is_watchdog(process, home)
+                  or (FORKED in command and _folder_of(process) == home))]
     return sorted(found, key=lambda process: (process.info["create_time"], process.pid))
 
 
@@ -274,6 +304,14 @@ def free_port() -> int:
     """A free port of loopback."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def _folder_of(process: Any) -> str | None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return str(process.cwd())
+    return None
 
 
 def _is_watchdog(process: Any, home: str) -> bool:

@@ -65,6 +65,12 @@ def test_processes_with_certificates_of_their_own_give_the_same_bits(tmp_path: P
     assert here.state is not None and there.state is not None
     assert sha(there.state.params) == sha(here.state.params)
     assert processes_of(tmp_path) == []
+    log = (tmp_path / "project" / "kits" / "server" / "log.txt").read_text(encoding="utf-8")
+    for name in ("site-0", "site-1"):
+        # The site and its job, each with the site's certificate; no job was a program of its own.
+        assert log.count(f"SSL {name}] is created") >= 2
+        assert "posix_spawn" not in (tmp_path / "project" / "kits" / name / "log.txt").read_text(encoding="utf-8")
+    assert "ServerLauncher" in log and "posix_spawn" not in log
 
 
 def test_what_a_site_refuses_reaches_the_researcher(tmp_path: Path) -> None:
