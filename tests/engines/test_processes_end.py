@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import monai.transforms  # noqa: F401  # its imports that failed hold all frames above them, so not within a test
 import pytest
 from test_processes import Tells, Waits, alive, pids, run
 
