@@ -39,7 +39,7 @@ from folders import (
 
 IDS = {"brats2018": "Brats18_2013_{}_1", "brats2019": "BraTS19_CBICA_{}_1", "brats2020": "BraTS20_Training_00{}",
        "brats2021": "BraTS2021_0000{}", "brats2023": "BraTS-GLI-0000{}-000", "fets": "FeTS2022_0000{}",
-       "msd": "BRATS_00{}", "nnunet": "case_{}", "table": "Žofie {} é"}
+       "msd": "BRATS_00{}", "nnunet": "case_{}", "named": "UPENN-GBM-0000{}_11", "table": "Žofie {} é"}
 
 
 @pytest.fixture(scope="module")

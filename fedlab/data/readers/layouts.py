@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.decathlon import list_msd, looks_like_msd
 from fedlab.data.readers.findings import Finding
+from fedlab.data.readers.named import list_named
 from fedlab.data.readers.patient_files import (
     Listing,
     PatientFiles,
@@ -27,6 +28,8 @@ from fedlab.data.readers.patient_files import (
     is_circular_link,
     is_nifti,
     is_valid_id,
+    is_visible_folder,
+    scans_below,
 )
 from fedlab.data.readers.tables import TABLES, find_path_table, list_table, merge_columns
 
@@ -42,6 +45,8 @@ LAYOUTS: Mapping[str, str] = {
     "fets": "as brats2021, with partitioning_*.csv",
     "msd": "imagesTr/, labelsTr/ and dataset.json, four modalities in one 4-D file",
     "nnunet": "imagesTr/CASE_0000.nii.gz, _0001, ..., labelsTr/ and dataset.json, one file per modality",
+    "named": "files that end in _FLAIR, _T1, _T1c or _T1Gd, _T2, _segm and the like, in any folders (UPENN-GBM, UCSF-PDGM, "
+             "BraTS-TCGA, BIDS)",
     "table": "a CSV file of paths with the columns patient, flair, t1, t1c, t2, label",
 }
 _SUFFIXES: Mapping[str, Mapping[str, str]] = {
@@ -75,7 +80,10 @@ def list_patients(folder: str | os.PathLike[str], *, layout: str | None = None) 
         raise DataError(f"{folder} is not a folder; expected a folder with one subfolder per patient")
     try:
         root = _innermost(folder)
-        listing = _list(root, layout)
+        if (named := _named(folder, root, layout)) is not None:
+            root, listing = folder, named
+        else:
+            listing = _list(root, layout)
     except OSError as error:
         raise DataError(f"{folder} cannot be listed ({error})") from error
     deeper = "" if root == folder else f" (in its only subfolder {root.relative_to(folder)})"
@@ -89,11 +97,22 @@ def _innermost(folder: Path) -> Path:
     for _ in range(4):
         if looks_like_msd(inner) or _tables(inner) or _find_folders(inner) or _find_together(inner):
             return inner
-        inside = [entry for entry in sorted(inner.iterdir()) if _is_visible_folder(entry)]
+        inside = [entry for entry in sorted(inner.iterdir()) if is_visible_folder(entry)]
         if len(inside) != 1:
             break
         inner = inside[0]
     return folder
+
+
+def _named(folder: Path, root: Path, layout: str | None) -> Listing | None:
+    """The patients of the layout "named" if it is stated, or if no file tells another one."""
+    if layout not in (None, "named") or layout is None and looks_like_msd(root):
+        return None
+    listing = list_named(folder, stated=layout is not None)
+    if listing is None and layout is not None:
+        raise DataError(f"{folder} contains no patient with at least three scans in the layout {layout!r}: "
+                        f"{LAYOUTS[layout]}")
+    return listing if layout is not None or listing is None or find_path_table(root) is None else None
 
 
 def _list(root: Path, layout: str | None) -> Listing:
@@ -180,10 +199,10 @@ def _find_folders(root: Path) -> list[_Folder]:
     """The folders below `root`, or below its HGG/ and LGG/, that contain scans or are named like those that do."""
     found = []
     for entry in sorted(root.iterdir()):
-        grade = entry.name.upper() if entry.name.upper() in _GRADES and _is_visible_folder(entry) else ""
+        grade = entry.name.upper() if entry.name.upper() in _GRADES and is_visible_folder(entry) else ""
         inside = sorted(entry.iterdir()) if grade else [entry]
         found += [_read_folder(path, grade) for path in inside
-                  if (not is_nifti(path) if _is_bad_link(path) else _is_visible_folder(path))]
+                  if (not is_nifti(path) if _is_bad_link(path) else is_visible_folder(path))]
     patterns = {re.sub(r"\d", "0", folder.id) for folder in found if folder.scans}
     return [folder for folder in found if folder.scans or (
         patterns and (folder.error or folder.links or re.sub(r"\d", "0", folder.id) in patterns))]
@@ -209,30 +228,17 @@ def _by_id(scans: Iterable[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def _scans_below(folder: Path, levels: int = 3) -> Iterator[Path]:
-    """The scans in a folder and, some levels deep, in the folders in it; nothing from those that cannot be listed."""
-    try:
-        inside = sorted(folder.iterdir())
-    except OSError:
-        return
-    for entry in inside:
-        if is_nifti(entry):
-            yield entry
-        elif levels and _is_visible_folder(entry):
-            yield from _scans_below(entry, levels - 1)
-
-
 def _elsewhere(root: Path, folders: Sequence[_Folder]) -> dict[Path, list[str]]:
     """The places below `root` with scans named as in a layout that are in none of the folders, and the ids there."""
     read = {folder.path for folder in folders}
-    graded = [entry for entry in root.iterdir() if entry.name.upper() in _GRADES and _is_visible_folder(entry)]
+    graded = [entry for entry in root.iterdir() if entry.name.upper() in _GRADES and is_visible_folder(entry)]
     found: dict[Path, list[str]] = {}
     for place in (root, *graded):
         inside = sorted(place.iterdir())
         if place not in read:
             found[place] = sorted(_by_id(filter(is_nifti, inside)))
-        found |= {entry: sorted(_by_id(_scans_below(entry))) for entry in inside
-                  if _is_visible_folder(entry) and entry not in read and entry not in graded}
+        found |= {entry: sorted(_by_id(scans_below(entry))) for entry in inside
+                  if is_visible_folder(entry) and entry not in read and entry not in graded}
     return {place: ids for place, ids in found.items() if ids}
 
 
@@ -240,10 +246,6 @@ def _tables(folder: Path, start: str = "") -> list[Path]:
     """The tables of a folder whose names begin with `start`, in upper or lower case."""
     return sorted(path for path in folder.iterdir()
                   if path.suffix.lower() in TABLES and path.name.lower().startswith(start))
-
-
-def _is_visible_folder(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith((".", "__")) and not is_circular_link(entry)
 
 
 def _is_bad_link(entry: Path) -> bool:
@@ -359,7 +361,7 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
 def _no_patients(root: Path) -> str:
     """Why a folder holds no patients, for the text of an error."""
     entries = sorted(root.iterdir())
-    candidates = [_innermost(entry) for entry in entries if _is_visible_folder(entry)]
+    candidates = [_innermost(entry) for entry in entries if is_visible_folder(entry)]
     like = [str(entry.relative_to(root)) for entry in candidates
             if looks_like_msd(entry) or _find_together(entry)
             or any(folder.is_named or folder.is_crowded for folder in _find_folders(entry))]
@@ -368,7 +370,7 @@ def _no_patients(root: Path) -> str:
         return f"{root} contains no patients itself; give one of its subfolders that do: {', '.join(like)}{together}"
     if scan := next(iter(_by_id(entries).values()), None):
         return f"{root} contains scans such as {scan[0].name}: it is one patient's folder; give the folder above it"
-    if deep := next(_scans_below(root), None):
+    if deep := next(scans_below(root), None):
         return (f"{root}: its scans lie deeper than in any layout, such as {deep.relative_to(root)}; move those of "
                 f"each patient into one folder <ID>/, or write a table of paths, {LAYOUTS['table']}")
     if dicom := _find_dicom(root):

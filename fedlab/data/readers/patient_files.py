@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,8 @@ from typing import Any
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.findings import Finding
 
-__all__ = ["Listing", "PatientFiles", "is_broken_link", "is_circular_link", "is_nifti", "is_valid_id", "stem"]
+__all__ = ["Listing", "PatientFiles", "is_broken_link", "is_circular_link", "is_nifti", "is_valid_id",
+           "is_visible_folder", "scans_below", "stem"]
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -87,6 +88,24 @@ def is_circular_link(path: Path) -> bool:
         return path.is_symlink() and path.resolve(strict=True) in path.parent.resolve(strict=True).joinpath("x").parents
     except (OSError, RuntimeError):  # a circle of links
         return False
+
+
+def is_visible_folder(path: Path) -> bool:
+    """Whether it is a folder that is not hidden, and no link to a folder that contains it."""
+    return path.is_dir() and not path.name.startswith((".", "__")) and not is_circular_link(path)
+
+
+def scans_below(folder: Path, levels: int = 3) -> Iterator[Path]:
+    """The scans in a folder and, some levels deep, in the folders in it; nothing from those that cannot be listed."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return
+    for entry in inside:
+        if is_nifti(entry):
+            yield entry
+        elif levels and is_visible_folder(entry):
+            yield from scans_below(entry, levels - 1)
 
 
 def is_valid_id(name: str) -> bool:
