@@ -162,6 +162,8 @@ def _by_entry(folder: Path, entries: list[dict[str, Any]], channels: Mapping[str
               files: dict[str, PatientFiles]) -> list[Finding]:
     """Adds the patients that dataset.json lists to `files`; returns findings."""
     findings: list[Finding] = []
+    stored = {(name, stem(path)): path
+              for name in _FOLDERS for path in _scans(folder / name.replace("images", "labels"))}
     for number, entry in enumerate(entries):
         image = entry.get("image")
         patient = stem(Path(image)) if isinstance(image, str) else ""
@@ -180,6 +182,11 @@ def _by_entry(folder: Path, entries: list[dict[str, Any]], channels: Mapping[str
                 except DataError as error:
                     severity: Severity = "warning" if error.code == "no-label" else "error"
                     findings.append(Finding(patient, error.code, str(error), severity))
+        if "image" in paths and entry.get("label") is None \
+                and (unlisted := stored.get((paths["image"].parent.name, patient))) is not None:
+            paths["label"] = unlisted
+            findings.append(Finding(patient, "not-in-table", f"dataset.json names no label for it; "
+                                    f"{unlisted.parent.name}/{unlisted.name}, which has its name, is read", "warning"))
         files[patient] = PatientFiles(id=patient, layout="msd", label=paths.get("label"), channels=channels,
                                       images=dict.fromkeys(MODALITIES, paths["image"]) if "image" in paths else {})
     return findings

@@ -185,6 +185,17 @@ class _Folder:
         return any(_same_id(name, self.id) for name in _by_id(self.scans))
 
     @property
+    def has_images(self) -> bool:
+        """Whether a scan is named as a FLAIR, T1, T1c or T2."""
+        return any((match := name.fullmatch(scan.name)) and _SUFFIXES[mark][match["kind"].lower()] in MODALITIES
+                   for scan in self.scans for mark, name in _NAMES.items())
+
+    @property
+    def form(self) -> str:
+        """The name with any number as 0, which patients of one data set share."""
+        return re.sub(r"\d", "0", self.id)
+
+    @property
     def is_crowded(self) -> bool:
         """Whether it holds scans of several patients."""
         return len(_by_id(self.scans)) > 1 and not self.is_named
@@ -203,9 +214,13 @@ def _find_folders(root: Path) -> list[_Folder]:
         inside = sorted(entry.iterdir()) if grade else [entry]
         found += [_read_folder(path, grade) for path in inside
                   if (not is_nifti(path) if _is_bad_link(path) else is_visible_folder(path))]
-    patterns = {re.sub(r"\d", "0", folder.id) for folder in found if folder.scans}
-    return [folder for folder in found if folder.scans or (
-        patterns and (folder.error or folder.links or re.sub(r"\d", "0", folder.id) in patterns))]
+    forms = {folder.form for folder in found if folder.scans}
+    found = [folder for folder in found if folder.scans or (
+        forms and (folder.error or folder.links or folder.form in forms))]
+    sure = {folder.form for folder in found if folder.is_named and folder.has_images}
+    # Beside patients, a folder of predictions, masks or several patients' scans is none.
+    return [folder for folder in found if not sure or not folder.scans or folder.form in sure or folder.is_named
+            or folder.has_images and not folder.is_crowded]
 
 
 def _find_together(root: Path) -> list[_Folder]:
@@ -228,17 +243,23 @@ def _by_id(scans: Iterable[Path]) -> dict[str, list[Path]]:
     return found
 
 
+def _places(root: Path) -> list[Path]:
+    """The folder itself and its HGG/ and LGG/."""
+    return [root, *(entry for entry in sorted(root.iterdir())
+                    if entry.name.upper() in _GRADES and is_visible_folder(entry))]
+
+
 def _elsewhere(root: Path, folders: Sequence[_Folder]) -> dict[Path, list[str]]:
     """The places below `root` with scans named as in a layout that are in none of the folders, and the ids there."""
     read = {folder.path for folder in folders}
-    graded = [entry for entry in root.iterdir() if entry.name.upper() in _GRADES and is_visible_folder(entry)]
+    places = _places(root)
     found: dict[Path, list[str]] = {}
-    for place in (root, *graded):
+    for place in places:
         inside = sorted(place.iterdir())
         if place not in read:
             found[place] = sorted(_by_id(filter(is_nifti, inside)))
         found |= {entry: sorted(_by_id(scans_below(entry))) for entry in inside
-                  if is_visible_folder(entry) and entry not in read and entry not in graded}
+                  if is_visible_folder(entry) and entry not in read and entry not in places}
     return {place: ids for place, ids in found.items() if ids}
 
 
@@ -282,6 +303,14 @@ def _list_folders(root: Path, folders: Sequence[_Folder], mark: str, stated: str
                                 f"scans of {counted(len(ids), 'patient')} ({', '.join(ids[:3])}"
                                 f"{', …' if len(ids) > 3 else ''}) lie {where} and are not read; move them to where "
                                 f"those of the other patients lie, or read them as a folder of their own", "warning"))
+    read = {folder.path for folder in folders}
+    for entry in (entry for place in _places(root) for entry in sorted(place.iterdir())
+                  if is_visible_folder(entry) and entry not in read):
+        inside = list(scans_below(entry, 0))
+        if inside and not _by_id(inside):
+            findings.append(Finding(str(entry.relative_to(root)), "elsewhere", f"{entry.name} is not read as a "
+                                    f"patient: of {counted(len(inside), 'file')} such as {inside[0].name} none is named "
+                                    f"as a FLAIR, T1, T1c or T2", "warning"))
     layout, reason, tables = _year(root, folders, mark)
     if stated is not None and stated != layout:
         layout, reason = stated, f"{reason}, like {layout}"

@@ -213,7 +213,7 @@ def _check_image(exam: Examination, modality: str) -> None:
         return
     inside = int(np.count_nonzero(array))
     peak = int(np.count_nonzero(array == high))
-    if peak >= 10 and peak >= SATURATED * inside:
+    if high != 0 and peak >= 10 and peak >= SATURATED * inside:
         exam.add("saturated", f"{name}: {peak:,} voxels, {peak / inside:.2%} of those that are not 0, share the "
                  f"largest value {float(high):g}; bright structures are cut off", "warning")
 
