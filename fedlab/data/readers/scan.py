@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 
@@ -48,6 +49,19 @@ _HALF = 0.5 - 1e-4  # a voxel exactly half inside counts as inside, whatever the
 SATURATED = 5e-4
 #: Share of the brain from which voxels that are not 0 (or 0) in one modality only are reported.
 _ALONE = 0.02
+#: Share of the brain's largest cross-section that lies on a face of the volume where the scan is cut off there.
+_FACE = 0.4
+#: Correlation over the brain from which two modalities are one scan; different ones of real patients stay below 0.95.
+_SAME = 0.9999
+#: By how much the voxels of T1 are more skewed than those of T2 where the two are swapped: fluid is dark in T1 and
+#: bright in T2, and the difference is between -1.8 and -3.4 in the real patients at hand.
+_SWAPPED = 0.5
+#: By how much FLAIR and T2 together, in standard deviations of the brain, are brighter in a mirrored label map than in
+#: the label map itself where that is mirrored; in the real patients at hand they are darker by 0.6 to 3.8.
+_MIRRORED = 0.5
+_LEAST = 100  # labelled voxels from which this is looked at
+#: Values that an image holds at least; masks and label maps hold fewer.
+_VALUES = 9
 #: Share of a modality's typical signal that ringing far from the brain does not reach.
 _FAINT = 0.01
 
@@ -134,6 +148,8 @@ def examine(files: PatientFiles, *, labels: str | None = None) -> Examination:
                 share = stray / np.count_nonzero(exam.label)
                 exam.add("label-outside", f"{stray} labelled voxels lie where every modality is 0, {share:.1%} of all; "
                          f"check that the label map belongs to the scans and has their orientation", "warning")
+            if exam.sound:
+                _check_orientation(exam, exam.label, exam.brain)
     check_labels(exam, labels)
     return exam
 
@@ -211,6 +227,10 @@ def _check_image(exam: Examination, modality: str) -> None:
         exam.add("background", f"{name}: {share:.0%} of the voxels on the volume's faces are not 0; expected "
                  f"skull-stripped scans with background 0")
         return
+    if np.unique(array[::2, ::2, ::2]).size < _VALUES and np.unique(array).size < _VALUES:
+        exam.add("few-values", f"{name} holds {np.unique(array).size} different values, as a mask or label map does; "
+                 f"give the scan itself")
+        return
     inside = int(np.count_nonzero(array))
     peak = int(np.count_nonzero(array == high))
     if high != 0 and peak >= 10 and peak >= SATURATED * inside:
@@ -246,8 +266,15 @@ def _check_brain(exam: Examination) -> None:
     if voxels > 0.9 * exam.brain.size and all(f.code != "background" for f in exam.findings):
         exam.add("background", "more than 90 % of the voxels are not 0 in some modality; expected skull-stripped "
                  "scans with background 0")
+    for axis in range(3):
+        area = np.count_nonzero(exam.brain, axis=tuple({0, 1, 2} - {axis}))
+        if max(area[0], area[-1]) > _FACE * area.max() and area.size > 1 and exam.sound:
+            exam.add("cut-off", f"the brain reaches a face of the volume with {max(area[0], area[-1]) / area.max():.0%} "
+                     f"of its largest cross-section ({_axis(exam, axis)}); check whether the scans are cut off there",
+                     "warning")
     if len(masks) < len(MODALITIES) or not exam.sound:
         return
+    _check_contrasts(exam)
     for modality, mask in masks.items():
         alone = int(np.count_nonzero(mask & (signals == 1)))
         if alone > _ALONE * voxels:
@@ -257,6 +284,58 @@ def _check_brain(exam: Examination) -> None:
         if lost > _ALONE * voxels:
             exam.add("cut-off", f"{_name(exam, modality)}: {lost:,} voxels are 0 here but not in any other modality; "
                      f"check whether the scan is cut off", "warning")
+
+
+def _axis(exam: Examination, axis: int) -> str:
+    """The direction of a stored axis in words."""
+    code = nib.aff2axcodes(exam.volumes[next(iter(exam.images))].affine)[axis]
+    return {"L": "left and right", "R": "left and right", "A": "front and back", "P": "front and back"}.get(
+        code, "top and bottom")
+
+
+def _check_contrasts(exam: Examination) -> None:
+    """Reports one scan under two names, and T1 and T2 under each other's."""
+    where = np.flatnonzero(exam.brain)
+    where = where[::max(1, where.size // 200_000)]
+    values = np.array([exam.images[modality].reshape(-1)[where] for modality in MODALITIES], dtype=np.float64)
+    values -= values.mean(axis=1, keepdims=True)
+    deviation = values.std(axis=1, keepdims=True)
+    if (deviation == 0).any():
+        return
+    values /= deviation
+    alike = values @ values.T / where.size
+    for i, j in zip(*np.nonzero(np.triu(alike > _SAME, 1)), strict=True):
+        one, other = (_name(exam, MODALITIES[k]) for k in (i, j))
+        exam.add("same-scan", f"{one} and {other} are the same scan (correlation {alike[i, j]:.6f}); replace the wrong "
+                 f"one by the scan that its name states")
+    skew = dict(zip(MODALITIES, (values**3).mean(axis=1), strict=True))
+    if skew["T1"] - skew["T2"] > _SWAPPED:
+        exam.add("swapped", f"{_name(exam, 'T1')} and {_name(exam, 'T2')} look swapped: fluid seems bright in T1 and "
+                 f"dark in T2; check which is which", "warning")
+
+
+def _check_orientation(exam: Examination, label: np.ndarray, brain: np.ndarray) -> None:
+    """Reports a label map that fits FLAIR and T2 better when it is mirrored."""
+    places = np.array(np.nonzero(label))
+    bright = [exam.images[name] for name in ("FLAIR", "T2") if name in exam.images]
+    if places.shape[1] < _LEAST or len(bright) < 2:
+        return
+    inside = [array[brain] for array in bright]
+    levels = [(float(own.mean()), float(own.std())) for own in inside]
+
+    def fit(at: np.ndarray) -> float:
+        at = at[:, brain[tuple(at)]]
+        if 2 * at.shape[1] < places.shape[1]:
+            return -np.inf
+        return sum((float(array[tuple(at)].mean()) - mean) / max(deviation, 1e-30)
+                   for array, (mean, deviation) in zip(bright, levels, strict=True))
+
+    turned = [np.where(np.arange(3)[:, None] == axis, label.shape[axis] - 1 - places, places) for axis in range(3)]
+    fits = [fit(at) for at in turned]
+    if (best := max(fits)) > fit(places) + _MIRRORED:
+        exam.add("label-mirrored", f"FLAIR and T2 are brighter where the label map would lie if it were mirrored, "
+                 f"{_axis(exam, fits.index(best))}; check that it belongs to the scans and has their orientation",
+                 "warning")
 
 
 def check_labels(exam: Examination, convention: str | None) -> None:
