@@ -45,8 +45,8 @@ LAYOUTS: Mapping[str, str] = {
     "fets": "as brats2021, with partitioning_*.csv",
     "msd": "imagesTr/, labelsTr/ and dataset.json, four modalities in one 4-D file",
     "nnunet": "imagesTr/CASE_0000.nii.gz, _0001, ..., labelsTr/ and dataset.json, one file per modality",
-    "named": "files that end in _FLAIR, _T1, _T1c or _T1Gd, _T2, _segm and the like, in any folders (UPENN-GBM, UCSF-PDGM, "
-             "BraTS-TCGA, BIDS)",
+    "named": "files that end in _FLAIR, _T1, _T1c or _T1Gd, _T2, _segm and the like, in any folders (UPENN-GBM, "
+             "UCSF-PDGM, BraTS-TCGA, BIDS)",
     "table": "a CSV file of paths with the columns patient, flair, t1, t1c, t2, label",
 }
 _SUFFIXES: Mapping[str, Mapping[str, str]] = {
@@ -55,7 +55,15 @@ _SUFFIXES: Mapping[str, Mapping[str, str]] = {
 }
 _NAMES = {mark: re.compile(rf"(?P<id>.+){mark}(?P<kind>{'|'.join(kinds)})\.nii(\.gz)?", re.IGNORECASE)
           for mark, kinds in _SUFFIXES.items()}
+_STATE_NAMED = "layout='named' (--layout named), which reads files of any folders by their names"
 _GRADES = ("HGG", "LGG")
+#: Ends of names of scans in other formats, with the format and what converts it.
+_FORMATS = {
+    (".mha", ".mhd"): ("MetaImage", "for example with SimpleITK.ReadImage and WriteImage"),
+    (".nrrd", ".nhdr"): ("NRRD", "for example with SimpleITK.ReadImage and WriteImage"),
+    (".mgz", ".mgh"): ("FreeSurfer", "for example with mri_convert"),
+    (".img", ".hdr", ".img.gz", ".hdr.gz"): ("Analyze or two-file NIfTI", "one file each, with nibabel.load and save"),
+}
 
 
 def list_patients(folder: str | os.PathLike[str], *, layout: str | None = None) -> Listing:
@@ -106,7 +114,7 @@ def _innermost(folder: Path) -> Path:
 
 def _named(folder: Path, root: Path, layout: str | None) -> Listing | None:
     """The patients of the layout "named" if it is stated, or if no file tells another one."""
-    if layout not in (None, "named") or layout is None and looks_like_msd(root):
+    if layout not in (None, "named") or (layout is None and looks_like_msd(root)):
         return None
     listing = list_named(folder, stated=layout is not None)
     if listing is None and layout is not None:
@@ -162,6 +170,7 @@ class _Folder:
         path: the folder.
         grade: "HGG" or "LGG" where it lies in a folder of that name, else "".
         scans: the patient's NIfTI files.
+        others: the other files in the folder of a patient.
         links: broken or circular links in it, or the folder itself if it is one.
         error: why it cannot be listed.
     """
@@ -170,6 +179,7 @@ class _Folder:
     path: Path
     grade: str = ""
     scans: tuple[Path, ...] = ()
+    others: tuple[Path, ...] = ()
     links: tuple[Path, ...] = ()
     error: str = ""
 
@@ -220,7 +230,7 @@ def _find_folders(root: Path) -> list[_Folder]:
     sure = {folder.form for folder in found if folder.is_named and folder.has_images}
     # Beside patients, a folder of predictions, masks or several patients' scans is none.
     return [folder for folder in found if not sure or not folder.scans or folder.form in sure or folder.is_named
-            or folder.has_images and not folder.is_crowded]
+            or (folder.has_images and not folder.is_crowded)]
 
 
 def _find_together(root: Path) -> list[_Folder]:
@@ -282,7 +292,8 @@ def _read_folder(path: Path, grade: str) -> _Folder:
         return _Folder(id=path.name, path=path, grade=grade, error=f"cannot be listed ({error.strerror})")
     scans = tuple(entry for entry in inside if is_nifti(entry))
     links = tuple(entry for entry in inside if not is_nifti(entry) and _is_bad_link(entry))
-    return _Folder(id=path.name, path=path, grade=grade, scans=scans, links=links if scans else ())
+    others = tuple(entry for entry in inside if not is_nifti(entry) and not entry.name.startswith("."))
+    return _Folder(id=path.name, path=path, grade=grade, scans=scans, others=others, links=links if scans else ())
 
 
 def _list_folders(root: Path, folders: Sequence[_Folder], mark: str, stated: str | None) -> Listing:
@@ -309,8 +320,8 @@ def _list_folders(root: Path, folders: Sequence[_Folder], mark: str, stated: str
         inside = list(scans_below(entry, 0))
         if inside and not _by_id(inside):
             findings.append(Finding(str(entry.relative_to(root)), "elsewhere", f"{entry.name} is not read as a "
-                                    f"patient: of {counted(len(inside), 'file')} such as {inside[0].name} none is named "
-                                    f"as a FLAIR, T1, T1c or T2", "warning"))
+                                    f"patient: of {counted(len(inside), 'file')} such as {inside[0].name} none is "
+                                    f"named as a FLAIR, T1, T1c or T2", "warning"))
     layout, reason, tables = _year(root, folders, mark)
     if stated is not None and stated != layout:
         layout, reason = stated, f"{reason}, like {layout}"
@@ -378,9 +389,15 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
             kinds.setdefault(_SUFFIXES[mark][match["kind"].lower()], []).append(path)
     findings += [Finding(folder.id, "two-files", f"{' and '.join(path.name for path in paths)} both claim to be the "
                          f"{kind}; keep one") for kind, paths in kinds.items() if len(paths) > 1]
-    findings += [Finding(folder.id, "missing-modality", f"no {modality}: {folder.id}{mark}{suffix}.nii.gz")
-                 for modality in MODALITIES if modality not in kinds
-                 for suffix, name in _SUFFIXES[mark].items() if name == modality]
+    for suffix, modality in _SUFFIXES[mark].items():
+        if modality not in kinds:
+            wanted = f"{folder.id}{mark}{suffix}"
+            alike = [path.name for path in folder.others if path.name.lower().startswith(f"{wanted}.".lower())]
+            hint = f"; {alike[0]} is not named as a NIfTI file: convert or rename it" if alike else ""
+            if modality != "label":
+                findings.append(Finding(folder.id, "missing-modality", f"no {modality}: {wanted}.nii.gz{hint}"))
+            elif alike:
+                findings.append(Finding(folder.id, "no-label", f"no {wanted}.nii.gz{hint}", "warning"))
     if not is_valid_id(folder.id):
         findings.append(Finding(folder.id, "unusable", "a name must be printable and contain no \\"))
     images = {modality: kinds[modality][0] for modality in MODALITIES if modality in kinds}
@@ -395,27 +412,32 @@ def _no_patients(root: Path) -> str:
             if looks_like_msd(entry) or _find_together(entry)
             or any(folder.is_named or folder.is_crowded for folder in _find_folders(entry))]
     if like:
-        together = f"; to read several together, write a table of paths, {LAYOUTS['table']}" if len(like) > 1 else ""
+        together = (f"; to read several together, write a table of paths, {LAYOUTS['table']}, or state "
+                    f"{_STATE_NAMED}") if len(like) > 1 else ""
         return f"{root} contains no patients itself; give one of its subfolders that do: {', '.join(like)}{together}"
     if scan := next(iter(_by_id(entries).values()), None):
         return f"{root} contains scans such as {scan[0].name}: it is one patient's folder; give the folder above it"
     if deep := next(scans_below(root), None):
         return (f"{root}: its scans lie deeper than in any layout, such as {deep.relative_to(root)}; move those of "
-                f"each patient into one folder <ID>/, or write a table of paths, {LAYOUTS['table']}")
-    if dicom := _find_dicom(root):
-        return (f"{root} holds DICOM files such as {dicom.relative_to(root)}; convert them to NIfTI, for example with "
-                f"dcm2niix, then register them and remove the skull")
+                f"each patient into one folder <ID>/, write a table of paths, {LAYOUTS['table']}, or state "
+                f"{_STATE_NAMED}")
+    if other := _find_other_format(root):
+        path, kind, how = other
+        return (f"{root} holds {kind} files such as {path.relative_to(root)}; convert them to NIfTI, {how}, then "
+                f"register them and remove the skull where that has not been done")
     return (f"{root} contains no patient folder; expected {'; '.join(LAYOUTS.values())}; found "
             f"{', '.join(entry.name for entry in entries[:5]) or 'nothing'}")
 
 
-def _find_dicom(root: Path) -> Path | None:
-    """The first DICOM file among the first entries below a folder, by its mark at byte 128; None without one."""
+def _find_other_format(root: Path) -> tuple[Path, str, str] | None:
+    """The first scan in another format among the first entries below a folder, its format, and what converts it."""
     for path in filter(Path.is_file, islice(root.rglob("*"), 1000)):
+        if found := next((kind for ends, kind in _FORMATS.items() if path.name.lower().endswith(ends)), None):
+            return path, *found
         try:
             with path.open("rb") as file:
                 if file.read(132)[128:] == b"DICM":
-                    return path
+                    return path, "DICOM", "for example with dcm2niix"
         except OSError:
             continue
     return None

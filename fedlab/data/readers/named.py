@@ -59,7 +59,7 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
         if not stated and _BRATS.fullmatch(scan.name):
             return None
         claim = None if any(map(_PREDICTED.search, scan.relative_to(root).parts[:-1])) else _claim(scan)
-        if claim is None or not claim.id and scan.parent == root:
+        if claim is None or (not claim.id and scan.parent == root):
             others.append(scan)
         else:
             claims.append(claim)
@@ -74,10 +74,11 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
     passed = 0
     for name, own in found.items():
         images = own.keys() & {*MODALITIES}
-        if len(images) > 1 or images and _form(name) in forms:
+        if len(images) > 1 or (images and _form(name) in forms):
             files[name], problems = _choose(name, own, root)
             findings += problems
-            passed += sum(map(len, own.values())) - len(files[name].images) - (files[name].label is not None)
+            if all(problem.code != "two-files" for problem in problems):
+                passed += sum(map(len, own.values())) - len(files[name].images) - (files[name].label is not None)
         elif images or not any(name.startswith(patient) for patient in whole):
             stray[name] = next(iter(own.values()))[0].path
         else:  # a mask of a patient's brain or the like
@@ -85,8 +86,8 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
     if stray:
         findings.append(Finding(min(stray), "elsewhere", f"{stray[min(stray)].relative_to(root)} is not read: no other "
                                 f"scans have names that begin with {min(stray)}; {len(stray)} such in all", "warning"))
-    example = next(path.name for own in files.values() for path in [own.images.get("T1c")] if path is not None)
-    reason = f"{counted(len(files), 'patient')} with files named by their modality, such as {example}"
+    example = next((own.images["T1c"] for own in files.values() if "T1c" in own.images), found[whole[0]]["T1c"][0].path)
+    reason = f"{counted(len(files), 'patient')} with files named by their modality, such as {example.name}"
     if passed:
         reason += f"; {counted(passed, 'file')} passed over for a scan without bias field or a corrected label map"
     if others:

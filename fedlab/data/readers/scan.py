@@ -268,13 +268,13 @@ def _check_brain(exam: Examination) -> None:
                  "scans with background 0")
     for axis in range(3):
         area = np.count_nonzero(exam.brain, axis=tuple({0, 1, 2} - {axis}))
-        if max(area[0], area[-1]) > _FACE * area.max() and area.size > 1 and exam.sound:
-            exam.add("cut-off", f"the brain reaches a face of the volume with {max(area[0], area[-1]) / area.max():.0%} "
-                     f"of its largest cross-section ({_axis(exam, axis)}); check whether the scans are cut off there",
-                     "warning")
+        share = max(area[0], area[-1]) / area.max()
+        if share > _FACE and exam.sound:
+            exam.add("cut-off", f"the brain reaches a face of the volume ({_axis(exam, axis)}) with {share:.0%} of its "
+                     f"largest cross-section; check whether the scans are cut off there", "warning")
     if len(masks) < len(MODALITIES) or not exam.sound:
         return
-    _check_contrasts(exam)
+    _check_contrasts(exam, exam.brain)
     for modality, mask in masks.items():
         alone = int(np.count_nonzero(mask & (signals == 1)))
         if alone > _ALONE * voxels:
@@ -293,9 +293,9 @@ def _axis(exam: Examination, axis: int) -> str:
         code, "top and bottom")
 
 
-def _check_contrasts(exam: Examination) -> None:
+def _check_contrasts(exam: Examination, brain: np.ndarray) -> None:
     """Reports one scan under two names, and T1 and T2 under each other's."""
-    where = np.flatnonzero(exam.brain)
+    where = np.flatnonzero(brain)
     where = where[::max(1, where.size // 200_000)]
     values = np.array([exam.images[modality].reshape(-1)[where] for modality in MODALITIES], dtype=np.float64)
     values -= values.mean(axis=1, keepdims=True)
