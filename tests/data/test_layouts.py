@@ -202,7 +202,7 @@ def test_a_folder_in_a_folder_and_folders_side_by_side(tmp_path):
 
 
 def test_scans_that_lie_elsewhere_are_named_and_not_passed_over_in_silence(tmp_path):
-    write_layout(tmp_path, "brats2021", [ball("P1"), ball("P2")])
+    write_layout(tmp_path, "brats2021", [ball("P1"), ball("P2", seed=1)])
     write_layout(tmp_path / "later", "brats2021", [ball("P3"), ball("P4")])
     save(ball().label, LPS, tmp_path / "atlas" / "mni" / "template.nii.gz")  # no name of any layout
     save(ball().label, LPS, tmp_path / "P5_t1.nii.gz")

@@ -113,14 +113,16 @@ def _innermost(folder: Path) -> Path:
 
 
 def _named(folder: Path, root: Path, layout: str | None) -> Listing | None:
-    """The patients of the layout "named" if it is stated, or if no file tells another one."""
+    """The patients of the layout "named" if it is stated, or if no file tells another one but a table of paths."""
     if layout not in (None, "named") or (layout is None and looks_like_msd(root)):
         return None
     listing = list_named(folder, stated=layout is not None)
     if listing is None and layout is not None:
         raise DataError(f"{folder} contains no patient with at least three scans in the layout {layout!r}: "
                         f"{LAYOUTS[layout]}")
-    return listing if layout is not None or listing is None or find_path_table(root) is None else None
+    if listing is not None and layout is None and (table := find_path_table(root)) is not None:
+        return list_table(table)
+    return listing
 
 
 def _list(root: Path, layout: str | None) -> Listing:

@@ -1,0 +1,160 @@
+"""Files whose names end in their modality, in any folders: the names of published data sets, and what is ambiguous."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from fedlab.core.errors import DataError
+from fedlab.data.readers.folders import find_patients, read_cohort
+from fedlab.data.readers.inspection import inspect_folder
+from fedlab.data.readers.layouts import list_patients
+from folders import LPS, OLD, UPENN, ball, save, save_files, write_layout, write_named, write_paths
+
+UCSF = {"FLAIR": "_FLAIR_bias", "T1": "_T1_bias", "T1c": "_T1c_bias", "T2": "_T2_bias", "label": "_tumor_segmentation"}
+TCGA = {"FLAIR": "_flair", "T1": "_t1", "T1c": "_t1Gd", "T2": "_t2", "label": "_GlistrBoost_ManuallyCorrected"}
+BIDS = {"FLAIR": "_FLAIR", "T1": "_T1w", "T1c": "_ce-gadolinium_T1w", "T2": "_T2w", "label": "_dseg"}
+PLAIN = {"FLAIR": "_flair", "T1": "_t1", "T1c": "_t1c", "T2": "_t2", "label": "_seg"}
+UCSD = {"FLAIR": "_FLAIR", "T1": "_T1pre", "T1c": "_T1post", "T2": "_T2", "label": "_BraTS_tumor_seg"}
+MU = {"FLAIR": "_t2f", "T1": "_t1n", "T1c": "_t1c", "T2": "_t2w", "label": "_tumorMask"}
+#: Ids as in the files, names, folders of scans and label maps, and the ids that patients get.
+DATA_SETS = {
+    "UPENN-GBM": (("UPENN-GBM-00001_11", "UPENN-GBM-00002_21"), UPENN, "images_structural/{id}", "images_segm", None),
+    "UPENN-GBM in a folder": (("UPENN-GBM-00001_11", "UPENN-GBM-00002_11"), UPENN, "NIfTI-files/images_structural/{id}",
+                              "NIfTI-files/images_segm", None),
+    "UCSF-PDGM": (("UCSF-PDGM-0004", "UCSF-PDGM-0429_FU003d"), UCSF, "{id}_nifti", "{id}_nifti", None),
+    "BraTS-TCGA": (("TCGA-02-0006_1996.08.23", "TCGA-02-0009_1997.06.14"), TCGA, "{sub}", "{sub}",
+                   ("TCGA-02-0006", "TCGA-02-0009")),
+    "two dates of one person": (("TCGA-02-0006_1996.08.23", "TCGA-02-0006_1997.01.01"), TCGA, "{sub}", "{sub}", None),
+    "BIDS": (("sub-001_ses-01", "sub-001_ses-02"), BIDS, "{sub}/ses-01/anat", "derivatives/seg/{sub}/anat", None),
+    "BIDS, one person": (("sub-01",), BIDS, "{sub}/anat", "derivatives/seg/{sub}/anat", None),
+    "in one folder": (("case 1", "case é"), PLAIN, "", "", None),
+    "scans and label maps": (("A1", "A2"), PLAIN, "images", "labels", None),
+    "UCSD-PTGBM": (("UCSD-PTGBM-0002_01", "UCSD-PTGBM-0002_02"), UCSD, "{id}", "{id}", None),
+    "MU-Glioma-Post": (("PatientID_0003_Timepoint_1", "PatientID_0004_Timepoint_1"), MU, "{id}", "{id}", None),
+}
+
+
+def read(folder, **options):
+    return read_cohort(folder, progress=False, **options)
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_names_of_published_data_sets(tmp_path, name):
+    ids, names, place, labels, expected = DATA_SETS[name]
+    raws = [ball(one, seed=seed) for seed, one in enumerate(ids)]
+    want = read(write_layout(tmp_path / "plain", "brats2021", [raw._replace(id=f"P{k}") for k, raw in enumerate(raws)]))
+    write_named(tmp_path / "data", raws, names, place, labels=labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cohort = read(tmp_path / "data")
+    assert (cohort.layout, cohort.ids, cohort.findings) == ("named", expected or ids, ())
+    assert cohort.convention.name == "brats2021" and "such as" in cohort.reason
+    for got, reference in zip(cohort, want, strict=True):
+        assert torch.equal(got.image, reference.image) and torch.equal(got.label, reference.label)
+
+
+def test_names_without_an_id_take_that_of_their_folder(tmp_path):
+    for seed, place in enumerate(("Patient-001/week-000", "Patient-001/week-044", "Patient-002/week-000")):
+        raw = ball(seed=seed)
+        for name, array in {**raw.images, "label": raw.label}.items():
+            save(array, LPS, tmp_path / "data" / place / f"{'seg' if name == 'label' else name}.nii.gz")
+    ids = ("Patient-001_week-000", "Patient-001_week-044", "Patient-002_week-000")
+    assert read(tmp_path / "data").ids == ids and read(tmp_path).ids == ids
+
+
+def test_other_files_of_ucsf_pdgm_are_told_and_the_scans_without_bias_field_taken(tmp_path):
+    raw = ball("UCSF-PDGM-0004")
+    home = tmp_path / "UCSF-PDGM-0004_nifti"
+    write_named(tmp_path, [raw], UCSF, home.name, labels=home.name)
+    for ending in ("ADC", "SWI", "SWI_bias", "DTI_eddy_FA", "brain_segmentation", "brain_parenchyma_segmentation",
+                   "FLAIR", "T1", "T1c", "T2"):
+        save(raw.images["T1"], LPS, home / f"UCSF-PDGM-0004_{ending}.nii.gz")
+    listing = list_patients(tmp_path)
+    (files,) = listing.files.values()
+    assert {name: path.name for name, path in files.images.items()} == {
+        name: f"UCSF-PDGM-0004{UCSF[name]}.nii.gz" for name in raw.images}
+    assert files.label.name == "UCSF-PDGM-0004_tumor_segmentation.nii.gz" and listing.findings == ()
+    assert "4 files passed over for a scan without bias field" in listing.reason
+    assert "6 other NIfTI files not read" in listing.reason
+    (home / "UCSF-PDGM-0004_T1c_bias.nii.gz").unlink()  # then no set of four is the one that is meant
+    with pytest.raises(DataError, match=r"_FLAIR\.nii\.gz and .*_FLAIR_bias\.nii\.gz all claim to be the FLAIR; keep"):
+        find_patients(tmp_path)
+
+
+@pytest.mark.parametrize(("program", "expert"), [("automated_segm/{}_automated_approx_segm", "images_segm/{}_segm"),
+                                                 ("automated_segm/{}_segm", "images_segm/{}_segm"),
+                                                 ("{}/{}_GlistrBoost", "{}/{}_GlistrBoost_ManuallyCorrected")])
+def test_label_maps_of_experts_come_before_those_of_programs(tmp_path, program, expert):
+    raws = [ball(f"UPENN-GBM-0000{k}_11", seed=k) for k in range(2)]
+    write_named(tmp_path, raws, UPENN, labels="{id}/x")
+    for raw in raws:
+        (tmp_path / raw.id / "x" / f"{raw.id}_segm.nii.gz").unlink()
+        save(np.where(raw.label == 4, 1, raw.label), LPS, tmp_path / f"{program.format(raw.id, raw.id)}.nii.gz")
+    save(raws[0].label, LPS, tmp_path / f"{expert.format(raws[0].id, raws[0].id)}.nii.gz")
+    listing = list_patients(tmp_path)
+    assert [(f.patient, f.code, f.severity) for f in listing.findings] == [(raws[1].id, "automatic", "warning")]
+    assert "which no expert corrected" in listing.findings[0].message and "1 file passed over" in listing.reason
+    assert [4 in patient.label for patient in read(tmp_path)] == [True, False]
+
+
+def test_two_files_that_claim_to_be_one_scan_are_refused(tmp_path):
+    raws = [ball(f"sub-0{k}", seed=k) for k in range(2)]
+    write_named(tmp_path, raws, BIDS, "{id}/anat", labels="derivatives/seg/{id}/anat")
+    save(raws[0].images["T1"], LPS, tmp_path / "derivatives" / "prep" / "sub-00_desc-brain_T1w.nii.gz")
+    save(raws[1].label, LPS, tmp_path / "derivatives" / "other" / "sub-01_dseg.nii.gz")
+    with pytest.raises(DataError) as caught:
+        find_patients(tmp_path)
+    text = str(caught.value)
+    assert "problems with 2 of 2 patients" in text and "table of paths" in text
+    assert "derivatives/prep/sub-00_desc-brain_T1w.nii.gz and sub-00/anat/sub-00_T1w.nii.gz all claim to be the T1" in text
+    assert "all claim to be the label" in text
+
+
+def test_predictions_are_no_label_maps(tmp_path):
+    raws = [ball(f"A{k}", seed=k) for k in range(2)]
+    write_named(tmp_path, raws, PLAIN, labels="predictions")
+    cohort = read(tmp_path)
+    assert [patient.label for patient in cohort] == [None, None]
+    assert "2 other NIfTI files not read, such as predictions/A0_seg.nii.gz" in cohort.reason
+
+
+def test_missing_scans_and_files_of_nobody(tmp_path):
+    raws = [ball(f"A{k}", seed=k) for k in range(3)]
+    write_named(tmp_path, raws, PLAIN)
+    (tmp_path / "A0" / "A0_t1c.nii.gz").unlink()
+    for kind in ("t1", "t1c", "t2"):
+        (tmp_path / "A1" / f"A1_{kind}.nii.gz").unlink()
+    save(raws[0].images["T1"], LPS, tmp_path / "atlas" / "template_T1.nii.gz")
+    found = {case.patient: {(f.severity, f.code) for f in case.findings} for case in inspect_folder(
+        tmp_path, progress=False).cases}
+    assert found == {"A0": {("error", "missing-modality")}, "A1": {("error", "missing-modality")}, "A2": set(),
+                     "template": {("warning", "elsewhere")}}
+
+
+def test_names_of_brats_and_tables_of_paths_come_first_unless_the_layout_is_stated(tmp_path):
+    save_files(ball("P1"), tmp_path / "a" / "P1")
+    write_named(tmp_path / "a", [ball("P2", seed=1)], PLAIN)
+    assert list_patients(tmp_path / "a").layout == "brats2021"
+    assert list(list_patients(tmp_path / "a", layout="named").files) == ["P1", "P2"]
+    write_paths(tmp_path / "b", [ball("P1")])
+    write_named(tmp_path / "b", [ball("P2", seed=1)], PLAIN)
+    assert list_patients(tmp_path / "b").layout == "table"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no patient with at least three scans in the layout 'named': files that end"):
+        list_patients(tmp_path / "empty", layout="named")
+
+
+def test_folders_that_are_refused_are_read_where_the_layout_is_stated(tmp_path):
+    for k in range(2):
+        save_files(ball(f"P{k}", seed=k), tmp_path / f"P{k}" / f"P{k}")
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        shutil.move(tmp_path / f"P{k}" / f"P{k}" / f"P{k}_{OLD['label']}.nii.gz", tmp_path / "labels")
+    with pytest.raises(DataError, match=r"or state layout='named' \(--layout named\)"):
+        list_patients(tmp_path)
+    cohort = read(tmp_path, layout="named")
+    assert cohort.ids == ("P0", "P1") and all((patient.label > 0).any() for patient in cohort)
