@@ -433,7 +433,7 @@ def _no_patients(root: Path) -> str:
 
 def _find_other_format(root: Path) -> tuple[Path, str, str] | None:
     """The first scan in another format among the first entries below a folder, its format, and what converts it."""
-    for path in filter(Path.is_file, islice(root.rglob("*"), 1000)):
+    for path in filter(Path.is_file, sorted(islice(root.rglob("*"), 1000))):
         if found := next((kind for ends, kind in _FORMATS.items() if path.name.lower().endswith(ends)), None):
             return path, *found
         try:
