@@ -165,6 +165,11 @@ DEFECTS = {
         f("seg"), f("t1ce")))),
     "T1 and T2 swapped": ("swapped", "warning", lambda home, f: (change(f("t1"), lambda a: fluid(a, 4)),
                                                                change(f("t2"), lambda a: fluid(a, 0.1)))),
+    "a spike": ("spike", "warning", lambda home, f: change(f("t2"), lambda a: with_value(a, 1e6, 0))),
+    "lost slices": ("cut-off", "warning", lambda home, f: [change(
+        path, lambda a: a * (np.arange(a.shape[1])[:, None] != 17)) for path in home.iterdir()]),
+    "a lost slice of one scan": ("cut-off", "warning", lambda home, f: change(
+        f("t2"), lambda a: a * (np.arange(a.shape[2]) != 4))),
     "cut off at a face": ("cut-off", "warning", lambda home, f: halve(home)),
     **{f"label map mirrored along axis {axis}": ("label-mirrored", "warning", lambda home, f, axis=axis: change(
         f("seg"), lambda a: np.flip(a, axis).copy())) for axis in range(3)},

@@ -323,6 +323,35 @@ def test_other_formats_are_recognised(tmp_path, ending, said):
         list_patients(tmp_path)
 
 
+def test_accents_in_another_unicode_form_are_the_same_name(tmp_path):
+    composed, apart = "Zo\u00eb 1", "Zoe\u0308 1"  # as other systems and as macOS write it
+    write_layout(tmp_path, "brats2021", [ball(composed)])
+    for path in (tmp_path / composed).iterdir():
+        path.rename(path.with_name(path.name.replace(composed, apart)))
+    found = list_patients(tmp_path)
+    assert list(found.files) == [composed] and not found.findings and len(found.files[composed].images) == 4
+
+
+def test_paths_as_windows_writes_them(tmp_path):
+    raws = [ball("P1"), ball("P2", seed=1)]
+    write_paths(tmp_path / "table", raws)
+    write_msd(tmp_path / "msd", raws)
+    table, described = tmp_path / "table" / "paths.csv", tmp_path / "msd" / "dataset.json"
+    table.write_text(table.read_text().replace("scans/", "scans\\"))
+    described.write_text(described.read_text().replace("./images", ".\\\\images").replace("Tr/", "Tr\\\\"))
+    assert "imagesTr\\" in json.loads(described.read_text())["training"][0]["image"]
+    for place in (table, tmp_path / "msd"):
+        found = list_patients(place)
+        assert not found.findings and all(files.label.is_file() for files in found.files.values()), place
+        assert list(found.files) == ["P1", "P2"] and read(place).ids == ("P1", "P2")
+
+
+def test_packed_folders_are_recognised(tmp_path):
+    (tmp_path / "BraTS2021_Training_Data.tar").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"holds packed folders such as BraTS2021_Training_Data\.tar; unpack them"):
+        list_patients(tmp_path)
+
+
 def test_ids_in_upper_and_lower_case_are_one(tmp_path):
     write_layout(tmp_path, "brats2021", [ball("Pat_a1"), ball("Pat_a2")])
     for path in (tmp_path / "Pat_a1").iterdir():

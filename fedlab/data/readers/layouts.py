@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,6 +63,7 @@ _FORMATS = {
     (".mha", ".mhd"): ("MetaImage", "for example with SimpleITK.ReadImage and WriteImage"),
     (".nrrd", ".nhdr"): ("NRRD", "for example with SimpleITK.ReadImage and WriteImage"),
     (".mgz", ".mgh"): ("FreeSurfer", "for example with mri_convert"),
+    (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar"): ("archive", ""),
     (".img", ".hdr", ".img.gz", ".hdr.gz"): ("Analyze or two-file NIfTI", "one file each, with nibabel.load and save"),
 }
 
@@ -214,8 +216,9 @@ class _Folder:
 
 
 def _same_id(one: str, other: str) -> bool:
-    """Whether two names of a patient differ at most in upper and lower case."""
-    return one.casefold() == other.casefold()
+    """Whether two names of a patient differ at most in upper and lower case and in the Unicode form of accents."""
+    one, other = (unicodedata.normalize("NFC", name).casefold() for name in (one, other))
+    return one == other
 
 
 def _find_folders(root: Path) -> list[_Folder]:
@@ -425,6 +428,8 @@ def _no_patients(root: Path) -> str:
                 f"{_STATE_NAMED}")
     if other := _find_other_format(root):
         path, kind, how = other
+        if kind == "archive":
+            return f"{root} holds packed folders such as {path.relative_to(root)}; unpack them and give that folder"
         return (f"{root} holds {kind} files such as {path.relative_to(root)}; convert them to NIfTI, {how}, then "
                 f"register them and remove the skull where that has not been done")
     return (f"{root} contains no patient folder; expected {'; '.join(LAYOUTS.values())}; found "

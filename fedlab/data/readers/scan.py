@@ -6,6 +6,7 @@ Every check is made on every file, so that all defects of a patient are reported
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 from fedlab.core.errors import DataError
 from fedlab.core.regions import labels_to_regions, regions_to_labels
+from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES, REGIONS, Patient
 from fedlab.data.brain import bounding_box, find_brain, normalise, typical_signal
 from fedlab.data.readers.conventions import (
@@ -54,11 +56,14 @@ _FACE = 0.4
 #: Correlation over the brain from which two modalities are one scan; different ones of real patients stay below 0.95.
 _SAME = 0.9999
 #: By how much the voxels of T1 are more skewed than those of T2 where the two are swapped: fluid is dark in T1 and
-#: bright in T2, and the difference is between -1.8 and -3.4 in the real patients at hand.
+#: bright in T2, and the difference is between -1.9 and -3.5 in the real patients at hand.
 _SWAPPED = 0.5
 #: By how much FLAIR and T2 together, in standard deviations of the brain, are brighter in a mirrored label map than in
 #: the label map itself where that is mirrored; in the real patients at hand they are darker by 0.6 to 3.8.
 _MIRRORED = 0.5
+#: The distance of the largest value from the median, over the range from the 5th to the 95th percentile of the brain,
+#: from which a voxel is reported; in the real patients at hand it is at most 6.
+_SPIKE = 30
 _LEAST = 100  # labelled voxels from which this is looked at
 #: Values that an image holds at least; masks and label maps hold fewer.
 _VALUES = 9
@@ -266,6 +271,7 @@ def _check_brain(exam: Examination) -> None:
     if voxels > 0.9 * exam.brain.size and all(f.code != "background" for f in exam.findings):
         exam.add("background", "more than 90 % of the voxels are not 0 in some modality; expected skull-stripped "
                  "scans with background 0")
+    _check_gaps(exam, {"every modality": exam.brain, **{_name(exam, name): mask for name, mask in masks.items()}})
     for axis in range(3):
         area = np.count_nonzero(exam.brain, axis=tuple({0, 1, 2} - {axis}))
         share = max(area[0], area[-1]) / area.max()
@@ -289,8 +295,8 @@ def _check_brain(exam: Examination) -> None:
 def _axis(exam: Examination, axis: int) -> str:
     """The direction of a stored axis in words."""
     code = nib.aff2axcodes(exam.volumes[next(iter(exam.images))].affine)[axis]
-    return {"L": "left and right", "R": "left and right", "A": "front and back", "P": "front and back"}.get(
-        code, "top and bottom")
+    return {"L": "left to right", "R": "left to right", "A": "front to back", "P": "front to back"}.get(
+        code, "top to bottom")
 
 
 def _check_contrasts(exam: Examination, brain: np.ndarray) -> None:
@@ -298,6 +304,12 @@ def _check_contrasts(exam: Examination, brain: np.ndarray) -> None:
     where = np.flatnonzero(brain)
     where = where[::max(1, where.size // 200_000)]
     values = np.array([exam.images[modality].reshape(-1)[where] for modality in MODALITIES], dtype=np.float64)
+    low, middle, high = np.percentile(values, (5, 50, 95), axis=1)
+    for modality, level, spread in zip(MODALITIES, middle, high - low, strict=True):
+        if (peak := float(exam.images[modality].max())) - level > _SPIKE * spread > 0:
+            exam.add("spike", f"{_name(exam, modality)}: its largest value {peak:g} is {(peak - level) / spread:.0f} "
+                     f"times the usual range of its brain, which looks flat beside it; replace wrong voxels", "warning")
+    values = values.clip(*np.percentile(values, (0.1, 99.9), axis=1)[..., None])
     values -= values.mean(axis=1, keepdims=True)
     deviation = values.std(axis=1, keepdims=True)
     if (deviation == 0).any():
@@ -336,6 +348,20 @@ def _check_orientation(exam: Examination, label: np.ndarray, brain: np.ndarray) 
         exam.add("label-mirrored", f"FLAIR and T2 are brighter where the label map would lie if it were mirrored, "
                  f"{_axis(exam, fits.index(best))}; check that it belongs to the scans and has their orientation",
                  "warning")
+
+
+def _check_gaps(exam: Examination, masks: Mapping[str, np.ndarray]) -> None:
+    """Reports slices inside the brain without any signal, those of every modality once."""
+    for axis in range(3):
+        known: set[int] = set()
+        for name, mask in masks.items():
+            area = np.count_nonzero(mask, axis=tuple({0, 1, 2} - {axis}))
+            wide = np.flatnonzero(area > 0.02 * area.max())  # not a stray voxel outside the brain
+            empty = {*(wide[0] + np.flatnonzero(area[wide[0]:wide[-1]] == 0)).tolist()} if wide.size else set()
+            if lost := len(empty - known):
+                exam.add("cut-off", f"{name}: {counted(lost, 'slice')} inside the brain, counted {_axis(exam, axis)}, "
+                         f"without any signal; check whether slices were lost", "warning")
+            known |= empty
 
 
 def check_labels(exam: Examination, convention: str | None) -> None:

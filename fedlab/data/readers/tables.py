@@ -213,6 +213,8 @@ def list_table(path: Path) -> Listing:
 def _row_files(patient: str, row: Mapping[str, str], meaning: Mapping[str, str],
                table: Path) -> tuple[PatientFiles, list[Finding]]:
     cells = {kind: cell for kind in (*MODALITIES, "label") if (cell := row.get(meaning.get(kind, ""), ""))}
+    cells = {kind: slashed if "\\" in cell and os.path.isfile(table.parent / (slashed := cell.replace("\\", "/")))
+             else cell for kind, cell in cells.items()}
     paths = {kind: table.parent / cell for kind, cell in cells.items() if os.path.isfile(table.parent / cell)}
     findings = [Finding(patient, "missing-modality", f"{table.name} gives no path for {kind}")
                 for kind in MODALITIES if kind not in cells]
