@@ -170,6 +170,8 @@ DEFECTS = {
         path, lambda a: a * (np.arange(a.shape[1])[:, None] != 17)) for path in home.iterdir()]),
     "a lost slice of one scan": ("cut-off", "warning", lambda home, f: change(
         f("t2"), lambda a: a * (np.arange(a.shape[2]) != 4))),
+    "most of the brain labelled": ("label-large", "warning", lambda home, f: change(f("seg"), lambda a: np.where(
+        np.asanyarray(nib.load(f("t1")).dataobj) > 0, np.maximum(a, 1), a))),
     "cut off at a face": ("cut-off", "warning", lambda home, f: halve(home)),
     **{f"label map mirrored along axis {axis}": ("label-mirrored", "warning", lambda home, f, axis=axis: change(
         f("seg"), lambda a: np.flip(a, axis).copy())) for axis in range(3)},

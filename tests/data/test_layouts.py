@@ -332,6 +332,18 @@ def test_accents_in_another_unicode_form_are_the_same_name(tmp_path):
     assert list(found.files) == [composed] and not found.findings and len(found.files[composed].images) == 4
 
 
+def test_files_in_folders_of_their_own_names_as_some_programs_unpack_them(tmp_path):
+    save_files(ball("P1"), tmp_path / "P1")
+    for path in list((tmp_path / "P1").iterdir()):
+        folder = path.with_suffix("")
+        folder.mkdir()
+        path.rename(folder / path.name)
+    assert read(tmp_path)[0].label.any() and list_patients(tmp_path).findings == ()
+    (tmp_path / "P1" / "P1_t1.nii" / "P1_t1.nii.gz").rename(tmp_path / "P1" / "P1_t1.nii" / "P2_t1.nii.gz")
+    with pytest.raises(DataError, match=r"P1_t1\.nii is a folder, or a broken or circular link \[no-file\]"):
+        find_patients(tmp_path)
+
+
 def test_paths_as_windows_writes_them(tmp_path):
     raws = [ball("P1"), ball("P2", seed=1)]
     write_paths(tmp_path / "table", raws)

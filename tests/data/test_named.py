@@ -13,7 +13,7 @@ from fedlab.core.errors import DataError
 from fedlab.data.readers.folders import find_patients, read_cohort
 from fedlab.data.readers.inspection import inspect_folder
 from fedlab.data.readers.layouts import list_patients
-from folders import LPS, OLD, UPENN, ball, save, save_files, write_layout, write_named, write_paths
+from folders import LPS, OLD, UPENN, ball, save, save_files, write_layout, write_named, write_paths, write_table
 
 UCSF = {"FLAIR": "_FLAIR_bias", "T1": "_T1_bias", "T1c": "_T1c_bias", "T2": "_T2_bias", "label": "_tumor_segmentation"}
 TCGA = {"FLAIR": "_flair", "T1": "_t1", "T1c": "_t1Gd", "T2": "_t2", "label": "_GlistrBoost_ManuallyCorrected"}
@@ -34,6 +34,9 @@ DATA_SETS = {
     "BIDS, one person": (("sub-01",), BIDS, "{sub}/anat", "derivatives/seg/{sub}/anat", None),
     "in one folder": (("case 1", "case é"), PLAIN, "", "", None),
     "scans and label maps": (("A1", "A2"), PLAIN, "images", "labels", None),
+    "label maps named by the id alone": (("A1", "A2"), PLAIN | {"label": ""}, "images", "labelsTr", None),
+    "with hyphens": (("A-1", "A-2"), {name: end.replace("_", "-").upper() for name, end in PLAIN.items()}, "{id}", "{id}",
+                     None),
     "UCSD-PTGBM": (("UCSD-PTGBM-0002_01", "UCSD-PTGBM-0002_02"), UCSD, "{id}", "{id}", None),
     "MU-Glioma-Post": (("PatientID_0003_Timepoint_1", "PatientID_0004_Timepoint_1"), MU, "{id}", "{id}", None),
 }
@@ -65,6 +68,33 @@ def test_names_without_an_id_take_that_of_their_folder(tmp_path):
             save(array, LPS, tmp_path / "data" / place / f"{'seg' if name == 'label' else name}.nii.gz")
     ids = ("Patient-001_week-000", "Patient-001_week-044", "Patient-002_week-000")
     assert read(tmp_path / "data").ids == ids and read(tmp_path).ids == ids
+
+
+def test_names_that_begin_with_their_modality(tmp_path):
+    for seed, name in enumerate(("A1", "A2")):
+        raw = ball(seed=seed)
+        for kind, array in {**raw.images, "seg": raw.label}.items():
+            save(array, LPS, tmp_path / name / f"{kind}_{name}.nii.gz")
+            save(array, LPS, tmp_path / name / f"{kind}_registered.nii.gz")  # no patient is called so
+    assert read(tmp_path).ids == ("A1", "A2")
+
+
+def test_a_label_map_of_a_person_with_one_session(tmp_path):
+    raws = [ball(name, seed=seed) for seed, name in enumerate(("sub-1_ses-1", "sub-2_ses-1", "sub-2_ses-2"))]
+    write_named(tmp_path, raws, BIDS, "{sub}/anat", labels="derivatives/{sub}")
+    for name in ("sub-1", "sub-2"):
+        place = tmp_path / "derivatives" / name
+        (place / f"{name}_ses-1_dseg.nii.gz").rename(place / f"{name}_dseg.nii.gz")
+    cohort = read(tmp_path)
+    assert [patient.label is None for patient in cohort] == [False, True, False]
+    assert [(f.patient, f.code) for f in cohort.findings] == [("sub-2", "elsewhere")]
+
+
+def test_a_table_of_what_is_available_is_no_table_of_paths(tmp_path):
+    raws = [ball(f"UPENN-GBM-0000{k}_11", seed=k) for k in range(2)]
+    write_named(tmp_path, raws, UPENN)
+    write_table(tmp_path / "availability.csv", ["ID", "FLAIR", "T1", "T1GD", "T2"], [[raws[0].id, *["available"] * 4]])
+    assert list_patients(tmp_path).layout == "named"
 
 
 def test_other_files_of_ucsf_pdgm_are_told_and_the_scans_without_bias_field_taken(tmp_path):

@@ -31,6 +31,7 @@ from fedlab.data.readers.patient_files import (
     is_valid_id,
     is_visible_folder,
     scans_below,
+    stem,
 )
 from fedlab.data.readers.tables import TABLES, find_path_table, list_table, merge_columns
 
@@ -374,7 +375,7 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
     if folder.links == (folder.path,) or folder.error:
         return PatientFiles(id=folder.id, images={}), findings
     kinds: dict[str, list[Path]] = {}
-    for path in folder.scans:
+    for path in map(_unpacked, folder.scans):
         match, other = (_NAMES[key].fullmatch(path.name) for key in (mark, "-" if mark == "_" else "_"))
         if match is None and other is not None and _same_id(other["id"], folder.id):
             findings.append(Finding(folder.id, "other-layout", f"{path.name} is named as in "
@@ -407,6 +408,15 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
         findings.append(Finding(folder.id, "unusable", "a name must be printable and contain no \\"))
     images = {modality: kinds[modality][0] for modality in MODALITIES if modality in kinds}
     return PatientFiles(id=folder.id, images=images, label=kinds.get("label", [None])[0]), findings
+
+
+def _unpacked(path: Path) -> Path:
+    """The scan of the same name in a folder that is named as a scan, as some programs unpack it; or the path itself."""
+    try:
+        inside = [entry for entry in path.iterdir() if is_nifti(entry)] if is_visible_folder(path) else []
+    except OSError:
+        return path
+    return inside[0] if len(inside) == 1 and _same_id(stem(inside[0]), stem(path)) else path
 
 
 def _no_patients(root: Path) -> str:

@@ -29,10 +29,12 @@ _KINDS = {
              r"|glistrboost(?:_manuallycorrected)?",
 }
 _IMAGES = "|".join(f"(?P<{name}>{_KINDS[name]})" for name in MODALITIES)
-_NAME = re.compile(rf"(?:(?P<id>.+?)[-_. ])??(?:(?:brain_)?(?:{_IMAGES})(?P<bias>_bias)?|(?P<label>{_KINDS['label']}))",
-                   re.IGNORECASE)
-#: The name of a contrast-enhanced scan in the layouts of BraTS, which are read as such.
-_BRATS = re.compile(r".+(?:_t1ce|-t1c)\.nii(?:\.gz)?", re.IGNORECASE)
+_KIND = rf"(?:(?:brain_)?(?:{_IMAGES})(?P<bias>_bias)?|(?P<label>{_KINDS['label']}))"
+_NAME = re.compile(rf"(?:(?P<id>.+?)[-_. ])??{_KIND}", re.IGNORECASE)
+_FIRST = re.compile(rf"{_KIND}[-_. ](?P<id>.+)", re.IGNORECASE)
+_LABELS = re.compile(r"(?:images_)?(?:label|seg|mask|ground.?truth)", re.IGNORECASE)  # folders of label maps
+#: Names by which the layouts of BraTS, which are read as such, are known.
+_BRATS = re.compile(r".+(_t1ce|-t1c|-t1n|-t2f|-t2w)\.nii(?:\.gz)?", re.IGNORECASE)
 _AUTOMATIC = re.compile(r"automated|glistrboost(?!_manuallycorrected)", re.IGNORECASE)
 _PREDICTED = re.compile(r"pred|infer|output|result", re.IGNORECASE)
 
@@ -54,16 +56,22 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
         root: the folder.
         stated: whether the user named this layout, so that names as in BraTS are read in this way too.
     """
-    claims, others = [], []
+    claims, others, ends = [], [], set[str]()
     for scan in scans_below(root, _DEEP):
-        if not stated and _BRATS.fullmatch(scan.name):
-            return None
+        if not stated and (match := _BRATS.fullmatch(scan.name)):
+            ends.add(match[1].lower())
+            if "_t1ce" in ends or ("-t1c" in ends and len(ends) > 1):
+                return None
         claim = None if any(map(_PREDICTED.search, scan.relative_to(root).parts[:-1])) else _claim(scan)
         if claim is None or (not claim.id and scan.parent == root):
             others.append(scan)
         else:
             claims.append(claim)
     found = _by_patient(claims, root)
+    for name, own in list(found.items()):  # of a person with one session, the label map may name the person alone
+        sessions = [other for other in found if other.startswith(f"{name}_ses-")] if own.keys() == {"label"} else []
+        if len(sessions) == 1 and "label" not in found[sessions[0]]:
+            found[sessions[0]]["label"] = found.pop(name)["label"]
     whole = [name for name, own in found.items() if "T1c" in own and len(own.keys() & {*MODALITIES}) > 2]
     if not whole:
         return None
@@ -104,7 +112,9 @@ def _claim(scan: Path) -> _Claim | None:
         name = "_".join([*(entity for entity in entities if entity.lower().startswith(("sub-", "ses-"))),
                          "T1c" if enhanced else suffix])
     if (match := _NAME.fullmatch(name)) is None:
-        return None
+        match = _FIRST.fullmatch(name)
+        if match is None or match["id"] != scan.parent.name:
+            return _Claim(scan, name, "label", False) if _LABELS.match(scan.parent.name) else None
     kind = next(kind for kind in (*MODALITIES, "label") if match[kind])
     return _Claim(scan, match["id"] or "", kind, bool(match["bias"]))
 

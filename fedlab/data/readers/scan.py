@@ -64,6 +64,8 @@ _MIRRORED = 0.5
 #: The distance of the largest value from the median, over the range from the 5th to the 95th percentile of the brain,
 #: from which a voxel is reported; in the real patients at hand it is at most 6.
 _SPIKE = 30
+#: Share of the brain that a tumour does not fill.
+_MOST = 0.6
 _LEAST = 100  # labelled voxels from which this is looked at
 #: Values that an image holds at least; masks and label maps hold fewer.
 _VALUES = 9
@@ -153,6 +155,9 @@ def examine(files: PatientFiles, *, labels: str | None = None) -> Examination:
                 share = stray / np.count_nonzero(exam.label)
                 exam.add("label-outside", f"{stray} labelled voxels lie where every modality is 0, {share:.1%} of all; "
                          f"check that the label map belongs to the scans and has their orientation", "warning")
+            if np.count_nonzero(exam.label) - stray > _MOST * np.count_nonzero(exam.brain):
+                exam.add("label-large", f"more than {_MOST:.0%} of the brain is labelled; check that the label map "
+                         f"marks the tumour", "warning")
             if exam.sound:
                 _check_orientation(exam, exam.label, exam.brain)
     check_labels(exam, labels)

@@ -162,10 +162,13 @@ def find_path_table(folder: Path) -> Path | None:
     found = []
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES):
         try:
-            meaning = _meaning(read_table(path)[0])
+            columns, rows = read_table(path)
         except DataError:
             continue  # an unreadable table gives no paths; its error is shown if it is requested by name
-        if "patient" in meaning and sum(name in meaning for name in MODALITIES) >= 2:
+        meaning = _meaning(columns)
+        scans = [column for name in MODALITIES for column in meaning.get(name, [])]
+        if "patient" in meaning and sum(name in meaning for name in MODALITIES) >= 2 and (
+                not rows or any(is_nifti(Path(row[column])) for _, row in rows for column in scans)):
             found.append(path)
     if len(found) > 1:
         raise DataError(f"{folder} contains several tables of paths: {', '.join(path.name for path in found)}; give "
