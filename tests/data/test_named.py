@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -151,6 +152,20 @@ def test_predictions_are_no_label_maps(tmp_path):
     cohort = read(tmp_path)
     assert [patient.label for patient in cohort] == [None, None]
     assert "2 other NIfTI files not read, such as predictions/A0_seg.nii.gz" in cohort.reason
+
+
+def test_folders_that_cannot_be_listed_are_told(tmp_path, monkeypatch):
+    write_named(tmp_path, [ball(f"A{k}", seed=k) for k in range(2)], PLAIN)
+    plain = Path.iterdir
+
+    def refuse(path):
+        if path.name == "A1":
+            raise PermissionError("denied")
+        return plain(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"A1: A1 cannot be listed; allow to read it.* \[no-file\]"):
+        find_patients(tmp_path)
 
 
 def test_missing_scans_and_files_of_nobody(tmp_path):

@@ -36,7 +36,7 @@ _LABELS = re.compile(r"(?:images_)?(?:label|seg|mask|ground.?truth)", re.IGNOREC
 #: Names by which the layouts of BraTS, which are read as such, are known.
 _BRATS = re.compile(r".+(_t1ce|-t1c|-t1n|-t2f|-t2w)\.nii(?:\.gz)?", re.IGNORECASE)
 _AUTOMATIC = re.compile(r"automated|glistrboost(?!_manuallycorrected)", re.IGNORECASE)
-_PREDICTED = re.compile(r"pred|infer|output|result", re.IGNORECASE)
+_PREDICTED = re.compile(r"pred|infer|output|result", re.IGNORECASE)  # folders whose label maps are no expert's
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,15 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
         stated: whether the user named this layout, so that names as in BraTS are read in this way too.
     """
     claims, others, ends = [], [], set[str]()
-    for scan in scans_below(root, _DEEP):
+    closed: list[Path] = []
+    for scan in scans_below(root, _DEEP, closed):
         if not stated and (match := _BRATS.fullmatch(scan.name)):
             ends.add(match[1].lower())
             if "_t1ce" in ends or ("-t1c" in ends and len(ends) > 1):
                 return None
-        claim = None if any(map(_PREDICTED.search, scan.relative_to(root).parts[:-1])) else _claim(scan)
-        if claim is None or (not claim.id and scan.parent == root):
+        claim = _claim(scan)
+        if claim is None or (not claim.id and scan.parent == root) or (
+                claim.kind == "label" and any(map(_PREDICTED.search, scan.relative_to(root).parts[:-1]))):
             others.append(scan)
         else:
             claims.append(claim)
@@ -76,7 +78,8 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
     if not whole:
         return None
     files: dict[str, PatientFiles] = {}
-    findings: list[Finding] = []
+    findings = [Finding(path.name, "no-file", f"{path.relative_to(root)} cannot be listed; allow to read it, or move "
+                        f"it elsewhere") for path in closed]
     forms = {_form(name) for name in whole}
     stray: dict[str, Path] = {}
     passed = 0

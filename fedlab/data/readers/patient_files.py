@@ -121,17 +121,19 @@ def is_visible_folder(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith((".", "__")) and not is_circular_link(path)
 
 
-def scans_below(folder: Path, levels: int = 3) -> Iterator[Path]:
-    """The scans in a folder and, some levels deep, in the folders in it; nothing from those that cannot be listed."""
+def scans_below(folder: Path, levels: int = 3, closed: list[Path] | None = None) -> Iterator[Path]:
+    """The scans in a folder and, some levels deep, in the folders in it; `closed` gets those that cannot be listed."""
     try:
         inside = sorted(folder.iterdir())
     except OSError:
+        if closed is not None:
+            closed.append(folder)
         return
     for entry in inside:
         if is_nifti(entry):
             yield entry
         elif levels and is_visible_folder(entry):
-            yield from scans_below(entry, levels - 1)
+            yield from scans_below(entry, levels - 1, closed)
 
 
 def is_valid_id(name: str) -> bool:
