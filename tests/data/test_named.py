@@ -237,6 +237,7 @@ def test_real_scans_in_the_layouts_of_their_sources(tmp_path, real_scans, source
     *(("label-mirrored", {"seg": ("seg", lambda a, axis=axis: np.flip(a, axis))}) for axis in range(3)),
     ("swapped", {"t1": ("t2", np.array), "t2": ("t1", np.array)}), ("same-scan", {"t1ce": ("t1", np.array)}),
     ("same-scan", {"flair": ("t2", lambda a: a.astype(np.float32) / 7)}),
+    ("swapped", {"flair": ("t2", np.array), "t2": ("flair", np.array)}),
     ("few-values", {"flair": ("seg", np.array)}), ("label-mirrored", None), ("cut-off", None),
 ])
 def test_defects_of_real_scans_are_found_in_all_of_them(tmp_path, real_scans, code, change):
@@ -254,3 +255,16 @@ def test_defects_of_real_scans_are_found_in_all_of_them(tmp_path, real_scans, co
                  tmp_path / home.name / f"{home.name}_{kind}.nii.gz")
     found = {case.patient: {f.code for f in case.findings} for case in inspect_folder(tmp_path, progress=False).cases}
     assert all(code in codes for codes in found.values()) and len(found) == len(homes) == 5, found
+
+
+def test_t1_and_t1c_are_found_swapped_where_enough_of_the_tumour_enhances(tmp_path, real_scans):
+    """Patients 01476 and 01484 have fewer than 100 voxels of enhancing tumour."""
+    homes = [home for home in sorted((real_scans / "brats2021_2mm").iterdir()) if home.is_dir()]
+    for home in homes:
+        for kind in OLD.values():
+            taken = {"t1": "t1ce", "t1ce": "t1"}.get(kind, kind)
+            (tmp_path / home.name).mkdir(exist_ok=True)
+            shutil.copy(home / f"{home.name}_{taken}.nii.gz", tmp_path / home.name / f"{home.name}_{kind}.nii.gz")
+    found = [f.patient for f in inspect_folder(tmp_path, progress=False).findings
+             if f.code == "swapped" and "brighter in T1 and none in T1c" in f.message]
+    assert found == ["BraTS2021_00006", "BraTS2021_01479", "BraTS2021_01481"]
