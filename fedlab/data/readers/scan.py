@@ -118,6 +118,7 @@ class Examination:
         label: voxels of the label map as stored.
         label_counts: number of voxels by value in the label map.
         brain: bool, stored order: where any readable modality is not 0, or less where `cleared`.
+        brain_voxels: number of voxels of `brain`.
         cleared: whether voxels outside the brain hold weak values that are read as 0.
     """
 
@@ -127,6 +128,7 @@ class Examination:
     label: np.ndarray | None = None
     label_counts: dict[float, int] = field(default_factory=dict)
     brain: np.ndarray | None = None
+    brain_voxels: int = 0
     cleared: bool = False
     findings: list[Finding] = field(default_factory=list)
 
@@ -161,9 +163,6 @@ def examine(files: PatientFiles, *, labels: str | None = None) -> Examination:
                 share = stray / np.count_nonzero(exam.label)
                 exam.add("label-outside", f"{stray} labelled voxels lie where every modality is 0, {share:.1%} of all; "
                          f"check that the label map belongs to the scans and has their orientation", "warning")
-            if np.count_nonzero(exam.label) - stray > _MOST * np.count_nonzero(exam.brain):
-                exam.add("label-large", f"more than {_MOST:.0%} of the brain is labelled; check that the label map "
-                         f"marks the tumour", "warning")
             if exam.sound:
                 _check_orientation(exam, exam.label, exam.brain)
                 _check_enhancement(exam, exam.label, exam.brain)
@@ -276,7 +275,7 @@ def _check_brain(exam: Examination) -> None:
     if exam.cleared:
         exam.add("background", "the scans hold voxels around the brain that are not 0 but weak in every modality, as "
                  "resampling or smoothing after skull stripping leaves them; they are read as 0", "warning")
-    voxels = int(np.count_nonzero(exam.brain))
+    voxels = exam.brain_voxels = int(np.count_nonzero(exam.brain))
     if not voxels:
         exam.add("empty-brain", "no voxel of any modality has a signal")
         return
@@ -419,6 +418,10 @@ def check_labels(exam: Examination, convention: str | None) -> None:
         exam.add("label-values", f"{name} {problem}")
         return
     present = {CONVENTIONS[convention][int(value)] for value in counts}
+    tumour = sum(count for value, count in counts.items() if CONVENTIONS[convention][int(value)])
+    if tumour > _MOST * exam.brain_voxels > 0:
+        exam.add("label-large", f"{name} labels more than {_MOST:.0%} of the brain's voxels; check that it marks the "
+                 f"tumour", "warning")
     if counts.keys() <= {0.0}:
         exam.add("no-tumour", f"{name} is empty", "warning")
     elif 4 not in present:
