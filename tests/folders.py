@@ -18,6 +18,7 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SHAPE = (30, 34, 26)
 OLD = {"FLAIR": "flair", "T1": "t1", "T1c": "t1ce", "T2": "t2", "label": "seg"}
 NEW = {"FLAIR": "t2f", "T1": "t1n", "T1c": "t1c", "T2": "t2w", "label": "seg"}
+UPENN = {"FLAIR": "_FLAIR", "T1": "_T1", "T1c": "_T1GD", "T2": "_T2", "label": "_segm"}
 #: The values of fedlab's labels 1 core, 2 oedema, 4 enhancing in each convention.
 WRITTEN = {"brats2021": {1: 1, 2: 2, 4: 4}, "brats2023": {1: 1, 2: 2, 4: 3}, "brats2024": {1: 1, 2: 2, 4: 3},
            "msd": {1: 2, 2: 1, 4: 3}, "brats2013": {1: 1, 2: 2, 4: 4}, "brats2024ped": {1: 2, 2: 4, 4: 1}}
@@ -165,6 +166,14 @@ def write_paths(folder, raws, *, convention="brats2021"):
     write_table(folder / "paths.csv", ["patient", "flair", "t1", "t1c", "t2", "label", "hospital"], rows)
 
 
+def write_named(folder, raws, names, place="{id}", *, labels="{id}"):
+    """Files of any names: `names` are the ends by modality, `place` and `labels` the folders; `{sub}` is the person."""
+    for raw in raws:
+        for kind, array in (*raw.images.items(), ("label", raw.label)):
+            where = (labels if kind == "label" else place).format(id=raw.id, sub=raw.id.split("_")[0])
+            save(array, raw.affine, folder / where / f"{raw.id}{names[kind]}.nii.gz")
+
+
 def write_layout(folder, layout, raws):
     """Patients in a published layout, with its label convention and its tables."""
     grades = ["HGG" if i % 2 == 0 else "LGG" for i in range(len(raws))]
@@ -174,6 +183,8 @@ def write_layout(folder, layout, raws):
         write_nnunet(folder, raws)
     elif layout == "table":
         write_paths(folder, raws)
+    elif layout == "named":
+        write_named(folder, raws, UPENN, "images_structural/{id}", labels="images_segm")
     else:
         for raw, grade in zip(raws, grades, strict=True):
             home = folder / (grade if layout in ("brats2018", "brats2019") else "") / raw.id

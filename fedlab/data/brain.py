@@ -40,6 +40,9 @@ def normalise(image: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
     """
     if not brain.any():
         raise ValueError("the brain mask is empty: nothing to normalise over; check that the scan is not blank")
+    _, exponent = torch.frexp(image[:, brain].abs().amax(dim=1))
+    if exponent.min() < -7 or exponent.max() > 40:  # near the least deviation below, or squares leave float32
+        image = torch.ldexp(image, -exponent.view(-1, 1, 1, 1))  # by a power of two, which changes no digit
     inside = image[:, brain]
     mean = inside.mean(dim=1).view(-1, 1, 1, 1)
     std = inside.std(dim=1).clamp_min(1e-6).view(-1, 1, 1, 1)

@@ -1,5 +1,6 @@
 import gzip
 import shutil
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -272,6 +273,50 @@ def test_compression_is_detected_from_the_bytes(tmp_path):
     for path in home.iterdir():
         path.write_bytes(gzip.decompress(path.read_bytes()))  # the name still ends in .gz
     assert read_patient(find_patients(tmp_path)["P1"]).image.shape == (4, 32, 32, 32)
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("meter", 1e-3), ("micron", 1e3), ("unknown", 1), ("mm", 1)])
+def test_affines_in_other_units_are_read_in_mm(tmp_path, unit, scale):
+    write_patient(tmp_path / "plain", affine=np.diag([-1.0, -1.2, 1.5, 1]))
+    home = write_patient(tmp_path / "data", affine=np.diag([-1.0, -1.2, 1.5, 1]))
+    for path in home.iterdir():
+        image = nib.load(path)
+        data, affine = np.asanyarray(image.dataobj).copy(), np.diag([scale, scale, scale, 1]) @ image.affine
+        path.unlink()
+        stated = nib.Nifti1Image(data, affine)
+        stated.set_qform(affine, code=1)  # both forms are in the unit, and agree
+        stated.header.set_xyzt_units(unit)
+        nib.save(stated, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files = find_patients(tmp_path / "data")["P1"]
+        patient = read_patient(files)
+    want = read_patient(find_patients(tmp_path / "plain")["P1"])
+    assert torch.equal(patient.image, want.image) and torch.equal(patient.label, want.label)
+    np.testing.assert_allclose(patient.affine, want.affine, rtol=1e-5, atol=1e-4)
+    path = save_prediction(tmp_path / "out.nii.gz", to_native(patient.label, patient=patient, files=files), files=files)
+    written = nib.load(path)
+    assert written.header.get_xyzt_units()[0] == "mm"
+    np.testing.assert_allclose(written.header.get_zooms(), [1, 1.2, 1.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-9, 1e-4, 1e12, 1e30])
+def test_scans_of_any_brightness_are_z_scored(tmp_path, scale):
+    want = read_patient(find_patients(write_patient(tmp_path / "plain").parent)["P1"])
+    home = write_patient(tmp_path / "data")
+    for kind in ("flair", "t1", "t1ce", "t2"):
+        rewrite(home / f"P1_{kind}.nii.gz", lambda a, m: ((a * scale).astype(np.float32), m))
+    patient = read_patient(find_patients(tmp_path / "data")["P1"])
+    torch.testing.assert_close(patient.image, want.image, rtol=0, atol=2e-3)
+
+
+def test_negative_values_are_read_and_not_called_cut_off(tmp_path):
+    home = write_patient(tmp_path)
+    rewrite(home / "P1_t1.nii.gz", lambda a, m: (np.where(a > 0, a - 3000, 0).astype(np.int16), m))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patient = read_patient(find_patients(tmp_path)["P1"])
+    assert (patient.image[1] != 0).sum() > 8000
 
 
 def test_background_that_is_not_zero_is_refused(tmp_path):

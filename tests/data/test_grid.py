@@ -120,10 +120,12 @@ def test_a_label_map_is_written_with_the_orientation_codes_of_its_scan(tmp_path)
 @pytest.mark.parametrize(("equal", "found"), [(10, False), (11, True)])
 def test_brightest_voxels_are_counted_against_those_of_the_brain(equal, found, tmp_path):
     """Of 21,952 voxels that are not 0, 11 are five in ten thousand, and 10 are less; of all 64,000 both are less."""
-    values = np.random.default_rng(2).permutation(28**3).astype(np.float32) + 100
-    values = np.minimum(values, np.sort(values)[-equal]).reshape(28, 28, 28)
-    nib.save(nib.Nifti1Image(np.pad(values, 6), OBLIQUE), tmp_path / "a.nii")
-    files = PatientFiles(id="A", images={name: tmp_path / "a.nii" for name in MODALITIES}, label=None, layout="table",
-                         columns={})
+    rng = np.random.default_rng(2)
+    for name in MODALITIES:
+        values = rng.permutation(28**3).astype(np.float32) + 100
+        values = np.minimum(values, np.sort(values)[-equal]).reshape(28, 28, 28)
+        nib.save(nib.Nifti1Image(np.pad(values, 6), OBLIQUE), tmp_path / f"{name}.nii")
+    files = PatientFiles(id="A", images={name: tmp_path / f"{name}.nii" for name in MODALITIES}, label=None,
+                         layout="table", columns={})
     codes = [finding.code for finding in examine(files).findings]
     assert codes == ["saturated"] * 4 * found

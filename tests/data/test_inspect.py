@@ -84,6 +84,34 @@ def blank_all(home):
         change(path, lambda a: a * 0)
 
 
+def fluid(array, factor):
+    """A twentieth of the brain, on one side, is as bright as this factor of the rest."""
+    inside = np.argwhere(array > 0)
+    out = array.copy()
+    where = tuple(inside[: len(inside) // 20].T)
+    out[where] = (factor * array[array > 0].mean() + array[where] / 100).astype(array.dtype)
+    return out
+
+
+def proportional(path, other):
+    """The scan of another modality, twice as bright and of another type."""
+    change(path, lambda array: np.asanyarray(nib.load(other).dataobj).astype(np.float32) * 2)
+
+
+def in_unit(path, unit):
+    image = nib.load(path)
+    data = np.asanyarray(image.dataobj).copy()
+    path.unlink()
+    stated = nib.Nifti1Image(data, image.affine)
+    stated.header.set_xyzt_units(unit)
+    nib.save(stated, path)
+
+
+def halve(home):
+    for path in home.iterdir():
+        change(path, lambda array: array[:, :, 13:].copy())
+
+
 #: Each defect with its code, its severity, and a function that creates it in the folder of the patient "bad one é".
 DEFECTS = {
     "missing modality": ("missing-modality", "error", lambda home, f: f("t1ce").unlink()),
@@ -128,6 +156,28 @@ DEFECTS = {
     "50 GB in 1 kB": ("oversized", "error", lambda home, f: small_and_huge(f("t1"))),
     "label outside the brain": ("label-outside", "warning", lambda home, f: change(f("seg"), lambda a: np.pad(
         a[1:-1, 1:-1, 1:-1], 1, constant_values=2))),
+    "metres for mm": ("wrong-header", "error", lambda home, f: in_unit(f("t1"), "meter")),
+    "microns for mm": ("wrong-header", "error", lambda home, f: in_unit(f("t1"), "micron")),
+    "one scan under two names": ("same-scan", "error", lambda home, f: (f("t1ce").unlink(), shutil.copy(
+        f("t1"), f("t1ce")))),
+    "one scan twice as bright": ("same-scan", "error", lambda home, f: proportional(f("t1ce"), f("t1"))),
+    "label map as a scan": ("few-values", "error", lambda home, f: (f("t1ce").unlink(), shutil.copy(
+        f("seg"), f("t1ce")))),
+    "T1 and T2 swapped": ("swapped", "warning", lambda home, f: (change(f("t1"), lambda a: fluid(a, 4)),
+                                                               change(f("t2"), lambda a: fluid(a, 0.1)))),
+    "a spike": ("spike", "warning", lambda home, f: change(f("t2"), lambda a: with_value(a, 1e6, 0))),
+    "lost slices": ("cut-off", "warning", lambda home, f: [change(
+        path, lambda a: a * (np.arange(a.shape[1])[:, None] != 17)) for path in home.iterdir()]),
+    "a lost slice of one scan": ("cut-off", "warning", lambda home, f: change(
+        f("t2"), lambda a: a * (np.arange(a.shape[2]) != 4))),
+    "most of the brain labelled": ("label-large", "warning", lambda home, f: change(f("seg"), lambda a: np.where(
+        np.asanyarray(nib.load(f("t1")).dataobj) > 0, np.maximum(a, 1), a))),
+    "cut off at a face": ("cut-off", "warning", lambda home, f: halve(home)),
+    **{f"label map mirrored along axis {axis}": ("label-mirrored", "warning", lambda home, f, axis=axis: change(
+        f("seg"), lambda a: np.flip(a, axis).copy())) for axis in range(3)},
+    "another format": ("missing-modality", "error", lambda home, f: f("t1").rename(home / "bad one é_t1.mha")),
+    "label map in another format": ("no-label", "warning", lambda home, f: f("seg").rename(
+        home / "bad one é_seg.nrrd")),
     "forms disagree": ("affines-differ", "warning", lambda home, f: poke_header(
         f("t1"), qform_code=1, qoffset_x=77, pixdim=[1, 1, 1, 1, 1, 1, 1, 1])),
 }
@@ -211,7 +261,7 @@ def test_damaged_patients_have_null_where_nothing_is_known(tmp_path, clean):
 
 
 def test_an_ambiguous_convention_is_an_error_of_every_labelled_patient(tmp_path):
-    write_paths(tmp_path, [ball("P1"), ball("P2")], convention="brats2023")
+    write_paths(tmp_path, [ball("P1"), ball("P2", seed=1)], convention="brats2023")
     found = inspect(tmp_path)
     assert found.convention.name is None
     for case in found.cases:
@@ -228,9 +278,10 @@ def test_volumes_shape_spacing_and_orientation_by_hand(tmp_path):
     label[6:9, 6:9, 6:9] = 1          # 27 of them core,
     label[7, 7, 7:9] = 4              # 2 of these enhancing
     affine = np.array([[0, -2.0, 0, 9], [-1.5, 0, 0, 3], [0, 0, 4.0, 1], [0, 0, 0, 1]])
-    brain = np.zeros(label.shape, np.int16)
-    brain[2:-2, 2:-2, 2:-2] = np.random.default_rng(0).integers(50, 900, (16, 16, 16))
-    raw = ball("P1")._replace(images=dict.fromkeys(("FLAIR", "T1", "T1c", "T2"), brain), label=label, affine=affine)
+    images = {name: np.zeros(label.shape, np.int16) for name in ("FLAIR", "T1", "T1c", "T2")}
+    for seed, image in enumerate(images.values()):
+        image[2:-2, 2:-2, 2:-2] = np.random.default_rng(seed).integers(50, 900, (16, 16, 16))
+    raw = ball("P1")._replace(images=images, label=label, affine=affine)
     write_layout(tmp_path, "brats2021", [raw])
     (entry,) = inspect(tmp_path).as_json()
     voxel_ml = 1.5 * 2 * 4 / 1000

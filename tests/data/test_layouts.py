@@ -39,7 +39,7 @@ from folders import (
 
 IDS = {"brats2018": "Brats18_2013_{}_1", "brats2019": "BraTS19_CBICA_{}_1", "brats2020": "BraTS20_Training_00{}",
        "brats2021": "BraTS2021_0000{}", "brats2023": "BraTS-GLI-0000{}-000", "fets": "FeTS2022_0000{}",
-       "msd": "BRATS_00{}", "nnunet": "case_{}", "table": "Žofie {} é"}
+       "msd": "BRATS_00{}", "nnunet": "case_{}", "named": "UPENN-GBM-0000{}_11", "table": "Žofie {} é"}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,21 @@ def test_decathlon_test_cases_have_no_label(tmp_path):
     assert [p.label is None for p in cohort] == [False, True]
 
 
+def test_label_maps_that_dataset_json_does_not_name_are_read_and_told(tmp_path):
+    write_msd(tmp_path, [ball("P1"), ball("P2", seed=1), ball("P3", seed=2)], test=("P3",))
+    path = tmp_path / "dataset.json"
+    told = json.loads(path.read_text())
+    told["training"] = ["./imagesTr/P1.nii.gz", {"image": "./imagesTr/P2.nii.gz"}]
+    path.write_text(json.dumps(told))
+    (tmp_path / "labelsTr" / "P2.nii.gz").rename(tmp_path / "labelsTr" / "P3.nii.gz")  # of another folder than its scan
+    with pytest.warns(UserWarning, match=r"names no label for it; labelsTr/P1\.nii\.gz, .* is read \[not-in-table\]"):
+        cohort = read(tmp_path)
+    assert [patient.label is None for patient in cohort] == [False, True, True]
+    assert [f.patient for f in cohort.findings] == ["P1"]
+    np.testing.assert_array_equal(to_native(cohort[0].label, patient=cohort[0], files=cohort.files["P1"]),
+                                  ball("P1").label)
+
+
 def test_damaged_dataset_json(tmp_path):
     write_msd(tmp_path, [ball("BRATS_001")])
     path = tmp_path / "dataset.json"
@@ -202,7 +217,7 @@ def test_a_folder_in_a_folder_and_folders_side_by_side(tmp_path):
 
 
 def test_scans_that_lie_elsewhere_are_named_and_not_passed_over_in_silence(tmp_path):
-    write_layout(tmp_path, "brats2021", [ball("P1"), ball("P2")])
+    write_layout(tmp_path, "brats2021", [ball("P1"), ball("P2", seed=1)])
     write_layout(tmp_path / "later", "brats2021", [ball("P3"), ball("P4")])
     save(ball().label, LPS, tmp_path / "atlas" / "mni" / "template.nii.gz")  # no name of any layout
     save(ball().label, LPS, tmp_path / "P5_t1.nii.gz")
@@ -216,6 +231,51 @@ def test_scans_that_lie_elsewhere_are_named_and_not_passed_over_in_silence(tmp_p
     (tmp_path / "t.csv").write_text("Partition_ID,Subject_ID\n1,P1\n2,P2\n2,P5\n")
     with pytest.raises(DataError, match=r"P5: is in t\.csv but has no scans .*\[no-folder\]"):
         read_sites(tmp_path, tmp_path / "t.csv", progress=False)
+
+
+@pytest.mark.parametrize(("place", "name"), [("predictions", "{}_pred"), ("masks_pred", "{}"),
+                                             ("derivatives", "{}_seg"), ("LGG/predictions", "{}_pred")])
+def test_a_folder_of_predictions_beside_patients_is_no_patient(tmp_path, place, name):
+    write_layout(tmp_path, "brats2018" if "/" in place else "brats2021", [ball("P1"), ball("P2", seed=1)])
+    for patient in ("P1", "P2"):
+        save(ball().label, LPS, tmp_path / place / f"{name.format(patient)}.nii.gz")
+    with pytest.warns(UserWarning, match=place):
+        cohort = read(tmp_path)
+    assert cohort.ids == ("P1", "P2") and [(f.patient, f.code) for f in cohort.findings] == [(place, "elsewhere")]
+    assert inspect_folder(tmp_path, progress=False).summary()[-1] == "2 patients, 0 with errors, 0 with warnings only"
+
+
+def test_a_folder_of_several_patients_scans_beside_patients_is_no_patient(tmp_path):
+    write_layout(tmp_path, "brats2021", [ball("P1"), ball("P2", seed=1)])
+    write_layout(tmp_path / "x", "brats2021", [ball("P3"), ball("P4", seed=1)])
+    flat(tmp_path / "x", tmp_path / "later")
+    shutil.rmtree(tmp_path / "x")
+    (finding,) = list_patients(tmp_path).findings
+    assert (finding.patient, finding.code, finding.severity) == ("later", "elsewhere", "warning")
+    assert "scans of 2 patients (P3, P4)" in finding.message
+
+
+@pytest.mark.parametrize("name", ["P3", "alice"])
+def test_a_folder_with_a_patients_name_stays_a_patient_without_any_scan(tmp_path, name):
+    write_layout(tmp_path, "brats2021", [ball("P1"), ball("P2", seed=1)])
+    save(ball().label, LPS, tmp_path / name / f"{name}_seg.nii.gz")
+    with pytest.raises(DataError, match=rf"{name}: no FLAIR: {name}_flair\.nii\.gz \[missing-modality\]"):
+        find_patients(tmp_path)
+
+
+def test_one_person_under_two_ids_is_told(tmp_path):
+    write_layout(tmp_path / "a", "brats2021", [ball("P1"), ball("P2", seed=1), ball("P3")])
+    write_msd(tmp_path / "b", [ball("P1"), ball("P2", seed=1), ball("P3")])
+    for kind in ("flair", "t1", "t1ce", "t2"):  # stored without compression, as copied from each other
+        for name in ("P2", "P4"):
+            save(ball(seed=5).images[{"t1ce": "T1c"}.get(kind, kind.upper())], LPS,
+                 tmp_path / "c" / name / f"{name}_{kind}.nii")
+    for part, ids in (("a", ["P3"]), ("b", ["P3"]), ("c", ["P4"])):
+        with pytest.warns(UserWarning, match=r"its scans are the same files as those of P\d: one person .*\[copy\]"):
+            cohort = read(tmp_path / part)
+        assert [f.patient for f in cohort.findings if f.code == "copy"] == ids
+        found = inspect_folder(tmp_path / part, progress=False)
+        assert [f.patient for f in found.findings if f.code == "copy"] == ids and not found.broken
 
 
 def test_scans_beside_a_folder_of_patients_are_read_and_that_folder_is_named(tmp_path):
@@ -250,6 +310,57 @@ def test_dicom_is_recognised(tmp_path):
     (tmp_path / "P1" / "series 1").mkdir(parents=True)
     (tmp_path / "P1" / "series 1" / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(50))
     with pytest.raises(DataError, match=r"holds DICOM files such as P1/series 1/IM0001; convert them to NIfTI"):
+        list_patients(tmp_path)
+
+
+@pytest.mark.parametrize(("ending", "said"), [(".mha", "MetaImage"), (".nrrd", "NRRD"), (".mgz", "FreeSurfer"),
+                                              (".img.gz", "Analyze or two-file NIfTI")])
+def test_other_formats_are_recognised(tmp_path, ending, said):
+    save_files(ball("P1"), tmp_path / "P1")
+    for path in (tmp_path / "P1").iterdir():
+        path.rename(path.with_name(path.name.replace(".nii.gz", ending)))
+    with pytest.raises(DataError, match=rf"holds {said} files such as P1/P1_flair\{ending}; convert them to NIfTI, "):
+        list_patients(tmp_path)
+
+
+def test_accents_in_another_unicode_form_are_the_same_name(tmp_path):
+    composed, apart = "Zo\u00eb 1", "Zoe\u0308 1"  # as other systems and as macOS write it
+    write_layout(tmp_path, "brats2021", [ball(composed)])
+    for path in (tmp_path / composed).iterdir():
+        path.rename(path.with_name(path.name.replace(composed, apart)))
+    found = list_patients(tmp_path)
+    assert list(found.files) == [composed] and not found.findings and len(found.files[composed].images) == 4
+
+
+def test_files_in_folders_of_their_own_names_as_some_programs_unpack_them(tmp_path):
+    save_files(ball("P1"), tmp_path / "P1")
+    for path in list((tmp_path / "P1").iterdir()):
+        folder = path.with_suffix("")
+        folder.mkdir()
+        path.rename(folder / path.name)
+    assert read(tmp_path)[0].label.any() and list_patients(tmp_path).findings == ()
+    (tmp_path / "P1" / "P1_t1.nii" / "P1_t1.nii.gz").rename(tmp_path / "P1" / "P1_t1.nii" / "P2_t1.nii.gz")
+    with pytest.raises(DataError, match=r"P1_t1\.nii is a folder, or a broken or circular link \[no-file\]"):
+        find_patients(tmp_path)
+
+
+def test_paths_as_windows_writes_them(tmp_path):
+    raws = [ball("P1"), ball("P2", seed=1)]
+    write_paths(tmp_path / "table", raws)
+    write_msd(tmp_path / "msd", raws)
+    table, described = tmp_path / "table" / "paths.csv", tmp_path / "msd" / "dataset.json"
+    table.write_text(table.read_text().replace("scans/", "scans\\"))
+    described.write_text(described.read_text().replace("./images", ".\\\\images").replace("Tr/", "Tr\\\\"))
+    assert "imagesTr\\" in json.loads(described.read_text())["training"][0]["image"]
+    for place in (table, tmp_path / "msd"):
+        found = list_patients(place)
+        assert not found.findings and all(files.label.is_file() for files in found.files.values()), place
+        assert list(found.files) == ["P1", "P2"] and read(place).ids == ("P1", "P2")
+
+
+def test_packed_folders_are_recognised(tmp_path):
+    (tmp_path / "BraTS2021_Training_Data.tar").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"holds packed folders such as BraTS2021_Training_Data\.tar; unpack them"):
         list_patients(tmp_path)
 
 

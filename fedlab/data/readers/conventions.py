@@ -36,8 +36,9 @@ CONVENTIONS: Mapping[str, Mapping[int, int]] = {
 #: The convention that a layout was published with.
 _OF_LAYOUT = {"brats2018": "brats2021", "brats2019": "brats2021", "brats2020": "brats2021", "brats2021": "brats2021",
               "fets": "brats2021", "brats2023": "brats2023"}
-#: The challenges of BraTS 2023 and later: how ids begin, and the conventions of the published label maps. The first
-#: pattern that matches counts. BraTS-PEDs 2023 has the values of "brats2023"; BraTS-MEN-RT marks one volume only.
+#: The challenges of BraTS 2023 and later, and data sets of their sources: how ids begin, and the conventions of the
+#: published label maps. The first pattern that matches counts. BraTS-PEDs 2023 has the values of "brats2023";
+#: BraTS-MEN-RT marks one volume only.
 _CHALLENGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "BraTS-GLI after treatment": (r"brats-gli-\d+-1\d\d", ("brats2024",)),
     "BraTS-GLI": (r"brats-gli-", ("brats2023", "brats2024")),
@@ -47,6 +48,9 @@ _CHALLENGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "BraTS-SSA": (r"brats-ssa-", ("brats2023",)),
     "BraTS-GoAT": (r"brats-goat-", ("brats2023",)),
     "BraTS-PED": (r"brats-ped-", ("brats2024ped", "brats2023")),
+    "UPENN-GBM": (r"upenn-gbm-", ("brats2021",)),
+    "UCSF-PDGM": (r"ucsf-pdgm-", ("brats2021",)),
+    "BraTS-TCGA": (r"tcga-", ("brats2021",)),
 }
 _TOLERANCE = 1e-3  # of labels stored as floats
 _MEANINGS = {0: "no tumour", 1: "core", 2: "oedema", 4: "enhancing"}

@@ -162,7 +162,10 @@ def _by_entry(folder: Path, entries: list[dict[str, Any]], channels: Mapping[str
               files: dict[str, PatientFiles]) -> list[Finding]:
     """Adds the patients that dataset.json lists to `files`; returns findings."""
     findings: list[Finding] = []
+    stored = {(name, stem(path)): path
+              for name in _FOLDERS for path in _scans(folder / name.replace("images", "labels"))}
     for number, entry in enumerate(entries):
+        entry = {key: text.replace("\\", "/") if isinstance(text, str) else text for key, text in entry.items()}
         image = entry.get("image")
         patient = stem(Path(image)) if isinstance(image, str) else ""
         if not isinstance(image, str) or not is_valid_id(patient):
@@ -180,6 +183,11 @@ def _by_entry(folder: Path, entries: list[dict[str, Any]], channels: Mapping[str
                 except DataError as error:
                     severity: Severity = "warning" if error.code == "no-label" else "error"
                     findings.append(Finding(patient, error.code, str(error), severity))
+        if "image" in paths and entry.get("label") is None \
+                and (unlisted := stored.get((paths["image"].parent.name, patient))) is not None:
+            paths["label"] = unlisted
+            findings.append(Finding(patient, "not-in-table", f"dataset.json names no label for it; "
+                                    f"{unlisted.parent.name}/{unlisted.name}, which has its name, is read", "warning"))
         files[patient] = PatientFiles(id=patient, layout="msd", label=paths.get("label"), channels=channels,
                                       images=dict.fromkeys(MODALITIES, paths["image"]) if "image" in paths else {})
     return findings
@@ -187,7 +195,7 @@ def _by_entry(folder: Path, entries: list[dict[str, Any]], channels: Mapping[str
 
 def _path(folder: Path, patient: str, kind: str, text: Any) -> Path:
     """The file that dataset.json names for a patient's image or label, or the same one packed or unpacked since."""
-    parts = str(text).replace("\\", "/").split("/")
+    parts = str(text).split("/")
     if not isinstance(text, str) or "\0" in text or not parts[0] or ".." in parts or ":" in parts[0]:
         raise DataError(f"dataset.json gives the {kind} {str(text)[:80]!r}; expected a path below the data set's "
                         f"folder", code="outside")

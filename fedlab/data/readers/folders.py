@@ -25,7 +25,7 @@ from fedlab.core.workers import available_cores
 from fedlab.data.readers.conventions import CONVENTIONS, Convention, detect_convention, file_values, wrong_values
 from fedlab.data.readers.findings import Broken, Finding, usable, without_errors
 from fedlab.data.readers.layouts import LAYOUTS, list_patients
-from fedlab.data.readers.patient_files import Listing, PatientFiles
+from fedlab.data.readers.patient_files import Listing, PatientFiles, find_copies
 from fedlab.data.readers.patient_folder import PatientFolder, prepare_patient
 from fedlab.data.readers.scan import (
     Grid,
@@ -134,6 +134,7 @@ def _survey(folder: str | os.PathLike[str], *, layout: str | None, label_convent
     wanted = {name: files for name, files in listing.files.items() if only is None or name in only}
     findings = [f for f in listing.findings if only is None or f.patient in only]
     sound = list(without_errors(wanted, findings).values())
+    findings += find_copies(sound)
     checks = in_parallel(partial(_check_quickly, values=label_convention is None), sound, "checking files", progress)
     values: dict[str, frozenset[float]] = {}
     for files, (problems, own) in zip(sound, checks, strict=True):

@@ -20,7 +20,7 @@ from fedlab.data.readers.findings import Finding
 from fedlab.data.readers.folders import in_parallel
 from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.nifti import to_ras
-from fedlab.data.readers.patient_files import Listing, PatientFiles
+from fedlab.data.readers.patient_files import Listing, PatientFiles, find_copies
 from fedlab.data.readers.scan import Examination, check_labels, examine
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ def inspect_folder(folder: str | os.PathLike[str], *, layout: str | None = None,
                                        stated=label_convention)
     except DataError as error:
         convention = Convention(name=None, reason=str(error))
+    listing = replace(listing, findings=(*listing.findings, *find_copies(listing.files.values())))
     cases = {exam.files.id: _case(exam, picture, listing, convention) for exam, picture in exams}
     for patient in {f.patient for f in listing.findings} - cases.keys():
         own = tuple(f for f in listing.findings if f.patient == patient)

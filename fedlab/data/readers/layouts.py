@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.decathlon import list_msd, looks_like_msd
 from fedlab.data.readers.findings import Finding
+from fedlab.data.readers.named import list_named
 from fedlab.data.readers.patient_files import (
     Listing,
     PatientFiles,
@@ -27,6 +29,9 @@ from fedlab.data.readers.patient_files import (
     is_circular_link,
     is_nifti,
     is_valid_id,
+    is_visible_folder,
+    scans_below,
+    stem,
 )
 from fedlab.data.readers.tables import TABLES, find_path_table, list_table, merge_columns
 
@@ -42,6 +47,8 @@ LAYOUTS: Mapping[str, str] = {
     "fets": "as brats2021, with partitioning_*.csv",
     "msd": "imagesTr/, labelsTr/ and dataset.json, four modalities in one 4-D file",
     "nnunet": "imagesTr/CASE_0000.nii.gz, _0001, ..., labelsTr/ and dataset.json, one file per modality",
+    "named": "files that end in _FLAIR, _T1, _T1c or _T1Gd, _T2, _segm and the like, in any folders (UPENN-GBM, "
+             "UCSF-PDGM, BraTS-TCGA, BIDS)",
     "table": "a CSV file of paths with the columns patient, flair, t1, t1c, t2, label",
 }
 _SUFFIXES: Mapping[str, Mapping[str, str]] = {
@@ -50,7 +57,16 @@ _SUFFIXES: Mapping[str, Mapping[str, str]] = {
 }
 _NAMES = {mark: re.compile(rf"(?P<id>.+){mark}(?P<kind>{'|'.join(kinds)})\.nii(\.gz)?", re.IGNORECASE)
           for mark, kinds in _SUFFIXES.items()}
+_STATE_NAMED = "layout='named' (--layout named), which reads files of any folders by their names"
 _GRADES = ("HGG", "LGG")
+#: Ends of names of scans in other formats, with the format and what converts it.
+_FORMATS = {
+    (".mha", ".mhd"): ("MetaImage", "for example with SimpleITK.ReadImage and WriteImage"),
+    (".nrrd", ".nhdr"): ("NRRD", "for example with SimpleITK.ReadImage and WriteImage"),
+    (".mgz", ".mgh"): ("FreeSurfer", "for example with mri_convert"),
+    (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar"): ("archive", ""),
+    (".img", ".hdr", ".img.gz", ".hdr.gz"): ("Analyze or two-file NIfTI", "one file each, with nibabel.load and save"),
+}
 
 
 def list_patients(folder: str | os.PathLike[str], *, layout: str | None = None) -> Listing:
@@ -75,7 +91,10 @@ def list_patients(folder: str | os.PathLike[str], *, layout: str | None = None) 
         raise DataError(f"{folder} is not a folder; expected a folder with one subfolder per patient")
     try:
         root = _innermost(folder)
-        listing = _list(root, layout)
+        if (named := _named(folder, root, layout)) is not None:
+            root, listing = folder, named
+        else:
+            listing = _list(root, layout)
     except OSError as error:
         raise DataError(f"{folder} cannot be listed ({error})") from error
     deeper = "" if root == folder else f" (in its only subfolder {root.relative_to(folder)})"
@@ -89,11 +108,24 @@ def _innermost(folder: Path) -> Path:
     for _ in range(4):
         if looks_like_msd(inner) or _tables(inner) or _find_folders(inner) or _find_together(inner):
             return inner
-        inside = [entry for entry in sorted(inner.iterdir()) if _is_visible_folder(entry)]
+        inside = [entry for entry in sorted(inner.iterdir()) if is_visible_folder(entry)]
         if len(inside) != 1:
             break
         inner = inside[0]
     return folder
+
+
+def _named(folder: Path, root: Path, layout: str | None) -> Listing | None:
+    """The patients of the layout "named" if it is stated, or if no file tells another one but a table of paths."""
+    if layout not in (None, "named") or (layout is None and looks_like_msd(root)):
+        return None
+    listing = list_named(folder, stated=layout is not None)
+    if listing is None and layout is not None:
+        raise DataError(f"{folder} contains no patient with at least three scans in the layout {layout!r}: "
+                        f"{LAYOUTS[layout]}")
+    if listing is not None and layout is None and (table := find_path_table(root)) is not None:
+        return list_table(table)
+    return listing
 
 
 def _list(root: Path, layout: str | None) -> Listing:
@@ -143,6 +175,7 @@ class _Folder:
         path: the folder.
         grade: "HGG" or "LGG" where it lies in a folder of that name, else "".
         scans: the patient's NIfTI files.
+        others: the other files in the folder of a patient.
         links: broken or circular links in it, or the folder itself if it is one.
         error: why it cannot be listed.
     """
@@ -151,6 +184,7 @@ class _Folder:
     path: Path
     grade: str = ""
     scans: tuple[Path, ...] = ()
+    others: tuple[Path, ...] = ()
     links: tuple[Path, ...] = ()
     error: str = ""
 
@@ -166,27 +200,43 @@ class _Folder:
         return any(_same_id(name, self.id) for name in _by_id(self.scans))
 
     @property
+    def has_images(self) -> bool:
+        """Whether a scan is named as a FLAIR, T1, T1c or T2."""
+        return any((match := name.fullmatch(scan.name)) and _SUFFIXES[mark][match["kind"].lower()] in MODALITIES
+                   for scan in self.scans for mark, name in _NAMES.items())
+
+    @property
+    def form(self) -> str:
+        """The name with any number as 0, which patients of one data set share."""
+        return re.sub(r"\d", "0", self.id)
+
+    @property
     def is_crowded(self) -> bool:
         """Whether it holds scans of several patients."""
         return len(_by_id(self.scans)) > 1 and not self.is_named
 
 
 def _same_id(one: str, other: str) -> bool:
-    """Whether two names of a patient differ at most in upper and lower case."""
-    return one.casefold() == other.casefold()
+    """Whether two names of a patient differ at most in upper and lower case and in the Unicode form of accents."""
+    one, other = (unicodedata.normalize("NFC", name).casefold() for name in (one, other))
+    return one == other
 
 
 def _find_folders(root: Path) -> list[_Folder]:
     """The folders below `root`, or below its HGG/ and LGG/, that contain scans or are named like those that do."""
     found = []
     for entry in sorted(root.iterdir()):
-        grade = entry.name.upper() if entry.name.upper() in _GRADES and _is_visible_folder(entry) else ""
+        grade = entry.name.upper() if entry.name.upper() in _GRADES and is_visible_folder(entry) else ""
         inside = sorted(entry.iterdir()) if grade else [entry]
         found += [_read_folder(path, grade) for path in inside
-                  if (not is_nifti(path) if _is_bad_link(path) else _is_visible_folder(path))]
-    patterns = {re.sub(r"\d", "0", folder.id) for folder in found if folder.scans}
-    return [folder for folder in found if folder.scans or (
-        patterns and (folder.error or folder.links or re.sub(r"\d", "0", folder.id) in patterns))]
+                  if (not is_nifti(path) if _is_bad_link(path) else is_visible_folder(path))]
+    forms = {folder.form for folder in found if folder.scans}
+    found = [folder for folder in found if folder.scans or (
+        forms and (folder.error or folder.links or folder.form in forms))]
+    sure = {folder.form for folder in found if folder.is_named and folder.has_images}
+    # Beside patients, a folder of predictions, masks or several patients' scans is none.
+    return [folder for folder in found if not sure or not folder.scans or folder.form in sure or folder.is_named
+            or (folder.has_images and not folder.is_crowded)]
 
 
 def _find_together(root: Path) -> list[_Folder]:
@@ -209,30 +259,23 @@ def _by_id(scans: Iterable[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def _scans_below(folder: Path, levels: int = 3) -> Iterator[Path]:
-    """The scans in a folder and, some levels deep, in the folders in it; nothing from those that cannot be listed."""
-    try:
-        inside = sorted(folder.iterdir())
-    except OSError:
-        return
-    for entry in inside:
-        if is_nifti(entry):
-            yield entry
-        elif levels and _is_visible_folder(entry):
-            yield from _scans_below(entry, levels - 1)
+def _places(root: Path) -> list[Path]:
+    """The folder itself and its HGG/ and LGG/."""
+    return [root, *(entry for entry in sorted(root.iterdir())
+                    if entry.name.upper() in _GRADES and is_visible_folder(entry))]
 
 
 def _elsewhere(root: Path, folders: Sequence[_Folder]) -> dict[Path, list[str]]:
     """The places below `root` with scans named as in a layout that are in none of the folders, and the ids there."""
     read = {folder.path for folder in folders}
-    graded = [entry for entry in root.iterdir() if entry.name.upper() in _GRADES and _is_visible_folder(entry)]
+    places = _places(root)
     found: dict[Path, list[str]] = {}
-    for place in (root, *graded):
+    for place in places:
         inside = sorted(place.iterdir())
         if place not in read:
             found[place] = sorted(_by_id(filter(is_nifti, inside)))
-        found |= {entry: sorted(_by_id(_scans_below(entry))) for entry in inside
-                  if _is_visible_folder(entry) and entry not in read and entry not in graded}
+        found |= {entry: sorted(_by_id(scans_below(entry))) for entry in inside
+                  if is_visible_folder(entry) and entry not in read and entry not in places}
     return {place: ids for place, ids in found.items() if ids}
 
 
@@ -240,10 +283,6 @@ def _tables(folder: Path, start: str = "") -> list[Path]:
     """The tables of a folder whose names begin with `start`, in upper or lower case."""
     return sorted(path for path in folder.iterdir()
                   if path.suffix.lower() in TABLES and path.name.lower().startswith(start))
-
-
-def _is_visible_folder(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith((".", "__")) and not is_circular_link(entry)
 
 
 def _is_bad_link(entry: Path) -> bool:
@@ -259,7 +298,8 @@ def _read_folder(path: Path, grade: str) -> _Folder:
         return _Folder(id=path.name, path=path, grade=grade, error=f"cannot be listed ({error.strerror})")
     scans = tuple(entry for entry in inside if is_nifti(entry))
     links = tuple(entry for entry in inside if not is_nifti(entry) and _is_bad_link(entry))
-    return _Folder(id=path.name, path=path, grade=grade, scans=scans, links=links if scans else ())
+    others = tuple(entry for entry in inside if not is_nifti(entry) and not entry.name.startswith("."))
+    return _Folder(id=path.name, path=path, grade=grade, scans=scans, others=others, links=links if scans else ())
 
 
 def _list_folders(root: Path, folders: Sequence[_Folder], mark: str, stated: str | None) -> Listing:
@@ -280,6 +320,14 @@ def _list_folders(root: Path, folders: Sequence[_Folder], mark: str, stated: str
                                 f"scans of {counted(len(ids), 'patient')} ({', '.join(ids[:3])}"
                                 f"{', …' if len(ids) > 3 else ''}) lie {where} and are not read; move them to where "
                                 f"those of the other patients lie, or read them as a folder of their own", "warning"))
+    read = {folder.path for folder in folders}
+    for entry in (entry for place in _places(root) for entry in sorted(place.iterdir())
+                  if is_visible_folder(entry) and entry not in read):
+        inside = list(scans_below(entry, 0))
+        if inside and not _by_id(inside):
+            findings.append(Finding(str(entry.relative_to(root)), "elsewhere", f"{entry.name} is not read as a "
+                                    f"patient: of {counted(len(inside), 'file')} such as {inside[0].name} none is "
+                                    f"named as a FLAIR, T1, T1c or T2", "warning"))
     layout, reason, tables = _year(root, folders, mark)
     if stated is not None and stated != layout:
         layout, reason = stated, f"{reason}, like {layout}"
@@ -327,7 +375,7 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
     if folder.links == (folder.path,) or folder.error:
         return PatientFiles(id=folder.id, images={}), findings
     kinds: dict[str, list[Path]] = {}
-    for path in folder.scans:
+    for path in map(_unpacked, folder.scans):
         match, other = (_NAMES[key].fullmatch(path.name) for key in (mark, "-" if mark == "_" else "_"))
         if match is None and other is not None and _same_id(other["id"], folder.id):
             findings.append(Finding(folder.id, "other-layout", f"{path.name} is named as in "
@@ -347,44 +395,66 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
             kinds.setdefault(_SUFFIXES[mark][match["kind"].lower()], []).append(path)
     findings += [Finding(folder.id, "two-files", f"{' and '.join(path.name for path in paths)} both claim to be the "
                          f"{kind}; keep one") for kind, paths in kinds.items() if len(paths) > 1]
-    findings += [Finding(folder.id, "missing-modality", f"no {modality}: {folder.id}{mark}{suffix}.nii.gz")
-                 for modality in MODALITIES if modality not in kinds
-                 for suffix, name in _SUFFIXES[mark].items() if name == modality]
+    for suffix, modality in _SUFFIXES[mark].items():
+        if modality not in kinds:
+            wanted = f"{folder.id}{mark}{suffix}"
+            alike = [path.name for path in folder.others if path.name.lower().startswith(f"{wanted}.".lower())]
+            hint = f"; {alike[0]} is not named as a NIfTI file: convert or rename it" if alike else ""
+            if modality != "label":
+                findings.append(Finding(folder.id, "missing-modality", f"no {modality}: {wanted}.nii.gz{hint}"))
+            elif alike:
+                findings.append(Finding(folder.id, "no-label", f"no {wanted}.nii.gz{hint}", "warning"))
     if not is_valid_id(folder.id):
         findings.append(Finding(folder.id, "unusable", "a name must be printable and contain no \\"))
     images = {modality: kinds[modality][0] for modality in MODALITIES if modality in kinds}
     return PatientFiles(id=folder.id, images=images, label=kinds.get("label", [None])[0]), findings
 
 
+def _unpacked(path: Path) -> Path:
+    """The scan of the same name in a folder that is named as a scan, as some programs unpack it; or the path itself."""
+    try:
+        inside = [entry for entry in path.iterdir() if is_nifti(entry)] if is_visible_folder(path) else []
+    except OSError:
+        return path
+    return inside[0] if len(inside) == 1 and _same_id(stem(inside[0]), stem(path)) else path
+
+
 def _no_patients(root: Path) -> str:
     """Why a folder holds no patients, for the text of an error."""
     entries = sorted(root.iterdir())
-    candidates = [_innermost(entry) for entry in entries if _is_visible_folder(entry)]
+    candidates = [_innermost(entry) for entry in entries if is_visible_folder(entry)]
     like = [str(entry.relative_to(root)) for entry in candidates
             if looks_like_msd(entry) or _find_together(entry)
             or any(folder.is_named or folder.is_crowded for folder in _find_folders(entry))]
     if like:
-        together = f"; to read several together, write a table of paths, {LAYOUTS['table']}" if len(like) > 1 else ""
+        together = (f"; to read several together, write a table of paths, {LAYOUTS['table']}, or state "
+                    f"{_STATE_NAMED}") if len(like) > 1 else ""
         return f"{root} contains no patients itself; give one of its subfolders that do: {', '.join(like)}{together}"
     if scan := next(iter(_by_id(entries).values()), None):
         return f"{root} contains scans such as {scan[0].name}: it is one patient's folder; give the folder above it"
-    if deep := next(_scans_below(root), None):
+    if deep := next(scans_below(root), None):
         return (f"{root}: its scans lie deeper than in any layout, such as {deep.relative_to(root)}; move those of "
-                f"each patient into one folder <ID>/, or write a table of paths, {LAYOUTS['table']}")
-    if dicom := _find_dicom(root):
-        return (f"{root} holds DICOM files such as {dicom.relative_to(root)}; convert them to NIfTI, for example with "
-                f"dcm2niix, then register them and remove the skull")
+                f"each patient into one folder <ID>/, write a table of paths, {LAYOUTS['table']}, or state "
+                f"{_STATE_NAMED}")
+    if other := _find_other_format(root):
+        path, kind, how = other
+        if kind == "archive":
+            return f"{root} holds packed folders such as {path.relative_to(root)}; unpack them and give that folder"
+        return (f"{root} holds {kind} files such as {path.relative_to(root)}; convert them to NIfTI, {how}, then "
+                f"register them and remove the skull where that has not been done")
     return (f"{root} contains no patient folder; expected {'; '.join(LAYOUTS.values())}; found "
             f"{', '.join(entry.name for entry in entries[:5]) or 'nothing'}")
 
 
-def _find_dicom(root: Path) -> Path | None:
-    """The first DICOM file among the first entries below a folder, by its mark at byte 128; None without one."""
-    for path in filter(Path.is_file, islice(root.rglob("*"), 1000)):
+def _find_other_format(root: Path) -> tuple[Path, str, str] | None:
+    """The first scan in another format among the first entries below a folder, its format, and what converts it."""
+    for path in filter(Path.is_file, sorted(islice(root.rglob("*"), 1000))):
+        if found := next((kind for ends, kind in _FORMATS.items() if path.name.lower().endswith(ends)), None):
+            return path, *found
         try:
             with path.open("rb") as file:
                 if file.read(132)[128:] == b"DICM":
-                    return path
+                    return path, "DICOM", "for example with dcm2niix"
         except OSError:
             continue
     return None

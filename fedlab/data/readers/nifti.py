@@ -29,6 +29,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _SILENT = logging.getLogger(f"{__name__}.silent")  # nibabel would print what it repairs in a header
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
+_UNITS = {1: ("metres", 1e3), 3: ("microns", 1e-3)}  # code of xyzt_units; any other is read as mm
 _HEADER_BYTES: dict[int, Any] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 
@@ -39,7 +40,7 @@ class Volume:
     Attributes:
         path: the file.
         shape: voxels along the three stored axes in space.
-        affine: float64, shape (4, 4), stored voxel index -> mm in RAS.
+        affine: float64, shape (4, 4), stored voxel index -> mm in RAS, whatever unit the header states.
         codes: the header's sform and qform codes.
         array: the voxels in stored order, shape (X, Y, Z), or (X, Y, Z, channels) for a 4-D file; None where only
             the header was read.
@@ -156,17 +157,19 @@ def _geometry(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, tup
     if min(codes) < 0 or max(codes) == 0:
         raise _wrong(f"neither sform nor qform of the header states the patient's orientation (codes {codes[0]} and "
                      f"{codes[1]}); left and right would be a guess: write an affine into the header")
-    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    unit, scale = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
+    to_mm = np.diag([scale, scale, scale, 1.0])
+    affine = to_mm @ np.asarray(header.get_best_affine(), dtype=np.float64)
     if not np.isfinite(affine).all():
         raise _wrong("the affine holds NaN or Inf")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if spacing.min() < 0.05 or spacing.max() > 30:
         raise _wrong(f"voxels of {' x '.join(f'{s:g}' for s in spacing)} mm; expected 0.05 to 30 mm (is the header in "
-                     f"mm?)")
+                     f"{unit}?)" + ("" if unit == "mm" else "; correct its unit, xyzt_units"))
     axes = affine[:3, :3] / spacing
     if np.abs(axes.T @ axes - np.eye(3)).max() > 0.02:
         raise _wrong("the axes of its affine are not perpendicular; resample it to a rectangular grid")
-    apart = min(codes) > 0 and _corner_distance(header.get_qform(), affine, shape) > 1.0
+    apart = min(codes) > 0 and _corner_distance(to_mm @ header.get_qform(), affine, shape) > 1.0
     return affine, codes, ["sform and qform disagree by more than 1 mm; the sform is used"] if apart else []
 
 
@@ -305,6 +308,7 @@ def write_label(path: str | os.PathLike[str], label: np.ndarray, *, like: Volume
     image = nib.Nifti1Image(label, like.affine)
     image.set_sform(like.affine, code=like.codes[0])
     image.set_qform(like.affine, code=like.codes[1])
+    image.header.set_xyzt_units("mm")
     image.header["descrip"] = description.encode()[:79]
     data = image.to_bytes()
     return write_new(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data, error=DataError)

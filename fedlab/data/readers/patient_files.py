@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,8 @@ from typing import Any
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.findings import Finding
 
-__all__ = ["Listing", "PatientFiles", "is_broken_link", "is_circular_link", "is_nifti", "is_valid_id", "stem"]
+__all__ = ["Listing", "PatientFiles", "find_copies", "is_broken_link", "is_circular_link", "is_nifti", "is_valid_id",
+           "is_visible_folder", "scans_below", "stem"]
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -65,6 +66,32 @@ class Listing:
     described: Mapping[int, str] | None = None
 
 
+def find_copies(patients: Iterable[PatientFiles]) -> list[Finding]:
+    """A warning for each patient whose four scans are those of an earlier one, by checksums that the files store."""
+    first: dict[tuple[bytes, ...], str] = {}
+    findings = []
+    for files in patients:
+        try:
+            key = tuple(_checksum(files.images[name]) for name in files.modalities)
+        except OSError:  # reported where the file is read
+            continue
+        if len(key) == len(MODALITIES) and first.setdefault(key, files.id) != files.id:
+            findings.append(Finding(files.id, "copy", f"its scans are the same files as those of {first[key]}: one "
+                                    f"person under two ids; leave one out, or name the person in a column person of "
+                                    f"the table of sites", "warning"))
+    return findings
+
+
+def _checksum(path: Path) -> bytes:
+    """The checksum and length at the end of a compressed file; of any other its length and a part of its middle."""
+    if not os.path.isfile(path):  # a pipe would block forever
+        raise OSError(f"{path} is not a file")
+    with path.open("rb") as file:
+        packed, size = file.read(2) == b"\x1f\x8b", path.stat().st_size
+        file.seek(max(size - 8, 0) if packed else size // 2)
+        return file.read(8) if packed else size.to_bytes(8) + file.read(2**16)
+
+
 def is_nifti(path: Path) -> bool:
     """Whether a name has a NIfTI ending; hidden files do not count."""
     return path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
@@ -87,6 +114,26 @@ def is_circular_link(path: Path) -> bool:
         return path.is_symlink() and path.resolve(strict=True) in path.parent.resolve(strict=True).joinpath("x").parents
     except (OSError, RuntimeError):  # a circle of links
         return False
+
+
+def is_visible_folder(path: Path) -> bool:
+    """Whether it is a folder that is not hidden, and no link to a folder that contains it."""
+    return path.is_dir() and not path.name.startswith((".", "__")) and not is_circular_link(path)
+
+
+def scans_below(folder: Path, levels: int = 3, closed: list[Path] | None = None) -> Iterator[Path]:
+    """The scans in a folder and, some levels deep, in the folders in it; `closed` gets those that cannot be listed."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        if closed is not None:
+            closed.append(folder)
+        return
+    for entry in inside:
+        if is_nifti(entry):
+            yield entry
+        elif levels and is_visible_folder(entry):
+            yield from scans_below(entry, levels - 1, closed)
 
 
 def is_valid_id(name: str) -> bool:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["PatientFolder", "prepare_patient"]
 
 #: Changes whenever the same files would give other patients; part of every cache key.
-READER = "fedlab-reader-3"
+READER = "fedlab-reader-4"
 #: The hash of each patient that this process has read, by the settings and the state of the files that determine it.
 _CONTENT: dict[str | None, str] = {}
 

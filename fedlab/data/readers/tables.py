@@ -162,10 +162,13 @@ def find_path_table(folder: Path) -> Path | None:
     found = []
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES):
         try:
-            meaning = _meaning(read_table(path)[0])
+            columns, rows = read_table(path)
         except DataError:
             continue  # an unreadable table gives no paths; its error is shown if it is requested by name
-        if "patient" in meaning and sum(name in meaning for name in MODALITIES) >= 2:
+        meaning = _meaning(columns)
+        scans = [column for name in MODALITIES for column in meaning.get(name, [])]
+        if "patient" in meaning and sum(name in meaning for name in MODALITIES) >= 2 and (
+                not rows or any(is_nifti(Path(row[column])) for _, row in rows for column in scans)):
             found.append(path)
     if len(found) > 1:
         raise DataError(f"{folder} contains several tables of paths: {', '.join(path.name for path in found)}; give "
@@ -213,6 +216,8 @@ def list_table(path: Path) -> Listing:
 def _row_files(patient: str, row: Mapping[str, str], meaning: Mapping[str, str],
                table: Path) -> tuple[PatientFiles, list[Finding]]:
     cells = {kind: cell for kind in (*MODALITIES, "label") if (cell := row.get(meaning.get(kind, ""), ""))}
+    cells = {kind: slashed if "\\" in cell and os.path.isfile(table.parent / (slashed := cell.replace("\\", "/")))
+             else cell for kind, cell in cells.items()}
     paths = {kind: table.parent / cell for kind, cell in cells.items() if os.path.isfile(table.parent / cell)}
     findings = [Finding(patient, "missing-modality", f"{table.name} gives no path for {kind}")
                 for kind in MODALITIES if kind not in cells]
