@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fedlab.apps.comparison_results import versions
+from fedlab.core.hardware import pick_precision
 from fedlab.data.phantom.generator import GENERATOR
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,10 +32,15 @@ def machine() -> dict[str, str]:
         "processor": str(capabilities.get("cpu_name", platform.processor())),
         "cores": str(os.cpu_count()),
         "memory": f"{memory:.0f} GiB",
-        "bf16 tiles (AMX)": "yes" if capabilities.get("amx_bf16") else "no",
+        "bf16 tiles (AMX)": _tiles(bool(capabilities.get("amx_bf16"))),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         **versions(),
     }
+
+
+def _tiles(there: bool) -> str:
+    used = pick_precision("auto", torch.device("cpu")) == torch.bfloat16
+    return "yes" if used else "switched off" if there else "no"
 
 
 def write(name: str, result: dict[str, Any]) -> None:
