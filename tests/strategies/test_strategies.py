@@ -200,6 +200,24 @@ def test_fedopt_is_algorithm_2(rule):
     assert all(t.dtype == torch.float64 for slots in state.moments.values() for t in slots.values())
 
 
+def test_yogi_keeps_a_square_that_equals_the_new_one():
+    strategy = FedOpt(rule="yogi", server_lr=2.0, beta1=0.5, tau=0.5)
+    state = strategy.step(strategy.begin({"a": torch.ones(1), "b": torch.zeros(2)}), update("mean", [0.5, -0.5, 0.0]))
+    assert state.moments["variance"]["a"].item() == state.moments["variance"]["b"][0].item() == 0.25
+    assert state.params["a"].item() == 1 + 2 * 0.25 / (0.5 + 0.5)
+
+
+def test_fedopt_counts_in_float64_beside_a_model_in_half_precision():
+    """tau² = 1e-12 is 0 in half precision."""
+    strategy = FedOpt(rule="adagrad", server_lr=1.0, beta1=0.0, tau=1e-6)
+    start = {"a": torch.ones(1, dtype=torch.float16), "b": torch.zeros(2, dtype=torch.float16)}
+    state = strategy.step(strategy.begin(start), update("mean", [1e-6, 0.0, 0.0]))
+    assert state.moments["variance"]["a"].item() == pytest.approx(2e-12, rel=1e-6)
+    assert state.moments["variance"]["b"].tolist() == pytest.approx([1e-12] * 2, rel=1e-12, abs=0)
+    assert state.params["a"].item() == pytest.approx(1 + 1 / (2**0.5 + 1), abs=1e-3)
+    assert state.params["a"].dtype == torch.float16
+
+
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
 def test_the_weighted_mean_of_metrics_and_buffers_by_hand(order):
     """Weights 1, 3 and 4; of counts the largest in any order; of metrics those that every update has."""
