@@ -126,6 +126,26 @@ def test_a_grid_depends_on_settings_only_and_refuses_what_it_cannot_hold():
         grid_step(1.0, LaplaceScales(threshold=1.0, query=1e16, release=1.0))
 
 
+def test_the_norm_that_a_term_is_clipped_to_takes_off_all_three_errors():
+    grid = GaussianGrid(reach=3.0, std=0.1, terms=100)
+    share = 1 - Fraction(1, 2**30) - Fraction(49, 2**52) - Fraction(99 * 100, 2**50)
+    assert abs(Fraction(grid.inner(49)) - (3 * share - 2 * 7 * Fraction(1, 2**41))) < Fraction(1, 2**50)
+    alone = GaussianGrid(reach=1.0, std=4.0)
+    exact = 1 - Fraction(1, 2**30) - Fraction(9, 2**52) - 2 * 3 * Fraction(1, 2**43)
+    assert abs(Fraction(alone.inner(9)) - exact) < Fraction(1, 2**52)
+    coarse = GaussianGrid(reach=1.0, std=1.5 * 2.0**33)  # steps of 2**-12, of which 2000 take off 0.488
+    assert coarse.inner(1_000_000) == pytest.approx(1 - 2000 / 2**12, abs=1e-8)
+    with pytest.raises(PrivacyError, match="too coarse"):
+        coarse.inner(1_100_000)  # 0.512
+
+
+def test_the_least_noise_on_a_grid_and_noise_without_end():
+    assert GaussianGrid(reach=1.0, std=1.01 * 2.0**-57).step == 2.0**-49
+    for std in (2.0**-57, math.inf, math.nan):
+        with pytest.raises(ValueError, match="cannot be drawn exactly"):
+            GaussianGrid(reach=1.0, std=std)
+
+
 LEAVES = [  # technique, step of its grid by hand: 2 to the power of (exponent of the largest number - 50)
     (LocalGaussian(clip=1.0, noise_multiplier=4.0, secure_mode=True), 2.0**-43),
     (LocalGaussian(clip=0.3, noise_multiplier=0.05, secure_mode=True, accountant="gdp"), 2.0**-51),
