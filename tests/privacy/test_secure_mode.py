@@ -243,6 +243,41 @@ def test_a_patient_moves_the_whole_numbers_by_no_more_than_the_noise_covers(per_
                 torch.testing.assert_close((a - b) * steps, g * min(1, clip / length), rtol=1e-6, atol=4 * steps)
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_an_exact_sum_is_the_naive_one(per_layer, monkeypatch):
+    """Of 2, 1 and 3 patients, in steps for 100 patients of norm 0.7: at most 2**50 make 70."""
+    scales, shapes = [], [(5, 3), (), (7,)][:3 - per_layer]
+    monkeypatch.setattr(on_grid, "rounded_gaussian", lambda count, *, scale, key: (
+        scales.append(scale), np.zeros(count, np.int64))[1])
+    exact = ExactSum(noise_multiplier=1.5, patients=100, per_layer=per_layer)
+    expected = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    for seed, count in enumerate((2, 1, 3)):
+        group = [size * torch.randn(count, *shape, generator=rng(seed))
+                 for size, shape in zip((0.5, 0.01, 0.1), shapes, strict=False)]
+        exact.add(group, 0.7)
+        for patient in zip(*group, strict=True):
+            lengths = [math.sqrt(sum(v * v for v in g.flatten().tolist())) for g in patient]
+            for total, g, own in zip(expected, patient, lengths, strict=True):
+                bound, length = (0.7 / math.sqrt(2), own) if per_layer else (0.7, math.hypot(*lengths))
+                total += g.double() * min(1, bound / length)
+    parameters = [torch.ones(shape, requires_grad=True) for shape in shapes]
+    exact.release(parameters, 0.7, 4.0)
+    for p, total in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, (total / 4).float(), rtol=1e-6, atol=1e-7)
+    assert scales == [1.5 * 0.7 * 2.0**43]
+    exact.release(parameters, 0.7, 4.0)
+    assert not any(p.grad.any() for p in parameters)
+
+
+def test_an_exact_sum_of_other_parameters_is_refused():
+    exact = ExactSum(noise_multiplier=1.0, patients=3)
+    exact.add([torch.ones(1, 2), torch.ones(1, 3)], 1.0)
+    with pytest.raises(ValueError, match="zip"):
+        exact.add([torch.ones(2, 2)], 1.0)
+    with pytest.raises(ValueError, match="zip"):
+        exact.release([torch.zeros(2, requires_grad=True)], 1.0, 1.0)
+
+
 def test_a_step_in_secure_mode_is_the_clipped_mean_and_begins_anew(quiet):
     """Against Opacus's clipping, without noise: two steps, so that no sum is left from the first."""
     found = []
@@ -345,6 +380,10 @@ def test_noise_for_other_devices_is_drawn_here(monkeypatch):
     one = torch.zeros(4, requires_grad=True)
     add_normal([one], 2.0, noise_generator(7, "noise"))
     assert torch.equal(one.grad, (2 * standard_normal((4,), noise_generator(7, "noise"))).float())
+    one.grad = torch.tensor([1.0, -3.0, 0.5, 8.0])
+    add_normal([one], 2.0, noise_generator(7, "noise"))
+    more = 2 * standard_normal((4,), noise_generator(7, "noise"))
+    assert torch.equal(one.grad, torch.tensor([1.0, -3.0, 0.5, 8.0]) + more.float())
 
 
 # Sparse vectors
