@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from cohorts import blob_sites
-from fedlab.core.errors import PrivacyError
+from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.core.protocols import Run
-from fedlab.core.types import ServerState, Site, Update
+from fedlab.core.types import Cohort, Failure, ServerState, Site, Spent, Update, Withdrawal
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round
-from fedlab.run.round import star
-from fedlab.strategies.averaging import FedAvg
+from fedlab.run.round import Star, star
+from fedlab.strategies.averaging import FedAvg, NotFinite
 from trainers import trainer
 
 NAMES = ("zurich", "aachen", "mainz")
@@ -35,11 +38,12 @@ def update(site, *, round=4, move=1.0, **settings):
     return Update(**dict(site=site, delta={"w": torch.tensor([move])}, weight=2.0, steps=3, round=round) | settings)
 
 
-def one_round(*updates, admission=None):
-    run = Run(trainer=trainer(), sites=tuple(Site(name=name, train=[]) for name in NAMES), strategy=FedAvg(),
-              privacy=Privacy(), aggregation=Aggregation(), topology=star, engine=Answers(*updates),
-              admission=admission, rounds=9, seed=0)
-    return star(run, ServerState(round=4, params={"w": torch.tensor([10.0])}))
+def one_round(*updates, state=None, **parts):
+    usual = dict(trainer=trainer(), sites=tuple(Site(name=name, train=[]) for name in NAMES), strategy=FedAvg(),
+                 privacy=Privacy(), aggregation=Aggregation(), topology=star, engine=Answers(*updates), admission=None,
+                 rounds=9, seed=0)
+    run = Run(**usual | parts)
+    return run.topology(run, state or ServerState(round=4, params={"w": torch.tensor([10.0])}))
 
 
 @pytest.mark.parametrize("round", [3, 5, 0, None])
@@ -77,6 +81,182 @@ def test_the_mean_of_unequal_sites_and_the_bytes_by_hand():
     assert found.state.params["w"].item() == 10 + (4 + 0 + 4) / 8
     assert [numbers["bytes"] for numbers in found.sites.values()] == [4.0] * 3
     assert [numbers["norm"] for numbers in found.sites.values()] == [4.0, 0.0, 1.0]
+
+
+def test_a_site_answers_once_in_a_round():
+    answers = update("zurich"), update("zurich", move=5.0), update("aachen", move=3.0)
+    with pytest.raises(ValueError, match=r"an update of 'zurich'; still expected: \['aachen', 'mainz'\]"):
+        one_round(*answers)
+    kept = one_round(*answers, admission=Admission())
+    assert kept.state.params["w"].item() == 12 and tuple(kept.sites) == ("zurich", "aachen")
+    assert kept.absent == {"mainz": "it sent nothing under its name; an update of 'zurich' was received and left out"}
+
+
+def test_what_is_left_out_says_who_is_missed():
+    for stray in (Update(site=None, delta={}, weight=1.0), "zurich", SimpleNamespace(site="zurich")):
+        with pytest.raises(ValueError, match="received an"):
+            one_round(stray)
+        kept = one_round(stray, update("mainz"), admission=Admission())
+        assert set(kept.absent) == {"zurich", "aachen"} and kept.state.params["w"].item() == 11
+        assert "was received and left out" in kept.absent["zurich"]
+
+
+def test_a_round_goes_on_until_every_site_has_withdrawn():
+    gone = [Withdrawal(name, f"{name} has used up its budget") for name in NAMES]
+    found = one_round(gone[2], update("aachen", move=3.0), gone[0])
+    assert found.state.params["w"].item() == 13 and found.cohort == NAMES and found.void is None
+    assert found.absent == {"mainz": gone[2].reason, "zurich": gone[0].reason}
+    silent = one_round(gone[0], gone[1])
+    assert silent.state.round == 5 and silent.state.params["w"].item() == 10 and "no site of the cohort" in silent.void
+    assert silent.absent == {"zurich": gone[0].reason, "aachen": gone[1].reason, "mainz": "it sent nothing"}
+    with pytest.raises(PrivacyBudgetExhausted, match=r"no site is left: aachen has .* budget; mainz .*; zurich"):
+        one_round(gone[1], gone[2], gone[0])
+
+
+def test_a_site_that_fails_ends_the_round_or_is_left_out_of_it():
+    failed = Failure("aachen", SiteError("aachen", 4, "fit", "out of memory"))
+    with pytest.raises(SiteError, match="out of memory"):
+        one_round(update("zurich"), failed)
+    kept = one_round(update("zurich"), failed, update("mainz", move=4.0), admission=Admission())
+    assert "out of memory" in kept.absent["aachen"] and set(kept.absent) == {"aachen"}
+    assert kept.state.params["w"].item() == 12.5
+
+
+def test_sites_at_work_end_with_a_round_that_breaks_off():
+    closed = []
+
+    class Watched(Answers):
+        def train(self, task, state, cohort, states):
+            try:
+                yield from self.updates
+            finally:
+                closed.append(1)
+
+    with pytest.raises(PrivacyError, match="answers round 3"):
+        one_round(engine=Watched(update("zurich", round=3), update("aachen")))
+    assert closed == [1]
+
+
+def test_the_record_of_a_round_by_hand():
+    found = one_round(update("mainz", move=-3.0, weight=4.0, steps=7, metrics={"loss": 0.5}, seconds=1.5),
+                      update("zurich", encoded=3))
+    assert found.number == 4 and found.cohort == NAMES and found.void is None and found.seconds > 0
+    assert found.absent == {"aachen": "it sent nothing"} and found.metrics == {} and not found.server_only
+    assert found.spent == {"mainz": (), "zurich": ()}
+    assert found.sites == {
+        "mainz": {"loss": 0.5, "norm": 3.0, "weight": 4.0, "steps": 7.0, "bytes": 4.0, "seconds": 1.5},
+        "zurich": {"norm": 1.0, "weight": 2.0, "steps": 3.0, "bytes": 3.0}}
+
+
+def test_bytes_count_once_for_every_message_of_a_workflow():
+    class Often(Star):
+        def messages(self, names):
+            return [("zurich", "aachen"), ("server", "aachen"), ("zurich", "server"), ("aachen", "server")]
+
+        def metrics(self, state):
+            return {"moved": state.params["w"].item()}
+
+    found = one_round(*map(update, NAMES), topology=Often())
+    assert {name: numbers["bytes"] for name, numbers in found.sites.items()} == {
+        "zurich": 8.0, "aachen": 4.0, "mainz": 4.0}
+    assert found.metrics == {"moved": 11.0}
+
+
+def test_what_a_refused_update_has_spent_is_spent():
+    class Stated(Privacy):
+        units = frozenset({"site"})
+
+    spent = (Spent(1.5, 1e-3, "site", "rdp", "add or remove one site"),)
+    found = one_round(update("aachen", move=3.0, spent=spent), update("mainz", spent=spent), privacy=Stated(),
+                      admission=Admission(max_norm=2.0))
+    assert found.spent == {"aachen": spent, "mainz": spent} and "its norm is 3" in found.absent["aachen"]
+    assert found.state.params["w"].item() == 11
+    unsaid = one_round(update("aachen"), update("mainz", spent=spent), privacy=Stated(), admission=Admission())
+    assert set(unsaid.spent) == {"mainz"} and "states nothing as spent" in unsaid.absent["aachen"]
+
+
+@pytest.mark.parametrize("part", ["moments", "models"])
+def test_a_state_that_is_not_finite_is_no_state(part):
+    class Overflows(FedAvg):
+        def step(self, state, mean):
+            bad = {"aachen": {"v": torch.ones(2), "w": torch.tensor([1.0, torch.inf])}, "zurich": {"w": torch.ones(1)}}
+            return replace(super().step(state, mean), **{part: bad})
+
+    with pytest.raises(RunError, match="after round 4 the model would hold NaN"):
+        one_round(update("zurich"), strategy=Overflows())
+    kept = one_round(update("zurich"), strategy=Overflows(), admission=Admission())
+    assert kept.state.round == 5 and kept.state.params["w"].item() == 10 and not getattr(kept.state, part)
+    assert kept.void == "the model would hold NaN or infinite values" and not kept.sites
+    assert kept.absent["zurich"] == f"the round was void: {kept.void}"
+
+
+# Techniques at the server
+
+
+class Adds(Privacy):
+    """Adds 2 at the server, and notes what it saw."""
+
+    def __init__(self):
+        self._cohorts, self._draws = [], []
+
+    def release(self, mean, cohort, state, rng):
+        self._cohorts.append(cohort)
+        self._draws.append(float(torch.rand((), generator=rng)))
+        state.own["calls"] = torch.tensor(len(self._cohorts))
+        return mean.map(lambda t: t + 2)
+
+
+def at_server(*updates, privacy=None, double=False, **parts):
+    privacy, start = privacy or Adds(), {"w": torch.tensor([10.0], dtype=torch.float64 if double else torch.float32)}
+    initial = SimpleNamespace(initial=lambda: {"w": torch.tensor([7.0])})
+    return privacy, one_round(*updates, privacy=privacy, trainer=initial, state=ServerState(round=4, params=start),
+                              **parts)
+
+
+def test_a_technique_at_the_server_sees_the_sites_in_the_mean():
+    before = ServerState(round=4, params={"w": torch.tensor([10.0])})
+    technique = Adds()
+    found = one_round(update("mainz", move=5.0), update("zurich"), Withdrawal("aachen", "no budget"), state=before,
+                      privacy=technique, strategy=FedAvg(sample=0.999))
+    assert technique._cohorts == [Cohort(4, ("mainz", "zurich"), 3, 0.999)]
+    assert found.state.params["w"].item() == 10 + 3 + 2
+    assert found.state.of("privacy").own["calls"] == 1 and not before.namespaces
+
+
+def test_noise_hides_that_no_site_took_part():
+    for admission in (None, Admission()):
+        technique, found = at_server(admission=admission)
+        assert found.state.params["w"].item() == 12 and found.state.round == 5 and found.void is None
+        assert technique._cohorts == [Cohort(4, (), 3, 1.0)]
+
+
+def test_noise_hides_that_the_updates_had_no_mean():
+    huge = [update(name, move=0.0, delta={"w": torch.tensor([1.5e308], dtype=torch.float64)}) for name in NAMES]
+    technique, found = at_server(*huge, admission=Admission(), double=True)
+    assert found.state.params["w"].item() == 12 and found.state.round == 5 and "NaN or infinite" in found.void
+    assert technique._cohorts == [Cohort(4, (), 3, 1.0)] and not found.sites
+
+
+def test_a_mean_is_released_once_though_the_step_fails():
+    class Fails(FedAvg):
+        def step(self, state, mean):
+            raise NotFinite("the model would become NaN")
+
+    technique, found = at_server(update("zurich"), admission=Admission(), strategy=Fails())
+    assert found.state.params["w"].item() == 10 and found.state.round == 5 and len(technique._cohorts) == 1
+    with pytest.raises(NotFinite):
+        at_server(update("zurich"), strategy=Fails())
+
+
+def test_noise_at_the_server_depends_on_the_seed_the_round_and_the_mean():
+    def draw(move=1.0, round=4, seed=0):
+        technique = Adds()
+        one_round(update("zurich", move=move, round=round), privacy=technique, seed=seed,
+                  state=ServerState(round=round, params={"w": torch.tensor([10.0])}))
+        return technique._draws
+
+    draws = [draw(), draw(move=2.0), draw(round=3), draw(seed=1)]
+    assert draw() == draws[0] and len(set(map(tuple, draws))) == 4
 
 
 @pytest.mark.parametrize("secure", [False, True])
