@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +91,40 @@ def test_a_coarse_grid_holds_the_fine_values_rounded(coarse, factor):
     exact = (fine + 2**(factor - 1)) >> factor
     edge = (fine + 2**(factor - 1)) % 2**factor == 0  # where the fine value was itself rounded
     assert (found[~edge] == exact[~edge]).all() and edge.mean() < 0.01
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7, 5.25, 2.0**-7, 1.2345 * 2.0**40, 2.0**46 / 3])
+def test_a_gaussian_value_is_rounded_exactly(scale, monkeypatch):
+    """Given k, x and the sign, against fractions: halves, what lies one part of 2**64 beside them, and others."""
+    odd = torch.randint(0, 2**62, (40,), generator=rng(2)).tolist()
+    beside = [2**63 + sign * 2**power for power in range(0, 62, 3) for sign in (1, -1)]
+    cases = [(k, x, negative) for k, x, negative in itertools.product(
+        (0, 1, 2, 99, 100), (0, 1, 2**63, 2**64 - 1, *beside, *odd), (False, True))]
+    ks, xs, negatives = (np.array(column, np.uint64) for column in zip(*cases, strict=True))
+    going, tosses = np.arange(len(ks)), []
+
+    def grows(numerators, denominator, first, coins):
+        nonlocal going
+        assert numerators.dtype == np.uint64 and (numerators == 1).all() and (denominator, first) == (2, 1)
+        assert len(numerators) == len(going)
+        passed = ks[going] > len(tosses)
+        tosses.append(1)
+        going = going[passed]
+        return passed
+
+    near = ks < 100  # farther values have probability exp(-5000) and are not tried
+    words = iter([xs[near], negatives[near] << np.uint64(63)])
+    fake = SimpleNamespace(words=lambda count: next(words))
+    monkeypatch.setattr(on_grid, "until_it_fails", grows)
+    monkeypatch.setattr(on_grid, "exponential", lambda numerators, denominator, coins: np.ones(len(numerators), bool))
+    monkeypatch.setattr(on_grid, "_accepted", lambda whole, x, coins: np.ones(len(x), bool))
+    monkeypatch.setattr(on_grid, "_BLOCK", len(ks))
+    monkeypatch.setattr(on_grid, "drawn", lambda count, key, block: block(fake, count))
+    fraction, power = math.frexp(scale)
+    exact = Fraction(math.ceil(fraction * 2**24), 2**24) * Fraction(2) ** power
+    expected = [math.floor(exact * (k + Fraction(x, 2**64)) * (-1 if negative else 1) + Fraction(1, 2))
+                for k, x, negative in cases if k < 100 and not (negative and k == x == 0)]
+    assert rounded_gaussian(len(ks), scale=scale, key=KEY).tolist() == expected
 
 
 @pytest.mark.parametrize("scale", [1, 3, 7, 1000])
