@@ -93,11 +93,15 @@ def test_a_coarse_grid_holds_the_fine_values_rounded(coarse, factor):
     assert (found[~edge] == exact[~edge]).all() and edge.mean() < 0.01
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.7, 5.25, 2.0**-7, 1.2345 * 2.0**40, 2.0**46 / 3])
+@pytest.mark.parametrize("scale", [1.0, 0.7, 5.25, 2.0**-7, (2**23 + 5) * 2.0**17, 2.0**46 / 3])
 def test_a_gaussian_value_is_rounded_exactly(scale, monkeypatch):
     """Given k, x and the sign, against fractions: halves, what lies one part of 2**64 beside them, and others."""
     odd = torch.randint(0, 2**62, (40,), generator=rng(2)).tolist()
     beside = [2**63 + sign * 2**power for power in range(0, 62, 3) for sign in (1, -1)]
+    fraction, power = math.frexp(scale)
+    factor = math.ceil(fraction * 2**24)
+    if factor % 2 and power > 32:  # a half, and the smallest part of the product beside it
+        odd.append(pow(factor, -1, 2**64) * (2**(87 - power) + 1) % 2**64)
     cases = [(k, x, negative) for k, x, negative in itertools.product(
         (0, 1, 2, 99, 100), (0, 1, 2**63, 2**64 - 1, *beside, *odd), (False, True))]
     ks, xs, negatives = (np.array(column, np.uint64) for column in zip(*cases, strict=True))
@@ -120,11 +124,11 @@ def test_a_gaussian_value_is_rounded_exactly(scale, monkeypatch):
     monkeypatch.setattr(on_grid, "_accepted", lambda whole, x, coins: np.ones(len(x), bool))
     monkeypatch.setattr(on_grid, "_BLOCK", len(ks))
     monkeypatch.setattr(on_grid, "drawn", lambda count, key, block: block(fake, count))
-    fraction, power = math.frexp(scale)
-    exact = Fraction(math.ceil(fraction * 2**24), 2**24) * Fraction(2) ** power
+    exact = Fraction(factor, 2**24) * Fraction(2) ** power
     expected = [math.floor(exact * (k + Fraction(x, 2**64)) * (-1 if negative else 1) + Fraction(1, 2))
                 for k, x, negative in cases if k < 100 and not (negative and k == x == 0)]
-    assert rounded_gaussian(len(ks), scale=scale, key=KEY).tolist() == expected
+    found = rounded_gaussian(len(ks), scale=scale, key=KEY)
+    assert found.tolist() == expected and found.dtype == np.int64
 
 
 @pytest.mark.parametrize("scale", [1, 3, 7, 1000])

@@ -75,6 +75,14 @@ def test_each_rule_of_admission_holds_at_its_limit_and_not_beyond(settings, reas
     assert found is None if reason is None else reason in found
 
 
+@pytest.mark.parametrize("setting", [
+    dict(min_sites=0), dict(max_void=0), dict(min_sites=1.5), dict(deadline=0.0), dict(max_norm=-1.0),
+    dict(max_weight=0.0), dict(max_steps=0), dict(max_norm=float("nan"))], ids=repr)
+def test_rules_out_of_their_range_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        Admission(**setting)
+
+
 def test_the_mean_of_unequal_sites_and_the_bytes_by_hand():
     found = one_round(update("zurich", weight=1.0, move=4.0), update("aachen", weight=3.0, move=0.0),
                       update("mainz", weight=4.0, move=1.0))
