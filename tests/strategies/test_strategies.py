@@ -138,6 +138,49 @@ def test_norm_bound_by_hand():
     assert flat(mean) == pytest.approx([1.2 / 4, 3 / 4, 1.6 / 4], rel=1e-12) and mean.weight == 4
 
 
+def test_no_more_is_trimmed_than_the_share_and_one_update_is_left():
+    rows = [[k * k, -k, (7 * k) % 30] for k in range(30)]
+    middle = [sorted(column)[3:27] for column in zip(*rows, strict=True)]  # 0.1 * 30 is above 3 in binary
+    assert flat(TrimmedMean(trim=0.1).combine(made(rows))) == pytest.approx([sum(c) / 24 for c in middle])
+    assert flat(TrimmedMean(trim=0.49).combine(made([[1, 5, 0], [2, -3, 8]]))) == [1.5, 1, 4]
+    assert flat(TrimmedMean(trim=0.49).combine(made([[1, 5, 0], [9, -3, 8], [2, 4, 1]]))) == [2, 4, 1]
+
+
+def test_what_robust_means_say_of_weight_and_steps():
+    updates = made([[0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 2, 1], [90, 0, 0]], weights=[1, 2, 4, 8, 16],
+                   steps=[1, 3, 5, 7, 9])
+    for one in updates:
+        one.metrics["loss"] = 1.0
+    for strategy in (CoordinateMedian(), TrimmedMean(trim=0.2)):
+        mean = strategy.combine(updates)
+        assert (mean.site, mean.weight, mean.steps, dict(mean.metrics)) == ("mean", 5, 25, {})
+    for strategy, weight in ((GeometricMedian(), 31), (GeometricMedian(weights="uniform"), 5),
+                             (GeometricMedian(weights="steps"), 25)):
+        mean = strategy.combine(updates)
+        assert (mean.weight, mean.steps, dict(mean.metrics)) == (weight, 25, {})
+    best = Krum(attackers=1, chosen=2).combine(updates)  # 1 + 1, and the first of three with 1 + 2
+    assert (best.weight, best.steps, dict(best.metrics)) == (2, 6, {}) and flat(best) == [0, 0.5, 1]
+    kept = NormBound(bound=100.0, weights="steps").combine(updates)
+    assert (kept.weight, kept.steps, kept.metrics) == (25, 25, {"loss": 1.0})
+
+
+def test_an_update_just_as_long_as_the_bound_is_kept():
+    assert flat(NormBound(bound=5.0).combine(made([[3, 0, 4]]))) == [3, 0, 4]
+    third = NormBound(bound=1.0).combine(made([[0, 3, 0]]))
+    assert flat(third) == [0, 1, 0]
+
+
+def test_the_geometric_median_stops_where_it_is_told():
+    """One step of Weiszfeld from the median of 0, 1 and 10 on a line, with distances of at least a half."""
+    line = made([[0, 0, 0], [1, 0, 0], [10, 0, 0]], weights=[2, 1, 3])
+    pull = [2 / 1, 1 / 0.5, 3 / 9]
+    found = flat(GeometricMedian(iterations=1, nu=0.5).combine(line))
+    assert found == pytest.approx([(pull[1] * 1 + pull[2] * 10) / sum(pull), 0, 0], rel=1e-12)
+    twice = [2 / found[0], 1 / 0.5, 3 / (10 - found[0])]
+    assert flat(GeometricMedian(iterations=2, nu=0.5).combine(line)) == pytest.approx(
+        [(twice[1] + twice[2] * 10) / sum(twice), 0, 0], rel=1e-12)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fednova_is_the_paper_s_sum(momentum):
     rows, weights, steps = [[1, 2, 3], [4, -5, 6], [-7, 8, 9]], [3.0, 1.0, 2.0], [2, 5, 11]
