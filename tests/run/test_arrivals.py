@@ -12,16 +12,18 @@ from cohorts import blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.core.protocols import Run
 from fedlab.core.types import Cohort, Failure, ServerState, Site, Spent, Update, Withdrawal
-from fedlab.privacy.aggregation import Aggregation
+from fedlab.privacy.aggregation import Aggregation, SumFailed
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.run.admission import Admission
+from fedlab.run.arrivals import Arrivals
 from fedlab.run.federate import each_round
 from fedlab.run.round import Star, star
 from fedlab.strategies.averaging import FedAvg, NotFinite
 from trainers import trainer
 
 NAMES = ("zurich", "aachen", "mainz")
+SPENT = Spent(1.5, 1e-3, "site", "rdp", "add or remove one site")
 
 
 class Answers:
@@ -38,11 +40,15 @@ def update(site, *, round=4, move=1.0, **settings):
     return Update(**dict(site=site, delta={"w": torch.tensor([move])}, weight=2.0, steps=3, round=round) | settings)
 
 
-def one_round(*updates, state=None, **parts):
+def make_run(*updates, **parts):
     usual = dict(trainer=trainer(), sites=tuple(Site(name=name, train=[]) for name in NAMES), strategy=FedAvg(),
                  privacy=Privacy(), aggregation=Aggregation(), topology=star, engine=Answers(*updates), admission=None,
                  rounds=9, seed=0)
-    run = Run(**usual | parts)
+    return Run(**usual | parts)
+
+
+def one_round(*updates, state=None, **parts):
+    run = make_run(*updates, **parts)
     return run.topology(run, state or ServerState(round=4, params={"w": torch.tensor([10.0])}))
 
 
@@ -174,7 +180,7 @@ def test_what_a_refused_update_has_spent_is_spent():
     class Stated(Privacy):
         units = frozenset({"site"})
 
-    spent = (Spent(1.5, 1e-3, "site", "rdp", "add or remove one site"),)
+    spent = (SPENT,)
     found = one_round(update("aachen", move=3.0, spent=spent), update("mainz", spent=spent), privacy=Stated(),
                       admission=Admission(max_norm=2.0))
     assert found.spent == {"aachen": spent, "mainz": spent} and "its norm is 3" in found.absent["aachen"]
@@ -196,6 +202,119 @@ def test_a_state_that_is_not_finite_is_no_state(part):
     assert kept.state.round == 5 and kept.state.params["w"].item() == 10 and not getattr(kept.state, part)
     assert kept.void == "the model would hold NaN or infinite values" and not kept.sites
     assert kept.absent["zurich"] == f"the round was void: {kept.void}"
+
+
+class Talks(Answers):
+    """Sites that also exchange messages; those of `lost` fail in it."""
+
+    def __init__(self, *updates, lost=()):
+        super().__init__(*updates)
+        self.lost, self.calls = lost, []
+
+    def train(self, task, state, cohort, states):
+        self.calls.append((task, state, [site.name for site in cohort], states))
+        yield from [one for one in self.updates if one.site in {site.name for site in cohort}]
+
+    def exchange(self, task, step, inboxes, sites, states):
+        names = [site.name for site in sites]
+        self.calls.append((task, step, inboxes, names, states))
+        return {name: {"mainz": step.encode()} for name in names}, [
+            Failure(name, error) for name, error in self.lost if name in names]
+
+
+def arrivals_of(engine, *, at=(0, 1, 2), **parts):
+    run = make_run(engine=engine, task="task", site_states="states", **parts)
+    state = ServerState(round=4, params={"w": torch.tensor([10.0])})
+    return Arrivals(run, state, [run.sites[k] for k in at]), state
+
+
+NO_KEY = ("aachen", SiteError("aachen", 0, "exchange", "KeyError"))
+
+
+def test_who_fails_in_an_exchange_is_left_out_of_what_follows():
+    engine = Talks(update("mainz", move=5.0), update("zurich"), lost=[NO_KEY])
+    arrivals, state = arrivals_of(engine, admission=Admission())
+    sent = arrivals.send("keys", {"mainz": {"zurich": b"?"}})
+    assert sent == {name: {"mainz": b"keys"} for name in NAMES}
+    assert tuple(site.name for site in arrivals.cohort) == arrivals.names == ("zurich", "mainz")
+    arrivals.send("shares", {})
+    taken = list(arrivals.train(state, arrivals.cohort))
+    assert [one.site for one in taken] == ["mainz", "zurich"] == list(arrivals.names)
+    arrivals.send("sums", {})
+    assert engine.calls == [
+        ("task", "keys", {"mainz": {"zurich": b"?"}}, list(NAMES), "states"),
+        ("task", "shares", {}, ["zurich", "mainz"], "states"), ("task", state, ["zurich", "mainz"], "states"),
+        ("task", "sums", {}, ["zurich", "mainz"], "states")]
+    done = arrivals.close(replace(state, round=5))
+    assert done.cohort == ("aachen", "zurich", "mainz") and done.site_states == "states"
+    assert done.absent == {"aachen": "site 'aachen' failed in round 4 at stage 'exchange': KeyError"}
+
+
+def test_an_exchange_in_which_a_site_fails_ends_a_round_without_rules():
+    for error, match in ((NO_KEY[1], "failed in round 4"), (PrivacyError("keys of another round"), "another round")):
+        arrivals, _ = arrivals_of(Talks(lost=[("aachen", error)]))
+        with pytest.raises(type(error), match=match):
+            arrivals.send("keys", {})
+
+
+def test_a_site_that_leaves_after_its_update_stays_in_the_mean():
+    arrivals, state = arrivals_of(Talks(*map(update, NAMES), lost=[NO_KEY]), admission=Admission())
+    list(arrivals.train(state, arrivals.cohort))
+    with pytest.warns(UserWarning, match="aachen sent its update but left .* after it: .* failed in round 4"):
+        arrivals.send("sums", {})
+    assert arrivals.present == NAMES and [site.name for site in arrivals.cohort] == ["zurich", "mainz"]
+    assert not arrivals.close(state).absent
+
+
+def test_a_round_that_is_void_before_it_trains_counts_all_of_its_sites_absent():
+    arrivals, _ = arrivals_of(Talks(lost=[NO_KEY]), admission=Admission(), at=(2, 1))
+    arrivals.send("keys", {})
+    unmoved = arrivals.void(SumFailed("too few keys"))
+    done = arrivals.close(unmoved)
+    assert unmoved.round == 5 and unmoved.params["w"].item() == 10 and done.void == "too few keys"
+    assert done.cohort == ("aachen", "mainz") and done.absent["mainz"] == "the round was void: too few keys"
+    assert "KeyError" in done.absent["aachen"]
+    without_rules, _ = arrivals_of(Talks())
+    with pytest.raises(SumFailed):
+        without_rules.void(SumFailed("too few keys"))
+
+
+def test_sites_may_be_asked_one_after_the_other():
+    arrivals, state = arrivals_of(Talks(*map(update, NAMES)))
+    other = replace(state, params={"w": torch.tensor([1.0])})
+    for k, shown in ((2, state), (0, other)):
+        assert [one.site for one in arrivals.train(shown, [arrivals.cohort[k]])] == [NAMES[k]]
+    arrivals.charge((SPENT,))
+    assert arrivals.released and arrivals.took_part == Cohort(4, ("mainz", "zurich"), 3, 1.0)
+    done = arrivals.close(replace(state, round=5))
+    assert done.cohort == ("mainz", "zurich") and done.spent["server"] == (SPENT,)
+    assert arrivals.run.engine.calls[1] == ("task", other, ["zurich"], "states")
+
+
+def test_an_update_is_checked_against_what_its_site_was_shown():
+    shape = {"mainz": {"w": torch.zeros(2), "count": torch.tensor(3)}}
+    state = ServerState(round=4, params={"w": torch.zeros(2)}, buffers={"count": torch.tensor(1)}, models=shape)
+    arrivals = Arrivals(make_run(), state, make_run().sites)
+    right = update("mainz", delta={"w": torch.ones(2)}, buffers={"count": torch.tensor(5)})
+    assert list(arrivals.admit([right], state, arrivals.cohort)) == [right]
+    for wrong in (replace(right, buffers={}), replace(right, buffers={"count": torch.tensor(0.5)})):
+        with pytest.raises(PrivacyError, match="the update of mainz has"):
+            list(Arrivals(make_run(), state, make_run().sites).admit([wrong], state, arrivals.cohort))
+
+
+class AtServer(Privacy):
+    def release(self, mean, cohort, state, rng):
+        return mean
+
+
+def test_numbers_that_noise_at_the_server_hides_are_for_the_server_only():
+    for charged, void, hidden in ((True, False, {"seconds", "sites"}), (False, True, {"seconds", "sites"}),
+                                  (False, False, {"seconds"})):
+        arrivals, state = arrivals_of(Talks(update("mainz")), privacy=AtServer(), admission=Admission())
+        list(arrivals.train(state, arrivals.cohort))
+        arrivals.charge((SPENT,) if charged else ())
+        moved = arrivals.void(SumFailed("no sum")) if void else state
+        assert arrivals.close(moved).server_only == hidden
 
 
 # Techniques at the server
