@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 
 import irregular
 from cohorts import blob_sites
-from fedlab.core.types import Update
+from fedlab.core.types import Site, Update
 from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.federate import each_round
@@ -195,6 +196,36 @@ def test_fednova_is_the_paper_s_sum(momentum):
     assert flat(mean) != pytest.approx(flat(FedAvg().combine(made(rows, weights, steps))), rel=1e-2)
 
 
+def test_an_update_of_no_steps_counts_as_one_of_one_step():
+    mean = FedNova().combine(made([[2, 0, 0], [4, 8, 0]], weights=[1, 3], steps=[0, 4]))
+    length = (1 * 1 + 3 * 4) / 4
+    assert flat(mean) == pytest.approx([(2 / 1 + 3 * 4 / 4) / 4 * length, 3 * 8 / 4 / 4 * length, 0])
+
+
+class Nearly(torch.optim.SGD):
+    """Another optimiser with the settings of SGD."""
+
+
+def bound(strategy, optimiser=torch.optim.SGD, *, kept="keep", **settings):
+    trainer = SimpleNamespace(optimiser=lambda p, lr: optimiser(p, lr=lr, **settings), momentum=kept)
+    return strategy.bind(SimpleNamespace(trainer=trainer))
+
+
+def test_fednova_reads_the_momentum_of_the_run():
+    assert bound(FedNova(weights="uniform"), momentum=0.75, kept="restart") == FedNova(weights="uniform", momentum=0.75)
+    assert bound(FedNova(momentum=0.75), momentum=0.75, kept="restart").momentum == 0.75
+    assert bound(FedNova()).momentum == 0 and bound(FedNova(momentum=0.0)).momentum == 0
+    for other in (dict(momentum=0.9, nesterov=True), dict(momentum=0.9, dampening=0.1), dict(momentum=1.0),
+                  dict(momentum=1.5), dict(optimiser=torch.optim.Adam), dict(optimiser=Nearly)):
+        with pytest.raises(ValueError, match=r"knows the path of torch\.optim\.SGD"):
+            bound(FedNova(), **{"kept": "restart"} | other)
+    for wrong in (0.0, 0.5):
+        with pytest.raises(ValueError, match=rf"momentum={wrong:g}\) is not for this run, whose .* momentum 0.75"):
+            bound(FedNova(momentum=wrong), momentum=0.75, kept="restart")
+    with pytest.raises(ValueError, match="counts the steps of one round"):
+        bound(FedNova(), momentum=0.01)
+
+
 def test_fednova_s_lengths_are_how_often_sgd_adds_a_gradient():
     for tau, momentum in itertools.product((1, 2, 7), (0.0, 0.5, 0.9)):
         p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
@@ -276,6 +307,44 @@ def test_the_weighted_mean_of_metrics_and_buffers_by_hand(order):
     assert found.buffers["count"].item() == 9 and found.buffers["mean"].item() == (0 + 12 - 4) / 8
     by_steps = FedAvg(weights="steps").combine(updates[k] for k in order)
     assert by_steps.metrics["loss"] == pytest.approx((8 * 7 + 1) / 10) and by_steps.weight == 10
+
+
+def test_sites_are_drawn_one_by_one_from_the_given_stream():
+    sites, strategy = [Site(name=name, train=[]) for name in "zurich aachen mainz bern ulm".split()], FedAvg(sample=0.4)
+    kinds = set()
+    for seed in range(20):
+        stream, draws = (torch.Generator().manual_seed(seed) for _ in range(2))
+        expected = [site for site in sites if float(torch.rand(1, generator=draws, dtype=torch.float64)) < 0.4]
+        found = strategy.select(sites, stream)
+        assert found == expected and torch.equal(stream.get_state(), draws.get_state())
+        kinds.add(len(found))
+    assert len(kinds) > 2
+    untouched = torch.Generator().manual_seed(0)
+    assert FedAvg().select(sites, untouched) == sites
+    assert torch.equal(untouched.get_state(), torch.Generator().manual_seed(0).get_state())
+
+
+def test_a_run_begins_with_a_copy_of_the_weights():
+    weights = {"a": torch.nn.Parameter(torch.tensor([1.0])), "b": torch.nn.Parameter(torch.tensor([2.0, 3.0]))}
+    state = FedAvg().begin(weights)
+    with torch.no_grad():
+        weights["b"] += 1
+    assert state.round == 0 and state.params["b"].tolist() == [2.0, 3.0] and not state.params["a"].requires_grad
+
+
+def test_a_strategy_that_weighs_or_draws_in_its_own_way_says_so():
+    class Weighs(FedAvg):
+        def _weight(self, update):
+            return 1.0
+
+    class Draws(FedAvg):
+        def select(self, sites, rng):
+            return sites[:1]
+
+    assert FedAvg().independent_draws and not Draws().independent_draws and Draws(weights="uniform").uniform_mean
+    assert Weighs().independent_draws and not Weighs(weights="uniform").uniform_mean
+    assert not FedNova(weights="uniform").uniform_mean and FedOpt(
+        rule="adam", server_lr=0.1, weights="uniform").uniform_mean
 
 
 # Where theory says FedAvg
