@@ -13,6 +13,7 @@ from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError, S
 from fedlab.core.protocols import Run
 from fedlab.core.types import Cohort, Failure, ServerState, Site, Spent, Update, Withdrawal
 from fedlab.privacy.aggregation import Aggregation, SumFailed
+from fedlab.privacy.at_sites import AtSites
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.run.admission import Admission
@@ -68,6 +69,7 @@ def test_a_round_counts_from_the_least_number_of_sites_on(admitted, moves):
     assert found.state.round == 5 and found.state.params["w"].item() == (11 if moves else 10)
     assert tuple(found.sites) == (NAMES[:admitted] if moves else ())
     assert ("the round was void" in found.absent.get("zurich", "")) is not moves
+    assert found.void == (None if moves else "1 updates were received, the round needs 2")
 
 
 LIMITS = Admission(deadline=2.0, max_weight=5.0, max_steps=7, max_norm=3.0)
@@ -152,13 +154,13 @@ def test_sites_at_work_end_with_a_round_that_breaks_off():
 
 
 def test_the_record_of_a_round_by_hand():
-    found = one_round(update("mainz", move=-3.0, weight=4.0, steps=7, metrics={"loss": 0.5}, seconds=1.5),
+    found = one_round(update("mainz", move=-3.0, weight=4.0, steps=7, metrics={"loss": 0.5}, seconds=0.5),
                       update("zurich", encoded=3))
-    assert found.number == 4 and found.cohort == NAMES and found.void is None and found.seconds > 0
+    assert found.number == 4 and found.cohort == NAMES and found.void is None and 0 < found.seconds < 60
     assert found.absent == {"aachen": "it sent nothing"} and found.metrics == {} and not found.server_only
     assert found.spent == {"mainz": (), "zurich": ()}
     assert found.sites == {
-        "mainz": {"loss": 0.5, "norm": 3.0, "weight": 4.0, "steps": 7.0, "bytes": 4.0, "seconds": 1.5},
+        "mainz": {"loss": 0.5, "norm": 3.0, "weight": 4.0, "steps": 7.0, "bytes": 4.0, "seconds": 0.5},
         "zurich": {"norm": 1.0, "weight": 2.0, "steps": 3.0, "bytes": 3.0}}
 
 
@@ -176,10 +178,36 @@ def test_bytes_count_once_for_every_message_of_a_workflow():
     assert found.metrics == {"moved": 11.0}
 
 
-def test_what_a_refused_update_has_spent_is_spent():
-    class Stated(Privacy):
-        units = frozenset({"site"})
+class Stated(Privacy):
+    """What it spends is not known here; that it is stated is."""
 
+    units = frozenset({"site"})
+
+
+def test_a_statement_is_expected_of_the_sites_at_which_a_technique_works():
+    some = AtSites(sites=("aachen",), technique=Stated())
+    found = one_round(update("aachen"), update("mainz", move=3.0), privacy=some, admission=Admission())
+    assert "states nothing as spent" in found.absent["aachen"] and found.state.params["w"].item() == 13
+    with pytest.raises(PrivacyError, match="aachen states nothing as spent"):
+        one_round(update("aachen"), privacy=some)
+
+
+def test_why_a_site_failed_stays_there_under_a_guarantee():
+    failed = Failure("aachen", SiteError("aachen", 4, "fit", "ValueError: scan of A. Meier"))
+    wrong = update("mainz", delta={"v": torch.ones(1)})
+    for privacy, told in ((Privacy(), True), (Stated(), False)):
+        found = one_round(failed, wrong, privacy=privacy, admission=Admission())
+        assert ("Meier" in found.absent["aachen"]) is told and "failed" in found.absent["aachen"]
+        assert "other tensors than the model: ['v', 'w']" in found.absent["mainz"]
+
+
+def test_who_has_withdrawn_is_known_while_a_round_goes_on():
+    arrivals = Arrivals(make_run(), state := ServerState(round=4, params={}), make_run().sites)
+    assert not list(arrivals.admit([Withdrawal("mainz", "no budget")], state, arrivals.cohort))
+    assert arrivals.withdrawn == {"mainz": "no budget"} and not arrivals.present
+
+
+def test_what_a_refused_update_has_spent_is_spent():
     spent = (SPENT,)
     found = one_round(update("aachen", move=3.0, spent=spent), update("mainz", spent=spent), privacy=Stated(),
                       admission=Admission(max_norm=2.0))
@@ -292,10 +320,10 @@ def test_sites_may_be_asked_one_after_the_other():
 
 
 def test_an_update_is_checked_against_what_its_site_was_shown():
-    shape = {"mainz": {"w": torch.zeros(2), "count": torch.tensor(3)}}
+    shape = {"mainz": {"w": torch.zeros(3), "count": torch.tensor(3)}}
     state = ServerState(round=4, params={"w": torch.zeros(2)}, buffers={"count": torch.tensor(1)}, models=shape)
     arrivals = Arrivals(make_run(), state, make_run().sites)
-    right = update("mainz", delta={"w": torch.ones(2)}, buffers={"count": torch.tensor(5)})
+    right = update("mainz", delta={"w": torch.ones(3)}, buffers={"count": torch.tensor(5)})
     assert list(arrivals.admit([right], state, arrivals.cohort)) == [right]
     for wrong in (replace(right, buffers={}), replace(right, buffers={"count": torch.tensor(0.5)})):
         with pytest.raises(PrivacyError, match="the update of mainz has"):
