@@ -115,6 +115,10 @@ def test_what_is_left_out_says_who_is_missed():
         kept = one_round(stray, update("mainz"), admission=Admission())
         assert set(kept.absent) == {"zurich", "aachen"} and kept.state.params["w"].item() == 11
         assert "was received and left out" in kept.absent["zurich"]
+    for stray, said in ((Update(site=None, delta={}, weight=1.0), "an object that is no update"),
+                        (update("x" * 200), f"an update of '{'x' * 106}")):  # 120 characters of it
+        kept = one_round(stray, update("mainz"), admission=Admission())
+        assert kept.absent["zurich"] == f"it sent nothing under its name; {said} was received and left out"
 
 
 def test_a_round_goes_on_until_every_site_has_withdrawn():
@@ -283,6 +287,12 @@ def test_an_exchange_in_which_a_site_fails_ends_a_round_without_rules():
         arrivals, _ = arrivals_of(Talks(lost=[("aachen", error)]))
         with pytest.raises(type(error), match=match):
             arrivals.send("keys", {})
+
+
+def test_a_failure_without_words_is_a_failure():
+    arrivals, state = arrivals_of(Talks(lost=[("aachen", PrivacyError(""))]), admission=Admission())
+    arrivals.send("keys", {})
+    assert arrivals.close(state).absent == {"aachen": "it failed"}
 
 
 def test_a_site_that_leaves_after_its_update_stays_in_the_mean():
