@@ -350,6 +350,10 @@ def test_the_server_may_state_more_than_its_ledger_holds_and_nothing_else():
     for fine in ((), (proven,), (proven._replace(epsilon=2 * proven.epsilon),),
                  (proven._replace(epsilon=proven.epsilon * (1 - 1e-10)),)):
         assert stated(fine, state) == fine
+    nothing = ServerState(round=0, params={})
+    Ledger.open(nothing, site=SERVER, round=0, stream="x").charge(Gaussian(noise_multiplier=1e9), terms=TERMS)
+    zero, = Ledger(nothing).spent()
+    assert zero.epsilon == 0 and stated((zero,), nothing) == (zero,)
     for change in (dict(epsilon=proven.epsilon * (1 - 1e-8)), dict(epsilon=math.nan), dict(delta=1e-3),
                    dict(accountant="prv"), dict(adjacency="any"), dict(repeats=not proven.repeats)):
         with pytest.raises(PrivacyError, match="by the server's ledger it is ε"):
