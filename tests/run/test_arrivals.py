@@ -12,10 +12,13 @@ from cohorts import blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError, SiteError
 from fedlab.core.protocols import Run
 from fedlab.core.types import Cohort, Failure, ServerState, Site, Spent, Update, Withdrawal
+from fedlab.core.weights import weights_sha256
+from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Terms
 from fedlab.privacy.aggregation import Aggregation, SumFailed
 from fedlab.privacy.at_sites import AtSites
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.dp.site_level import CentralGaussian
+from fedlab.privacy.noise.streams import noise_generator
 from fedlab.run.admission import Admission
 from fedlab.run.arrivals import Arrivals
 from fedlab.run.federate import each_round
@@ -166,6 +169,10 @@ def test_the_record_of_a_round_by_hand():
     assert found.sites == {
         "mainz": {"loss": 0.5, "norm": 3.0, "weight": 4.0, "steps": 7.0, "bytes": 4.0, "seconds": 0.5},
         "zurich": {"norm": 1.0, "weight": 2.0, "steps": 3.0, "bytes": 3.0}}
+
+
+def test_who_sends_weights_to_whom_in_a_star():
+    assert star.messages(("b", "a")) == [("server", "b"), ("server", "a"), ("b", "server"), ("a", "server")]
 
 
 def test_bytes_count_once_for_every_message_of_a_workflow():
@@ -355,6 +362,42 @@ def test_numbers_that_noise_at_the_server_hides_are_for_the_server_only():
         assert arrivals.close(moved).server_only == hidden
 
 
+class Doubles(Aggregation):
+    """Agrees on keys before the training, and doubles the mean after it."""
+
+    def __init__(self):
+        self._calls = []
+
+    def before(self, exchange):
+        self._calls.append(("before", exchange))
+        return {"keys": exchange.names}
+
+    def after(self, mean, keys, exchange):
+        self._calls.append(("after", keys, exchange))
+        return mean.map(lambda t: 2 * t)
+
+
+def test_every_part_of_a_round_is_given_what_it_works_with():
+    aggregation, engine = Doubles(), Talks(update("mainz", move=5.0), update("aachen"))
+    found = one_round(engine=engine, aggregation=aggregation, task="task", site_states="states")
+    (_, exchange), (_, keys, again) = aggregation._calls
+    assert isinstance(exchange, Arrivals) and again is exchange and keys == {"keys": NAMES}
+    (task, state, names, states), = engine.calls
+    assert (task, names, states, state.round, state.params["w"].item()) == ("task", list(NAMES), "states", 4, 10)
+    assert found.state.params["w"].item() == 10 + 2 * 3
+
+
+def test_buffers_of_a_round_are_the_mean_in_the_types_of_the_model():
+    before = ServerState(round=4, params={"w": torch.tensor([10.0])}, buffers={
+        "mean": torch.tensor([1.0]), "count": torch.tensor(7), "half": torch.tensor([1.0], dtype=torch.float16)})
+    sent = [update(name, weight=weight, buffers={"mean": torch.tensor([mean]), "count": torch.tensor(count),
+                                                 "half": torch.tensor([mean], dtype=torch.float16)})
+            for name, weight, mean, count in (("zurich", 1.0, 4.0, 3), ("mainz", 3.0, 8.0, 9))]
+    found = one_round(*sent, state=before).state.buffers
+    assert (found["mean"].item(), found["count"].item(), found["half"].item()) == ((4 + 24) / 4, 9, 7)
+    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in before.buffers.items()}
+
+
 # Techniques at the server
 
 
@@ -362,10 +405,11 @@ class Adds(Privacy):
     """Adds 2 at the server, and notes what it saw."""
 
     def __init__(self):
-        self._cohorts, self._draws = [], []
+        self._cohorts, self._draws, self._means = [], [], []
 
     def release(self, mean, cohort, state, rng):
         self._cohorts.append(cohort)
+        self._means.append(mean)
         self._draws.append(float(torch.rand((), generator=rng)))
         state.own["calls"] = torch.tensor(len(self._cohorts))
         return mean.map(lambda t: t + 2)
@@ -393,6 +437,8 @@ def test_noise_hides_that_no_site_took_part():
         technique, found = at_server(admission=admission)
         assert found.state.params["w"].item() == 12 and found.state.round == 5 and found.void is None
         assert technique._cohorts == [Cohort(4, (), 3, 1.0)]
+        mean, = technique._means
+        assert (mean.site, mean.weight, mean.steps) == ("mean", 1.0, 0) and mean.delta["w"].dtype == torch.float64
 
 
 def test_noise_hides_that_the_updates_had_no_mean():
@@ -422,6 +468,27 @@ def test_noise_at_the_server_depends_on_the_seed_the_round_and_the_mean():
 
     draws = [draw(), draw(move=2.0), draw(round=3), draw(seed=1)]
     assert draw() == draws[0] and len(set(map(tuple, draws))) == 4
+    mean = weights_sha256({"w": torch.tensor([2.0], dtype=torch.float64)})
+    assert draws[1] == [float(torch.rand((), generator=noise_generator(0, "release", 4, mean)))]
+
+
+class Charges(Privacy):
+    def release(self, mean, cohort, state, rng):
+        ledger = Ledger(state)
+        ledger.charge(Gaussian(noise_multiplier=2.0), terms=Terms(unit="site", delta=1e-2, adjacency="any"))
+        return replace(mean, spent=ledger.spent())
+
+
+def test_noise_on_another_mean_is_charged_anew(tmp_path):
+    counts = []
+    for move in (1.0, 1.0, 2.0):
+        engine = Answers(update("zurich", move=move, round=0))
+        engine.ledgers = tmp_path
+        found = one_round(engine=engine, privacy=Charges(), state=ServerState(
+            round=0, params={"w": torch.tensor([10.0])}))
+        counts.append(len(Ledger(found.state).releases()))
+        assert found.spent["server"] == Ledger(found.state).spent() and found.spent["server"][0].epsilon > 0
+    assert counts == [1, 1, 2]
 
 
 @pytest.mark.parametrize("secure", [False, True])
