@@ -302,7 +302,7 @@ def test_the_weighted_mean_of_metrics_and_buffers_by_hand(order):
         one.metrics.update({"loss": loss} | ({"only": 1.0} if count == 9 else {}))
         one.buffers.update(count=torch.tensor(count), mean=torch.tensor([mean]))
     found = FedAvg().combine(updates[k] for k in order)
-    assert flat(found) == [0.5, 3.0, 1.0] and (found.weight, found.steps) == (8, 10)
+    assert flat(found) == [0.5, 3.0, 1.0] and (found.site, found.weight, found.steps) == ("mean", 8, 10)
     assert found.metrics == {"loss": (8 * 1 + 0 * 3 + 1 * 4) / 8}
     assert found.buffers["count"].item() == 9 and found.buffers["mean"].item() == (0 + 12 - 4) / 8
     by_steps = FedAvg(weights="steps").combine(updates[k] for k in order)
@@ -330,6 +330,8 @@ def test_a_run_begins_with_a_copy_of_the_weights():
     with torch.no_grad():
         weights["b"] += 1
     assert state.round == 0 and state.params["b"].tolist() == [2.0, 3.0] and not state.params["a"].requires_grad
+    later = FedAvg(server_lr=0.5).step(replace(state, round=6), update("mean", [4.0, -2.0, 0.0]))
+    assert later.round == 7 and later.params["a"].tolist() == [3.0] and later.params["b"].tolist() == [1.0, 3.0]
 
 
 def test_a_strategy_that_weighs_or_draws_in_its_own_way_says_so():
