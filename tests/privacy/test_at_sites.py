@@ -122,6 +122,15 @@ def test_the_order_of_techniques_is_checked_site_by_site() -> None:
     assert second._calls == [("order", before, after) for after in ([], [third]) for before in ([], [first])]
 
 
+def test_a_technique_for_some_of_the_sites_of_another() -> None:
+    noise = LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)
+    both = AtSites(sites=("b", "a"), technique=DP + AtSites(sites=("b",), technique=noise))
+    assert both.at("a") is DP and both.at("b").layers == (DP, noise) and type(both.at("c")) is Privacy
+    inner, after = Notes(), Notes()
+    AtSites(sites=("b", "a"), technique=AtSites(sites=("b",), technique=inner)) + after
+    assert inner._calls == [("order", [], [after])]
+
+
 def test_refused_where_it_would_not_hold() -> None:
     with pytest.raises(ValueError, match="concerns all sites"):
         AtSites(sites=("a",), technique=CentralGaussian(clip=1.0, noise_multiplier=1.0))
