@@ -135,6 +135,10 @@ def test_sparse_codes_by_hand():
     few[[1, 17]] = torch.tensor([1.5, -0.25])
     assert encode_sparse({"w": few}) == b"\x01" + bytes([0b01000000, 0, 0b01000000, 0]) + floats(1.5, -0.25)
     assert encode_sparse({"w": torch.tensor([0.5, 3.0])}) == b"\x00" + floats(0.5, 3.0)
+    one, lacks_one = torch.zeros(32), torch.ones(32)  # of codes of one length the first of the three
+    one[9], lacks_one[9] = 1.0, 0.0
+    assert encode_sparse({"w": one}) == b"\x01" + bytes([0, 0b01000000, 0, 0]) + floats(1.0)
+    assert encode_sparse({"w": lacks_one}) == b"\x00" + floats(*lacks_one.tolist())
     most = torch.ones(200)
     most[:6] = 0  # a bitmap takes 25 bytes and saves 24
     assert encode_sparse({"w": most}) == b"\x00" + floats(*most.tolist())
