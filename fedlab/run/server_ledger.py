@@ -50,7 +50,7 @@ def stated(spent: tuple[Spent, ...], state: ServerState) -> tuple[Spent, ...]:
     Raises:
         PrivacyError: it states less, something else, or what no ledger holds.
     """
-    known = {one.unit: one for one in (Ledger(state).spent() if state.ledger else ())}
+    known = {one.unit: one for one in Ledger(state).spent()}
     for one in spent:
         proven = known.get(one.unit)
         if proven is None or one._replace(epsilon=0.0) != proven._replace(epsilon=0.0) or not (

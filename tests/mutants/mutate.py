@@ -127,6 +127,7 @@ def inside() -> None:
         return in_any_order(self, sorted(tests, key=lambda name: (state().duration_by_test.get(name, 0.0), name)))
 
     PytestRunner._pytest_args_regular_run = quick_first  # type: ignore[method-assign]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs in the background ignore it
 
     lines = json.loads(Path("lines.json").read_text())
     state()._covered_lines = {str((Path("mutants") / path).absolute()): set(found) for path, found in lines.items()}

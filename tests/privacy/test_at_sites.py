@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from cohorts import TinyNet, blob_sites
 from fedlab import DPSGD, FedAvg, Privacy, SecureAggregation, SiteTrainer, federate
 from fedlab.core import weights_sha256
+from fedlab.core.types import Site, SiteState, Update
 from fedlab.privacy import Aggregation, AtSites, CentralGaussian, Ledger, LocalGaussian
 from fedlab.run import History
 
@@ -63,6 +68,69 @@ def test_at_a_site_only_what_works_there_is_left() -> None:
     assert (DP + noise).at("a").units == {"patient", "site"}
 
 
+class Notes(Privacy):
+    """Notes with what its hooks were called."""
+
+    units = frozenset({"patient"})
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, ...]] = []
+
+    def check_order(self, *, before: Any, after: Any) -> None:
+        self._calls.append(("order", list(before), list(after)))
+
+    def check(self, run: Any) -> None:
+        self._calls.append(("check", run))
+
+    def check_site(self, site: Any, run: Any) -> None:
+        self._calls.append(("site", site, run))
+
+    def equip(self, kit: Any, site: Any, state: Any) -> Any:
+        self._calls.append(("equip", kit, site, state))
+        return SimpleNamespace(around=kit)
+
+    def protect(self, update: Update, state: Any, rng: Any) -> Update:
+        self._calls.append(("protect", update, state, rng))
+        return replace(update, weight=9.0)
+
+
+def test_every_hook_of_the_technique_is_asked_at_the_named_sites_only() -> None:
+    notes, state, rng = Notes(), SiteState(), torch.Generator()
+    some = AtSites(sites=("zurich", "aachen"), technique=notes)
+    run: Any = SimpleNamespace(names=("mainz", "aachen", "zurich"))
+    kit: Any = SimpleNamespace()
+    some.check(run)
+    assert notes._calls == [("check", run)]
+    for name in ("mainz", "aachen", "zurich"):
+        notes._calls.clear()
+        site, update = Site(name=name, train=[]), Update(site=name, delta={}, weight=1.0)
+        some.check_site(site, run)
+        equipped, sent = some.equip(kit, site, state), some.protect(update, state, rng)
+        if name == "mainz":
+            assert equipped is kit and sent is update and notes._calls == []
+        else:
+            assert getattr(equipped, "around", None) is kit and sent.weight == 9.0
+            assert notes._calls == [("site", site, run), ("equip", kit, site, state), ("protect", update, state, rng)]
+    with pytest.raises(ValueError, match=r"\['bern', 'ulm'\] are not sites of the run"):
+        AtSites(sites=("ulm", "aachen", "bern"), technique=notes).check(run)
+
+
+def test_the_order_of_techniques_is_checked_site_by_site() -> None:
+    first, second, third = Notes(), Notes(), Notes()
+    AtSites(sites=("b", "a"), technique=first) + AtSites(sites=("c", "b"), technique=second) + third
+    assert first._calls == [("order", [], after) for after in ([second], [], [second, third], [third])]
+    assert second._calls == [("order", before, after) for after in ([], [third]) for before in ([], [first])]
+
+
+def test_a_technique_for_some_of_the_sites_of_another() -> None:
+    noise = LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)
+    both = AtSites(sites=("b", "a"), technique=DP + AtSites(sites=("b",), technique=noise))
+    assert both.at("a") is DP and both.at("b").layers == (DP, noise) and type(both.at("c")) is Privacy
+    inner, after = Notes(), Notes()
+    AtSites(sites=("b", "a"), technique=AtSites(sites=("b",), technique=inner)) + after
+    assert inner._calls == [("order", [], [after])]
+
+
 def test_refused_where_it_would_not_hold() -> None:
     with pytest.raises(ValueError, match="concerns all sites"):
         AtSites(sites=("a",), technique=CentralGaussian(clip=1.0, noise_multiplier=1.0))
@@ -74,6 +142,11 @@ def test_refused_where_it_would_not_hold() -> None:
         DP + AtSites(sites=("b",), technique=DP)
     with pytest.raises(ValueError, match="one or more different"):
         AtSites(sites="ab", technique=DP)
+    for sites in ((), ("a", "b", "a")):
+        with pytest.raises(ValueError, match="one or more different"):
+            AtSites(sites=sites, technique=DP)
+    with pytest.raises(ValueError, match="is a privacy technique, got 'noise'"):
+        AtSites(sites=("a",), technique="noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not sites of the run"):
         run(AtSites(sites=("nobody",), technique=DP))
 

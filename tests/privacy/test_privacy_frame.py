@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +13,17 @@ import torch
 from chance import SIGMAS, seeded
 from cohorts import blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, RunError
-from fedlab.core.types import SiteState
+from fedlab.core.types import ServerState, SiteState
 from fedlab.core.weights import weights_sha256
+from fedlab.faults.sites import Faulty
 from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Terms, epsilon_of
+from fedlab.privacy.accounting.ledger_file import LedgerFile
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate, make_run
+from fedlab.run.local import Local
+from fedlab.run.server_ledger import SERVER, server_ledger, stated
 from fedlab.strategies import FedAvg
 from trainers import trainer
 
@@ -336,3 +342,62 @@ def test_the_server_states_what_its_ledger_holds_or_the_round_ends():
         technique.says = says
         with pytest.raises(PrivacyError, match=expected):
             federate(trainer(), blob_sites(), privacy=technique, rounds=2, progress=False)
+
+
+def test_the_server_may_state_more_than_its_ledger_holds_and_nothing_else():
+    state = ServerState(round=0, params={})
+    ledger = Ledger.open(state, site=SERVER, round=0, stream="x")
+    ledger.charge(STEP, terms=TERMS)
+    proven, = ledger.spent()
+    for fine in ((), (proven,), (proven._replace(epsilon=2 * proven.epsilon),),
+                 (proven._replace(epsilon=proven.epsilon * (1 - 1e-10)),)):
+        assert stated(fine, state) == fine
+    nothing = ServerState(round=0, params={})
+    Ledger.open(nothing, site=SERVER, round=0, stream="x").charge(Gaussian(noise_multiplier=1e9), terms=TERMS)
+    zero, = Ledger(nothing).spent()
+    assert zero.epsilon == 0 and stated((zero,), nothing) == (zero,)
+    for change in (dict(epsilon=proven.epsilon * (1 - 1e-8)), dict(epsilon=math.nan), dict(delta=1e-3),
+                   dict(accountant="prv"), dict(adjacency="any"), dict(repeats=not proven.repeats)):
+        with pytest.raises(PrivacyError, match="by the server's ledger it is ε"):
+            stated((proven, proven._replace(**change)), state)
+    for other in (ServerState(round=0, params={}), state):
+        with pytest.raises(PrivacyError, match="by the server's ledger it is nothing"):
+            stated((proven._replace(unit="patient"),), other)
+
+
+def test_the_ledger_of_the_server_lies_beside_those_of_the_sites(tmp_path):
+    """Of an engine around the one that names the folder; a mean that is noised again is charged once."""
+    def release(mean_sha256, *, round=0, seed=3, charge=True, at_server=True, state=None):
+        run = SimpleNamespace(seed=seed, privacy=SimpleNamespace(works_at_server=at_server),
+                              engine=Faulty(engine=Faulty(engine=Local(ledgers=tmp_path), faults=[]), faults=[]))
+        state = state or ServerState(round=round, params={})
+        with server_ledger(run, state, mean_sha256):
+            if charge:
+                Ledger(state).charge(STEP, terms=TERMS)
+        return state
+
+    def known():
+        return len(LedgerFile(tmp_path, "server").read().releases())
+
+    assert not release("a", charge=False).ledger and not list(tmp_path.glob("*.json"))
+    assert not release("a", charge=False, at_server=False).ledger
+    first = release("a")
+    assert known() == len(Ledger(first).releases()) == 1 and (tmp_path / "server.ledger.json").is_file()
+    counts = []
+    for changes in ({}, {"mean_sha256": "b"}, {"seed": 4}, {"seed": 4}):
+        release(**{"mean_sha256": "a"} | changes)
+        counts.append(known())
+    assert counts == [1, 2, 3, 3]
+    release("a", state=replace(first, round=1))
+    assert known() == 4
+    assert not release("a", round=1, charge=False).ledger  # its state is lost: a technique that charges refuses
+    with pytest.raises(ZeroDivisionError):
+        run = SimpleNamespace(seed=9, privacy=SimpleNamespace(works_at_server=True), engine=Local(ledgers=tmp_path))
+        with server_ledger(run, state := ServerState(round=0, params={}), "c"):
+            Ledger(state).charge(STEP, terms=TERMS)
+            raise ZeroDivisionError
+    assert known() == 4
+    with pytest.raises(PrivacyError, match=r"say Plain\(ledgers="):
+        run.engine = type("Plain", (), {})()
+        with server_ledger(run, first, "d"):
+            pass

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +94,44 @@ def test_a_coarse_grid_holds_the_fine_values_rounded(coarse, factor):
     assert (found[~edge] == exact[~edge]).all() and edge.mean() < 0.01
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.7, 5.25, 2.0**-7, (2**23 + 5) * 2.0**17, 2.0**46 / 3])
+def test_a_gaussian_value_is_rounded_exactly(scale, monkeypatch):
+    """Given k, x and the sign, against fractions: halves, what lies one part of 2**64 beside them, and others."""
+    odd = torch.randint(0, 2**62, (40,), generator=rng(2)).tolist()
+    beside = [2**63 + sign * 2**power for power in range(0, 62, 3) for sign in (1, -1)]
+    fraction, power = math.frexp(scale)
+    factor = math.ceil(fraction * 2**24)
+    if factor % 2 and power > 32:  # a half, and the smallest part of the product beside it
+        odd.append(pow(factor, -1, 2**64) * (2**(87 - power) + 1) % 2**64)
+    cases = [(k, x, negative) for k, x, negative in itertools.product(
+        (0, 1, 2, 99, 100), (0, 1, 2**63, 2**64 - 1, *beside, *odd), (False, True))]
+    ks, xs, negatives = (np.array(column, np.uint64) for column in zip(*cases, strict=True))
+    going, tosses = np.arange(len(ks)), []
+
+    def grows(numerators, denominator, first, coins):
+        nonlocal going
+        assert numerators.dtype == np.uint64 and (numerators == 1).all() and (denominator, first) == (2, 1)
+        assert len(numerators) == len(going)
+        passed = ks[going] > len(tosses)
+        tosses.append(1)
+        going = going[passed]
+        return passed
+
+    near = ks < 100  # farther values have probability exp(-5000) and are not tried
+    words = iter([xs[near], negatives[near] << np.uint64(63)])
+    fake = SimpleNamespace(words=lambda count: next(words))
+    monkeypatch.setattr(on_grid, "until_it_fails", grows)
+    monkeypatch.setattr(on_grid, "exponential", lambda numerators, denominator, coins: np.ones(len(numerators), bool))
+    monkeypatch.setattr(on_grid, "_accepted", lambda whole, x, coins: np.ones(len(x), bool))
+    monkeypatch.setattr(on_grid, "_BLOCK", len(ks))
+    monkeypatch.setattr(on_grid, "drawn", lambda count, key, block: block(fake, count))
+    exact = Fraction(factor, 2**24) * Fraction(2) ** power
+    expected = [math.floor(exact * (k + Fraction(x, 2**64)) * (-1 if negative else 1) + Fraction(1, 2))
+                for k, x, negative in cases if k < 100 and not (negative and k == x == 0)]
+    found = rounded_gaussian(len(ks), scale=scale, key=KEY)
+    assert found.tolist() == expected and found.dtype == np.int64
+
+
 @pytest.mark.chance
 @pytest.mark.parametrize("scale", [1, 3, 7, 1000])
 def test_laplace_values_are_as_frequent_as_the_formula_says(scale):
@@ -127,6 +166,26 @@ def test_a_grid_depends_on_settings_only_and_refuses_what_it_cannot_hold():
         CentralGaussian(clip=1.0, noise_multiplier=1e-30, secure_mode=True)
     with pytest.raises(ValueError, match="times the clip"):
         grid_step(1.0, LaplaceScales(threshold=1.0, query=1e16, release=1.0))
+
+
+def test_the_norm_that_a_term_is_clipped_to_takes_off_all_three_errors():
+    grid = GaussianGrid(reach=3.0, std=0.1, terms=100)
+    share = 1 - Fraction(1, 2**30) - Fraction(49, 2**52) - Fraction(99 * 100, 2**50)
+    assert abs(Fraction(grid.inner(49)) - (3 * share - 2 * 7 * Fraction(1, 2**41))) < Fraction(1, 2**50)
+    alone = GaussianGrid(reach=1.0, std=4.0)
+    exact = 1 - Fraction(1, 2**30) - Fraction(9, 2**52) - 2 * 3 * Fraction(1, 2**43)
+    assert abs(Fraction(alone.inner(9)) - exact) < Fraction(1, 2**52)
+    coarse = GaussianGrid(reach=1.0, std=1.5 * 2.0**33)  # steps of 2**-12, of which 2000 take off 0.488
+    assert coarse.inner(1_000_000) == pytest.approx(1 - 2000 / 2**12, abs=1e-8)
+    with pytest.raises(PrivacyError, match="too coarse"):
+        coarse.inner(1_100_000)  # 0.512
+
+
+def test_the_least_noise_on_a_grid_and_noise_without_end():
+    assert GaussianGrid(reach=1.0, std=1.01 * 2.0**-57).step == 2.0**-49
+    for std in (2.0**-57, math.inf, math.nan):
+        with pytest.raises(ValueError, match="cannot be drawn exactly"):
+            GaussianGrid(reach=1.0, std=std)
 
 
 LEAVES = [  # technique, step of its grid by hand: 2 to the power of (exponent of the largest number - 50)
@@ -224,6 +283,41 @@ def test_a_patient_moves_the_whole_numbers_by_no_more_than_the_noise_covers(per_
         if not per_layer:
             for a, b, g in zip(*sums, own, strict=True):
                 torch.testing.assert_close((a - b) * steps, g * min(1, clip / length), rtol=1e-6, atol=4 * steps)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_an_exact_sum_is_the_naive_one(per_layer, monkeypatch):
+    """Of 2, 1 and 3 patients, in steps for 100 patients of norm 0.7: at most 2**50 make 70."""
+    scales, shapes = [], [(5, 3), (), (7,)][:3 - per_layer]
+    monkeypatch.setattr(on_grid, "rounded_gaussian", lambda count, *, scale, key: (
+        scales.append(scale), np.zeros(count, np.int64))[1])
+    exact = ExactSum(noise_multiplier=1.5, patients=100, per_layer=per_layer)
+    expected = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    for seed, count in enumerate((2, 1, 3)):
+        group = [size * torch.randn(count, *shape, generator=rng(seed))
+                 for size, shape in zip((0.5, 0.01, 0.1), shapes, strict=False)]
+        exact.add(group, 0.7)
+        for patient in zip(*group, strict=True):
+            lengths = [math.sqrt(sum(v * v for v in g.flatten().tolist())) for g in patient]
+            for total, g, own in zip(expected, patient, lengths, strict=True):
+                bound, length = (0.7 / math.sqrt(2), own) if per_layer else (0.7, math.hypot(*lengths))
+                total += g.double() * min(1, bound / length)
+    parameters = [torch.ones(shape, requires_grad=True) for shape in shapes]
+    exact.release(parameters, 0.7, 4.0)
+    for p, total in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, (total / 4).float(), rtol=1e-6, atol=1e-7)
+    assert scales == [1.5 * 0.7 * 2.0**43]
+    exact.release(parameters, 0.7, 4.0)
+    assert not any(p.grad.any() for p in parameters)
+
+
+def test_an_exact_sum_of_other_parameters_is_refused():
+    exact = ExactSum(noise_multiplier=1.0, patients=3)
+    exact.add([torch.ones(1, 2), torch.ones(1, 3)], 1.0)
+    with pytest.raises(ValueError, match="zip"):
+        exact.add([torch.ones(2, 2)], 1.0)
+    with pytest.raises(ValueError, match="zip"):
+        exact.release([torch.zeros(2, requires_grad=True)], 1.0, 1.0)
 
 
 def test_a_step_in_secure_mode_is_the_clipped_mean_and_begins_anew(quiet):
@@ -331,6 +425,10 @@ def test_noise_for_other_devices_is_drawn_here(monkeypatch):
     one = torch.zeros(4, requires_grad=True)
     add_normal([one], 2.0, noise_generator(7, "noise"))
     assert torch.equal(one.grad, (2 * standard_normal((4,), noise_generator(7, "noise"))).float())
+    one.grad = torch.tensor([1.0, -3.0, 0.5, 8.0])
+    add_normal([one], 2.0, noise_generator(7, "noise"))
+    more = 2 * standard_normal((4,), noise_generator(7, "noise"))
+    assert torch.equal(one.grad, torch.tensor([1.0, -3.0, 0.5, 8.0]) + more.float())
 
 
 # Sparse vectors

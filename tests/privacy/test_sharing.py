@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fedlab.privacy.compression import (
     decode_sparse,
     encode_levels,
     encode_sparse,
+    sparse_bytes,
 )
 from fedlab.run.federate import each_round, federate
 from trainers import trainer
@@ -55,6 +57,8 @@ def test_percentile_by_hand():
     assert ties.tolist() == [1.0, -1.0, 0.0, 0.0]
     whole = sent(SharePercentile(keep=1.0), values).delta
     assert all(whole[name].equal(t) for name, t in values.items())
+    both = sent(SharePercentile(keep=0.5, bound=0.75), {"b": torch.tensor([2.0, 0.5]), "a": torch.tensor([0.7, -3.0])})
+    assert both.delta["b"].tolist() == [0.75, 0.0] and both.delta["a"].tolist() == [0.0, -0.75]
 
 
 @pytest.mark.parametrize("n,keep,k", [(1000, 0.1, 100), (30, 0.1, 3), (1000, 0.0005, 1), (7, 1.0, 7), (3, 0.5, 2)])
@@ -93,7 +97,64 @@ def test_quantised_values_are_levels_and_right_on_average():
     assert float(out["b"]) == pytest.approx(0.3) and not out["z"].any()
 
 
+@pytest.mark.parametrize("bits", [2, 5, 8, 16])
+def test_quantised_values_are_rounded_by_draws_from_the_given_stream(bits):
+    """Up where a draw from [0, 1) is below what exceeds the level, after a tensor of zeros and one of no entries."""
+    values = {"z": torch.zeros(2, 3), "none": torch.zeros(0, 4), "b": torch.tensor([[0.3, -0.77], [0.01, 1.3]])}
+    stream, top = rng(7), 2 ** (bits - 1) - 1
+    torch.rand(6, generator=stream, dtype=torch.float64)
+    draws = torch.rand(4, generator=stream, dtype=torch.float64).tolist()
+    expected = []
+    for value, draw in zip(values["b"].flatten().tolist(), draws, strict=True):
+        level = value / float(values["b"].max()) * top
+        expected.append((math.floor(level) + (draw < level - math.floor(level))) / top * 1.3)
+    out = sent(Quantise(bits=bits), values, seed=7)
+    assert out.delta["b"].flatten().tolist() == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert not out.delta["z"].any() and out.delta["none"].shape == (0, 4)
+    assert out.encoded == 3 * 4 + math.ceil(4 * bits / 8)
+
+
+def test_settings_left_out_are_the_usual_ones():
+    assert repr(SharePercentile()) == "SharePercentile(keep=0.1, bound=None, error_feedback=False)"
+    assert repr(TopK()) == "TopK(keep=0.01, per_layer=False, error_feedback=False)"
+    assert repr(ScaledSign()) == "ScaledSign(error_feedback=True)"
+    assert repr(Quantise()) == "Quantise(bits=8, error_feedback=False)"
+
+
 # Bytes
+
+def floats(*values: float) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def test_sparse_codes_by_hand():
+    some = {"b": torch.zeros(3, 10), "a": torch.zeros(10)}
+    some["a"][7] = -2.0
+    assert encode_sparse(some) == b"\x02" + struct.pack("<I", 37) + floats(-2.0)  # shorter than 5 bytes of a bitmap
+    few = torch.zeros(32)
+    few[[1, 17]] = torch.tensor([1.5, -0.25])
+    assert encode_sparse({"w": few}) == b"\x01" + bytes([0b01000000, 0, 0b01000000, 0]) + floats(1.5, -0.25)
+    assert encode_sparse({"w": torch.tensor([0.5, 3.0])}) == b"\x00" + floats(0.5, 3.0)
+    one, lacks_one = torch.zeros(32), torch.ones(32)  # of codes of one length the first of the three
+    one[9], lacks_one[9] = 1.0, 0.0
+    assert encode_sparse({"w": one}) == b"\x01" + bytes([0, 0b01000000, 0, 0]) + floats(1.0)
+    assert encode_sparse({"w": lacks_one}) == b"\x00" + floats(*lacks_one.tolist())
+    most = torch.ones(200)
+    most[:6] = 0  # a bitmap takes 25 bytes and saves 24
+    assert encode_sparse({"w": most}) == b"\x00" + floats(*most.tolist())
+    most[6] = 0
+    assert len(encode_sparse({"w": most})) == 1 + 25 + 4 * 193
+
+
+def test_codes_of_levels_by_hand():
+    """Lowest bit first, three bits each: 1, 6 and 3 are 100 011 110."""
+    wire = encode_levels([torch.tensor([5, 5]), torch.tensor([[1, 6, 3]])], [0.0, 1.5], bits=3)
+    assert wire == floats(0.0, 1.5) + bytes([0b10001111, 0])
+    back = decode_levels(wire, {"z": torch.zeros(2), "a": torch.zeros(1, 3)}, bits=3)
+    assert back["z"].tolist() == [0.0, 0.0] and back["a"].tolist() == [[-1.0, 1.5, 0.0]]
+    with pytest.raises(ValueError, match="zip"):
+        encode_levels([torch.tensor([1, 0])], [1.0, 2.0], bits=1)
+
 
 @settings(max_examples=60, deadline=None)
 @given(irregular.shapes(), st.sampled_from([0.0, 0.01, 0.02, 0.2, 0.9, 1.0]), st.integers(0, 99))
@@ -105,7 +166,7 @@ def test_sparse_code_is_exact_and_never_longer_than_dense(shape, density, seed):
     back = decode_sparse(wire, delta)
     assert all(back[name].equal(t) and back[name].shape == t.shape for name, t in delta.items())
     n, k = sum(t.numel() for t in delta.values()), sum(int((t != 0).sum()) for t in delta.values())
-    assert len(wire) == 1 + min(8 * k, math.ceil(n / 8) + 4 * k, 4 * n)
+    assert len(wire) == sparse_bytes(n, k) == 1 + min(8 * k, math.ceil(n / 8) + 4 * k, 4 * n)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import SharePercentile, TopK
 from fedlab.privacy.dp.clipping import AdaptiveClip, clip_update
 from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
+from fedlab.privacy.noise import on_grid
 from fedlab.privacy.noise.continuous import standard_normal
 from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.run.federate import each_round, federate
@@ -90,6 +92,19 @@ def test_flat_and_per_layer_clipping_by_hand():
     layers = clip_update(long, math.sqrt(2) * 3.5, per_layer=True)  # 3.5 for each
     assert layers.delta["a"].tolist() == [3.0, 0.0]
     torch.testing.assert_close(layers.delta["b"], torch.tensor([0.0, 3.5]), rtol=1e-5, atol=0)
+
+
+def test_an_update_just_as_long_as_the_norm_is_left_as_it_is():
+    for per_layer, clip in ((False, 5.0), (True, 5 * math.sqrt(2))):
+        after = clip_update(update(b=torch.tensor([[3.0, 4.0]]), a=torch.zeros(3)), clip, per_layer=per_layer)
+        assert after.delta["b"].tolist() == [[3.0, 4.0]] and list(after.delta) == ["b", "a"]
+
+
+def test_double_precision_stays_so_under_a_clip():
+    third = update(w=torch.tensor([1 / 3, -2 / 3], dtype=torch.float64))
+    assert clip_update(third, 1.0).delta["w"].tolist() == [1 / 3, -2 / 3]
+    shorter = clip_update(third, 0.5).delta["w"]
+    assert shorter.dtype == torch.float64 and 0.5 * (1 - 1e-5) < float(shorter.norm()) < 0.5
 
 
 # Noise
@@ -382,6 +397,21 @@ def test_the_clipping_norm_moves_by_hand():
     assert float(state.broadcast["clipping norm"]) == pytest.approx(math.exp(-0.4 * 0.25), rel=1e-6)
 
 
+def test_bits_are_summed_to_the_half_and_noised_once(monkeypatch):
+    rule = AdaptiveClip(start=1.0, bit_noise=3.0)
+    assert rule.noised(-2.5, rng(3)) == -2.5 + 3 * float(standard_normal((), rng(3)))
+    monkeypatch.setattr(on_grid, "rounded_gaussian", lambda count, *, scale, key: np.zeros(count, np.int64))
+    for bits, exact in ((-2.5, -2.5), (0.1 * 15, 1.5), (0.0, 0.0), (-1.5 + 1e-9, -1.5), (32_767.5, 32_767.5)):
+        assert rule.noised(bits, None) == exact
+
+
+def test_the_clipping_norm_stays_where_float32_can_hold_it():
+    rule = AdaptiveClip(start=1.0, bit_noise=3.0, quantile=0.3, lr=0.5)
+    assert rule.moved(2.0, 0.7) == pytest.approx(2 * math.exp(-0.5 * 0.4), rel=1e-15)
+    assert rule.moved(2.0, -1e9) == pytest.approx(1e30, rel=1e-12) and rule.moved(2.0, 1e9) == 1e-30
+    assert rule.moved(1e30, -1.0) == pytest.approx(1e30, rel=1e-12) and rule.moved(1e-30, 1.0) == 1e-30
+
+
 def test_bits_take_their_part_of_the_budget():
     for z, bit_noise in ((1.0, 2.0), (0.7, 0.4), (3.0, 10.0)):
         technique = central(clip=AdaptiveClip(start=1.0, bit_noise=bit_noise), noise_multiplier=z)
@@ -476,7 +506,8 @@ def test_settings_out_of_range_are_refused(make, setting):
 
 @pytest.mark.parametrize("setting,match", [
     ({"start": 0.0}, "start"), ({"bit_noise": 0.0}, "bit_noise"), ({"quantile": 1.0}, "quantile"), ({"lr": 0}, "lr"),
-    ({"bit_noise": 0.5}, "exceed half")])
+    ({"bit_noise": 0.5}, "exceed half"), ({"bit_noise": math.nan}, "bit_noise is"),
+    ({"bit_noise": math.inf}, "bit_noise is"), ({"quantile": 0.0}, "quantile")])
 def test_adaptive_settings_out_of_range_are_refused(setting, match):
     with pytest.raises(ValueError, match=match):
         central(clip=AdaptiveClip(**({"start": 1.0, "bit_noise": 2.0} | setting)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 
 import irregular
 from cohorts import blob_sites
-from fedlab.core.types import Update
+from fedlab.core.types import Site, Update
 from fedlab.privacy.dp.site_level import CentralGaussian
 from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
 from fedlab.run.federate import each_round
@@ -138,6 +139,49 @@ def test_norm_bound_by_hand():
     assert flat(mean) == pytest.approx([1.2 / 4, 3 / 4, 1.6 / 4], rel=1e-12) and mean.weight == 4
 
 
+def test_no_more_is_trimmed_than_the_share_and_one_update_is_left():
+    rows = [[k * k, -k, (7 * k) % 30] for k in range(30)]
+    middle = [sorted(column)[3:27] for column in zip(*rows, strict=True)]  # 0.1 * 30 is above 3 in binary
+    assert flat(TrimmedMean(trim=0.1).combine(made(rows))) == pytest.approx([sum(c) / 24 for c in middle])
+    assert flat(TrimmedMean(trim=0.49).combine(made([[1, 5, 0], [2, -3, 8]]))) == [1.5, 1, 4]
+    assert flat(TrimmedMean(trim=0.49).combine(made([[1, 5, 0], [9, -3, 8], [2, 4, 1]]))) == [2, 4, 1]
+
+
+def test_what_robust_means_say_of_weight_and_steps():
+    updates = made([[0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 2, 1], [90, 0, 0]], weights=[1, 2, 4, 8, 16],
+                   steps=[1, 3, 5, 7, 9])
+    for one in updates:
+        one.metrics["loss"] = 1.0
+    for strategy in (CoordinateMedian(), TrimmedMean(trim=0.2)):
+        mean = strategy.combine(updates)
+        assert (mean.site, mean.weight, mean.steps, dict(mean.metrics)) == ("mean", 5, 25, {})
+    for strategy, weight in ((GeometricMedian(), 31), (GeometricMedian(weights="uniform"), 5),
+                             (GeometricMedian(weights="steps"), 25)):
+        mean = strategy.combine(updates)
+        assert (mean.weight, mean.steps, dict(mean.metrics)) == (weight, 25, {})
+    best = Krum(attackers=1, chosen=2).combine(updates)  # 1 + 1, and the first of three with 1 + 2
+    assert (best.weight, best.steps, dict(best.metrics)) == (2, 6, {}) and flat(best) == [0, 0.5, 1]
+    kept = NormBound(bound=100.0, weights="steps").combine(updates)
+    assert (kept.weight, kept.steps, kept.metrics) == (25, 25, {"loss": 1.0})
+
+
+def test_an_update_just_as_long_as_the_bound_is_kept():
+    assert flat(NormBound(bound=5.0).combine(made([[3, 0, 4]]))) == [3, 0, 4]
+    third = NormBound(bound=1.0).combine(made([[0, 3, 0]]))
+    assert flat(third) == [0, 1, 0]
+
+
+def test_the_geometric_median_stops_where_it_is_told():
+    """One step of Weiszfeld from the median of 0, 1 and 10 on a line, with distances of at least a half."""
+    line = made([[0, 0, 0], [1, 0, 0], [10, 0, 0]], weights=[2, 1, 3])
+    pull = [2 / 1, 1 / 0.5, 3 / 9]
+    found = flat(GeometricMedian(iterations=1, nu=0.5).combine(line))
+    assert found == pytest.approx([(pull[1] * 1 + pull[2] * 10) / sum(pull), 0, 0], rel=1e-12)
+    twice = [2 / found[0], 1 / 0.5, 3 / (10 - found[0])]
+    assert flat(GeometricMedian(iterations=2, nu=0.5).combine(line)) == pytest.approx(
+        [(twice[1] + twice[2] * 10) / sum(twice), 0, 0], rel=1e-12)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fednova_is_the_paper_s_sum(momentum):
     rows, weights, steps = [[1, 2, 3], [4, -5, 6], [-7, 8, 9]], [3.0, 1.0, 2.0], [2, 5, 11]
@@ -150,6 +194,36 @@ def test_fednova_is_the_paper_s_sum(momentum):
     assert flat(mean) == pytest.approx(expected, rel=1e-6)
     assert mean.weight == 6 and mean.steps == 18
     assert flat(mean) != pytest.approx(flat(FedAvg().combine(made(rows, weights, steps))), rel=1e-2)
+
+
+def test_an_update_of_no_steps_counts_as_one_of_one_step():
+    mean = FedNova().combine(made([[2, 0, 0], [4, 8, 0]], weights=[1, 3], steps=[0, 4]))
+    length = (1 * 1 + 3 * 4) / 4
+    assert flat(mean) == pytest.approx([(2 / 1 + 3 * 4 / 4) / 4 * length, 3 * 8 / 4 / 4 * length, 0])
+
+
+class Nearly(torch.optim.SGD):
+    """Another optimiser with the settings of SGD."""
+
+
+def bound(strategy, optimiser=torch.optim.SGD, *, kept="keep", **settings):
+    trainer = SimpleNamespace(optimiser=lambda p, lr: optimiser(p, lr=lr, **settings), momentum=kept)
+    return strategy.bind(SimpleNamespace(trainer=trainer))
+
+
+def test_fednova_reads_the_momentum_of_the_run():
+    assert bound(FedNova(weights="uniform"), momentum=0.75, kept="restart") == FedNova(weights="uniform", momentum=0.75)
+    assert bound(FedNova(momentum=0.75), momentum=0.75, kept="restart").momentum == 0.75
+    assert bound(FedNova()).momentum == 0 and bound(FedNova(momentum=0.0)).momentum == 0
+    for other in (dict(momentum=0.9, nesterov=True), dict(momentum=0.9, dampening=0.1), dict(momentum=1.0),
+                  dict(momentum=1.5), dict(optimiser=torch.optim.Adam), dict(optimiser=Nearly)):
+        with pytest.raises(ValueError, match=r"knows the path of torch\.optim\.SGD"):
+            bound(FedNova(), **{"kept": "restart"} | other)
+    for wrong in (0.0, 0.5):
+        with pytest.raises(ValueError, match=rf"momentum={wrong:g}\) is not for this run, whose .* momentum 0.75"):
+            bound(FedNova(momentum=wrong), momentum=0.75, kept="restart")
+    with pytest.raises(ValueError, match="counts the steps of one round"):
+        bound(FedNova(), momentum=0.01)
 
 
 def test_fednova_s_lengths_are_how_often_sgd_adds_a_gradient():
@@ -200,6 +274,24 @@ def test_fedopt_is_algorithm_2(rule):
     assert all(t.dtype == torch.float64 for slots in state.moments.values() for t in slots.values())
 
 
+def test_yogi_keeps_a_square_that_equals_the_new_one():
+    strategy = FedOpt(rule="yogi", server_lr=2.0, beta1=0.5, tau=0.5)
+    state = strategy.step(strategy.begin({"a": torch.ones(1), "b": torch.zeros(2)}), update("mean", [0.5, -0.5, 0.0]))
+    assert state.moments["variance"]["a"].item() == state.moments["variance"]["b"][0].item() == 0.25
+    assert state.params["a"].item() == 1 + 2 * 0.25 / (0.5 + 0.5)
+
+
+def test_fedopt_counts_in_float64_beside_a_model_in_half_precision():
+    """tau² = 1e-12 is 0 in half precision."""
+    strategy = FedOpt(rule="adagrad", server_lr=1.0, beta1=0.0, tau=1e-6)
+    start = {"a": torch.ones(1, dtype=torch.float16), "b": torch.zeros(2, dtype=torch.float16)}
+    state = strategy.step(strategy.begin(start), update("mean", [1e-6, 0.0, 0.0]))
+    assert state.moments["variance"]["a"].item() == pytest.approx(2e-12, rel=1e-6)
+    assert state.moments["variance"]["b"].tolist() == pytest.approx([1e-12] * 2, rel=1e-12, abs=0)
+    assert state.params["a"].item() == pytest.approx(1 + 1 / (2**0.5 + 1), abs=1e-3)
+    assert state.params["a"].dtype == torch.float16
+
+
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
 def test_the_weighted_mean_of_metrics_and_buffers_by_hand(order):
     """Weights 1, 3 and 4; of counts the largest in any order; of metrics those that every update has."""
@@ -210,11 +302,51 @@ def test_the_weighted_mean_of_metrics_and_buffers_by_hand(order):
         one.metrics.update({"loss": loss} | ({"only": 1.0} if count == 9 else {}))
         one.buffers.update(count=torch.tensor(count), mean=torch.tensor([mean]))
     found = FedAvg().combine(updates[k] for k in order)
-    assert flat(found) == [0.5, 3.0, 1.0] and (found.weight, found.steps) == (8, 10)
+    assert flat(found) == [0.5, 3.0, 1.0] and (found.site, found.weight, found.steps) == ("mean", 8, 10)
     assert found.metrics == {"loss": (8 * 1 + 0 * 3 + 1 * 4) / 8}
     assert found.buffers["count"].item() == 9 and found.buffers["mean"].item() == (0 + 12 - 4) / 8
     by_steps = FedAvg(weights="steps").combine(updates[k] for k in order)
     assert by_steps.metrics["loss"] == pytest.approx((8 * 7 + 1) / 10) and by_steps.weight == 10
+
+
+def test_sites_are_drawn_one_by_one_from_the_given_stream():
+    sites, strategy = [Site(name=name, train=[]) for name in "zurich aachen mainz bern ulm".split()], FedAvg(sample=0.4)
+    kinds = set()
+    for seed in range(20):
+        stream, draws = (torch.Generator().manual_seed(seed) for _ in range(2))
+        expected = [site for site in sites if float(torch.rand(1, generator=draws, dtype=torch.float64)) < 0.4]
+        found = strategy.select(sites, stream)
+        assert found == expected and torch.equal(stream.get_state(), draws.get_state())
+        kinds.add(len(found))
+    assert len(kinds) > 2
+    untouched = torch.Generator().manual_seed(0)
+    assert FedAvg().select(sites, untouched) == sites
+    assert torch.equal(untouched.get_state(), torch.Generator().manual_seed(0).get_state())
+
+
+def test_a_run_begins_with_a_copy_of_the_weights():
+    weights = {"a": torch.nn.Parameter(torch.tensor([1.0])), "b": torch.nn.Parameter(torch.tensor([2.0, 3.0]))}
+    state = FedAvg().begin(weights)
+    with torch.no_grad():
+        weights["b"] += 1
+    assert state.round == 0 and state.params["b"].tolist() == [2.0, 3.0] and not state.params["a"].requires_grad
+    later = FedAvg(server_lr=0.5).step(replace(state, round=6), update("mean", [4.0, -2.0, 0.0]))
+    assert later.round == 7 and later.params["a"].tolist() == [3.0] and later.params["b"].tolist() == [1.0, 3.0]
+
+
+def test_a_strategy_that_weighs_or_draws_in_its_own_way_says_so():
+    class Weighs(FedAvg):
+        def _weight(self, update):
+            return 1.0
+
+    class Draws(FedAvg):
+        def select(self, sites, rng):
+            return sites[:1]
+
+    assert FedAvg().independent_draws and not Draws().independent_draws and Draws(weights="uniform").uniform_mean
+    assert Weighs().independent_draws and not Weighs(weights="uniform").uniform_mean
+    assert not FedNova(weights="uniform").uniform_mean and FedOpt(
+        rule="adam", server_lr=0.1, weights="uniform").uniform_mean
 
 
 # Where theory says FedAvg
