@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from fedlab.core.errors import RunError
 from fedlab.engines.nvflare.kits import FORKED, VARIABLES, begin, hurry, program_of, stop
@@ -69,14 +69,14 @@ def parties(folder: Path, environment: Mapping[str, str]) -> Iterator[Callable[.
         source = subprocess.Popen([sys.executable, "-u", "-m", FORKED, str(folder)], stdin=subprocess.PIPE, text=True,
                                   stdout=subprocess.PIPE, stderr=log, start_new_session=True,
                                   env={**os.environ, **VARIABLES, **environment})
-    assert source.stdin is not None and source.stdout is not None
+    orders, replies = cast("IO[str]", source.stdin), cast("IO[str]", source.stdout)  # pipes, as asked for above
     try:
-        yield partial(_fork, source.stdin, source.stdout, Path(log.name))
+        yield partial(_fork, orders, replies, Path(log.name))
     finally:
         with contextlib.suppress(BrokenPipeError):
-            source.stdin.close()
+            orders.close()
         source.wait()
-        source.stdout.close()
+        replies.close()
 
 
 def _fork(orders: IO[str], replies: IO[str], log: Path, kit: Path, site: Path | None = None) -> int:
