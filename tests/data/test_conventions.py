@@ -18,11 +18,11 @@ from fedlab.data.readers.conventions import (
     from_internal,
     to_internal,
 )
+from fedlab.data.readers.examination import Examination, check_labels, examine
 from fedlab.data.readers.folders import find_patients, read_cohort, read_sites
 from fedlab.data.readers.inspection import inspect_folder
 from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.patient_files import PatientFiles
-from fedlab.data.readers.scan import Examination, check_labels, examine
 from folders import NEW, ball, save, save_files, write_layout, write_nnunet, write_table
 
 

@@ -9,9 +9,10 @@ import torch
 
 from cohorts import OBLIQUE
 from fedlab.core.types import MODALITIES, Patient
+from fedlab.data.readers.examination import examine
 from fedlab.data.readers.nifti import read_volume, write_label
 from fedlab.data.readers.patient_files import PatientFiles
-from fedlab.data.readers.scan import Grid, Scan, examine, on_grid
+from fedlab.data.readers.scan import Grid, Scan, on_grid
 
 
 def ball(shape=(30, 44, 26), center=(15, 20, 12), radius=(10, 10, 10)):

@@ -23,14 +23,13 @@ from fedlab.core.errors import DataError
 from fedlab.core.types import Patient, Site
 from fedlab.core.workers import available_cores
 from fedlab.data.readers.conventions import CONVENTIONS, Convention, detect_convention, file_values, wrong_values
+from fedlab.data.readers.examination import check_headers, examine
 from fedlab.data.readers.findings import Broken, Finding, usable, without_errors
 from fedlab.data.readers.layouts import LAYOUTS, list_patients
 from fedlab.data.readers.patient_files import Listing, PatientFiles, find_copies
 from fedlab.data.readers.patient_folder import PatientFolder, prepare_patient
 from fedlab.data.readers.scan import (
     Grid,
-    check_headers,
-    examine,
     read_label,
     read_patient,
     save_prediction,

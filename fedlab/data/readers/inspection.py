@@ -16,12 +16,12 @@ from fedlab.core.regions import REGION_ORDER
 from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.conventions import CONVENTIONS, Convention, check_convention, detect_convention, to_internal
+from fedlab.data.readers.examination import Examination, check_labels, examine
 from fedlab.data.readers.findings import Finding
 from fedlab.data.readers.folders import in_parallel
 from fedlab.data.readers.layouts import list_patients
 from fedlab.data.readers.nifti import to_ras
 from fedlab.data.readers.patient_files import Listing, PatientFiles, find_copies
-from fedlab.data.readers.scan import Examination, check_labels, examine
 
 if TYPE_CHECKING:
     import pandas as pd
