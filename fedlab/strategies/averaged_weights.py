@@ -40,7 +40,7 @@ class AveragedWeights:
         >>> trainer = fl.SiteTrainer(model=fl.public_model("collection"), steps=1, crop=(16, 16, 16))
         >>> strategy = fl.strategies.AveragedWeights(decay=0.9)
         >>> history = fl.federate(trainer, sites, strategy=strategy, rounds=2)
-        >>> fl.load_weights(trainer.model, strategy.averaged(history.state).model)
+        >>> fl.core.load_weights(trainer.model, strategy.averaged(history.state).model)
     """
 
     decay: float
