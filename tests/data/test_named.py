@@ -72,6 +72,40 @@ def test_names_without_an_id_take_that_of_their_folder(tmp_path):
     assert read(tmp_path / "data").ids == ids and read(tmp_path).ids == ids
 
 
+EGD = {"FLAIR": "4_FLAIR/NIFTI/FLAIR", "T1": "1_T1/NIFTI/T1", "T1c": "2_T1GD/NIFTI/T1GD", "T2": "3_T2/NIFTI/T2",
+       "label": "5_MASK/NIFTI/MASK"}
+
+
+@pytest.mark.parametrize(("places", "more"), [
+    ({name: f"{{id}}/{place}" for name, place in EGD.items()}, ()),
+    ({name: f"SUBJECTS/{{id}}/{place}" for name, place in EGD.items()}, ("METADATA/brain_mask",)),
+    ({name: f"{{id}}/{name if name != 'label' else 'seg'}/scan" for name in EGD}, ("{id}/other/scan",)),
+    ({name: f"{name if name != 'label' else 'Segmentation'}/{{id}}" for name in EGD}, ("brain_mask/{id}",)),
+])
+def test_folders_named_as_modalities(tmp_path, places, more):
+    raws = [ball(name, seed=seed) for seed, name in enumerate(("EGD-0001", "EGD-0007"))]
+    for raw in raws:
+        for name, array in {**raw.images, "label": raw.label}.items():
+            save(array, LPS, tmp_path / "data" / f"{places[name].format(id=raw.id)}.nii.gz")
+        for place in more:
+            save(raw.label, LPS, tmp_path / "data" / f"{place.format(id=raw.id)}.nii.gz")
+    want = read(write_layout(tmp_path / "plain", "brats2021", raws))
+    cohort = read(tmp_path / "data")
+    assert (cohort.layout, cohort.ids) == ("named", ("EGD-0001", "EGD-0007"))
+    assert [(f.patient, f.code) for f in cohort.findings] == []
+    for got, reference in zip(cohort, want, strict=True):
+        assert torch.equal(got.image, reference.image) and torch.equal(got.label, reference.label)
+
+
+def test_two_scans_in_the_folder_of_a_modality_are_refused(tmp_path):
+    for seed, patient in enumerate(("P1", "P2")):
+        for name, array in ball(patient, seed=seed).images.items():
+            save(array, LPS, tmp_path / patient / name / "scan.nii.gz")
+    save(array, LPS, tmp_path / "P1" / "T1" / "scan_brain.nii.gz")
+    with pytest.raises(DataError, match=r"P1: P1/T1/scan.nii.gz and P1/T1/scan_brain.nii.gz all claim to be the T1"):
+        find_patients(tmp_path)
+
+
 def test_names_that_begin_with_their_modality(tmp_path):
     for seed, name in enumerate(("A1", "A2")):
         raw = ball(seed=seed)

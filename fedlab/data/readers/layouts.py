@@ -47,8 +47,8 @@ LAYOUTS: Mapping[str, str] = {
     "fets": "as brats2021, with partitioning_*.csv",
     "msd": "imagesTr/, labelsTr/ and dataset.json, four modalities in one 4-D file",
     "nnunet": "imagesTr/CASE_0000.nii.gz, _0001, ..., labelsTr/ and dataset.json, one file per modality",
-    "named": "files that end in _FLAIR, _T1, _T1c or _T1Gd, _T2, _segm and the like, in any folders (UPENN-GBM, "
-             "UCSF-PDGM, BraTS-TCGA, BIDS)",
+    "named": "files that end in _FLAIR, _T1, _T1c or _T1Gd, _T2, _segm and the like, in any folders, or whose folders "
+             "are named so (UPENN-GBM, UCSF-PDGM, BraTS-TCGA, EGD, BIDS)",
     "table": "a CSV file of paths with the columns patient, flair, t1, t1c, t2, label",
 }
 _SUFFIXES: Mapping[str, Mapping[str, str]] = {

@@ -1,5 +1,7 @@
 """Scans whose modality is the end of their name, in any folders: UPENN-GBM, UCSF-PDGM, BraTS-TCGA, BIDS and the like.
 
+The modality may also be the name of a file's folder: P1/T1/scan.nii.gz, 1_T1/NIFTI/T1.nii.gz (EGD), T1/P1.nii.gz.
+
 Files with one beginning are of one patient, wherever they lie, such as label maps in a folder of their own. Where two
 files claim to be the same scan, none is chosen, but for what the data sets themselves say: UCSF-PDGM stores each scan
 also without its bias field, UPENN-GBM and BraTS-TCGA store label maps of a program beside those that experts corrected.
@@ -32,6 +34,9 @@ _IMAGES = "|".join(f"(?P<{name}>{_KINDS[name]})" for name in MODALITIES)
 _KIND = rf"(?:(?:brain_)?(?:{_IMAGES})(?P<bias>_bias)?|(?P<label>{_KINDS['label']}))"
 _NAME = re.compile(rf"(?:(?P<id>.+?)[-_. ])??{_KIND}", re.IGNORECASE)
 _FIRST = re.compile(rf"{_KIND}[-_. ](?P<id>.+)", re.IGNORECASE)
+_FOLDER = re.compile(rf"(?:\d+[-_. ]+)?{_KIND}", re.IGNORECASE)  # folders of one modality
+_NUMBERED_MASK = re.compile(r"\d+[-_. ]+mask", re.IGNORECASE)  # EGD's; other masks may be the brain's
+_FORMAT = re.compile(r"nii|nifti|anat", re.IGNORECASE)  # folders that say nothing of the patient
 _LABELS = re.compile(r"(?:images_)?(?:label|seg|mask|ground.?truth)", re.IGNORECASE)  # folders of label maps
 #: Names by which the layouts of BraTS, which are read as such, are known.
 _BRATS = re.compile(r".+(_t1ce|-t1c|-t1n|-t2f|-t2w)\.nii(?:\.gz)?", re.IGNORECASE)
@@ -63,7 +68,7 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
             ends.add(match[1].lower())
             if "_t1ce" in ends or ("-t1c" in ends and len(ends) > 1):
                 return None
-        claim = _claim(scan)
+        claim = _claim(scan, root)
         if claim is None or (not claim.id and scan.parent == root) or (
                 claim.kind == "label" and any(map(_PREDICTED.search, scan.relative_to(root).parts[:-1]))):
             others.append(scan)
@@ -107,7 +112,30 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
                    findings=tuple(findings))
 
 
-def _claim(scan: Path) -> _Claim | None:
+def _kind(match: re.Match[str]) -> str:
+    return next(kind for kind in (*MODALITIES, "label") if match[kind])
+
+
+def _home(folder: Path, root: Path) -> Path:
+    """The folder of the patient: the first above that is named neither as a modality nor as a format."""
+    while folder != root and (_FORMAT.fullmatch(folder.name) or _FOLDER.fullmatch(folder.name)
+                              or _NUMBERED_MASK.fullmatch(folder.name)):
+        folder = folder.parent
+    return folder
+
+
+def _by_folder(scan: Path, root: Path) -> _Claim | None:
+    """What the names of its folders say of a file whose own name says nothing."""
+    folder = scan.parent.parent if _FORMAT.fullmatch(scan.parent.name) else scan.parent
+    if root not in folder.parents:
+        return None
+    if match := _FOLDER.fullmatch(folder.name):
+        # In a folder of the whole data set, files are named as patients; in a patient's, as anything.
+        return _Claim(scan, stem(scan) if _home(folder, root) == root else "", _kind(match), bool(match["bias"]))
+    return _Claim(scan, "", "label", False) if _NUMBERED_MASK.fullmatch(folder.name) else None
+
+
+def _claim(scan: Path, root: Path) -> _Claim | None:
     *entities, suffix = stem(scan).split("_")
     name = stem(scan)
     if name.lower().startswith("sub-") and entities and all("-" in entity for entity in entities):  # BIDS
@@ -117,18 +145,19 @@ def _claim(scan: Path) -> _Claim | None:
     if (match := _NAME.fullmatch(name)) is None:
         match = _FIRST.fullmatch(name)
         if match is None or match["id"] != scan.parent.name:
+            if claim := _by_folder(scan, root):
+                return claim
             return _Claim(scan, name, "label", False) if _LABELS.match(scan.parent.name) else None
-    kind = next(kind for kind in (*MODALITIES, "label") if match[kind])
-    return _Claim(scan, match["id"] or "", kind, bool(match["bias"]))
+    return _Claim(scan, match["id"] or "", _kind(match), bool(match["bias"]))
 
 
 def _by_patient(claims: Sequence[_Claim], root: Path) -> dict[str, dict[str, list[_Claim]]]:
     """The files by patient and kind. A patient's id is the folder's name where it is the shorter one and no other's."""
-    plain = sorted({claim.path.parent for claim in claims if not claim.id})
+    plain = sorted({_home(claim.path.parent, root) for claim in claims if not claim.id})
     base = plain[0].parent if len(plain) == 1 else Path(os.path.commonpath([*plain])) if plain else root
     found: defaultdict[str, defaultdict[str, list[_Claim]]] = defaultdict(lambda: defaultdict(list))
     for claim in claims:
-        found[claim.id or "_".join(claim.path.parent.relative_to(base).parts)][claim.kind].append(claim)
+        found[claim.id or "_".join(_home(claim.path.parent, root).relative_to(base).parts)][claim.kind].append(claim)
     homes: defaultdict[str, set[str]] = defaultdict(set)
     for name, own in found.items():
         for home in {claim.path.parent.name for kind in own if kind != "label" for claim in own[kind]}:
