@@ -30,6 +30,7 @@ from fedlab.checks.watched import (
 from fedlab.core.global_generators import seeded
 from fedlab.core.protocols import Strategy
 from fedlab.core.types import Patient, Site, SiteState, Tensors
+from fedlab.core.weights import load_weights
 from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.secure_aggregation.secure_sum import SecureAggregation
@@ -157,6 +158,8 @@ def rehearse(stage: Stage, *, script: Script | None = None, rounds: int = 1, see
     state = None
     try:
         for last in [*([rounds - 2] if rounds > 1 else []), LATE if rounds > 1 else 0]:
+            # With the weights of its start, which a run loads anyway, a network that passed is known to have passed.
+            load_weights(stage.trainer.model, stage.trainer.initial_model())
             for finished in each_round(
                     trainer, sites, strategy=strategy, aggregation=aggregation, rounds=last + 1, seed=seed, state=state,
                     privacy=Watched(stage.technique, seen, seed=seed, checked=checked), site_states=states,

@@ -47,7 +47,7 @@ def noise_site(number: int, patients: int, *, held_out: int = 0) -> Site:
 def other_random_numbers(seed: int) -> Iterator[None]:
     """Other global random numbers, as if other code had run before; the old ones come back afterwards."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    for start in (torch.manual_seed, np.random.seed, random.seed):
+    for start in (torch.default_generator.manual_seed, np.random.seed, random.seed):
         start(seed)
     try:
         yield

@@ -65,7 +65,7 @@ class _Passes:
 
     def __call__(self, image: torch.Tensor, *, train: bool = True) -> Any:
         """The output for a batch; its loss is computed too, since a loss may keep something."""
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # all generators would also change those of GPUs
         self.probe.train(train)
         image = image.to(self.dtype)
         target = (image[:, :1] > image[:, :1].mean()).float().expand(-1, len(REGIONS), *image.shape[2:])
