@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import nbformat
 import pytest
 from filelock import FileLock
 
@@ -25,7 +26,7 @@ SMALL = ("--sites", "2", "--patients", "10", "--rounds", "2", "--steps", "2", "-
 
 
 class Run(NamedTuple):
-    """A run directory and what the command printed."""
+    """A folder that a command made, and what it printed."""
 
     folder: Path
     printed: str
@@ -55,6 +56,30 @@ def finished_demo(base: Path) -> Run:
     own = base / "finished-demo"
     shutil.copytree(folder, own)
     return Run(own, printed.read_text(encoding="utf-8").replace(str(folder), str(own)))
+
+
+@cache
+def whole_site(base: Path) -> Run:
+    """The documentation site of the notebooks as they are stored, and of one that would fail. Tests only read it.
+
+    Several pytest processes build it once.
+    """
+    repository = Path(__file__).parents[1]
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site-made-once"
+    printed = made / "printed.txt"
+    made.mkdir(exist_ok=True)
+    with FileLock(made / "lock"):
+        if not printed.is_file():
+            fails = nbformat.v4.new_code_cell("1 / 0", metadata={"tags": ["thumbnail"]})
+            title = nbformat.v4.new_markdown_cell("# Fails\n\nNothing.")
+            nbformat.write(nbformat.v4.new_notebook(cells=[title, fails]), made / "fails.ipynb")
+            notebooks = [*sorted((repository / "notebooks").glob("*.ipynb")), made / "fails.ipynb"]
+            done = subprocess.run([sys.executable, repository / "docs" / "gallery.py", *notebooks, "--no-run", "--out",
+                                   made / "site"], capture_output=True, text=True, timeout=600,
+                                  env={**os.environ, "PYTHONPATH": str(repository)})
+            assert done.returncode == 0, done.stdout + done.stderr
+            printed.write_text(done.stdout, encoding="utf-8")
+    return Run(made / "site", printed.read_text(encoding="utf-8"))
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:

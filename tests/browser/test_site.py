@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runs import finished_demo
+from runs import finished_demo, whole_site
 
 
 @pytest.fixture(scope="module")
-def site(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    subprocess.run([sys.executable, str(repository / "docs" / "gallery.py"), "--no-run", "--out", str(folder)],
-                   check=True, capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": str(repository)})
-    return folder
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole_site(tmp_path_factory.getbasetemp()).folder
 
 
 @pytest.mark.parametrize(("start", "words", "kind", "address"), [
