@@ -178,13 +178,15 @@ function dress(nv, NVMesh, state) {
   button("Full screen", () => document.fullscreenElement ? document.exitFullscreen()
     : (box.closest(".fedlab-viewer") ?? box).requestFullscreen());
   button("Save picture", save);
-  // When JupyterLab changes its theme the canvas has no size for a moment. NiiVue may be left with that size, or on a
-  // busy machine with the size of before, but without its picture.
-  new ResizeObserver(() => setTimeout(() => {
-    if (!canvas.clientWidth) return;
-    if (canvas.width) nv.drawScene();
-    else nv.resizeListener();
-  }, 200)).observe(canvas);
+  // When JupyterLab changes its theme the canvas has no size for a moment. NiiVue may be left with that size, on a busy
+  // machine also after the last change of size that an observer is told of.
+  const settle = () => setTimeout(() => {
+    if (canvas.width || !canvas.isConnected) return;
+    if (canvas.clientWidth) nv.resizeListener();
+    else settle();
+  }, 200);
+  new ResizeObserver(settle).observe(canvas);
+  new MutationObserver(settle).observe(canvas, { attributes: true, attributeFilter: ["width", "height"] });
 
   Object.assign(nv.opts, {
     isOrientationTextVisible: false, show3Dcrosshair: false, meshThicknessOn2D: 0, isRadiologicalConvention: true,
