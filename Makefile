@@ -70,8 +70,10 @@ test: lint chromium
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --nbval-lax --durations=25 \
 	  $(PYTEST_ARGS) tests $(wildcard notebooks) || { [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]; }
 
-# Folders of tests that take seconds per file. The other tests train, start processes or open a browser.
-QUICK := tests/core tests/faults tests/strategies tests/topologies tests/training
+# Tests that take seconds per file, and those that hold the names in pages true. The others train, start processes or
+# open a browser.
+QUICK := tests/core tests/faults tests/packaging/test_guarantees.py tests/packaging/test_names.py tests/strategies \
+         tests/topologies tests/training
 check: lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS) $(QUICK)
 
