@@ -186,6 +186,7 @@ def test_foreign_and_damaged_ledgers_are_refused():
     lambda: Terms(unit="site", delta=0.1, adjacency=""),
     lambda: Terms(unit="site", delta=0.1, adjacency="x", accountant="moments"),
     lambda: noise_multiplier_for(target_epsilon=0, delta=0.1, sample_rate=1, steps=1),
+    lambda: noise_multiplier_for(target_epsilon=1, delta=0.1, sample_rate=1, steps=1, accountant="moments"),
     lambda: noise_multiplier_for(target_epsilon=1e-9, delta=1e-9, sample_rate=1, steps=10_000),
 ])
 def test_wrong_settings_are_refused(make):
@@ -523,7 +524,7 @@ def test_two_copies_of_a_ledger_count_what_they_share_once():
     for _ in range(3):
         Ledger(other).charge(STEP, terms=PATIENT)  # under one name: as often as in the copy that has it more often
     opened(other, round=2).bind("later")
-    ours = Ledger(one)
+    ours = opened(one, round=0)  # what the round entered before is set aside, and then no longer
     ours.merge(Ledger(other))
     assert Ledger(one).releases("patient") == [STEP] * 3 and Ledger(one).releases("site") == [Pure(epsilon=0.5)]
     note = Ledger(one).note()

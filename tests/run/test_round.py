@@ -17,7 +17,7 @@ from torch.utils.data import RandomSampler
 
 from cohorts import TinyNet, blob_sites
 from fedlab.core.convolution import FastConvolutions
-from fedlab.core.errors import PrivacyError, SiteError
+from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.seeds import derive, generator
 from fedlab.core.types import ServerState, SiteState, Update
 from fedlab.core.weights import weights_sha256
@@ -26,6 +26,7 @@ from fedlab.privacy.accounting.ledger import Gaussian, Ledger, Terms
 from fedlab.privacy.aggregation import shown_sha256
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import TopK
+from fedlab.privacy.noise.streams import noise_generator
 from fedlab.privacy.personal_layers import PersonalLayers
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
@@ -180,6 +181,10 @@ class Parts(Privacy):
     def __init__(self, *, units=frozenset(), fails=None, buffers=None):
         self.units, self.heard, self.fails, self.buffers = units, {}, fails, buffers or {}
 
+    def at(self, site):
+        self.heard["at"] = site
+        return self
+
     def note(self, stage, **given):
         self.heard[stage] = given
         if stage == self.fails:
@@ -261,10 +266,14 @@ def test_every_part_is_given_its_own_and_what_leaves_is_what_the_last_one_made(u
     if units:
         assert update.seconds == 0.0 and [one.unit for one in update.spent] == ["site"]
         assert Ledger(kept).note()["site"] == "site-0" and Ledger(kept).note()["round"] == 4
+        trained = weights_sha256({"w": torch.tensor([2.0, -1.0])})  # the noise is of the update that it is added to
+        rng = noise_generator(int(Ledger(kept).note()["stream"]), "protect", trained)
+        assert Ledger(kept).note()["noise_on"] == {f"4|{Ledger(kept).note()['stream']}": trained}
     else:
         assert 0 < update.seconds < 60 and update.spent == () and kept.ledger == {}
         rng = generator(seed, "protect")
-        assert heard["protect"]["drawn"] == torch.rand(3, generator=rng).tolist()
+    assert heard["protect"]["drawn"] == torch.rand(3, generator=rng).tolist()
+    assert masked["drawn"] == torch.rand(3, generator=rng).tolist()
 
 
 def test_a_site_that_sums_in_secret_knows_what_it_is_shown():
@@ -274,6 +283,16 @@ def test_a_site_that_sums_in_secret_knows_what_it_is_shown():
     kept, state = SiteState(), shown()
     task(blob_sites((1,))[0], state, kept)
     assert kept.shown == shown_sha256(state) != ""
+
+
+def test_a_site_is_shown_its_own_model_and_asks_what_the_technique_is_there():
+    task, parts = site_task()
+    state = shown(models={"site-1": {"w": torch.zeros(2)}, "site-0": {"w": torch.tensor([4.0, 5.0])}})
+    task(blob_sites((1,))[0], state, SiteState())
+    for stage in ("prepare", "fit"):
+        given = parts.heard[stage]["state"]
+        assert given.params["w"].tolist() == [4.0, 5.0] and given.models == {}
+    assert parts.heard["at"] == "site-0"
 
 
 def test_the_updates_of_a_site_are_counted():
@@ -310,6 +329,18 @@ def test_what_is_unsafe_is_found_at_the_check_and_told_with_its_stage():
         with pytest.raises(PrivacyError, match=r"^round 4, site-0, check: .*; nothing was sent$") as caught:
             task(blob_sites((1,))[0], shown(), SiteState(enrolled=True))
         assert caught.value.work.stage == "check" and caught.value.work.guarded is bool(units)
+
+
+def test_under_a_guarantee_a_withdrawal_quotes_no_text_of_a_technique():
+    class Withdraws(Parts):
+        def protect(self, update, state, rng):
+            raise PrivacyBudgetExhausted("P017 has spent all")
+
+    for units in (frozenset(), frozenset({"site"})):
+        task, _ = site_task(Withdraws(units=units))
+        with pytest.raises(PrivacyBudgetExhausted, match=r"^site-0 takes no part in round 4: ") as caught:
+            task(blob_sites((1,))[0], shown(), SiteState(enrolled=True))
+        assert ("P017" in str(caught.value)) is not bool(units)
 
 
 def test_buffers_leave_without_a_guarantee_only():
@@ -359,6 +390,30 @@ def test_noise_depends_on_all_that_the_update_depends_on():
     assert len({tuple(drawn) for _, drawn in (usual, *others)}) == len(others) + 1
 
 
+def test_where_sites_differ_noise_depends_on_what_the_technique_is_there():
+    class Differs(Privacy):
+        units = frozenset({"site"})
+
+        def __init__(self, there):
+            self.there = there
+
+        def at(self, site):
+            return self.there[site]
+
+    class Scaled(Parts):
+        def __init__(self, scale):
+            super().__init__(units=frozenset({"site"}))
+            self.scale = scale
+
+    def stream(*scales):
+        there = {f"site-{k}": Scaled(scale) for k, scale in enumerate(scales)}
+        task = SiteTask(trainer=Parts(), privacy=Differs(there), strategy=Parts(), aggregation=Open(), seed=5)
+        task(blob_sites((1,))[0], shown(), SiteState(enrolled=True))
+        return there["site-0"].heard["equip"]["seed"]
+
+    assert stream(0.5, 2.0) == stream(0.5, 2.0) == stream(0.5, 3.0) != stream(0.75, 2.0)
+
+
 def test_noise_on_another_update_of_the_same_round_is_other_noise_and_refused():
     class Drifts(Parts):
         def fit(self, *given, **more):
@@ -398,7 +453,7 @@ def test_a_site_that_may_have_spent_privacy_needs_its_ledger(kept, round, says):
         return
     with pytest.raises(PrivacyError, match=f"round {round}, site-0, ledger: .*{says}.*nothing was sent"):
         task(blob_sites((1,))[0], shown(round=round), state)
-    assert parts.heard == {} and state.updates == kept.get("updates", 0)
+    assert parts.heard.keys() == {"at"} and state.updates == kept.get("updates", 0)
 
 
 def test_a_site_keeps_tensors_by_name_only():
