@@ -11,7 +11,7 @@ from torch import nn
 
 from cohorts import TinyNet, blob_sites
 from fedlab.core.seeds import generator
-from fedlab.core.types import SiteState, Spent, Update
+from fedlab.core.types import ServerState, SiteState, Spent, Update
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.privacy.compression import TopK
 from fedlab.privacy.dp.dpsgd import DPSGD
@@ -124,6 +124,31 @@ def test_a_term_is_added_to_the_gradient_in_the_weights_precision_and_stands_alo
     for p, gradient, moved in ((model.used, 7.0, 0.3), (model.unused, 2.0, 2.8)):
         assert p.grad.dtype == torch.float32 and p.grad.tolist() == [gradient] * 2
         assert p.tolist() == pytest.approx([moved] * 2)
+
+
+def test_a_pull_and_a_control_lie_where_the_site_trains():
+    class Elsewhere:
+        """A tensor that lies elsewhere until it is moved."""
+
+        def __init__(self, *values):
+            self.values, self.seen = values, []
+
+        def __sub__(self, other):
+            return self
+
+        def to(self, device):
+            self.seen.append(device)
+            return torch.tensor(self.values)
+
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([1.0, -2.0]))})
+    kit = SimpleNamespace(model=model, optimiser=torch.optim.SGD(model.values(), lr=0.5), device="there")
+    anchor, control = Elsewhere(0.0, 1.0), Elsewhere(0.25, 0.5)
+    client_drift._pull(kit, 3.0, to={"w": anchor})
+    state = ServerState(round=0, params={"w": torch.zeros(2)}, moments={"control variate": {"w": control}})
+    assert SCAFFOLD(sites=2, steps=3, lr=0.5).equip(kit, None, state, SiteState()) is kit
+    assert anchor.seen == control.seen == ["there"]
+    kit.optimiser.step()
+    assert model["w"].grad.tolist() == [3.25, -8.5] and model["w"].tolist() == [-0.625, 2.25]
 
 
 def test_without_a_pull_it_is_fedavg_to_the_bit():
