@@ -190,6 +190,15 @@ def test_a_technique_that_is_the_same_everywhere_stays_itself() -> None:
     assert layers_at([Privacy(), DP, Privacy()], "a") == [DP]
 
 
+def test_a_technique_that_differs_at_one_site_is_asked_about_that_site() -> None:
+    class ButUlm(Privacy):
+        def at(self, site: str) -> Privacy:
+            return DP if site == "Ulm" else self
+
+    technique = ButUlm()
+    assert technique_at(technique, "Bern") is technique and technique_at(technique, "Ulm") is DP
+
+
 class Sends(Privacy):
     """A technique that sends a number beside the update, and works at the server."""
 
@@ -197,7 +206,7 @@ class Sends(Privacy):
         self.sends, self.units, self._heard = frozenset({name}), units, list[Any]()
 
     def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
-        self._heard.append((state.owner, update.site))
+        self._heard.append((state.owner, update.site, rng))
         return update.map(lambda t: t * 2 + len(self.sends))
 
     def release(self, mean: Update, cohort: Any, state: Any, rng: torch.Generator) -> Update:
@@ -217,10 +226,28 @@ def test_a_sum_is_all_of_its_techniques_in_order_and_back_at_the_server() -> Non
     server = ServerState(round=0, params={}, owner="privacy")
     mean = both.release(Update(site="mean", delta={"w": torch.tensor([1.0, 0.5])}, weight=1.0), "cohort", server, rng)
     assert mean.delta["w"].tolist() == [5.0, 0.5]  # (t · 3 - 1) · 3 - 1
-    assert first._heard == [("privacy 0", "Bern"), ("privacy 0", "cohort", rng)]
-    assert last._heard == [("privacy 1", "Bern"), ("privacy 1", "cohort", rng)]
+    assert first._heard == [("privacy 0", "Bern", rng), ("privacy 0", "cohort", rng)]
+    assert last._heard == [("privacy 1", "Bern", rng), ("privacy 1", "cohort", rng)]
     with pytest.raises(TypeError, match=r"only privacy techniques are joined by \+, got 3"):
         first + 3  # type: ignore[operator]
+
+
+def test_a_sum_asks_each_of_its_techniques_before_and_during_training() -> None:
+    first, last = Notes(), Notes()
+    both, state = first + last, SiteState(owner="privacy")
+    run: Any = SimpleNamespace(names=("Bern",))
+    site, kit = Site(name="Bern", train=[]), SimpleNamespace()
+    for notes in (first, last):
+        notes._calls.clear()
+    both.check(run)
+    both.check_site(site, run)
+    equipped: Any = both.equip(kit, site, state)  # type: ignore[arg-type]
+    for place, (notes, inner) in enumerate(((first, kit), (last, equipped.around))):
+        assert notes._calls[:2] == [("check", run), ("site", site, run)]
+        (name, given, where, own), = notes._calls[2:]
+        assert (name, given, where, own.owner) == ("equip", inner, site, f"privacy {place}")
+        assert own.namespaces is state.namespaces
+    assert equipped.around.around is kit
 
 
 @pytest.mark.parametrize("spoil", [
