@@ -17,6 +17,7 @@ import pytest
 from opacus.accountants.analysis.rdp import compute_rdp
 from scipy.stats import norm
 
+from fedlab.privacy.accounting import mechanisms
 from fedlab.privacy.accounting.ledger import Concentrated, Gaussian, Pure, epsilon_of, noise_multiplier_for
 from fedlab.privacy.accounting.mechanisms import _ORDERS, _renyi_of_step, renyi_of
 
@@ -273,3 +274,12 @@ def test_two_kinds_of_sampled_steps_lie_between_each_alone_and_all_at_the_larger
                               for some in ([other], [one, other], [twice]))
         assert low + 0.02 < between < high - 0.5
     assert epsilon_of([one, other], delta=1e-5, accountant="prv") < epsilon_of([one, other], delta=1e-5) - 0.1
+
+
+def test_where_no_divergence_is_known_nothing_is_proven(monkeypatch):
+    steps = ((1e-6, 0.5, 3),)
+    monkeypatch.setattr(mechanisms, "_renyi_of_step", lambda noise, rate: (math.nan,) * len(_ORDERS))
+    assert mechanisms._renyi(steps, ((0.5, 2),), 0.1, 1e-5) == math.inf
+    monkeypatch.setattr(mechanisms, "_renyi_of_step", lambda noise, rate: (math.nan, *(2.0,) * (len(_ORDERS) - 1)))
+    exact = min(6 + math.log1p(-1 / order) - math.log(1e-5 * order) / (order - 1) for order in _ORDERS[1:])
+    assert mechanisms._renyi(steps, (), 0.0, 1e-5) == pytest.approx(exact, rel=1e-12)
