@@ -17,8 +17,9 @@ import pytest
 from opacus.accountants.analysis.rdp import compute_rdp
 from scipy.stats import norm
 
+from fedlab.privacy.accounting import mechanisms
 from fedlab.privacy.accounting.ledger import Concentrated, Gaussian, Pure, epsilon_of, noise_multiplier_for
-from fedlab.privacy.accounting.mechanisms import _ORDERS, _renyi_of_step
+from fedlab.privacy.accounting.mechanisms import _ORDERS, _renyi_of_step, renyi_of
 
 REFERENCE = Path(__file__).with_name("accountant_reference.csv")
 
@@ -185,3 +186,100 @@ def test_prv_of_one_step_is_not_below_the_exact_formula_at_tiny_deltas(noise, ra
 def test_many_kinds_of_steps_are_composed_by_renyi_divergences():
     kinds = [Gaussian(noise_multiplier=1 + k / 100, sample_rate=0.01) for k in range(70)]
     assert epsilon_of(kinds, delta=1e-5, accountant="prv") == epsilon_of(kinds, delta=1e-5)
+
+
+# Unlike releases together, by hand
+
+def renyi_epsilon(divergence, delta):
+    """ε by Balle et al. 2020, theorem 21, at the best of many orders; `divergence` is a function of the order."""
+    orders = 1 + np.geomspace(1e-2, 2e3, 20_001)
+    return float(min(divergence(orders) + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)))
+
+
+MIXED = [Gaussian(noise_multiplier=3.0, steps=4), Pure(epsilon=0.25, times=3), Concentrated(rho=0.01, times=5),
+         Gaussian(noise_multiplier=5.0, steps=9), Pure(epsilon=1.5), Gaussian(noise_multiplier=3.0, steps=2),
+         Concentrated(rho=0.04), Pure(epsilon=0.25, times=2)]
+
+
+def mixed(order):
+    """σ = 3 in six steps, σ = 5 in nine, ε = 0.25 five times and 1.5 once, ρ = 0.09 in all."""
+    return (order * (6 / 18 + 9 / 50 + 0.09) + 5 * np.minimum(0.25, order * 0.25**2 / 2)
+            + np.minimum(1.5, order * 1.5**2 / 2))
+
+
+def test_renyi_divergences_of_unlike_releases_add_up_order_by_order():
+    orders, found = renyi_of(MIXED)
+    assert len(orders) == len(_ORDERS) and orders.min() == pytest.approx(1.01) and orders.max() == 64 * 32
+    np.testing.assert_allclose(found, mixed(orders), rtol=1e-9)
+    assert not renyi_of([])[1].any()
+    shuffled = renyi_of(iter(MIXED[::-1]))[1]
+    np.testing.assert_allclose(shuffled, found, rtol=1e-14)
+
+
+@pytest.mark.parametrize("delta", [1e-7, 1e-2])
+def test_epsilon_of_unlike_releases_is_that_of_their_divergences(delta):
+    exact = renyi_epsilon(mixed, delta)
+    assert exact * (1 - 1e-4) <= epsilon_of(MIXED, delta=delta) <= exact * 1.002
+    concentrated = [release for release in MIXED if isinstance(release, Concentrated)]
+    exact = renyi_epsilon(lambda order: 0.09 * order, delta)
+    assert exact * (1 - 1e-4) <= epsilon_of(concentrated, delta=delta) <= exact * 1.002
+
+
+def test_pure_releases_beside_others_are_added_where_that_is_less():
+    """A single release of a large ε costs its ε; 200 small ones less than their sum."""
+    noise = Gaussian(noise_multiplier=1.0)
+    alone = renyi_epsilon(lambda order: order / 2, 1e-5)
+    assert epsilon_of([noise, Pure(epsilon=40.0)], delta=1e-5) == pytest.approx(alone + 40, rel=1e-3)
+    many = [noise, Pure(epsilon=0.01, times=200)]
+    exact = renyi_epsilon(lambda order: order / 2 + 200 * np.minimum(0.01, order * 0.01**2 / 2), 1e-5)
+    assert exact < alone + 0.2 and epsilon_of(many, delta=1e-5) == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("accountant", ["gdp", "prv"])
+def test_unlike_noise_without_sampling_is_one_gaussian(accountant):
+    """μ² = 6 / 9 + 9 / 25: at the ε that is found, δ by theorem 8 of Balle and Wang 2018."""
+    steps, mu = [release for release in MIXED if isinstance(release, Gaussian)], math.sqrt(6 / 9 + 9 / 25)
+    for delta in (1e-7, 1e-2):
+        found = epsilon_of(steps, delta=delta, accountant=accountant)
+        for epsilon, within in ((found, True), (found - 1e-6, False)):
+            spent = norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + norm.logcdf(-epsilon / mu - mu / 2))
+            assert (spent <= delta) == within
+        pure = epsilon_of([*steps, Pure(epsilon=0.25, times=3)], delta=delta, accountant=accountant)
+        assert found < pure <= found + 0.75 + 1e-9 and (accountant == "prv" or pure == pytest.approx(found + 0.75))
+
+
+@pytest.mark.parametrize("accountant", ["gdp", "prv"])
+def test_only_renyi_divergences_account_for_concentrated_releases(accountant):
+    for releases in (MIXED, [Concentrated(rho=1e-9)], [Pure(epsilon=0.1), Concentrated(rho=0.5, times=3)]):
+        with pytest.raises(ValueError, match=rf"accountant '{accountant}' cannot account for concentrated releases"):
+            epsilon_of(releases, delta=1e-5, accountant=accountant)
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv", "gdp"])
+def test_pure_releases_alone_cost_at_most_their_sum_and_nothing_costs_nothing(accountant):
+    few = [Pure(epsilon=0.5, times=2), Pure(epsilon=2.25)]
+    assert epsilon_of(few, delta=1e-9, accountant=accountant) == pytest.approx(3.25)
+    exact = renyi_epsilon(lambda order: 3000 * np.minimum(0.02, order * 0.02**2 / 2), 1e-6)
+    many = epsilon_of([Pure(epsilon=0.02, times=3000)], delta=1e-6, accountant=accountant)
+    assert exact < 30 and many == pytest.approx(exact, rel=2e-3)
+    assert epsilon_of(iter(()), delta=1e-6, accountant=accountant) == 0.0
+
+
+def test_two_kinds_of_sampled_steps_lie_between_each_alone_and_all_at_the_larger_rate():
+    """By numerical composition, whose error is 0.01, and by Rényi divergences, which lie above it."""
+    one, other = (Gaussian(noise_multiplier=1.2, sample_rate=rate, steps=30) for rate in (0.05, 0.2))
+    twice = Gaussian(noise_multiplier=1.2, sample_rate=0.2, steps=60)
+    for accountant in ("prv", "rdp"):
+        low, between, high = (epsilon_of(some, delta=1e-5, accountant=accountant)
+                              for some in ([other], [one, other], [twice]))
+        assert low + 0.02 < between < high - 0.5
+    assert epsilon_of([one, other], delta=1e-5, accountant="prv") < epsilon_of([one, other], delta=1e-5) - 0.1
+
+
+def test_where_no_divergence_is_known_nothing_is_proven(monkeypatch):
+    steps = ((1e-6, 0.5, 3),)
+    monkeypatch.setattr(mechanisms, "_renyi_of_step", lambda noise, rate: (math.nan,) * len(_ORDERS))
+    assert mechanisms._renyi(steps, ((0.5, 2),), 0.1, 1e-5) == math.inf
+    monkeypatch.setattr(mechanisms, "_renyi_of_step", lambda noise, rate: (math.nan, *(2.0,) * (len(_ORDERS) - 1)))
+    exact = min(6 + math.log1p(-1 / order) - math.log(1e-5 * order) / (order - 1) for order in _ORDERS[1:])
+    assert mechanisms._renyi(steps, (), 0.0, 1e-5) == pytest.approx(exact, rel=1e-12)

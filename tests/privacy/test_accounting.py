@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError
-from fedlab.core.types import SiteState, Update
+from fedlab.core.types import SiteState, Spent, Update
 from fedlab.privacy.accounting.ledger import (
     PATIENT_ZEROED,
     Gaussian,
     Ledger,
     Pure,
     Terms,
+    check_statement,
+    check_terms,
     epsilon_of,
     noise_multiplier_for,
 )
@@ -182,6 +186,7 @@ def test_foreign_and_damaged_ledgers_are_refused():
     lambda: Terms(unit="site", delta=0.1, adjacency=""),
     lambda: Terms(unit="site", delta=0.1, adjacency="x", accountant="moments"),
     lambda: noise_multiplier_for(target_epsilon=0, delta=0.1, sample_rate=1, steps=1),
+    lambda: noise_multiplier_for(target_epsilon=1, delta=0.1, sample_rate=1, steps=1, accountant="moments"),
     lambda: noise_multiplier_for(target_epsilon=1e-9, delta=1e-9, sample_rate=1, steps=10_000),
 ])
 def test_wrong_settings_are_refused(make):
@@ -336,3 +341,300 @@ def test_an_adaptive_clip_stays_a_number_however_large_the_noise(share, clip):
         power = math.log10(clip) - lr * (share - quantile) / math.log(10)
         if -29.9 < power < 29.9 and abs(lr * (share - quantile)) < 500:
             assert moved == pytest.approx(10**power, rel=1e-9)
+
+
+# What a ledger refuses, keeps and says, at its edges
+
+ANY = "any two updates of a site"
+SITE = Terms(unit="site", delta=1e-2, adjacency=ANY)
+
+
+def kept(ledger):
+    """Of every entry: round, kind of release, whether its noise is drawn from the seed."""
+    note = ledger.note()
+    return [(e["round"], e["kind"], e["seeded"]) for e in [*note["entries"], *note["before"]]]
+
+
+@pytest.mark.parametrize(("delta", "units", "fits"), [
+    (0.25, 4, False), (0.2499, 4, True), (0.2501, 4, False), (1 / 3, 3, False), (0.99, 1, True)])
+def test_delta_lies_below_one_over_the_number_of_units(delta, units, fits):
+    terms = Terms(unit="site", delta=delta, adjacency=ANY)
+    if fits:
+        return terms.check_delta(units)
+    with pytest.raises(ValueError, match=rf"of sites \(1/{units}\), got {delta}: otherwise giving one site away"):
+        terms.check_delta(units)
+    with pytest.raises(ValueError, match=rf"\(1/{units} at Bern\)"):
+        terms.check_delta(units, where=" at Bern")
+
+
+def test_a_budget_is_compared_with_all_releases_and_may_be_just_reached():
+    terms, releases = Terms(unit="site", delta=1e-9, adjacency=ANY), [Pure(epsilon=0.75), Pure(epsilon=0.5, times=2)]
+    terms.check_budget(releases, 1.75)
+    terms.check_budget(releases, None)
+    with pytest.raises(ValueError, match=r"^the first round alone costs ε = 1\.75, more than the budget of 1\.749;"):
+        terms.check_budget(releases, 1.749)
+    with pytest.raises(ValueError, match=r"^all of it alone costs"):
+        terms.check_budget(releases, 1.0, what="all of it")
+    sampled = Terms(unit="site", delta=1e-2, adjacency=ANY, accountant="gdp")
+    with pytest.raises(ValueError, match="exact only without sampling"):  # also where no budget is set
+        sampled.check_budget([STEP], None)
+
+
+class Claims:
+    """A technique that states at least `least` for its units."""
+
+    def __init__(self, *units, least=None, **more):
+        self.units, self._least = frozenset(units), least
+        vars(self).update(more)
+
+    def least_spent(self, update):
+        return self._least
+
+    def __repr__(self):
+        return "Claims()"
+
+
+def stating(*spent):
+    return Update(site="Bern", delta={}, weight=2.0, spent=spent)
+
+
+PATIENTS = Spent(0.5, 1e-3, "patient", "rdp", PATIENT_ZEROED)
+SITES = Spent(0.125, 1e-2, "site", "rdp", ANY)
+
+
+@pytest.mark.parametrize(("stated", "technique", "fits"), [
+    ((), Claims(), True), ((PATIENTS,), Claims(), True), ((), Claims("patient"), False),
+    ((PATIENTS,), Claims("patient"), True), ((SITES,), Claims("patient"), False),
+    ((PATIENTS,), Claims("patient", "site"), False), ((SITES, PATIENTS), Claims("patient", "site"), True),
+    ((PATIENTS,), Claims("patient", least=PATIENTS), True),
+    ((PATIENTS._replace(epsilon=0.0),), Claims("patient", least=PATIENTS._replace(epsilon=0.0)), True),
+    ((SITES, PATIENTS), Claims("patient", least=PATIENTS), True),
+    ((PATIENTS._replace(epsilon=0.7),), Claims("patient", least=PATIENTS), True),
+    ((PATIENTS._replace(epsilon=0.5 * (1 - 1e-10)),), Claims("patient", least=PATIENTS), True),
+    ((PATIENTS._replace(epsilon=0.5 * (1 - 1e-8)),), Claims("patient", least=PATIENTS), False),
+    ((PATIENTS._replace(epsilon=0.7, delta=1e-2),), Claims("patient", least=PATIENTS), False),
+    ((PATIENTS._replace(epsilon=0.7, accountant="prv"),), Claims("patient", least=PATIENTS), False),
+    ((PATIENTS._replace(epsilon=0.7, adjacency=ANY),), Claims("patient", least=PATIENTS), False),
+    ((PATIENTS._replace(repeats=True),), Claims("patient", least=PATIENTS), True),
+    ((PATIENTS,), Claims("patient", least=PATIENTS, secure_mode=True), True),
+    ((PATIENTS,), Claims("patient", least=PATIENTS, secure_mode=False), False),
+    ((PATIENTS,), Claims("patient", secure_mode=False), False),
+    ((PATIENTS._replace(repeats=True),), Claims("patient", least=PATIENTS, secure_mode=False), True),
+    ((PATIENTS._replace(repeats=True), SITES), Claims("patient", "site", secure_mode=False), False),
+])
+def test_a_statement_is_that_of_the_technique_or_refused(stated, technique, fits):
+    if fits:
+        return check_statement(stating(*stated), [Claims(), technique])
+    with pytest.raises(PrivacyError, match=r"^the update of Bern states .* as spent; under Claims\(\) it is at least"):
+        check_statement(stating(*stated), [Claims(), technique])
+
+
+def test_a_refused_statement_says_what_was_expected():
+    for stated, technique, says in (
+            ((), Claims("patient"), "states nothing as spent; under Claims() it is at least an ε per patient."),
+            ((PATIENTS,), Claims("patient", "site"), "at least an ε per site."),
+            ((), Claims("patient", "site"), "at least an ε per patient and an ε per site."),
+            ((PATIENTS,), Claims("patient", secure_mode=False), "at least an ε per patient."),
+            ((PATIENTS, SITES), Claims("patient", least=PATIENTS._replace(epsilon=0.75)),
+             f"states {PATIENTS}; {SITES} as spent; under Claims() it is at least "
+             f"{PATIENTS._replace(epsilon=0.75)}. Update"),
+            ((PATIENTS,), Claims("patient", least=PATIENTS, secure_mode=False),
+             f"at least {PATIENTS._replace(repeats=True)}. Update")):
+        with pytest.raises(PrivacyError, match=re.escape(says)):
+            check_statement(stating(*stated), [technique])
+
+
+def test_a_release_beyond_the_budget_leaves_the_ledger_as_it_was():
+    state = SiteState()
+    ledger = opened(state)
+    ledger.charge(Pure(epsilon=1.0), terms=SITE)
+    ledger.charge(Pure(epsilon=0.75), terms=replace(PATIENT, delta=1e-9), max_epsilon=0.75)
+    before = json.dumps(state.ledger)
+    with pytest.raises(PrivacyBudgetExhausted, match=re.escape(
+            "the budget is ε = 1.5 per patient at δ = 1e-09; 0.75 is spent and this release would make it 1.751")):
+        ledger.charge(Pure(epsilon=1.0001), terms=replace(PATIENT, delta=1e-9), max_epsilon=1.5)
+    assert json.dumps(state.ledger) == before and json.dumps(Ledger(state).note()) == before
+    with pytest.raises(PrivacyBudgetExhausted, match=r"0 is spent and this release would make it 2$"):
+        opened(SiteState()).charge(Pure(epsilon=2.0), terms=replace(SITE, delta=1e-9), max_epsilon=1.0)
+
+
+def test_noise_that_does_not_repeat_keeps_all_of_its_round():
+    """The entries that the round made before, from the seed, stay as well when it is run again; other rounds' do not
+    change."""
+    state = SiteState()
+    opened(state, round=0, stream="first").charge(STEP, terms=PATIENT)
+    round_one = opened(state, round=1)
+    round_one.charge(Pure(epsilon=0.5), terms=SITE)
+    round_one.charge(STEP, terms=PATIENT, repeatable=False)
+    assert kept(round_one) == [(0, "Gaussian", True), (1, "Pure", True), (1, "Gaussian", False)]
+    assert round_one.charged("site") and round_one.charged("patient")
+    streams = [e["stream"] for e in round_one.note()["entries"]]
+    assert streams[0] == "first" and streams[1] == streams[2] == round_one.note()["stream"]
+    assert re.fullmatch("once-[0-9a-f]{16}", streams[1])
+    again = opened(state, round=1)
+    assert not again.charged("site") and not again.charged("patient") and not again.seeded
+    again.charge(Pure(epsilon=0.5), terms=SITE)
+    again.charge(STEP, terms=PATIENT, repeatable=False, seeded=True)
+    assert len(Ledger(state).releases()) == 5 and Ledger(state).releases("site") == [Pure(epsilon=0.5)] * 2
+    assert Ledger(state).releases("patient") == [STEP] * 3
+    assert kept(again)[-1] == (1, "Gaussian", True)
+    opened(state, round=0, stream="first").charge(STEP, terms=PATIENT)  # the same again
+    assert len(Ledger(state).releases()) == 5
+
+
+def test_a_round_without_a_name_counts_anew_each_time():
+    state, names = SiteState(), set()
+    for _ in range(3):
+        ledger = opened(state, round=None, stream=None)
+        assert not ledger.charged("site")
+        ledger.charge(Pure(epsilon=0.25), terms=SITE)
+        names.add(ledger.note()["stream"])
+    assert len(names) == 3 and all(re.fullmatch("once-[0-9a-f]{16}", name) for name in names)
+    assert Ledger(state).releases() == [Pure(epsilon=0.25)] * 3
+
+
+def test_a_round_is_seeded_and_charged_by_its_own_entries_only():
+    state = SiteState()
+    opened(state, round=0).charge(STEP, terms=PATIENT)
+    ledger = opened(state, round=1)
+    assert not ledger.seeded and not ledger.charged("patient") and ledger.spent()[0].repeats
+    ledger.charge(Pure(epsilon=1.0), terms=SITE, repeatable=True, seeded=False)
+    assert not ledger.seeded and ledger.charged("site") and not ledger.charged("patient")
+    assert [one.repeats for one in ledger.spent()] == [True, False]
+
+
+def test_the_same_noise_is_for_one_update_of_a_round_and_stream():
+    state = SiteState()
+    opened(state, round=3, stream="s").bind("one update")
+    opened(state, round=3, stream="s").bind("one update")
+    opened(state, round=4, stream="s").bind("another")
+    opened(state, round=3, stream="t").bind("another")
+    with pytest.raises(PrivacyError, match="training gave another update"):
+        opened(state, round=3, stream="s").bind("another")
+    assert Ledger(state).note()["noise_on"] == {"3|s": "one update", "4|s": "another", "3|t": "another"}
+
+
+def test_two_copies_of_a_ledger_count_what_they_share_once():
+    one, other = SiteState(), SiteState()
+    for state in (one, other):
+        opened(state, round=0).charge(STEP, terms=PATIENT)
+        opened(state, round=0).charge(STEP, terms=PATIENT)
+        opened(state, round=0).bind("sent")
+    opened(one, round=1).charge(Pure(epsilon=0.5), terms=SITE)
+    for _ in range(3):
+        Ledger(other).charge(STEP, terms=PATIENT)  # under one name: as often as in the copy that has it more often
+    opened(other, round=2).bind("later")
+    ours = opened(one, round=0)  # what the round entered before is set aside, and then no longer
+    ours.merge(Ledger(other))
+    assert Ledger(one).releases("patient") == [STEP] * 3 and Ledger(one).releases("site") == [Pure(epsilon=0.5)]
+    note = Ledger(one).note()
+    assert note["noise_on"] == {"0|s": "sent", "2|s": "later"} and note["before"] == [] and note["in_file"] is False
+    assert Ledger(other).releases() == [STEP] * 3
+    ours.merge(Ledger(other))
+    assert len(Ledger(one).releases()) == 4
+
+
+def test_a_copy_whose_entries_are_written_in_another_order_of_keys_is_the_same():
+    one = SiteState()
+    opened(one).charge(STEP, terms=PATIENT)
+    opened(one, round=1).charge(Pure(epsilon=0.5), terms=SITE)
+    turned = json.loads(json.dumps(one.ledger))
+    turned["entries"] = [{key: dict(reversed(value.items())) if isinstance(value, dict) else value
+                          for key, value in reversed(entry.items())} for entry in turned["entries"]]
+    Ledger(one).merge(Ledger(SiteState(ledger=turned)))
+    assert Ledger(one).releases() == [STEP, Pure(epsilon=0.5)]
+
+
+@pytest.mark.parametrize(("site", "change", "says"), [
+    ("a", lambda ledger: ledger.bind("another"), "disagree about what was sent"),
+    ("a", lambda ledger: ledger.charge(STEP, terms=replace(PATIENT, delta=1e-4)), "same δ, adjacency and accountant"),
+    ("b", lambda ledger: ledger.bind("sent"), "another site")])
+def test_copies_that_disagree_are_not_merged(site, change, says):
+    one, other = SiteState(), SiteState()
+    opened(one).charge(STEP, terms=PATIENT)
+    opened(one).bind("sent")
+    before = json.dumps(one.ledger)
+    change(opened(other, site=site))
+    with pytest.raises(PrivacyError, match=says):
+        Ledger(one).merge(Ledger(other))
+    assert json.dumps(one.ledger) == before
+
+
+def test_a_ledger_without_a_name_takes_the_first_one():
+    state = SiteState()
+    Ledger(state).merge(opened(SiteState(), site="b"))
+    assert Ledger(state).note()["site"] == "b" and "<Ledger of b: nothing released" in repr(Ledger(state))
+    Ledger(state).merge(Ledger(SiteState()))
+    assert Ledger(state).note()["site"] == "b"
+    with pytest.raises(PrivacyError, match=r"another site \('b', not 'a'\)"):
+        opened(state)
+    assert "<Ledger of a site: nothing released" in repr(Ledger(SiteState()))
+
+
+def test_a_ledger_that_a_file_holds_stays_one_and_its_note_is_a_copy():
+    state = SiteState()
+    ledger = opened(state)
+    ledger.charge(STEP, terms=PATIENT)
+    ledger.close(in_file=False)
+    assert state.ledger["in_file"] is False
+    ledger.close(in_file=True)
+    opened(state, round=1).close(in_file=False)
+    assert state.ledger["in_file"] is True
+    Ledger(state).note()["entries"].clear()
+    assert len(Ledger(state).releases()) == 1
+
+
+def test_an_entry_of_before_is_taken_to_repeat_and_nonsense_is_refused():
+    state = SiteState()
+    opened(state).charge(STEP, terms=PATIENT, repeatable=False)
+    for place in ("entries", "before"):
+        record = {**json.loads(json.dumps(state.ledger)), "entries": [], "before": []}
+        record[place] = json.loads(json.dumps(state.ledger["entries"]))
+        assert Ledger(SiteState(ledger=record)).spent()[0].repeats is False
+        del record[place][0]["seeded"]
+        assert Ledger(SiteState(ledger=record)).spent()[0].repeats is True
+        record[place][0]["seeded"] = 0
+        with pytest.raises(PrivacyError, match=r"is damaged \(an entry says 0 of whether"):
+            Ledger(SiteState(ledger=record))
+        for part, value in (("kind", "Exponential"), ("release", {"noise_multiplier": -1.0}), ("terms", {})):
+            wrong = json.loads(json.dumps(record))
+            wrong[place][0] |= {"seeded": True, part: value}
+            with pytest.raises(PrivacyError, match="is damaged"):
+                Ledger(SiteState(ledger=wrong))
+
+
+def test_terms_of_techniques_of_one_place_must_add_up():
+    public = Terms(unit="patient", delta=1e-3, adjacency=PATIENT_ZEROED)
+
+    def parts(*terms):
+        return [SimpleNamespace(terms=one) if k % 2 else SimpleNamespace(_terms=one) for k, one in enumerate(terms)]
+
+    check_terms([object(), *parts(public, SITE, PATIENT, public)], sites=3)  # one implies the other
+    check_terms(parts(replace(SITE, delta=0.3)), sites=3)
+    check_terms(parts(replace(public, delta=0.4)), sites=3)  # compared with patients, elsewhere
+    with pytest.raises(ValueError, match=r"number of sites \(1/3\), got 0\.34"):
+        check_terms(parts(public, replace(SITE, delta=0.34)), sites=3)
+    for other in (replace(public, delta=1e-4), replace(public, accountant="prv"), replace(public, adjacency=ANY)):
+        with pytest.raises(ValueError, match="cannot be added up; use the same"):
+            check_terms(parts(public, SITE, other), sites=3)
+
+
+def noise_over(steps, epsilon):
+    """The smallest of that many Gaussian steps without sampling, at δ = 1e-6, by theorem 8 of Balle and Wang."""
+    return math.sqrt(steps) * inverted(lambda sigma: gaussian_delta(epsilon, sigma), 1e-6)
+
+
+@pytest.mark.parametrize(("epsilon", "steps"), [(0.02, 9), (0.01, 4), (0.01, 9), (0.01, 10)])
+def test_noise_of_up_to_a_thousand_is_found(epsilon, steps):
+    """Between 512 and 1000 it was once refused as too little."""
+    exact = noise_over(steps, epsilon)
+    assert 450 < exact < 1000
+    found = noise_multiplier_for(target_epsilon=epsilon, delta=1e-6, sample_rate=1.0, steps=steps, accountant="gdp")
+    assert exact * (1 - 1e-6) <= found <= exact * 1.0011
+
+
+@pytest.mark.parametrize(("epsilon", "steps"), [(0.01, 11), (0.01, 16), (0.005, 9)])
+def test_more_noise_than_a_thousand_is_refused(epsilon, steps):
+    assert noise_over(steps, epsilon) > 1000
+    with pytest.raises(ValueError, match=rf"up to 1000 gives ε = {epsilon} at δ = 1e-06 over {steps} steps .*'gdp'"):
+        noise_multiplier_for(target_epsilon=epsilon, delta=1e-6, sample_rate=1.0, steps=steps, accountant="gdp")

@@ -12,8 +12,10 @@ import torch
 from cohorts import TinyNet, blob_sites
 from fedlab import DPSGD, FedAvg, Privacy, SecureAggregation, SiteTrainer, federate
 from fedlab.core import weights_sha256
-from fedlab.core.types import Site, SiteState, Update
+from fedlab.core.errors import FedlabError, PrivacyError
+from fedlab.core.types import ServerState, Site, SiteState, Update
 from fedlab.privacy import Aggregation, AtSites, CentralGaussian, Ledger, LocalGaussian
+from fedlab.privacy.base import layers_at, technique_at
 from fedlab.run import History
 
 DP = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=2)
@@ -156,3 +158,110 @@ def test_travels_in_a_plan() -> None:
 
     privacy = AtSites(sites=("a",), technique=DP) + LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)
     assert repr(make(describe(privacy), approve=lambda module: None)) == repr(privacy)
+
+
+class Chain(Privacy):
+    """At a site the next of a chain, which ends with a technique."""
+
+    def __init__(self, length: int, last: Privacy) -> None:
+        self._length, self._last = length, last
+
+    def at(self, site: str) -> Privacy:
+        return Chain(self._length - 1, self._last) if self._length > 1 else self._last
+
+
+def test_what_a_technique_is_at_a_site_is_asked_until_nothing_changes() -> None:
+    noise = LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)
+    for length in (1, 2, 20):
+        assert technique_at(Chain(length, DP), "a") is DP
+        assert technique_at(Chain(length, DP) + noise, "a").layers == (DP, noise)
+        assert technique_at(noise + Chain(length, Privacy()), "a") is noise
+        assert type(technique_at(Chain(length, Privacy()), "a")) is Privacy
+    for length, said in ((21, "DPSGD"), (22, "Chain"), (10**9, "Chain")):
+        with pytest.raises(PrivacyError, match=rf"^{said}\(.*\) never says what it is at Ulm; return a technique"):
+            technique_at(noise + Chain(length, DP), "Ulm")
+
+
+def test_a_technique_that_is_the_same_everywhere_stays_itself() -> None:
+    noise = LocalGaussian(clip=1.0, noise_multiplier=1.0, delta=0.1)
+    both = DP + noise
+    assert technique_at(both, "a") is both and technique_at(DP, "a") is DP
+    assert both.at("a") is both and layers_at(both.layers, "a") == [DP, noise]
+    assert layers_at([Privacy(), DP, Privacy()], "a") == [DP]
+
+
+def test_a_technique_that_differs_at_one_site_is_asked_about_that_site() -> None:
+    class ButUlm(Privacy):
+        def at(self, site: str) -> Privacy:
+            return DP if site == "Ulm" else self
+
+    technique = ButUlm()
+    assert technique_at(technique, "Bern") is technique and technique_at(technique, "Ulm") is DP
+
+
+class Sends(Privacy):
+    """A technique that sends a number beside the update, and works at the server."""
+
+    def __init__(self, name: str, units: frozenset[str] = frozenset()) -> None:
+        self.sends, self.units, self._heard = frozenset({name}), units, list[Any]()
+
+    def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+        self._heard.append((state.owner, update.site, rng))
+        return update.map(lambda t: t * 2 + len(self.sends))
+
+    def release(self, mean: Update, cohort: Any, state: Any, rng: torch.Generator) -> Update:
+        self._heard.append((state.owner, cohort, rng))
+        return mean.map(lambda t: t * 3 - 1)
+
+
+def test_a_sum_is_all_of_its_techniques_in_order_and_back_at_the_server() -> None:
+    first, last = Sends("one", frozenset({"site"})), Sends("other", frozenset({"patient"}))
+    both = first + last
+    assert both.units == {"site", "patient"} and both.sends == {"one", "other"} and both.layers == (first, last)
+    assert both.works_at_server and not (DP + Notes()).works_at_server
+    assert (Privacy() + first).works_at_server and repr(both) == f"{first!r} + {last!r}"
+    state, rng = SiteState(owner="privacy"), torch.Generator()
+    sent = both.protect(Update(site="Bern", delta={"w": torch.tensor([1.0, -0.5])}, weight=1.0), state, rng)
+    assert sent.delta["w"].tolist() == [7.0, 1.0]  # (t · 2 + 1) · 2 + 1
+    server = ServerState(round=0, params={}, owner="privacy")
+    mean = both.release(Update(site="mean", delta={"w": torch.tensor([1.0, 0.5])}, weight=1.0), "cohort", server, rng)
+    assert mean.delta["w"].tolist() == [5.0, 0.5]  # (t · 3 - 1) · 3 - 1
+    assert first._heard == [("privacy 0", "Bern", rng), ("privacy 0", "cohort", rng)]
+    assert last._heard == [("privacy 1", "Bern", rng), ("privacy 1", "cohort", rng)]
+    with pytest.raises(TypeError, match=r"only privacy techniques are joined by \+, got 3"):
+        first + 3  # type: ignore[operator]
+
+
+def test_a_sum_asks_each_of_its_techniques_before_and_during_training() -> None:
+    first, last = Notes(), Notes()
+    both, state = first + last, SiteState(owner="privacy")
+    run: Any = SimpleNamespace(names=("Bern",))
+    site, kit = Site(name="Bern", train=[]), SimpleNamespace()
+    for notes in (first, last):
+        notes._calls.clear()
+    both.check(run)
+    both.check_site(site, run)
+    equipped: Any = both.equip(kit, site, state)  # type: ignore[arg-type]
+    for place, (notes, inner) in enumerate(((first, kit), (last, equipped.around))):
+        assert notes._calls[:2] == [("check", run), ("site", site, run)]
+        (name, given, where, own), = notes._calls[2:]
+        assert (name, given, where, own.owner) == ("equip", inner, site, f"privacy {place}")
+        assert own.namespaces is state.namespaces
+    assert equipped.around.around is kit
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda update: replace(update, delta={"v": update.delta["w"]}), lambda update: replace(update, site="Ulm"),
+    lambda update: replace(update, buffers={}), lambda update: update.map(lambda t: t / 0)])
+def test_what_one_technique_spoils_is_found_before_the_next(spoil: Any) -> None:
+    class Spoils(Privacy):
+        def protect(self, update: Update, state: SiteState, rng: torch.Generator) -> Update:
+            changed: Update = spoil(update)
+            return changed
+
+    notes = Notes()
+    update = Update(site="Bern", delta={"w": torch.ones(2)}, weight=1.0, buffers={"n": torch.ones(1)})
+    (Privacy() + notes).protect(update, SiteState(), torch.Generator())
+    with pytest.raises((PrivacyError, FedlabError)):
+        (Spoils() + notes).protect(update, SiteState(), torch.Generator())
+    assert len(notes._calls) == 3  # its order in two sums, and the one update

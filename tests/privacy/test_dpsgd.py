@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 import irregular
 from chance import SIGMAS, seeded
 from cohorts import TinyNet, blob_patient, blob_sites
-from fedlab.core.errors import PrivacyError, SiteError
+from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.kit import Kit
 from fedlab.core.regions import labels_to_regions
-from fedlab.core.types import Site, SiteState
+from fedlab.core.types import Site, SiteState, Spent, Update
 from fedlab.core.weights import trainable, weights_sha256
-from fedlab.privacy.accounting.ledger import Gaussian, Ledger, epsilon_of
+from fedlab.privacy.accounting.ledger import PATIENT_ZEROED, Gaussian, Ledger, epsilon_of
 from fedlab.privacy.accounting.ledger_file import LedgerFile
+from fedlab.privacy.dp import dpsgd
 from fedlab.privacy.dp.clipping import AdaptiveClip
 from fedlab.privacy.dp.dpsgd import DPSGD, PatientBatches
 from fedlab.privacy.dp.gradients import MODES, per_patient
@@ -175,6 +178,10 @@ class Croppings(Numbered):
 def test_the_crops_of_a_patient_are_drawn_one_by_one():
     [(image, target)] = PatientBatches(Croppings(), sample_rate=1.0, steps=1, crops=3, rng=None)
     assert image.flatten().tolist() == target.flatten().tolist() == list(range(1, 22))  # 7 patients, 3 crops of each
+    [(image, _)] = PatientBatches(Croppings(), sample_rate=1.0, steps=1, rng=None)
+    assert image.shape == (7, 1, 1)
+    [nobody] = PatientBatches(Croppings(), sample_rate=1e-12, steps=1, rng=None)
+    assert [part.shape for part in nobody] == [(0,), (0,)]
 
 
 @pytest.mark.parametrize("gradients", ["backward", "hooks", "functorch"])
@@ -409,6 +416,7 @@ def test_it_learns_within_a_budget_and_withdraws_when_it_is_used_up():
     ({"clip": 0.0}, "clip is a positive number"), ({"clip": math.inf}, "finite if there is noise"),
     ({"clip": math.nan}, "clip is a positive"), ({"noise_multiplier": -1.0}, "noise_multiplier"),
     ({"noise_multiplier": math.nan}, "noise_multiplier"), ({"noise_multiplier": math.inf}, "noise_multiplier"),
+    ({"noise_multiplier": math.inf, "sample_rate": None, "batch": 1}, "or 0 for no noise and no guarantee, got inf"),
     ({"batch": 2}, "either batch"), ({"sample_rate": None}, "either batch"), ({"sample_rate": 0.0}, "sample_rate"),
     ({"sample_rate": 1.5}, "sample_rate"), ({"sample_rate": None, "batch": -1}, "batch is a positive"),
     ({"delta": 0.0}, "delta lies between"), ({"delta": 1.0}, "delta lies between"), ({"crops": 0}, "crops"),
@@ -432,7 +440,7 @@ def summed(logits, target):
 
 
 @pytest.mark.parametrize(("options", "changes", "sizes", "says"), [
-    ({"delta": 0.4}, {}, (3,), "delta is below 1 over"),
+    ({"delta": 0.4}, {}, (3,), r"delta is below 1 over the number of patients \(1/3 at site-0\)"),
     ({"sample_rate": None, "batch": 4}, {}, (5, 3), "site-1 has only 3"),
     ({}, {"loss": dice_of_the_batch}, (3,), "mixes patients"), ({}, {"loss": summed}, (3,), "mixes patients"),
     ({"gradients": "ew"}, {"precision": "bf16"}, (3,), "needs float32"),
@@ -466,4 +474,198 @@ def test_a_patient_twice_a_second_dpsgd_and_a_broken_scan_are_refused():
 def test_it_prints_as_the_code_that_makes_it():
     technique = DPSGD(clip=AdaptiveClip(start=0.1, bit_noise=2.0), noise_multiplier=1.0, batch=2, crops=4)
     assert repr(eval(repr(technique))) == repr(technique)
+    assert repr(DPSGD(clip=0.5, noise_multiplier=0.75, batch=3)) == (
+        "DPSGD(clip=0.5, noise_multiplier=0.75, delta=1e-05, batch=3, sample_rate=None, crops=1, per_layer=False, "
+        "gradients='backward', accountant='rdp', max_epsilon=None, secure_mode=False)")
     assert technique.units == {"patient"} and DPSGD(clip=1.0, noise_multiplier=0, batch=1).units == frozenset()
+
+
+# What a round costs, and where its chance comes from
+
+def exact_epsilon(noise: float, steps: int, delta: float) -> float:
+    """Of Gaussian steps in which every patient takes part (Balle and Wang 2018, theorem 8), by bisection."""
+    mu, low, high = math.sqrt(steps) / noise, 0.0, 500.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        spent = stats.norm.cdf(mu / 2 - middle / mu) - math.exp(middle + stats.norm.logcdf(-middle / mu - mu / 2))
+        low, high = (middle, high) if spent > delta else (low, middle)
+    return high
+
+
+@pytest.mark.parametrize(("training", "steps"), [
+    ({"steps": 5}, 5), ({"steps": None, "epochs": 3, "batch_size": 2}, 8),  # ⌈3 · 5 / 2⌉
+    ({"steps": None, "epochs": 1, "batch_size": 3}, 2), ({"steps": None, "epochs": 2, "batch_size": 5}, 2)])
+def test_before_the_run_a_round_costs_what_its_steps_cost(training, steps):
+    shared = dict(clip=1.0, noise_multiplier=4.0, sample_rate=1.0, delta=1e-2, accountant="gdp")
+    exact, sites = exact_epsilon(4.0, steps, 1e-2), blob_sites((5,))
+    with pytest.raises(ValueError, match=f"a round of {steps} steps alone costs ε = "):
+        each_round(trainer(**training), sites, privacy=DPSGD(max_epsilon=exact * 0.999, **shared))
+    each_round(trainer(**training), sites, privacy=DPSGD(max_epsilon=exact * 1.001, **shared))
+
+
+def test_before_the_run_a_batch_is_charged_at_the_site_s_own_rate():
+    """2 of 5 patients a step: less than 2 of 3, by Opacus's accountant."""
+    from opacus.accountants import RDPAccountant
+
+    theirs = {}
+    for size in (3, 5):
+        accountant = RDPAccountant()
+        accountant.history = [(2.0, 2 / size, 4)]
+        theirs[size] = accountant.get_epsilon(delta=1e-2)
+    technique = DPSGD(clip=1.0, noise_multiplier=2.0, batch=2, delta=1e-2, max_epsilon=1.02 * theirs[5])
+    assert theirs[3] > 1.2 * theirs[5]
+    each_round(trainer(steps=4), blob_sites((5,)), privacy=technique)
+    with pytest.raises(ValueError, match="a round of 4 steps alone costs"):
+        each_round(trainer(steps=4), blob_sites((3,)), privacy=technique)
+    tight = DPSGD(clip=1.0, noise_multiplier=2.0, batch=2, delta=1e-2, max_epsilon=0.97 * theirs[5])
+    with pytest.raises(ValueError, match="a round of 4 steps alone costs"):
+        each_round(trainer(steps=4), blob_sites((5,)), privacy=tight)
+
+
+def test_one_step_alone_is_held_against_the_budget_when_the_rate_is_known():
+    exact = exact_epsilon(1.5, 1, 1e-2)
+    shared = dict(clip=1.0, noise_multiplier=1.5, delta=1e-2, sample_rate=1.0, accountant="gdp")
+    with pytest.raises(ValueError, match=r"^one step alone costs ε = "):
+        DPSGD(max_epsilon=exact * 0.999, **shared)
+    DPSGD(max_epsilon=exact * 1.001, **shared)
+    DPSGD(clip=1.0, noise_multiplier=1.5, delta=1e-2, batch=1, max_epsilon=1e-9)  # no rate is known yet
+
+
+@pytest.mark.parametrize(("sent", "steps"), [(0, 1), (1, 1), (7, 7)])
+def test_a_site_states_at_least_what_its_steps_spend(sent, steps):
+    """Also where it says that it took none; a rate that follows from its number of patients is not known."""
+    update = Update(site="a", delta={"w": torch.zeros(2)}, weight=3.0, steps=sent)
+    technique = DPSGD(clip=1.0, noise_multiplier=3.0, accountant="gdp", **ALL)
+    least = technique.least_spent(update)
+    assert least.epsilon == pytest.approx(exact_epsilon(3.0, steps, 1e-2), rel=1e-6)
+    assert least._replace(epsilon=0.0) == Spent(0.0, 1e-2, "patient", "gdp", PATIENT_ZEROED)
+    unknown = DPSGD(clip=1.0, noise_multiplier=3.0, batch=1, delta=1e-2)
+    assert unknown.least_spent(update) == Spent(0.0, 1e-2, "patient", "rdp", PATIENT_ZEROED)
+    assert DPSGD(clip=1.0, noise_multiplier=0, sample_rate=1.0).least_spent(update) is None
+
+
+def test_patients_and_bits_are_drawn_from_streams_of_their_own():
+    """Doubles of the site's stream: of floats, a rate below 2**-24 would be that. Six steps of 2 of 5 patients."""
+    rule, state, site = AdaptiveClip(start=1.0, bit_noise=4.0, quantile=0.25, lr=0.1), SiteState(), blob_sites((5,))[0]
+    kit = equipped(DPSGD(clip=rule, noise_multiplier=1.0, batch=2, delta=1e-2), site, seed=11, steps=6, state=state)
+    rng, drawn, expected = noise_generator(11, "patients"), [], []
+    for image, _ in kit.loader:
+        drawn.append([k for one in image for k, p in enumerate(site.train) if torch.equal(one[0], p.image)])
+        values = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
+        expected.append([k for k, value in enumerate(values) if value < 2 / 5])
+        kit.optimiser.zero_grad(set_to_none=True)
+        kit.backward(kit, torch.empty(0), torch.empty(0))
+        kit.optimiser.step()
+    kit.close()
+    assert drawn == expected and len({tuple(one) for one in drawn}) > 2
+    rng = noise_generator(11, "bits")
+    noise = [float(torch.randn((), generator=rng, dtype=torch.float64)) for _ in range(6)]
+    log = -0.1 * sum(0.5 + 4.0 * z / 2 - 0.25 for z in noise)
+    assert float(state.own["clipping norm"]) == pytest.approx(math.exp(log), rel=1e-9)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_patients_are_drawn_anew_in_secure_mode_only(secure):
+    technique = DPSGD(clip=1.0, noise_multiplier=1.0, sample_rate=0.5, delta=1e-2, secure_mode=secure)
+    drawn = [[image.flatten().tolist()[:: 16**3] for image, _ in equipped(
+        technique, blob_sites((5,))[0], seed=3, steps=40, augment=None).loader] for _ in range(2)]
+    assert (drawn[0] == drawn[1]) is not secure
+
+
+def test_diagnostics_are_those_of_the_steps_by_hand():
+    """Three steps of the same four gradients, of which two are longer than the clip."""
+    site, model, objective, state = blob_sites((4,))[0], TinyNet(), trainer().loss, SiteState()
+    image, target = batch_of([site])
+    image[1] *= 9
+    single = [torch.cat([g.flatten() for g in own_gradient(model, objective, image[k], target[k])]).double()
+              for k in range(4)]
+    lengths = sorted(float(g.norm()) for g in single)
+    clip = (lengths[1] + lengths[2]) / 2
+    kit = equipped(DPSGD(clip=clip, noise_multiplier=0.7, **ALL), site, steps=3, state=state, model=still())
+    for _ in range(3):
+        kit.optimiser.zero_grad(set_to_none=True)
+        assert kit.backward(kit, image, target) == pytest.approx(
+            sum(objective(model(image[k]), target[k]).item() for k in range(4)) / 4, rel=1e-5)
+        kit.optimiser.step()
+    kit.close()
+    found = state.diagnostics
+    total = sum(g * min(1.0, clip / (float(g.norm()) + 1e-6)) for g in single)
+    assert float(found["norm of the clipped sum"]) == pytest.approx(float(total.norm()), rel=1e-5)
+    assert float(found["norm of the noise"]) == pytest.approx(0.7 * clip * math.sqrt(len(total)), rel=1e-6)
+    assert float(found["share beyond the clipping norm"]) == 0.5
+    assert found["norms of patients' gradients"].tolist() == pytest.approx(
+        3 * [float(g.norm()) for g in single], rel=1e-5)
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        "norm of the clipped sum": (torch.float64, ()), "norm of the noise": (torch.float64, ()),
+        "norms of patients' gradients": (torch.float64, (12,)),
+        "share beyond the clipping norm": (torch.float64, ())}
+
+
+def test_without_noise_there_is_no_norm_of_noise_and_no_share_of_nobody():
+    state = SiteState()
+    noisy_gradients(equipped(DPSGD(clip=1.0, noise_multiplier=0, sample_rate=1e-9), blob_sites((3,))[0], steps=2,
+                             state=state))
+    assert state.diagnostics.keys() == {"norms of patients' gradients", "share beyond the clipping norm"}
+    assert float(state.diagnostics["share beyond the clipping norm"]) == 0.0
+
+
+def test_a_gradient_just_as_long_as_the_clip_is_within_it():
+    state, site = SiteState(), blob_sites((1,))[0]
+    noisy_gradients(equipped(DPSGD(clip=1.0, noise_multiplier=0, sample_rate=1.0), site, steps=1, state=state))
+    [length] = state.diagnostics["norms of patients' gradients"].tolist()
+    rule, kept = AdaptiveClip(start=length, bit_noise=1e-12, quantile=0.3, lr=0.5), SiteState()
+    noisy_gradients(equipped(DPSGD(clip=rule, noise_multiplier=0, sample_rate=1.0), site, steps=1, state=kept))
+    assert float(kept.own["clipping norm"]) == pytest.approx(length * math.exp(-0.5 * 0.7), rel=1e-9)
+    assert kept.own["clipping norm"].dtype == torch.float64
+    assert float(kept.diagnostics["share beyond the clipping norm"]) == 0.0
+    noisy_gradients(equipped(DPSGD(clip=length / 2, noise_multiplier=0, sample_rate=1.0), site, steps=1, state=kept))
+    assert float(kept.diagnostics["share beyond the clipping norm"]) == 1.0  # of one patient
+
+
+def test_the_site_s_hardware_is_asked_once_as_the_trainer_says(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dpsgd, "pick_device", lambda wish: asked.append(wish) or torch.device("cpu"))
+    monkeypatch.setattr(dpsgd, "pick_precision", lambda wish, device: asked.append((wish, device)) or torch.float32)
+    DPSGD(clip=1.0, noise_multiplier=1.0, **ALL).check(SimpleNamespace(trainer=trainer(device="cpu")))
+    assert asked == ["cpu", ("fp32", torch.device("cpu"))]
+
+
+def test_a_parameter_that_is_a_single_number_is_not_clipped_per_layer():
+    class Scaled(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, image):
+            return super().forward(image) * self.scale
+
+    technique = DPSGD(clip=1.0, noise_multiplier=1.0, per_layer=True, **ALL)
+    with pytest.raises(ValueError, match=r"parameters of shape \(\): say per_layer=False"):
+        each_round(trainer(model=Scaled()), blob_sites((3,)), privacy=technique)
+    each_round(trainer(), blob_sites((3,)), privacy=technique)
+
+
+def test_all_patients_and_several_crops_make_a_batch():
+    technique = DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-2, batch=3, crops=2)
+    each_round(trainer(), blob_sites((3, 4)), privacy=technique)
+    [(image, target)] = equipped(technique, blob_sites((3,))[0], steps=1).loader
+    assert image.shape == (3, 2, 4, 16, 16, 16) and target.shape == (3, 2, 3, 16, 16, 16)
+
+
+def test_half_precision_is_for_patients_that_are_taken_one_by_one():
+    technique = DPSGD(clip=1.0, noise_multiplier=1.0, **ALL)
+    each_round(trainer(precision="bf16"), blob_sites((3,)), privacy=technique)
+    assert equipped(technique, blob_sites((3,))[0], precision="bf16").dtype is torch.bfloat16
+
+
+def test_a_site_s_rounds_together_stay_within_its_budget():
+    """Six steps in two rounds fit, nine do not; what a round would cost is entered before its first step."""
+    exact, state = exact_epsilon(4.0, 6, 1e-2), SiteState()
+    technique = DPSGD(clip=1.0, noise_multiplier=4.0, accountant="gdp", max_epsilon=exact * 1.001, **ALL)
+    for rounds in (1, 2):
+        equipped(technique, blob_sites((2,))[0], steps=3, state=state)
+        [spent] = Ledger(state).spent()
+        assert spent.epsilon == pytest.approx(exact_epsilon(4.0, 3 * rounds, 1e-2), rel=1e-6) and spent.repeats
+    with pytest.raises(PrivacyBudgetExhausted, match="this release would make it"):
+        equipped(technique, blob_sites((2,))[0], steps=3, state=state)
+    assert len(Ledger(state).releases()) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from cohorts import TinyNet, blob_sites
 from fedlab.core.seeds import generator
-from fedlab.core.types import SiteState, Spent, Update
+from fedlab.core.types import ServerState, SiteState, Spent, Update
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.privacy.compression import TopK
 from fedlab.privacy.dp.dpsgd import DPSGD
@@ -31,6 +32,7 @@ from fedlab.strategies import (
     Krum,
     NormBound,
     TrimmedMean,
+    client_drift,
 )
 from fedlab.topologies.buffered import Buffered
 from fedlab.topologies.tree import Tree
@@ -87,6 +89,66 @@ def test_fedprox_is_the_proximal_gradient():
     close(history.state.params, params)
     plain = federate(sgd(), [site], rounds=2, progress=False)
     assert different(plain.state.params, params) > 1e-3
+
+
+def test_a_weak_pull_is_one_too_at_the_site_and_in_its_own_model():
+    site, start = blob_sites((1,))[0], trainer().initial()
+    pulled = descend(start, site.train[0], lambda name, p: 0.4 * (p - start[name]))
+    prox = federate(sgd(), [site], strategy=FedProx(mu=0.4), rounds=1, progress=False)
+    close(prox.state.params, pulled, atol=1e-7)
+    ditto = federate(sgd(), [site], strategy=Ditto(lam=0.4), rounds=1, progress=False)
+    close(Ditto(lam=0.4).local(ditto.state.params, ditto.site_states["site-0"]), pulled, atol=1e-7)
+    assert different(ditto.state.params, pulled) > 1e-4
+    close(ditto.state.params, descend(start, site.train[0], lambda name, p: 0.0))
+
+
+def test_a_term_is_added_to_the_gradient_in_the_weights_precision_and_stands_alone_where_there_is_none():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = (nn.Parameter(torch.full((2,), v)) for v in (1.0, 3.0))
+            self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    model, named = Two(), []
+    optimiser = torch.optim.SGD([model.used, model.unused], lr=0.1)
+
+    def term(name, p):
+        named.append(name)
+        assert not torch.is_grad_enabled()
+        return torch.full((2,), 2.0, dtype=torch.float64)
+
+    client_drift._add_to_gradient(SimpleNamespace(model=model, optimiser=optimiser), term)
+    (5 * model.used).sum().backward()
+    optimiser.step()
+    assert named == ["used", "unused"] and model.frozen.grad is None
+    for p, gradient, moved in ((model.used, 7.0, 0.3), (model.unused, 2.0, 2.8)):
+        assert p.grad.dtype == torch.float32 and p.grad.tolist() == [gradient] * 2
+        assert p.tolist() == pytest.approx([moved] * 2)
+
+
+def test_a_pull_and_a_control_lie_where_the_site_trains():
+    class Elsewhere:
+        """A tensor that lies elsewhere until it is moved."""
+
+        def __init__(self, *values):
+            self.values, self.seen = values, []
+
+        def __sub__(self, other):
+            return self
+
+        def to(self, device):
+            self.seen.append(device)
+            return torch.tensor(self.values)
+
+    model = nn.ParameterDict({"w": nn.Parameter(torch.tensor([1.0, -2.0]))})
+    kit = SimpleNamespace(model=model, optimiser=torch.optim.SGD(model.values(), lr=0.5), device="there")
+    anchor, control = Elsewhere(0.0, 1.0), Elsewhere(0.25, 0.5)
+    client_drift._pull(kit, 3.0, to={"w": anchor})
+    state = ServerState(round=0, params={"w": torch.zeros(2)}, moments={"control variate": {"w": control}})
+    assert SCAFFOLD(sites=2, steps=3, lr=0.5).equip(kit, None, state, SiteState()) is kit
+    assert anchor.seen == control.seen == ["there"]
+    kit.optimiser.step()
+    assert model["w"].grad.tolist() == [3.25, -8.5] and model["w"].tolist() == [-0.625, 2.25]
 
 
 def test_without_a_pull_it_is_fedavg_to_the_bit():
@@ -207,6 +269,49 @@ def test_scaffold_follows_a_falling_learning_rate():
         SCAFFOLD(sites=2, steps=STEPS, lr=decay)._travel(4)
 
 
+def test_scaffold_s_control_of_the_server_by_hand():
+    """Two of five sites with 4 steps of length 0.25: c ← 0.6 c - 0.4 Δ / (4 · 0.25), and what others keep stays."""
+    strategy, kept = SCAFFOLD(sites=5, steps=4, lr=0.25, server_lr=0.5), {"v": torch.ones(1)}
+    state = replace(strategy.begin({"w": torch.tensor([1.0, 2.0])}), moments={"workflow": kept})
+    for delta, control, w in (([2.0, -1.0], [-0.8, 0.4], [2.0, 1.5]), ([0.5, 3.0], [-0.68, -0.96], [2.25, 3.0])):
+        mean = Update(site="mean", delta={"w": torch.tensor(delta, dtype=torch.float64)}, weight=2.0, steps=8)
+        state = strategy.step(state, mean)
+        found = state.moments["control variate"]["w"]
+        assert found.tolist() == pytest.approx(control) and found.dtype == torch.float32
+        assert state.params["w"].tolist() == pytest.approx(w) and state.moments["workflow"] is kept
+
+
+def test_a_site_s_control_by_hand():
+    """c_i ← c_i - c - Δ / (3 · 0.5); its first is that of zeros."""
+    strategy, site_state = SCAFFOLD(sites=2, steps=3, lr=lambda round: 0.5 if round == 7 else 0.0), SiteState()
+    state = replace(strategy.begin({"w": torch.tensor([1.0, 2.0])}), round=7,
+                    moments={"control variate": {"w": torch.tensor([0.5, -4.0])}})
+    for delta, own in (([3.0, 0.75], [-2.5, 3.5]), ([1.5, -6.0], [-4.0, 11.5])):
+        sent = Update(site="a", delta={"w": torch.tensor(delta)}, weight=9.0, steps=3)
+        strategy.remember(None, None, state, sent, site_state, 0)
+        assert site_state.own["w"].tolist() == pytest.approx(own) and site_state.own["w"].dtype == torch.float32
+
+
+def test_scaffold_divides_by_positive_numbers_only():
+    for rate in (0.0, -0.1, float("inf")):
+        with pytest.raises(ValueError, match=f"the learning rate of round 2 is {rate}, by which"):
+            SCAFFOLD(sites=2, steps=3, lr=lambda round, rate=rate: rate)._travel(2)
+    assert SCAFFOLD(sites=2, steps=3, lr=lambda round: 0.5 + round)._travel(2) == 7.5
+    for missing in ({"steps": 3}, {"lr": 0.1}):
+        with pytest.raises(ValueError, match="is not bound to a run"):
+            SCAFFOLD(sites=2, **missing)._travel(0)
+
+
+def test_a_schedule_is_that_of_the_run_if_it_is_in_all_of_its_rounds():
+    sites, strategy = blob_sites((1, 1)), SCAFFOLD(lr=lambda round: 0.1 if round < 3 else 0.2)
+    one = sgd(lr=lambda round: 0.1)
+    each_round(one, sites, strategy=strategy, rounds=3)
+    with pytest.raises(ValueError, match="is not for this run"):
+        each_round(one, sites, strategy=strategy, rounds=4)
+    with pytest.raises(ValueError, match="is not for this run"):  # one number and a schedule are never the same
+        each_round(one, sites, strategy=SCAFFOLD(lr=0.1), rounds=1)
+
+
 def test_a_site_s_control_comes_from_what_it_sent():
     technique = LocalGaussian(clip=0.01, noise_multiplier=1.0, delta=1e-2)
     history = federate(sgd(), blob_sites((1, 1)), strategy=SCAFFOLD(sites=2, steps=STEPS, lr=LR), privacy=technique,
@@ -237,6 +342,7 @@ def test_noise_at_the_server_also_hides_how_many_came():
 @pytest.mark.parametrize("changes,strategy,match", [
     ({"optimiser": trainer().optimiser}, {}, r"optimiser=torch\.optim\.SGD"),
     ({"optimiser": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}, {}, "moments"),
+    ({"optimiser": lambda p, lr: torch.optim.SGD(p, lr, maximize=True)}, {}, "moments"),
     ({"steps": None, "epochs": 1}, {}, "steps= in place of epochs=1"),
     ({}, {"sites": 3}, r"this run, which has \{'sites': 2, 'steps': 3, 'lr': 0\.2\}"),
     ({}, {"steps": 2}, "not for this run"),

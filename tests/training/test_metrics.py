@@ -11,9 +11,12 @@ import irregular
 from cohorts import oblique
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.types import REGIONS, Patient, Site
+from fedlab.training import metrics
 from fedlab.training.metrics import (
     COLUMNS,
     WORST_HD95_MM,
+    _block,
+    _dice_curves,
     evaluate,
     predict,
     score,
@@ -402,3 +405,191 @@ def test_threshold_dice_refuses():
         threshold_dice([noisy(0, 0)], low=2, high=1)
     with pytest.raises(ValueError, match="P has no label"):
         threshold_dice([patient(labelled=False)])
+
+
+# --- settings on their way, and what a network takes
+
+@pytest.mark.parametrize("spacing", [(1, 1, math.inf), (math.nan, 1, 1), (1, -0.5, 1), (1, 1, 1, 1), ()])
+def test_a_spacing_is_three_positive_numbers(spacing):
+    with pytest.raises(ValueError, match="three positive numbers"):
+        score(regions(), regions(), spacing_mm=spacing)
+
+
+def test_masks_of_zeros_and_ones_of_any_type_are_masks_and_others_are_named():
+    one, other = regions(WT=np.s_[2:5, 3, 3]), regions(WT=np.s_[3:7, 3, 3])
+    for kind in (torch.uint8, torch.int64, torch.float16, torch.bool):
+        got = score(one.to(kind), other.to(kind), spacing_mm=(0.5, 1, 2))["WT"]
+        assert (got.dice, got.predicted_ml, got.reference_ml) == pytest.approx((4 / 7, 0.003, 0.004))
+    for value in (2, -1, 0.5):
+        wrong = one.float() * value
+        with pytest.raises(ValueError, match="the prediction holds values besides 0 and 1"):
+            score(wrong, other, spacing_mm=(1, 1, 1))
+        with pytest.raises(ValueError, match="the reference holds values besides 0 and 1"):
+            score(one, wrong, spacing_mm=(1, 1, 1))
+
+
+def test_rows_carry_their_names_and_without_a_reference_volumes_only():
+    guess = regions(WT=np.s_[1:4, 1, 1], TC=np.s_[1, 1, 1])
+    rows = score_rows(guess, None, spacing_mm=(1, 2, 3), site="Bern", patient="P7")
+    names = [(row["site"], row["patient"], row["region"]) for row in rows]
+    assert names == [("Bern", "P7", "WT"), ("Bern", "P7", "TC"), ("Bern", "P7", "ET")]
+    assert [row["predicted_ml"] for row in rows] == pytest.approx([0.018, 0.006, 0.0])
+    assert all(math.isnan(row[name]) for row in rows for name in ("dice", "hd95_mm", "reference_ml"))
+    known = score_rows(guess, regions(WT=np.s_[1:3, 1, 1]), spacing_mm=(1, 2, 3), site="", patient="")
+    assert [row["reference_ml"] for row in known] == pytest.approx([0.012, 0.0, 0.0])
+    assert [row["dice"] for row in known] == pytest.approx([0.8, 0.0, 1.0])
+
+
+def test_the_rule_of_a_summary_counts_what_lacks_the_region():
+    assert summary(table(), empty="skip").attrs["rule"] == (
+        "Patients whose reference lacks a region do not count for it (WT 0, TC 0, ET 2); in 1 of these cases the "
+        "prediction has it.")
+    assert summary(table()).attrs["rule"].endswith("lacks the region: WT 0, TC 0, ET 2; false alarms among them: 1.")
+
+
+@pytest.mark.parametrize(("grid", "window", "multiple", "expected"), [
+    ((20, 24, 17), (64, 64, 64), 16, [32, 32, 32]), ((16, 33, 64), (64, 64, 64), 16, [16, 48, 64]),
+    ((200, 20, 50), (40, 64, 24), 16, [40, 32, 24]), ((200, 20, 50), (40, 100, 24), 32, [32, 32, 32]),
+    ((200, 97, 33), (70, 100, 64), 32, [64, 96, 64]), ((65, 64, 1), (200, 64, 64), 64, [128, 64, 64]),
+    ((20, 24, 17), (48, 40, 56), None, [48, 40, 56])])
+def test_the_input_of_a_network_is_the_volume_padded_within_the_window(grid, window, multiple, expected):
+    assert _block(grid, window, multiple) == expected
+
+
+class Picky(Reader):
+    """Takes sides that are multiples of a number only."""
+
+    def __init__(self, multiple, error=RuntimeError):
+        super().__init__()
+        self.multiple, self.error, self.tried = multiple, error, []
+
+    def forward(self, x):
+        self.tried.append(tuple(x.shape[2:]))
+        if any(side % self.multiple for side in x.shape[2:]):
+            raise self.error(f"attempt {len(self.tried)}")
+        return super().forward(x)
+
+
+def test_the_multiple_that_a_network_takes_is_tried_once_and_kept():
+    model, case = Picky(64), patient(shape=(20, 40, 17))
+    found = predict(model, case, window=(64, 64, 64))
+    assert model.tried == [(32, 48, 32), (32, 64, 32), (64, 64, 64)]
+    torch.testing.assert_close(found, predict(Reader(), case), atol=1e-6, rtol=1e-5)
+    predict(model, case, window=(64, 64, 64))
+    assert model.tried[3:] == [(64, 64, 64)]
+    whole = Picky(40)
+    predict(whole, case, window=(40, 40, 40))
+    assert whole.tried[-1] == (40, 40, 40) and predict(whole, case, window=(80, 40, 40)).shape == (3, 20, 40, 17)
+    assert whole.tried[-1] == (80, 40, 40)
+
+
+def test_of_a_network_that_takes_nothing_the_first_error_is_told():
+    model = Picky(7)
+    with pytest.raises(ValueError, match=r"48x64x40 voxels or less \(RuntimeError: attempt 1\); pass window="):
+        predict(model, patient(shape=(20, 24, 17)), window=(48, 64, 40))
+    assert len(model.tried) == 5 and model.tried[-1] == (48, 64, 40)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, ImportError])
+def test_errors_that_no_size_explains_are_raised_as_they_are(error):
+    model = Picky(7, error)
+    with pytest.raises(error, match="attempt 1"):
+        predict(model, patient(shape=(20, 24, 17)))
+    assert len(model.tried) == (1 if error is torch.OutOfMemoryError else 5)
+
+
+class Several(Reader):
+    """Gives a coarse output, one of full resolution, and another."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.pack = pack
+
+    def forward(self, x):
+        full = super().forward(x)
+        return self.pack(full)
+
+
+def test_of_several_outputs_the_first_of_full_resolution_counts():
+    case = patient(shape=(16, 16, 16))
+    expected = predict(Reader(), case)
+    for pack in (lambda full: [full[..., ::2, ::2, ::2], full, -full], lambda full: ("text", full),
+                 lambda full: torch.stack([full, -full], dim=1)):
+        torch.testing.assert_close(predict(Several(pack), case), expected)
+    with pytest.raises(ValueError, match=r"the model returned \(1, 3, 8, 8, 8\) and dict\); pass window="):
+        predict(Several(lambda full: [full[..., ::2, ::2, ::2], {}]), case)
+
+
+def test_a_network_says_itself_whether_it_is_mirrored_and_has_no_parameters_to_have():
+    class Without(torch.nn.Module):
+        def __init__(self, said):
+            super().__init__()
+            self.settings, self.seen = said, []
+
+        def forward(self, x):
+            self.seen.append(x.shape[0])
+            return x[:, :3] - torch.linspace(0, 1, x.shape[2]).view(-1, 1, 1)
+
+    for said, batch in (({"mirror": True}, 2), ({"mirror": False}, 1), ({"mirror": 1}, 1), ({}, 1), ("mirror", 1)):
+        model = Without(said)
+        predict(model, patient(shape=(16, 16, 16)))
+        assert model.seen == [batch]
+        predict(model, patient(shape=(16, 16, 16)), mirror=batch == 1, device="cpu")
+        assert model.seen[1] == 3 - batch
+
+
+def test_a_volume_beyond_64_voxels_is_predicted_in_windows_that_overlap_by_half():
+    model = Reader()
+    predict(model, patient(shape=(120, 16, 16)))
+    assert model.seen == [(1, 4, 64, 16, 16)] * 3  # from 0, 32 and 56
+
+
+@pytest.mark.parametrize("given", [{}, {"window": (16, 24, 32), "overlap": 0.25, "mirror": True, "precision": "bf16",
+                                        "device": "cpu", "threshold": 0.25}])
+def test_evaluate_hands_its_settings_on(given, monkeypatch, capsys):
+    seen = []
+
+    def fake(model, case, **given):
+        seen.append((model, case.id, given))
+        return torch.full((3, 20, 24, 17), 0.375)
+
+    monkeypatch.setattr(metrics, "predict", fake)
+    found = evaluate("model", [patient(name="P3")], **given)
+    usual = {"window": (64, 64, 64), "overlap": 0.5, "mirror": None, "precision": "auto", "device": None}
+    assert seen == [("model", "P3", {name: given.get(name, value) for name, value in usual.items()})]
+    assert (found["predicted_ml"] > 0).all() == ("threshold" in given) and found["patient"].tolist() == ["P3"] * 3
+    assert capsys.readouterr().err == ""
+    evaluate("model", [patient(name="P3")], progress=True)
+    assert "evaluating: 100%" in (shown := capsys.readouterr().err) and "patient" in shown
+
+
+def test_the_curves_of_all_thresholds_are_the_naive_ones():
+    """Seven bins of 4/7, values on and beyond their edges, a tumour that reaches out of the brain."""
+    rng = torch.Generator().manual_seed(3)
+    image = torch.randn(4, 9, 7, 5, generator=rng) * 2
+    image[0, 0] = -1.5  # the lowest threshold itself
+    image[1, 1] = 2.5  # and the highest
+    image[:, :, 6] = 0  # outside of the brain
+    label = torch.zeros(9, 7, 5, dtype=torch.uint8)
+    label[2:6, 4:, 1:4] = 2
+    case = Patient(id="P", image=image, label=label, affine=np.eye(4))
+    found, cuts = _dice_curves(case, -1.5, 2.5, 7), [-1.5 + 4 * k / 7 for k in range(8)]
+    expected = [[[naive([case], m, above, cut)[0] for cut in cuts] for above in (True, False)] for m in range(4)]
+    np.testing.assert_allclose(found, np.array(expected), rtol=1e-6)
+
+
+def test_a_threshold_is_given_in_standard_deviations_at_either_end_too():
+    label = torch.zeros(5, 4, 3, dtype=torch.uint8)
+    label[:2] = 4
+    for inside, outside, low, high, bins, above, threshold in (
+            (1.5, 0.5, -1.0, 2.0, 3, True, 1.0), (-2.5, 1.0, -2.0, 1.0, 1, False, -2.0),
+            (0.25, 0.75, 0.0, 1.0, 4, False, 0.5), (3.5, 1.0, 2.0, 3.0, 2, True, 2.0)):
+        image = torch.full((4, 5, 4, 3), outside)
+        image[2][label > 0] = inside
+        got = threshold_dice([Patient(id="P", image=image, label=label, affine=np.eye(4))], low=low, high=high,
+                             bins=bins)
+        assert (got.modality, got.oracle_modality, got.above, got.threshold) == ("T1c", "T1c", above, threshold)
+        assert got.dice == got.oracle_dice == 1.0
+    for wrong in ({"low": 1.0, "high": 1.0}, {"bins": 0}):
+        with pytest.raises(ValueError, match="expected patients and low < high"):
+            threshold_dice([noisy(0, 0)], **wrong)

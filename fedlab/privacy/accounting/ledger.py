@@ -31,8 +31,8 @@ Unit = Literal["patient", "site"]
 HasLedger = SiteState | ServerState
 
 _FORMAT = "fedlab-ledger-2"
-#: The least noise multiplier that `noise_multiplier_for` tries.
-_LEAST_NOISE = 1e-3
+#: The least and the largest noise multiplier that `noise_multiplier_for` tries.
+_LEAST_NOISE, _MOST_NOISE = 1e-3, 1000.0
 
 #: What DP-SGD hides, and noise at the server: a contribution replaced by nothing ("zero-out"). Their sums are divided
 #: by an expected number that follows from the number of patients or sites, which stays as it is.
@@ -145,10 +145,10 @@ def noise_multiplier_for(
     while low > _LEAST_NOISE and spent(low) <= target_epsilon:
         low, high = low / 2, low
     while spent(high) > target_epsilon:
-        low, high = high, 2 * high
-        if high > 1000:
-            raise ValueError(f"no noise multiplier up to 1000 gives ε = {target_epsilon} at δ = {delta} over {steps} "
-                             f"steps with accountant {accountant!r}; take fewer steps or a larger ε")
+        low, high = high, min(2 * high, _MOST_NOISE)
+        if low == _MOST_NOISE:
+            raise ValueError(f"no noise multiplier up to {_MOST_NOISE:g} gives ε = {target_epsilon} at δ = {delta} "
+                             f"over {steps} steps with accountant {accountant!r}; take fewer steps or a larger ε")
     while high / low > 1.001:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if spent(middle) > target_epsilon else (low, middle)
