@@ -175,12 +175,12 @@ def layers_at(layers: Sequence[Privacy], site: str, *, depth: int = 0) -> list[P
     Raises:
         PrivacyError: there is no end to it.
     """
-    if depth > 20:
-        raise PrivacyError(f"{layers[0]!r} never says what it is at {site}; return a technique whose at() returns "
-                           "itself")
     found: list[Privacy] = []
     for layer in layers:
         here = layer.at(site)
+        if here is not layer and depth == 20:
+            raise PrivacyError(f"{layer!r} never says what it is at {site}; return a technique whose at() returns "
+                               "itself")
         if here is not layer:
             found += layers_at(here.layers, site, depth=depth + 1)
         elif type(layer) is not Privacy:

@@ -188,6 +188,7 @@ def test_foreign_and_damaged_ledgers_are_refused():
     lambda: noise_multiplier_for(target_epsilon=0, delta=0.1, sample_rate=1, steps=1),
     lambda: noise_multiplier_for(target_epsilon=1, delta=0.1, sample_rate=1, steps=1, accountant="moments"),
     lambda: noise_multiplier_for(target_epsilon=1e-9, delta=1e-9, sample_rate=1, steps=10_000),
+    lambda: epsilon_of([Gaussian(noise_multiplier=1)], delta=0.1, accountant="RDP"),
 ])
 def test_wrong_settings_are_refused(make):
     with pytest.raises(ValueError):
@@ -246,6 +247,19 @@ def test_the_smallest_noise_for_a_sampled_step_is_near_the_exact_one(epsilon, ra
     less, more = (epsilon_of([Gaussian(noise_multiplier=exact * k, sample_rate=rate)], delta=delta, accountant="prv")
                   for k in (0.999, 1.01))
     assert more <= epsilon + 1e-6 < less  # an error of ε of up to 0.01
+
+
+def test_no_noise_below_a_thousandth_is_tried(monkeypatch):
+    """Where any noise is enough."""
+    tried = []
+
+    def noted(**settings):
+        tried.append(settings["noise_multiplier"])
+        return Gaussian(**settings)
+
+    monkeypatch.setattr("fedlab.privacy.accounting.ledger.Gaussian", noted)
+    found = noise_multiplier_for(target_epsilon=1e9, delta=1e-5, sample_rate=1.0, steps=1, accountant="gdp")
+    assert 1e-3 <= found <= 1.0011e-3 and min(tried) >= 1e-3
 
 
 @pytest.mark.parametrize("accountant", ["rdp", "prv", "gdp"])

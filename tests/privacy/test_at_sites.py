@@ -177,8 +177,8 @@ def test_what_a_technique_is_at_a_site_is_asked_until_nothing_changes() -> None:
         assert technique_at(Chain(length, DP) + noise, "a").layers == (DP, noise)
         assert technique_at(noise + Chain(length, Privacy()), "a") is noise
         assert type(technique_at(Chain(length, Privacy()), "a")) is Privacy
-    for length, said in ((21, "DPSGD"), (22, "Chain"), (10**9, "Chain")):
-        with pytest.raises(PrivacyError, match=rf"^{said}\(.*\) never says what it is at Ulm; return a technique"):
+    for length in (21, 22, 10**9):
+        with pytest.raises(PrivacyError, match=r"^Chain\(.*\) never says what it is at Ulm; return a technique"):
             technique_at(noise + Chain(length, DP), "Ulm")
 
 

@@ -143,7 +143,7 @@ def noise_multiplier_for(
 
     low, high = 0.2, 1.0
     while low > _LEAST_NOISE and spent(low) <= target_epsilon:
-        low, high = low / 2, low
+        low, high = max(low / 2, _LEAST_NOISE), low
     while spent(high) > target_epsilon:
         low, high = high, min(2 * high, _MOST_NOISE)
         if low == _MOST_NOISE:

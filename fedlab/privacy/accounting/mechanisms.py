@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlab.core.muted_warnings import muted
-from fedlab.core.settings import check_positive, check_share, check_whole
+from fedlab.core.settings import check_choice, check_positive, check_share, check_whole
 
 __all__ = ["RELEASES", "Accountant", "Concentrated", "Gaussian", "Pure", "Release", "epsilon_of", "renyi_of"]
 
@@ -111,11 +111,13 @@ def epsilon_of(releases: Iterable[Release], *, delta: float, accountant: Account
         accountant: as in `Terms`.
 
     Raises:
-        ValueError: δ is not between 0 and 1; "gdp" for sampled records, for which it is an approximation, not a proof;
-            "prv" or "gdp" for concentrated releases, of which only the Rényi divergence is known.
+        ValueError: δ is not between 0 and 1; an unknown accountant; "gdp" for sampled records, for which it is an
+            approximation, not a proof; "prv" or "gdp" for concentrated releases, of which only the Rényi divergence is
+            known.
     """
     if not (isinstance(delta, Real) and 0 < delta < 1):
         raise ValueError(f"delta lies between 0 and 1, got {delta}")
+    check_choice(get_args(Accountant), accountant=accountant)
     gaussian, pure, rho = _kinds(releases)
     if rho and accountant != "rdp":
         raise ValueError(f"accountant {accountant!r} cannot account for concentrated releases, such as discrete "
