@@ -58,6 +58,17 @@ class TinyNet(nn.Module):
         return out
 
 
+class Scaled(TinyNet):
+    """TinyNet with a parameter of shape ()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image) * self.scale
+
+
 class BatchNet(TinyNet):
     """TinyNet with batch norm, whose statistics training moves, and a constant that it does not."""
 

@@ -27,6 +27,7 @@ from fedlab.checks.watched import (
     Watched,
     WatchedAggregation,
 )
+from fedlab.core.changes import changed_elsewhere
 from fedlab.core.global_generators import seeded
 from fedlab.core.protocols import Strategy
 from fedlab.core.types import Patient, Site, SiteState, Tensors
@@ -159,7 +160,9 @@ def rehearse(stage: Stage, *, script: Script | None = None, rounds: int = 1, see
     try:
         for last in [*([rounds - 2] if rounds > 1 else []), LATE if rounds > 1 else 0]:
             # With the weights of its start, which a run loads anyway, a network that passed is known to have passed.
-            load_weights(stage.trainer.model, stage.trainer.initial_model())
+            # Weights that the user has loaded since stay, and the run refuses them.
+            if not changed_elsewhere(stage.trainer.model):
+                load_weights(stage.trainer.model, stage.trainer.initial_model())
             for finished in each_round(
                     trainer, sites, strategy=strategy, aggregation=aggregation, rounds=last + 1, seed=seed, state=state,
                     privacy=Watched(stage.technique, seen, seed=seed, checked=checked), site_states=states,

@@ -527,3 +527,14 @@ def test_an_unpaid_promise_is_told_in_the_technique_s_own_name():
     with pytest.raises(PrivacyError, match=r"Unpaid\(.*\) promises a guarantee per site but entered") as raised:
         small(Unpaid(), raise_=True)
     assert "Watched" not in str(raised.value) and "with Aggregation" not in str(raised.value)
+
+
+def test_weights_that_were_loaded_after_the_trainer_was_made_stay_and_are_named():
+    model = TinyNet()
+    of_user = trainer(model=model)
+    with torch.no_grad():
+        model.first.weight.add_(1.0)
+    loaded = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = check_privacy(TopK(keep=0.1), trainer=of_user, raise_=False)
+    assert "the model was changed after the trainer was made" in repr(report)
+    assert all(torch.equal(p, loaded[name]) for name, p in model.named_parameters())

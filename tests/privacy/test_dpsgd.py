@@ -13,7 +13,7 @@ from scipy import stats
 
 import irregular
 from chance import SIGMAS, seeded
-from cohorts import TinyNet, blob_patient, blob_sites
+from cohorts import Scaled, TinyNet, blob_patient, blob_sites
 from fedlab.core.errors import PrivacyBudgetExhausted, PrivacyError, SiteError
 from fedlab.core.kit import Kit
 from fedlab.core.regions import labels_to_regions
@@ -631,14 +631,6 @@ def test_the_site_s_hardware_is_asked_once_as_the_trainer_says(monkeypatch):
 
 
 def test_a_parameter_that_is_a_single_number_is_not_clipped_per_layer():
-    class Scaled(TinyNet):
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.tensor(0.5))
-
-        def forward(self, image):
-            return super().forward(image) * self.scale
-
     technique = DPSGD(clip=1.0, noise_multiplier=1.0, per_layer=True, **ALL)
     with pytest.raises(ValueError, match=r"parameters of shape \(\): say per_layer=False"):
         each_round(trainer(model=Scaled()), blob_sites((3,)), privacy=technique)

@@ -15,7 +15,7 @@ from scipy import stats
 from test_dpsgd import NOBODY, equipped, noisy_gradients, pure_noise
 
 from chance import FALSE_ALARM, SIGMAS, keyed, seeded
-from cohorts import TinyNet, blob_sites
+from cohorts import Scaled, blob_sites
 from fedlab.core.errors import PrivacyError
 from fedlab.core.types import Cohort, ServerState, SiteState, Update
 from fedlab.core.weights import weights_sha256
@@ -531,17 +531,6 @@ def test_fewer_shares_than_the_threshold_recover_nothing():
                 assert crypto.join_secret({k: share[k] for k in some}) != secret[victim][kind]
             except (PrivacyError, OverflowError, ValueError):
                 continue  # what the shares give is no secret at all
-
-
-class Scaled(TinyNet):
-    """A network with a parameter of shape ()."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, image):
-        return super().forward(image) * self.scale
 
 
 @pytest.mark.parametrize("secure", [False, True])
