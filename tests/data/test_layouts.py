@@ -286,24 +286,46 @@ def test_scans_beside_a_folder_of_patients_are_read_and_that_folder_is_named(tmp
     assert [f.patient for f in list_patients(tmp_path).findings] == ["later"]
 
 
-def test_of_a_folder_of_scans_beside_one_of_labels_neither_is_chosen(tmp_path):
+def test_a_folder_of_scans_and_one_of_their_labels_are_read_together(tmp_path):
     write_layout(tmp_path / "images", "brats2023", [ball("P1"), ball("P2")])
     (tmp_path / "labels").mkdir()
     for name in ("P1", "P2"):
         (tmp_path / "images" / name / f"{name}-seg.nii.gz").rename(tmp_path / "labels" / f"{name}-seg.nii.gz")
+    listing = list_patients(tmp_path)
+    assert listing.layout == "named" and not listing.findings
+    assert {name: (len(own.images), own.label) for name, own in listing.files.items()} == {
+        name: (4, tmp_path / "labels" / f"{name}-seg.nii.gz") for name in ("P1", "P2")}
     with pytest.raises(DataError, match=r"subfolders that do: images, labels; to read several together, write a table"):
+        list_patients(tmp_path, layout="brats2023")
+
+
+def test_of_two_folders_with_other_patients_in_each_the_user_chooses(tmp_path):
+    for place, name in (("train", "P1"), ("validation", "P2")):
+        write_layout(tmp_path / place, "brats2023", [ball(name)])
+    with pytest.raises(DataError, match=r"subfolders that do: train, validation; to read several together"):
         list_patients(tmp_path)
 
 
-@pytest.mark.parametrize("deeper", ["{}/nifti", "sub-{}/ses-01/anat"])
-def test_scans_in_a_folder_of_each_patients_folder_are_said_to_lie_too_deep(tmp_path, deeper):
+def test_of_two_folders_with_the_same_scans_none_is_chosen(tmp_path):
+    for place in ("raw", "registered"):
+        write_layout(tmp_path / place, "brats2023", [ball("P1"), ball("P2")])
+    with pytest.raises(DataError, match=r"subfolders that do: raw, registered; to read several together"):
+        list_patients(tmp_path)
+
+
+@pytest.mark.parametrize("deeper", ["{}/nifti", "sub-{}/ses-01/anat", "hospital/{}/nifti"])
+def test_scans_deeper_than_in_the_layouts_of_brats_are_read_by_their_names(tmp_path, deeper):
     for name in ("P1", "P2"):
         save_files(ball(name), tmp_path / "x" / name)
         (tmp_path / deeper.format(name)).parent.mkdir(parents=True)
         (tmp_path / "x" / name).rename(tmp_path / deeper.format(name))
     (tmp_path / "x").rmdir()
+    listing = list_patients(tmp_path)
+    assert listing.layout == "named" and not listing.findings
+    assert {name: (len(own.images), own.label) for name, own in listing.files.items()} == {
+        name: (4, tmp_path / deeper.format(name) / f"{name}_seg.nii.gz") for name in ("P1", "P2")}
     with pytest.raises(DataError, match=r"lie deeper .*P1_flair\.nii\.gz; move those of each .* table of paths"):
-        list_patients(tmp_path)
+        list_patients(tmp_path, layout="brats2021")
 
 
 def test_dicom_is_recognised(tmp_path):

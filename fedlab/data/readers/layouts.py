@@ -143,12 +143,14 @@ def _list(root: Path, layout: str | None) -> Listing:
         if (table := find_path_table(root)) is not None:
             return list_table(table)
     if len(crowded) == 1 == len(folders):
-        if _elsewhere(root, folders):
-            raise DataError(_no_patients(root))
-        return _list(crowded[0].path, layout)
-    if not folders or len(crowded) == len(folders):
+        if not _elsewhere(root, folders):
+            return _list(crowded[0].path, layout)
+        folders = []
+    elif not folders or len(crowded) == len(folders):
         folders = _find_together(root)
     if not folders:
+        if layout is None and (listing := _anywhere(root)) is not None:
+            return listing
         raise DataError(_no_patients(root))
     marks = Counter(folder.mark for folder in folders if folder.mark)
     if layout is None and len(marks) == 2 and marks["_"] == marks["-"]:
@@ -419,14 +421,31 @@ def _unpacked(path: Path) -> Path:
     return inside[0] if len(inside) == 1 and _same_id(stem(inside[0]), stem(path)) else path
 
 
+def _anywhere(root: Path) -> Listing | None:
+    """The patients by the names of files in any folders, where no subfolder has them all to itself.
+
+    None if the folder is that of one patient, if its subfolders are cohorts of different patients, of which the user
+    chooses, or if two files claim to be the same scan.
+    """
+    places = _elsewhere(root, ())
+    if root in places or (_cohorts(root) and len(set().union(*places.values())) == sum(map(len, places.values()))):
+        return None
+    listing = list_named(root, stated=True)
+    return listing if listing and all(finding.code != "two-files" for finding in listing.findings) else None
+
+
+def _cohorts(root: Path) -> list[str]:
+    """The subfolders that hold patients, by their paths below `root`."""
+    candidates = [_innermost(entry) for entry in sorted(root.iterdir()) if is_visible_folder(entry)]
+    return [str(entry.relative_to(root)) for entry in candidates
+            if looks_like_msd(entry) or _find_together(entry)
+            or any(folder.is_named or folder.is_crowded for folder in _find_folders(entry))]
+
+
 def _no_patients(root: Path) -> str:
     """Why a folder holds no patients, for the text of an error."""
     entries = sorted(root.iterdir())
-    candidates = [_innermost(entry) for entry in entries if is_visible_folder(entry)]
-    like = [str(entry.relative_to(root)) for entry in candidates
-            if looks_like_msd(entry) or _find_together(entry)
-            or any(folder.is_named or folder.is_crowded for folder in _find_folders(entry))]
-    if like:
+    if like := _cohorts(root):
         together = (f"; to read several together, write a table of paths, {LAYOUTS['table']}, or state "
                     f"{_STATE_NAMED}") if len(like) > 1 else ""
         return f"{root} contains no patients itself; give one of its subfolders that do: {', '.join(like)}{together}"
