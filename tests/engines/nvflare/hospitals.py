@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -67,7 +68,8 @@ class Hospitals:
     def kill(self, name: str) -> None:
         """As a machine that loses power: all at once, without a word."""
         for process in running(self.kits / name):
-            os.kill(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # a job ends with its party
+                os.kill(process.pid, signal.SIGKILL)
         psutil.wait_procs(running(self.kits / name), timeout=10)
 
     def end(self) -> None:
