@@ -31,12 +31,14 @@ NBCONVERT := $(VENV)/etc/jupyter/jupyter_nbconvert_config.json
 OFFLINE := {"HTMLExporter": {"template_name": "$(CURDIR)/fedlab/view/templates/notebook_html"}}
 # JupyterLab looks for language servers with npm, which writes a log.
 export npm_config_cache := $(CACHE)/npm
+# Compiled files are kept, also where the user's settings say otherwise: a run of the tests starts a hundred processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 # The programs in an environment know its place: one that was copied or moved is made anew.
 MOVED := $(shell [ ! -f $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || echo moved)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test lint lab gallery chromium mutants coverage constraints seeds FORCE
+.PHONY: help install demo check test prepared collected lint lab gallery chromium mutants coverage constraints seeds FORCE
 
 help:
 	@echo 'fedlab: federated learning on brain-tumour MRI. Each command installs first what it needs.'
@@ -65,7 +67,7 @@ demo: install
 	@$(VENV)/bin/fedlab demo $(ARGS)
 
 # A choice in PYTEST_ARGS may leave no test, which is pytest's status 5.
-test: lint chromium
+test: prepared
 	@echo "fedlab: running the tests and notebooks"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --nbval-lax --durations=25 \
 	  $(PYTEST_ARGS) tests $(wildcard notebooks) || { [ $$? = 5 ] && [ -n "$(PYTEST_ARGS)" ]; }
@@ -82,6 +84,15 @@ SEEDS ?= 50
 seeds: install
 	@for k in $$(seq 1 $(SEEDS)); do OMP_NUM_THREADS=1 FEDLAB_TEST_SEEDS=$$k $(PY) -m pytest -q --no-header -m chance \
 	  $(PYTEST_ARGS) $$(grep -rl "mark[.]chance" tests --include="test_*.py") || exit 1; done
+
+# What the tests need first, two things at a time.
+prepared:
+	@$(MAKE) --no-print-directory --jobs=2 chromium lint collected
+
+# Compiles the tests once; each process that runs a part of them would do so again.
+collected: install
+	@mkdir -p $(CACHE)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -qq --collect-only tests >$(CACHE)/collected.log 2>&1 || cat $(CACHE)/collected.log
 
 lint: install
 	@echo "fedlab: checking style"
