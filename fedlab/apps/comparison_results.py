@@ -47,6 +47,7 @@ _FEW = 20
 #: Settings of a private arm, without a meaning where there is none.
 _NOISE = ("delta", "clip")
 _LIVE = 4  # patients in the 3-D view of a report
+_ROWS = 8  # patients in its figure of tumours
 _TEXTS = packaged_toml("fedlab.apps", "report.toml")
 
 
@@ -240,19 +241,19 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
     """The sections of the report, by the names of their figures."""
     job, worth = outcome.job, outcome.contributions
     first = {site.name: site.val[0] for site in outcome.sites if len(site.val)}
-    shown = list(first.values())[:6]
+    shown = list(first.values())[:_ROWS]
     overlays = {}
     for name, arm in outcome.arms.items():
         of_patient = {p: outcome.predictions.get(name) or outcome.predictions[f"{name} {site}"]
                       for site, p in first.items()}
         overlays[arm_label(f"{name}_own") if arm.data == "each" and arm.rounds else name] = [
-            labels[p.id] for p, labels in of_patient.items()][:6]
+            labels[p.id] for p, labels in of_patient.items()][:_ROWS]
     sections = {"dice": _section(
         "dice", rule=found["empty_regions"], table=dice_table(outcome.scores).rename(index=arm_label),
         figure=dice_by_arm(outcome.scores.assign(arm=groups(outcome.scores))))}
     if outcome.train is not None:
         sections["train"] = _section("train", rule=_rule(outcome.train), table=_means(outcome.train))
-    sections["tumours"] = _section("tumours", figure=compare(shown, overlays))
+    sections["tumours"] = _section("tumours", whose=_whose(len(shown), len(first)), figure=compare(shown, overlays))
     sections["live"] = _live_section(shown[:_LIVE], overlays)
     if outcome.real is not None:
         patients, labels = zip(*outcome.real_cases, strict=True)
@@ -270,6 +271,11 @@ def _sections(outcome: Outcome, found: dict[str, Any]) -> dict[str, Section]:
     sections["sites"] = _section("sites", partition=outcome.partition.id, table=outcome.partition.table(),
                                  figure=sites_figure(outcome.sites))
     return sections
+
+
+def _whose(shown: int, sites: int) -> str:
+    """Which sites have a patient in the figure."""
+    return "each site" if shown == sites else f"each of the first {shown} sites"
 
 
 def _live_section(patients: list[Patient], overlays: dict[str, list[torch.Tensor]]) -> Section:

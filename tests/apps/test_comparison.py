@@ -23,6 +23,7 @@ import pytest
 
 import fedlab.apps.comparison
 from cohorts import blob_sites
+from fedlab.apps import comparison_results
 from fedlab.apps.cli import main
 from fedlab.apps.comparison import Job, open_job, read_job, run_job
 from fedlab.apps.comparison_data import Folder, Phantoms, equal_sizes
@@ -89,6 +90,12 @@ def test_the_report_is_one_file_that_says_what_was_found(demo):
     assert "nothing generalises from so few" in page and "4 patients were held out and 6 trained on" in page
     assert "2 sites trained one network on 6 patients for 2 rounds" in page and "4 others were held out" in page
     assert "Highest learning rates: federated 0.004, pooled 0.002, local 0.001." in page
+    assert "One held-out patient of each site." in page
+
+
+def test_the_figure_of_tumours_says_whose_they_are():
+    assert comparison_results._whose(2, 2) == "each site"
+    assert comparison_results._whose(8, 13) == "each of the first 8 sites"
 
 
 def test_contributions_add_up_to_what_the_run_gained(demo):
