@@ -89,10 +89,11 @@ seeds: install
 prepared:
 	@$(MAKE) --no-print-directory --jobs=2 chromium lint collected
 
-# Compiles the tests once; each process that runs a part of them would do so again.
+# Compiles the tests before the first run; else each process that runs a part of them would.
 collected: install
 	@mkdir -p $(CACHE)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -qq --collect-only tests >$(CACHE)/collected.log 2>&1 || cat $(CACHE)/collected.log
+	@ls tests/core/__pycache__/*pytest*.pyc >/dev/null 2>&1 || OMP_NUM_THREADS=1 $(PY) -m pytest -qq --collect-only tests \
+	  >$(CACHE)/collected.log 2>&1 || cat $(CACHE)/collected.log
 
 lint: install
 	@echo "fedlab: checking style"
