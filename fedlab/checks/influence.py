@@ -109,10 +109,13 @@ class _Watch:
         self.stage = self.everyone if self.at_server else self.everyone.alone()
         self.repeating = self.stage.seeded()
         self.site = stage.sites[0].name
+        self.views: list[View] = [self._view(claim) for claim in claims] + [self._final]
         self.sketch = Sketch.of(stage.like)
         self.inputs = _Inputs.of(stage.like, self.sketch)
         self.zeros = self.inputs.updates["nothing"]
-        self.views: list[View] = [self._view(claim) for claim in claims] + [self._final]
+        if all(math.isfinite(claim.mu) for claim in claims):  # other noise may leave any entry out by chance
+            self.sketch = self.sketch.without(self._masked())
+            self.inputs = _Inputs.of(stage.like, self.sketch)
         self.runs = _RUNS // 2 if hidden else _RUNS  # masks take time
         self.quiet = self._collect({}, runs=self.runs)
         once = {name: self._coupled({0: update}) for name, update in self.inputs.updates.items()}
@@ -133,6 +136,13 @@ class _Watch:
                                                   val=[*map(other_patient, first.val)]), *rest])
         return collect(stage, only(self.site, chosen, self.zeros), seeds=range(start, start + runs),
                        rounds=_ROUNDS, views=self.views, sketch=self.sketch, site=self.site, at_server=self.at_server)
+
+    def _masked(self) -> npt.NDArray[np.bool_]:
+        """Which entries are 0 in all rounds, with and without an update, as under a mask that does not depend on it."""
+        large = dict.fromkeys(range(_ROUNDS), self.inputs.updates["large everywhere"])
+        seen = [one for chosen in ({}, large) for one in self._coupled(chosen, _ROUNDS)[0]]
+        zero: npt.NDArray[np.bool_] = np.all([(one == 0).all(axis=(0, 1)) for one in seen], axis=0)
+        return zero
 
     def _coupled(self, chosen: Mapping[int, Tensors], rounds: int = 1) -> tuple[list[Floats], list[Outcome]]:
         """With two seeds that repeat: what each view shows, (2, rounds, entries), and what is sent beside it."""

@@ -45,7 +45,8 @@ def check_privacy(technique: Privacy | Aggregation, *, trainer: SiteTrainer | No
         "ledger": a technique with `units` charges every round and states what is spent.
         "budget": with `max_epsilon`, a site withdraws before it would exceed it, in the first round and in the next.
         "charges": every round and every step is charged, at no lower rate than sites are drawn with.
-        "noise": every entry of every tensor under a charge varies with the random numbers.
+        "noise": every entry of every tensor under a charge varies with the random numbers, but for entries that are 0
+            in every round, as under a mask that everyone knows.
         "sensitivity": the noise is the charged one for any update or patient, adversarial ones included, by the L2
             norm for Gaussian noise and the L1 norm for Laplace noise; and what finally leaves, at the site or from the
             server, after all techniques, tells two updates or patients apart no better than was charged: by sums,

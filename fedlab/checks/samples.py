@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 #: What is seen of a rehearsal in one round.
 View = Callable[[Rehearsal, int], Tensors]
 #: Everything that is sent beside the delta's values, by name.
-Outcome = Mapping[str, float | str]
+Outcome = dict[str, float | str]
 
 #: Entries that are kept of an update at most, and of one tensor in any case.
 _ENTRIES, _SMALL = 16_000, 400
@@ -34,7 +34,8 @@ class Sketch:
     """The entries of an update that are kept: all, or of large tensors some at random."""
 
     places: Mapping[str, npt.NDArray[np.int64]]
-    sizes: Mapping[str, int]  # entries of the whole tensors
+    sizes: Mapping[str, int]  # entries of the whole tensors, without those like the ones left out
+    left_out: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)  # always 0, of tensors that are not
 
     @classmethod
     def of(cls, like: Tensors) -> Sketch:
@@ -46,6 +47,19 @@ class Sketch:
             kept = min(size, max(_SMALL, int(share * size)))
             places[name] = np.arange(size) if kept == size else np.sort(rng.choice(size, kept, replace=False))
         return cls(places, sizes)
+
+    def without(self, zero: npt.NDArray[np.bool_]) -> Sketch:
+        """Leaves out entries of a row that are always 0, of tensors that have others too."""
+        places, sizes, left_out = dict(self.places), dict(self.sizes), dict[str, npt.NDArray[np.int64]]()
+        for name, group in self.groups.items():
+            if zero[group].any() and not zero[group].all():
+                places[name], left_out[name] = places[name][~zero[group]], places[name][zero[group]]
+                sizes[name] = round(sizes[name] * len(places[name]) / len(self.places[name]))
+        return Sketch(places, sizes, left_out)
+
+    def is_complete(self, tensors: Tensors) -> bool:
+        """Whether what was left out is 0."""
+        return not any(bool(tensors[name].reshape(-1)[place].any()) for name, place in self.left_out.items())
 
     @property
     def groups(self) -> dict[str, slice]:
@@ -87,6 +101,8 @@ def collect(stage: Stage, script: Script | None, *, seeds: Sequence[int], rounds
             for view, kept in zip(views, entries, strict=True):
                 shown = view(seen, number)
                 kept[row, number] = sketch.take(shown)
+            if sketch.left_out:
+                outcomes[-1][number]["whether a masked entry is 0"] = float(sketch.is_complete(shown))
             sums[row, number] = [float(shown[name].double().sum()) for name in sketch.places]
     return Samples(entries=entries, sums=sums, outcomes=outcomes)
 

@@ -235,6 +235,39 @@ class SilentServer(ClipOnly):
         return mean.map(lambda t: t + torch.randn(t.shape, generator=rng, dtype=t.dtype))
 
 
+class Masked(Gauss):
+    """Right: shares entries that everyone knows, the same in all rounds, and only these get noise."""
+
+    def mask(self, update):
+        rng = torch.Generator().manual_seed(5)
+        return {name: (torch.rand(t.shape, generator=rng) < 0.4).float() for name, t in update.delta.items()}
+
+    def protect(self, update, state, rng):
+        self.charge(state)
+        mask = self.mask(update)
+        shared = replace(update, delta={name: t * mask[name] for name, t in update.delta.items()})
+        noisy = self.noisy(clip_update(shared, self.clip), rng)
+        return replace(noisy, delta={name: t * mask[name] for name, t in noisy.delta.items()})
+
+
+def test_entries_under_a_mask_that_everyone_knows_need_no_noise():
+    assert small(Masked()) and small(Masked(clip=0.01, noise_multiplier=1.0))
+
+
+class MaskedTooLittle(Masked):
+    def noisy(self, update, rng):
+        return replace(update, delta={name: (t + out) / 2 for (name, t), out in zip(
+            update.delta.items(), super().noisy(update, rng).delta.values(), strict=True)})
+
+
+class BesideTheMask(Masked):
+    """Updates of an ordinary length leave a mark where others are 0."""
+
+    def protect(self, update, state, rng):
+        mark = float(0.05 < update.norm() < 0.5) * 1e-3
+        return super().protect(update, state, rng).map(lambda t: torch.where(t == 0, mark, t))
+
+
 class NoNoise(Gauss):
     def noisy(self, update, rng):
         return update
@@ -448,7 +481,7 @@ BROKEN = [
     ("noise", NoNoise()), ("noise", HeadOnly()), ("noise", OnlyWhereNotZero()), ("noise", SameNoise()),
     ("sensitivity", TooLittle()), ("sensitivity", NoClip()), ("sensitivity", ClipsEachTensor()),
     (("fails closed", "sensitivity"), ClipsEntries()), ("sensitivity", ClipsAfter()),
-    ("sensitivity", Remembers()), ("sensitivity", WritesDown() + Gauss() + Tells()),
+    ("sensitivity", MaskedTooLittle()), ("beside the update", BesideTheMask()), ("sensitivity", Remembers()), ("sensitivity", WritesDown() + Gauss() + Tells()),
     (("fails closed", "sensitivity"), LaplaceTooSmall()), ("sensitivity", ClipOnly() + Stretches() + NoiseOnly()),
     ("sensitivity", LessNoiseThanCharged(clip=1.0, noise_multiplier=1.0, delta=1e-3)),
     ("sensitivity", OwnClip(**ADAPTIVE)), ("sensitivity", CentralUnclipped(clip=1.0, noise_multiplier=1.0, delta=1e-3)),

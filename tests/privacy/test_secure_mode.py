@@ -539,3 +539,13 @@ def test_a_parameter_that_is_a_single_number_is_clipped_with_the_rest(secure):
     (gradients,) = noisy_gradients(equipped(technique, blob_sites((1,))[0], steps=1, model=Scaled()))
     assert gradients[-1].shape == () or any(g.shape == () for g in gradients)
     assert math.sqrt(sum(float(g.double().square().sum()) for g in gradients)) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_exact_noise_on_a_sum_is_refused_beyond_the_sites_that_its_grid_holds():
+    """2^14 updates: `GaussianGrid(terms=...)` promises no more."""
+    central = CentralGaussian(clip=1.0, noise_multiplier=1.0, delta=1e-5, secure_mode=True)
+    central.check(SimpleNamespace(strategy=UNIFORM, sites=range(2**14)))
+    beyond = SimpleNamespace(strategy=UNIFORM, sites=range(2**14 + 1))
+    with pytest.raises(ValueError, match="sums of at most 16384 sites, the run has 16385"):
+        central.check(beyond)
+    CentralGaussian(clip=1.0, noise_multiplier=1.0, delta=1e-5).check(beyond)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import irregular
-from fedlab.core.types import Round, ServerState, Spent
+from fedlab.core.types import REPEATS, Round, ServerState, Spent
 from fedlab.run.history import History
 
 ADJACENCY = "add or remove one patient"
@@ -66,6 +66,17 @@ def test_the_guarantee_is_that_of_the_last_round_in_which_each_site_took_part():
     said = history(first, second).guarantee()
     assert said.startswith("ε = 4 at") and "at aachen, none at zurich; ε = 7" in said
     assert said.endswith("per site (add or remove one patient, rdp accountant) at mainz, none at aachen, zurich")
+
+
+def test_the_guarantee_says_that_the_noise_of_some_site_repeats():
+    """Of three sites one takes its noise from the seed of the run, in whatever order they are and whatever ε it has."""
+    for seeded in SITES:
+        for order in (list(SITES), list(SITES)[::-1]):
+            one = finished(0, SITES, spent={name: (spent(2.0 + len(name))._replace(repeats=name == seeded),)
+                                            for name in order})
+            assert history(one).guarantee().endswith(f"; {REPEATS}")
+    none = finished(0, SITES, spent={name: (spent(2.0)._replace(repeats=False),) for name in SITES})
+    assert REPEATS not in history(none).guarantee()
 
 
 def test_the_loss_of_a_round_is_weighted_and_bytes_add_up():
