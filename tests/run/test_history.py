@@ -68,6 +68,13 @@ def test_the_guarantee_is_that_of_the_last_round_in_which_each_site_took_part():
     assert said.endswith("per site (add or remove one patient, rdp accountant) at mainz, none at aachen, zurich")
 
 
+def test_noise_at_the_server_covers_sites_that_have_spent_nothing_themselves():
+    one = finished(0, SITES, spent={"server": (spent(2.0, "site"),), "mainz": (spent(5.0),)})
+    said = history(one).guarantee()
+    assert "at server; " in said and "at mainz, none at aachen, zurich" in said
+    assert said.count("none at") == 1
+
+
 def test_the_guarantee_says_that_the_noise_of_some_site_repeats():
     """Of three sites one takes its noise from the seed of the run, in whatever order they are and whatever ε it has."""
     for seeded in SITES:

@@ -47,8 +47,8 @@ class Pulls:
         for site in cohort:
             if site.name not in self.absent:
                 k, own = NAMES.index(site.name), state.at(site.name)
-                yield Update(site=site.name, delta={"w": (k - own.params["w"]) * self.share}, weight=k + 1.0, steps=1,
-                             round=state.round)
+                yield Update(site=site.name, delta={"w": (k - own.params["w"]) * self.share}, weight=k + 1.0,
+                             steps=k + 1, round=state.round)
 
 
 def small_run(topology, engine):
@@ -154,6 +154,30 @@ def test_a_buffer_by_hand():
     assert topology.metrics(second) == {"staleness": 1, "clock": 1.5}
     assert third.params["w"].item() == pytest.approx(second.params["w"].item() - 1.5 / 2**0.5)
     assert third.models["mainz"]["w"].item() == 8  # still at work on what it was first given
+
+
+def test_updates_in_one_buffer_count_less_each_by_its_own_delay():
+    topology = Buffered(size=2, seconds={"zurich": 1.0, "aachen": 1.2, "mainz": 2.1, "bonn": 100.0})
+    first, second = play(topology, steps=2)[1:]
+    one = 8 - (2 * 1 + 1.75 * 2) / 3  # t = 1.2: zurich and aachen, both from 8
+    assert first.params["w"].item() == pytest.approx(one) and topology.metrics(first)["staleness"] == 0
+    # t = 2.2: mainz, from 8 and overtaken once, and zurich, from the present model.
+    assert second.params["w"].item() == pytest.approx(one + (3 * -1.5 / 2**0.5 + 1 * -one / 4) / 4)
+    assert topology.metrics(second) == {"staleness": 0.5, "clock": 2.2}
+
+
+def test_a_region_s_update_counts_patients_and_steps_of_all_its_sites():
+    class Notes(FedAvg):
+        def combine(self, updates):
+            received = list(updates)
+            seen.extend((update.site, update.weight, update.steps) for update in received)
+            return super().combine(iter(received))
+
+    seen: list[tuple[str, float, int]] = []
+    run = replace(small_run(Tree(regions={"north": ("zurich", "aachen"), "south": ("mainz", "bonn")}, within=ring),
+                            Pulls()), strategy=Notes())
+    run.topology(run, run.strategy.begin({"w": torch.tensor([8.0], dtype=torch.float64)}))
+    assert seen == [("north", 3.0, 3), ("south", 7.0, 7)]
 
 
 def test_models_are_mixed_by_weight_and_counts_in_them_by_the_largest():
