@@ -110,6 +110,14 @@ def test_a_clip_that_adapts_is_limited_at_its_start() -> None:
         assert (refused(Required.read({"technique": "DPSGD", **limit}), adaptive) is None) is fits
 
 
+def test_of_two_parts_of_a_required_technique_both_are_within_the_limits() -> None:
+    required = Required.read({"technique": "LocalGaussian", "max_clip": 2.0})
+    narrow, wide = (LocalGaussian(clip=clip, noise_multiplier=4.0, delta=0.01) for clip in (1.0, 9.0))
+    assert refused(required, narrow + narrow) is None
+    for both in (narrow + wide, wide + narrow):
+        assert "with clip of at most 2.0, the plan has 9.0" in str(refused(required, both))
+
+
 @pytest.mark.parametrize(("table", "words"), [
     ({"technique": "DPSDG"}, r"did you mean 'DPSGD'\?"), ({"technique": "dpsgd"}, "no technique 'dpsgd'"),
     ({"technique": "SecureAggregaton"}, "did you mean 'SecureAggregation'"), ({"technique": "Ledger"}, "no technique"),

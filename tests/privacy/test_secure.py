@@ -220,6 +220,15 @@ def test_survivors_that_were_given_different_lists_reveal_nothing():
         sim.finish()
 
 
+def test_survivors_that_were_shown_different_models_reveal_nothing():
+    sim = Sim(SecureAggregation(sites=5, clip=1.0, threshold=3), dict.fromkeys("vwxyz", torch.ones(5)))
+    for site, state in sim.states.items():
+        state.shown = "one model" if site in "vw" else "another"
+    sim.train()
+    with pytest.raises(PrivacyError, match="shown different models; . reveals nothing"):
+        sim.finish()
+
+
 def test_no_two_lists_are_confirmed_when_the_server_keeps_the_groups_apart():
     """Half of the sites are told one list, half another, and the server drops what they tell each other."""
     lists = {site: b'["u", "v", "w", "x"]' if site in "uvw" else b'["u", "x", "y", "z"]' for site in "uvwxyz"}
