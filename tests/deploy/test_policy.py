@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,6 +145,7 @@ SVT_ = SVT(fraction=0.1, epsilon_threshold=1.0, epsilon_release=1.0, delta=0.1, 
 LIMITED: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]] = {
     "steps": ({"max_steps": 4}, [{"trainer": trainer(steps=4)}, {"trainer": trainer(steps=None, epochs=2)}],
               [{"trainer": trainer(steps=5)}, {"trainer": trainer(steps=None, epochs=3)},
+               {"trainer": trainer(steps=None, epochs=7, batch_size=6)},  # 28 patients are four batches and a part
                {"trainer": trainer(steps=3), "strategy": Ditto(lam=1.0)}]),
     "batch": ({"max_batch": 2}, [{"trainer": trainer(batch_size=2)}, {"privacy": DPSGD(
         clip=1.0, noise_multiplier=1.0, delta=0.1, sample_rate=0.5)}],
@@ -155,8 +157,10 @@ LIMITED: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, An
                {"privacy": AtSites(sites=NAMES[:1], technique=DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=2,
                                                                    crops=3))}]),
     "passes": ({"max_passes": 2}, [{"trainer": trainer(steps=4)}, {"trainer": trainer(steps=None, epochs=2)},
-                                   {"trainer": trainer(steps=None, epochs=2, batch_size=3)}],
-               [{"trainer": trainer(steps=5)}, {"trainer": trainer(steps=None, epochs=3)}, {"privacy": SVT_},
+                                   {"trainer": trainer(steps=None, epochs=2, batch_size=3)},
+                                   {"trainer": trainer(steps=2), "strategy": Ditto(lam=1.0)}],
+               [{"trainer": trainer(steps=5)}, {"trainer": trainer(steps=3), "strategy": Ditto(lam=1.0)},
+                {"trainer": trainer(steps=None, epochs=3)}, {"privacy": SVT_},
                 {"trainer": trainer(steps=8, batch_size=1), "privacy": DPSGD(
                     clip=1.0, noise_multiplier=1.0, delta=0.1, sample_rate=0.5)}]),
     "broadcast_clip": ({"broadcast_clip": (0.5, 1.0)}, [{"privacy": CENTRAL, "strategy": UNIFORM}],
@@ -666,6 +670,15 @@ def test_a_crash_at_any_write_leaves_a_ledger_that_says_at_least_what_was_sent(
         least = epsilon_of([Gaussian(noise_multiplier=4.0)] * sent, delta=0.1) if sent else 0.0
         assert (known[0].epsilon if known else 0.0) >= least and counted(tmp_path) >= sent
     assert sent >= 2 and crashes >= 3
+
+
+def test_of_several_parts_that_draw_patients_the_largest_draw_counts() -> None:
+    """As of a technique of one's own beside DPSGD."""
+    few, many = SimpleNamespace(batch=1.0), SimpleNamespace(sample_rate=0.75)
+    for parts in ([few, many], [many, few]):
+        Limits(max_batch=3).check_work(trainer(), parts, patients=4)
+        with pytest.raises(PrivacyError, match=r"at most 2 patients per step, the plan has 3\.0"):
+            Limits(max_batch=2).check_work(trainer(), parts, patients=4)
 
 
 def test_rules_are_told_in_words() -> None:

@@ -139,6 +139,8 @@ def test_scores_of_public_patients_may_be_published_and_no_others():
     assert run(CENTRAL, validate=OnPublicPatients(score)).table()["Dice"].tolist() == [0.5, 0.5]
     history = run(CENTRAL, validate=score)
     assert history.records[0]["metrics"] == {"Dice": 0.5}  # for the server
+    # Where each site protects what it sends itself, it is known who takes part.
+    assert run(LOCAL, validate=score).table()["Dice"].tolist() == [0.5, 0.5]
 
 
 def test_the_saved_form_of_the_dashboard_names_no_site_under_noise_at_the_server():

@@ -225,7 +225,7 @@ def test_survivors_that_were_shown_different_models_reveal_nothing():
     for site, state in sim.states.items():
         state.shown = "one model" if site in "vw" else "another"
     sim.train()
-    with pytest.raises(PrivacyError, match="shown different models; . reveals nothing"):
+    with pytest.raises(PrivacyError, match=r"shown different models; \w reveals nothing"):
         sim.finish()
 
 

@@ -43,6 +43,24 @@ def test_a_damaged_or_foreign_file_is_refused(spoil):
         unpack_site_state(pack_site_state(state(), site="b"), what="x", site="a")
 
 
+def test_a_number_that_was_changed_on_disk_is_noticed(tmp_path):
+    """One bit of one weight: the file is still a whole one."""
+    states = SiteStates(["a", "b"], folder=tmp_path / "states")
+    states.save("a", SiteState(enrolled=True, namespaces={"optimiser": {"w": torch.ones(3)}}))
+    (tmp_path / "kept").mkdir()
+    saved = states.link_to(tmp_path / "kept")
+    assert saved["b"] is None
+    restored = SiteStates.restored(tmp_path / "kept", saved, to=tmp_path / "new")
+    assert torch.equal(restored["a"].namespaces["optimiser"]["w"], torch.ones(3))
+    file = tmp_path / "kept" / "a.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert not torch.equal(unpack_site_state(file.read_bytes(), what="a").namespaces["optimiser"]["w"], torch.ones(3))
+    with pytest.raises(RunError, match="its content is not what was written"):
+        SiteStates.restored(tmp_path / "kept", saved, to=tmp_path / "newer")
+
+
 def test_work_that_fails_leaves_the_state_but_for_its_ledger():
     states = SiteStates(["a"])
     with states.working("a") as first:
