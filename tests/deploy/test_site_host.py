@@ -211,6 +211,8 @@ def test_other_weights_than_the_plan_names_are_refused(host: Any) -> None:
     (ServerState(round=0, params={k: t[..., :1] for k, t in START.items()}), "not those of the run's model"),
     (ServerState(round=0, params={k: t * torch.nan for k, t in START.items()}), "NaN"),
     (ServerState(round=0, params=START, moments={"m": {"x": torch.zeros(1)}}), "'m' of the state are not"),
+    (ServerState(round=0, params=START, moments={"m": {k: t.double() * torch.inf for k, t in START.items()}}),
+     "'m' of the state hold NaN or infinite"),
 ])
 def test_states_of_another_model_or_round_are_refused_before_training(
         host: Any, state: ServerState, words: str) -> None:
@@ -218,6 +220,15 @@ def test_states_of_another_model_or_round_are_refused_before_training(
     run = begin(one, plan_of())
     answer = unpack_answer(one.train(run, pack_state(state)), site="site-0")
     assert isinstance(answer, Failure) and words in str(answer.error)
+
+
+def test_a_state_may_hold_the_weights_four_times(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as a strategy may keep moments of them; a larger one is not unpacked."""
+    one, state = host(), pack_state(ServerState(round=0, params=START))
+    run = begin(one, plan_of())
+    for limit, taken in ((-(-len(state) // 4), True), (len(state) // 4 - 1, False)):
+        monkeypatch.setattr("fedlab.deploy.host.limit_for", lambda start, limit=limit: limit)
+        assert isinstance(unpack_answer(one.train(run, state), site="site-0"), Update if taken else Failure)
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", pack_weights(START)])
@@ -336,6 +347,14 @@ def test_a_site_answers_only_as_many_models_as_it_allows(host: Any) -> None:
     assert isinstance(ask(again, other, 0), Update)
     over = ask(again, other, 1)
     assert isinstance(over, Withdrawal) and "max_updates" in over.reason
+
+
+def test_an_answer_that_the_policy_does_not_allow_costs_no_privacy(host: Any) -> None:
+    """It is refused before the training, which would have been charged."""
+    one = host(SitePolicy(max_updates=1))
+    run = begin(one, plan_of(privacy=DP))
+    once = ask(one, run, 0).spent
+    assert isinstance(ask(one, run, 1), Withdrawal) and one.spent() == once
 
 
 def test_a_budget_counts_over_runs(host: Any, tmp_path: Path) -> None:
