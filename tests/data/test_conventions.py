@@ -243,3 +243,16 @@ def test_without_a_published_layout_values_of_several_readings_are_refused(value
     with pytest.raises(DataError) as caught:
         detect({"a": values}, layout="table")
     assert set(offered(caught.value)) == set(names)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+def test_voxels_are_counted_by_value_up_to_64_values(kind):
+    """-3 once, -2 twice and so on, in no order; of 70 values the smallest 64."""
+    def stored(values):
+        array = np.repeat(np.arange(values) - 3, np.arange(values) + 1).astype(kind)
+        return np.random.default_rng(0).permutation(array).reshape(-1, 1, 1)
+
+    for values in (1, 10, 64):
+        assert count_values(stored(values)) == {value - 3.0: value + 1 for value in range(values)}
+    assert count_values(stored(70)) == {value - 3.0: value + 1 for value in range(64)}
+    assert count_values(np.array([0.5, 70000.25, 0.5])) == {0.5: 2, 70000.25: 1}
