@@ -28,6 +28,7 @@ from fedlab.deploy.policy import Budget, Required, SitePolicy
 from fedlab.deploy.settings import write_settings
 from fedlab.deploy.snapshots import SiteSnapshots
 from fedlab.privacy import Aggregation, LedgerFile, LocalGaussian, SharePercentile
+from fedlab.run.site_task import SiteTask
 from fedlab.strategies import SCAFFOLD
 from fedlab.topologies import star
 from folders import write_patient
@@ -349,12 +350,14 @@ def test_a_site_answers_only_as_many_models_as_it_allows(host: Any) -> None:
     assert isinstance(over, Withdrawal) and "max_updates" in over.reason
 
 
-def test_an_answer_that_the_policy_does_not_allow_costs_no_privacy(host: Any) -> None:
-    """It is refused before the training, which would have been charged."""
+def test_an_answer_that_the_policy_does_not_allow_costs_neither_privacy_nor_time(
+        host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, train = [], SiteTask.__call__
+    monkeypatch.setattr(SiteTask, "__call__", lambda task, *shown: (trained.append(task), train(task, *shown))[1])
     one = host(SitePolicy(max_updates=1))
     run = begin(one, plan_of(privacy=DP))
     once = ask(one, run, 0).spent
-    assert isinstance(ask(one, run, 1), Withdrawal) and one.spent() == once
+    assert isinstance(ask(one, run, 1), Withdrawal) and one.spent() == once and len(trained) == 1
 
 
 def test_a_budget_counts_over_runs(host: Any, tmp_path: Path) -> None:
