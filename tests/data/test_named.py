@@ -228,11 +228,19 @@ def test_names_of_brats_and_tables_of_paths_come_first_unless_the_layout_is_stat
         list_patients(tmp_path / "empty", layout="named")
 
 
-def test_folders_that_are_refused_are_read_where_the_layout_is_stated(tmp_path):
+def test_label_maps_apart_from_deep_scans_named_as_in_brats_are_found(tmp_path):
     for k in range(2):
         save_files(ball(f"P{k}", seed=k), tmp_path / f"P{k}" / f"P{k}")
         (tmp_path / "labels").mkdir(exist_ok=True)
         shutil.move(tmp_path / f"P{k}" / f"P{k}" / f"P{k}_{OLD['label']}.nii.gz", tmp_path / "labels")
+    for settings in ({}, {"layout": "named"}):
+        cohort = read(tmp_path, **settings)
+        assert cohort.ids == ("P0", "P1") and all((patient.label > 0).any() for patient in cohort)
+
+
+def test_folders_that_are_refused_are_read_where_the_layout_is_stated(tmp_path):
+    for k, place in enumerate(("train", "validation")):
+        save_files(ball(f"P{k}", seed=k), tmp_path / place / f"P{k}")
     with pytest.raises(DataError, match=r"or state layout='named' \(--layout named\)"):
         list_patients(tmp_path)
     cohort = read(tmp_path, layout="named")
