@@ -24,6 +24,7 @@ from fedlab.privacy.compression import (
     decode_sparse,
     encode_levels,
     encode_sparse,
+    entries,
     sparse_bytes,
 )
 from fedlab.run.federate import each_round, federate
@@ -290,3 +291,9 @@ def test_settings_out_of_range_are_refused(make):
 def test_techniques_print_as_the_code_that_makes_them():
     for technique in ALL:
         assert repr(eval(repr(technique))) == repr(technique)
+
+
+def test_a_share_is_a_number_of_entries_whatever_it_is_in_binary():
+    """0.1 of 30 is 3, although 0.1 * 30 is a little more; a part of an entry is a whole one, and one is always sent."""
+    assert [entries(0.1, size) for size in (30, 31, 10, 3)] == [3, 4, 1, 1]
+    assert entries(1.0, 7) == 7 and entries(0.07, 100) == 7 and entries(1e-6, 5) == 1

@@ -24,6 +24,7 @@ from fedlab.privacy.dp.site_level import CentralGaussian, LocalGaussian
 from fedlab.privacy.personal_layers import PersonalLayers, norms
 from fedlab.privacy.sparse.partial_sharing import PartialSharing
 from fedlab.run.admission import Admission
+from fedlab.run.baselines import local_only
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Local
 from fedlab.run.recipe import recipe_sha256
@@ -183,6 +184,18 @@ def test_dittos_own_model_has_buffers_of_its_own():
         theirs = one.local(history.state, history.site_states["site-0"])
         assert set(mine) == set(theirs) and not mine[MOVED[0]].equal(theirs[MOVED[0]])
         load_weights(one.model, mine)
+
+
+@pytest.mark.parametrize("buffers", ["average", "keep"])
+def test_without_a_pull_dittos_own_model_has_the_buffers_of_training_alone(buffers):
+    sites = blob_sites((3, 2))
+    one, history = run(sites, strategy=Ditto(lam=0.0), buffers=buffers)
+    alone = local_only(batch(buffers=buffers), sites, rounds=2, progress=False)
+    for site in sites:
+        mine = Ditto(lam=0.0).local(one.local(history.state), history.site_states[site.name])
+        by_itself = alone[site.name]
+        there = one.local(by_itself.state, by_itself.site_states[site.name])
+        assert weights_sha256(mine) == weights_sha256(there) and int(mine[MOVED[2]]) == 4  # two rounds of two steps
 
 
 # Refused
