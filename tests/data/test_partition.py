@@ -265,3 +265,24 @@ def test_split_patients_takes_ids_and_patients_alike() -> None:
     train, held = split_patients(patients, held_out=2, seed=5, site="s")
     assert split_patients([p.id for p in patients], held_out=2, seed=5, site="s") == (
         [p.id for p in train], [p.id for p in held])
+
+
+def test_the_id_tells_who_is_held_out() -> None:
+    one = Partition(train={"a": ("p", "q")}, held_out={"a": ("r",)})
+    assert one.id != Partition(train={"a": ("p", "q")}, held_out={"a": ("s",)}).id
+    assert one.id == Partition(train={"a": ("q", "p")}, held_out={"a": ("r",)}).id
+
+
+def test_persons_stay_known_without_some_patients() -> None:
+    whole = Partition(train={"a": ("p", "q"), "b": ("r",)}, held_out={"a": ("s",), "b": ()}, same=({"p", "q"},))
+    assert whole.without(["r"]).same == whole.same and list(whole.without(["r"]).train) == ["a"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_a_fraction_holds_out_that_share_of_the_persons_another_one_at_each_site(share: float) -> None:
+    """Of 4,000, within six standard errors; what is held out at one site says nothing about another."""
+    everyone = [f"p{k}" for k in range(4000)]
+    held = {site: set(split_patients(everyone, held_out=share, seed=3, site=site)[1]) for site in ("bonn", "aachen")}
+    error = 6 * (4000 * share * (1 - share)) ** 0.5
+    assert all(abs(len(names) - 4000 * share) < error for names in held.values())
+    assert abs(len(held["bonn"] & held["aachen"]) - 4000 * share**2) < error

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedlab.evidence.differences import difference
+from fedlab.evidence.differences import Difference, difference, share_kept
 
 
 def scores(arms: dict[str, dict[tuple[str, str], tuple[float, float, float]]], *, lacks=(), seed=None) -> pd.DataFrame:
@@ -107,3 +107,28 @@ def test_what_cannot_be_compared_is_refused():
         difference(table, "a", "c")
     with pytest.raises(ValueError, match="region is one of"):
         difference(table, "a", "b", region="core")
+
+
+@pytest.mark.parametrize("low, high, clear", [
+    (0.01, 0.2, True), (-0.2, -0.01, True), (-0.1, 0.1, False), (-0.2, 0.0, False), (0.0, 0.2, False),
+    (math.nan, math.nan, False)])
+def test_a_difference_is_clear_where_its_interval_is_on_one_side_of_0(low, high, clear):
+    found = Difference(one="a", other="b", value=(low + high) / 2, low=low, high=high, patients=9, sites=3, seeds=1,
+                       region="mean", empty="brats")
+    assert found.is_clear is clear
+
+
+def test_a_share_of_a_gain_is_stated_only_where_the_gain_is_clear():
+    """Twelve patients at three sites. A gain of 0.2 in each, of which half is kept; and one that half of them lose."""
+    def scores(gains):
+        rows = [{"site": f"s{k % 3}", "patient": f"p{k}", "region": region, "arm": arm, "hd95_mm": 1.0,
+                 "dice": 0.5 + 0.01 * k + share * gain, "reference_ml": 1.0, "predicted_ml": 1.0}
+                for k, gain in enumerate(gains) for region in ("WT", "TC", "ET")
+                for arm, share in (("public", 0.0), ("half", 0.5), ("whole", 1.0))]
+        return pd.DataFrame(rows)
+
+    kept = share_kept(scores([0.2] * 12), "half", full="whole", start="public")
+    assert (kept.value, kept.low, kept.high) == pytest.approx((0.5, 0.5, 0.5)) and kept.patients == 12
+    unclear = share_kept(scores([0.2, 0.2, 0.2, -0.18, -0.19, -0.2] * 2), "half", full="whole", start="public")
+    assert unclear.gain.low < 0 < unclear.gain.value < unclear.gain.high
+    assert math.isnan(unclear.value) and math.isnan(unclear.low)
