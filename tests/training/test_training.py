@@ -10,7 +10,7 @@ import torch
 from cohorts import TinyNet, blob_patient, blob_sites
 from fedlab.core.errors import SiteError
 from fedlab.core.hardware import pick_precision
-from fedlab.core.types import Patient, Site
+from fedlab.core.types import Patient, ServerState, Site, SiteState
 from fedlab.core.weights import trainable, weights_sha256
 from fedlab.run.baselines import centralised, local_only
 from fedlab.run.federate import federate
@@ -219,6 +219,22 @@ def test_precision_follows_the_hardware_only():
     cpu = torch.device("cpu")
     assert pick_precision("auto", cpu) is pick_precision("auto", cpu)
     assert pick_precision("bf16", cpu) is torch.bfloat16
+
+
+def test_the_order_of_the_patients_follows_the_seed():
+    """With the crop as large as the volume and nothing augmented, only the order differs."""
+    site = blob_sites((6,))[0]
+    one = trainer(steps=6, batch_size=1, crop=tuple(site.train[0].image.shape[1:]))
+    start = ServerState(round=0, params=one.initial())
+
+    def order(seed):
+        kit = one.prepare(site, start, site_state=SiteState(owner="optimiser"), seed=seed)
+        return [next(k for k, patient in enumerate(site.train) if torch.equal(patient.image.float(), image[0]))
+                for image, _ in kit.loader]
+
+    orders = [order(seed) for seed in range(4)]
+    assert all(sorted(found) == list(range(6)) for found in orders)
+    assert order(2) == orders[2] and len(set(map(tuple, orders))) > 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
