@@ -237,6 +237,21 @@ def test_the_order_of_the_patients_follows_the_seed():
     assert order(2) == orders[2] and len(set(map(tuple, orders))) > 1
 
 
+def test_the_loss_of_a_round_is_the_mean_over_its_steps():
+    site, one, losses = blob_sites((4,))[0], trainer(steps=3), []
+    start = ServerState(round=0, params=one.initial())
+    kit = one.prepare(site, start, site_state=SiteState(owner="optimiser"), seed=0)
+    backward = kit.backward
+
+    def noted(*given):
+        losses.append(backward(*given))
+        return losses[-1]
+
+    kit.backward = noted
+    update = one.fit(kit, site, start, site_state=SiteState(owner="optimiser"), seed=0)
+    assert len(set(losses)) == 3 and update.metrics["loss"] == pytest.approx(sum(losses) / 3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_trains_too():
     history = federate(trainer(device="cuda", precision="auto"), blob_sites(), rounds=2, progress=False)
