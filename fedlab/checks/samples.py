@@ -34,8 +34,8 @@ class Sketch:
     """The entries of an update that are kept: all, or of large tensors some at random."""
 
     places: Mapping[str, npt.NDArray[np.int64]]
-    sizes: Mapping[str, int]  # entries of the whole tensors, without those like the ones left out
-    left_out: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)  # always 0, of tensors that are not
+    sizes: Mapping[str, int]  # entries of the whole tensors; of a masked one, about as many as are not masked
+    masked: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)  # entries that are left out as always 0
 
     @classmethod
     def of(cls, like: Tensors) -> Sketch:
@@ -50,16 +50,16 @@ class Sketch:
 
     def without(self, zero: npt.NDArray[np.bool_]) -> Sketch:
         """Leaves out entries of a row that are always 0, of tensors that have others too."""
-        places, sizes, left_out = dict(self.places), dict(self.sizes), dict[str, npt.NDArray[np.int64]]()
+        places, sizes, masked = dict(self.places), dict(self.sizes), dict[str, npt.NDArray[np.int64]]()
         for name, group in self.groups.items():
             if zero[group].any() and not zero[group].all():
-                places[name], left_out[name] = places[name][~zero[group]], places[name][zero[group]]
+                places[name], masked[name] = places[name][~zero[group]], places[name][zero[group]]
                 sizes[name] = round(sizes[name] * len(places[name]) / len(self.places[name]))
-        return Sketch(places, sizes, left_out)
+        return Sketch(places, sizes, masked)
 
-    def is_complete(self, tensors: Tensors) -> bool:
-        """Whether what was left out is 0."""
-        return not any(bool(tensors[name].reshape(-1)[place].any()) for name, place in self.left_out.items())
+    def masked_are_zero(self, tensors: Tensors) -> bool:
+        """Whether all masked entries are 0."""
+        return not any(bool(tensors[name].reshape(-1)[place].any()) for name, place in self.masked.items())
 
     @property
     def groups(self) -> dict[str, slice]:
@@ -101,8 +101,8 @@ def collect(stage: Stage, script: Script | None, *, seeds: Sequence[int], rounds
             for view, kept in zip(views, entries, strict=True):
                 shown = view(seen, number)
                 kept[row, number] = sketch.take(shown)
-            if sketch.left_out:
-                outcomes[-1][number]["whether a masked entry is 0"] = float(sketch.is_complete(shown))
+            if sketch.masked:
+                outcomes[-1][number]["whether masked entries are 0"] = float(sketch.masked_are_zero(shown))
             sums[row, number] = [float(shown[name].double().sum()) for name in sketch.places]
     return Samples(entries=entries, sums=sums, outcomes=outcomes)
 
