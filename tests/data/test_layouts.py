@@ -306,6 +306,14 @@ def test_of_two_folders_with_other_patients_in_each_the_user_chooses(tmp_path):
         list_patients(tmp_path)
 
 
+def test_splits_of_several_sites_are_not_mixed(tmp_path):
+    for place in ("train/bonn/P1", "train/mainz/P2", "validation/bonn/P3", "validation/mainz/P4"):
+        save_files(ball(place[-2:]), tmp_path / place)
+    with pytest.raises(DataError, match=r"lie deeper .* or state layout='named'"):
+        list_patients(tmp_path)
+    assert list(list_patients(tmp_path / "train", layout="named").files) == ["P1", "P2"]
+
+
 def test_of_two_folders_with_the_same_scans_none_is_chosen(tmp_path):
     for place in ("raw", "registered"):
         write_layout(tmp_path / place, "brats2023", [ball("P1"), ball("P2")])

@@ -59,6 +59,8 @@ _NAMES = {mark: re.compile(rf"(?P<id>.+){mark}(?P<kind>{'|'.join(kinds)})\.nii(\
           for mark, kinds in _SUFFIXES.items()}
 _STATE_NAMED = "layout='named' (--layout named), which reads files of any folders by their names"
 _GRADES = ("HGG", "LGG")
+#: Names of folders that keep apart what must not be mixed.
+_SPLITS = re.compile(r"(?:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?![a-z])", re.IGNORECASE)
 #: Ends of names of scans in other formats, with the format and what converts it.
 _FORMATS = {
     (".mha", ".mhd"): ("MetaImage", "for example with SimpleITK.ReadImage and WriteImage"),
@@ -424,11 +426,13 @@ def _unpacked(path: Path) -> Path:
 def _anywhere(root: Path) -> Listing | None:
     """The patients by the names of files in any folders, where no subfolder has them all to itself.
 
-    None if the folder is that of one patient, if its subfolders are cohorts of different patients, of which the user
-    chooses, or if two files claim to be the same scan.
+    None if the folder is that of one patient, if its subfolders are cohorts of different patients or the splits of a
+    data set, of which the user chooses, or if two files claim to be the same scan.
     """
     places = _elsewhere(root, ())
-    if root in places or (_cohorts(root) and len(set().union(*places.values())) == sum(map(len, places.values()))):
+    splits = [place for place in places if _SPLITS.match(place.name)]
+    apart = len(set().union(*places.values())) == sum(map(len, places.values()))
+    if root in places or len(splits) > 1 or (apart and _cohorts(root)):
         return None
     listing = list_named(root, stated=True)
     return listing if listing and all(finding.code != "two-files" for finding in listing.findings) else None
