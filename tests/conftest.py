@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; worker processes and kernels inherit it
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -25,6 +30,20 @@ LONGEST = ("nvflare", "notebooks", "browser")
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than there are cores, at most 4: tests of real servers and browsers wait most of their time."""
     return min(4, 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before several processes run the tests: a process that Pythons and kernels of tests are forked from."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None) or not hasattr(os, "pidfd_open"):
+        return
+    folder = Path(tempfile.mkdtemp(prefix="fedlab-tests-"))
+    kernel = folder / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    started = [*warm.PYTHON, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": started, "display_name": "Python 3", "language": "python"}), "utf-8")
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
+    server = warm.start(folder)
+    config.add_cleanup(lambda: (warm.stop(server), shutil.rmtree(folder, ignore_errors=True)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

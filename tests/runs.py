@@ -21,6 +21,7 @@ import pytest
 from filelock import FileLock
 
 from fedlab.apps.cli import main
+from warm import PYTHON
 
 SMALL = ("--sites", "2", "--patients", "10", "--rounds", "2", "--steps", "2", "--shape", "48,64,48")
 
@@ -74,7 +75,7 @@ def whole_site(base: Path) -> Run:
             title = nbformat.v4.new_markdown_cell("# Fails\n\nNothing.")
             nbformat.write(nbformat.v4.new_notebook(cells=[title, fails]), made / "fails.ipynb")
             notebooks = [*sorted((repository / "notebooks").glob("*.ipynb")), made / "fails.ipynb"]
-            done = subprocess.run([sys.executable, repository / "docs" / "gallery.py", *notebooks, "--no-run", "--out",
+            done = subprocess.run([*PYTHON, repository / "docs" / "gallery.py", *notebooks, "--no-run", "--out",
                                    made / "site"], capture_output=True, text=True, timeout=600,
                                   env={**os.environ, "PYTHONPATH": str(repository)})
             assert done.returncode == 0, done.stdout + done.stderr

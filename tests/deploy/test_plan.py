@@ -56,6 +56,7 @@ from fedlab.strategies import (
 )
 from fedlab.topologies import Buffered, Gossip, Tree, ring, star
 from fedlab.training import PolyDecay, augmentation
+from warm import PYTHON
 
 
 def approve_all(module: str) -> None:
@@ -450,7 +451,7 @@ def test_another_process_makes_the_same_run_of_a_plan(tmp_path: Path) -> None:
             "plan = Plan.from_json(Path('plan.json').read_text())\nok = lambda module: None\n"
             "run = make_run(**plan.parts(unpack_weights(Path('start').read_bytes()), approve=ok))\n"
             "print(plan.run, run.task, run.topology, sep='\\n')")
-    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+    told = subprocess.run([*PYTHON, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
                           timeout=400)
     here = task_of(plan, train.initial(), approve=approve_all)
     assert told.stdout.strip() == f"{plan.run}\n{here}\n{Gossip(graph=networkx.path_graph(2))}"

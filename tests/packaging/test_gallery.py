@@ -21,6 +21,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import fedlab
 from runs import whole_site
+from warm import PYTHON
 
 FIGURE = """
 from matplotlib.figure import Figure
@@ -64,7 +65,7 @@ def build(repository: Path, folder: Path, *cells: Any, options: Sequence[str] = 
     folder.mkdir(exist_ok=True)
     notebook = new_notebook(cells=[new_markdown_cell("# Small\n\nYou will see **one** figure."), *cells])
     nbformat.write(notebook, folder / "01_small.ipynb")
-    command = [sys.executable, str(repository / "docs" / "gallery.py"), str(folder / "01_small.ipynb"), *options,
+    command = [*PYTHON, str(repository / "docs" / "gallery.py"), str(folder / "01_small.ipynb"), *options,
                "--out", str(folder / "site")]
     return subprocess.run(command, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "IPYTHONDIR": str(folder / "ipython")})

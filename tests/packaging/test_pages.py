@@ -6,12 +6,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import folders
+from warm import PYTHON
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -69,7 +69,7 @@ def test_examples_run(path: Path, tmp_path: Path) -> None:
                         [[k % 2, f"BraTS2021_{k:05d}"] for k in range(10)])
     blocks = re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
     (tmp_path / "example.py").write_text("\n".join([GIVEN, *blocks]), "utf-8")
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([*PYTHON, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "FEDLAB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(
                               [str(DOCS.parent), str(DOCS.parent / "tests")])})
     assert done.returncode == 0, done.stderr

@@ -6,8 +6,9 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from warm import PYTHON
 
 
 def test_the_example_runs(repository: Path, tmp_path: Path) -> None:
@@ -15,7 +16,7 @@ def test_the_example_runs(repository: Path, tmp_path: Path) -> None:
     assert len(blocks) == 1
     script = tmp_path / "example.py"
     script.write_text(blocks[0], encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+    done = subprocess.run([*PYTHON, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           env={**os.environ, "FEDLAB_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     assert "8 of 8 rounds" in done.stdout and re.search(r"WT +0\.\d", done.stdout)
