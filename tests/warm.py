@@ -36,7 +36,9 @@ SOCKET = "FEDLAB_TEST_WARM"
 #: What a test writes for `sys.executable`. The client itself needs no library.
 PYTHON = (sys.executable, "-I", "-S", str(Path(__file__).resolve()))
 LIBRARIES = ("torch", "torch._dynamo", "torch.optim", "monai", "opacus", "pandas", "matplotlib.pyplot", "nibabel",
-             "ipykernel.kernelapp", "ipykernel.ipkernel", "ipywidgets", "anywidget", "tqdm.auto", "jinja2")
+             "ipykernel.kernelapp", "ipykernel.ipkernel", "ipywidgets", "anywidget", "jinja2")
+#: Chosen when imported, for a terminal or for a notebook, so each process imports them itself.
+CHOSEN = ("tqdm.auto", "tqdm.autonotebook")
 LENGTH = struct.Struct("!I")
 
 
@@ -66,6 +68,8 @@ def serve(listening: socket.socket) -> dict[str, Any]:
     """Forks for every client, for ever; returns in the process that is to do what the client asks."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    for name in CHOSEN:
+        sys.modules.pop(name, None)
     gc.collect()
     gc.freeze()  # the collector of a child leaves alone what was there before it, and memory stays shared
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the watchers are not waited for

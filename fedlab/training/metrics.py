@@ -224,17 +224,22 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
                                                                  torch.device("cpu"))
     dtype = precision_for(model, precision, place)
     image = patient.image[None].to(place, torch.float64 if dtype is torch.float64 else torch.float32)
+    settings = getattr(model, "settings", None)
     if mirror is None:
-        settings = getattr(model, "settings", None)
         mirror = isinstance(settings, dict) and settings.get("mirror") is True
     probabilities = _mirrored_probabilities if mirror else _probabilities
+    # What `segresnet` made predicts faster channels-last, but for narrow layers in bf16 (benchmarks/step.py); another
+    # network may have a view() that takes no such input.
+    last = (place.type == "cpu" and isinstance(settings, dict)
+            and (dtype is torch.float32 or settings.get("filters", 0) % 16 == 0))
+    memory_format = torch.channels_last_3d if last else torch.contiguous_format
     first: Exception | None = None
     for multiple in _MULTIPLES[_MULTIPLES.index(_MULTIPLE.get(model, _MULTIPLES[0])):]:
         block = _block(image.shape[2:], window, multiple)
         try:
             with torch.inference_mode(), _evaluating(model), calling(place, dtype):
-                out = sliding_window_inference(image, block, 1, lambda batch: probabilities(model, batch),
-                                               overlap=overlap, mode="gaussian")
+                out = sliding_window_inference(image, block, 1, lambda batch: probabilities(
+                    model, batch.contiguous(memory_format=memory_format)), overlap=overlap, mode="gaussian")
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a network raises for a size that it does not take
