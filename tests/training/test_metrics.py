@@ -1,5 +1,6 @@
 import math
 import time
+from operator import methodcaller
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from fedlab.training.metrics import (
     summary,
     threshold_dice,
 )
+from fedlab.training.networks import segresnet
 
 TC, WT, ET = (REGIONS.index(name) for name in ("TC", "WT", "ET"))
 
@@ -256,6 +258,24 @@ def test_predict_leaves_the_model_as_it_was_and_gives_a_plain_tensor():
 class Stop(torch.nn.Module):
     def forward(self, x):
         raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize(("network", "precision", "last"), [
+    (lambda: segresnet(filters=8), "fp32", True), (lambda: segresnet(filters=16), "bf16", True),
+    (lambda: segresnet(filters=8), "bf16", False),
+    (lambda: torch.nn.Conv3d(4, 3, 3, padding=1), "fp32", False)])  # may have a view() that takes no such input
+def test_channels_last_where_it_is_faster_with_the_same_numbers(network, precision, last):
+    network = network()
+    image, formats = torch.randn(4, 32, 32, 16, generator=torch.Generator().manual_seed(0)), []
+    with torch.no_grad():
+        expected = network.eval()(image[None])[0].sigmoid()
+    lies_last = methodcaller("is_contiguous", memory_format=torch.channels_last_3d)
+    network.register_forward_pre_hook(lambda _, x: formats.append(lies_last(x[0])))
+    found = predict(network, Patient("p", image, None, np.eye(4)), precision=precision)
+    assert formats == [last]
+    torch.testing.assert_close(found, expected, atol=1e-5 if precision == "fp32" else 0.05, rtol=0)
+    paired = predict(network, Patient("p", image, None, np.eye(4)), precision=precision, mirror=True)
+    assert formats == [last, last] and not torch.equal(paired, found)
 
 
 def test_predict_in_bfloat16_is_close():
