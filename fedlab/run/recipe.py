@@ -223,10 +223,21 @@ def _used(value: Any, code: types.CodeType, above: tuple[int, ...]) -> Json:
                                                 for name in sorted(names & vars(value).keys())}}
 
 
+#: Sources by the id of their code, which is kept with them: inspect looks through all modules for each. Not by the
+#: code itself, for two that differ in a default alone are equal.
+_SOURCES: dict[int, tuple[types.CodeType, str]] = {}
+
+
 def _source(code: types.CodeType) -> str:
     """The source of a function without comments and layout; of a lambda none, since its line holds more than it."""
     if code.co_name == "<lambda>":
         return ""
+    if id(code) not in _SOURCES:
+        _SOURCES[id(code)] = code, _read_source(code)
+    return _SOURCES[id(code)][1]
+
+
+def _read_source(code: types.CodeType) -> str:
     try:
         source = inspect.getsource(code)
     except (OSError, TypeError, tokenize.TokenError):

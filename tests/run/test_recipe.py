@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 import subprocess
@@ -336,3 +337,15 @@ def test_a_run_is_its_parts_its_seed_and_the_patients_that_it_trains_on():
     for where, run in {"patients.site-1": make_run(trainer(), corrected),
                        "seed": make_run(trainer(), sites, seed=1)}.items():
         assert [line.partition(":")[0] for line in differences(usual, run_recipe(run))] == [where]
+
+
+def test_functions_of_equal_code_keep_their_own_source(tmp_path, monkeypatch):
+    """The type of an argument is in the source, not in the code, and equal code is equal in every dictionary."""
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for kind in ("int", "float"):
+        (tmp_path / f"of_{kind}.py").write_text(f"def scaled(x: {kind} = 1):\n    return 2 * x\n", encoding="utf-8")
+        found.append(importlib.import_module(f"of_{kind}").scaled)
+    assert found[0].__code__ == found[1].__code__
+    assert [recipe(one)["source"].splitlines()[0] for one in found * 2] == [
+        "def scaled(x: int=1):", "def scaled(x: float=1):"] * 2
