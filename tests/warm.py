@@ -16,6 +16,7 @@ import atexit
 import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import select
@@ -70,6 +71,7 @@ def serve(listening: socket.socket) -> dict[str, Any]:
         importlib.import_module(name)
     for name in CHOSEN:
         sys.modules.pop(name, None)
+    logging.root.handlers.clear()  # Opacus sets one when imported, which would write into cells of notebooks
     gc.collect()
     gc.freeze()  # the collector of a child leaves alone what was there before it, and memory stays shared
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the watchers are not waited for

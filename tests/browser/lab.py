@@ -342,6 +342,4 @@ def _environment(folder: Path, *, quiet: bool) -> dict[str, str]:
               "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
               "IPYTHONDIR": "ipython", "npm_config_cache": "npm"}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "PYTEST"))}
-    kernels = {"JUPYTER_PATH": os.environ.get("JUPYTER_PATH", "")} if quiet else {}  # those of conftest.py
-    return {**inherited, **{name: str(folder / place) for name, place in places.items()}, **kernels,
-            "OMP_NUM_THREADS": "1"}
+    return {**inherited, **{name: str(folder / place) for name, place in places.items()}, "OMP_NUM_THREADS": "1"}
