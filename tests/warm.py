@@ -121,6 +121,8 @@ def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
     parts = []
     while left:
         parts.append(client.recv(left))
+        if not parts[-1]:
+            sys.exit("the client ended before it had asked")
         left -= len(parts[-1])
     return json.loads(b"".join(parts)), list(files)
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -220,18 +220,21 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
     """
     from monai.inferers import sliding_window_inference
 
+    from fedlab.training.networks import segresnet
+
     place = torch.device(device) if device is not None else next((p.device for p in model.parameters()),
                                                                  torch.device("cpu"))
     dtype = precision_for(model, precision, place)
     image = patient.image[None].to(place, torch.float64 if dtype is torch.float64 else torch.float32)
-    settings = getattr(model, "settings", None)
     if mirror is None:
+        settings = getattr(model, "settings", None)
         mirror = isinstance(settings, dict) and settings.get("mirror") is True
     probabilities = _mirrored_probabilities if mirror else _probabilities
-    # What `segresnet` made predicts faster channels-last, but for narrow layers in bf16 (benchmarks/step.py); another
+    # What `segresnet` made predicts faster channels-last, but for narrow layers in bf16 (AVX-512, AMX or not); another
     # network may have a view() that takes no such input.
-    last = (place.type == "cpu" and isinstance(settings, dict)
-            and (dtype is torch.float32 or settings.get("filters", 0) % 16 == 0))
+    made_by, made_with = cast("tuple[Any, Any]", getattr(model, "_built", (None, {})))
+    last = (place.type == "cpu" and made_by is segresnet
+            and (dtype is torch.float32 or made_with["filters"] % 16 == 0))
     memory_format = torch.channels_last_3d if last else torch.contiguous_format
     first: Exception | None = None
     for multiple in _MULTIPLES[_MULTIPLES.index(_MULTIPLE.get(model, _MULTIPLES[0])):]:

@@ -260,10 +260,18 @@ class Stop(torch.nn.Module):
         raise RuntimeError("stop")
 
 
+class WithSettings(torch.nn.Conv3d):
+    """A user's network with a name that fedlab's have too."""
+
+    @property
+    def settings(self):
+        return {"filters": "32"}
+
+
 @pytest.mark.parametrize(("network", "precision", "last"), [
     (lambda: segresnet(filters=8), "fp32", True), (lambda: segresnet(filters=16), "bf16", True),
     (lambda: segresnet(filters=8), "bf16", False),
-    (lambda: torch.nn.Conv3d(4, 3, 3, padding=1), "fp32", False)])  # may have a view() that takes no such input
+    (lambda: WithSettings(4, 3, 3, padding=1), "fp32", False)])  # may have a view() that takes no such input
 def test_channels_last_where_it_is_faster_with_the_same_numbers(network, precision, last):
     network = network()
     image, formats = torch.randn(4, 32, 32, 16, generator=torch.Generator().manual_seed(0)), []
