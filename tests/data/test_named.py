@@ -23,6 +23,14 @@ BIDS = {"FLAIR": "_FLAIR", "T1": "_T1w", "T1c": "_ce-gadolinium_T1w", "T2": "_T2
 PLAIN = {"FLAIR": "_flair", "T1": "_t1", "T1c": "_t1c", "T2": "_t2", "label": "_seg"}
 UCSD = {"FLAIR": "_FLAIR", "T1": "_T1pre", "T1c": "_T1post", "T2": "_T2", "label": "_BraTS_tumor_seg"}
 MU = {"FLAIR": "_t2f", "T1": "_t1n", "T1c": "_t1c", "T2": "_t2w", "label": "_tumorMask"}
+RHUH = {"FLAIR": "_flair", "T1": "_t1", "T1c": "_t1ce", "T2": "_t2", "label": "_segmentations"}
+YALE = {"FLAIR": "_FLAIR", "T1": "_PRE", "T1c": "_POST", "T2": "_T2", "label": "_seg"}
+BRAIN = {"FLAIR": "_flair_bet", "T1": "_t1_bet", "T1c": "_t1c_bet", "T2": "_t2_bet", "label": "_seg"}
+CLINIC = {"FLAIR": "_T2-FLAIR", "T1": "_T1WI", "T1c": "_CE-T1WI", "T2": "_T2WI", "label": "_tumor"}
+PLANES = {"FLAIR": "_AX_FLAIR", "T1": "_AX_T1", "T1c": "_AX_T1_POST", "T2": "_Sag_T2", "label": "_Segmentation"}
+GERMAN = {"FLAIR": "_FLAIR", "T1": "_T1", "T1c": "_T1km", "T2": "_T2", "label": "_label"}
+BIDS_ACQ = {"FLAIR": "_FLAIR", "T1": "_acq-pre_T1w", "T1c": "_acq-post_T1w", "T2": "_T2w", "label": "_label-tumor_mask"}
+BIDS_DESC = BIDS | {"label": "_space-T1w_desc-lesion_mask"}
 #: Ids as in the files, names, folders of scans and label maps, and the ids that patients get.
 DATA_SETS = {
     "UPENN-GBM": (("UPENN-GBM-00001_11", "UPENN-GBM-00002_21"), UPENN, "images_structural/{id}", "images_segm", None),
@@ -40,6 +48,18 @@ DATA_SETS = {
     "with hyphens": (("A-1", "A-2"), {name: end.replace("_", "-").upper() for name, end in PLAIN.items()}, "{id}",
                      "{id}", None),
     "UCSD-PTGBM": (("UCSD-PTGBM-0002_01", "UCSD-PTGBM-0002_02"), UCSD, "{id}", "{id}", None),
+    "RHUH-GBM": (("RHUH-0001_0", "RHUH-0002_1"), RHUH, "{sub}/0", "{sub}/0", None),
+    "UCSF-ALPTDG": (("100001_time1", "100002_time1"), PLAIN | {"T1c": "_t1ce"}, "{sub}", "{sub}", ("100001", "100002")),
+    "sessions in folders of their own": (("RHUH-0001_0", "RHUH-0002_1"), RHUH, "{sub}/{id}", "{sub}/{id}", None),
+    "sessions of several persons": (("1_time1", "1_time2", "2_time1", "2_time2"), PLAIN | {"T1c": "_t1ce"}, "{sub}",
+                                    "{sub}", None),
+    "Yale": (("YG_2010-01-01", "YH_2012-02-02"), YALE, "{sub}/{id}", "{sub}/{id}", None),
+    "brain alone": (("P1", "P2"), BRAIN, "{id}", "{id}", None),
+    "names of a clinic": (("P1", "P2"), CLINIC, "{id}", "{id}", None),
+    "planes": (("P1", "P2"), PLANES, "{id}", "{id}", None),
+    "German": (("P1", "P2"), GERMAN, "{id}", "{id}", None),
+    "BIDS, contrast by acq": (("sub-01", "sub-02"), BIDS_ACQ, "{sub}/anat", "{sub}/anat", None),
+    "BIDS, masks": (("sub-01", "sub-02"), BIDS_DESC, "{sub}/anat", "derivatives/masks/{sub}/anat", None),
     "MU-Glioma-Post": (("PatientID_0003_Timepoint_1", "PatientID_0004_Timepoint_1"), MU, "{id}", "{id}", None),
 }
 
@@ -149,6 +169,82 @@ def test_other_files_of_ucsf_pdgm_are_told_and_the_scans_without_bias_field_take
     assert "6 other NIfTI files not read" in listing.reason
     (home / "UCSF-PDGM-0004_T1c_bias.nii.gz").unlink()  # then no set of four is the one that is meant
     with pytest.raises(DataError, match=r"_FLAIR\.nii\.gz and .*_FLAIR_bias\.nii\.gz all claim to be the FLAIR; keep"):
+        find_patients(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Tumor", "tumour", "lesion", "lesion_mask", "tumor_roi", "roi", "GT", "ground_truth",
+                                  "truth", "label", "labels", "seg_mask", "segmentations"])
+def test_a_label_map_is_known_by_its_usual_names_and_not_taken_for_that_of_the_brain(tmp_path, name):
+    raw = ball("P1")
+    for kind, array in (*raw.images.items(), (name, raw.label)):
+        save(array, raw.affine, tmp_path / "P1" / f"{kind}.nii.gz")
+    for other in ("brain_mask", "brain_seg", "T1_brain_mask", "T1_seg", "FLAIR_pre", "T2_post", "mask"):
+        save(raw.images["T1"], raw.affine, tmp_path / "P1" / f"{other}.nii.gz")
+    (files,) = list_patients(tmp_path).files.values()
+    assert files.label == tmp_path / "P1" / f"{name}.nii.gz"
+    assert {kind: path.name for kind, path in files.images.items()} == {kind: f"{kind}.nii.gz" for kind in raw.images}
+
+
+@pytest.mark.parametrize("entities", ["desc-brain_mask", "mask", "desc-aseg_dseg", "label-GM_dseg", "label-CSF_mask",
+                                      "space-MNI_desc-aparcaseg_dseg"])
+def test_masks_of_the_brain_and_its_tissues_in_bids_are_no_label_maps(tmp_path, entities):
+    raw = ball("sub-01")
+    write_named(tmp_path, [raw], BIDS | {"label": f"_{entities}"}, "{sub}/anat", labels="derivatives/x/{sub}/anat")
+    listing = list_patients(tmp_path)
+    assert listing.files["sub-01"].label is None and len(listing.files["sub-01"].images) == 4
+
+
+def test_unlabelled_patients_beside_what_may_be_label_maps_are_told(tmp_path):
+    for name in ("P1", "P2"):
+        raw = ball(name)
+        for kind, array in (*raw.images.items(), ("mask", raw.label)):
+            save(array, raw.affine, tmp_path / name / f"{kind}.nii.gz")
+    (finding,) = list_patients(tmp_path).findings
+    assert (finding.code, finding.severity, "P1/mask.nii.gz" in finding.message) == ("no-label", "warning", True)
+    for name in ("P1", "P2"):
+        (tmp_path / name / "mask.nii.gz").rename(tmp_path / name / "brain_mask.nii.gz")
+    assert list_patients(tmp_path).findings == ()
+
+
+def test_a_label_map_may_write_the_id_in_other_letters_if_that_is_plain(tmp_path):
+    raws = [ball("P1"), ball("P2")]
+    write_named(tmp_path, raws, PLAIN, "images", labels="images")
+    for raw in raws:
+        old = tmp_path / "images" / f"{raw.id}_seg.nii.gz"
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        old.rename(tmp_path / "labels" / f"{raw.id.lower()}.nii.gz")
+    files = list_patients(tmp_path).files
+    assert {name: own.label.name for name, own in files.items()} == {"P1": "p1.nii.gz", "P2": "p2.nii.gz"}
+    save(raws[0].label, LPS, tmp_path / "images" / "P1_seg.nii.gz")  # P1 has a label map now: p1 is somebody else's
+    listing = list_patients(tmp_path)
+    assert listing.files["P1"].label.name == "P1_seg.nii.gz"
+    assert [(finding.code, finding.patient) for finding in listing.findings] == [("elsewhere", "p1")]
+
+
+def test_scans_made_ready_are_taken_where_all_four_are_and_left_where_some_are(tmp_path):
+    raw = ball("P1")
+    for kind, array in (*raw.images.items(), ("seg", raw.label)):
+        save(array, raw.affine, tmp_path / "P1" / f"{kind}.nii.gz")
+    save(raw.images["T1"], raw.affine, tmp_path / "P1" / "T1_bet.nii.gz")
+    chosen = {kind: path.name for kind, path in list_patients(tmp_path).files["P1"].images.items()}
+    assert chosen == {kind: f"{kind}.nii.gz" for kind in raw.images}
+    for kind in ("FLAIR", "T1c", "T2"):
+        save(raw.images[kind], raw.affine, tmp_path / "P1" / f"{kind}_r2s_bet_reg.nii.gz")
+    chosen = {kind: path.name for kind, path in list_patients(tmp_path).files["P1"].images.items()}
+    assert chosen == {kind: f"{kind}_{'bet' if kind == 'T1' else 'r2s_bet_reg'}.nii.gz" for kind in raw.images}
+    save(raw.images["T1"], raw.affine, tmp_path / "P1" / "T1_reg.nii.gz")
+    with pytest.raises(DataError, match=r"T1_bet\.nii\.gz and .*T1_reg\.nii\.gz all claim to be the T1"):
+        find_patients(tmp_path)
+
+
+def test_names_longer_than_their_folders_are_read_and_those_of_another_patient_refused(tmp_path):
+    names = PLAIN | {"T1c": "_t1ce"}
+    raws = [ball(f"P{k}", seed=k) for k in range(2)]
+    for raw in raws:
+        write_named(tmp_path, [raw._replace(id=f"{raw.id}_time1")], names, raw.id, labels=raw.id)
+    assert list_patients(tmp_path).layout == "named" and sorted(list_patients(tmp_path).files) == ["P0", "P1"]
+    (tmp_path / "P0").rename(tmp_path / "P7")
+    with pytest.raises(DataError, match="carries another patient's id"):
         find_patients(tmp_path)
 
 

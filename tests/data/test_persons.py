@@ -51,6 +51,9 @@ def places(partition: Partition) -> dict[str, set[tuple[str, str]]]:
     ("UCSF-PDGM-429", "UCSF-PDGM-0429_FU003d_nifti"), ("UPENN-GBM-00001_11", "UPENN-GBM-00001_21"),
     ("UCSD-PTGBM-0002_01", "UCSD-PTGBM-0002_02"), ("TCGA-02-0003", "TCGA-02-0003_1997.06.08"),
     ("C3L-00016", "C3L-00016-21"), ("sub-01_ses-1", "sub-01_ses-2"), ("brats-gli-00005-100", "BraTS-GLI-00005-101"),
+    ("100001_time1", "100001_time2"), ("PatientID_0003_Timepoint_1", "PatientID_0003_Timepoint_2"),
+    ("Patient-001_week-000-1", "Patient-001_week-044"), ("RHUH-0001_0", "RHUH-0001_2"), ("P1_baseline", "p1-followup"),
+    ("YG_A1_2010-01-31", "YG_A1_2011-12-01"), ("P1.preop", "P1_postop"), ("P01_ses-1", "P01_visit2"),
 ])
 def test_ids_that_say_who_are_understood(one: str, other: str) -> None:
     assert person_of(one) is not None
@@ -61,7 +64,8 @@ def test_ids_that_say_who_are_understood(one: str, other: str) -> None:
     ("BraTS-GLI-00005-100", "BraTS-GLI-00006-100"), ("BraTS-GLI-00005-000", "BraTS-MET-00005-000"),
     ("BraTS2021_00005", "BraTS2021_00006"), ("UPENN-GBM-00001_11", "UPENN-GBM-00011_11"), ("sub-01", "sub-1"),
     ("P1_1", "P1_2"), ("site-01-000", "site-01-001"), ("BRATS_001", "BRATS_002"), ("substance_1", "substance_2"),
-    ("Patient-001_week-000", "Patient-001_week-044"),
+    ("Patient-001_week-000", "Patient-002_week-000"), ("100001_time1", "100011_time1"), ("site_time1", "site_time2"),
+    ("MR_2010-01-31", "MR_2010-02-01"), ("RHUH-0001_0", "RHUH-0002_0"), ("P1_12345678", "P1_12345679"),
 ])
 def test_other_persons_and_unknown_forms_are_not_joined(one: str, other: str) -> None:
     assert group_by_person([one, other]) == [(one,), (other,)]

@@ -20,7 +20,7 @@ from fedlab.core.errors import DataError
 from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.decathlon import list_msd, looks_like_msd
-from fedlab.data.readers.findings import Finding
+from fedlab.data.readers.findings import Finding, without_errors
 from fedlab.data.readers.named import list_named
 from fedlab.data.readers.patient_files import (
     Listing,
@@ -34,6 +34,7 @@ from fedlab.data.readers.patient_files import (
     stem,
 )
 from fedlab.data.readers.tables import TABLES, find_path_table, list_table, merge_columns
+from fedlab.data.sites.persons import person_of
 
 __all__ = ["LAYOUTS", "list_patients"]
 
@@ -167,7 +168,25 @@ def _list(root: Path, layout: str | None) -> Listing:
         raise DataError(f"{root}: {counted(len(folders), 'folder')} with scans, but their names match no layout: "
                         f"{examples}. Expected {'; '.join(LAYOUTS.values())}. For any other layout write a table of "
                         f"paths")
-    return _list_folders(root, folders, mark, layout)
+    listing = _list_folders(root, folders, mark, layout)
+    if layout is None and not without_errors(listing.files, listing.findings):
+        return _with_longer_names(root, folders) or listing
+    return listing
+
+
+def _with_longer_names(root: Path, folders: Sequence[_Folder]) -> Listing | None:
+    """The patients of folders in which no name is quite as in BraTS: P1/P1_time1_t1ce, P1/P1_t1_bet.
+
+    None if one of them has a problem still, or carries a name that is not its folder's with an addition.
+    """
+    found = list_named(root, stated=True)
+    if found is None or len(without_errors(found.files, found.findings)) < len(found.files):
+        return None
+    names = {folder.path: folder.id for folder in folders}
+    whole = all(name.lower().startswith(names.get(scan.parent, "\0").lower())
+                for name, files in found.files.items() for scan in files.images.values())
+    return found if whole and {scan.parent for files in found.files.values() for scan in files.images.values()} \
+        == set(names) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,7 +451,8 @@ def _anywhere(root: Path) -> Listing | None:
     places = _elsewhere(root, ())
     splits = [place for place in places if _SPLITS.match(place.name)]
     apart = len(set().union(*places.values())) == sum(map(len, places.values()))
-    if root in places or len(splits) > 1 or (apart and _cohorts(root)):
+    persons = all(person_of(one) == place.name.upper() for place, ids in places.items() for one in ids)
+    if root in places or len(splits) > 1 or (apart and not persons and _cohorts(root)):
         return None
     listing = list_named(root, stated=True)
     return listing if listing and all(finding.code != "two-files" for finding in listing.findings) else None

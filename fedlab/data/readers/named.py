@@ -25,16 +25,33 @@ __all__ = ["list_named"]
 
 _DEEP = 6  # levels of folders: derivatives/PIPELINE/sub-01/ses-01/anat has five
 _KINDS = {
-    "FLAIR": r"(?:t2[-_ ]?)?flair|t2f", "T1": r"t1[wn]?|t1[-_ ]?pre", "T2": r"t2w?",
-    "T1c": r"t1w?[-_ ]?(?:c|ce|gd|gad|post)|ct1",
-    "label": r"segm?|dseg|segmentation|(?:brats[-_])?tumou?r[-_]?(?:seg|segmentation|mask)|automated_approx_segm"
-             r"|glistrboost(?:_manuallycorrected)?",
+    "FLAIR": r"(?:t2(?:wi?)?[-_ ]?)?flair|t2f", "T1": r"t1(?:wi?|n)?|t1(?:wi?)?[-_ ]?pre", "T2": r"t2(?:wi?)?",
+    "T1c": r"t1(?:wi?)?[-_ ]?(?:\+?c|c\+|ce|km|gd|gad(?:o(?:linium)?)?|contrast|post(?:[-_ ]?(?:contrast|gd|gad))?)"
+           r"|ct1|(?:ce|gd)[-_ ]?t1(?:wi?)?",
 }
+_SEGMENTED = r"segm?|dseg|segmentations?|(?:brats[-_])?tumou?r[-_]?(?:seg|segmentation|mask)|automated_approx_segm" \
+             r"|glistrboost(?:_manuallycorrected)?"
+#: Files, though not folders, are also label maps by these names. "mask" alone may be the brain's.
+_SEGMENTED_FILE = rf"{_SEGMENTED}|seg[-_ ]?mask|(?:tumou?rs?|lesions?|labels?)(?:[-_ ]?(?:mask|seg|roi|labels?))?|roi" \
+                  r"|gt|(?:ground[-_ ]?)?truth"
 _IMAGES = "|".join(f"(?P<{name}>{_KINDS[name]})" for name in MODALITIES)
-_KIND = rf"(?:(?:brain_)?(?:{_IMAGES})(?P<bias>_bias)?|(?P<label>{_KINDS['label']}))"
-_NAME = re.compile(rf"(?:(?P<id>.+?)[-_. ])??{_KIND}", re.IGNORECASE)
-_FIRST = re.compile(rf"{_KIND}[-_. ](?P<id>.+)", re.IGNORECASE)
-_FOLDER = re.compile(rf"(?:\d+[-_. ]+)?{_KIND}", re.IGNORECASE)  # folders of one modality
+#: What programs append to the names of scans that they have made ready: brain alone, no bias field, registered.
+_READY = r"[-_](?:bias|bet|hdbet|reg|registered|r2s|n4|ss|brain|stripped|skull[-_]?stripped)"
+_PLANE = r"(?:brain|ax|axial|sag|sagittal|cor|coronal)[-_ ]"
+
+
+def _pattern(label: str) -> str:
+    return rf"(?:(?:{_PLANE})?(?:{_IMAGES})(?P<ready>(?:{_READY})+)?|(?P<label>{label}))"
+
+
+_NAME = re.compile(rf"(?:(?P<id>.+?)[-_. ])??{_pattern(_SEGMENTED_FILE)}", re.IGNORECASE)
+_FIRST = re.compile(rf"{_pattern(_SEGMENTED_FILE)}[-_. ](?P<id>.+)", re.IGNORECASE)
+_FOLDER = re.compile(rf"(?:\d+[-_. ]+)?{_pattern(_SEGMENTED)}", re.IGNORECASE)  # folders of one modality
+_CONTRAST = re.compile(r"(?:(?P<id>.+)[-_. ])?(?P<kind>pre|post)", re.IGNORECASE)  # T1 before and after contrast
+_ENHANCED = re.compile(r"ce-.+|acq-.*(?:post|gd|gad|contrast|ce)", re.IGNORECASE)  # of a BIDS name
+_TUMOUR = re.compile(r"(?:label|desc)-.*(?:tumou?r|lesion|glioma)", re.IGNORECASE)  # of a BIDS name
+_OTHER_PARTS = re.compile(r"brain|aseg|aparc|tissue|-(?:gm|wm|csf)", re.IGNORECASE)
+_LIKE_LABEL = re.compile(r"(?!.*brain).*(?:mask|seg|label|tumou?r|lesion|roi|truth)", re.IGNORECASE)
 _NUMBERED_MASK = re.compile(r"\d+[-_. ]+mask", re.IGNORECASE)  # EGD's; other masks may be the brain's
 _FORMAT = re.compile(r"nii|nifti|anat", re.IGNORECASE)  # folders that say nothing of the patient
 _LABELS = re.compile(r"(?:images_)?(?:label|seg|mask|ground.?truth)", re.IGNORECASE)  # folders of label maps
@@ -46,12 +63,12 @@ _PREDICTED = re.compile(r"pred|infer|output|result", re.IGNORECASE)  # folders w
 
 @dataclass(frozen=True)
 class _Claim:
-    """A file, the patient and the kind that its name states ("" where it begins with the kind)."""
+    """A file, the patient and the kind that its name states ("" where it begins with the kind), and what was done."""
 
     path: Path
     id: str
     kind: str
-    bias: bool
+    ready: str
 
 
 def list_named(root: Path, *, stated: bool = False) -> Listing | None:
@@ -70,7 +87,7 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
                 return None
         claim = _claim(scan, root)
         if claim is None or (not claim.id and scan.parent == root) or (
-                claim.kind == "label" and any(map(_PREDICTED.search, scan.relative_to(root).parts[:-1]))):
+                claim.kind == "label" and _is_predicted(scan, root)):
             others.append(scan)
         else:
             claims.append(claim)
@@ -79,6 +96,11 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
         sessions = [other for other in found if other.startswith(f"{name}_ses-")] if own.keys() == {"label"} else []
         if len(sessions) == 1 and "label" not in found[sessions[0]]:
             found[sessions[0]]["label"] = found.pop(name)["label"]
+    for name, own in list(found.items()):  # a label map may write the name in other letters: p1 for P1
+        if own.keys() == {"label"} and not any(other.startswith(name) for other in found if other != name):
+            alike = [other for other in found if other != name and other.casefold() == name.casefold()]
+            if len(alike) == 1 and "label" not in found[alike[0]]:
+                found[alike[0]]["label"] = found.pop(name)["label"]
     whole = [name for name, own in found.items() if "T1c" in own and len(own.keys() & {*MODALITIES}) > 2]
     if not whole:
         return None
@@ -99,6 +121,11 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
             stray[name] = next(iter(own.values()))[0].path
         else:  # a mask of a patient's brain or the like
             others += [claim.path for claim in own["label"]]
+    if candidates := [] if any(own.label for own in files.values()) else [
+            scan for scan in others if _LIKE_LABEL.fullmatch(stem(scan)) and not _is_predicted(scan, root)]:
+        findings.append(Finding(min(files), "no-label", f"no file is named as a label map; "
+                                f"{candidates[0].relative_to(root)} and the like are not read: name them _seg, or "
+                                f"write a table of paths, if they are label maps of tumours", "warning"))
     if stray:
         findings.append(Finding(min(stray), "elsewhere", f"{stray[min(stray)].relative_to(root)} is not read: no other "
                                 f"scans have names that begin with {min(stray)}; {len(stray)} such in all", "warning"))
@@ -110,6 +137,10 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
         reason += f"; {counted(len(others), 'other NIfTI file')} not read, such as {others[0].relative_to(root)}"
     return Listing(folder=root, layout="named", reason=reason, files=dict(sorted(files.items())),
                    findings=tuple(findings))
+
+
+def _is_predicted(scan: Path, root: Path) -> bool:
+    return any(map(_PREDICTED.search, scan.relative_to(root).parts[:-1]))
 
 
 def _kind(match: re.Match[str]) -> str:
@@ -131,24 +162,43 @@ def _by_folder(scan: Path, root: Path) -> _Claim | None:
         return None
     if match := _FOLDER.fullmatch(folder.name):
         # In a folder of the whole data set, files are named as patients; in a patient's, as anything.
-        return _Claim(scan, stem(scan) if _home(folder, root) == root else "", _kind(match), bool(match["bias"]))
-    return _Claim(scan, "", "label", False) if _NUMBERED_MASK.fullmatch(folder.name) else None
+        return _Claim(scan, stem(scan) if _home(folder, root) == root else "", _kind(match), match["ready"] or "")
+    return _Claim(scan, "", "label", "") if _NUMBERED_MASK.fullmatch(folder.name) else None
 
 
 def _claim(scan: Path, root: Path) -> _Claim | None:
     *entities, suffix = stem(scan).split("_")
     name = stem(scan)
-    if name.lower().startswith("sub-") and entities and all("-" in entity for entity in entities):  # BIDS
-        enhanced = suffix == "T1w" and any(entity.lower().startswith("ce-") for entity in entities)
-        name = "_".join([*(entity for entity in entities if entity.lower().startswith(("sub-", "ses-"))),
-                         "T1c" if enhanced else suffix])
+    if name.lower().startswith("sub-") and entities and all("-" in entity for entity in entities):
+        name = _bids(entities, suffix)
     if (match := _NAME.fullmatch(name)) is None:
         match = _FIRST.fullmatch(name)
         if match is None or match["id"] != scan.parent.name:
-            if claim := _by_folder(scan, root):
+            if claim := _by_folder(scan, root) or _before_or_after(scan):
                 return claim
-            return _Claim(scan, name, "label", False) if _LABELS.match(scan.parent.name) else None
-    return _Claim(scan, match["id"] or "", _kind(match), bool(match["bias"]))
+            return _Claim(scan, name, "label", "") if _LABELS.match(scan.parent.name) else None
+    return _Claim(scan, match["id"] or "", _kind(match), match["ready"] or "")
+
+
+def _bids(entities: Sequence[str], suffix: str) -> str:
+    """The name without what a BIDS name states beside person, session and kind."""
+    about = [entity for entity in entities if not entity.lower().startswith(("sub-", "ses-"))]
+    kind = suffix
+    if suffix == "T1w" and any(map(_ENHANCED.fullmatch, about)):
+        kind = "T1c"
+    elif suffix in ("mask", "dseg", "roi"):
+        stated = [entity for entity in about if entity.lower().startswith(("label-", "desc-"))]
+        other = suffix == "mask" or any(map(_OTHER_PARTS.search, stated))  # the brain's or its tissues'
+        kind = "dseg" if any(map(_TUMOUR.fullmatch, stated)) or not other else f"of-{suffix}"
+    return "_".join([*(entity for entity in entities if entity not in about), kind])
+
+
+def _before_or_after(scan: Path) -> _Claim | None:
+    """A T1 that is named only by whether it was taken before or after contrast."""
+    match = _CONTRAST.fullmatch(stem(scan))
+    if match is None or (match["id"] and _NAME.fullmatch(match["id"])):  # P1_FLAIR_pre was taken before something else
+        return None
+    return _Claim(scan, match["id"] or "", "T1" if match["kind"].lower() == "pre" else "T1c", "")
 
 
 def _by_patient(claims: Sequence[_Claim], root: Path) -> dict[str, dict[str, list[_Claim]]]:
@@ -175,9 +225,12 @@ def _choose(name: str, own: Mapping[str, Sequence[_Claim]], root: Path) -> tuple
     """One patient's files; several of a kind become findings and are left out."""
     findings: list[Finding] = []
     images, label = {}, None
-    corrected = all(any(claim.bias for claim in own.get(kind, ())) for kind in MODALITIES)
+    ready = all(any(claim.ready for claim in own.get(kind, ())) for kind in MODALITIES)
     for kind in (*MODALITIES, "label"):
-        of_kind = [claim for claim in own.get(kind, ()) if kind == "label" or not corrected or claim.bias]
+        of_kind = list(own.get(kind, ()))
+        # UCSF-PDGM has all four scans without their bias fields; where one lacks, no set of four is the one meant.
+        if kind != "label" and (ready or not any("bias" in claim.ready.lower() for claim in of_kind)):
+            of_kind = [claim for claim in of_kind if bool(claim.ready) == ready] or of_kind
         expert = [claim for claim in of_kind if not _AUTOMATIC.search(str(claim.path.relative_to(root)))]
         chosen = (expert or of_kind) if kind == "label" else of_kind
         if len(chosen) > 1:

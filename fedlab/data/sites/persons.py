@@ -18,9 +18,15 @@ __all__ = ["FoundPerson", "Person", "at_site", "check_one_scan_each", "group_by_
 #: The ids of one person; most have one.
 Person = tuple[str, ...]
 #: The part of an id that names the person: BraTS 2023 and later (BraTS-GLI-00005-101), UCSF-PDGM-0429_FU003d,
-#: UPENN-GBM-00001_21, UCSD-PTGBM-0002_01, TCGA-02-0003_..., CPTAC (C3L-00016_...), and BIDS (sub-01_ses-02).
+#: UPENN-GBM-00001_21, UCSD-PTGBM-0002_01, RHUH-0001_0, TCGA-02-0003_..., CPTAC (C3L-00016_...), BIDS (sub-01_ses-02).
 _PERSON = re.compile(r"(BraTS-[A-Z]+-(?:RT-)?\d{4,5}|UCSF-PDGM-\d{3,4}|UPENN-GBM-\d{5}|UCSD-PTGBM-\d{4}"
-                     r"|TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|C3[LN]-\d{5}|sub-[A-Z0-9]+)(?![A-Z0-9]).*", re.IGNORECASE)
+                     r"|RHUH-\d{4}|TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|C3[LN]-\d{5}|sub-[A-Z0-9]+)(?![A-Z0-9]).*",
+                     re.IGNORECASE)
+#: An id that says in a word or by a date that it is one of several scans: 100001_time2 (UCSF-ALPTDG), PatientID_0003_
+#: Timepoint_1 (MU-Glioma-Post), Patient-001_week-044 (LUMIERE), YG_A1_2010-01-31.
+_SESSION = re.compile(r"(.*\d.*?)[-_. ](?:(?:ses(?:sion)?|time(?:[-_ ]?point)?|tp|visit|week|month|fu)[-_ ]?\d{1,4}"
+                      r"(?:[-_]\d)?|baseline|follow[-_ ]?up|(?:pre|post)[-_ ]?op"
+                      r"|(?:19|20)\d\d[-_.][01]\d[-_.][0-3]\d)", re.IGNORECASE)
 
 
 class FoundPerson(frozenset[str]):
@@ -35,7 +41,7 @@ def prepared_by(same: Iterable[object]) -> tuple[str, ...]:
 
 def person_of(patient: str) -> str | None:
     """The person that an id names; None if the form of the id is unknown."""
-    match = _PERSON.fullmatch(patient)
+    match = _PERSON.fullmatch(patient) or _SESSION.fullmatch(patient)
     # UCSF-PDGM-0429 in names of folders is UCSF-PDGM-429 in its tables.
     return re.sub(r"(?<=PDGM-)0(?=\d{3})", "", match[1].upper()) if match else None
 
