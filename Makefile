@@ -163,7 +163,6 @@ $(STAMP): pyproject.toml constraints.txt $(PY)
 	@echo "fedlab: installing the tested versions into $(VENV) (a few minutes the first time)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade
 	@$(PY) -m pip install --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
-	@$(PY) -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # pip compiles on one core; some files are templates
 	@[ -e $(LABCONFIG)/page_config.json ] || { mkdir -p $(LABCONFIG); echo '$(QUIET)' > $(LABCONFIG)/page_config.json; }
 	@echo '$(OFFLINE)' > $(NBCONVERT)
 	@$(PY) -c 'import fedlab'

@@ -24,8 +24,10 @@ REAL_SCANS = REPOSITORY.parent / "shared" / "data" / "brats_real"
 LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}
 
 
-#: Voxels of a crop in notebooks, which train for minutes with their own crops. `make gallery` runs them as they are.
-CROP = (16, 16, 16)
+#: Grid and crops of notebooks, which take minutes with their own. `make gallery` runs them as they are.
+CROP, COARSE = "crop = (16, 16, 16)", "shape, spacing_mm = (32, 40, 32), 4.5"
+#: Notebooks whose compared outputs show their grid; tests in JupyterLab run both with their own crops too.
+SHOW_THEIR_GRID = ("01_first_federated_run.ipynb", "06_visualise_predictions_in_3d.ipynb")
 #: Folders whose files take longest: they come first, so that no process waits for the last file of another.
 LONGEST = ("nvflare", "notebooks", "browser")
 
@@ -53,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         cell = getattr(item, "cell", None)
         if cell is not None and "parameters" in cell.metadata.get("tags", ()) and re.search(r"\bcrop\b", cell.source):
-            cell.source += f"\ncrop = {CROP}"
+            cell.source += f"\n{CROP}" + ("" if item.path.name in SHOW_THEIR_GRID else f"\n{COARSE}")
     items.sort(key=lambda item: next((k for k, name in enumerate(LONGEST) if name in item.path.parts), len(LONGEST)))
 
 

@@ -185,6 +185,19 @@ def test_a_label_map_is_known_by_its_usual_names_and_not_taken_for_that_of_the_b
     assert {kind: path.name for kind, path in files.images.items()} == {kind: f"{kind}.nii.gz" for kind in raw.images}
 
 
+def test_a_segmentation_comes_before_a_region_of_interest_and_two_of_either_are_refused(tmp_path):
+    raw = ball("P1")
+    for kind, array in (*raw.images.items(), ("roi", raw.label), ("lesion", raw.label)):
+        save(array, raw.affine, tmp_path / "P1" / f"P1_{kind}.nii.gz")
+    with pytest.raises(DataError, match=r"P1_lesion\.nii\.gz and .*P1_roi\.nii\.gz all claim to be the label"):
+        find_patients(tmp_path)
+    save(raw.label, raw.affine, tmp_path / "P1" / "P1_segm.nii.gz")
+    assert find_patients(tmp_path)["P1"].label.name == "P1_segm.nii.gz"
+    save(raw.label, raw.affine, tmp_path / "P1" / "P1_segmentation.nii.gz")
+    with pytest.raises(DataError, match=r"P1_segm\.nii\.gz and .*P1_segmentation\.nii\.gz all claim to be the label"):
+        find_patients(tmp_path)
+
+
 @pytest.mark.parametrize("entities", ["desc-brain_mask", "mask", "desc-aseg_dseg", "label-GM_dseg", "label-CSF_mask",
                                       "space-MNI_desc-aparcaseg_dseg"])
 def test_masks_of_the_brain_and_its_tissues_in_bids_are_no_label_maps(tmp_path, entities):
@@ -192,6 +205,19 @@ def test_masks_of_the_brain_and_its_tissues_in_bids_are_no_label_maps(tmp_path, 
     write_named(tmp_path, [raw], BIDS | {"label": f"_{entities}"}, "{sub}/anat", labels="derivatives/x/{sub}/anat")
     listing = list_patients(tmp_path)
     assert listing.files["sub-01"].label is None and len(listing.files["sub-01"].images) == 4
+
+
+@pytest.mark.parametrize("entity", ["acq-space", "acq-precontrast", "acq-noGd", "acq-mprage", "rec-norm", "run-1"])
+def test_what_says_nothing_of_contrast_in_bids_is_no_enhanced_scan(tmp_path, entity):
+    write_named(tmp_path, [ball("sub-01")], BIDS | {"T1": f"_{entity}_T1w"}, "{sub}/anat", labels="{sub}/anat")
+    chosen = {kind: path.name for kind, path in list_patients(tmp_path).files["sub-01"].images.items()}
+    assert chosen["T1"] == f"sub-01_{entity}_T1w.nii.gz" and chosen["T1c"] == "sub-01_ce-gadolinium_T1w.nii.gz"
+
+
+@pytest.mark.parametrize("entity", ["acq-post", "acq-T1Gd", "acq-postcontrast", "acq-ce", "ce-GBCA", "acq-mpragePost"])
+def test_what_says_that_contrast_was_given_in_bids(tmp_path, entity):
+    write_named(tmp_path, [ball("sub-01")], BIDS | {"T1c": f"_{entity}_T1w"}, "{sub}/anat", labels="{sub}/anat")
+    assert list_patients(tmp_path).files["sub-01"].images["T1c"].name == f"sub-01_{entity}_T1w.nii.gz"
 
 
 def test_unlabelled_patients_beside_what_may_be_label_maps_are_told(tmp_path):

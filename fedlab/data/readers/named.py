@@ -47,8 +47,9 @@ def _pattern(label: str) -> str:
 _NAME = re.compile(rf"(?:(?P<id>.+?)[-_. ])??{_pattern(_SEGMENTED_FILE)}", re.IGNORECASE)
 _FIRST = re.compile(rf"{_pattern(_SEGMENTED_FILE)}[-_. ](?P<id>.+)", re.IGNORECASE)
 _FOLDER = re.compile(rf"(?:\d+[-_. ]+)?{_pattern(_SEGMENTED)}", re.IGNORECASE)  # folders of one modality
+_SEGMENTATION = re.compile(rf"(?:.*[-_. ])?(?:{_SEGMENTED})", re.IGNORECASE)
 _CONTRAST = re.compile(r"(?:(?P<id>.+)[-_. ])?(?P<kind>pre|post)", re.IGNORECASE)  # T1 before and after contrast
-_ENHANCED = re.compile(r"ce-.+|acq-.*(?:post|gd|gad|contrast|ce)", re.IGNORECASE)  # of a BIDS name
+_ENHANCED = re.compile(r"ce-.+|acq-(?:(?!.*(?:pre|non?))(?:.*(?:post|gd|gad|contrast))|ce)", re.IGNORECASE)  # of BIDS
 _TUMOUR = re.compile(r"(?:label|desc)-.*(?:tumou?r|lesion|glioma)", re.IGNORECASE)  # of a BIDS name
 _OTHER_PARTS = re.compile(r"brain|aseg|aparc|tissue|-(?:gm|wm|csf)", re.IGNORECASE)
 _LIKE_LABEL = re.compile(r"(?!.*brain).*(?:mask|seg|label|tumou?r|lesion|roi|truth)", re.IGNORECASE)
@@ -233,6 +234,8 @@ def _choose(name: str, own: Mapping[str, Sequence[_Claim]], root: Path) -> tuple
             of_kind = [claim for claim in of_kind if bool(claim.ready) == ready] or of_kind
         expert = [claim for claim in of_kind if not _AUTOMATIC.search(str(claim.path.relative_to(root)))]
         chosen = (expert or of_kind) if kind == "label" else of_kind
+        if kind == "label" and len(chosen) > 1:  # a segmentation comes before a region of interest and the like
+            chosen = [claim for claim in chosen if _SEGMENTATION.fullmatch(stem(claim.path))] or chosen
         if len(chosen) > 1:
             both = " and ".join(str(claim.path.relative_to(root)) for claim in chosen)
             findings.append(Finding(name, "two-files", f"{both} all claim to be the {kind}; keep one, or write a table "
