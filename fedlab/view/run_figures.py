@@ -51,7 +51,7 @@ def curves(histories: Mapping[str, History], *, metric: str = "Dice") -> Picture
                          f"{sorted({str(c) for table in tables.values() for c in table})}; name one as metric=")
     colours, kinds = arm_colours(tables), [arm_of(name) for name in tables]
     figure = Picture(figsize=(10, 3.9), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"wspace": 0.06})[0]
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, gridspec_kw={"wspace": 0.06})[0]
     lines: dict[str, Any] = {}
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
         for name, table in tables.items():

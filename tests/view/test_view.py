@@ -211,6 +211,9 @@ def test_curves_draw_the_numbers_of_the_rounds_in_the_arms_colours() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["federated", "local (2 models)"]
     assert "federated ends at 0.75" in figure.alt
     assert len(curves({"federated": history([1.0])}).axes) == 1  # no panel without Dice
+    seldom = curves({"federated": history([3.0] * 32, dice=[0.5 if k % 8 == 7 else np.nan for k in range(32)])})
+    loss, dice = seldom.axes  # Dice of every eighth round lies below the same ticks as the loss
+    assert loss.get_xlim() == dice.get_xlim() and list(loss.get_xticks()) == list(dice.get_xticks())
     with pytest.raises(ValueError, match="none of the histories"):
         curves({"federated": History(rounds=3)})
 
