@@ -52,7 +52,7 @@ def client(data: Path) -> ClientApp:
         site = load_sites(data)[int(context.node_config["partition-id"])]
         state = fl.core.ServerState(round=int(message.content["round"]["number"]),
                                     params=dict(message.content["weights"].to_torch_state_dict()))
-        update = task()(site, state, {})
+        update = task()(site, state, fl.core.SiteState())
         told = ConfigRecord({"site": update.site, "weight": update.weight, "steps": update.steps})
         return Message(RecordDict({"delta": ArrayRecord.from_torch_state_dict(dict(update.delta)), "told": told}),
                        reply_to=message)

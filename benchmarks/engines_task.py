@@ -78,5 +78,6 @@ def main(arm: str, run: Callable[[Sequence[fl.Site], int, Callable[[Any], None]]
 
     torch.set_num_threads(1)
     sites = load_sites(data)
+    make_trainer()  # loads MONAI
     row = timed(lambda note: run(sites, rounds, note), rounds)
     out.write_text(json.dumps({"engine": arm, "sites": len(sites), "rounds": rounds, **row}), encoding="utf-8")
