@@ -13,7 +13,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from fedlab.core.errors import DataError
@@ -22,6 +21,7 @@ from fedlab.core.types import MODALITIES
 from fedlab.data.readers.decathlon import list_msd, looks_like_msd
 from fedlab.data.readers.findings import Finding, without_errors
 from fedlab.data.readers.named import list_named
+from fedlab.data.readers.other_formats import find_other_format
 from fedlab.data.readers.patient_files import (
     Listing,
     PatientFiles,
@@ -62,14 +62,6 @@ _STATE_NAMED = "layout='named' (--layout named), which reads files of any folder
 _GRADES = ("HGG", "LGG")
 #: Names of folders that keep apart what must not be mixed.
 _SPLITS = re.compile(r"(?:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?![a-z])", re.IGNORECASE)
-#: Ends of names of scans in other formats, with the format and what converts it.
-_FORMATS = {
-    (".mha", ".mhd"): ("MetaImage", "for example with SimpleITK.ReadImage and WriteImage"),
-    (".nrrd", ".nhdr"): ("NRRD", "for example with SimpleITK.ReadImage and WriteImage"),
-    (".mgz", ".mgh"): ("FreeSurfer", "for example with mri_convert"),
-    (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar"): ("archive", ""),
-    (".img", ".hdr", ".img.gz", ".hdr.gz"): ("Analyze or two-file NIfTI", "one file each, with nibabel.load and save"),
-}
 
 
 def list_patients(folder: str | os.PathLike[str], *, layout: str | None = None) -> Listing:
@@ -479,7 +471,7 @@ def _no_patients(root: Path) -> str:
         return (f"{root}: its scans lie deeper than in any layout, such as {deep.relative_to(root)}; move those of "
                 f"each patient into one folder <ID>/, write a table of paths, {LAYOUTS['table']}, or state "
                 f"{_STATE_NAMED}")
-    if other := _find_other_format(root):
+    if other := find_other_format(root):
         path, kind, how = other
         if kind == "archive":
             return f"{root} holds packed folders such as {path.relative_to(root)}; unpack them and give that folder"
@@ -487,17 +479,3 @@ def _no_patients(root: Path) -> str:
                 f"register them and remove the skull where that has not been done")
     return (f"{root} contains no patient folder; expected {'; '.join(LAYOUTS.values())}; found "
             f"{', '.join(entry.name for entry in entries[:5]) or 'nothing'}")
-
-
-def _find_other_format(root: Path) -> tuple[Path, str, str] | None:
-    """The first scan in another format among the first entries below a folder, its format, and what converts it."""
-    for path in filter(Path.is_file, sorted(islice(root.rglob("*"), 1000))):
-        if found := next((kind for ends, kind in _FORMATS.items() if path.name.lower().endswith(ends)), None):
-            return path, *found
-        try:
-            with path.open("rb") as file:
-                if file.read(132)[128:] == b"DICM":
-                    return path, "DICOM", "for example with dcm2niix"
-        except OSError:
-            continue
-    return None

@@ -79,29 +79,12 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
         root: the folder.
         stated: whether the user named this layout, so that names as in BraTS are read in this way too.
     """
-    claims, others, ends = [], [], set[str]()
     closed: list[Path] = []
-    for scan in scans_below(root, _DEEP, closed):
-        if not stated and (match := _BRATS.fullmatch(scan.name)):
-            ends.add(match[1].lower())
-            if "_t1ce" in ends or ("-t1c" in ends and len(ends) > 1):
-                return None
-        claim = _claim(scan, root)
-        if claim is None or (not claim.id and scan.parent == root) or (
-                claim.kind == "label" and _is_predicted(scan, root)):
-            others.append(scan)
-        else:
-            claims.append(claim)
+    if (read := _claims(root, stated, closed)) is None:
+        return None
+    claims, others = read
     found = _by_patient(claims, root)
-    for name, own in list(found.items()):  # of a person with one session, the label map may name the person alone
-        sessions = [other for other in found if other.startswith(f"{name}_ses-")] if own.keys() == {"label"} else []
-        if len(sessions) == 1 and "label" not in found[sessions[0]]:
-            found[sessions[0]]["label"] = found.pop(name)["label"]
-    for name, own in list(found.items()):  # a label map may write the name in other letters: p1 for P1
-        if own.keys() == {"label"} and not any(other.startswith(name) for other in found if other != name):
-            alike = [other for other in found if other != name and other.casefold() == name.casefold()]
-            if len(alike) == 1 and "label" not in found[alike[0]]:
-                found[alike[0]]["label"] = found.pop(name)["label"]
+    _join_label_maps(found)
     whole = [name for name, own in found.items() if "T1c" in own and len(own.keys() & {*MODALITIES}) > 2]
     if not whole:
         return None
@@ -122,10 +105,10 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
             stray[name] = next(iter(own.values()))[0].path
         else:  # a mask of a patient's brain or the like
             others += [claim.path for claim in own["label"]]
-    if candidates := [] if any(own.label for own in files.values()) else [
-            scan for scan in others if _LIKE_LABEL.fullmatch(stem(scan)) and not _is_predicted(scan, root)]:
+    like_labels = [scan for scan in others if _LIKE_LABEL.fullmatch(stem(scan)) and not _is_predicted(scan, root)]
+    if like_labels and not any(own.label for own in files.values()):
         findings.append(Finding(min(files), "no-label", f"no file is named as a label map; "
-                                f"{candidates[0].relative_to(root)} and the like are not read: name them _seg, or "
+                                f"{like_labels[0].relative_to(root)} and the like are not read: name them _seg, or "
                                 f"write a table of paths, if they are label maps of tumours", "warning"))
     if stray:
         findings.append(Finding(min(stray), "elsewhere", f"{stray[min(stray)].relative_to(root)} is not read: no other "
@@ -133,11 +116,38 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
     example = next((own.images["T1c"] for own in files.values() if "T1c" in own.images), found[whole[0]]["T1c"][0].path)
     reason = f"{counted(len(files), 'patient')} with files named by their modality, such as {example.name}"
     if passed:
-        reason += f"; {counted(passed, 'file')} passed over for a scan without bias field or a corrected label map"
+        reason += (f"; {counted(passed, 'file')} passed over for a scan without bias field, one made ready, or a better "
+                   f"label map")
     if others:
         reason += f"; {counted(len(others), 'other NIfTI file')} not read, such as {others[0].relative_to(root)}"
     return Listing(folder=root, layout="named", reason=reason, files=dict(sorted(files.items())),
                    findings=tuple(findings))
+
+
+def _claims(root: Path, stated: bool, closed: list[Path]) -> tuple[list[_Claim], list[Path]] | None:
+    """What each file's name states, and the files that state nothing; None for names of BraTS, unless stated."""
+    claims, others, ends = [], [], set[str]()
+    for scan in scans_below(root, _DEEP, closed):
+        if not stated and (match := _BRATS.fullmatch(scan.name)):
+            ends.add(match[1].lower())
+            if "_t1ce" in ends or ("-t1c" in ends and len(ends) > 1):
+                return None
+        claim = _claim(scan, root)
+        if claim is None or (not claim.id and scan.parent == root) or (
+                claim.kind == "label" and _is_predicted(scan, root)):
+            others.append(scan)
+        else:
+            claims.append(claim)
+    return claims, others
+
+
+def _join_label_maps(found: dict[str, dict[str, list[_Claim]]]) -> None:
+    """Gives label maps to their patients where they name the person of one session alone, or write p1 for P1."""
+    for name in [name for name, own in found.items() if own.keys() == {"label"}]:
+        for alike in ([other for other in found if other.startswith(f"{name}_ses-")],
+                      [other for other in found if other != name and other.casefold() == name.casefold()]):
+            if name in found and len(alike) == 1 and "label" not in found[alike[0]]:
+                found[alike[0]]["label"] = found.pop(name)["label"]
 
 
 def _is_predicted(scan: Path, root: Path) -> bool:
