@@ -116,8 +116,8 @@ def list_named(root: Path, *, stated: bool = False) -> Listing | None:
     example = next((own.images["T1c"] for own in files.values() if "T1c" in own.images), found[whole[0]]["T1c"][0].path)
     reason = f"{counted(len(files), 'patient')} with files named by their modality, such as {example.name}"
     if passed:
-        reason += (f"; {counted(passed, 'file')} passed over for a scan without bias field, one made ready, or a better "
-                   f"label map")
+        reason += (f"; {counted(passed, 'file')} passed over for a scan without bias field, one made ready, or a "
+                   f"better label map")
     if others:
         reason += f"; {counted(len(others), 'other NIfTI file')} not read, such as {others[0].relative_to(root)}"
     return Listing(folder=root, layout="named", reason=reason, files=dict(sorted(files.items())),
