@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedlab.core.files import filled_in
 from fedlab.core.settings import check_positive
 from fedlab.core.types import REPEATS, Spent
+from fedlab.privacy.at_sites import AtSites
 from fedlab.privacy.base import Privacy
 from fedlab.run.site_errors import kind_of
 from fedlab.run.svg_charts import Points, Style, chart
@@ -387,7 +388,14 @@ def _names(run: BackgroundRun) -> str:
     sums = run.settings.get("aggregation")
     parts: list[Any] = [layer for layer in run.privacy.layers if type(layer) is not Privacy]
     parts += [sums] if sums is not None and sums.hides_updates else []
-    return " + ".join(type(part).__name__ for part in parts) or "no privacy technique"
+    return " + ".join(map(_name, parts)) or "no privacy technique"
+
+
+def _name(part: Any) -> str:
+    if not isinstance(part, AtSites):
+        return type(part).__name__
+    place = part.sites[0] if len(part.sites) == 1 else f"{len(part.sites)} sites"
+    return f"{' + '.join(type(layer).__name__ for layer in part.technique.layers)} at {place}"
 
 
 def _budgets(run: BackgroundRun, given: float | None) -> dict[str, float]:

@@ -18,6 +18,7 @@ from fedlab.core.errors import PrivacyBudgetExhausted, RunError, SiteError
 from fedlab.core.regions import labels_to_regions
 from fedlab.core.weights import load_weights, trainable, weights_sha256
 from fedlab.evidence.membership import RoundMembership
+from fedlab.privacy.at_sites import AtSites
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import SharePercentile, TopK
 from fedlab.privacy.dp.dpsgd import DPSGD
@@ -393,6 +394,16 @@ def test_the_headline_is_one_line_with_the_time_left():
     assert ">TopK + SharePercentile</span>" in head and "title=" in head and "TopK(keep=0.1" in head
     run.stop().wait(300)
     assert "left" not in re.search(r"rounds, .*?;", RunDashboard(run).html()).group()
+
+
+def test_a_technique_of_some_sites_is_named_with_its_place():
+    def head(names):
+        some = AtSites(sites=names, technique=TopK(keep=0.1) + private())
+        page = RunDashboard(BackgroundRun(trainer(), blob_sites(), rounds=2, privacy=some)).html()
+        return re.search(r"<span title=[^>]*>([^<]*)</span>", page).group(1)
+
+    assert head(["site-0"]) == "TopK + LocalGaussian at site-0"
+    assert head(["site-0", "site-1"]) == "TopK + LocalGaussian at 2 sites"
 
 
 def test_time_is_not_shown_under_a_guarantee():
