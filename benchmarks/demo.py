@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 
 from common import RESULTS, fill, machine, write
-from fedlab.apps.comparison import Job
+from fedlab.apps.comparison import Job, arms_of
 from fedlab.apps.comparison_data import Phantoms
 from fedlab.core.weights import weights_sha256
 from fedlab.data.phantom.generator import GENERATOR
@@ -41,7 +41,8 @@ ARMS = {name: arm_label(name) for name in ("public", "federated", "pooled", "loc
 def settings() -> dict[str, Any]:
     """What the results depend on; equal to what they were made with, or the results are out of date."""
     job = Job(source=Phantoms())
-    return {"generator": GENERATOR, "start": weights_sha256(job.trainer().initial()), "trainer": repr(job.trainer()),
+    trainer = arms_of(job, Path())["federated"].trainer
+    return {"generator": GENERATOR, "start": weights_sha256(trainer.initial()), "trainer": repr(trainer),
             **{name: value for name, value in json.loads(json.dumps(asdict(job))).items()
                if name not in ("epsilon", "delta", "clip")}}  # of an arm that is not compared here
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import between_marks, fill, write
-from fedlab.apps.comparison import Job
+from fedlab.apps.comparison import Job, arms_of
 from fedlab.apps.comparison_data import Phantoms
 from fedlab.core.types import Site
 from fedlab.data.phantom.generator import GENERATOR
@@ -34,15 +34,13 @@ def name_of(arm: str, start: str, rounds: int) -> str:
     return f"{arm}, {rounds} rounds, {start}"
 
 
-def arms(seed: int, starts: Sequence[Start]) -> dict[str, Arm]:
+def arms(seed: int, starts: Sequence[Start], folder: Path) -> dict[str, Arm]:
     """The two arms for every start and number of rounds; each number has a learning-rate schedule of its own."""
     found = {}
     for start in starts:
         for rounds in ROUNDS:
-            job = Job(source=Phantoms(), start=start, rounds=rounds, seed=seed)
-            found[name_of("federated", start, rounds)] = Arm(trainer=job.trainer(), rounds=rounds)
-            found[name_of("pooled", start, rounds)] = Arm(trainer=job.trainer(job.lr_pooled), rounds=rounds,
-                                                          data="pooled")
+            made = arms_of(Job(source=Phantoms(), start=start, rounds=rounds, seed=seed), folder)
+            found |= {name_of(arm, start, rounds): made[arm] for arm in ("federated", "pooled")}
     return found
 
 
@@ -97,7 +95,7 @@ def main() -> None:
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
     parser.add_argument("--folder", type=Path, default=Path("runs/rounds"), help="kept for the next time")
     options = parser.parse_args()
-    found = compare_arms(lambda seed: cohort(options.folder, seed), lambda seed: arms(seed, options.starts),
+    found = compare_arms(lambda seed: cohort(options.folder, seed), lambda seed: arms(seed, options.starts, options.folder),
                          seeds=options.seeds, out=options.folder)
     rows = rows_of(found, options.seeds, options.starts)
     between_marks("workflows", section(rows, options.seeds), by="rounds")

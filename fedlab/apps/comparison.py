@@ -65,7 +65,8 @@ class Job:
     """The settings of a comparison: data, network and training. The defaults are the demo's.
 
     Args:
-        rounds: of the federated arm; the other arms take as many gradient steps.
+        rounds: of the federated arm, whose sites average their optimisers' moments too; the other arms take as many
+            gradient steps.
         steps: gradient steps of a site per round.
         batch_size: crops per step.
         lr: highest learning rate of federated arms, reached after an eighth of the rounds and falling to 0 by
@@ -262,7 +263,7 @@ def arms_of(job: Job, out: Path) -> dict[str, Arm]:
     private = {} if job.epsilon is None else {
         "private": Arm(trainer=replace(trainer, clip_norm=None), rounds=job.rounds, privacy=job.technique())}
     return {**({} if job.start == "random" else {"public": Arm(trainer=trainer, rounds=0)}), **private,
-            "federated": Arm(trainer=trainer, rounds=job.rounds, engine=engine),
+            "federated": Arm(trainer=replace(trainer, momentum="average"), rounds=job.rounds, engine=engine),
             "pooled": Arm(trainer=job.trainer(job.lr_pooled), rounds=job.rounds, data="pooled"),
             "local": Arm(trainer=job.trainer(job.lr_local), rounds=job.rounds, data="each")}
 

@@ -18,7 +18,7 @@ from fedlab.core.patient_checks import check_patient
 from fedlab.core.settings import check_within
 from fedlab.core.text import counted
 
-__all__ = ["MODALITIES", "REGIONS", "REPEATS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round",
+__all__ = ["MODALITIES", "MOMENT", "REGIONS", "REPEATS", "Answer", "Cohort", "Failure", "Messages", "Patient", "Round",
            "ServerState", "Site", "SiteState", "Spent", "Tensors", "Update", "Withdrawal", "rounded_up"]
 
 #: Channel order of every image in fedlab.
@@ -27,6 +27,9 @@ MODALITIES = ("FLAIR", "T1", "T1c", "T2")
 REGIONS = ("TC", "WT", "ET")
 #: Beside an ε of noise that an adversary with the seed can subtract, and that is drawn in floating point.
 REPEATS = "noise repeats with the seed: for research, low bits not covered"
+
+#: Begins the name of a moment among the buffers of a state or an update; no buffer of a network has a "|" in its name.
+MOMENT = "optimiser|"
 
 #: Named tensors: a model's weights, or changes of them.
 Tensors = Mapping[str, torch.Tensor]
@@ -264,7 +267,8 @@ class Update:
         encoded: size in bytes of the delta as it would be sent, if a technique makes it smaller than dense tensors.
         round: number of the round it answers, so that an old update is recognised.
         seconds: time that the site took; 0 under a guarantee, which covers no time.
-        buffers: values of the buffers that training has moved, such as the statistics of batch norm.
+        buffers: values of the buffers that training has moved, such as the statistics of batch norm, and of the
+            optimiser's moments if they are averaged; see `ServerState`.
 
     Example:
         >>> import torch
@@ -321,7 +325,8 @@ class ServerState(_Owned):
     Attributes:
         round: number of the next round, counted from 0.
         params: the global model's trainable weights.
-        buffers: the global model's buffers that training moves, if they are part of what is federated.
+        buffers: the global model's buffers that training moves, if they are part of what is federated, and the mean of
+            the sites' moments, "optimiser|weight|slot", under `SiteTrainer(momentum="average")`.
         moments: tensors of the strategy and of the workflow at the server, by name; empty for FedAvg.
         models: the model that a site starts from instead of `model`, by site, in workflows in which sites differ.
         namespaces: owner -> name -> tensor: what techniques keep at the server.
@@ -346,12 +351,12 @@ class ServerState(_Owned):
     @property
     def model(self) -> Tensors:
         """All tensors of the global model, weights and buffers, as `load_weights` takes them."""
-        return {**self.params, **self.buffers}
+        return {**self.params, **{name: b for name, b in self.buffers.items() if not name.startswith(MOMENT)}}
 
     def holding(self, model: Tensors) -> ServerState:
         """The state with other values of the model's weights and buffers."""
         return replace(self, params={name: model[name] for name in self.params},
-                       buffers={name: model[name] for name in self.buffers})
+                       buffers={name: model.get(name, b) for name, b in self.buffers.items()})
 
     def at(self, site: str) -> ServerState:
         """The part that a site is shown: the model that it starts from, and no other site's."""

@@ -177,7 +177,7 @@ class KeepUpdates:
                                 "start from one model")
         if state.models:
             raise star_only
-        if state.buffers:
+        if state.model.keys() > state.params.keys():
             raise ValueError("a model without one site is defined for weights only, not for buffers such as batch "
                              "norm's statistics; use group norm, or SiteTrainer(buffers='keep')")
         start = weights_sha256(state.params)

@@ -24,7 +24,7 @@ from fedlab.run.local import Local
 from fedlab.run.publishable import Validate, validated
 from fedlab.run.recipe import parts_recipe, run_as_code, run_recipe
 from fedlab.run.round import star
-from fedlab.run.run_checks import check_numbers, check_server
+from fedlab.run.run_checks import check_moments, check_numbers, check_server
 from fedlab.run.site_states import SiteStates
 from fedlab.run.site_task import SiteTask
 from fedlab.run.trace import Trace
@@ -58,6 +58,7 @@ def make_run(
     check_numbers(run)
     aggregation = aggregation.bind(run)
     run = replace(run, strategy=run.strategy.bind(run), aggregation=aggregation)
+    check_moments(run)
     run.topology.check(run)
     check_server(run)
     run.privacy.check(run)

@@ -8,10 +8,10 @@ from urllib.parse import quote
 from fedlab.core.protocols import Run
 from fedlab.core.settings import check_whole
 from fedlab.privacy.accounting.ledger import check_terms
-from fedlab.privacy.base import layers_at
+from fedlab.privacy.base import Privacy, layers_at
 from fedlab.run.server_ledger import SERVER
 
-__all__ = ["check_numbers", "check_server"]
+__all__ = ["check_moments", "check_numbers", "check_server"]
 
 #: Characters of a site's name in the names of files; most file systems allow 255 for the whole name.
 _LONGEST_NAME = 200
@@ -31,6 +31,24 @@ def check_numbers(run: Run) -> None:
         if count > 1:
             raise ValueError(f"site names are unique within a run, but {name!r} occurs {count} times")
     check_whole(rounds=run.rounds)
+
+
+def check_moments(run: Run) -> None:
+    """Refuses averaged moments where a part of the run protects, judges or combines weights only."""
+    if run.trainer.momentum != "average":
+        return
+    protects = any(type(layer) is not Privacy for layer in run.privacy.layers)
+    hides = bool(run.aggregation.units) or run.aggregation.hides_updates
+    bounded = run.admission is not None and run.admission.max_norm is not None
+    for refuses, part, why in (
+            (protects, run.privacy, "works on the update's weights only, and moments tell as much of the patients"),
+            (hides, run.aggregation, "hides the update's weights only, and moments tell as much of the patients"),
+            (not getattr(run.strategy, "takes_buffers", True), run.strategy, "judges and combines weights only"),
+            (bounded, run.admission, "judges weights only"),
+            (not run.topology.one_server, run.topology, "has no server at which all moments of a round meet")):
+        if refuses:
+            raise ValueError(f"the trainer averages the optimiser's moments, but {part!r} {why}; say "
+                             "SiteTrainer(momentum='keep', ...)")
 
 
 def check_server(run: Run) -> None:

@@ -162,7 +162,7 @@ class Ditto(FedAvg):
         lam: strength of the pull. With plain SGD lam times the learning rate must stay below 2; the paper tries 0.05-2.
 
     Raises:
-        ValueError: a lam that is negative or infinite; before the first round personal layers.
+        ValueError: a lam that is negative or infinite; before the first round personal layers, or averaged moments.
     """
 
     lam: float
@@ -180,6 +180,8 @@ class Ditto(FedAvg):
         return {**params, **_part(own, _PERSONAL), **_part(own, _BUFFERS)}
 
     def bind(self, run: Run) -> Ditto:
+        if run.trainer.momentum == "average":
+            raise ValueError("Ditto's personal models have moments of their own; say SiteTrainer(momentum='keep', ...)")
         if any(layer.keeps_tensors for layer in run.privacy.layers):
             raise ValueError("Ditto gives each site a whole model of its own, which would be pulled to the global "
                              "model's untrained personal layers; use it without PersonalLayers")

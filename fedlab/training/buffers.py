@@ -12,7 +12,7 @@ from fedlab.core.global_generators import seeded
 from fedlab.core.hardware import calling, precision_for
 from fedlab.core.protocols import Run
 from fedlab.core.seeds import generator
-from fedlab.core.types import MODALITIES
+from fedlab.core.types import MODALITIES, MOMENT
 
 __all__ = ["Buffers", "check_buffers"]
 
@@ -78,7 +78,7 @@ def _module(name: str) -> str:
 
 def check_buffers(run: Run) -> None:
     """Raises `ValueError` where sites send buffers to parts that protect or judge weights only."""
-    if not (names := list(run.trainer.initial_buffers())):
+    if not (names := [name for name in run.trainer.initial_buffers() if not name.startswith(MOMENT)]):
         return
     bounded = run.admission is not None and run.admission.max_norm is not None
     for refuses, part in ((bool(run.privacy.units or run.privacy.works_at_server), run.privacy),

@@ -1,17 +1,18 @@
-"""What a site keeps of its optimiser between rounds: moments, and numbers that the optimiser counts."""
+"""What a site keeps of its optimiser between rounds, or sites average: moments, and numbers that it counts."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedlab.core.types import MOMENT, Tensors
 from fedlab.core.weights import trainable
 
-__all__ = ["group_values", "kept", "restore"]
+__all__ = ["averaged", "group_values", "initial_moments", "kept", "restore", "to_average"]
 
 
 def group_values(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -54,6 +55,47 @@ def kept(optimiser: torch.optim.Optimizer, model: nn.Module, *, before: Mapping[
         else:
             raise ValueError(_refusal(optimiser, key.replace("|", ", "), value))
     return tensors
+
+
+def initial_moments(make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], model: nn.Module, *,
+                    scheduled: bool) -> dict[str, torch.Tensor]:
+    """Zeros for each moment that an optimiser keeps of the weights, under the names of `averaged`.
+
+    Raises:
+        ValueError: it keeps none, or something else than tensors of floating point numbers per weight.
+    """
+    probe = copy.deepcopy(model)
+    optimiser = make(trainable(probe).values())
+    before = group_values(optimiser)
+    for p in trainable(probe).values():
+        p.grad = torch.zeros_like(p)
+    optimiser.step()
+    found = kept(optimiser, probe, before=before, scheduled=scheduled, earlier={})
+    unfit = [key for key, value in found.items()
+             if key.startswith(("number|", "group ")) or not value.is_floating_point()]
+    if unfit or not found:
+        why = f"keeps {unfit[0]!r}, which has no mean" if unfit else "keeps nothing from step to step"
+        raise ValueError(f"momentum='average' takes the mean of the sites' moments, but {type(optimiser).__name__} "
+                         f"{why}; say momentum='keep' or 'restart'")
+    return {MOMENT + key: torch.zeros_like(value) for key, value in found.items()}
+
+
+def averaged(buffers: Tensors) -> dict[str, torch.Tensor]:
+    """The mean moments among the buffers of a server's state, as `restore` takes them; none before the first mean."""
+    found = {name.removeprefix(MOMENT): t for name, t in buffers.items() if name.startswith(MOMENT)}
+    return found if any(bool(t.any()) for t in found.values()) else {}
+
+
+def to_average(moments: Tensors, like: Tensors) -> dict[str, torch.Tensor]:
+    """Moments of `kept` under the names of `averaged`, with zeros for those of weights without a gradient.
+
+    Raises:
+        ValueError: a moment that is not among those that the optimiser had after a first step.
+    """
+    if unknown := sorted(MOMENT + key for key in moments if MOMENT + key not in like):
+        raise ValueError(f"the optimiser keeps {unknown[0].removeprefix(MOMENT)!r}, which it did not after a first "
+                         "step, so it cannot be averaged; say momentum='keep' or 'restart'")
+    return {name: moments.get(name.removeprefix(MOMENT), zeros) for name, zeros in like.items()}
 
 
 def restore(optimiser: torch.optim.Optimizer, model: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:

@@ -27,7 +27,7 @@ from fedlab.core.types import Patient, ServerState, Site, SiteState, Tensors, Up
 from fedlab.core.weights import load_weights, trainable
 from fedlab.training.buffers import Buffers, check_buffers
 from fedlab.training.defaults import DiceBCE, adamw, augmentation
-from fedlab.training.moments import group_values, kept, restore
+from fedlab.training.moments import averaged, group_values, initial_moments, kept, restore, to_average
 
 __all__ = ["Crops", "SiteTrainer"]
 
@@ -122,8 +122,10 @@ class SiteTrainer:
         optimiser: makes an optimiser from parameters and a learning rate.
         clip_norm: largest norm of a step's gradient over all weights, to which a larger one is scaled down (Pascanu et
             al. 2013); None for no limit. Under DP-SGD it acts on the noisy gradient, at no cost of privacy.
-        momentum: "keep" the optimiser's moments at the site between rounds or "restart" them; Li et al. 2019 compare
-            the two. Numbers that the optimiser counts in its groups are kept too.
+        momentum: between rounds "keep" the optimiser's moments at the site or "restart" them, which Li et al. 2019
+            compare, or "average" them with the weights (Yu et al., ICML 2019, arXiv 1905.03817). Numbers that the
+            optimiser counts in its groups are kept too. Averaged moments leave the sites beside the update, which is
+            then larger, with AdamW three times, and are refused wherever a technique or sums are to protect it.
         buffers: that training moves, such as batch norm's statistics: "average" them with the weights (of whole numbers
             the largest), or "keep" them at each site, whose own model is then `local`; with
             `PersonalLayers(names=norms(model))` that is FedBN (Li et al. 2021). Under a guarantee none leaves a site.
@@ -151,7 +153,7 @@ class SiteTrainer:
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = field(default_factory=DiceBCE)
     optimiser: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = adamw
     clip_norm: float | None = None
-    momentum: Literal["keep", "restart"] = "keep"
+    momentum: Literal["keep", "restart", "average"] = "keep"
     buffers: Literal["average", "keep"] = "average"
     precision: str = "auto"
     device: str = "auto"
@@ -163,12 +165,12 @@ class SiteTrainer:
         check_whole(optional=True, steps=self.steps, epochs=self.epochs)
         check_within(most=1, tumour_share=self.tumour_share)
         check_positive(optional=True, clip_norm=self.clip_norm)
-        check_choice(("keep", "restart"), momentum=self.momentum)
+        check_choice(("keep", "restart", "average"), momentum=self.momentum)
         check_choice(("average", "keep"), buffers=self.buffers)
         if not callable(self.lr):
             check_positive(lr=self.lr)
         precision_for(self.model, self.precision, torch.device("cpu"))
-        _ = self._start, self._buffers  # as they are now: runs change the model's weights, never its start
+        _ = self._start, self._buffers, self._moments  # as now: runs change the model's weights, never its start
         note_versions(self.model)
 
     @cached_property
@@ -178,6 +180,12 @@ class SiteTrainer:
     @cached_property
     def _buffers(self) -> Buffers:
         return Buffers(self.model, crop=self.crop)
+
+    @cached_property
+    def _moments(self) -> dict[str, torch.Tensor]:
+        """Those that sites average, before the first mean."""
+        return {} if self.momentum != "average" else initial_moments(
+            lambda weights: self._optimiser(weights, 0), self.model, scheduled=callable(self.lr))
 
     def __repr__(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -193,8 +201,8 @@ class SiteTrainer:
         return dict(self._start)
 
     def initial_buffers(self) -> Tensors:
-        """The buffers that are part of what is federated, as they were when the trainer was made."""
-        return dict(self._buffers.moving) if self.buffers == "average" else {}
+        """The buffers and moments that sites average, as they were when the trainer was made."""
+        return {**(self._buffers.moving if self.buffers == "average" else {}), **self._moments}
 
     def initial_model(self) -> Tensors:
         """Weights and moving buffers when the trainer was made, as `load_weights` takes them."""
@@ -225,6 +233,14 @@ class SiteTrainer:
                                  "new trainer, dataclasses.replace(trainer), with the old ones say "
                                  "load_weights(trainer.model, trainer.initial_model())")
 
+    def _optimiser(self, weights: Iterable[nn.Parameter], round: int) -> torch.optim.Optimizer:
+        made = self.optimiser(weights, self._rate(round))
+        closure = inspect.signature(made.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(f"{type(made).__name__} evaluates the loss several times per step, which a site's "
+                             "training does not; use an optimiser whose step() needs no closure")
+        return made
+
     def _rate(self, round: int) -> float:
         return self.lr(round) if callable(self.lr) else self.lr
 
@@ -235,13 +251,9 @@ class SiteTrainer:
         """
         device = pick_device(self.device)
         load_weights(self.model.to(device), self.local(state, site_state))
-        optimiser = self.optimiser(trainable(self.model).values(), self._rate(state.round))
-        closure = inspect.signature(optimiser.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ValueError(f"{type(optimiser).__name__} evaluates the loss several times per step, which a site's "
-                             "training does not; use an optimiser whose step() needs no closure")
-        if self.momentum == "keep":
-            restore(optimiser, self.model, site_state.own)
+        optimiser = self._optimiser(trainable(self.model).values(), state.round)
+        if self.momentum != "restart":
+            restore(optimiser, self.model, site_state.own if self.momentum == "keep" else averaged(state.buffers))
         if self.clip_norm is not None:
             limit_gradient(optimiser, list(trainable(self.model).values()), self.clip_norm)
         crops = Crops(site.train, crop=self.crop, tumour_share=self.tumour_share, augment=self.augment, seed=seed)
@@ -272,9 +284,9 @@ class SiteTrainer:
                     kit.optimiser.step()
         finally:
             note_versions(self.model)
+        moments = {} if self.momentum == "restart" else kept(
+            kit.optimiser, self.model, before=before, scheduled=callable(self.lr), earlier=site_state.own)
         if self.momentum == "keep":
-            moments = kept(kit.optimiser, self.model, before=before, scheduled=callable(self.lr),
-                           earlier=site_state.own)
             site_state.own.clear()
             site_state.own.update(moments)
         local = trainable(self.model)
@@ -284,6 +296,8 @@ class SiteTrainer:
         if buffers and self.buffers == "keep":
             site_state.of("buffers").own.update(buffers)
             buffers = {}
+        if self.momentum == "average":
+            buffers = {**buffers, **to_average(moments, self._moments)}
         known = [loss for loss in losses if loss is not None]  # an empty batch is a step without a loss
         return Update(site=site.name, delta=delta, weight=float(len(site.train)), steps=len(losses),
                       metrics={"loss": float(np.mean(known))} if known else {}, buffers=buffers)
