@@ -328,6 +328,9 @@ def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
     rates = {name: getattr(rate, "start", rate) for name, rate in rates.items()}
     if all(isinstance(rate, int | float) for rate in rates.values()) and len(set(rates.values())) > 1:
         said.append(_text("lead", "rates", by_arm=", ".join(f"{name} {rate}" for name, rate in rates.items())))
+    averaged = [name for name in trained if outcome.arms[name].trainer.momentum == "average"]
+    if averaged:
+        said.append(_text("lead", "moments", arms=" and ".join(averaged)))
     return " ".join([*said, caution(outcome)]).rstrip()
 
 

@@ -133,6 +133,7 @@ DP = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.1, batch=2)
 CASES = {
     "FedAvg": {},
     "FedAvg with moments kept": {"settings": {"optimiser": torch.optim.AdamW, "lr": 0.01, "augment": augmentation()}},
+    "FedAvg with moments averaged": {"settings": {"optimiser": torch.optim.AdamW, "lr": 0.01, "momentum": "average"}},
     "FedProx": {"strategy": FedProx(mu=0.5)},
     "FedOpt": {"strategy": FedOpt(rule="adam", server_lr=0.01)},
     "SCAFFOLD": {"strategy": SCAFFOLD()},
@@ -160,7 +161,8 @@ def test_same_bits_as_in_one_process(hosts: Hosts, case: str) -> None:
     assert [r["spent"] for r in here.records] == [r["spent"] for r in there.records]
 
 
-@pytest.mark.parametrize("case", ["FedAvg with moments kept", "SCAFFOLD", "DPSGD", "SecureAggregation"])
+@pytest.mark.parametrize("case", ["FedAvg with moments kept", "FedAvg with moments averaged", "SCAFFOLD", "DPSGD",
+                                  "SecureAggregation"])
 def test_a_second_run_on_one_engine_starts_anew_and_gives_the_same_bits(hosts: Hosts, case: str) -> None:
     settings = {**CASES[case], "rounds": 6}  # more than the snapshots that a site keeps
     first, second = run(hosts, **settings), run(hosts, engine=hosts.engine, **settings)
