@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/rounds.py [--seeds 0 1 2] [--starts collection random] [--folder runs/rounds]
 
 The federated and the pooled arm of `fedlab demo`, and the federated one with moments kept at the sites in place of
-averaged, with as many gradient steps in each, on new sites in every seed. The learning rates are those of the demo, chosen for 32 rounds from the public model; they are taken for more rounds and for
-random weights untried. What is done is kept in the folder, so an interrupted benchmark goes on. Writes
-`benchmarks/results/rounds.json` and the section of docs/workflows.md between its two marks.
+averaged, with as many gradient steps in each, on new sites in every seed. The learning rates are those of the demo,
+chosen for 32 rounds from the public model; they are taken for more rounds and for random weights untried. What is done
+is kept in the folder, so an interrupted benchmark goes on. Writes `benchmarks/results/rounds.json` and the section of
+docs/workflows.md between its two marks.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def rows_of(found: ArmComparison, seeds: Sequence[int], starts: Sequence[Start])
         for rounds in ROUNDS:
             names = {arm: name_of(arm, start, rounds) for arm in ARMS}
             dice = {arm: mean_dice(found.paired_scores, name) for arm, name in names.items()}
-            minutes = {arm: sum(found.histories[seed, name].table()["seconds"].sum() for seed in seeds) / len(seeds) / 60
+            seconds = {arm: sum(found.histories[seed, name].table()["seconds"].sum() for seed in seeds)
                        for arm, name in names.items()}
+            minutes = {arm: value / len(seeds) / 60 for arm, value in seconds.items()}
             gaps = {other: found.difference(names["federated"], names[other]) for other in ("kept", "pooled")}
             rows.append({"start": start, "rounds": rounds, "patients": gaps["pooled"].patients, **dice,
                          "ratio": dice["federated"][0] / dice["pooled"][0], "minutes of training": minutes,
@@ -82,8 +84,8 @@ def section(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
         start = {"collection": "public model", "random": "random weights"}[row["start"]]
         lines.append(f"| {start} | {row['rounds']} | {' | '.join([*dice, *gaps])} | {row['ratio']:.3f} "
                      f"| {row['minutes of training']['federated']:.1f} |")
-    about = ("`benchmarks/rounds.py` trains the federated and the pooled arm of `fedlab demo`, and the federated one with "
-             "moments kept at the sites in place of averaged, with as many gradient steps in each, on seeds "
+    about = ("`benchmarks/rounds.py` trains the federated and the pooled arm of `fedlab demo`, and the federated one "
+             "with moments kept at the sites in place of averaged, with as many gradient steps in each, on seeds "
              f"{', '.join(map(str, seeds))}: eight sites and 51 training patients each. Mean "
              f"Dice of WT, TC and ET on {rows[0]['patients']} held-out patients with 95 % intervals, paired over "
              "patients; minutes of one federated run on one core beside another arm. The learning rates were chosen "

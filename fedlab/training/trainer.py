@@ -123,9 +123,9 @@ class SiteTrainer:
         clip_norm: largest norm of a step's gradient over all weights, to which a larger one is scaled down (Pascanu et
             al. 2013); None for no limit. Under DP-SGD it acts on the noisy gradient, at no cost of privacy.
         momentum: between rounds "keep" the optimiser's moments at the site or "restart" them, which Li et al. 2019
-            compare, or "average" them with the weights (Yu et al., ICML 2019, arXiv 1905.03817). Numbers that the
-            optimiser counts in its groups are kept too. Averaged moments leave the sites beside the update, which is
-            then larger, with AdamW three times, and are refused wherever a technique or sums are to protect it.
+            compare, or "average" them with the weights, as Yu et al. (ICML 2019, arXiv 1905.03817) do for SGD. Numbers
+            that the optimiser counts in its groups are kept too. Averaged moments leave the sites beside the update,
+            which is then larger, with AdamW three times, and are refused where a technique or sums are to protect it.
         buffers: that training moves, such as batch norm's statistics: "average" them with the weights (of whole numbers
             the largest), or "keep" them at each site, whose own model is then `local`; with
             `PersonalLayers(names=norms(model))` that is FedBN (Li et al. 2021). Under a guarantee none leaves a site.
