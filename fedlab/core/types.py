@@ -30,7 +30,6 @@ REPEATS = "noise repeats with the seed: for research, low bits not covered"
 
 #: Begins the name of a moment among the buffers of a state or an update; no buffer of a network has a "|" in its name.
 MOMENT = "optimiser|"
-
 #: Named tensors: a model's weights, or changes of them.
 Tensors = Mapping[str, torch.Tensor]
 #: Messages of one exchange between sites: sender -> recipient -> bytes, or recipient -> sender -> bytes. The server is
@@ -267,8 +266,7 @@ class Update:
         encoded: size in bytes of the delta as it would be sent, if a technique makes it smaller than dense tensors.
         round: number of the round it answers, so that an old update is recognised.
         seconds: time that the site took; 0 under a guarantee, which covers no time.
-        buffers: values of the buffers that training has moved, such as the statistics of batch norm, and of the
-            optimiser's moments if they are averaged; see `ServerState`.
+        buffers: values of the buffers that training has moved, and of moments that are averaged; see `ServerState`.
 
     Example:
         >>> import torch
@@ -325,8 +323,8 @@ class ServerState(_Owned):
     Attributes:
         round: number of the next round, counted from 0.
         params: the global model's trainable weights.
-        buffers: the global model's buffers that training moves, if they are part of what is federated, and the mean of
-            the sites' moments, "optimiser|weight|slot", under `SiteTrainer(momentum="average")`.
+        buffers: the global model's buffers that training moves, such as the statistics of batch norm, if they are part
+            of what is federated, and the mean moments of `SiteTrainer(momentum="average")`, "optimiser|weight|slot".
         moments: tensors of the strategy and of the workflow at the server, by name; empty for FedAvg.
         models: the model that a site starts from instead of `model`, by site, in workflows in which sites differ.
         namespaces: owner -> name -> tensor: what techniques keep at the server.
@@ -356,7 +354,7 @@ class ServerState(_Owned):
     def holding(self, model: Tensors) -> ServerState:
         """The state with other values of the model's weights and buffers."""
         return replace(self, params={name: model[name] for name in self.params},
-                       buffers={name: model.get(name, b) for name, b in self.buffers.items()})
+                       buffers={**self.buffers, **{name: model[name] for name in self.model if name in self.buffers}})
 
     def at(self, site: str) -> ServerState:
         """The part that a site is shown: the model that it starts from, and no other site's."""

@@ -180,11 +180,9 @@ class Ditto(FedAvg):
         return {**params, **_part(own, _PERSONAL), **_part(own, _BUFFERS)}
 
     def bind(self, run: Run) -> Ditto:
-        if run.trainer.momentum == "average":
-            raise ValueError("Ditto's personal models have moments of their own; say SiteTrainer(momentum='keep', ...)")
-        if any(layer.keeps_tensors for layer in run.privacy.layers):
-            raise ValueError("Ditto gives each site a whole model of its own, which would be pulled to the global "
-                             "model's untrained personal layers; use it without PersonalLayers")
+        if run.trainer.momentum == "average" or any(layer.keeps_tensors for layer in run.privacy.layers):
+            raise ValueError("Ditto gives each site a whole model and moments of its own: use it without PersonalLayers "
+                             "(it would be pulled to untrained values) and with SiteTrainer(momentum='keep', ...)")
         return self
 
     def remember(self, trainer: Trainer, site: Site, state: ServerState, update: Update, site_state: SiteState,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch import nn
 from fedlab.core.types import MOMENT, Tensors
 from fedlab.core.weights import trainable
 
-__all__ = ["averaged", "group_values", "initial_moments", "kept", "restore", "to_average"]
+__all__ = ["averaged", "group_values", "initial_moments", "kept", "new_optimiser", "restore", "to_average"]
+
+#: Makes an optimiser from weights and a learning rate.
+Make = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 
 
 def group_values(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -57,15 +61,28 @@ def kept(optimiser: torch.optim.Optimizer, model: nn.Module, *, before: Mapping[
     return tensors
 
 
-def initial_moments(make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], model: nn.Module, *,
-                    scheduled: bool) -> dict[str, torch.Tensor]:
+def new_optimiser(make: Make, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """An optimiser of a model's trainable weights.
+
+    Raises:
+        ValueError: its step evaluates the loss.
+    """
+    made = make(trainable(model).values(), rate)
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(f"{type(made).__name__} evaluates the loss several times per step, which a site's training "
+                         "does not; use an optimiser whose step() needs no closure")
+    return made
+
+
+def initial_moments(make: Make, model: nn.Module, *, rate: float, scheduled: bool) -> dict[str, torch.Tensor]:
     """Zeros for each moment that an optimiser keeps of the weights, under the names of `averaged`.
 
     Raises:
         ValueError: it keeps none, or something else than tensors of floating point numbers per weight.
     """
     probe = copy.deepcopy(model)
-    optimiser = make(trainable(probe).values())
+    optimiser = new_optimiser(make, probe, rate)
     before = group_values(optimiser)
     for p in trainable(probe).values():
         p.grad = torch.zeros_like(p)

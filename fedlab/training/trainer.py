@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -27,7 +26,7 @@ from fedlab.core.types import Patient, ServerState, Site, SiteState, Tensors, Up
 from fedlab.core.weights import load_weights, trainable
 from fedlab.training.buffers import Buffers, check_buffers
 from fedlab.training.defaults import DiceBCE, adamw, augmentation
-from fedlab.training.moments import averaged, group_values, initial_moments, kept, restore, to_average
+from fedlab.training.moments import averaged, group_values, initial_moments, kept, new_optimiser, restore, to_average
 
 __all__ = ["Crops", "SiteTrainer"]
 
@@ -183,9 +182,8 @@ class SiteTrainer:
 
     @cached_property
     def _moments(self) -> dict[str, torch.Tensor]:
-        """Those that sites average, before the first mean."""
         return {} if self.momentum != "average" else initial_moments(
-            lambda weights: self._optimiser(weights, 0), self.model, scheduled=callable(self.lr))
+            self.optimiser, self.model, rate=self._rate(0), scheduled=callable(self.lr))
 
     def __repr__(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -233,14 +231,6 @@ class SiteTrainer:
                                  "new trainer, dataclasses.replace(trainer), with the old ones say "
                                  "load_weights(trainer.model, trainer.initial_model())")
 
-    def _optimiser(self, weights: Iterable[nn.Parameter], round: int) -> torch.optim.Optimizer:
-        made = self.optimiser(weights, self._rate(round))
-        closure = inspect.signature(made.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ValueError(f"{type(made).__name__} evaluates the loss several times per step, which a site's "
-                             "training does not; use an optimiser whose step() needs no closure")
-        return made
-
     def _rate(self, round: int) -> float:
         return self.lr(round) if callable(self.lr) else self.lr
 
@@ -251,7 +241,7 @@ class SiteTrainer:
         """
         device = pick_device(self.device)
         load_weights(self.model.to(device), self.local(state, site_state))
-        optimiser = self._optimiser(trainable(self.model).values(), state.round)
+        optimiser = new_optimiser(self.optimiser, self.model, self._rate(state.round))
         if self.momentum != "restart":
             restore(optimiser, self.model, site_state.own if self.momentum == "keep" else averaged(state.buffers))
         if self.clip_norm is not None:
@@ -284,8 +274,9 @@ class SiteTrainer:
                     kit.optimiser.step()
         finally:
             note_versions(self.model)
-        moments = {} if self.momentum == "restart" else kept(
-            kit.optimiser, self.model, before=before, scheduled=callable(self.lr), earlier=site_state.own)
+        if self.momentum != "restart":
+            moments = kept(kit.optimiser, self.model, before=before, scheduled=callable(self.lr),
+                           earlier=site_state.own)
         if self.momentum == "keep":
             site_state.own.clear()
             site_state.own.update(moments)
