@@ -181,7 +181,7 @@ class Ditto(FedAvg):
 
     def bind(self, run: Run) -> Ditto:
         if run.trainer.momentum == "average" or any(layer.keeps_tensors for layer in run.privacy.layers):
-            raise ValueError("Ditto gives each site a whole model and moments of its own: use it without PersonalLayers "
+            raise ValueError("Ditto gives sites whole models and moments of their own: use it without PersonalLayers "
                              "(it would be pulled to untrained values) and with SiteTrainer(momentum='keep', ...)")
         return self
 
