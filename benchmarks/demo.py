@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from PIL import Image
 
 from common import RESULTS, fill, machine, write
 from fedlab.apps.comparison import Job, arms_of
@@ -34,6 +35,8 @@ from fedlab.view.colours import arm_label
 
 README = Path(__file__).parents[1] / "README.md"
 MARKS = "<!-- made by benchmarks/demo.py -->", "<!-- end of what benchmarks/demo.py made -->"
+#: Patients in the README's picture.
+ROWS = 4
 #: Arms in the order of the tables, and their names there.
 ARMS = {name: arm_label(name) for name in ("public", "federated", "pooled", "local_own", "local_others")}
 
@@ -120,6 +123,18 @@ Federated reaches {together["federated / pooled"]:.3f} of the Dice of pooled tra
 {MARKS[1]}"""
 
 
+def shortened(picture: Image.Image, *, rows: int) -> Image.Image:
+    """The figure of tumours without its last patients, so that the README's picture is no taller than a screen."""
+    ink = (np.asarray(picture.convert("L")) < 250).any(axis=1)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], ink, [False]])))
+    scans = [(top, bottom) for top, bottom in edges.reshape(-1, 2).tolist() if bottom - top > 0.08 * picture.width]
+    cut, legend = scans[rows - 1][1], scans[-1][1]
+    found = Image.new("RGB", (picture.width, cut + picture.height - legend), "white")
+    found.paste(picture.crop((0, 0, picture.width, cut)))
+    found.paste(picture.crop((0, legend, picture.width, picture.height)), (0, cut))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -137,7 +152,8 @@ def main() -> None:
             return
         write("demo", result)
         first = folders[options.seeds[0]]
-        shutil.copyfile(first / "figures" / "tumours.png", RESULTS / "demo.png")
+        with Image.open(first / "figures" / "tumours.png") as picture:
+            shortened(picture.convert("RGB"), rows=ROWS).save(RESULTS / "demo.png", optimize=True)
         text = README.read_text(encoding="utf-8")
         begin, end = text.index(MARKS[0]), text.index(MARKS[1]) + len(MARKS[1])
         made = section(result, (first / "printed.txt").read_text(encoding="utf-8"), machine())
