@@ -158,7 +158,7 @@ class KeepUpdates:
         folder.mkdir(exist_ok=True)
         for answer in self.engine.train(task, state, cohort, states):
             with suppress(PrivacyError):  # an update that the server refuses is not kept
-                update = check_update(answer, like=state.params, site=answer.site)
+                update = check_update(answer, like=state.params, buffers=state.buffers, site=answer.site)
                 _write(folder / f"{quote(update.site, safe='')}.safetensors", update.delta,
                        {"weight": update.weight, "steps": update.steps})
             yield answer
