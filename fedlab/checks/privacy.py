@@ -193,7 +193,7 @@ def _shapes(stage: Stage, seen: Rehearsal) -> Finding:
     for step in seen.steps:
         if step.layer < len(stage.technique.layers) and wrong is None:
             try:
-                check_update(step.returned, like=step.given, site=step.site)
+                check_update(step.returned, like=step.given, buffers=step.buffers, site=step.site)
             except PrivacyError as error:
                 wrong = f"{stage.name(step.layer)}.protect(): {error}"
     return PRIVACY.verdict("shapes and names", wrong)

@@ -52,6 +52,7 @@ class Step:
     round: int
     site: str
     given: Tensors  # a copy of its input; empty in a quick rehearsal
+    buffers: Tensors  # that came with its input
     returned: object
     in_place: tuple[str, ...]  # names of tensors of its input that it changed
     foreign: tuple[str, ...]  # as in `_Before.foreign`
@@ -92,8 +93,8 @@ class Rehearsal:
         out = hook()
         self.unseeded |= before.unseeded(layer)
         changed = tuple(n for n, t in given.items() if recipe_sha256(t) != recipe_sha256(update.delta.get(n, t)))
-        self.steps.append(Step(layer=layer, round=self.round, site=update.site, given=given, returned=out,
-                               in_place=changed, foreign=before.foreign(), charged=before.charged()))
+        self.steps.append(Step(layer=layer, round=self.round, site=update.site, given=given, buffers=update.buffers,
+                               returned=out, in_place=changed, foreign=before.foreign(), charged=before.charged()))
         return out
 
     def count(self, site: str, loader: Iterable[Any]) -> Iterator[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cohorts import TinyNet, blob_patient
+from cohorts import BatchNet, TinyNet, blob_patient, blob_sites
 from fedlab.checks.check_report import CheckReport, Finding
 from fedlab.checks.privacy import check_privacy
 from fedlab.checks.small_runs import plain_descent
@@ -513,6 +513,17 @@ def test_a_failure_raises_with_the_report():
 def test_what_does_not_fit_the_run_says_so():
     assert small(central(), strategy=FedAvg()).failed == ("fits the run",)
     assert small(DPSGD(clip=1.0, noise_multiplier=1.0, batch=9, delta=1e-3)).failed == ("fits the run",)
+
+
+def test_statistics_of_batch_norm_travel_beside_the_weights():
+    class Drops(TopK):
+        def protect(self, update, state, rng):
+            return replace(super().protect(update, state, rng), buffers={})
+
+    setting = dict(trainer=trainer(model=BatchNet(), crop=(8, 8, 8), steps=2), sites=blob_sites((3, 2)))
+    assert check_privacy(TopK(keep=0.1), **setting)
+    with pytest.raises(PrivacyError, match=r"failed +shapes and names: Drops.protect[\s\S]*other buffers"):
+        check_privacy(Drops(keep=0.1), **setting)
 
 
 def test_only_a_technique_is_checked():
