@@ -75,7 +75,8 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
         raise_: raise if a check fails; otherwise read the report.
 
     Returns:
-        The report, true if no check failed.
+        The report, true if no check failed. A check that the given trainer or sites do not allow on any engine, such as
+        noise on a network with batch norm, is not tried, which is a warning.
 
     Raises:
         ValueError: a check failed, and the message is the report; or `only` holds an unknown name.
@@ -95,6 +96,9 @@ def check_engine(engine_factory: _Factory, *, trainer: SiteTrainer | None = None
         if name in chosen and not missing:
             try:
                 findings.append(_ENGINE.verdict(name, check(engine_factory, stage)))
+            except _Unfit as error:
+                findings.append(Finding(check=name, outcome="warned", what=f"not tried: {error}",
+                                        remedy="give check_engine() a trainer and sites that these parts take"))
             except Exception as error:  # the author's engine may raise anything
                 findings.append(Finding(check=name, outcome="failed", what=f"{type(error).__name__}: {error}",
                                         remedy="see the message; an error at a site is a Failure or a Withdrawal from "
@@ -155,6 +159,10 @@ class Marks(Privacy):
             raise PrivacyError("the state of another site")
         state.own["rounds"] = state.own.get("rounds", torch.zeros((), dtype=torch.int64)) + 1
         return update
+
+
+class _Unfit(Exception):
+    """The given trainer and sites are refused before the runs of a check, on any engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +266,16 @@ def _compared(stage: _Stage) -> dict[str, list[dict[str, Any]]]:
 
 
 def _unequal(runs: Sequence[Mapping[str, Any]], factory: _Factory, stage: _Stage) -> str | None:
-    return next(filter(None, (_unlike(*_both(factory, stage, **settings)) for settings in runs)), None)
+    for settings in runs:
+        try:
+            theirs = _run(Local(), stage, **settings)
+        except ValueError as error:
+            raise _Unfit(str(error)) from error
+        with _made(factory) as engine:
+            ours = _run(engine, stage, **settings)
+        if (wrong := _unlike(ours, theirs)) is not None:
+            return wrong
+    return None
 
 
 def _order(factory: _Factory, stage: _Stage) -> str | None:

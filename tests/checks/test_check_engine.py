@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cohorts import blob_sites
+from cohorts import BatchNet, blob_sites
 from fedlab.checks.engine import check_engine
 from fedlab.core.errors import FedlabError, SiteError
 from fedlab.core.types import Failure, SiteState, Update, Withdrawal
@@ -42,6 +42,13 @@ def test_an_engine_around_another_passes_with_a_trainer_and_sites_of_one_s_own()
 def test_an_engine_that_was_made_before_passes():
     engine = Local()
     assert check_engine(lambda: engine, only=("again", "resume", "failure ends the run"))
+
+
+def test_what_the_given_trainer_does_not_allow_anywhere_is_not_tried():
+    normed = trainer(model=BatchNet(), crop=(8, 8, 8))
+    report = check_engine(Local, trainer=normed, sites=blob_sites((3, 2)), only=("bits", "noise", "exchange"))
+    assert report and report.warned == ("noise", "exchange")
+    assert "not tried: not fit for patient-level privacy" in str(report)
 
 
 def test_what_is_no_check_and_what_is_no_engine_is_refused():
