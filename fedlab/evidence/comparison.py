@@ -95,7 +95,7 @@ def compare_arms(sites: Sequence[Site] | Callable[[int], Sequence[Site]],
     """
     import pandas as pd
 
-    with tempfile.TemporaryDirectory() as temporary, script_not_imported(), Workers(workers) as pool:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(out if out is not None else temporary)
         models: list[Model] = []
         main = ""
@@ -110,7 +110,8 @@ def compare_arms(sites: Sequence[Site] | Callable[[int], Sequence[Site]],
             models += [model for name, arm in given.items() for model in models_of(
                 name, arm, of_seed, prepared=prepared, folder=folder / f"seed-{seed}", seed=seed)]
         _check_models(models)
-        trained = train_models(models, pool, progress=progress)
+        with script_not_imported(), Workers(workers) as pool:  # from here on no function of the user's script is called
+            trained = train_models(models, pool, progress=progress)
     return ArmComparison(scores=pd.concat([one.scores for one in trained], ignore_index=True), main=main,
                          same_patients=not callable(sites),
                          histories={(m.seed, m.name): one.history for m, one in zip(models, trained, strict=True)})

@@ -169,7 +169,7 @@ class SiteTrainer:
         if not callable(self.lr):
             check_positive(lr=self.lr)
         precision_for(self.model, self.precision, torch.device("cpu"))
-        _ = self._start, self._buffers, self._moments  # as now: runs change the model's weights, never its start
+        _ = self._start, self._buffers  # as they are now: runs change the model's weights, never its start
         note_versions(self.model)
 
     @cached_property

@@ -197,9 +197,9 @@ class Lists(torch.optim.SGD):
     (Warmup, r"Warmup keeps 'number\|group 0\|k', which has no mean"),
     (Lists, r"Lists keeps a list \(first.weight, history\)"), (torch.optim.LBFGS, "LBFGS evaluates the loss several"),
 ])
-def test_what_has_no_mean_is_refused_when_the_trainer_is_made(optimiser, says):
+def test_what_has_no_mean_is_refused_before_the_run(optimiser, says):
     with pytest.raises(ValueError, match=says):
-        averaging(optimiser=optimiser)
+        each_round(averaging(optimiser=optimiser), blob_sites(SIZES))
 
 
 def test_the_gate_lets_only_the_moments_of_the_run_pass():
