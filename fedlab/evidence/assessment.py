@@ -163,6 +163,10 @@ def _check(name: str, arm: Arm, sites: Sequence[Site]) -> None:
     """Before hours of training: can the technique work with the trainer, the strategy and the patients?"""
     if not arm.rounds:
         return
+    if arm.trainer.momentum == "average":
+        raise ValueError(f"the technique {name!r} cannot be assessed: attacks read the weights of an update and not the "
+                         "moments that its sites average too, so they would show less than an attacker can learn; say "
+                         "SiteTrainer(momentum='keep', ...)")
     try:
         check_sites(make_run(arm.trainer, sites, strategy=arm.strategy, privacy=arm.privacy, topology=arm.topology,
                              aggregation=arm.aggregation, rounds=arm.rounds, engine=arm.engine,

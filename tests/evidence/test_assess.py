@@ -210,6 +210,7 @@ def test_the_interval_of_a_share_covers_as_often_as_it_says():
     ({"a": Arm(trainer=trainer(), rounds=1, data="pooled")}, "trains no federation"),
     ({"a": DPSGD(clip=1.0, noise_multiplier=1.0, sample_rate=1.0, delta=0.5)}, "'a' cannot be assessed"),
     ({"a": SecureAggregation(threshold=9)}, "'a' cannot be assessed"),
+    ({"a": Arm(trainer=trainer(momentum="average"), rounds=1)}, "'a' cannot be assessed: attacks read the weights"),
 ])
 def test_what_cannot_be_assessed_is_refused_before_any_training(techniques, message):
     with pytest.raises(ValueError, match=message):

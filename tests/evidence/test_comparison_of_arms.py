@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -25,6 +28,7 @@ from fedlab.strategies.client_drift import FedProx
 from fedlab.topologies import ring
 from fedlab.training.metrics import evaluate
 from trainers import trainer
+from warm import PYTHON
 
 
 class Halved(Privacy):
@@ -144,3 +148,31 @@ def test_seeds_with_patients_of_their_own_count_each_patient():
                          seeds=(0, 1), progress=False, workers=1)
     assert found.difference("federated", "federated").patients == 4
     assert "4 held-out patients, 2 seeds" in found.verdict()
+
+
+SCRIPT = """
+from pathlib import Path
+from cohorts import TinyNet, blob_sites
+import fedlab as fl
+
+def sites(seed):
+    assert Path(__file__).name == "script.py"
+    return blob_sites((1, 1))
+
+def arms(seed):
+    assert Path(__file__).is_file()
+    trainer = fl.SiteTrainer(model=TinyNet(), steps=1, crop=(16, 16, 16), augment=None)
+    return {"public": fl.Arm(trainer=trainer, rounds=0), "federated": fl.Arm(trainer=trainer, rounds=1)}
+
+print("the script runs")
+print(fl.compare_arms(sites, arms, seeds=(0,), workers=1, progress=False).main)
+"""
+
+
+def test_functions_of_a_script_know_its_file_and_workers_do_not_run_it_again(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT, "utf-8")
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    done = subprocess.run([*PYTHON, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["the script runs", "federated"]
