@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/rounds.py [--seeds 0 1 2] [--starts collection random] [--folder runs/rounds]
 
 The federated and the pooled arm of `fedlab demo`, and for the demo's rounds the federated one with moments kept at the
-sites in place of averaged, with as many gradient steps in each, on new sites in every seed. The learning rates are those of the demo,
-chosen for 32 rounds from the public model; they are taken for more rounds and for random weights untried. What is done
-is kept in the folder, so an interrupted benchmark goes on. Writes `benchmarks/results/rounds.json` and the section of
-docs/workflows.md between its two marks.
+sites in place of averaged, with as many gradient steps in each, on new sites in every seed. The learning rates are
+those of the demo, chosen for 32 rounds from the public model; they are taken for more rounds and for random weights
+untried. What is done is kept in the folder, so an interrupted benchmark goes on. Writes
+`benchmarks/results/rounds.json` and the section of docs/workflows.md between its two marks.
 """
 
 from __future__ import annotations
