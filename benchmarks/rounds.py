@@ -73,7 +73,7 @@ def rows_of(found: ArmComparison, seeds: Sequence[int], starts: Sequence[Start])
             seconds = {arm: sum(found.histories[seed, name].table()["seconds"].sum() for seed in seeds)
                        for arm, name in names.items()}
             minutes = {arm: value / len(seeds) / 60 for arm, value in seconds.items()}
-            gaps = {arm: found.difference(names["federated"], name) for arm, name in names.items() if arm != "federated"}
+            gaps = {arm: found.difference(names["federated"], names[arm]) for arm in arms_at(rounds)[1:]}
             rows.append({"start": start, "rounds": rounds, "patients": gaps["pooled"].patients, **dice,
                          "ratio": dice["federated"][0] / dice["pooled"][0], "minutes of training": minutes,
                          **{f"federated minus {other}": (gap.value, gap.low, gap.high) for other, gap in gaps.items()}})

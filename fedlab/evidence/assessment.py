@@ -164,9 +164,9 @@ def _check(name: str, arm: Arm, sites: Sequence[Site]) -> None:
     if not arm.rounds:
         return
     if arm.trainer.momentum == "average":
-        raise ValueError(f"the technique {name!r} cannot be assessed: attacks read the weights of an update and not the "
-                         "moments that its sites average too, so they would show less than an attacker can learn; say "
-                         "SiteTrainer(momentum='keep', ...)")
+        raise ValueError(f"the technique {name!r} cannot be assessed: attacks read the weights of an update and not "
+                         "the moments that its sites average too, so they would show less than an attacker can learn; "
+                         "say SiteTrainer(momentum='keep', ...)")
     try:
         check_sites(make_run(arm.trainer, sites, strategy=arm.strategy, privacy=arm.privacy, topology=arm.topology,
                              aggregation=arm.aggregation, rounds=arm.rounds, engine=arm.engine,
