@@ -330,7 +330,7 @@ def _lead(outcome: Outcome, found: dict[str, Any]) -> str:
         said.append(_text("lead", "rates", by_arm=", ".join(f"{name} {rate}" for name, rate in rates.items())))
     averaged = [name for name in trained if outcome.arms[name].trainer.momentum == "average"]
     if averaged:
-        said.append(_text("lead", "moments", arms=" and ".join(averaged)))
+        said.append(_text("lead", "moments", arms=", ".join(averaged)))
     return " ".join([*said, caution(outcome)]).rstrip()
 
 

@@ -89,7 +89,7 @@ def test_the_report_is_one_file_that_says_what_was_found(demo):
     assert found["weights_sha256"] in page and found["versions"]["torch"] in page
     assert "nothing generalises from so few" in page and "4 patients were held out and 6 trained on" in page
     assert "2 sites trained one network on 6 patients for 2 rounds" in page and "4 others were held out" in page
-    assert "Highest learning rates: federated 0.004, pooled 0.002, local 0.001. The sites of federated average" in page
+    assert "Highest learning rates: federated 0.004, pooled 0.002, local 0.001. Arms whose sites average" in page
     assert "One held-out patient of each site." in page
 
 
