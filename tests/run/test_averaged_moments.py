@@ -18,12 +18,14 @@ from fedlab.core.weights import trainable, weights_sha256
 from fedlab.engines.processes import Processes
 from fedlab.evidence.contributions import KeepUpdates
 from fedlab.privacy import DPSGD, AtSites, LocalGaussian, PersonalLayers, SecureAggregation
+from fedlab.privacy.aggregation import Aggregation
 from fedlab.privacy.base import Privacy
 from fedlab.privacy.compression import TopK
 from fedlab.privacy.sparse.partial_sharing import PartialSharing
 from fedlab.run.admission import Admission
 from fedlab.run.federate import each_round, federate
 from fedlab.run.local import Local
+from fedlab.run.site_task import SiteTask
 from fedlab.strategies import AveragedWeights, CoordinateMedian, Ditto, FedAvg, FedNova, FedProx, NormBound
 from fedlab.topologies import Buffered, Gossip, Tree, ring
 from fedlab.training.defaults import DiceBCE
@@ -215,6 +217,24 @@ def test_the_gate_lets_only_the_moments_of_the_run_pass():
                   {**update.buffers, name: torch.full_like(update.buffers[name], torch.nan)}):
         with pytest.raises(PrivacyError, match="buffer"):
             check_update(replace(update, buffers=wrong), like=state.params, buffers=state.buffers, site=site.name)
+
+
+class Hides(Aggregation):
+    """Says that it hides updates, and does nothing."""
+
+    hides_updates = True
+
+    def mask(self, update, state, rng):
+        return update
+
+
+@pytest.mark.parametrize("parts", [dict(privacy=NOISY), dict(privacy=Privacy(), aggregation=Hides())])
+def test_a_site_sends_no_moments_beside_what_is_protected_though_nobody_checked_the_run(parts):
+    one, site = averaging(), blob_sites((2,))[0]
+    state = ServerState(round=0, params=one.initial(), buffers=one.initial_buffers())
+    with pytest.raises(PrivacyError, match="nor averaged moments"):
+        SiteTask(trainer=one, seed=0, **parts)(site, state, SiteState())
+    assert SiteTask(trainer=one, seed=0, privacy=Privacy())(site, state, SiteState()).buffers
 
 
 def _own() -> SiteState:
