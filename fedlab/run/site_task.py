@@ -125,8 +125,8 @@ class SiteTask:
             update = replace(check_update(update, like=state.params, buffers=state.buffers, site=site.name),
                              round=state.round)
             if update.buffers and (self.guarded or self.aggregation.hides_updates):
-                raise PrivacyError("no guarantee covers the network's buffers and no mask hides them, nor averaged moments; "
-                                   "say SiteTrainer(buffers='keep', momentum='keep', ...)")
+                raise PrivacyError("no guarantee covers the network's buffers and no mask hides them, nor averaged "
+                                   "moments; say SiteTrainer(buffers='keep', momentum='keep', ...)")
             if ledger:
                 ledger = Ledger(site_state)
                 ledger.bind(trained)
