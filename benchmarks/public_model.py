@@ -7,6 +7,7 @@
 A training is resumable: it continues after its last checkpoint, also with more steps (`--steps`) and after a change of
 the generator, which its card then states. All that is random in a step follows from the seed and the step's number,
 and a patient from the seed and its own number. On two idle cores `--generators 1` makes patients in a second process.
+`--start broad` begins with the model that is in the package; another `--seed` then gives other patients.
 
 "broad": every patient has a scanner and a population of its own and is never seen again after its four crops.
 "collection": 160 patients of four research scanners, as public collections are.
@@ -37,6 +38,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from fedlab.apps.evaluation import evaluate_folder
+from fedlab.core.convolution import FastConvolutions
 from fedlab.core.files import replacing, write_json
 from fedlab.core.seeds import derive
 from fedlab.core.types import REGIONS, Patient
@@ -50,6 +52,7 @@ from fedlab.data.readers.folders import read_cohort
 from fedlab.training.defaults import DiceBCE, adamw, augmentation
 from fedlab.training.metrics import evaluate, summary, threshold_dice
 from fedlab.training.networks import save_model, segresnet
+from fedlab.training.public_model import public_model
 from fedlab.training.schedules import CosineDecay
 from fedlab.training.trainer import Crops
 
@@ -138,14 +141,15 @@ def batches(kind: str, recipe: Recipe, seed: int, first: int, steps: int,
         yield torch.stack(images), torch.stack(regions), recipe.block * (block + 1)
 
 
-def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | None = None, generators: int = 0,
+def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | str | None = None, generators: int = 0,
           every: int = 250, watch: int = 12, progress: bool = True) -> nn.Module:
     """The averaged model of a training, begun or continued in the folder `out`.
 
     Args:
         kind: "broad" or "collection".
         out: of checkpoint.pt and curve.csv.
-        start: folder of another training, with whose averaged weights a new one begins; None: with random weights.
+        start: folder of another training, or name of a public model, with whose averaged weights a new one begins;
+            None: with random weights.
         generators: processes that make patients; 0: this one.
         every: steps between two checkpoints, at each of which the averaged model is scored.
         watch: held-out patients of other sites that it is scored on.
@@ -169,11 +173,9 @@ def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | None
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
     elif start is not None:
-        other = torch.load(start / "checkpoint.pt", weights_only=True)
+        weights, state["start"] = _beginning(start)
         for network in (model, average):
-            load_weights(network, other["average"])
-        state["start"] = [other["settings"]["kind"], other["step"], other["generators"],
-                          weights_sha256(trainable(model))]
+            load_weights(network, weights)
     if not state["generators"] or state["generators"][-1][1] != GENERATOR:
         state["generators"].append([state["step"], GENERATOR])
     if not state["plans"] or state["plans"][-1][1] != recipe.steps:
@@ -192,7 +194,8 @@ def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | None
             for group in optimiser.param_groups:
                 group["lr"] = rate(step)
             optimiser.zero_grad(set_to_none=True)
-            value = loss(model(image.to(memory_format=torch.channels_last_3d)), target)
+            with FastConvolutions():
+                value = loss(model(image.to(memory_format=torch.channels_last_3d)), target)
             value.backward()
             norm = float(nn.utils.clip_grad_norm_(weights, recipe.clip_norm, error_if_nonfinite=True))
             optimiser.step()
@@ -217,6 +220,17 @@ def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | None
                     torch.save(state, scratch)
                 _write_curve(state["curve"], out / "curve.csv")
     return average
+
+
+def _beginning(start: Path | str) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """The weights that a training begins with: their kind, step, generators and hash."""
+    if start in RECIPES:
+        told = json.loads((PACKAGE / f"{start}.json").read_text(encoding="utf-8"))
+        weights = trainable(public_model(str(start)))
+        return weights, [str(start), told["step"], told["generators"], told["sha256"]]
+    other = torch.load(Path(start) / "checkpoint.pt", weights_only=True)
+    return other["average"], [other["settings"]["kind"], other["step"], other["generators"],
+                              weights_sha256(other["average"])]
 
 
 def _write_curve(rows: list[dict[str, Any]], path: Path) -> None:
@@ -410,7 +424,8 @@ generated. Evaluate it on patients of the place where it is to be used, and insp
 
 
 def _train(options: argparse.Namespace) -> None:
-    recipe = replace(RECIPES[options.kind], **({"steps": options.steps} if options.steps else {}))
+    given = {name: getattr(options, name) for name in ("steps", "rate", "batch", "crop", "passes")}
+    recipe = replace(RECIPES[options.kind], **{name: value for name, value in given.items() if value is not None})
     train(options.kind, options.out, recipe=recipe, seed=options.seed, start=options.start,
           generators=options.generators)
 
@@ -423,7 +438,12 @@ def main() -> None:
     command.add_argument("--out", type=Path, required=True, help="folder of the training")
     command.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--start", type=Path, help="folder of another training, whose weights a new one begins with")
+    command.add_argument("--start", help="folder of another training, or name of a public model, whose weights a new "
+                         "one begins with")
+    command.add_argument("--rate", type=float, help="learning rate after the warm-up (default: the recipe's)")
+    command.add_argument("--batch", type=int, help="crops per step (default: the recipe's)")
+    command.add_argument("--crop", type=int, help="voxels per axis of a crop (default: the recipe's)")
+    command.add_argument("--passes", type=int, help="crops of each patient (default: the recipe's)")
     command.add_argument("--generators", type=int, default=0, help="processes for patients (default: 0, the trainer's)")
     command.set_defaults(run=_train)
     command = commands.add_parser("score", help="score a training on generated patients and, once, on real ones")

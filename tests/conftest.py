@@ -26,6 +26,16 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}
 
 #: Grid and crops of notebooks, which take minutes with their own. `make gallery` runs them as they are.
 CROP, COARSE = "crop = (16, 16, 16)", "shape, spacing_mm = (32, 40, 32), 4.5"
+#: Fewer patients, rounds and steps, as far as the compared outputs of a notebook do not show them.
+SHORTER = {
+    "00_welcome.ipynb": "sizes, held_out, steps = (4, 4, 4, 4), 2, 2",
+    "03_privacy_techniques.ipynb": "sizes, held_out, rounds, steps = (4, 4, 3, 3), 1, 2, 2",
+    "04_write_your_own_technique.ipynb": "sizes, held_out, steps = (4, 4, 3, 3), 1, 2",
+    "05_opacus_dp_sgd.ipynb": "sizes, held_out = (18, 16, 14), 2",
+    "06_visualise_predictions_in_3d.ipynb": "sizes, held_out, steps = (4, 4, 4, 4), 2, 2",
+    "07_workflows.ipynb": "sizes, held_out, rounds, steps = (4, 4, 3, 3), 1, 2, 2",
+    "09_what_an_attacker_learns.ipynb": "attack_steps, canaries = 80, 300",
+}
 #: Notebooks whose compared outputs show their grid; tests in JupyterLab run both with their own crops too.
 SHOW_THEIR_GRID = ("01_first_federated_run.ipynb", "06_visualise_predictions_in_3d.ipynb")
 #: Folders whose files take longest: they come first, so that no process waits for the last file of another.
@@ -39,6 +49,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before several processes run the tests: a process that Pythons and kernels of tests are forked from."""
+    warm.servers_of_workers()
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None) or not hasattr(os, "pidfd_open"):
         return
     folder = Path(tempfile.mkdtemp(prefix="fedlab-tests-"))
@@ -55,7 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         cell = getattr(item, "cell", None)
         if cell is not None and "parameters" in cell.metadata.get("tags", ()) and re.search(r"\bcrop\b", cell.source):
-            cell.source += f"\n{CROP}" + ("" if item.path.name in SHOW_THEIR_GRID else f"\n{COARSE}")
+            cell.source += "\n".join(["", CROP, *([] if item.path.name in SHOW_THEIR_GRID else [COARSE]),
+                                      SHORTER.get(item.path.name, "")])
     items.sort(key=lambda item: next((k for k, name in enumerate(LONGEST) if name in item.path.parts), len(LONGEST)))
 
 

@@ -2,8 +2,8 @@
 
 A run of the tests starts some fifty Pythons, and each takes 6 to 10 s of processor time to import these libraries.
 Tests write `*PYTHON` for `sys.executable`; the run of all tests starts the process to fork from (conftest.py), and
-where there is none, as in a run of one file, the interpreter starts as usual. fedlab itself is not loaded before the
-fork, and is imported as it is found.
+where there is none, as in a run of one file, the interpreter starts as usual. The server that workers of `Processes`
+are forked from is forked as well. fedlab itself is not loaded before the fork, and is imported as it is found.
 
 Not for tests of what depends on a new interpreter: modules loaded, memory, hash seeds, process groups, settings of
 libraries in the environment.
@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import array
 import atexit
+import contextlib
+import fcntl
 import gc
 import importlib
 import json
 import logging
+import multiprocessing
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import struct
@@ -34,6 +38,13 @@ from typing import Any, NoReturn
 
 #: Names the socket of the process to fork from.
 SOCKET = "FEDLAB_TEST_WARM"
+#: Beside the socket: what multiprocessing takes for the Python that starts servers of workers.
+PROGRAM = """#!/bin/sh
+case "$*" in
+  *multiprocessing.forkserver*) exec {python} "$@" ;;
+  *) exec {real} "$@" ;;
+esac
+"""
 #: What a test writes for `sys.executable`. The client itself needs no library.
 PYTHON = (sys.executable, "-I", "-S", str(Path(__file__).resolve()))
 LIBRARIES = ("torch", "torch._dynamo", "torch.optim", "monai", "opacus", "pandas", "matplotlib.pyplot", "nibabel",
@@ -41,6 +52,8 @@ LIBRARIES = ("torch", "torch._dynamo", "torch.optim", "monai", "opacus", "pandas
 #: Chosen when imported, for a terminal or for a notebook, so each process imports them itself.
 CHOSEN = ("tqdm.auto", "tqdm.autonotebook")
 LENGTH = struct.Struct("!I")
+#: More open files than a client has.
+FILES = 64
 
 
 # The process to fork from
@@ -51,11 +64,20 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.bind(str(address))
     listening.listen(64)
+    program = Path(f"{address}-python")
+    program.write_text(PROGRAM.format(python=shlex.join(PYTHON), real=shlex.quote(sys.executable)), encoding="utf-8")
+    program.chmod(0o755)
     with listening:
         server = subprocess.Popen([sys.executable, __file__, str(listening.fileno())], pass_fds=[listening.fileno()],
                                   stdin=subprocess.DEVNULL, start_new_session=True)
     os.environ[SOCKET] = str(address)
     return server
+
+
+def servers_of_workers() -> None:
+    """Has the servers that workers of this process are forked from forked too, where there is what to fork from."""
+    if address := os.environ.get(SOCKET):
+        multiprocessing.set_executable(f"{address}-python")
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
@@ -90,7 +112,10 @@ def watch(client: socket.socket) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         client.close()
-        for number, file in enumerate(files):
+        aside = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]  # no number that is wanted
+        for file in files:
+            os.close(file)
+        for number, file in zip(asked["files"], aside, strict=True):
             os.dup2(file, number)
             os.close(file)
         return asked
@@ -111,9 +136,9 @@ def watch(client: socket.socket) -> dict[str, Any]:
 
 
 def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """What a client asks, and its three standard files."""
+    """What a client asks, and its open files."""
     files = array.array("i")
-    head, control, _, _ = client.recvmsg(LENGTH.size, socket.CMSG_LEN(3 * files.itemsize))
+    head, control, _, _ = client.recvmsg(LENGTH.size, socket.CMSG_LEN(FILES * files.itemsize))
     for level, kind, content in control:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             files.frombytes(content)
@@ -129,12 +154,24 @@ def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 # A client
 
+def inherited() -> list[int]:
+    """Files that this process was given beside the standard ones."""
+    found = []
+    for number in sorted(int(name) for name in os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # of the listing itself
+            if number > 2 and os.get_inheritable(number):
+                found.append(number)
+    return found
+
+
 def ask(address: str, arguments: list[str]) -> NoReturn:
     """Has a forked process do what `python *arguments` does, and ends as it ends."""
+    files = [0, 1, 2, *inherited()]
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         server.connect(address)
-        asked = json.dumps({"argv": arguments, "cwd": os.getcwd(), "environ": dict(os.environ)}).encode()
-        socket.send_fds(server, [LENGTH.pack(len(asked))], [0, 1, 2])
+        what = {"argv": arguments, "cwd": os.getcwd(), "environ": dict(os.environ), "files": files}
+        asked = json.dumps(what).encode()
+        socket.send_fds(server, [LENGTH.pack(len(asked))], files)
         server.sendall(asked)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, lambda number, _: server.sendall(bytes([number])))
@@ -168,14 +205,16 @@ def become(asked: dict[str, Any]) -> None:
 
     np.random.seed()
     matplotlib.rcParams["backend"] = os.environ.get("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    kind, *rest = asked["argv"]
+    servers_of_workers()
+    arguments = asked["argv"]
+    kind, *rest = arguments[next(k for k, one in enumerate(arguments) if one in ("-c", "-m", "-") or one[0] != "-"):]
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[0:1] = ["" if kind in ("-c", "-m") else str(Path(kind).resolve().parent), *paths]
-    if kind == "-c":
-        code, *rest = rest
-        sys.argv = ["-c", *rest]
+    sys.path[0:1] = ["" if kind in ("-c", "-m", "-") else str(Path(kind).resolve().parent), *paths]
+    if kind in ("-c", "-"):
+        code, *rest = rest if kind == "-c" else (sys.stdin.read(), *rest)
+        sys.argv = [kind, *rest]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(code, "<string>", "exec"), main.__dict__)
+        exec(compile(code, "<string>" if kind == "-c" else "<stdin>", "exec"), main.__dict__)
     elif kind == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

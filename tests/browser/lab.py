@@ -284,7 +284,7 @@ def wait_for(what: Callable[[], object], *, seconds: float, why: str | Callable[
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, f"waited {seconds:g} s: {why() if callable(why) else why}"
-        time.sleep(0.2)
+        time.sleep(0.5)  # a look costs a picture of the page
 
 
 def with_parameters(source: Path, **parameters: object) -> Any:

@@ -55,6 +55,7 @@ from fedlab.data.phantom.population import (
     site_sizes,
 )
 from fedlab.data.phantom.tumour import grow, mass_effect, pressure, segment
+from warm import PYTHON
 
 VISIBLE = math.log(0.16 / 0.84)  # a density of 0.16 as logarithm of the odds
 COARSE = {"shape": (32, 32, 32), "spacing_mm": 6.0, "progress": False, "workers": 0}
@@ -567,7 +568,8 @@ def test_a_script_without_a_main_guard_generates_with_workers(cache: Path, fresh
             f"cache={str(fresh)!r}, **{settings!r})\nprint([len(site.train) for site in sites])\n")
     script = tmp_path_factory.mktemp("script") / "script.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, "-" if from_stdin else str(script)], input=code if from_stdin else None,
+    command = [*PYTHON, "-"] if from_stdin else [sys.executable, str(script)]
+    done = subprocess.run(command, input=code if from_stdin else None,
                           env={**os.environ, "PYTHONPATH": str(Path(fedlab.__file__).parents[1])},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -24,6 +24,7 @@ from fedlab.run.federate import each_round
 from fedlab.strategies import FedAvg
 from runs import wait_for
 from trainers import trainer
+from warm import PYTHON
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +48,7 @@ def test_a_notebook_s_own_cell_and_nothing_left_when_its_kernel_ends(tmp_path):
             print(weights_sha256(done.state.params))
         print(*(worker.process.pid for worker in engine._pool._workers))
         """)
-    out = subprocess.run([sys.executable, "-c", cell], capture_output=True, text=True, timeout=300,
+    out = subprocess.run([*PYTHON, "-c", cell], capture_output=True, text=True, timeout=300,
                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
     assert out.returncode == 0, out.stderr
     ours, theirs, workers = out.stdout.splitlines()
@@ -78,8 +79,9 @@ for engine in (Processes(workers=2), Local()):
 @pytest.mark.parametrize("how", ["standard input", "file", "module"])
 def test_a_script_without_a_main_guard_works(how, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    arguments = {"standard input": ["-"], "file": [str(tmp_path / "script.py")], "module": ["-m", "script"]}[how]
-    out = subprocess.run([sys.executable, *arguments], input=SCRIPT, capture_output=True, text=True, timeout=300,
+    command = {"standard input": [*PYTHON, "-"], "file": [sys.executable, str(tmp_path / "script.py")],
+               "module": [*PYTHON, "-m", "script"]}[how]
+    out = subprocess.run(command, input=SCRIPT, capture_output=True, text=True, timeout=300,
                          env={**os.environ, "PYTHONPATH": os.pathsep.join(
                              [str(Path(__file__).parents[1]), str(tmp_path), os.environ.get("PYTHONPATH", "")])})
     assert out.returncode == 0, out.stderr

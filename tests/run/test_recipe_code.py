@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fedlab.run.recipe import recipe
+from warm import PYTHON
 
 CELLS = iter(range(10**6))
 
@@ -135,8 +136,8 @@ SCRIPT = """
 
 def test_another_process_and_a_restarted_kernel_find_the_same_recipe():
     printed = []
-    for number in (1, 2):
-        out = subprocess.run([sys.executable, "-c", textwrap.dedent(SCRIPT), f"<ipython-input-{number}>"],
+    for number, python in ((1, PYTHON), (2, (sys.executable,))):  # hashes of texts differ
+        out = subprocess.run([*python, "-c", textwrap.dedent(SCRIPT), f"<ipython-input-{number}>"],
                              capture_output=True, text=True, timeout=300,
                              env={**os.environ, "PYTHONPATH": os.pathsep.join(
                                  [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),

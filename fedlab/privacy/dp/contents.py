@@ -20,6 +20,9 @@ __all__ = ["contents", "copied", "fingerprint", "leaves"]
 
 #: Libraries whose code changes only with their version, and whose objects other than modules hold no data.
 _LIBRARIES = frozenset({"torch", "monai", "numpy", "einops", "fedlab", "opacus", "builtins", "pytest"})
+#: Types of most values: known without the questions that take time.
+_SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
+_VALUES = _SIMPLE | {torch.Tensor, nn.Parameter, np.ndarray}
 #: Attributes of a module that are looked at as what they hold, and its mode, which says nothing about data.
 _PARTS, _MODE = ("_parameters", "_buffers", "_modules"), "training"
 
@@ -72,6 +75,8 @@ def _leaves(value: Any, name: str, seen: dict[int, Any]) -> Iterator[tuple[str, 
 
 def _parts(value: Any) -> dict[str, Any] | None:
     """What an object holds, by what is written behind its name; None for a value."""
+    if type(value) in _VALUES:
+        return None
     match value:
         case torch.Tensor() | np.ndarray() | torch.Generator() | np.random.Generator() | types.ModuleType():
             return None
@@ -124,6 +129,8 @@ def _of_a_user(kind: Any) -> bool:
 
 
 def _digest(value: Any) -> str:
+    if type(value) in _SIMPLE:
+        return repr(value)
     match value:
         case torch.Tensor() if not value.is_meta and value.layout is torch.strided:
             data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
@@ -136,7 +143,7 @@ def _digest(value: Any) -> str:
             return repr(value.bit_generator.state)
         case type() | types.ModuleType() | types.FunctionType() | types.BuiltinFunctionType():
             return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
-        case None | bool() | int() | float() | complex() | str() | bytes() | torch.dtype() | torch.device():
+        case bool() | int() | float() | complex() | str() | bytes():
             return repr(value)
     return _shown(value)
 
