@@ -223,14 +223,18 @@ def train(kind: str, out: Path, *, recipe: Recipe, seed: int, start: Path | str 
 
 
 def _beginning(start: Path | str) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """The weights that a training begins with: their kind, step, generators and hash."""
+    """What a training begins with: weights; their kind, step, generators, hash, patients and looks at real scans."""
     if start in RECIPES:
         told = json.loads((PACKAGE / f"{start}.json").read_text(encoding="utf-8"))
-        weights = trainable(public_model(str(start)))
-        return weights, [str(start), told["step"], told["generators"], told["sha256"]]
+        with (PACKAGE / f"{start}.csv").open(encoding="utf-8") as file:
+            patients = int([*csv.DictReader(file)][-1]["patients"])
+        return trainable(public_model(str(start))), [
+            str(start), told["step"], told["generators"], told["sha256"], patients, told["looks"]]
     other = torch.load(Path(start) / "checkpoint.pt", weights_only=True)
+    scores = Path(start) / "scores.json"
+    looks = json.loads(scores.read_text(encoding="utf-8"))["looks"] if scores.exists() else 0
     return other["average"], [other["settings"]["kind"], other["step"], other["generators"],
-                              weights_sha256(other["average"])]
+                              weights_sha256(other["average"]), other["curve"][-1]["patients"], looks]
 
 
 def _write_curve(rows: list[dict[str, Any]], path: Path) -> None:
@@ -253,7 +257,7 @@ def score(out: Path, *, seed: int, real: Path | None = None, sites: int = 16, at
         sites, at_each: generated sites and patients of each.
     """
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    settings, found = state["settings"], {"looks": 0}
+    settings, found = state["settings"], {"looks": state["start"][5] if state["start"][5:] else 0}
     if (file := out / "scores.json").exists():
         found = json.loads(file.read_text(encoding="utf-8"))
     model = segresnet(filters=settings["filters"], seed=settings["seed"], mirror=True)
@@ -352,7 +356,8 @@ def card(state: dict[str, Any], found: dict[str, Any]) -> str:
             settings["passes"] else f"{patients} patients, seen again and again")
     begun = ""
     if state["start"]:
-        begun = f", begun with the weights of `{state['start'][0]}` after {state['start'][1]:,} steps"
+        others = f" and {state['start'][4]:,} other patients" if state["start"][4:] else ""
+        begun = f", begun with the weights of `{state['start'][0]}` after {state['start'][1]:,} steps{others}"
     changed = ", ".join(f"{before:,} until step {at:,}" for (_, before), (at, _) in pairwise(state["plans"]))
     plan = begun + (f"; the cosine was planned for {changed}" if changed else "")
     generators = "; ".join(f"`{name}` from step {first} on" for first, name in state["generators"])

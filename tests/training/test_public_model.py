@@ -97,7 +97,24 @@ def test_a_training_may_begin_with_another_ones_average(script, tiny, tmp_path):
     for name, tensor in trainable(first).items():
         torch.testing.assert_close(trainable(after)[name], tensor, rtol=1e-5, atol=1e-7)
     state = torch.load(tmp_path / "after" / "checkpoint.pt", weights_only=True)
-    assert state["start"][:2] == ["broad", 2] and state["start"][3] == weights_sha256(trainable(first))
+    assert state["start"][:2] == ["broad", 2] and state["start"][3:] == [weights_sha256(trainable(first)), 4, 0]
+
+
+def test_a_training_may_begin_with_a_shipped_model_and_counts_the_looks_at_real_patients_on(script, tiny, tmp_path):
+    recipe = replace(tiny, steps=1, rate=1e-12, warmup=0)
+    after = script.train("broad", tmp_path, recipe=recipe, seed=3, start="broad", watch=0, progress=False)
+    for name, tensor in trainable(public_model()).items():
+        torch.testing.assert_close(trainable(after)[name], tensor, rtol=1e-5, atol=1e-7)
+    told = json.loads(public_file().with_suffix(".json").read_text(encoding="utf-8"))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["start"][:2] == ["broad", told["step"]] and state["start"][3] == told["sha256"]
+    assert state["start"][4] > 5000  # patients
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "make_cohort", lambda **settings: [])
+        patch.setattr(script, "_means", lambda table: {})
+        patch.setattr(script, "_threshold", lambda patients: {})
+        patch.setattr(script, "evaluate", lambda model, patients: None)
+        assert script.score(tmp_path, seed=1)["looks"] == told["looks"] >= 2
 
 
 def test_the_collection_is_narrow(script):
@@ -153,14 +170,14 @@ def test_the_card_says_how_often_real_patients_were_looked_at(script):
     state = {"settings": {"kind": "broad", "seed": 0, **vars(script.RECIPES["broad"])}, "step": 10, "seconds": 60.0,
              "generators": [[0, "phantom-1"], [4, "phantom-2"]], "curve": [{"patients": 96}],
              "plans": [[0, 20], [4, 10]],
-             "start": ["collection", 1500, [], "cd"]}
+             "start": ["collection", 1500, [], "cd", 160, 1]}
     found = {"sha256": "ab", "looks": 2, "generator of the scores": "phantom-2",
              "generated": {"patients": 48, "threshold": threshold, **mean},
              "real": {"patients": 5, "threshold": threshold, **mean}}
     text = " ".join(script.card(state, found).split())
     assert "scored on the real patients 2 times" in text and "`phantom-2` from step 4 on" in text
-    assert ("10 steps, begun with the weights of `collection` after 1,500 steps; the cosine was planned for 20 until "
-            "step 4.") in text
+    assert ("10 steps, begun with the weights of `collection` after 1,500 steps and 160 other patients; the cosine was "
+            "planned for 20 until step 4.") in text
     assert "Seen: 96 patients, each of whom gives 4 crops and is never seen again" in text
     assert text.count("0.50 (0.40 to 0.60)") == 16 and "0.40 (FLAIR) on the real patients" in text
 
