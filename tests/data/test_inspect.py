@@ -149,6 +149,8 @@ DEFECTS = {
     "another patient's file": ("foreign-file", "error", lambda home, f: shutil.copy(
         home.parent / "good 1" / "good 1_t1.nii.gz", home)),
     "unknown name": ("unknown-file", "warning", lambda home, f: shutil.copy(f("seg"), home / "W39_Segm.nii.gz")),
+    "label map under another name": ("label-name", "warning", lambda home, f: f("seg").rename(
+        home / "W39_1998.09.19_Segm.nii.gz")),
     "two of a kind": ("two-files", "error", lambda home, f: shutil.copy(f("t1"), home / "bad one é_t1.nii")),
     "a circle of links": ("no-file", "error", lambda home, f: loop(f("t1"))),
     "a link back": ("no-file", "warning", lambda home, f: (home / "again").symlink_to("..")),
@@ -223,6 +225,27 @@ def test_every_kind_of_defect_is_a_finding_of_its_patient_and_stops_nothing(tmp_
     else:
         with pytest.warns(UserWarning, match=rf"\[{code}\]"):
             assert read_cohort(folder, progress=False).ids == ("bad one é", "good 1")
+
+
+@pytest.mark.parametrize(("names", "is_read"), [
+    (["W39_1998.09.19_Segm"], True), (["expert-segmentation"], True), (["W39_Segm", "W40_Segm"], False),
+    (["pred_segm"], False), (["brain_segm"], False), (["automated_approx_segm"], False), (["notes"], False)])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_label_map_of_another_name_is_read_if_nothing_else_can_be_meant(tmp_path, clean, names, is_read):
+    folder = tmp_path / "scans"
+    shutil.copytree(clean, folder)
+    home = folder / "bad one é"
+    want = inspect(folder).cases[0].volumes_ml
+    for name in names:
+        shutil.copy(home / "bad one é_seg.nii.gz", home / f"{name}.nii.gz")
+    (home / "bad one é_seg.nii.gz").unlink()
+    bad, _ = inspect(folder).cases
+    assert bad.volumes_ml == (want if is_read else {"TC": None, "WT": None, "ET": None}) and bad.usable
+    codes = [finding.code for finding in bad.findings]
+    assert codes.count("label-name") == is_read and codes.count("unknown-file") == (0 if is_read else len(names))
+    assert (read_cohort(folder, progress=False)[0].label is not None) == is_read
+    (home / "bad one é_t2.nii.gz").unlink()  # of an incomplete patient nothing is guessed
+    assert "label-name" not in {finding.code for finding in inspect(folder).cases[0].findings}
 
 
 def test_everything_wrong_is_listed_at_once(tmp_path, clean):

@@ -20,7 +20,7 @@ from fedlab.core.text import counted
 from fedlab.core.types import MODALITIES
 from fedlab.data.readers.decathlon import list_msd, looks_like_msd
 from fedlab.data.readers.findings import Finding, without_errors
-from fedlab.data.readers.named import list_named
+from fedlab.data.readers.named import is_expert_segmentation, list_named
 from fedlab.data.readers.other_formats import find_other_format
 from fedlab.data.readers.patient_files import (
     Listing,
@@ -390,6 +390,7 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
     if folder.links == (folder.path,) or folder.error:
         return PatientFiles(id=folder.id, images={}), findings
     kinds: dict[str, list[Path]] = {}
+    unknown: list[Path] = []
     for path in map(_unpacked, folder.scans):
         match, other = (_NAMES[key].fullmatch(path.name) for key in (mark, "-" if mark == "_" else "_"))
         if match is None and other is not None and _same_id(other["id"], folder.id):
@@ -397,10 +398,7 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
                                     f"{'BraTS 2023' if mark == '_' else 'BraTS 2018 to 2021'}, unlike most files here; "
                                     f"label values have other meanings there"))
         elif match is None:
-            endings = ", ".join(mark + suffix for suffix in _SUFFIXES[mark])
-            findings.append(Finding(folder.id, "unknown-file", f"{path.name} is ignored: its name has none of the "
-                                    f"endings {endings}; rename it if it is one of them, or write a table of paths",
-                                    "warning"))
+            unknown.append(path)
         elif not _same_id(match["id"], folder.id):
             findings.append(Finding(folder.id, "foreign-file", f"expected {folder.id}{path.name[match.end('id'):]}, "
                                     f"but {path.name} carries another patient's id"))
@@ -408,6 +406,15 @@ def _name_files(folder: _Folder, mark: str) -> tuple[PatientFiles, list[Finding]
             findings.append(Finding(folder.id, "no-file", f"{path.name} is a folder, or a broken or circular link"))
         else:
             kinds.setdefault(_SUFFIXES[mark][match["kind"].lower()], []).append(path)
+    segmentations = [path for path in unknown if is_expert_segmentation(path)]
+    if set(kinds) == set(MODALITIES) and len(segmentations) == 1:  # as in BraTS 2020, patient 355
+        kinds["label"] = segmentations
+        findings.append(Finding(folder.id, "label-name", f"{segmentations[0].name} is read as the label map, the only "
+                                f"file here that is named as one; expected {folder.id}{mark}seg.nii.gz", "warning"))
+    endings = ", ".join(mark + suffix for suffix in _SUFFIXES[mark])
+    findings += [Finding(folder.id, "unknown-file", f"{path.name} is ignored: its name has none of the endings "
+                         f"{endings}; rename it if it is one of them, or write a table of paths", "warning")
+                 for path in unknown if path not in kinds.get("label", ())]
     findings += [Finding(folder.id, "two-files", f"{' and '.join(path.name for path in paths)} both claim to be the "
                          f"{kind}; keep one") for kind, paths in kinds.items() if len(paths) > 1]
     for suffix, modality in _SUFFIXES[mark].items():

@@ -72,6 +72,13 @@ class _Claim:
     ready: str
 
 
+def is_expert_segmentation(path: Path) -> bool:
+    """Whether a file is named as the segmentation of a tumour, and not as the brain's or a program's."""
+    name = stem(path)
+    return bool(_SEGMENTATION.fullmatch(name)) and not any(
+        pattern.search(name) for pattern in (_OTHER_PARTS, _AUTOMATIC, _PREDICTED))
+
+
 def list_named(root: Path, *, stated: bool = False) -> Listing | None:
     """The patients of a folder by the ends of file names; None where it is in another layout, or has no such names.
 
