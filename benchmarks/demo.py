@@ -110,15 +110,17 @@ def section(result: dict[str, Any], printed: str, of: dict[str, str]) -> str:
 {shown}
 ```
 
-Seeds {seeds[0]} to {seeds[-1]}, each with hospitals and patients of its own, {together["patients"]} held-out patients
-in all; mean Dice of WT, TC and ET with 95 % intervals, paired over patients. "Skip" leaves out patients without the
-region.
+Seeds {seeds[0]} to {seeds[-1]}, each with hospitals and patients of its own, {together["patients"]} held-out patients \
+in all; mean Dice of WT, TC and ET
+with 95 % intervals, paired over patients. "Skip" leaves out patients without the region.
 
 | arm | mean Dice | federated minus it | the same, "skip" |
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-Federated reaches {together["federated / pooled"]:.3f} of the Dice of pooled training.
+Federated reaches {together["federated / pooled"]:.3f} of the Dice of pooled training. All arms learn from crops and \
+predict whole scans at once,
+which costs the public model most: [how scans are predicted](docs/workflows.md#how-scans-are-predicted).
 
 {MARKS[1]}"""
 

@@ -186,20 +186,20 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int, int] = (64, 64, 64),
-            overlap: float = 0.5, mirror: bool | None = None, precision: str = "auto",
+def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int, int] | None = None,
+            overlap: float = 0.25, mirror: bool | None = None, precision: str = "auto",
             device: torch.device | str | None = None) -> torch.Tensor:
     """Probabilities of the three regions over the whole volume.
 
     A volume no larger than `window` is predicted at once, padded to a multiple of 16, or of 32, 64 or 128, or to the
     window, whatever the network takes first; a larger one in sliding windows that are blended with Gaussian weights
-    (MONAI's sliding-window inference).
+    (MONAI's sliding-window inference), and only where the scan is not 0.
 
     Args:
         model: maps (N, 4, X, Y, Z) to logits (N, 3, X, Y, Z); of several outputs (deep supervision) that of full
             resolution counts. It keeps its training mode.
         patient: with the image to segment.
-        window: largest input of the model, in voxels.
+        window: largest input of the model, in voxels; None: as `segresnet(window=)` says, else 64 per axis.
         overlap: of neighbouring windows, as a fraction.
         mirror: whether to predict each window together with its mirror image along X, left and right exchanged, as one
             batch, and to take the mean of both; None: as `segresnet(mirror=)` says of the model, else False.
@@ -226,9 +226,10 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
                                                                  torch.device("cpu"))
     dtype = precision_for(model, precision, place)
     image = patient.image[None].to(place, torch.float64 if dtype is torch.float64 else torch.float32)
-    if mirror is None:
-        settings = getattr(model, "settings", None)
-        mirror = isinstance(settings, dict) and settings.get("mirror") is True
+    settings = getattr(model, "settings", None)
+    settings = settings if isinstance(settings, dict) else {}
+    mirror = settings.get("mirror") is True if mirror is None else mirror
+    window = window or (settings.get("window") or 64,) * 3
     probabilities = _mirrored_probabilities if mirror else _probabilities
     # What `segresnet` made predicts faster channels-last, but for narrow layers in bf16 (AVX-512, AMX or not); another
     # network may have a view() that takes no such input.
@@ -236,6 +237,8 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
     last = (place.type == "cpu" and made_by is segresnet
             and (dtype is torch.float32 or made_with["filters"] % 16 == 0))
     memory_format = torch.channels_last_3d if last else torch.contiguous_format
+    within = _in_windows(image[0], window)
+    image, grid = image[:, :, *within], image.shape[2:]
     first: Exception | None = None
     for multiple in _MULTIPLES[_MULTIPLES.index(_MULTIPLE.get(model, _MULTIPLES[0])):]:
         block = _block(image.shape[2:], window, multiple)
@@ -255,11 +258,22 @@ def predict(model: torch.nn.Module, patient: Patient, *, window: tuple[int, int,
             raise first
         raise ValueError(f"the model takes no input of {'x'.join(map(str, window))} voxels or less "
                          f"({type(first).__name__}: {first}); pass window= with the size it was made for") from first
-    result = cast(torch.Tensor, out)[0].float().cpu().clone()  # a plain tensor, unlike those of inference mode
+    result = torch.zeros((len(REGIONS), *grid))
+    result[:, *within] = cast(torch.Tensor, out)[0].float().cpu()
     if not bool(torch.isfinite(result).all()):
         raise ValueError(f"the model's output for patient {patient.id} has NaN or infinite values; check whether its "
                          "training diverged")
     return result
+
+
+def _in_windows(image: torch.Tensor, window: tuple[int, int, int]) -> tuple[slice, ...]:
+    """The part of a scan, shape (C, X, Y, Z), to predict: all of it if it fits into the window, else what is not 0."""
+    if all(n <= most for n, most in zip(image.shape[1:], window, strict=True)):
+        return (slice(None),) * 3
+    from monai.transforms import generate_spatial_bounding_box
+
+    starts, ends = generate_spatial_bounding_box(image, select_fn=lambda x: x != 0)
+    return tuple(slice(start, end if end > start else None) for start, end in zip(starts, ends, strict=True))
 
 
 def _block(grid: Sequence[int], window: tuple[int, int, int], multiple: int | None) -> list[int]:
@@ -289,7 +303,7 @@ def _mirrored_probabilities(model: torch.nn.Module, batch: torch.Tensor) -> torc
 
 
 def evaluate(model: torch.nn.Module, patients: Sequence[Site] | Sequence[Patient], *, threshold: float = 0.5,
-             window: tuple[int, int, int] = (64, 64, 64), overlap: float = 0.5, mirror: bool | None = None,
+             window: tuple[int, int, int] | None = None, overlap: float = 0.25, mirror: bool | None = None,
              precision: str = "auto", device: torch.device | str | None = None,
              progress: bool = False) -> pd.DataFrame:
     """Scores a model on held-out patients, whole volumes, on the patients' grid.

@@ -18,7 +18,8 @@ from fedlab.core.weights import check_fit, load_weights, trainable
 __all__ = ["load_model", "save_model", "segresnet"]
 
 
-def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0, mirror: bool = False) -> nn.Module:
+def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0, mirror: bool = False,
+              window: int | None = None) -> nn.Module:
     """MONAI's SegResNet, the encoder-decoder of Myronenko 2018 without the VAE branch, as in Li et al. 2019.
 
     It maps images (B, 4, X, Y, Z) to logits (B, 3, X, Y, Z), one sigmoid channel per region of
@@ -29,9 +30,11 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0, mirror: 
         dropout: probability of dropping a channel after the first convolution (the paper's 0.2).
         seed: of the initial weights.
         mirror: whether `predict` takes the mean over a scan and its mirror image where it is not told otherwise.
+        window: voxels per axis of the windows that `predict` takes a scan in where it is not told otherwise, best those
+            of the crops that the network is trained on: group norm makes what a layer sees depend on all of its input.
 
     Raises:
-        ValueError: `filters` is not a positive multiple of 8 (group norm has 8 groups).
+        ValueError: `filters` is not a positive multiple of 8 (group norm has 8 groups), or `window` not of 8.
 
     Example:
         >>> model = fl.segresnet(filters=8, seed=0)
@@ -40,6 +43,8 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0, mirror: 
     """
     if filters < 8 or filters % 8:
         raise ValueError(f"filters is a positive multiple of 8 (group norm has 8 groups), got {filters}")
+    if window is not None and (window < 8 or window % 8):
+        raise ValueError(f"window is a positive multiple of 8 voxels, as X, Y and Z are, got {window}")
     from monai.networks.nets import SegResNet  # seconds to import
 
     with seeded(seed):
@@ -49,7 +54,8 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0, mirror: 
         )
     # Tumour is rare, so every voxel begins with a probability near 0.1 (Lin et al. 2017, section 4.1).
     nn.init.constant_(model.conv_final[2].conv.bias, -2.0)
-    settings = {"filters": filters, "dropout": dropout, "seed": seed} | ({"mirror": True} if mirror else {})
+    settings = {"filters": filters, "dropout": dropout, "seed": seed} | (
+        {"mirror": True} if mirror else {}) | ({"window": window} if window else {})
     model.__dict__["settings"] = settings
     model.__dict__["_built"] = (segresnet, settings)  # see fedlab.deploy.objects.built
     return model

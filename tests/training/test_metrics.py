@@ -1,5 +1,6 @@
 import math
 import time
+from dataclasses import replace
 from operator import methodcaller
 
 import numpy as np
@@ -233,6 +234,33 @@ def test_windows_overlap_by_the_share_that_is_asked_for():
         model = Reader()
         predict(model, patient(shape=(40, 16, 16)), window=(16, 16, 16), overlap=overlap)
         assert len(model.seen) == windows
+
+
+def test_a_network_says_how_large_its_windows_are():
+    model, case, seen = segresnet(window=16), patient(shape=(40, 24, 17)), []
+    model.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[2:])))
+    found = predict(model, case)
+    assert set(seen) == {(16, 16, 16)} and found.shape == (3, 40, 24, 17)
+    torch.testing.assert_close(found, predict(segresnet(), case, window=(16, 16, 16)))
+    seen.clear()
+    predict(model, case, window=(64, 64, 64))
+    assert seen == [(48, 32, 32)]
+    assert len(evaluate(model, [case])) == 3 and seen[-1] == (16, 16, 16)
+
+
+def test_in_windows_only_the_brain_is_predicted():
+    whole, within = patient(shape=(40, 24, 17)), (slice(3, 33), slice(2, 22), slice(0, 15))
+    image = torch.zeros_like(whole.image)
+    image[:, *within] = whole.image[:, *within]
+    model = Reader()
+    found = predict(model, replace(whole, image=image), window=(16, 16, 16))
+    part = predict(model, replace(whole, image=whole.image[:, *within], label=whole.label[within]), window=(16, 16, 16))
+    torch.testing.assert_close(found[:, *within], part)
+    assert float(part.min()) > 0 and int((found == 0).sum()) == found.numel() - part.numel()
+    nothing = replace(whole, image=torch.zeros_like(whole.image))
+    assert predict(model, nothing, window=(16, 16, 16)).shape == (3, 40, 24, 17)
+    at_once = predict(model, replace(whole, image=image))
+    assert float(at_once.min()) > 0  # of a volume that fits into the window nothing is left out
 
 
 def test_a_probability_of_just_the_threshold_is_the_region():
@@ -572,7 +600,7 @@ def test_a_volume_beyond_64_voxels_is_predicted_in_windows_that_overlap_by_half(
     assert model.seen == [(1, 4, 64, 16, 16)] * 3  # from 0, 32 and 56
 
 
-@pytest.mark.parametrize("given", [{}, {"window": (16, 24, 32), "overlap": 0.25, "mirror": True, "precision": "bf16",
+@pytest.mark.parametrize("given", [{}, {"window": (16, 24, 32), "overlap": 0.5, "mirror": True, "precision": "bf16",
                                         "device": "cpu", "threshold": 0.25}])
 def test_evaluate_hands_its_settings_on(given, monkeypatch, capsys):
     seen = []
@@ -583,7 +611,7 @@ def test_evaluate_hands_its_settings_on(given, monkeypatch, capsys):
 
     monkeypatch.setattr(metrics, "predict", fake)
     found = evaluate("model", [patient(name="P3")], **given)
-    usual = {"window": (64, 64, 64), "overlap": 0.5, "mirror": None, "precision": "auto", "device": None}
+    usual = {"window": None, "overlap": 0.25, "mirror": None, "precision": "auto", "device": None}
     assert seen == [("model", "P3", {name: given.get(name, value) for name, value in usual.items()})]
     assert (found["predicted_ml"] > 0).all() == ("threshold" in given) and found["patient"].tolist() == ["P3"] * 3
     assert capsys.readouterr().err == ""

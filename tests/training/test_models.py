@@ -52,6 +52,16 @@ def test_round_trip_is_bit_equal(model, saved):
         assert torch.equal(model.eval()(image), back.eval()(image))
 
 
+def test_a_network_keeps_the_size_of_its_windows(model, tmp_path):
+    assert "window" not in model.settings
+    back, _ = load_model(save_model(tmp_path / "m.safetensors", segresnet(seed=1, window=24), spacing_mm=3.0))
+    assert back.settings["window"] == 24
+    assert torch.equal(back.conv_final[2].conv.weight, model.conv_final[2].conv.weight)
+    for window in (0, 4, 12, -8):
+        with pytest.raises(ValueError, match=f"positive multiple of 8 voxels, as X, Y and Z are, got {window}"):
+            segresnet(window=window)
+
+
 def test_a_network_says_whether_its_predictions_are_mirrored_and_so_does_its_file(model, tmp_path):
     mirrored = segresnet(seed=1, mirror=True)
     assert "mirror" not in model.settings  # files of other networks are as before
