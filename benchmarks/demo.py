@@ -96,6 +96,9 @@ def section(result: dict[str, Any], printed: str, of: dict[str, str]) -> str:
     lines = re.sub(r"\n+report: .*", "", printed.split("\n", 1)[1]).strip("\n").split("\n")
     shown = "\n".join(map(fill, lines))
     together, seeds = result["together"], list(result["seeds"])
+    windows = json.loads((RESULTS / "windows.json").read_text(encoding="utf-8"))["result"]
+    (small,) = (row for row in windows["rows"] if row["window"] == windows["crop"])
+    in_windows = "{:+.3f} ({:+.3f} to {:+.3f})".format(*small["federated minus public"])
     rows = []
     for arm, name in ARMS.items():
         dice = "{:.3f} ({:.3f} to {:.3f})".format(*together["dice"][arm])
@@ -118,9 +121,11 @@ with 95 % intervals, paired over patients. "Skip" leaves out patients without th
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-Federated reaches {together["federated / pooled"]:.3f} of the Dice of pooled training. All arms learn from crops and \
+Federated reaches {together["federated / pooled"]:.3f} of the Dice of pooled training. Networks learn from crops but \
 predict whole scans at once,
-which costs the public model most: [how scans are predicted](docs/workflows.md#how-scans-are-predicted).
+which costs the public model most: in windows as large as the crops, federated minus public is {in_windows}
+on seeds {", ".join(map(str, windows["seeds"]))}; see [how scans are \
+predicted](docs/workflows.md#how-scans-are-predicted).
 
 {MARKS[1]}"""
 

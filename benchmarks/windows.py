@@ -35,6 +35,8 @@ from rounds import cohort
 
 ARMS = ("public", "federated", "pooled")
 WINDOWS = (64, 48, 32)
+#: Voxels per axis of the crops that the arms learn from.
+CROP = 32
 
 
 def arms(seed: int, folder: Path) -> dict[str, Arm]:
@@ -70,8 +72,8 @@ def section(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
         dice = ["{:.3f} ({:.3f} to {:.3f})".format(*row[arm]) for arm in ARMS]
         gaps = ["{:+.3f} ({:+.3f} to {:+.3f})".format(*row[f"federated minus {arm}"]) for arm in ("public", "pooled")]
         lines.append(f"| {row['window']}³ | {' | '.join([*dice, *gaps])} | {row['ratio']:.3f} |")
-    about = ("`benchmarks/windows.py` trains the public, the federated and the pooled arm of `fedlab demo` on crops of "
-             f"32³ voxels, on seeds {', '.join(map(str, seeds))}, and scores them on the same {rows[0]['patients']} "
+    about = ("`benchmarks/windows.py` trains the public, the federated and the pooled arm of `fedlab demo` on crops "
+             f"of {CROP}³ voxels, on seeds {', '.join(map(str, seeds))}, and scores them on the same {rows[0]['patients']} "
              "held-out patients in windows of several sizes. Mean Dice of WT, TC and ET with 95 % intervals, paired "
              "over patients.")
     head = ["| windows | public | federated | pooled | minus public | minus pooled | ratio to pooled |",
@@ -93,7 +95,7 @@ def main() -> None:
         tables = list(tqdm(pool.map(score, *zip(*jobs, strict=True)), total=len(jobs), desc="scores"))
     rows = rows_of(pd.concat(tables, ignore_index=True))
     between_marks("workflows", section(rows, options.seeds), by="windows")
-    write("windows", {"seeds": options.seeds, "rows": rows})
+    write("windows", {"seeds": options.seeds, "crop": CROP, "rows": rows})
 
 
 if __name__ == "__main__":
