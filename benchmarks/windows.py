@@ -74,8 +74,8 @@ def section(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
         lines.append(f"| {row['window']}³ | {' | '.join([*dice, *gaps])} | {row['ratio']:.3f} |")
     about = ("`benchmarks/windows.py` trains the public, the federated and the pooled arm of `fedlab demo` on crops "
              f"of {CROP}³ voxels, on seeds {', '.join(map(str, seeds))}, and scores them on the same "
-             f"{rows[0]['patients']} held-out patients in windows of several sizes. Mean Dice of WT, TC and ET with 95 % intervals, paired "
-             "over patients.")
+             f"{rows[0]['patients']} held-out patients in windows of several sizes. Mean Dice of WT, TC "
+             "and ET with 95 % intervals, paired over patients.")
     head = ["| windows | public | federated | pooled | minus public | minus pooled | ratio to pooled |",
             "|---|---|---|---|---|---|---|"]
     return "\n\n".join([fill(about), "\n".join([*head, *lines])])
