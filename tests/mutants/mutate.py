@@ -57,7 +57,8 @@ def tests_of(path: str) -> list[str]:
     tree = ast.parse((ROOT / path).read_text("utf-8"))
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     word = re.compile(rf"{re.escape(module)}\b|\b({'|'.join(map(re.escape, names or ['-']))})\b")
-    found = sorted((ROOT / "tests" / package).glob("test_*.py"))
+    found = sorted(file for file in (ROOT / "tests" / package).glob("test_*.py")
+                   if '"benchmarks"' not in file.read_text("utf-8"))  # which are not where mutants run
     return [str(file.relative_to(ROOT)) for file in found if word.search(file.read_text("utf-8"))] or [
         str(file.relative_to(ROOT)) for file in found]
 
