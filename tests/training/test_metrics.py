@@ -261,6 +261,7 @@ def test_in_windows_only_the_brain_is_predicted():
     assert predict(model, nothing, window=(16, 16, 16)).shape == (3, 40, 24, 17)
     at_once = predict(model, replace(whole, image=image))
     assert float(at_once.min()) > 0  # of a volume that fits into the window nothing is left out
+    assert torch.equal(predict(model, replace(whole, image=image), window=(40, 24, 17)) > 0, at_once > 0)
 
 
 def test_a_probability_of_just_the_threshold_is_the_region():
