@@ -124,7 +124,7 @@ with 95 % intervals, paired over patients. "Skip" leaves out patients without th
 Federated reaches {together["federated / pooled"]:.3f} of the Dice of pooled training. Networks learn from crops but \
 predict whole scans at once,
 which costs the public model most: in windows as large as the crops, federated minus public is {in_windows}
-on seeds {", ".join(map(str, windows["seeds"]))}; see [how scans are \
+on {small["patients"]} patients of seeds {", ".join(map(str, windows["seeds"]))}; see [how scans are \
 predicted](docs/workflows.md#how-scans-are-predicted).
 
 {MARKS[1]}"""

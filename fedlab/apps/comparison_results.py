@@ -344,6 +344,8 @@ def _notes(outcome: Outcome, found: dict[str, Any]) -> list[str]:
                for name, arm in protected.items() if name in outcome.histories] or [_text("notes", "privacy")]
     if protected and not generated:
         privacy.append(_text("notes", "covered"))
+    narrow = outcome.job.start == "collection" and not outcome.job.arms
     return [*generated, caution(outcome) or _text("notes", "chance", held_out=held_out), *privacy,
+            *([_text("notes", "windows")] if narrow else []),
             _text("notes", "empty", arm=outcome.main, rule=found["empty_regions"]),
             *([_text("notes", "without", names=without)] if without else []), *([f"{several}."] if several else [])]

@@ -43,7 +43,7 @@ def segresnet(*, filters: int = 8, dropout: float = 0.0, seed: int = 0, mirror: 
     """
     if filters < 8 or filters % 8:
         raise ValueError(f"filters is a positive multiple of 8 (group norm has 8 groups), got {filters}")
-    if window is not None and (window < 8 or window % 8):
+    if window is not None and (not isinstance(window, int) or window < 8 or window % 8):
         raise ValueError(f"window is a positive multiple of 8 voxels, as X, Y and Z are, got {window}")
     from monai.networks.nets import SegResNet  # seconds to import
 

@@ -87,6 +87,7 @@ def test_the_report_is_one_file_that_says_what_was_found(demo):
     for arm in ARMS:
         assert f"{found['dice'][arm]['mean']:.2f}" in page
     assert found["weights_sha256"] in page and found["versions"]["torch"] in page
+    assert "so a part of the gain over the public model is not what" in page
     assert "nothing generalises from so few" in page and "4 patients were held out and 6 trained on" in page
     assert "2 sites trained one network on 6 patients for 2 rounds" in page and "4 others were held out" in page
     assert "Highest learning rates: federated 0.004, pooled 0.002, local 0.001. Arms whose sites average" in page
@@ -304,6 +305,7 @@ def test_any_arms_are_compared_from_a_file(tmp_path, capsys):
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     assert "Gradient steps of the arms, as far as they may be published: halved 4, proximal 2, alone 4." in page
     assert "strategy=FedProx(" in page and "mu=0.1" in page and "halved: Halved(): no formal guarantee." in page
+    assert "gain over the public model" not in page  # these arms begin with a network of their own
     assert not (out / "model.safetensors").exists()  # only networks of segresnet are saved with their settings
     assert (out / "arms.py").read_text() == ARMS_FILE
     assert main(["demo", "--arms", str(file), "--rounds", "2", "--out", str(tmp_path / "b")]) == 1

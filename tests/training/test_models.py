@@ -57,7 +57,7 @@ def test_a_network_keeps_the_size_of_its_windows(model, tmp_path):
     back, _ = load_model(save_model(tmp_path / "m.safetensors", segresnet(seed=1, window=24), spacing_mm=3.0))
     assert back.settings["window"] == 24
     assert torch.equal(back.conv_final[2].conv.weight, model.conv_final[2].conv.weight)
-    for window in (0, 4, 12, -8):
+    for window in (0, 4, 12, -8, 40.0, True, "40"):
         with pytest.raises(ValueError, match=f"positive multiple of 8 voxels, as X, Y and Z are, got {window}"):
             segresnet(window=window)
 
